@@ -1,0 +1,1800 @@
+"""Train a GPT-2-class language model as fast as the hardware at hand allows: the NanoGPT speedrun that runs anywhere.
+
+    python train_gpt.py                                            # a laptop's CPU or one GPU: whatever is there
+    torchrun --standalone --nproc_per_node=8 train_gpt.py          # 8 GPUs (the speedrun: FineWeb to 3.28)
+    torchrun --nnodes=2 --node_rank=R --master_addr=HOST --master_port=29500 --nproc_per_node=8 train_gpt.py
+    python train_gpt.py --preset cpu --iterations 200 --experiment_name try --resume
+
+Needs a data set: `python data/stdlib.py` (no download) or `python data/cached_fineweb.py 9`. `--help` lists all settings.
+The number of processes does not change the training: same global batch, same order of tokens, same losses up to rounding.
+
+Model: the record-28 family of the public speedrun: RMSNorm without parameters, QK-norm, half-truncated RoPE, ReLU^2,
+value embeddings, residual mixing with the embedding, U-net skips, attention gates, smear, soft-capped logits, sliding
+windows that grow. Optimizer: Muon for the hidden matrices, AdamW for the rest, sharded as in ZeRO-2.
+
+Measured: the table in README.md (hardware, torch version, n). Not yet measured on a GPU.
+Shape suffixes: B rows, T tokens of a row, D model_dim, H heads, K key dim of a head, V vocabulary.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import gc
+import hashlib
+import json
+import math
+import os
+import platform
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Settings                                                                                                         │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# argparse is generated from the fields below: name, type, default, and the comment as help text, whose last bracket
+# holds the allowed values. `ints` and `floats` have one value per stage of training, or one for all stages.
+
+ints = tuple[int, ...]
+floats = tuple[float, ...]
+
+
+class UserError(ValueError):
+    """Wrong input that one sentence explains; `main` prints it without a traceback and exits with 1."""
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on (NaN loss, no space for the last checkpoint); what was saved before stays usable."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that shapes a run."""
+
+    # --- run
+    preset: str = "auto"  # group of settings, each overridden by its own flag [auto|cpu|gpu|speedrun|medium]
+    experiment_name: str = "train_gpt"  # runs are written to LOG_DIR/EXPERIMENT_NAME/RUN_ID
+    log_dir: str = "logs"  # folder of all experiments
+    seed: int = 0  # of the initial weights and of the order of shuffled data [>=0]
+    resume: str = ""  # continue the newest checkpoint of the experiment (latest), or this run or checkpoint folder
+    # --- data
+    data: str = "auto"  # data set: the name of a folder under data/, or a path
+    shuffle: bool = True  # shuffle the documents of a shard (the speedrun's rules want the published order)
+    long_docs: str = "split"  # tokens of a document past max_doc_len: further pieces, or skipped [split|clip]
+    # --- model
+    num_layers: int = 12  # transformer layers [>0]
+    width: int = 768  # model_dim: size of the residual stream, a multiple of head_dim [>0]
+    head_dim: int = 128  # size of an attention head; num_heads = width / head_dim [>0]
+    mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
+    attention: str = "auto"  # a letter per layer: L long window, S short window, - no attention; auto: auto_attention
+    value_embeds: int = 3  # value-embedding tables, each shared by one of the first and one of the last layers [>=0]
+    skip: str = "unet"  # outputs of early layers added to late ones [unet|single|none]
+    smear: bool = True  # each token's embedding takes up some of the previous token's, gated (record 34)
+    attn_gate: bool = True  # gate each head's output by 12 dimensions of its input (record 28)
+    softcap: float = 15.0  # bound of the logits, 2c*sigmoid(2z/c); 0 off [>=0]
+    rope_base: float = 1024.0  # slowest rotary frequency is 1 / this, in radians per token [>0]
+    attn_scale: float = 0.0  # factor on q.k, both RMS-normed; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (record 20) [>=0]
+    # --- stages of training: one value per stage, or one for all
+    iterations: int = 1695  # optimizer steps [>0]
+    stage_ends: floats = (1.0,)  # where each stage ends, as a fraction of the iterations [>0]
+    batch_tokens: ints = (393216,)  # tokens of one optimizer step, over all processes [>0]
+    seq_len: ints = (49152,)  # tokens of a row: documents are packed into rows, and never see each other [>0]
+    max_doc_len: ints = (0,)  # longest piece of a document, in tokens; 0: the row is the only limit [>=0]
+    window: ints = (1792,)  # long attention window at the end of the stage, in tokens; short ones have half [>0]
+    window_start: int = 128  # long window at step 0, it grows linearly; 0: start with the first stage's window [>=0]
+    window_step: int = 128  # windows are rounded up to a multiple of this, in tokens [>0]
+    stage_lr: floats = (1.0,)  # factor on all learning rates in the stage [>0]
+    # --- optimizer
+    muon_lr: float = 0.05  # learning rate of hidden matrices [>=0]
+    muon_momentum: float = 0.95  # Nesterov momentum after its warm-up [0..1]
+    momentum_start: float = 0.85  # momentum at step 0 and at the last step [0..1]
+    momentum_warmup: int = 300  # steps over which the momentum rises [>=0]
+    momentum_cooldown: int = 50  # last steps over which it falls back [>=0]
+    muon_beta2: float = 0.95  # decay of NorMuon's running variance of update rows; 0 off [0..1]
+    muon_weight_decay: float = 0.02  # decoupled decay per unit of learning rate, of hidden matrices [>=0]
+    orthogonalizer: str = "polar_express"  # iteration that orthogonalizes updates [polar_express|newton_schulz]
+    adam_lr: float = 0.008  # base learning rate of all other parameters; factors in parameter_table [>=0]
+    adam_eps: float = 1e-10  # AdamW's epsilon [>0]
+    adam_weight_decay: float = 0.0  # decoupled decay per unit of learning rate, of embeddings and head [>=0]
+    cautious: bool = True  # decay only where update and weight have the same sign
+    schedule: str = "linear"  # cool-down: linear, or 1 - sqrt with warmup_steps before (warm-up, stable, decay) [linear|wsd]
+    warmup_steps: int = 0  # learning-rate warm-up, in steps [>=0]
+    cooldown: float = 0.45  # last fraction of the iterations, in which the learning rate falls [0..1]
+    lr_floor: float = 0.1  # learning rate at the end / its peak [0..1]
+    # --- evaluation
+    eval_every: int = 125  # steps between evaluations; 0: only after the last step [>=0]
+    eval_tokens: int = 10485760  # first tokens of the validation split; 0: all of them [>=0]
+    eval_seq_len: int = 0  # longest context in evaluation, in tokens; 0: seq_len of the last stage [>=0]
+    eval_window: int = 0  # long attention window in evaluation, in tokens; 0: that of the training step [>=0]
+    target_loss: float = 0.0  # stop at the first validation loss at or below this, nats per token; 0 off [>=0]
+    # --- checkpoints, logs, profiling
+    save_every: int = 0  # steps between checkpoints; 0: only after the last step and on SIGINT or SIGTERM [>=0]
+    save_last: bool = True  # write a checkpoint after the last step
+    keep: int = 2  # checkpoints of a run that are kept [>0]
+    log_every: int = 10  # steps between console lines; the loss is read from the device only then [>0]
+    wandb: bool = False  # mirror the metrics to Weights & Biases (WANDB_MODE=offline works)
+    enable_profiling: bool = False  # write a trace per process (ui.perfetto.dev) and print the heaviest operations
+    profile_start: int = 10  # first profiled step of this process [>=0]
+    profile_steps: int = 3  # profiled steps [>0]
+    # --- hardware
+    device: str = "auto"  # where to run [auto|cpu|cuda]
+    dtype: str = "auto"  # of activations and matrices; auto: bf16 where the hardware is fast at it [auto|bf16|fp32]
+    backend: str = "auto"  # attention kernel; auto: flex where compiled on CUDA [auto|flex|sdpa]
+    compile: bool = True  # torch.compile of model and optimizer
+    compile_unit: str = "auto"  # model: one graph; block: lets reductions start early, auto with ranks [auto|model|block]
+    micro_tokens: int = 49152  # most tokens of one forward and backward pass of a process [>0]
+    threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def scale(self) -> float:
+        return self.attn_scale or 1.36 / math.sqrt(self.head_dim)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+
+PRESETS: dict[str, dict] = {
+    # two CPU cores, minutes: bytes of the Python standard library
+    "cpu": dict(
+        data="stdlib", num_layers=4, width=256, head_dim=64, value_embeds=1, iterations=300, batch_tokens=(8192,),
+        seq_len=(256,), max_doc_len=(256,), window=(256,), window_start=64, window_step=32, micro_tokens=8192,
+        muon_lr=0.03, momentum_warmup=100, momentum_cooldown=20, eval_every=100, eval_tokens=262144, compile=False,
+    ),
+    # the GPT-2-small shape on one 16 GB card; 24 GB and more: --micro-tokens 16384
+    "gpu": dict(
+        iterations=4000, batch_tokens=(65536,), seq_len=(8192,), max_doc_len=(2048,), window=(1024,), window_start=256,
+        micro_tokens=8192, muon_lr=0.025, adam_lr=0.004, eval_every=250, eval_tokens=2097152, save_every=500,
+    ),
+    # the 8xH100 track: 3.28 on FineWeb, schedule of record 28
+    "speedrun": dict(shuffle=False, target_loss=3.28, save_last=False),
+    # the GPT-2-medium track: 2.92 on FineWeb
+    "medium": dict(
+        shuffle=False, num_layers=16, width=1024, iterations=5960, batch_tokens=(524288,), seq_len=(65536,),
+        window=(3456,), muon_lr=0.025, adam_lr=0.004, cooldown=0.7, target_loss=2.92, micro_tokens=65536,
+    ),
+}
+# Settings that a resumed run may change: they do not alter what is computed, or only its rounding.
+RESUME_MAY_CHANGE = {
+    "preset", "log_dir", "resume", "data", "eval_every", "target_loss", "save_every", "save_last", "keep", "log_every",
+    "wandb", "enable_profiling", "profile_start", "profile_steps", "device", "dtype", "backend", "compile",
+    "compile_unit", "micro_tokens", "threads",
+}
+
+
+def help_texts() -> dict[str, str]:
+    """Comments of the fields of `Settings`, read from this file: field name -> text."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, flags=re.MULTILINE))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports one sentence, with the flag that was probably meant."""
+
+    def error(self, message: str):
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            known = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[1], known, n=1)
+            message += f" (did you mean {close[0]}?)" if close else " (--help lists all flags)"
+        self.exit(2, f"error: {message}\n")
+
+
+def build_parser() -> Parser:
+    """One flag per field of `Settings`, with dashes or underscores."""
+    def values(kind: type):
+        return lambda text: tuple(kind(part) for part in text.split(","))
+
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118))
+    kinds = {"int": int, "float": float, "str": str, "ints": values(int), "floats": values(float)}
+    texts = help_texts()
+    for field in dataclasses.fields(Settings):
+        flags = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        option = dict(dest=field.name, default=argparse.SUPPRESS, help=f"{texts[field.name]} (default: {shown})")
+        if field.type == "bool":
+            option["action"] = argparse.BooleanOptionalAction
+        else:
+            option.update(type=kinds[field.type], metavar={"ints": "N,N", "floats": "X,X"}.get(field.type, "X"))
+        if field.name == "resume":
+            option.update(nargs="?", const="latest")
+        parser.add_argument(*flags, **option)
+    return parser
+
+
+class Hardware(NamedTuple):
+    """What this process may use, and why bf16 is fast on it or not."""
+
+    device: str  # cuda or cpu
+    name: str
+    memory_gib: float  # of one GPU, or of the machine
+    bf16: bool
+    why: str
+
+
+def detect_hardware(device: str = "auto") -> Hardware:
+    """The first GPU if there is one and `device` allows it, else the CPU."""
+    if device != "cpu" and torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        fast = gpu.major >= 8
+        why = f"compute capability {gpu.major}.{gpu.minor} {'>=' if fast else '<'} 8.0"
+        return Hardware("cuda", gpu.name, gpu.total_memory / 2**30, fast, why)
+    probes = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
+    found = [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]
+    why = f"the CPU has {' and '.join(found)}" if found else "the CPU has neither AVX512-BF16 nor AMX"
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, AttributeError):
+        name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Hardware("cpu", name, memory, bool(found), why)
+
+
+def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple[str, str]:
+    """Preset for `auto`, by hardware and data, and the reason for it."""
+    if hardware.device == "cpu":
+        return "cpu", "no CUDA device"
+    folder = data_folder("fineweb10B" if data == "auto" else data)
+    gpus = f"{world_size} process(es) on {hardware.name} of {hardware.memory_gib:.0f} GiB"
+    if world_size >= 8 and hardware.memory_gib >= 70 and folder.name.startswith("fineweb") and folder.is_dir():
+        return "speedrun", f"{gpus}, and {folder.name} is there"
+    return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
+
+
+def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, Hardware, list[str]]:
+    """Command line -> settings with every `auto` resolved, the hardware, and lines that explain the choices.
+
+    Raises UserError with all that is wrong with the settings at once."""
+    given = vars(build_parser().parse_args(argv))
+    hardware = detect_hardware(given.get("device", "auto"))
+    preset, why = given.get("preset", "auto"), "asked for"
+    if preset == "auto":
+        preset, why = choose_preset(hardware, world_size, given.get("data", "auto"))
+    s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
+    problems = field_errors(s) or hardware_errors(s, hardware) + shape_errors(s, world_size)
+    if problems:
+        raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
+    dtype = s.dtype if s.dtype != "auto" else ("bf16" if hardware.bf16 else "fp32")
+    backend = s.backend if s.backend != "auto" else ("flex" if hardware.device == "cuda" and s.compile else "sdpa")
+    unit = s.compile_unit if s.compile_unit != "auto" else ("model" if world_size == 1 else "block")
+    data = s.data if s.data != "auto" else ("fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib")
+    notes = [f"preset {preset}: {why}", f"device {hardware.device}: {hardware.name}",
+             f"dtype {dtype}: " + (hardware.why if s.dtype == "auto" else "asked for"),
+             f"attention {backend}, " + (f"compiled by {unit}" if s.compile else "not compiled")]
+    s = dataclasses.replace(s, device=hardware.device, dtype=dtype, backend=backend, compile_unit=unit, data=data,
+                            attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers),
+                            eval_seq_len=s.eval_seq_len or stage_table(s)[-1].seq_len)
+    return s, hardware, notes
+
+
+def field_errors(s: Settings) -> list[str]:
+    """A sentence for each field whose value is outside the bracket of its comment."""
+    def allowed(value, spec: str) -> bool:
+        if spec in (">0", ">=0"):
+            return value > 0 or (spec == ">=0" and value == 0)
+        return 0 <= value <= 1 if spec == "0..1" else value in spec.split("|")
+
+    bad = []
+    for name, text in help_texts().items():
+        value, spec = getattr(s, name), re.search(r"\[(\S+)\]$", text)
+        if spec and not all(allowed(v, spec[1]) for v in (value if isinstance(value, tuple) else (value,))):
+            bad.append(f"--{name} {value}: must be {spec[1].replace('|', ' or ').replace('..', ' to ')}")
+    if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
+        bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
+    return bad
+
+
+def hardware_errors(s: Settings, hardware: Hardware) -> list[str]:
+    """Settings that this machine cannot serve."""
+    bad, cuda = [], hardware.device == "cuda"
+    if s.device == "cuda" and not cuda:
+        bad.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
+    if s.preset != "cpu" and s.device != "cpu" and not cuda:
+        bad.append(f"--preset {s.preset} needs a CUDA device and there is none; use --preset cpu, or --device cpu as well")
+    if s.backend == "flex" and not (cuda and s.compile):
+        bad.append("--backend flex trains only compiled and on a CUDA device (no CPU backward in torch): use sdpa")
+    return bad
+
+
+def shape_errors(s: Settings, world_size: int) -> list[str]:
+    """Settings that do not fit each other: model shape, stages, rows per process."""
+    bad = []
+    if s.width % s.head_dim or s.head_dim % 4 or s.width < GATE_DIM:
+        bad.append(f"--width {s.width} must be a multiple of --head_dim {s.head_dim}, that one of 4, and not below {GATE_DIM}")
+    if 2 * s.value_embeds > s.num_layers:
+        bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
+    if s.attention != "auto" and (len(s.attention) != s.num_layers or set(s.attention) - set("LS-")):
+        bad.append(f"--attention {s.attention}: one letter L, S or - for each of the {s.num_layers} layers")
+    if s.muon_beta2 == 1 or s.muon_momentum == 1:
+        bad.append("--muon_beta2 and --muon_momentum must be below 1: at 1 nothing new is ever averaged in")
+    if s.warmup_steps >= s.iterations:
+        bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
+    wrong = [f"--{name} has {len(getattr(s, name))} values, --stage_ends {len(s.stage_ends)}" for name in STAGED
+             if len(getattr(s, name)) not in (1, len(s.stage_ends))]
+    if s.stage_ends[-1] != 1.0 or list(s.stage_ends) != sorted(set(s.stage_ends)):
+        wrong.append(f"--stage_ends {s.stage_ends}: must rise and end with 1.0")
+    return bad + (wrong or [line for stage in stage_table(s) for line in row_errors(s, stage, world_size)])
+
+
+def row_errors(s: Settings, stage: Stage, world_size: int) -> list[str]:
+    """A stage's batch must split into whole rows, the same number for every process."""
+    rows = stage.batch_tokens // stage.seq_len
+    if stage.batch_tokens % stage.seq_len:
+        return [f"--batch_tokens {stage.batch_tokens} must be a multiple of --seq_len {stage.seq_len}"]
+    if rows % world_size:
+        return [f"{world_size} processes cannot share the {rows} rows of a step (batch_tokens {stage.batch_tokens} / seq_len "
+                f"{stage.seq_len}): use {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)} processes"]
+    if stage.seq_len > s.micro_tokens:
+        return [f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {stage.seq_len} tokens"]
+    if s.backend == "flex" and (stage.seq_len % FLEX_BLOCK or s.eval_seq_len % FLEX_BLOCK):
+        return [f"--seq_len {stage.seq_len} and --eval_seq_len {s.eval_seq_len} must be multiples of {FLEX_BLOCK} for flex"]
+    return []
+
+
+STAGED = ("batch_tokens", "seq_len", "max_doc_len", "window", "stage_lr")
+
+
+class Stage(NamedTuple):
+    """One row of the stage table: steps [start, end) of the run."""
+
+    start: int
+    end: int
+    window_start: int  # long window at `start`
+    batch_tokens: int
+    seq_len: int
+    max_doc_len: int
+    window: int  # long window at `end`
+    lr: float
+
+    def micro_rows(self, s: Settings, world_size: int) -> int:
+        """Rows of one forward pass of a process: the most that fit into micro_tokens and divide its share."""
+        rows = self.batch_tokens // self.seq_len // world_size
+        return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * self.seq_len <= s.micro_tokens))
+
+
+def stage_table(s: Settings) -> list[Stage]:
+    """The stages of a run; a single value of a staged setting holds for all of them."""
+    columns = [values * len(s.stage_ends) if len(values) == 1 else values for values in (getattr(s, n) for n in STAGED)]
+    stages, start, window_start = [], 0, s.window_start or s.window[0]
+    for end, *row in zip(s.stage_ends, *columns, strict=True):
+        stages.append(Stage(start, round(end * s.iterations), window_start, *row))
+        start, window_start = stages[-1].end, stages[-1].window
+    return stages
+
+
+def stage_at(stages: list[Stage], step: int) -> Stage:
+    """The stage that training step `step` belongs to; the last one for steps past the end."""
+    return next((stage for stage in stages if step < stage.end), stages[-1])
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Data                                                                                                             │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. A document starts with
+# the end-of-text token. Rows are packed from pieces: documents cut to max_doc_len. Every process computes the same
+# sequence of rows and reads the tokens of its own ones, so the order does not depend on the number of processes.
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
+GPT2_META = {"tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 50257, "eot": 50256, "splits": {}}
+IGNORE = -1  # target that has no loss
+
+
+def data_folder(name: str) -> Path:
+    """A data set by the name of its folder under data/, or by path."""
+    return Path(name) if os.sep in name or Path(name).is_dir() else Path(__file__).resolve().parent / "data" / name
+
+
+def repair_command(folder: Path) -> str:
+    """The command that makes the data set of that name."""
+    if folder.name.startswith("fineweb"):
+        return "python data/cached_fineweb.py 9"
+    return f"python data/{folder.name if folder.name == 'shakespeare_char' else 'stdlib'}.py"
+
+
+def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
+    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header, a wrong length or (given `vocab_size`)
+    a token id that the vocabulary does not have."""
+    header, redo = np.fromfile(path, dtype="<i4", count=256), f"make it again with {repair_command(path.parent)}"
+    if len(header) < 256 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
+        found = "a truncated header" if len(header) < 256 else f"magic {header[0]}, version {header[1]}"
+        raise UserError(f"{path} is no token shard: {found}, expected {SHARD_MAGIC} and {SHARD_VERSION}; {redo}")
+    count, size = int(header[2]), path.stat().st_size
+    if count < 1 or size != HEADER_BYTES + 2 * count:
+        raise UserError(f"{path} is truncated or damaged: {size} bytes, {HEADER_BYTES + 2 * count} by its header; {redo}")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    if vocab_size and int(tokens.max()) >= vocab_size:
+        raise UserError(f"{path} holds token id {int(tokens.max())}, the vocabulary of meta.json has {vocab_size}; {redo}")
+    return tokens
+
+
+class Corpus(NamedTuple):
+    """A data set: its meta.json and the paths of its shards."""
+
+    folder: Path
+    meta: dict
+    train: list[Path]
+    val: list[Path]
+
+    def fingerprint(self) -> str:
+        """Hash of names, sizes and first 64 KiB of all shards: equal data, equal fingerprint."""
+        digest = hashlib.sha256()
+        for path in self.train + self.val:
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(65536))
+        return digest.hexdigest()[:16]
+
+
+def open_corpus(name: str) -> Corpus:
+    """Finds and checks a data set; without meta.json it is taken for published FineWeb shards.
+
+    Raises FileNotFoundError with the command that makes it, UserError if it is damaged."""
+    folder = data_folder(name)
+    repair, meta_path = repair_command(folder), folder / "meta.json"
+    paths = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
+    for split in paths:
+        if not paths[split]:
+            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair}")
+    try:
+        meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.exists() else GPT2_META
+        said = {split: meta["splits"].get(split, {}).get("tokens") for split in paths}
+        meta = meta | {"vocab_size": int(meta["vocab_size"]), "eot": meta["eot"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{meta_path} cannot be read ({error!r}); make it again with {repair}") from error
+    for split, found in paths.items():
+        count = sum(len(open_shard(path)) for path in found)
+        if said[split] not in (None, count):
+            raise UserError(f"{meta_path} says {said[split]} {split} tokens, the shards hold {count}; make them again with {repair}")
+    return Corpus(folder, meta, paths["train"], paths["val"])
+
+
+def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of each piece of a shard: documents cut to at most `max_len` tokens (0: uncut).
+
+    The shard's last token is only a target. Without end-of-text tokens the shard is one document, cut from `offset`
+    on, so that every epoch cuts elsewhere. `clip` keeps only the first piece of a document (record 29)."""
+    last = len(tokens) - 1
+    starts = np.flatnonzero(tokens[:last] == eot) if eot is not None else np.array([min(offset, last)])
+    if eot is not None and (not len(starts) or starts[0]):
+        starts = np.insert(starts, 0, 0)
+    lengths = np.diff(np.append(starts, last))
+    if not max_len:
+        return starts, lengths
+    counts = np.ones_like(starts) if clip else -(-lengths // max_len)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    piece_starts = np.repeat(starts, counts) + within * max_len
+    return piece_starts, np.minimum(max_len, np.repeat(starts + lengths, counts) - piece_starts)
+
+
+def gather_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Inputs, targets (the true next tokens, also at the end of a piece) and piece numbers: (3, total) int32."""
+    begins = np.cumsum(lengths) - lengths
+    index = np.repeat(starts - begins, lengths) + np.arange(lengths.sum())
+    return np.stack([tokens[index], tokens[index + 1], np.repeat(np.arange(len(starts)), lengths)]).astype(np.int32)
+
+
+class Loader:
+    """Training batches of one process, prepared by a background thread, at an exact and restorable position.
+
+    A row starts with the start of a piece and is filled with further pieces; the last one is cut at the end of the
+    row and its rest skipped (record 26: batches that start at a document's start train better). `position`: epoch,
+    shard, and tokens of that shard, in the order of its pieces, that are used up."""
+
+    def __init__(self, s: Settings, corpus: Corpus, world: World, position: dict | None = None, step: int = 0):
+        self.s, self.corpus, self.world, self.stages, self.step = s, corpus, world, stage_table(s), step
+        self.position = dict(position or {"epoch": 0, "shard": 0, "used": 0})
+        self.table_key, self.ready, self.stop = None, queue.Queue(maxsize=2), threading.Event()
+        self.staging: list = [None] * 3  # pinned buffers, each with the event of the copy out of it
+        self.thread = threading.Thread(target=self._produce, daemon=True, name="loader")
+        self.thread.start()
+
+    def _produce(self):
+        """Background thread: (tokens, position after them) of each step in order, or the error that ended it."""
+        try:
+            for step in range(self.step, self.s.iterations):
+                self._hand_over((self.make_batch(stage_at(self.stages, step)), dict(self.position)))
+        except Exception as error:  # noqa: BLE001 - raised again in the training thread, by next()
+            self._hand_over(error)
+
+    def _hand_over(self, item):
+        while not self.stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return self.ready.put(item, timeout=0.1)
+        raise SystemExit  # closed: ends this thread only
+
+    def _load_table(self, max_doc_len: int):
+        """Opens the shard of the current position and lists its pieces in the order of use."""
+        epoch, shard, eot = self.position["epoch"], self.position["shard"], self.corpus.meta["eot"]
+        key = (epoch, shard, max_doc_len)
+        if key == self.table_key:
+            return
+        if self.table_key is None or self.table_key[1] != shard:
+            self.tokens = open_shard(self.corpus.train[shard], self.corpus.meta["vocab_size"])
+        rng = np.random.default_rng((self.s.seed, epoch, shard))
+        offset = int(rng.integers(max_doc_len)) if max_doc_len and epoch else 0
+        starts, lengths = piece_table(self.tokens, eot, max_doc_len, self.s.long_docs == "clip", offset)
+        order = rng.permutation(len(starts)) if self.s.shuffle else slice(None)
+        self.starts, self.lengths, self.table_key = starts[order], lengths[order], key
+        self.ends = np.cumsum(self.lengths)
+
+    def _next_row(self, stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens of the shard, starts and lengths of the pieces of the next row; on to the next shard, and after the
+        last one to the first again in a new epoch, where the pieces left do not fill a row."""
+        for _ in range(len(self.corpus.train) + 2):
+            self._load_table(stage.max_doc_len)
+            used = self.position["used"]
+            first, last = np.searchsorted(self.ends, used, side="right"), np.searchsorted(self.ends, used + stage.seq_len)
+            if last < len(self.ends):
+                break
+            turn, shard = divmod(self.position["shard"] + 1, len(self.corpus.train))
+            self.position = {"epoch": self.position["epoch"] + turn, "shard": shard, "used": 0}
+        else:
+            raise UserError(f"no shard of {self.corpus.folder} holds the {stage.seq_len} tokens of a row: lower --seq_len")
+        starts, lengths = self.starts[first:last + 1].copy(), self.lengths[first:last + 1].copy()
+        starts[0] += used - (self.ends[first] - lengths[0])  # 0, unless max_doc_len has changed within a piece
+        lengths[0] = self.ends[first] - used
+        lengths[-1] -= lengths.sum() - stage.seq_len
+        self.position["used"] = int(self.ends[last])
+        return self.tokens, starts, lengths
+
+    def make_batch(self, stage: Stage) -> Tensor:
+        """This process's part of the next batch, (micro-steps, 3, rows, T) int32: inputs, targets, document numbers.
+        All processes walk over all rows; each gathers its own."""
+        micro_rows, own = stage.micro_rows(self.s, self.world.size), {}
+        for row in range(stage.batch_tokens // stage.seq_len):
+            tokens, starts, lengths = self._next_row(stage)
+            if row // micro_rows % self.world.size == self.world.rank:
+                own.setdefault(id(tokens), (tokens, [], []))  # the rows of one shard are gathered together
+                own[id(tokens)][1].append(starts)
+                own[id(tokens)][2].append(lengths)
+        parts = [gather_rows(tokens, np.concatenate(a), np.concatenate(b)) for tokens, a, b in own.values()]
+        batch = np.concatenate(parts, axis=1).reshape(3, -1, micro_rows, stage.seq_len).swapaxes(0, 1)
+        return torch.from_numpy(np.ascontiguousarray(batch))
+
+    def next(self, step: int) -> tuple[Tensor, dict]:
+        """Batch of training step `step` on the device, and the position after it. Raises what the thread raised."""
+        item = self.ready.get()
+        if isinstance(item, Exception):
+            raise item
+        return item if self.s.device == "cpu" else (self._to_device(step, item[0]), item[1])
+
+    def _to_device(self, step: int, tokens: Tensor) -> Tensor:
+        """One asynchronous copy from pinned memory. A buffer is refilled only after the copy out of it is done, which
+        its event says: refilling without asking races with copies queued behind a long backward pass."""
+        slot = step % len(self.staging)
+        if self.staging[slot] is None or self.staging[slot][0].shape != tokens.shape:
+            self.staging[slot] = (torch.empty_like(tokens, pin_memory=True), torch.cuda.Event())
+        buffer, copied = self.staging[slot]
+        copied.synchronize()
+        buffer.copy_(tokens)
+        on_device = buffer.to(self.s.device, non_blocking=True)
+        copied.record()
+        return on_device
+
+    def close(self):
+        self.stop.set()
+        self.thread.join()
+
+
+class ValStream:
+    """The fixed validation stream: the first N tokens of the val split, each once, cut into rows of `seq_len`.
+
+    What is predicted does not depend on the number of processes or on the batch size; a row's documents do not see
+    each other, and a context is cut where a row starts."""
+
+    def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
+        shards = [open_shard(path, corpus.meta["vocab_size"]) for path in corpus.val]
+        available = sum(map(len, shards)) - 1
+        self.num_tokens, self.eot, self.seq_len = num_tokens or available, corpus.meta["eot"], seq_len
+        if not 0 < self.num_tokens <= available:
+            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} validation tokens to predict; "
+                            f"use --eval_tokens 0 for all of them")
+        self.num_rows = -(-self.num_tokens // seq_len)
+        self.tokens = shards[0] if len(shards[0]) > self.num_tokens else np.concatenate(shards)
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Rows [first, first + count) as (3, count, T) int32: inputs, targets, documents; padded with target IGNORE."""
+        batch = np.zeros((3, count * self.seq_len), dtype=np.int32)
+        batch[1] = IGNORE
+        start = first * self.seq_len
+        size = max(0, min(count * self.seq_len, self.num_tokens - start))
+        batch[0, :size], batch[1, :size] = self.tokens[start:start + size], self.tokens[start + 1:start + size + 1]
+        if self.eot is not None:
+            batch[2] = np.cumsum(batch[0] == self.eot)
+        return batch.reshape(3, count, self.seq_len)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Attention                                                                                                        │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# One rule says who sees whom; both backends apply it token by token, so that compiled, eager and SDPA agree. (A window
+# that exists only in the block lists of FlexAttention is silently ignored wherever the kernel is not compiled.)
+
+FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
+
+
+def visible(query: Tensor, key: Tensor, query_doc: Tensor, key_doc: Tensor, window: Tensor) -> Tensor:
+    """True where a query position may look at a key position: causal, same document, inside the window."""
+    return (query >= key) & (query - key < window) & (query_doc == key_doc)
+
+
+def dense_mask(docs_BT: Tensor, window: Tensor) -> Tensor:
+    """The rule for all pairs: (B, 1, T, T) bool, for scaled_dot_product_attention."""
+    position = torch.arange(docs_BT.size(1), device=docs_BT.device)
+    return visible(position[:, None], position, docs_BT[:, None, :, None], docs_BT[:, None, None, :], window)
+
+
+def block_mask(docs_BT: Tensor, window: Tensor):
+    """The rule as a FlexAttention BlockMask, nearest blocks first, made without looking at T x T pairs.
+
+    Document numbers only rise along a row, so the first and last number of a block tell whether two blocks share a
+    document (a pair of tokens may), or consist of one and the same (every pair does: no mask is needed inside)."""
+    from torch.nn.attention.flex_attention import BlockMask
+    docs = docs_BT.unflatten(1, (-1, FLEX_BLOCK))
+    first, last = docs[..., 0], docs[..., -1]
+    block = torch.arange(first.size(1), device=docs_BT.device)
+    ahead = (block[:, None] - block) * FLEX_BLOCK  # distance of two blocks' first tokens
+    some = (ahead >= 0) & (ahead - (FLEX_BLOCK - 1) < window) & (last[:, None, :] >= first[:, :, None])
+    full = (ahead > 0) & (ahead + (FLEX_BLOCK - 1) < window) & (first[:, None, :] == last[:, :, None])
+
+    def listed(flags: Tensor) -> tuple[Tensor, Tensor]:  # counts (B, 1, blocks), indices (B, 1, blocks, blocks)
+        nearest_first = flags.size(-1) - 1 - flags.flip(-1).int().argsort(dim=-1, descending=True, stable=True)
+        return flags.sum(-1, dtype=torch.int32)[:, None], nearest_first.to(torch.int32)[:, None].contiguous()
+
+    def mask_mod(b, h, query, key):
+        return visible(query, key, docs_BT[b, query], docs_BT[b, key], window)
+
+    length = docs_BT.size(1)
+    return BlockMask.from_kv_blocks(*listed(some & ~full), *listed(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod,
+                                    seq_lengths=(length, length))
+
+
+def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float) -> Tensor:
+    """softmax(scale * q k + mask) v -> (B, T, H, K). `mask` from dense_mask (SDPA) or block_mask (FlexAttention)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    if isinstance(mask, Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
+    from torch.nn.attention.flex_attention import flex_attention
+    return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Model                                                                                                            │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+GATE_DIM = 12  # dimensions of the residual stream that gates read (record 28)
+HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
+# Learned scalars of a layer and their initial values: weights of the residual stream, of the embedding (added in again
+# at every layer), of the skip connection, of the values, of the value embedding (records 11, 14, 15).
+SCALARS = {"residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_embed": 0.5}
+
+
+class Layer(NamedTuple):
+    """One row of the layer table."""
+
+    attention: str  # L long window, S short window, - none
+    value_table: int | None  # value-embedding table that is mixed into v
+    skip_from: int | None  # layer whose output is added to this one's input
+
+
+def auto_attention(num_layers: int) -> str:
+    """Long windows in the first, the last and one layer at a third; from 12 layers on none at 7/12 (record 17)."""
+    long, none = {0, num_layers // 3, num_layers - 1}, 7 * num_layers // 12 if num_layers >= 12 else None
+    return "".join("-" if i == none else "L" if i in long else "S" for i in range(num_layers))
+
+
+def layer_table(s: Settings) -> list[Layer]:
+    """Topology of the model. Value tables serve the first and again the last layers (record 17); `unet` adds the
+    output of layer i to layer n-1-i (record 11), `single` that of layer n/4 to layer n/2 (record 45)."""
+    n, tables, table = s.num_layers, s.value_embeds, []
+    for i, attention in enumerate(s.attention):
+        value = i if i < tables else i - (n - tables) if i >= n - tables else None
+        skip = {"unet": n - 1 - i if n - 1 - i < i else None, "single": n // 4 if i == n // 2 > 1 else None}.get(s.skip)
+        table.append(Layer(attention, value if attention != "-" else None, skip))
+    return table
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last axis, without parameters."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, (length, 1, head_dim / 2) fp32. Half-truncated RoPE: frequencies 1 .. 1/base on the first half of
+    the pairs, none on the others, which then carry content regardless of position (record 17)."""
+    frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), F.pad(frequency, (0, head_dim // 4)))
+    return angle.cos()[:, None], angle.sin()[:, None]
+
+
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (x[i], x[i + K/2]) by the angle of their position, in fp32."""
+    a, b = x_BTHK.float().chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x_BTHK)
+
+
+def uniform(*shape: int) -> Tensor:
+    """Uniform with standard deviation 0.5 / sqrt(fan_in), the fan-in being the last axis."""
+    bound = math.sqrt(3) * 0.5 * shape[-1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound)
+
+
+class Attention(nn.Module):
+    """Causal self-attention of one layer: QK-norm, RoPE, value embedding, output gate.
+
+    qkvo holds the four matrices in one shape, so that the optimizer can batch them; the output matrix is the
+    transposed one and starts at zero."""
+
+    def __init__(self, s: Settings):
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale, self.gated = s.num_heads, s.head_dim, s.scale, s.attn_gate
+        self.qkvo = nn.Parameter(torch.cat((uniform(3, s.width, s.width), torch.zeros(1, s.width, s.width))))
+
+    def forward(self, x_BTD: Tensor, value_BTD: Tensor | None, mask, rotary, scalars: dict, gates: Tensor) -> Tensor:
+        q, k, v, gate = self.project(x_BTD, value_BTD, rotary, scalars, gates)
+        return self.merge(attend(q, k, v, mask, self.scale), gate)
+
+    def project(self, x_BTD: Tensor, value_BTD: Tensor | None, rotary, scalars: dict, gates: Tensor):
+        """q, k, v of each position, (B, T, H, K), and the gate of the heads' outputs, (B, T, H, 1)."""
+        qkv, _ = self.qkvo.split((3, 1))
+        q, k, v = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        both = torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gates.flatten(0, 1)))
+        out_gate, value_gate = both.unflatten(-1, (2, self.num_heads, 1)).unbind(2)
+        if value_BTD is not None:
+            v = scalars["value"] * v + scalars["value_embed"] * (2 * value_gate) * value_BTD.view_as(v)
+        return rotate(norm(q), *rotary), rotate(norm(k), *rotary), v, out_gate
+
+    def merge(self, y_BTHK: Tensor, gate_BTH1: Tensor) -> Tensor:
+        """Heads' outputs, gated, back to the residual stream."""
+        _, out = self.qkvo.split((3, 1))
+        return (y_BTHK * gate_BTH1 if self.gated else y_BTHK).flatten(2) @ out[0]
+
+
+class MLP(nn.Module):
+    """ReLU^2 feed-forward; both matrices are (hidden, model), so that the optimizer can batch them (record 27)."""
+
+    def __init__(self, s: Settings):
+        super().__init__()
+        self.up = nn.Parameter(uniform(s.mlp_ratio * s.width, s.width))
+        self.down = nn.Parameter(torch.zeros(s.mlp_ratio * s.width, s.width))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return F.linear(x_BTD, self.up).relu().square() @ self.down
+
+
+class Block(nn.Module):
+    """One layer: mix with skip connection and embedding, attention, MLP."""
+
+    def __init__(self, s: Settings, layer: Layer):
+        super().__init__()
+        self.attn = Attention(s) if layer.attention != "-" else None
+        self.mlp = MLP(s)
+
+    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, skip_BTD: Tensor | None, value_BTD: Tensor | None, mask, rotary,
+                scalars_S: Tensor, gates: Tensor) -> Tensor:
+        scalars = dict(zip(SCALARS, scalars_S, strict=True))
+        x = self.mix(x_BTD, x0_BTD, skip_BTD, scalars)
+        if self.attn is not None:
+            x = x + self.attn(norm(x), value_BTD, mask, rotary, scalars, gates)
+        return x + self.mlp(norm(x))
+
+    def mix(self, x_BTD: Tensor, x0_BTD: Tensor, skip_BTD: Tensor | None, scalars: dict) -> Tensor:
+        """Input of the layer: residual stream, skip connection and embedding, each with a learned weight."""
+        if skip_BTD is not None:
+            x_BTD = x_BTD + scalars["skip"] * skip_BTD
+        return scalars["residual"] * x_BTD + scalars["embedding"] * x0_BTD
+
+
+class GPT(nn.Module):
+    """The language model. Built in fp32 on the CPU from the seed alone; the optimizer casts it to its dtype."""
+
+    def __init__(self, s: Settings, vocab_size: int):
+        super().__init__()
+        torch.manual_seed(s.seed)
+        self.softcap, self.flex, self.window_step, self.layers = s.softcap, s.backend == "flex", s.window_step, layer_table(s)
+        padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
+        self.embed = nn.Embedding(padded, s.width)
+        self.value_embeds = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeds))
+        self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, and its weight
+        self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
+        self.gates = nn.Parameter(torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM))  # of head outputs, of value embeddings
+        self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
+        self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
+        longest = max([stage.seq_len for stage in stage_table(s)] + [s.eval_seq_len])
+        for name, table in zip(("cos", "sin"), rotary_table(longest, s.head_dim, s.rope_base), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
+        """Cross-entropy summed over the targets that are not IGNORE, in nats, fp32 scalar. `window`: int32 0-D tensor,
+        tokens of the long window; document numbers rise along a row."""
+        return self.loss(self.trunk(inputs_BT, docs_BT, window), targets_BT)
+
+    def trunk(self, inputs_BT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
+        """Residual stream after the last layer, (B, T, D)."""
+        x = x0 = self.embedding(inputs_BT, docs_BT)
+        values = [table(inputs_BT) for table in self.value_embeds]
+        masks = self.masks(docs_BT, window)
+        rotary = self.cos[:inputs_BT.size(1)], self.sin[:inputs_BT.size(1)]
+        scalars, gates, outputs = self.scalars.type_as(x).unbind(0), self.gates.unbind(0), []
+        for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
+            skip = outputs[layer.skip_from] if layer.skip_from is not None else None
+            value = values[layer.value_table] if layer.value_table is not None else None
+            x = block(x, x0, skip, value, masks.get(layer.attention), rotary, scalars[i], gates[i])
+            outputs.append(x)
+        return x
+
+    def masks(self, docs_BT: Tensor, window: Tensor) -> dict:
+        """Mask of long and of short windows, made once per forward pass. A short window is half a long one."""
+        half = torch.minimum((window // 2 + self.window_step - 1) // self.window_step * self.window_step, window)
+        make, kinds = block_mask if self.flex else dense_mask, {layer.attention for layer in self.layers}
+        return {kind: make(docs_BT, size) for kind, size in (("L", window), ("S", half)) if kind in kinds}
+
+    def embedding(self, inputs_BT: Tensor, docs_BT: Tensor) -> Tensor:
+        """Normed token embeddings; each takes up some of the previous token's of its document (record 34)."""
+        x = self.embed(inputs_BT)
+        if self.smear is not None:
+            previous = x[:, :-1] * (docs_BT[:, 1:] == docs_BT[:, :-1]).unsqueeze(-1)
+            x = torch.cat((x[:, :1], self.smeared(x[:, 1:], previous)), dim=1)
+        return norm(x)
+
+    def smeared(self, x_BTD: Tensor, previous_BTD: Tensor) -> Tensor:
+        gate, weight = self.smear.split((GATE_DIM, 1))
+        return x_BTD + weight * torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gate[None])) * previous_BTD
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """Logits 2c*sigmoid(2z/c): c*tanh(z/c) up to a constant that the softmax does not see (records 9, 18, 19)."""
+        logits = F.linear(norm(x_BTD), self.lm_head)
+        return 2 * self.softcap * torch.sigmoid(logits * (2 / self.softcap)) if self.softcap else logits
+
+    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        logits = self.head(x_BTD).float().flatten(0, 1)
+        return F.cross_entropy(logits, targets_BT.flatten().long(), reduction="sum", ignore_index=IGNORE)
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Number of parameters by kind; `matmul` counts those that multiply every token (for FLOPs)."""
+    counts = dict.fromkeys(("embedding", "hidden", "head", "small"), 0)
+    for name, p in model.named_parameters():
+        kind = "embedding" if "embed" in name else "hidden" if "blocks" in name else "head" if name == "lm_head" else "small"
+        counts[kind] += p.numel()
+    return counts | {"total": sum(counts.values()), "matmul": counts["hidden"] + counts["head"]}
+
+
+def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
+    """FLOPs of forward and backward per token: 6 per matmul parameter, and 12 * model_dim per visible key of each
+    attention layer (q.k and weighted sum, 2 FLOPs each, times 3). Keys: the average over a causal row cut at the window
+    and at max_doc_len, taken at the stage's final window; shorter documents are not subtracted."""
+    length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
+    for layer in layer_table(s):
+        window = min({"L": stage.window, "S": stage.window // 2, "-": 0}[layer.attention], length)
+        keys += window - window * (window - 1) / (2 * length)
+    return 6.0 * counts["matmul"] + 12.0 * s.width * keys
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Optimizer                                                                                                        │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# One class for one rank or many. Each gradient is reduced into the shard of the rank that owns it as soon as it is
+# complete in the last micro-step's backward pass, and then freed; optimizer state and fp32 master weights exist on the
+# owner only (ZeRO-2); after the update the owner's weights are gathered by all. Small parameters are all-reduced and
+# updated by every rank.
+
+
+class World(NamedTuple):
+    """Place of this process among all."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+
+class Rule(NamedTuple):
+    """One row of the parameter table."""
+
+    pattern: str  # of the parameter names, a full match
+    kind: str  # muon or adamw
+    lr: float  # peak learning rate
+    betas: tuple[float, float]  # of adamw; of muon: unused (scheduled momentum), beta2 of the variance
+    weight_decay: float  # per unit of learning rate
+    comm: str  # sharded: its owner updates it; replicated: every rank does
+
+
+def parameter_table(s: Settings) -> list[Rule]:
+    """How each parameter is trained. Factors on adam_lr as in records 20 to 28. Muon's shape rule sqrt(rows / columns)
+    is written out: both MLP matrices are stored as (hidden, model), which gives both the factor sqrt(mlp_ratio)."""
+    muon, adam, decay, beta2 = s.muon_lr, s.adam_lr, s.adam_weight_decay, s.muon_beta2
+    return [
+        Rule(r"blocks\.\d+\.attn\.qkvo", "muon", muon, (0.0, beta2), s.muon_weight_decay, "sharded"),
+        Rule(r"blocks\.\d+\.mlp\.(up|down)", "muon", muon * s.mlp_ratio**0.5, (0.0, beta2), s.muon_weight_decay, "sharded"),
+        Rule(r"lm_head", "adamw", adam, (0.8, 0.95), decay, "sharded"),
+        Rule(r"embed\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded"),
+        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded"),
+        Rule(r"gates|smear", "adamw", adam, (0.9, 0.99), 0.0, "replicated"),
+        Rule(r"scalars", "adamw", 5 * adam, (0.9, 0.99), 0.0, "replicated"),
+    ]
+
+
+def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
+    """Parameter name -> its row of the table. Every parameter must match exactly one."""
+    matches = {name: [rule for rule in table if re.fullmatch(rule.pattern, name)] for name in names}
+    wrong = {name: [rule.pattern for rule in rules] for name, rules in matches.items() if len(rules) != 1}
+    assert not wrong, f"parameter_table must cover each parameter exactly once, but: {wrong}"
+    return {name: rules[0] for name, rules in matches.items()}
+
+
+# Minimax-optimal quintic steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932; 5 steps, safety 2e-2, cushion 2).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's quintic (Jordan et al. 2024)
+
+
+def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype) -> Tensor:
+    """Nearest (semi-)orthogonal matrix of each of (K, rows, cols), approximately: singular values go to about 1."""
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
+    slack, steps = (1.02, POLAR_EXPRESS) if method == "polar_express" else (1.0, NEWTON_SCHULZ)
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * slack + 1e-7)).to(dtype)
+    for a, b, c in steps:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def normalize_variance(update: Tensor, variance: Tensor, new_share: Tensor) -> Tensor:
+    """NorMuon (Li et al. 2025, arXiv 2510.05491): divides each row (of a wide matrix: each column) of the update by the
+    running root-mean-square of its entries, then restores the matrix's norm. No bias correction is needed: a common
+    factor cancels. `variance`: (K, rows, 1) or (K, 1, cols), updated in place."""
+    before = update.norm(dim=(-2, -1), keepdim=True)
+    variance.lerp_(update.square().mean(dim=-1 if variance.size(-1) == 1 else -2, keepdim=True), new_share)
+    update = update * variance.clamp_min(1e-10).rsqrt()
+    return update * (before / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+
+
+def muon_update(master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor | None, lr: Tensor, weight_decay: Tensor,
+                mu: Tensor, new_share: Tensor, method: str, dtype: torch.dtype, cautious: bool):
+    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    lr (K, 1, 1); mu: momentum; variance None: without NorMuon."""
+    grad = grad.float()
+    momentum.lerp_(grad, 1 - mu)
+    update = orthogonalize(torch.lerp(grad, momentum, mu), method, dtype).float()
+    if variance is not None:
+        update = normalize_variance(update, variance, new_share)
+    apply_update(master, update, lr, weight_decay, cautious)
+
+
+def adamw_update(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, weight_decay: Tensor,
+                 new_share1: Tensor, new_share2: Tensor, correction1: Tensor, correction2: Tensor, eps: float, cautious: bool):
+    """One AdamW step on a flat shard, in place (Loshchilov & Hutter 2019, arXiv 1711.05101). new_share: 1 - beta;
+    correction: 1 - beta^step."""
+    grad = grad.float()
+    exp_avg.lerp_(grad, new_share1)
+    exp_avg_sq.lerp_(grad.square(), new_share2)
+    update = exp_avg / correction1 / ((exp_avg_sq / correction2).sqrt() + eps)
+    apply_update(master, update, lr, weight_decay, cautious)
+
+
+def apply_update(master: Tensor, update: Tensor, lr: Tensor, weight_decay: Tensor, cautious: bool):
+    """master -= lr * (update + decay * master), the decay only where it and the update agree in sign if `cautious`
+    (Chen et al. 2025, arXiv 2510.12402)."""
+    decay = weight_decay * master
+    master.sub_(lr * (update + (decay * (update * master >= 0) if cautious else decay)))
+
+
+class Bank:
+    """Parameters that one call updates, cut into slots of one shape: a matrix each for Muon, 1/ranks of a flat parameter
+    for AdamW. Slot k * owners + r belongs to rank r; the slots of one k, a round, travel in one collective.
+
+    `state` holds the own slots, fp32: master (the weights) and the moments, each (rounds, *slot)."""
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]], rules: dict[str, Rule], s: Settings, world: World):
+        self.params, self.s, self.world = dict(named), s, world
+        self.rule, first = rules[named[0][0]], named[0][1]
+        self.owners = world.size if self.rule.comm == "sharded" else 1
+        self.muon = self.rule.kind == "muon"
+        self.slot_shape = tuple(first.shape[-2:]) if self.muon else (-(-first.numel() // self.owners),)
+        self.slots = [(name, i) for name, p in named for i in range(len(self.cut(p)))]
+        self.rounds = [self.slots[k:k + self.owners] for k in range(0, len(self.slots), self.owners)]
+        self.own = [k * self.owners + (world.rank if self.owners > 1 else 0) for k in range(len(self.rounds))]
+        self.lr = torch.tensor([rules[self.slots[i][0]].lr if i < len(self.slots) else 0.0 for i in self.own],
+                               device=s.device).view(-1, *(1 for _ in self.slot_shape))
+        self.update_function = compiled(muon_update if self.muon else adamw_update, s)
+        self.state = {"master": self.own_slots({name: p.detach() for name, p in named})}
+        for name, p in named:
+            p.data = p.data.to(s.device, torch.float32 if "scalars" in name else s.torch_dtype)
+        # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
+        self.grad = torch.zeros_like(self.state["master"], dtype=first.dtype if world.size > 1 else torch.float32)
+        self.in_flight: list[tuple] = []  # (work, tensors it uses): all must live until the wait
+        self.hyper = {name: torch.zeros((), device=s.device) for name in ("decay", "mu", "share1", "share2", "c1", "c2")}
+        self.expect()
+        self.reset()
+
+    def reset(self):
+        """Zero moments, as before the first step."""
+        master = self.state["master"]
+        moments = ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]
+        self.state |= {key: torch.zeros_like(master) for key in moments}
+        if self.muon and self.s.muon_beta2:
+            rows_longer = self.slot_shape[0] >= self.slot_shape[1]
+            self.state["variance"] = torch.zeros_like(master[..., :1] if rows_longer else master[:, :1])
+
+    def cut(self, tensor: Tensor, slot_shape: tuple[int, ...] | None = None) -> Tensor:
+        """A whole tensor as slots, (number, *slot), padded with zeros where it does not divide."""
+        shape = slot_shape or self.slot_shape
+        short = -tensor.numel() % math.prod(shape)
+        return (F.pad(tensor.flatten(), (0, short)) if short else tensor.flatten()).view(-1, *shape)
+
+    def expect(self):
+        """Before a backward pass: the names of the parameters whose gradients each round waits for."""
+        self.waiting = [{name for name, _ in slots} for slots in self.rounds]
+        self.arrived: dict[str, Tensor] = {}
+
+    def receive(self, name: str, grad: Tensor):
+        """A parameter's gradient is complete: reduces every round that now has all it needs, and frees what no other
+        round needs."""
+        self.arrived[name] = self.cut(grad)
+        for k, needs in enumerate(self.waiting):
+            if name in needs:
+                needs.remove(name)
+                if not needs:
+                    self.reduce(k)
+        unfinished = {name for k, slots in enumerate(self.rounds) if self.waiting[k] for name, _ in slots}
+        self.arrived = {name: slots for name, slots in self.arrived.items() if name in unfinished}
+
+    def reduce(self, k: int):
+        """Sums a round's gradients over the ranks into the owners' shards, asynchronously."""
+        pieces = [self.arrived[name][i] for name, i in self.rounds[k]]
+        if self.owners == 1:
+            self.grad[k] = pieces[0]
+            if self.world.size > 1:
+                self.in_flight.append((dist.all_reduce(self.grad[k], async_op=True), None))
+            return
+        pieces += [torch.zeros_like(pieces[0])] * (self.owners - len(pieces))
+        packed = torch.stack(pieces).to(self.grad.dtype)
+        work = dist.reduce_scatter_tensor(self.grad[k], packed, async_op=True)
+        self.in_flight.append((work, packed))
+
+    def step(self, scale: float, mu: float, step: int):
+        """Waits for the own gradients, updates the own slots and sends them off, asynchronously.
+
+        Raises RuntimeError that names the parameters whose gradient never came."""
+        missing = sorted(set().union(*self.waiting))
+        if missing:
+            raise RuntimeError(f"no gradient for {', '.join(missing)}: every parameter must take part in the loss")
+        for work, _ in self.in_flight:
+            work.wait()
+        self.in_flight, state, h = [], self.state, self.hyper
+        self.expect()
+        beta1, beta2 = self.rule.betas
+        values = dict(decay=self.rule.weight_decay * scale, mu=mu, share1=1 - beta1, share2=1 - beta2, c1=1 - beta1**step,
+                      c2=1 - beta2**step)  # the decay falls with the rate twice: as lr^2
+        for name, value in values.items():
+            h[name].fill_(value)
+        lr = self.lr * scale
+        if self.muon:
+            self.update_function(state["master"], self.grad, state["momentum"], state.get("variance"), lr, h["decay"], h["mu"],
+                                 h["share2"], self.s.orthogonalizer, self.s.torch_dtype, self.s.cautious)
+        else:
+            self.update_function(state["master"], self.grad, state["exp_avg"], state["exp_avg_sq"], lr, h["decay"],
+                                 h["share1"], h["share2"], h["c1"], h["c2"], self.s.adam_eps, self.s.cautious)
+        self.send_weights()
+
+    def send_weights(self):
+        """Starts to gather the new weights of all owners, one collective a round."""
+        if self.owners == 1:
+            return
+        dtype = next(iter(self.params.values())).dtype
+        for own in self.state["master"]:
+            sent = own.to(dtype)
+            received = torch.empty(self.owners, *self.slot_shape, dtype=dtype, device=sent.device)
+            self.in_flight.append((dist.all_gather_into_tensor(received, sent, async_op=True), sent, received))
+
+    def receive_weights(self):
+        """Writes the weights of all owners into the parameters."""
+        for work, *_ in self.in_flight:
+            work.wait()
+        slots = torch.cat([received for *_, received in self.in_flight]) if self.in_flight else self.state["master"]
+        self.in_flight = []
+        torch._foreach_copy_([p.data for p in self.params.values()], list(self.join(slots).values()))
+
+    def join(self, slots: Tensor) -> dict[str, Tensor]:
+        """Slots of all owners in order -> parameter name: whole tensor (views where possible)."""
+        whole, start, slot_numel = {}, 0, math.prod(self.slot_shape)
+        for name, p in self.params.items():
+            count = -(-p.numel() // slot_numel)
+            part, start = slots[start:start + count], start + count
+            same = part.shape[1:] == self.slot_shape
+            whole[name] = part.flatten()[:p.numel()].view_as(p) if same else part
+        return whole
+
+    def full(self, key: str) -> dict[str, Tensor]:
+        """State `key` of all parameters by name, whole, on the CPU. Collective."""
+        own = self.state[key]
+        if self.owners > 1:
+            gathered = torch.empty(self.owners, *own.shape, device=own.device)
+            dist.all_gather_into_tensor(gathered, own)
+            own = gathered.transpose(0, 1).flatten(0, 1)
+        return {name: tensor.cpu().clone() for name, tensor in self.join(own).items()}
+
+    def own_slots(self, whole: dict[str, Tensor], slot_shape: tuple[int, ...] | None = None) -> Tensor:
+        """The own slots of whole tensors by name, fp32 on the device; zero where there are fewer slots than ranks."""
+        slots = torch.cat([self.cut(whole[name], slot_shape) for name in self.params])
+        missing = len(self.rounds) * self.owners - len(slots)
+        slots = F.pad(slots, [0, 0] * (slots.dim() - 1) + [0, missing])
+        return slots[self.own].to(self.s.device, torch.float32).contiguous()
+
+    def load(self, saved: dict[str, dict[str, Tensor]]):
+        """State as `full` gave it, on any number of ranks."""
+        for key, old in self.state.items():
+            self.state[key] = self.own_slots(saved[key], tuple(old.shape[1:]))
+        self.send_weights()
+        self.receive_weights()
+
+
+class MuonAdamW:
+    """The optimizer of a model: hooks that reduce gradients during backward, and the step over all banks."""
+
+    def __init__(self, model: nn.Module, s: Settings, world: World):
+        named = list(reversed(list(model.named_parameters())))  # about the order in which backward completes them
+        rules = match_rules(parameter_table(s), [name for name, _ in named])
+        groups: dict[tuple, list] = {}  # Muon: matrices of one shape together; AdamW: each parameter for itself
+        for name, p in named:
+            groups.setdefault(tuple(p.shape[-2:]) if rules[name].kind == "muon" else name, []).append((name, p))
+        self.steps, self.last_micro_step, self.world = 0, True, world
+        self.banks = [Bank(group, rules, s, world) for group in groups.values()]
+        self.sums: dict[str, Tensor] = {}  # fp32 gradient sums of earlier micro-steps
+        for bank in self.banks:
+            for name, p in bank.params.items():
+                p.register_post_accumulate_grad_hook(lambda p, name=name, bank=bank: self._on_gradient(name, p, bank))
+
+    def _on_gradient(self, name: str, p: nn.Parameter, bank: Bank):
+        """Runs inside backward when a parameter's gradient is complete. Micro-steps are summed in fp32."""
+        grad, p.grad = p.grad, None
+        if name in self.sums:
+            grad = self.sums.pop(name).add_(grad)
+        if self.last_micro_step:
+            bank.receive(name, grad)
+        else:
+            self.sums[name] = grad.float()
+
+    def step(self, scale: float, momentum: float):
+        """Updates all parameters. `scale`: the schedule's factor on all learning rates; `momentum`: Muon's."""
+        self.steps += 1
+        for bank in self.banks:
+            bank.step(scale, momentum, self.steps)
+        for bank in self.banks:
+            bank.receive_weights()
+
+    def reset(self):
+        """As before the first step, with the weights at hand."""
+        self.steps = 0
+        for bank in self.banks:
+            bank.reset()
+
+    def state_dict(self) -> dict:
+        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor}}}, whatever the number of ranks. Collective."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for bank in self.banks:
+            for key in bank.state:
+                state.setdefault(key, {}).update(bank.full(key))
+        return {"steps": self.steps, "state": state}
+
+    def load_state_dict(self, saved: dict):
+        """Restores what state_dict gave, on any number of ranks, and with it the model's weights."""
+        self.steps = saved["steps"]
+        for bank in self.banks:
+            bank.load(saved["state"])
+
+
+def compiled(function, s: Settings):
+    """torch.compile with static shapes and whole graphs, or the function itself."""
+    return torch.compile(function, dynamic=False, fullgraph=True) if s.compile else function
+
+
+def compile_model(model: GPT, s: Settings):
+    """One graph; or one per block: then the gradients of a block are complete, and their reduction starts, while earlier
+    blocks are still in their backward pass. A single graph hands over all gradients at its end."""
+    if s.compile_unit == "model":
+        model.forward = compiled(model.forward, s)
+        return
+    for module, name in [(model, "embedding"), (model, "loss"), *((block, "forward") for block in model.blocks)]:
+        setattr(module, name, compiled(getattr(module, name), s))
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Schedule                                                                                                         │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
+    """Factor on all learning rates at training step `step`: warm-up, constant, cool-down to lr_floor, times the stage's.
+    Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
+    left = min(1.0, (s.iterations - step) / max(1, s.cooldown * s.iterations))
+    left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
+    warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
+    return stage_at(stages, step).lr * warm * (s.lr_floor + (1 - s.lr_floor) * left)
+
+
+def momentum_at(s: Settings, step: int) -> float:
+    """Muon's momentum: up over momentum_warmup steps, down again over the last momentum_cooldown."""
+    part = min(1.0, step / max(1, s.momentum_warmup), (s.iterations - step) / max(1, s.momentum_cooldown))
+    return s.momentum_start + (s.muon_momentum - s.momentum_start) * part
+
+
+def window_at(s: Settings, stages: list[Stage], step: int) -> int:
+    """Long attention window of a step in tokens: linear within its stage, rounded up to window_step (record 13)."""
+    stage = stage_at(stages, step)
+    progress = min(1.0, (step - stage.start) / max(1, stage.end - stage.start))
+    window = stage.window_start + (stage.window - stage.window_start) * progress
+    return math.ceil(window / s.window_step) * s.window_step
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Evaluation                                                                                                       │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, stream: ValStream, s: Settings, world: World, window: int, batches: int | None = None) -> float:
+    """Mean loss of the validation stream (or its first `batches`) in nats per token, the same on all ranks. Collective."""
+    rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
+    long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
+    total = torch.zeros((), dtype=torch.float64, device=s.device)
+    for start in range(0, stream.num_rows, rows * world.size)[:batches]:
+        inputs, targets, docs = torch.from_numpy(stream.rows(start + world.rank * rows, rows)).to(s.device)
+        total += model(inputs, targets, docs, long_window)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.item() / stream.num_tokens
+
+
+def bits_per_byte(loss: float, meta: dict) -> float | None:
+    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where it is not known."""
+    split = meta["splits"].get("val", {})
+    return loss / math.log(2) * split["tokens"] / split["bytes"] if split.get("bytes") else None
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Checkpoint                                                                                                       │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json (settings, position
+# in the data, clock, tokenizer, sha256 of state.pt). It is written under another name and renamed when complete.
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int) -> Path:
+    """Writes a checkpoint, then removes all but the newest `keep`. Raises OSError and leaves nothing half-written when
+    the disk is full; earlier checkpoints stay."""
+    final = run_folder / "checkpoints" / f"step_{step:06d}"
+    temporary = final.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        meta = meta | {"step": step, "sha256": file_hash(temporary / "state.pt")}
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"could not write {final}: {str(error).splitlines()[0]}") from error
+    shutil.rmtree(final, ignore_errors=True)  # there only if a run was resumed from an earlier checkpoint
+    os.replace(temporary, final)
+    for old in sorted(final.parent.glob("step_*[0-9]"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def find_checkpoint(s: Settings) -> tuple[Path, dict]:
+    """The checkpoint that --resume names, and its meta.json. A damaged one is reported and the one before it is taken.
+    Raises FileNotFoundError if there is none at all, UserError if all are damaged."""
+    place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
+    found = [*place.glob("checkpoints/step_*[0-9]"), *place.glob("*/checkpoints/step_*[0-9]")]
+    if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
+        found = [path for path in place.parent.glob("step_*[0-9]") if path.name <= place.name]
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {place}: start without --resume, or name a run's or checkpoint's folder")
+    for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+            if file_hash(path / "state.pt") == meta["sha256"]:
+                return path, meta
+            reason = "state.pt does not match its sha256"
+        except (OSError, ValueError, KeyError) as error:
+            reason = repr(error)
+        print(f"checkpoint {path} is damaged ({reason}); trying the one before it", flush=True)
+    raise UserError(f"all {len(found)} checkpoint(s) in {place} are damaged: start without --resume")
+
+
+def check_resumable(s: Settings, fingerprint: str, path: Path, meta: dict):
+    """Raises UserError that names the settings, or data, in which a checkpoint differs from this run."""
+    now = json.loads(json.dumps(dataclasses.asdict(s))) | {"data_fingerprint": fingerprint}
+    then = meta["settings"] | {"data_fingerprint": meta["data"]["fingerprint"]}
+    differing = [f"{key}: {then.get(key)} in the checkpoint, {value} now" for key, value in now.items()
+                 if key not in RESUME_MAY_CHANGE and then.get(key) != value]
+    if differing:
+        raise UserError("\n  ".join([f"{path} was made with other settings; use them, or start without --resume:", *differing]))
+
+
+def on_rank_zero(world: World, function, *arguments):
+    """What `function` returns on rank 0, on all ranks; what it raises there, everywhere. Collective."""
+    answer: list = [None, None]
+    if world.rank == 0:
+        try:
+            answer[0] = function(*arguments)
+        except (UserError, FileNotFoundError) as error:
+            answer[1] = error
+    if world.size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Logging                                                                                                          │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+# Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first match counts.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
+              "H800": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "A40": 150e12,
+              "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: int) -> float | None:
+    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count), None where the peak is not known (CPUs).
+    FLOPs as in flops_per_token: the optimizer does not count, and fp8 products count against the bf16 peak."""
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)), None)
+    return tokens_per_s * flops / (peak * count) if peak else None
+
+
+def command_output(*command: str) -> str | None:
+    """What a command prints, run in the script's folder; None where it fails or does not exist."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True,
+                              timeout=30).stdout.strip()
+
+
+def environment_text(hardware: Hardware) -> str:
+    """Versions and devices, as the public logs give them."""
+    versions = f"Running Python {sys.version}\nRunning PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda}\n"
+    if hardware.device == "cuda":
+        return versions + (command_output("nvidia-smi") or hardware.name)
+    return versions + (f"Running on CPU: {hardware.name}, {torch.get_num_threads()} threads, {hardware.memory_gib:.1f} GiB, "
+                       f"{torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
+
+
+def seconds_since_process_start() -> float:
+    """Age of this process, imports included; on systems without /proc, its CPU time stands in."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+    return time.process_time()
+
+
+def peak_memory_mib(device: str) -> tuple[int, int]:
+    """Peak allocated and reserved MiB of the GPU; on a CPU the process's peak resident memory, twice."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+    import resource  # not on Windows
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) >> 20
+    return resident, resident
+
+
+class RunLog:
+    """Files of a run, written by rank 0 only: log.txt (public record format), metrics.jsonl, config.json, wandb."""
+
+    def __init__(self, s: Settings, hardware: Hardware, folder: Path, config: dict, resumed_at: int | None, main: bool):
+        self.main, self.folder, self.wandb = main, folder, None
+        if not main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open all the run long
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if s.wandb:
+            import wandb
+            self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=folder.name, id=folder.name,
+                                    dir=str(folder), resume="allow", config=config)
+        if resumed_at is not None:
+            self.line(f"resumed after step {resumed_at}")
+            self.metric(event="resume", step=resumed_at)
+            return
+        source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
+        self.text.write(f"{source}\n{bar}\n{environment_text(hardware)}\n{bar}\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+    def print(self, text: str):
+        """To the console."""
+        if self.main:
+            print(text, flush=True)
+
+    def line(self, text: str):
+        """To log.txt."""
+        if self.main:
+            self.text.write(text + "\n")
+
+    def metric(self, **values):
+        """To metrics.jsonl and wandb."""
+        if self.main:
+            self.metrics.write(json.dumps(values) + "\n")
+            if self.wandb is not None:
+                self.wandb.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=values["step"])
+
+    def close(self):
+        if self.main:
+            self.text.close()
+            self.metrics.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Total length of the union of intervals."""
+    total, reach = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reach))
+        reach = max(reach, end)
+    return total
+
+
+def communication_overlap(trace: dict) -> str:
+    """From a Chrome trace: time in collectives and how much of it ran beside computation. On a GPU both are kernels; on
+    a CPU collectives are gloo's operations, on threads of their own, and computation is the other operators."""
+    events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e.get("dur")]
+    pool = [e for e in events if e.get("cat") == "kernel"] or [e for e in events if re.match("aten::|gloo:", e["name"])]
+    spans: dict[bool, list] = {True: [], False: []}
+    for e in pool:
+        spans[e["name"].startswith(("nccl", "gloo:"))].append((e["ts"], e["ts"] + e["dur"]))
+    busy, beside = covered(spans[True]), covered(spans[True]) + covered(spans[False]) - covered(spans[True] + spans[False])
+    return f"communication {busy / 1e3:.1f} ms, {beside / 1e3:.1f} ms of it beside computation" if busy else "no communication"
+
+
+def make_profiler(s: Settings, world: World, folder: Path, say):
+    """torch.profiler over steps [profile_start, profile_start + profile_steps) of this process: a trace per rank for
+    ui.perfetto.dev, a table of the heaviest operations, on CUDA a memory snapshot."""
+    cuda, kinds = s.device == "cuda", torch.profiler.ProfilerActivity
+
+    def report(profiler):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"trace_rank{world.rank}.json"
+        profiler.export_chrome_trace(str(path))
+        order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+        say(profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=40))
+        say(f"{s.profile_steps} steps: {communication_overlap(json.loads(path.read_text()))}\ntrace, for ui.perfetto.dev: {path}")
+        if cuda:
+            torch.cuda.memory._dump_snapshot(str(folder / f"memory_rank{world.rank}.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+            say(f"memory snapshot, for pytorch.org/memory_viz: {folder}/memory_rank{world.rank}.pickle")
+
+    if cuda:
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+    plan = torch.profiler.schedule(wait=max(0, s.profile_start - 1), warmup=1, active=s.profile_steps, repeat=1)
+    return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU], schedule=plan, on_trace_ready=report)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Main                                                                                                             │
+# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class Clock:
+    """Training time in ms as the public rules count it: the device is waited for at every start and stop; validation,
+    checkpoints, profiles and warm-up lie outside."""
+
+    def __init__(self, device: str, total_ms: float = 0.0):
+        self.total_ms, self.started, self.wait = total_ms, None, torch.cuda.synchronize if device == "cuda" else int
+
+    def start(self):
+        self.wait()
+        self.started = time.perf_counter()
+
+    def stop(self) -> float:
+        self.wait()
+        if self.started is not None:
+            self.total_ms += 1000 * (time.perf_counter() - self.started)
+        self.started = None
+        return self.total_ms
+
+
+class Trainer:
+    """One run: builds everything from the settings, then `run` trains. Every rank does the same."""
+
+    def __init__(self, s: Settings, hardware: Hardware, world: World, notes: list[str]):
+        self.s, self.hardware, self.world, self.stages = s, hardware, world, stage_table(s)
+        self.corpus = open_corpus(s.data)
+        self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
+        self.fingerprint = self.corpus.fingerprint()
+        path, meta = on_rank_zero(world, find_checkpoint, s) if s.resume else (None, None)
+        if path:
+            check_resumable(s, self.fingerprint, path, meta)
+        self.model = GPT(s, self.corpus.meta["vocab_size"]).to(s.device)
+        self.counts = parameter_counts(self.model)
+        self.optimizer = MuonAdamW(self.model, s, world)
+        compile_model(self.model, s)
+        self.window = torch.zeros((), dtype=torch.int32, device=s.device)
+        self.losses = torch.zeros(s.log_every, device=s.device)
+        self.stop_signal, self.status, self.val_loss, self.first_step_s = 0, "done", None, None
+        self._open_log(path, meta, notes)
+        if s.compile or s.device == "cuda":
+            self.warm_up()
+        self.start_step, self.position = (meta["step"], meta["position"]) if path else (0, None)
+        self.clock, self.epoch = Clock(s.device, meta["train_time_ms"] if path else 0.0), (self.position or {}).get("epoch", 0)
+        if path:
+            saved = on_rank_zero(world, lambda: torch.load(path / "state.pt", map_location="cpu", weights_only=True))
+            self.optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            self.log.print(f"resumed {path} after step {self.start_step}")
+        self.loader = Loader(s, self.corpus, world, self.position, self.start_step)
+
+    def _open_log(self, path: Path | None, meta: dict | None, notes: list[str]):
+        """Folder and files of the run: a new one, or that of the checkpoint; choices and derived numbers to the console."""
+        git = command_output("git", "rev-parse", "HEAD"), command_output("git", "status", "--porcelain", "-uno")
+        self.config = {"settings": dataclasses.asdict(self.s), "script": Path(__file__).name, "world_size": self.world.size,
+                       "git": {"commit": git[0], "dirty": None if git[1] is None else bool(git[1])},
+                       "torch": torch.version.__version__, "hardware": self.hardware._asdict(),
+                       "data": {"name": self.corpus.folder.name, "fingerprint": self.fingerprint, "meta": self.corpus.meta}}
+        run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
+        folder = path.parent.parent if path else Path(self.s.log_dir) / self.s.experiment_name / run_id
+        self.log = RunLog(self.s, self.hardware, folder, self.config, meta and meta["step"], main=self.world.rank == 0)
+        self.log.print("\n".join(notes + self.summary() + [f"run folder: {folder}"]))
+
+    def summary(self) -> list[str]:
+        """The derived numbers that are printed before training: data, parameters, layers, stages, memory."""
+        s, counts, lines = self.s, self.counts, [f"data {self.corpus.folder}: vocabulary {self.corpus.meta['vocab_size']}"]
+        lines.append("parameters: " + ", ".join(f"{counts[k]:,} {k}" for k in ("total", "hidden", "embedding", "head", "small")))
+        lines.append("layer  attention  value table  skip from")
+        for i, layer in enumerate(self.model.layers):
+            cells = ["-" if cell is None else cell for cell in layer]
+            lines.append(f"{i:>5}  {cells[0]:>9}  {cells[1]:>11}  {cells[2]:>9}")
+        lines.append("        steps  tokens/step  rows x seq_len  accumulation     window  lr x  MFLOPs/token")
+        for t in self.stages:
+            rows = t.micro_rows(s, self.world.size)
+            lines.append(f"{f'{t.start}-{t.end}':>13}  {t.batch_tokens:>11,}  {f'{rows} x {t.seq_len}':>14}  "
+                         f"{t.batch_tokens // (t.seq_len * rows * self.world.size):>12}  {f'{t.window_start}-{t.window}':>9}  "
+                         f"{t.lr:4.2f}  {flops_per_token(s, counts, t) / 1e6:>12.1f}")
+        return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} validation tokens, about "
+                        f"{self.expected_memory() / 2**30:.2f} GiB per process"]
+
+    def expected_memory(self) -> float:
+        """Bytes per process, estimated: weights, own masters and moments, gradients, and for each token of a micro-step
+        34 activations a layer and dimension and three copies of the logits."""
+        s, size = self.s, self.s.torch_dtype.itemsize
+        own = sum(4 * t.numel() for bank in self.optimizer.banks for t in [*bank.state.values(), bank.grad])
+        tokens = max(t.micro_rows(s, self.world.size) * t.seq_len for t in self.stages)
+        activations = 34 * size * s.num_layers * s.width + 3 * 4 * self.model.lm_head.size(0)
+        return own + self.counts["total"] * 2 * size + tokens * activations
+
+    def warm_up(self):
+        """Compiles and runs every shape of training and evaluation on random tokens, untimed, then restores: a rate of 0
+        changes no weight, and the moments are cleared. The compile time is printed."""
+        began, s = time.perf_counter(), self.s
+        for rows, seq_len in sorted({(t.micro_rows(s, self.world.size), t.seq_len) for t in self.stages}):
+            tokens = torch.randint(self.corpus.meta["vocab_size"], (rows, seq_len), dtype=torch.int32, device=s.device)
+            self.window.fill_(s.window_step)
+            self.model(tokens, tokens, torch.zeros_like(tokens), self.window).backward()
+            self.optimizer.step(scale=0.0, momentum=s.momentum_start)
+        evaluate(self.model, self.stream, s, self.world, s.window_step, batches=1)
+        self.optimizer.reset()
+        self.log.print(f"kernels warm after {time.perf_counter() - began:.1f} s")
+
+    def run(self) -> int:
+        """Trains to the end, the target loss or a signal; returns the exit code."""
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        profiler = make_profiler(self.s, self.world, self.log.folder / "profile", self.log.print) if self.s.enable_profiling else None
+        gc.collect()
+        gc.freeze()  # the collector's pauses are as long as a step (record 47)
+        gc.disable()
+        try:
+            with profiler or contextlib.nullcontext():
+                return self._finish(self._loop(profiler))
+        finally:
+            gc.enable()
+            self.loader.close()
+            self.log.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame):
+        """First signal: save and stop after this step (several ranks: after the next logged one, together). The second
+        ends the process at once."""
+        if self.stop_signal:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.stop_signal = number
+
+    def _loop(self, profiler) -> int:
+        """The training loop; returns the number of steps done."""
+        s, step, stop = self.s, self.start_step, False
+        self.clock.start()
+        self.logged_step, self.logged_ms = step, self.clock.total_ms
+        while step < s.iterations and not stop:
+            self.train_step(step)
+            step += 1
+            if self.first_step_s is None:
+                self.first_step_s = seconds_since_process_start()
+            if profiler:
+                self.clock.stop()
+                profiler.step()
+                self.clock.start()
+            if step % s.log_every == 0 or step == s.iterations or (self.stop_signal and self.world.size == 1):
+                stop = self.log_step(step)
+            if step == s.iterations or (s.eval_every and step % s.eval_every == 0):
+                self.validate(step)
+                if s.target_loss and self.val_loss <= s.target_loss:
+                    self.status = "target"
+                    break
+            if s.save_every and step % s.save_every == 0 and step < s.iterations and not stop:
+                self.save(step)
+        if stop and step < s.iterations and self.status != "target":
+            self.status = "interrupted"
+        self.clock.stop()
+        return step
+
+    def train_step(self, step: int):
+        """Forward and backward over the micro-steps of one batch, then the optimizer. Nothing here waits for the device."""
+        stage = stage_at(self.stages, step)
+        micro_steps, self.position = self.loader.next(step)
+        self.window.fill_(window_at(self.s, self.stages, step))
+        for i, (inputs, targets, docs) in enumerate(micro_steps):
+            self.optimizer.last_micro_step = i == len(micro_steps) - 1
+            loss = self.model(inputs, targets, docs, self.window) / stage.batch_tokens
+            loss.backward()
+            self.losses[step % self.s.log_every] += loss.detach()
+        self.optimizer.step(lr_scale(self.s, self.stages, step), momentum_at(self.s, step))
+        if self.position["epoch"] != self.epoch:
+            self.epoch = self.position["epoch"]
+            self.log.print(f"step {step + 1}: all training data used, epoch {self.epoch + 1} begins")
+
+    def log_step(self, step: int) -> bool:
+        """Reads the losses since the last call, checks and reports them; waits for the device. True if any rank got a stop
+        signal. Raises TrainingStopped at the first loss that is not finite."""
+        numbers = F.pad(self.losses, (0, 1), value=float(self.stop_signal))
+        if self.world.size > 1:
+            dist.all_reduce(numbers)
+        *losses, stop = numbers.tolist()
+        self.losses.zero_()
+        for done in range(self.logged_step, step):
+            if not math.isfinite(losses[done % self.s.log_every]):
+                self.status = "nan"
+                self._end_record(done + 1)
+                raise TrainingStopped(f"the loss of step {done + 1} is {losses[done % self.s.log_every]}: stopped, the checkpoints "
+                                      f"before it are kept in {self.log.folder}; lower --muon-lr and --adam-lr")
+        self._report(step, losses[(step - 1) % self.s.log_every])
+        return stop > 0
+
+    def _report(self, step: int, loss: float):
+        """One line on the console and in log.txt, one object in metrics.jsonl."""
+        s, stage, ms = self.s, stage_at(self.stages, step - 1), self.clock.stop()
+        self.clock.start()
+        step_ms = (ms - self.logged_ms) / max(1, step - self.logged_step)
+        rate = 1000 * stage.batch_tokens / step_ms
+        mfu = model_flops_utilization(rate, flops_per_token(s, self.counts, stage), self.hardware.name, self.world.size)
+        eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
+        self.log.print(f"step {step}/{s.iterations}  train loss {loss:.4f}  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s  "
+                       f"MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}  ETA {eta}")
+        self.log.line(f"step:{step}/{s.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
+        self.log.metric(step=step, train_loss=loss, lr=lr_scale(s, self.stages, step - 1), seq_len=stage.seq_len,
+                        window=window_at(s, self.stages, step - 1), batch_tokens=stage.batch_tokens,
+                        tokens=self.tokens_at(step), train_time_ms=ms, step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
+        self.logged_step, self.logged_ms = step, ms
+
+    def tokens_at(self, step: int) -> int:
+        """Training tokens used up by the first `step` steps."""
+        return sum((min(step, t.end) - t.start) * t.batch_tokens for t in self.stages if step > t.start)
+
+    def validate(self, step: int):
+        """Validation loss, outside the clock, into `val_loss` and all logs. Raises TrainingStopped if it is not finite."""
+        ms = self.clock.stop()
+        self.val_loss = loss = evaluate(self.model, self.stream, self.s, self.world, window_at(self.s, self.stages, step))
+        bpb = bits_per_byte(loss, self.corpus.meta)
+        self.log.print(f"step {step}/{self.s.iterations}  val loss {loss:.4f} nats per token"
+                       + (f", {bpb:.4f} bits per byte" if bpb else "") + f"  train time {ms / 1000:.1f} s")
+        self.log.line(f"step:{step}/{self.s.iterations} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
+        self.log.metric(step=step, val_loss=loss, val_bpb=bpb, tokens=self.tokens_at(step), train_time_ms=ms)
+        self.clock.start()
+
+    def save(self, step: int) -> bool:
+        """Writes a checkpoint, outside the clock; False, and a warning, if that failed."""
+        ms = self.clock.stop()
+        state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        meta = self.config | {"position": self.position, "train_time_ms": ms, "val_loss": self.val_loss}
+
+        def write() -> str | None:
+            try:
+                return f"checkpoint {write_checkpoint(self.log.folder, step, state, meta, self.s.keep)}", True
+            except OSError as error:
+                return f"warning: {error}; training goes on, earlier checkpoints are intact: free some space", False
+
+        text, saved = on_rank_zero(self.world, write)
+        self.log.print(text)
+        self.clock.start()
+        return saved
+
+    def _finish(self, step: int) -> int:
+        """Last checkpoint, end of the logs, exit code."""
+        saved = self.save(step) if self.status == "interrupted" or self.s.save_last else True
+        self._end_record(step)
+        if self.s.target_loss:
+            reached = f"reached at step {step} in {self.clock.total_ms / 1000:.2f} s" if self.status == "target" else "not reached"
+            self.log.print(f"target loss {self.s.target_loss}: {reached}")
+        memory = "peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory_mib(self.s.device))
+        self.log.print(memory)
+        self.log.line(memory)
+        self.log.print(f"log, metrics and checkpoints: {self.log.folder}")
+        if not saved:
+            raise TrainingStopped(f"the last checkpoint could not be written to {self.log.folder}: free some space and --resume")
+        return 128 + self.stop_signal if self.status == "interrupted" else 0
+
+    def _end_record(self, step: int):
+        """The last object of metrics.jsonl."""
+        ms, reached = self.clock.stop(), self.status == "target"
+        self.log.metric(event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=self.val_loss,
+                        val_bpb=self.val_loss and bits_per_byte(self.val_loss, self.corpus.meta), train_time_ms=ms,
+                        params_total=self.counts["total"], params_active=self.counts["total"],
+                        peak_memory_mib=peak_memory_mib(self.s.device)[0], first_step_s=self.first_step_s,
+                        tokens_per_s=1000 * self.tokens_at(step) / ms if ms else None,
+                        target_step=step if reached else None, target_time_ms=ms if reached else None)
+
+
+def start_processes(device: str) -> World:
+    """Joins the process group that torchrun announces in the environment; alone without it."""
+    if "RANK" not in os.environ:
+        return World()
+    world = World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+    if device == "cpu":
+        dist.init_process_group("gloo")
+        return world
+    gpus = torch.cuda.device_count()
+    if world.local_rank >= gpus:
+        raise UserError(f"torchrun started more processes than this machine has GPUs: use --nproc_per_node={gpus}")
+    torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))
+    return world
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
+    try:
+        s, hardware, notes = parse_settings(argv, int(os.environ.get("WORLD_SIZE", 1)))
+        torch.set_num_threads(s.threads or torch.get_num_threads())
+        return Trainer(s, hardware, start_processes(s.device), notes).run()
+    except (UserError, FileNotFoundError, TrainingStopped, torch.OutOfMemoryError) as error:
+        hint = "; use a smaller --micro-tokens" if isinstance(error, torch.OutOfMemoryError) else ""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}{hint}", file=sys.stderr)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
