@@ -1,0 +1,242 @@
+"""The model: attention backends against each other and against a loop, causality, documents, and the parts' formulas."""
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import flex_attention as flex_module
+
+import train_gpt
+from train_gpt import GPT, Settings
+
+VOCAB = 50
+
+
+def settings(**changes) -> Settings:
+    """A tiny model, all choices made."""
+    base = dict(num_layers=4, width=64, head_dim=16, value_embeds=1, attention="LSSL", seq_len=(64,), batch_tokens=(128,),
+                window=(32,), window_start=32, window_step=8, eval_seq_len=64, device="cpu", dtype="fp32", backend="sdpa",
+                compile=False, micro_tokens=128)
+    return Settings(**{**base, **changes})
+
+
+def random_model(**changes) -> GPT:
+    """A model whose every parameter is random, the zero-initialized ones too."""
+    model = GPT(settings(**changes), VOCAB)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3, generator=generator)
+    return model
+
+
+def random_docs(rows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Document numbers that rise along each row, with a few long and many short documents."""
+    rng = np.random.default_rng(seed)
+    steps = rng.random((rows, length)) < rng.choice([0.002, 0.02, 0.2], size=(rows, 1))
+    return torch.from_numpy(np.cumsum(steps, axis=1).astype(np.int32))
+
+
+def seen(docs: torch.Tensor, window: int) -> torch.Tensor:
+    """Who sees whom, spelled out pair by pair: (B, T, T) bool."""
+    rows, length = docs.shape
+    return torch.tensor([[[k <= q and q - k < window and docs[b, q] == docs[b, k] for k in range(length)]
+                          for q in range(length)] for b in range(rows)])
+
+
+def int_tensor(value: int) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.int32)
+
+
+# --- attention
+
+
+@pytest.mark.parametrize("window", [1, 5, 24, 1000])
+def test_dense_mask_is_the_rule_pair_by_pair(window):
+    docs = random_docs(3, 24)
+    assert torch.equal(train_gpt.dense_mask(docs, int_tensor(window))[:, 0], seen(docs, window))
+
+
+@pytest.mark.parametrize("window", [1, 100, 128, 129, 256, 300, 5000])
+def test_block_mask_lists_every_visible_block_once_and_nearest_first(window):
+    docs = random_docs(4, 1024, seed=window)
+    mask = train_gpt.block_mask(docs, int_tensor(window))
+    pairs = train_gpt.dense_mask(docs, int_tensor(window))[:, 0].unflatten(1, (8, 128)).unflatten(3, (8, 128))
+    any_pair, all_pairs = pairs.any(dim=4).any(dim=2), pairs.all(dim=4).all(dim=2)
+    listed = torch.zeros(2, 4, 8, 8, dtype=torch.bool)
+    for kind, (counts, indices) in enumerate([(mask.kv_num_blocks, mask.kv_indices),
+                                              (mask.full_kv_num_blocks, mask.full_kv_indices)]):
+        for b in range(4):
+            for q in range(8):
+                used = indices[b, 0, q, :counts[b, 0, q]].tolist()
+                assert used == sorted(set(used), reverse=True), "nearest first, each once"
+                listed[kind, b, q, used] = True
+    partial, full = listed
+    assert not (partial & full).any()
+    assert torch.equal(full & ~all_pairs, torch.zeros_like(full)), "a full block has no hidden pair"
+    assert torch.equal(any_pair & ~(partial | full), torch.zeros_like(full)), "no visible pair is left out"
+    # what is skipped is what the window, causality or documents hide entirely; nothing far away is computed
+    assert not ((partial | full) & ~any_pair).any() or window < 1024
+
+
+def flex_gradients(docs, window, allow_cpu_backward, compile_it=False):
+    """Output of both backends on the same input, and gradients where the backend has them."""
+    generator = torch.Generator().manual_seed(2)
+    results = []
+    for mask in (train_gpt.dense_mask(docs, window), train_gpt.block_mask(docs, window)):
+        generator.manual_seed(2)
+        q, k, v, g = (torch.randn(docs.size(0), docs.size(1), 2, 16, generator=generator) for _ in range(4))
+        leaves = [x.requires_grad_(allow_cpu_backward) for x in (q, k, v)]
+        attend = torch.compile(train_gpt.attend, dynamic=False) if compile_it else train_gpt.attend
+        y = attend(*leaves, mask, 0.3)
+        results.append([y.detach(), *(torch.autograd.grad((y * g).sum(), leaves) if allow_cpu_backward else [])])
+    return results
+
+
+@pytest.mark.parametrize("window", [40, 128, 200, 10_000])
+def test_eager_flex_equals_sdpa_forward_and_backward(window, monkeypatch):
+    # torch refuses FlexAttention's backward on CPUs because it has no kernel; its reference implementation works
+    monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)
+    sdpa, flex = flex_gradients(random_docs(2, 384, seed=window), int_tensor(window), allow_cpu_backward=True)
+    for a, b in zip(sdpa, flex, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_flex_equals_sdpa():
+    for window in (100, 300):  # one graph: the window is a tensor
+        sdpa, flex = flex_gradients(random_docs(2, 384), int_tensor(window), allow_cpu_backward=False, compile_it=True)
+        torch.testing.assert_close(sdpa[0], flex[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [100, 128, 1000, 10_000])
+def test_compiled_flex_equals_sdpa_on_the_gpu_forward_and_backward(window):
+    docs, window = random_docs(2, 2048).cuda(), int_tensor(window).cuda()
+    attend, outputs = torch.compile(train_gpt.attend, dynamic=False), []
+    for mask in (train_gpt.dense_mask(docs, window), train_gpt.block_mask(docs, window)):
+        torch.manual_seed(0)
+        leaves = [torch.randn(2, 2048, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        y = attend(*leaves, mask, 0.12)
+        outputs.append([y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), leaves)])
+    for a, b in zip(*outputs, strict=True):
+        assert (a - b).norm() / a.norm() < 1e-2
+
+
+# --- what a position may depend on
+
+
+def logits_of(model: GPT, tokens: torch.Tensor, docs: torch.Tensor, window: int = 32) -> torch.Tensor:
+    return model.head(model.trunk(tokens, docs, int_tensor(window)))
+
+
+@pytest.mark.parametrize("skip", ["unet", "single", "none"])
+def test_future_tokens_change_nothing_earlier(skip):
+    model = random_model(skip=skip)
+    tokens = torch.randint(VOCAB, (2, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    docs, changed = torch.zeros_like(tokens), tokens.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % VOCAB
+    before, after = logits_of(model, tokens, docs), logits_of(model, changed, docs)
+    assert torch.equal(before[:, :40], after[:, :40])
+    assert not torch.allclose(before[:, 40:44], after[:, 40:44])
+
+
+def test_documents_of_a_row_do_not_see_each_other():
+    model = random_model()
+    tokens = torch.randint(VOCAB, (1, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    docs = torch.zeros_like(tokens)
+    docs[:, 30:] = 1
+    changed = tokens.clone()
+    changed[:, :30] = (changed[:, :30] + 1) % VOCAB
+    before, after = logits_of(model, tokens, docs), logits_of(model, changed, docs)
+    assert torch.equal(before[:, 30:], after[:, 30:])
+    alone = logits_of(model, tokens[:, 30:], docs[:, 30:])  # rotary attention depends on distances only
+    torch.testing.assert_close(before[:, 30:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_the_reach_of_a_token_is_the_sum_of_the_windows():
+    model = random_model(num_layers=2, attention="LS", value_embeds=0)
+    tokens = torch.randint(VOCAB, (1, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    docs, changed = torch.zeros_like(tokens), tokens.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % VOCAB
+    difference = (logits_of(model, tokens, docs, 16) - logits_of(model, changed, docs, 16)).abs().amax(dim=(0, 2))
+    reach = (16 - 1) + (8 - 1) + 1  # long window, short window, smear
+    assert difference[reach] > 0 and (difference[reach + 1:] == 0).all()
+
+
+# --- parts
+
+
+def test_a_new_model_predicts_every_token_alike():
+    model = GPT(settings(), VOCAB)
+    tokens = torch.randint(VOCAB, (2, 64), dtype=torch.int32)
+    loss = model(tokens, tokens, torch.zeros_like(tokens), int_tensor(32)) / 128
+    assert loss.item() == pytest.approx(math.log(128), abs=1e-5)  # the padded vocabulary
+
+
+def test_ignored_targets_have_no_loss():
+    model, tokens = random_model(), torch.randint(VOCAB, (1, 64), dtype=torch.int32)
+    docs, half = torch.zeros_like(tokens), tokens.clone()
+    half[:, 32:] = train_gpt.IGNORE
+    logits = logits_of(model, tokens, docs)
+    expected = F.cross_entropy(logits[0, :32], tokens[0, :32].long(), reduction="sum")
+    assert model(tokens, half, docs, int_tensor(32)).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_softcap_is_a_shifted_tanh():
+    model, x = random_model(softcap=15.0), torch.randn(1, 3, 64)
+    raw = F.linear(train_gpt.norm(x), model.lm_head)
+    torch.testing.assert_close(model.head(x), 15 * torch.tanh(raw / 15) + 15, atol=1e-4, rtol=1e-4)
+    assert torch.equal(random_model(softcap=0.0).head(x), raw)
+
+
+def test_rotation_depends_on_distance_and_leaves_half_of_the_pairs_alone():
+    cos, sin = train_gpt.rotary_table(40, 16, 1024.0)
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 40, 1, 16)
+    rq, rk = train_gpt.rotate(q, cos, sin), train_gpt.rotate(k, cos, sin)
+    assert (rq[0, 5, 0] @ rk[0, 2, 0]).item() == pytest.approx((rq[0, 33, 0] @ rk[0, 30, 0]).item(), abs=1e-4)
+    torch.testing.assert_close(rq.norm(dim=-1), q.norm(dim=-1))
+    still = [4, 5, 6, 7, 12, 13, 14, 15]
+    assert torch.equal(rq[..., still], q[..., still].contiguous())
+    assert not torch.allclose(rq[0, 1, 0, :4], q[0, 1, 0, :4])
+
+
+def test_layer_table_of_record_28():
+    table = train_gpt.layer_table(Settings(attention=train_gpt.auto_attention(12)))
+    assert "".join(layer.attention for layer in table) == "LSSSLSS-SSSL"
+    assert [layer.value_table for layer in table] == [0, 1, 2] + [None] * 6 + [0, 1, 2]
+    assert [layer.skip_from for layer in table] == [None] * 6 + [5, 4, 3, 2, 1, 0]
+    single = train_gpt.layer_table(Settings(attention="L" * 12, skip="single"))
+    assert [(i, layer.skip_from) for i, layer in enumerate(single) if layer.skip_from is not None] == [(6, 3)]
+
+
+def test_parameter_count_of_record_28():
+    model = GPT(Settings(attention=train_gpt.auto_attention(12), backend="sdpa", eval_seq_len=128, seq_len=(128,)), 50257)
+    counts = train_gpt.parameter_counts(model)
+    assert counts["hidden"] == 11 * 4 * 768**2 + 12 * 8 * 768**2
+    assert counts["embedding"] == 4 * 50304 * 768 and counts["head"] == 50304 * 768
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("off", [dict(smear=False), dict(attn_gate=False), dict(value_embeds=0), dict(skip="none"),
+                                 dict(attention="L-SL"), dict(softcap=0.0), dict(value_embeds=2)])
+def test_every_part_can_be_left_out_and_then_changes_the_output(off):
+    tokens = torch.randint(VOCAB, (2, 64), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    docs = torch.zeros_like(tokens)
+    whole, without = random_model(), random_model(**off)
+    shared = dict(whole.named_parameters())
+    with torch.no_grad():
+        for name, p in without.named_parameters():
+            if name in shared:
+                p.copy_(shared[name])
+    assert not torch.allclose(logits_of(whole, tokens, docs), logits_of(without, tokens, docs), atol=1e-3)
+    without(tokens, tokens, docs, int_tensor(32)).backward()
+    assert [name for name, p in without.named_parameters() if p.grad is None] == []
+
+
+def test_weights_depend_on_the_seed_alone():
+    a, b, c = GPT(settings(seed=1), VOCAB), GPT(settings(seed=1), VOCAB), GPT(settings(seed=2), VOCAB)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    assert not torch.equal(a.embed.weight, c.embed.weight)
