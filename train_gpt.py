@@ -5,8 +5,9 @@
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --master_port=29500 --nproc_per_node=8 train_gpt.py
     python train_gpt.py --preset cpu --iterations 200 --experiment_name try --resume
 
-Needs a data set: `python data/stdlib.py` (no download) or `python data/cached_fineweb.py 9`. `--help` lists all settings.
-The number of processes does not change the training: same global batch, same order of tokens, same losses up to rounding.
+Needs a data set: `python data/stdlib.py` (no download) or `python data/cached_fineweb.py 9`. `--help` lists all flags.
+The number of processes does not change the training: same global batch, same order of tokens, same losses but for
+rounding.
 
 Model: the record-28 family of the public speedrun: RMSNorm without parameters, QK-norm, half-truncated RoPE, ReLU^2,
 value embeddings, residual mixing with the embedding, U-net skips, attention gates, smear, soft-capped logits, sliding
@@ -45,9 +46,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Settings                                                                                                         │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Settings                                                                                                           │
+# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 # argparse is generated from the fields below: name, type, default, and the comment as help text, whose last bracket
 # holds the allowed values. `ints` and `floats` have one value per stage of training, or one for all stages.
 
@@ -113,7 +114,7 @@ class Settings:
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
     adam_weight_decay: float = 0.0  # decoupled decay per unit of learning rate, of embeddings and head [>=0]
     cautious: bool = True  # decay only where update and weight have the same sign
-    schedule: str = "linear"  # cool-down: linear, or 1 - sqrt with warmup_steps before (warm-up, stable, decay) [linear|wsd]
+    schedule: str = "linear"  # shape of the cool-down: linear, or 1 - sqrt (warm-up, stable, decay) [linear|wsd]
     warmup_steps: int = 0  # learning-rate warm-up, in steps [>=0]
     cooldown: float = 0.45  # last fraction of the iterations, in which the learning rate falls [0..1]
     lr_floor: float = 0.1  # learning rate at the end / its peak [0..1]
@@ -135,9 +136,9 @@ class Settings:
     # --- hardware
     device: str = "auto"  # where to run [auto|cpu|cuda]
     dtype: str = "auto"  # of activations and matrices; auto: bf16 where the hardware is fast at it [auto|bf16|fp32]
-    backend: str = "auto"  # attention kernel; auto: flex where compiled on CUDA [auto|flex|sdpa]
+    backend: str = "auto"  # attention; auto: flex compiled on CUDA, plain on a CPU in bf16 [auto|flex|sdpa|plain]
     compile: bool = True  # torch.compile of model and optimizer
-    compile_unit: str = "auto"  # model: one graph; block: lets reductions start early, auto with ranks [auto|model|block]
+    compile_unit: str = "auto"  # one graph, or one per block, which lets reductions start early [auto|model|block]
     micro_tokens: int = 49152  # most tokens of one forward and backward pass of a process [>0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
@@ -274,7 +275,9 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     dtype = s.dtype if s.dtype != "auto" else ("bf16" if hardware.bf16 else "fp32")
-    backend = s.backend if s.backend != "auto" else ("flex" if hardware.device == "cuda" and s.compile else "sdpa")
+    kernel = {("cuda", True): "flex", ("cpu", False): "plain"}.get((hardware.device, s.compile), "sdpa")
+    kernel = "sdpa" if kernel == "plain" and dtype == "fp32" else kernel
+    backend = s.backend if s.backend != "auto" else kernel
     unit = s.compile_unit if s.compile_unit != "auto" else ("model" if world_size == 1 else "block")
     data = s.data if s.data != "auto" else ("fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib")
     notes = [f"preset {preset}: {why}", f"device {hardware.device}: {hardware.name}",
@@ -309,7 +312,7 @@ def hardware_errors(s: Settings, hardware: Hardware) -> list[str]:
     if s.device == "cuda" and not cuda:
         bad.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
     if s.preset != "cpu" and s.device != "cpu" and not cuda:
-        bad.append(f"--preset {s.preset} needs a CUDA device and there is none; use --preset cpu, or --device cpu as well")
+        bad.append(f"--preset {s.preset} needs a CUDA device, there is none: use --preset cpu, or add --device cpu")
     if s.backend == "flex" and not (cuda and s.compile):
         bad.append("--backend flex trains only compiled and on a CUDA device (no CPU backward in torch): use sdpa")
     return bad
@@ -319,7 +322,8 @@ def shape_errors(s: Settings, world_size: int) -> list[str]:
     """Settings that do not fit each other: model shape, stages, rows per process."""
     bad = []
     if s.width % s.head_dim or s.head_dim % 4 or s.width < GATE_DIM:
-        bad.append(f"--width {s.width} must be a multiple of --head_dim {s.head_dim}, that one of 4, and not below {GATE_DIM}")
+        bad.append(f"--width {s.width} must be a multiple of --head_dim {s.head_dim}, that one of 4, "
+                   f"and not below {GATE_DIM}")
     if 2 * s.value_embeds > s.num_layers:
         bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
     if s.attention != "auto" and (len(s.attention) != s.num_layers or set(s.attention) - set("LS-")):
@@ -341,12 +345,13 @@ def row_errors(s: Settings, stage: Stage, world_size: int) -> list[str]:
     if stage.batch_tokens % stage.seq_len:
         return [f"--batch_tokens {stage.batch_tokens} must be a multiple of --seq_len {stage.seq_len}"]
     if rows % world_size:
-        return [f"{world_size} processes cannot share the {rows} rows of a step (batch_tokens {stage.batch_tokens} / seq_len "
-                f"{stage.seq_len}): use {', '.join(str(n) for n in range(1, rows + 1) if rows % n == 0)} processes"]
+        fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        return [f"{world_size} processes cannot share the {rows} rows of a step (batch_tokens {stage.batch_tokens} / "
+                f"seq_len {stage.seq_len}): use {fits} processes"]
     if stage.seq_len > s.micro_tokens:
         return [f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {stage.seq_len} tokens"]
     if s.backend == "flex" and (stage.seq_len % FLEX_BLOCK or s.eval_seq_len % FLEX_BLOCK):
-        return [f"--seq_len {stage.seq_len} and --eval_seq_len {s.eval_seq_len} must be multiples of {FLEX_BLOCK} for flex"]
+        return [f"--seq_len {stage.seq_len}, --eval_seq_len {s.eval_seq_len}: flex needs multiples of {FLEX_BLOCK}"]
     return []
 
 
@@ -386,9 +391,9 @@ def stage_at(stages: list[Stage], step: int) -> Stage:
     return next((stage for stage in stages if step < stage.end), stages[-1])
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Data                                                                                                             │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Data                                                                                                               │
+# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 # Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. A document starts with
 # the end-of-text token. Rows are packed from pieces: documents cut to max_doc_len. Every process computes the same
 # sequence of rows and reads the tokens of its own ones, so the order does not depend on the number of processes.
@@ -419,10 +424,10 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         raise UserError(f"{path} is no token shard: {found}, expected {SHARD_MAGIC} and {SHARD_VERSION}; {redo}")
     count, size = int(header[2]), path.stat().st_size
     if count < 1 or size != HEADER_BYTES + 2 * count:
-        raise UserError(f"{path} is truncated or damaged: {size} bytes, {HEADER_BYTES + 2 * count} by its header; {redo}")
+        raise UserError(f"{path} is damaged: {size} bytes, {HEADER_BYTES + 2 * count} by its header; {redo}")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
     if vocab_size and int(tokens.max()) >= vocab_size:
-        raise UserError(f"{path} holds token id {int(tokens.max())}, the vocabulary of meta.json has {vocab_size}; {redo}")
+        raise UserError(f"{path} holds token id {int(tokens.max())}, the vocabulary has {vocab_size}; {redo}")
     return tokens
 
 
@@ -463,11 +468,12 @@ def open_corpus(name: str) -> Corpus:
     for split, found in paths.items():
         count = sum(len(open_shard(path)) for path in found)
         if said[split] not in (None, count):
-            raise UserError(f"{meta_path} says {said[split]} {split} tokens, the shards hold {count}; make them again with {repair}")
+            raise UserError(f"{meta_path} says {said[split]} {split} tokens, the shards hold {count}; "
+                            f"make them again with {repair}")
     return Corpus(folder, meta, paths["train"], paths["val"])
 
 
-def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple[np.ndarray, np.ndarray]:
+def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple[np.ndarray, ...]:
     """Start and length of each piece of a shard: documents cut to at most `max_len` tokens (0: uncut).
 
     The shard's last token is only a target. Without end-of-text tokens the shard is one document, cut from `offset`
@@ -542,13 +548,14 @@ class Loader:
         for _ in range(len(self.corpus.train) + 2):
             self._load_table(stage.max_doc_len)
             used = self.position["used"]
-            first, last = np.searchsorted(self.ends, used, side="right"), np.searchsorted(self.ends, used + stage.seq_len)
+            first = np.searchsorted(self.ends, used, side="right")
+            last = np.searchsorted(self.ends, used + stage.seq_len)
             if last < len(self.ends):
                 break
             turn, shard = divmod(self.position["shard"] + 1, len(self.corpus.train))
             self.position = {"epoch": self.position["epoch"] + turn, "shard": shard, "used": 0}
         else:
-            raise UserError(f"no shard of {self.corpus.folder} holds the {stage.seq_len} tokens of a row: lower --seq_len")
+            raise UserError(f"no shard of {self.corpus.folder} fills a row of {stage.seq_len} tokens: lower --seq_len")
         starts, lengths = self.starts[first:last + 1].copy(), self.lengths[first:last + 1].copy()
         starts[0] += used - (self.ends[first] - lengths[0])  # 0, unless max_doc_len has changed within a piece
         lengths[0] = self.ends[first] - used
@@ -606,8 +613,8 @@ class ValStream:
         available = sum(map(len, shards)) - 1
         self.num_tokens, self.eot, self.seq_len = num_tokens or available, corpus.meta["eot"], seq_len
         if not 0 < self.num_tokens <= available:
-            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} validation tokens to predict; "
-                            f"use --eval_tokens 0 for all of them")
+            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} validation tokens to "
+                            f"predict; use --eval_tokens 0 for all of them")
         self.num_rows = -(-self.num_tokens // seq_len)
         self.tokens = shards[0] if len(shards[0]) > self.num_tokens else np.concatenate(shards)
 
@@ -623,9 +630,9 @@ class ValStream:
         return batch.reshape(3, count, self.seq_len)
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Attention                                                                                                        │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Attention                                                                                                          │
+# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 # One rule says who sees whom; both backends apply it token by token, so that compiled, eager and SDPA agree. (A window
 # that exists only in the block lists of FlexAttention is silently ignored wherever the kernel is not compiled.)
 
@@ -668,18 +675,21 @@ def block_mask(docs_BT: Tensor, window: Tensor):
                                     seq_lengths=(length, length))
 
 
-def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float) -> Tensor:
-    """softmax(scale * q k + mask) v -> (B, T, H, K). `mask` from dense_mask (SDPA) or block_mask (FlexAttention)."""
+def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float, backend: str) -> Tensor:
+    """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a dense_mask SDPA or the
+    formula itself, which in bf16 on a CPU takes 0.2 to 0.6 of the time of SDPA (records/LOG.md, 2026-11-20)."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    if isinstance(mask, Tensor):
+    if backend == "flex":
+        from torch.nn.attention.flex_attention import flex_attention
+        return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
+    if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-    from torch.nn.attention.flex_attention import flex_attention
-    return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
+    return ((q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v).transpose(1, 2)
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Model                                                                                                            │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Model                                                                                                              │
+# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 GATE_DIM = 12  # dimensions of the residual stream that gates read (record 28)
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
@@ -719,17 +729,19 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, (length, 1, head_dim / 2) fp32. Half-truncated RoPE: frequencies 1 .. 1/base on the first half of
-    the pairs, none on the others, which then carry content regardless of position (record 17)."""
+    """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, in radians per token."""
     frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), F.pad(frequency, (0, head_dim // 4)))
-    return angle.cos()[:, None], angle.sin()[:, None]
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
+    return angle.cos(), angle.sin()
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[i], x[i + K/2]) by the angle of their position, in fp32."""
-    a, b = x_BTHK.float().chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x_BTHK)
+    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of their position, in
+    fp32; the other half stands still and carries content regardless of position (record 17)."""
+    a, a_still, b, b_still = x_BTHK.chunk(4, dim=-1)
+    a, b = a.float(), b.float()
+    turned = (a * cos + b * sin).type_as(x_BTHK), (b * cos - a * sin).type_as(x_BTHK)
+    return torch.cat((turned[0], a_still, turned[1], b_still), dim=-1)
 
 
 def uniform(*shape: int) -> Tensor:
@@ -746,22 +758,24 @@ class Attention(nn.Module):
 
     def __init__(self, s: Settings):
         super().__init__()
-        self.num_heads, self.head_dim, self.scale, self.gated = s.num_heads, s.head_dim, s.scale, s.attn_gate
+        self.num_heads, self.head_dim, self.gated = s.num_heads, s.head_dim, s.attn_gate
+        self.scale, self.backend = s.scale, s.backend
         self.qkvo = nn.Parameter(torch.cat((uniform(3, s.width, s.width), torch.zeros(1, s.width, s.width))))
 
     def forward(self, x_BTD: Tensor, value_BTD: Tensor | None, mask, rotary, scalars: dict, gates: Tensor) -> Tensor:
         q, k, v, gate = self.project(x_BTD, value_BTD, rotary, scalars, gates)
-        return self.merge(attend(q, k, v, mask, self.scale), gate)
+        return self.merge(attend(q, k, v, mask, self.scale, self.backend), gate)
 
     def project(self, x_BTD: Tensor, value_BTD: Tensor | None, rotary, scalars: dict, gates: Tensor):
         """q, k, v of each position, (B, T, H, K), and the gate of the heads' outputs, (B, T, H, 1)."""
         qkv, _ = self.qkvo.split((3, 1))
-        q, k, v = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        qk, v = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3 * self.num_heads, self.head_dim)).split(
+            (2 * self.num_heads, self.num_heads), dim=2)
         both = torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gates.flatten(0, 1)))
         out_gate, value_gate = both.unflatten(-1, (2, self.num_heads, 1)).unbind(2)
         if value_BTD is not None:
             v = scalars["value"] * v + scalars["value_embed"] * (2 * value_gate) * value_BTD.view_as(v)
-        return rotate(norm(q), *rotary), rotate(norm(k), *rotary), v, out_gate
+        return *rotate(norm(qk), *rotary).chunk(2, dim=2), v, out_gate
 
     def merge(self, y_BTHK: Tensor, gate_BTH1: Tensor) -> Tensor:
         """Heads' outputs, gated, back to the residual stream."""
@@ -810,13 +824,14 @@ class GPT(nn.Module):
     def __init__(self, s: Settings, vocab_size: int):
         super().__init__()
         torch.manual_seed(s.seed)
-        self.softcap, self.flex, self.window_step, self.layers = s.softcap, s.backend == "flex", s.window_step, layer_table(s)
+        self.layers, self.softcap, self.window_step = layer_table(s), s.softcap, s.window_step
+        self.flex = s.backend == "flex"
         padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
         self.embed = nn.Embedding(padded, s.width)
         self.value_embeds = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeds))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, and its weight
         self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
-        self.gates = nn.Parameter(torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM))  # of head outputs, of value embeddings
+        self.gates = nn.Parameter(torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM))  # outputs, values
         self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
         self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
         longest = max([stage.seq_len for stage in stage_table(s)] + [s.eval_seq_len])
@@ -844,7 +859,8 @@ class GPT(nn.Module):
 
     def masks(self, docs_BT: Tensor, window: Tensor) -> dict:
         """Mask of long and of short windows, made once per forward pass. A short window is half a long one."""
-        half = torch.minimum((window // 2 + self.window_step - 1) // self.window_step * self.window_step, window)
+        half = (window + 2 * self.window_step - 1) // (2 * self.window_step) * self.window_step  # rounded up
+        half = torch.minimum(half, window)
         make, kinds = block_mask if self.flex else dense_mask, {layer.attention for layer in self.layers}
         return {kind: make(docs_BT, size) for kind, size in (("L", window), ("S", half)) if kind in kinds}
 
@@ -872,10 +888,10 @@ class GPT(nn.Module):
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Number of parameters by kind; `matmul` counts those that multiply every token (for FLOPs)."""
-    counts = dict.fromkeys(("embedding", "hidden", "head", "small"), 0)
+    kinds = {"embed": "embedding", "value_embeds": "embedding", "blocks": "hidden", "lm_head": "head"}
+    counts = dict.fromkeys(("hidden", "embedding", "head", "small"), 0)
     for name, p in model.named_parameters():
-        kind = "embedding" if "embed" in name else "hidden" if "blocks" in name else "head" if name == "lm_head" else "small"
-        counts[kind] += p.numel()
+        counts[kinds.get(name.split(".")[0], "small")] += p.numel()
     return counts | {"total": sum(counts.values()), "matmul": counts["hidden"] + counts["head"]}
 
 
@@ -890,9 +906,9 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
     return 6.0 * counts["matmul"] + 12.0 * s.width * keys
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Optimizer                                                                                                        │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Optimizer                                                                                                          │
+# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 # One class for one rank or many. Each gradient is reduced into the shard of the rank that owns it as soon as it is
 # complete in the last micro-step's backward pass, and then freed; optimizer state and fp32 master weights exist on the
 # owner only (ZeRO-2); after the update the owner's weights are gathered by all. Small parameters are all-reduced and
@@ -921,10 +937,11 @@ class Rule(NamedTuple):
 def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained. Factors on adam_lr as in records 20 to 28. Muon's shape rule sqrt(rows / columns)
     is written out: both MLP matrices are stored as (hidden, model), which gives both the factor sqrt(mlp_ratio)."""
-    muon, adam, decay, beta2 = s.muon_lr, s.adam_lr, s.adam_weight_decay, s.muon_beta2
+    muon, muon_betas, muon_decay = s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
+    adam, decay = s.adam_lr, s.adam_weight_decay
     return [
-        Rule(r"blocks\.\d+\.attn\.qkvo", "muon", muon, (0.0, beta2), s.muon_weight_decay, "sharded"),
-        Rule(r"blocks\.\d+\.mlp\.(up|down)", "muon", muon * s.mlp_ratio**0.5, (0.0, beta2), s.muon_weight_decay, "sharded"),
+        Rule(r"blocks\.\d+\.attn\.qkvo", "muon", muon, muon_betas, muon_decay, "sharded"),
+        Rule(r"blocks\.\d+\.mlp\.(up|down)", "muon", muon * s.mlp_ratio**0.5, muon_betas, muon_decay, "sharded"),
         Rule(r"lm_head", "adamw", adam, (0.8, 0.95), decay, "sharded"),
         Rule(r"embed\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded"),
         Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded"),
@@ -974,8 +991,8 @@ def normalize_variance(update: Tensor, variance: Tensor, new_share: Tensor) -> T
     return update * (before / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
 
 
-def muon_update(master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor | None, lr: Tensor, weight_decay: Tensor,
-                mu: Tensor, new_share: Tensor, method: str, dtype: torch.dtype, cautious: bool):
+def muon_update(master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor | None, lr: Tensor,
+                weight_decay: Tensor, mu: Tensor, new_share: Tensor, method: str, dtype: torch.dtype, cautious: bool):
     """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
     lr (K, 1, 1); mu: momentum; variance None: without NorMuon."""
     grad = grad.float()
@@ -987,7 +1004,8 @@ def muon_update(master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor
 
 
 def adamw_update(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, weight_decay: Tensor,
-                 new_share1: Tensor, new_share2: Tensor, correction1: Tensor, correction2: Tensor, eps: float, cautious: bool):
+                 new_share1: Tensor, new_share2: Tensor, correction1: Tensor, correction2: Tensor, eps: float,
+                 cautious: bool):
     """One AdamW step on a flat shard, in place (Loshchilov & Hutter 2019, arXiv 1711.05101). new_share: 1 - beta;
     correction: 1 - beta^step."""
     grad = grad.float()
@@ -1005,8 +1023,8 @@ def apply_update(master: Tensor, update: Tensor, lr: Tensor, weight_decay: Tenso
 
 
 class Bank:
-    """Parameters that one call updates, cut into slots of one shape: a matrix each for Muon, 1/ranks of a flat parameter
-    for AdamW. Slot k * owners + r belongs to rank r; the slots of one k, a round, travel in one collective.
+    """Parameters that one call updates, cut into slots of one shape: a matrix each for Muon, 1/ranks of a flat
+    parameter for AdamW. Slot k * owners + r belongs to rank r; the slots of one k, a round, travel in one collective.
 
     `state` holds the own slots, fp32: master (the weights) and the moments, each (rounds, *slot)."""
 
@@ -1028,7 +1046,7 @@ class Bank:
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         self.grad = torch.zeros_like(self.state["master"], dtype=first.dtype if world.size > 1 else torch.float32)
         self.in_flight: list[tuple] = []  # (work, tensors it uses): all must live until the wait
-        self.hyper = {name: torch.zeros((), device=s.device) for name in ("decay", "mu", "share1", "share2", "c1", "c2")}
+        self.hyper = {key: torch.zeros((), device=s.device) for key in ("decay", "mu", "share1", "share2", "c1", "c2")}
         self.expect()
         self.reset()
 
@@ -1073,7 +1091,7 @@ class Bank:
                 self.in_flight.append((dist.all_reduce(self.grad[k], async_op=True), None))
             return
         pieces += [torch.zeros_like(pieces[0])] * (self.owners - len(pieces))
-        packed = torch.stack(pieces).to(self.grad.dtype)
+        packed = torch.cat(pieces).to(self.grad.dtype)  # one after the other: gloo takes no stacked tensor
         work = dist.reduce_scatter_tensor(self.grad[k], packed, async_op=True)
         self.in_flight.append((work, packed))
 
@@ -1088,17 +1106,17 @@ class Bank:
             work.wait()
         self.in_flight, state, h = [], self.state, self.hyper
         self.expect()
-        beta1, beta2 = self.rule.betas
-        values = dict(decay=self.rule.weight_decay * scale, mu=mu, share1=1 - beta1, share2=1 - beta2, c1=1 - beta1**step,
-                      c2=1 - beta2**step)  # the decay falls with the rate twice: as lr^2
-        for name, value in values.items():
-            h[name].fill_(value)
-        lr = self.lr * scale
+        beta1, beta2 = self.rule.betas  # the decay is scaled twice, here and by the rate: it falls as lr^2
+        values = dict(decay=self.rule.weight_decay * scale, mu=mu, share1=1 - beta1, share2=1 - beta2,
+                      c1=1 - beta1**step, c2=1 - beta2**step)
+        for key, value in values.items():
+            h[key].fill_(value)
+        common = state["master"], self.grad
         if self.muon:
-            self.update_function(state["master"], self.grad, state["momentum"], state.get("variance"), lr, h["decay"], h["mu"],
-                                 h["share2"], self.s.orthogonalizer, self.s.torch_dtype, self.s.cautious)
+            self.update_function(*common, state["momentum"], state.get("variance"), self.lr * scale, h["decay"],
+                                 h["mu"], h["share2"], self.s.orthogonalizer, self.s.torch_dtype, self.s.cautious)
         else:
-            self.update_function(state["master"], self.grad, state["exp_avg"], state["exp_avg_sq"], lr, h["decay"],
+            self.update_function(*common, state["exp_avg"], state["exp_avg_sq"], self.lr * scale, h["decay"],
                                  h["share1"], h["share2"], h["c1"], h["c2"], self.s.adam_eps, self.s.cautious)
         self.send_weights()
 
@@ -1110,7 +1128,8 @@ class Bank:
         for own in self.state["master"]:
             sent = own.to(dtype)
             received = torch.empty(self.owners, *self.slot_shape, dtype=dtype, device=sent.device)
-            self.in_flight.append((dist.all_gather_into_tensor(received, sent, async_op=True), sent, received))
+            work = dist.all_gather_into_tensor(received.flatten(0, 1), sent, async_op=True)
+            self.in_flight.append((work, sent, received))
 
     def receive_weights(self):
         """Writes the weights of all owners into the parameters."""
@@ -1135,7 +1154,7 @@ class Bank:
         own = self.state[key]
         if self.owners > 1:
             gathered = torch.empty(self.owners, *own.shape, device=own.device)
-            dist.all_gather_into_tensor(gathered, own)
+            dist.all_gather_into_tensor(gathered.flatten(0, 1), own)
             own = gathered.transpose(0, 1).flatten(0, 1)
         return {name: tensor.cpu().clone() for name, tensor in self.join(own).items()}
 
@@ -1195,7 +1214,7 @@ class MuonAdamW:
             bank.reset()
 
     def state_dict(self) -> dict:
-        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor}}}, whatever the number of ranks. Collective."""
+        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor}}}, for any number of ranks. Collective."""
         state: dict[str, dict[str, Tensor]] = {}
         for bank in self.banks:
             for key in bank.state:
@@ -1215,8 +1234,8 @@ def compiled(function, s: Settings):
 
 
 def compile_model(model: GPT, s: Settings):
-    """One graph; or one per block: then the gradients of a block are complete, and their reduction starts, while earlier
-    blocks are still in their backward pass. A single graph hands over all gradients at its end."""
+    """One graph; or one per block: then the gradients of a block are complete, and their reduction starts, while
+    earlier blocks are still in their backward pass. A single graph hands over all gradients at its end."""
     if s.compile_unit == "model":
         model.forward = compiled(model.forward, s)
         return
@@ -1224,14 +1243,14 @@ def compile_model(model: GPT, s: Settings):
         setattr(module, name, compiled(getattr(module, name), s))
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Schedule                                                                                                         │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Schedule                                                                                                           │
+# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
 def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
-    """Factor on all learning rates at training step `step`: warm-up, constant, cool-down to lr_floor, times the stage's.
-    Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
+    """Factor on all learning rates at training step `step`: warm-up, constant, cool-down to lr_floor; times the
+    stage's. Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
     left = min(1.0, (s.iterations - step) / max(1, s.cooldown * s.iterations))
     left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
@@ -1252,14 +1271,15 @@ def window_at(s: Settings, stages: list[Stage], step: int) -> int:
     return math.ceil(window / s.window_step) * s.window_step
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Evaluation                                                                                                       │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Evaluation                                                                                                         │
+# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, stream: ValStream, s: Settings, world: World, window: int, batches: int | None = None) -> float:
-    """Mean loss of the validation stream (or its first `batches`) in nats per token, the same on all ranks. Collective."""
+def evaluate(model: nn.Module, stream: ValStream, s: Settings, world: World, window: int,
+             batches: int | None = None) -> float:
+    """Mean loss of the validation stream (or its first `batches`) in nats per token, equal on all ranks. Collective."""
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
     long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
     total = torch.zeros((), dtype=torch.float64, device=s.device)
@@ -1272,14 +1292,14 @@ def evaluate(model: nn.Module, stream: ValStream, s: Settings, world: World, win
 
 
 def bits_per_byte(loss: float, meta: dict) -> float | None:
-    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where it is not known."""
+    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
     split = meta["splits"].get("val", {})
     return loss / math.log(2) * split["tokens"] / split["bytes"] if split.get("bytes") else None
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Checkpoint                                                                                                       │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Checkpoint                                                                                                         │
+# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 # RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json (settings, position
 # in the data, clock, tokenizer, sha256 of state.pt). It is written under another name and renamed when complete.
 
@@ -1321,7 +1341,7 @@ def find_checkpoint(s: Settings) -> tuple[Path, dict]:
     if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
         found = [path for path in place.parent.glob("step_*[0-9]") if path.name <= place.name]
     if not found:
-        raise FileNotFoundError(f"no checkpoint in {place}: start without --resume, or name a run's or checkpoint's folder")
+        raise FileNotFoundError(f"no checkpoint in {place}: start without --resume, or name a run's folder")
     for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
         try:
             meta = json.loads((path / "meta.json").read_text())
@@ -1341,7 +1361,7 @@ def check_resumable(s: Settings, fingerprint: str, path: Path, meta: dict):
     differing = [f"{key}: {then.get(key)} in the checkpoint, {value} now" for key, value in now.items()
                  if key not in RESUME_MAY_CHANGE and then.get(key) != value]
     if differing:
-        raise UserError("\n  ".join([f"{path} was made with other settings; use them, or start without --resume:", *differing]))
+        raise UserError("\n  ".join([f"{path} has other settings; use them, or start without --resume:", *differing]))
 
 
 def on_rank_zero(world: World, function, *arguments):
@@ -1359,9 +1379,9 @@ def on_rank_zero(world: World, function, *arguments):
     return answer[0]
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Logging                                                                                                          │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Logging                                                                                                            │
+# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 # Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first match counts.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
@@ -1370,7 +1390,7 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e
 
 
 def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: int) -> float | None:
-    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count), None where the peak is not known (CPUs).
+    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count); None where the peak is unknown (CPUs).
     FLOPs as in flops_per_token: the optimizer does not count, and fp8 products count against the bf16 peak."""
     peak = next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)), None)
     return tokens_per_s * flops / (peak * count) if peak else None
@@ -1385,11 +1405,12 @@ def command_output(*command: str) -> str | None:
 
 def environment_text(hardware: Hardware) -> str:
     """Versions and devices, as the public logs give them."""
-    versions = f"Running Python {sys.version}\nRunning PyTorch {torch.version.__version__} compiled for CUDA {torch.version.cuda}\n"
+    device = (f"Running on CPU: {hardware.name}, {torch.get_num_threads()} threads, {hardware.memory_gib:.1f} GiB, "
+              f"{torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
     if hardware.device == "cuda":
-        return versions + (command_output("nvidia-smi") or hardware.name)
-    return versions + (f"Running on CPU: {hardware.name}, {torch.get_num_threads()} threads, {hardware.memory_gib:.1f} GiB, "
-                       f"{torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
+        device = command_output("nvidia-smi") or hardware.name
+    return "\n".join([f"Running Python {sys.version}",
+                      f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}", device])
 
 
 def seconds_since_process_start() -> float:
@@ -1473,8 +1494,9 @@ def communication_overlap(trace: dict) -> str:
     spans: dict[bool, list] = {True: [], False: []}
     for e in pool:
         spans[e["name"].startswith(("nccl", "gloo:"))].append((e["ts"], e["ts"] + e["dur"]))
-    busy, beside = covered(spans[True]), covered(spans[True]) + covered(spans[False]) - covered(spans[True] + spans[False])
-    return f"communication {busy / 1e3:.1f} ms, {beside / 1e3:.1f} ms of it beside computation" if busy else "no communication"
+    busy = covered(spans[True])
+    beside = busy + covered(spans[False]) - covered(spans[True] + spans[False])
+    return f"communication {busy / 1e3:.1f} ms, {beside / 1e3:.1f} ms of it beside computation"
 
 
 def make_profiler(s: Settings, world: World, folder: Path, say):
@@ -1488,7 +1510,8 @@ def make_profiler(s: Settings, world: World, folder: Path, say):
         profiler.export_chrome_trace(str(path))
         order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
         say(profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=40))
-        say(f"{s.profile_steps} steps: {communication_overlap(json.loads(path.read_text()))}\ntrace, for ui.perfetto.dev: {path}")
+        say(f"{s.profile_steps} steps: {communication_overlap(json.loads(path.read_text()))}")
+        say(f"trace, for ui.perfetto.dev: {path}")
         if cuda:
             torch.cuda.memory._dump_snapshot(str(folder / f"memory_rank{world.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
@@ -1497,20 +1520,21 @@ def make_profiler(s: Settings, world: World, folder: Path, say):
     if cuda:
         torch.cuda.memory._record_memory_history(max_entries=100_000)
     plan = torch.profiler.schedule(wait=max(0, s.profile_start - 1), warmup=1, active=s.profile_steps, repeat=1)
-    return torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU], schedule=plan, on_trace_ready=report)
+    activities = [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
+    return torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=report)
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Main                                                                                                             │
-# └──────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Main                                                                                                               │
+# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
 class Clock:
     """Training time in ms as the public rules count it: the device is waited for at every start and stop; validation,
     checkpoints, profiles and warm-up lie outside."""
 
-    def __init__(self, device: str, total_ms: float = 0.0):
-        self.total_ms, self.started, self.wait = total_ms, None, torch.cuda.synchronize if device == "cuda" else int
+    def __init__(self, device: str):
+        self.total_ms, self.started, self.wait = 0.0, None, torch.cuda.synchronize if device == "cuda" else int
 
     def start(self):
         self.wait()
@@ -1545,9 +1569,10 @@ class Trainer:
         self._open_log(path, meta, notes)
         if s.compile or s.device == "cuda":
             self.warm_up()
-        self.start_step, self.position = (meta["step"], meta["position"]) if path else (0, None)
-        self.clock, self.epoch = Clock(s.device, meta["train_time_ms"] if path else 0.0), (self.position or {}).get("epoch", 0)
+        self.start_step, self.position, self.epoch, self.clock = 0, None, 0, Clock(s.device)
         if path:
+            self.start_step, self.position, self.clock.total_ms = meta["step"], meta["position"], meta["train_time_ms"]
+            self.epoch = self.position["epoch"]
             saved = on_rank_zero(world, lambda: torch.load(path / "state.pt", map_location="cpu", weights_only=True))
             self.optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
@@ -1555,12 +1580,14 @@ class Trainer:
         self.loader = Loader(s, self.corpus, world, self.position, self.start_step)
 
     def _open_log(self, path: Path | None, meta: dict | None, notes: list[str]):
-        """Folder and files of the run: a new one, or that of the checkpoint; choices and derived numbers to the console."""
+        """Folder and files of the run, new or the checkpoint's; choices and derived numbers to the console."""
         git = command_output("git", "rev-parse", "HEAD"), command_output("git", "status", "--porcelain", "-uno")
-        self.config = {"settings": dataclasses.asdict(self.s), "script": Path(__file__).name, "world_size": self.world.size,
-                       "git": {"commit": git[0], "dirty": None if git[1] is None else bool(git[1])},
-                       "torch": torch.version.__version__, "hardware": self.hardware._asdict(),
-                       "data": {"name": self.corpus.folder.name, "fingerprint": self.fingerprint, "meta": self.corpus.meta}}
+        self.config = {
+            "settings": dataclasses.asdict(self.s), "script": Path(__file__).name, "world_size": self.world.size,
+            "git": {"commit": git[0], "dirty": None if git[1] is None else bool(git[1])}, "torch": torch.__version__,
+            "hardware": self.hardware._asdict(),
+            "data": {"name": self.corpus.folder.name, "fingerprint": self.fingerprint, "meta": self.corpus.meta},
+        }
         run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
         folder = path.parent.parent if path else Path(self.s.log_dir) / self.s.experiment_name / run_id
         self.log = RunLog(self.s, self.hardware, folder, self.config, meta and meta["step"], main=self.world.rank == 0)
@@ -1568,20 +1595,22 @@ class Trainer:
 
     def summary(self) -> list[str]:
         """The derived numbers that are printed before training: data, parameters, layers, stages, memory."""
-        s, counts, lines = self.s, self.counts, [f"data {self.corpus.folder}: vocabulary {self.corpus.meta['vocab_size']}"]
-        lines.append("parameters: " + ", ".join(f"{counts[k]:,} {k}" for k in ("total", "hidden", "embedding", "head", "small")))
-        lines.append("layer  attention  value table  skip from")
+        s, kinds = self.s, ("total", "hidden", "embedding", "head", "small")
+        lines = [f"data {self.corpus.folder}: vocabulary {self.corpus.meta['vocab_size']}",
+                 "parameters: " + ", ".join(f"{self.counts[kind]:,} {kind}" for kind in kinds),
+                 "layer  attention  value table  skip from"]
         for i, layer in enumerate(self.model.layers):
             cells = ["-" if cell is None else cell for cell in layer]
             lines.append(f"{i:>5}  {cells[0]:>9}  {cells[1]:>11}  {cells[2]:>9}")
         lines.append("        steps  tokens/step  rows x seq_len  accumulation     window  lr x  MFLOPs/token")
         for t in self.stages:
             rows = t.micro_rows(s, self.world.size)
-            lines.append(f"{f'{t.start}-{t.end}':>13}  {t.batch_tokens:>11,}  {f'{rows} x {t.seq_len}':>14}  "
-                         f"{t.batch_tokens // (t.seq_len * rows * self.world.size):>12}  {f'{t.window_start}-{t.window}':>9}  "
-                         f"{t.lr:4.2f}  {flops_per_token(s, counts, t) / 1e6:>12.1f}")
-        return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} validation tokens, about "
-                        f"{self.expected_memory() / 2**30:.2f} GiB per process"]
+            accumulation = t.batch_tokens // (t.seq_len * rows * self.world.size)
+            steps, shape, windows = f"{t.start}-{t.end}", f"{rows} x {t.seq_len}", f"{t.window_start}-{t.window}"
+            lines.append(f"{steps:>13}  {t.batch_tokens:>11,}  {shape:>14}  {accumulation:>12}  {windows:>9}"
+                         f"  {t.lr:4.2f}  {flops_per_token(s, self.counts, t) / 1e6:>12.1f}")
+        return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} validation "
+                        f"tokens, about {self.expected_memory() / 2**30:.2f} GiB per process"]
 
     def expected_memory(self) -> float:
         """Bytes per process, estimated: weights, own masters and moments, gradients, and for each token of a micro-step
@@ -1593,8 +1622,8 @@ class Trainer:
         return own + self.counts["total"] * 2 * size + tokens * activations
 
     def warm_up(self):
-        """Compiles and runs every shape of training and evaluation on random tokens, untimed, then restores: a rate of 0
-        changes no weight, and the moments are cleared. The compile time is printed."""
+        """Compiles and runs every shape of training and evaluation on random tokens, untimed, then restores: a rate of
+        0 changes no weight, and the moments are cleared. The compile time is printed."""
         began, s = time.perf_counter(), self.s
         for rows, seq_len in sorted({(t.micro_rows(s, self.world.size), t.seq_len) for t in self.stages}):
             tokens = torch.randint(self.corpus.meta["vocab_size"], (rows, seq_len), dtype=torch.int32, device=s.device)
@@ -1608,7 +1637,9 @@ class Trainer:
     def run(self) -> int:
         """Trains to the end, the target loss or a signal; returns the exit code."""
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        profiler = make_profiler(self.s, self.world, self.log.folder / "profile", self.log.print) if self.s.enable_profiling else None
+        profiler = None
+        if self.s.enable_profiling:
+            profiler = make_profiler(self.s, self.world, self.log.folder / "profile", self.log.print)
         gc.collect()
         gc.freeze()  # the collector's pauses are as long as a step (record 47)
         gc.disable()
@@ -1644,14 +1675,15 @@ class Trainer:
                 self.clock.stop()
                 profiler.step()
                 self.clock.start()
-            if step % s.log_every == 0 or step == s.iterations or (self.stop_signal and self.world.size == 1):
+            save = s.save_every and step % s.save_every == 0 and step < s.iterations
+            if save or step % s.log_every == 0 or step == s.iterations or (self.stop_signal and self.world.size == 1):
                 stop = self.log_step(step)
             if step == s.iterations or (s.eval_every and step % s.eval_every == 0):
                 self.validate(step)
                 if s.target_loss and self.val_loss <= s.target_loss:
                     self.status = "target"
                     break
-            if s.save_every and step % s.save_every == 0 and step < s.iterations and not stop:
+            if save and not stop:
                 self.save(step)
         if stop and step < s.iterations and self.status != "target":
             self.status = "interrupted"
@@ -1659,7 +1691,7 @@ class Trainer:
         return step
 
     def train_step(self, step: int):
-        """Forward and backward over the micro-steps of one batch, then the optimizer. Nothing here waits for the device."""
+        """Forward and backward over the micro-steps of one batch, then the optimizer. Nothing waits for the device."""
         stage = stage_at(self.stages, step)
         micro_steps, self.position = self.loader.next(step)
         self.window.fill_(window_at(self.s, self.stages, step))
@@ -1674,21 +1706,26 @@ class Trainer:
             self.log.print(f"step {step + 1}: all training data used, epoch {self.epoch + 1} begins")
 
     def log_step(self, step: int) -> bool:
-        """Reads the losses since the last call, checks and reports them; waits for the device. True if any rank got a stop
-        signal. Raises TrainingStopped at the first loss that is not finite."""
+        """Reads the losses since the last call, checks and reports them; waits for the device. True if any rank got a
+        stop signal. Raises TrainingStopped at the first loss that is not finite."""
         numbers = F.pad(self.losses, (0, 1), value=float(self.stop_signal))
         if self.world.size > 1:
             dist.all_reduce(numbers)
         *losses, stop = numbers.tolist()
         self.losses.zero_()
         for done in range(self.logged_step, step):
-            if not math.isfinite(losses[done % self.s.log_every]):
-                self.status = "nan"
-                self._end_record(done + 1)
-                raise TrainingStopped(f"the loss of step {done + 1} is {losses[done % self.s.log_every]}: stopped, the checkpoints "
-                                      f"before it are kept in {self.log.folder}; lower --muon-lr and --adam-lr")
+            loss = losses[done % self.s.log_every]
+            if not math.isfinite(loss):
+                self._stop_not_finite(f"the loss of step {done + 1} is {loss}", done + 1)
         self._report(step, losses[(step - 1) % self.s.log_every])
         return stop > 0
+
+    def _stop_not_finite(self, what: str, step: int):
+        """Ends the logs and the run. Checkpoints are written only after a look at losses and weights: all are good."""
+        self.status = "nan"
+        self._end_record(step)
+        raise TrainingStopped(f"{what}: stopped, the checkpoints before it are kept in {self.log.folder}; "
+                              f"lower --muon-lr and --adam-lr")
 
     def _report(self, step: int, loss: float):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
@@ -1698,26 +1735,32 @@ class Trainer:
         rate = 1000 * stage.batch_tokens / step_ms
         mfu = model_flops_utilization(rate, flops_per_token(s, self.counts, stage), self.hardware.name, self.world.size)
         eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
-        self.log.print(f"step {step}/{s.iterations}  train loss {loss:.4f}  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s  "
-                       f"MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}  ETA {eta}")
-        self.log.line(f"step:{step}/{s.iterations} train_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
+        self.log.print(f"step {step}/{s.iterations}  train loss {loss:.4f}  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s"
+                       f"  MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}  ETA {eta}")
+        self._step_line(step, f"train_loss:{loss:.4f}", ms)
         self.log.metric(step=step, train_loss=loss, lr=lr_scale(s, self.stages, step - 1), seq_len=stage.seq_len,
                         window=window_at(s, self.stages, step - 1), batch_tokens=stage.batch_tokens,
                         tokens=self.tokens_at(step), train_time_ms=ms, step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
         self.logged_step, self.logged_ms = step, ms
+
+    def _step_line(self, step: int, loss: str, ms: float):
+        self.log.line(f"step:{step}/{self.s.iterations} {loss} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
 
     def tokens_at(self, step: int) -> int:
         """Training tokens used up by the first `step` steps."""
         return sum((min(step, t.end) - t.start) * t.batch_tokens for t in self.stages if step > t.start)
 
     def validate(self, step: int):
-        """Validation loss, outside the clock, into `val_loss` and all logs. Raises TrainingStopped if it is not finite."""
-        ms = self.clock.stop()
-        self.val_loss = loss = evaluate(self.model, self.stream, self.s, self.world, window_at(self.s, self.stages, step))
+        """Validation loss, outside the clock, to `val_loss` and the logs. Raises TrainingStopped if it is not finite."""
+        ms, window = self.clock.stop(), window_at(self.s, self.stages, step)
+        loss = evaluate(self.model, self.stream, self.s, self.world, window)
+        if not math.isfinite(loss):
+            self._stop_not_finite(f"the validation loss after step {step} is {loss}", step)
+        self.val_loss = loss
         bpb = bits_per_byte(loss, self.corpus.meta)
         self.log.print(f"step {step}/{self.s.iterations}  val loss {loss:.4f} nats per token"
                        + (f", {bpb:.4f} bits per byte" if bpb else "") + f"  train time {ms / 1000:.1f} s")
-        self.log.line(f"step:{step}/{self.s.iterations} val_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
+        self._step_line(step, f"val_loss:{loss:.4f}", ms)
         self.log.metric(step=step, val_loss=loss, val_bpb=bpb, tokens=self.tokens_at(step), train_time_ms=ms)
         self.clock.start()
 
@@ -1725,9 +1768,11 @@ class Trainer:
         """Writes a checkpoint, outside the clock; False, and a warning, if that failed."""
         ms = self.clock.stop()
         state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        if not all(weights.isfinite().all() for weights in state["optimizer"]["state"]["master"].values()):
+            self._stop_not_finite(f"the weights after step {step} are not finite", step)
         meta = self.config | {"position": self.position, "train_time_ms": ms, "val_loss": self.val_loss}
 
-        def write() -> str | None:
+        def write() -> tuple[str, bool]:
             try:
                 return f"checkpoint {write_checkpoint(self.log.folder, step, state, meta, self.s.keep)}", True
             except OSError as error:
@@ -1743,21 +1788,21 @@ class Trainer:
         saved = self.save(step) if self.status == "interrupted" or self.s.save_last else True
         self._end_record(step)
         if self.s.target_loss:
-            reached = f"reached at step {step} in {self.clock.total_ms / 1000:.2f} s" if self.status == "target" else "not reached"
-            self.log.print(f"target loss {self.s.target_loss}: {reached}")
+            reached = "reached" if self.status == "target" else "not reached"
+            self.log.print(f"target loss {self.s.target_loss} {reached}: step {step}, {self.clock.total_ms / 1000:.2f} s")
         memory = "peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory_mib(self.s.device))
         self.log.print(memory)
         self.log.line(memory)
         self.log.print(f"log, metrics and checkpoints: {self.log.folder}")
         if not saved:
-            raise TrainingStopped(f"the last checkpoint could not be written to {self.log.folder}: free some space and --resume")
+            raise TrainingStopped(f"the last checkpoint could not be written to {self.log.folder}: free some space")
         return 128 + self.stop_signal if self.status == "interrupted" else 0
 
     def _end_record(self, step: int):
         """The last object of metrics.jsonl."""
         ms, reached = self.clock.stop(), self.status == "target"
-        self.log.metric(event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=self.val_loss,
-                        val_bpb=self.val_loss and bits_per_byte(self.val_loss, self.corpus.meta), train_time_ms=ms,
+        self.log.metric(event="end", status=self.status, step=step, iterations=self.s.iterations,
+                        val_loss=self.val_loss, val_bpb=self.val_loss and bits_per_byte(self.val_loss, self.corpus.meta), train_time_ms=ms,
                         params_total=self.counts["total"], params_active=self.counts["total"],
                         peak_memory_mib=peak_memory_mib(self.s.device)[0], first_step_s=self.first_step_s,
                         tokens_per_s=1000 * self.tokens_at(step) / ms if ms else None,

@@ -90,7 +90,7 @@ def flex_gradients(docs, window, allow_cpu_backward, compile_it=False):
         q, k, v, g = (torch.randn(docs.size(0), docs.size(1), 2, 16, generator=generator) for _ in range(4))
         leaves = [x.requires_grad_(allow_cpu_backward) for x in (q, k, v)]
         attend = torch.compile(train_gpt.attend, dynamic=False) if compile_it else train_gpt.attend
-        y = attend(*leaves, mask, 0.3)
+        y = attend(*leaves, mask, 0.3, "sdpa" if isinstance(mask, torch.Tensor) else "flex")
         results.append([y.detach(), *(torch.autograd.grad((y * g).sum(), leaves) if allow_cpu_backward else [])])
     return results
 
@@ -102,6 +102,18 @@ def test_eager_flex_equals_sdpa_forward_and_backward(window, monkeypatch):
     sdpa, flex = flex_gradients(random_docs(2, 384, seed=window), int_tensor(window), allow_cpu_backward=True)
     for a, b in zip(sdpa, flex, strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_plain_attention_equals_sdpa_forward_and_backward():
+    docs, results = random_docs(2, 96), []
+    mask = train_gpt.dense_mask(docs, int_tensor(20))
+    for backend in ("sdpa", "plain"):
+        torch.manual_seed(0)
+        leaves = [torch.randn(2, 96, 2, 16, requires_grad=True) for _ in range(3)]
+        y = train_gpt.attend(*leaves, mask, 0.3, backend)
+        results.append([y, *torch.autograd.grad((y * torch.randn(y.shape, device=y.device)).sum(), leaves)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
@@ -119,8 +131,8 @@ def test_compiled_flex_equals_sdpa_on_the_gpu_forward_and_backward(window):
     for mask in (train_gpt.dense_mask(docs, window), train_gpt.block_mask(docs, window)):
         torch.manual_seed(0)
         leaves = [torch.randn(2, 2048, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-        y = attend(*leaves, mask, 0.12)
-        outputs.append([y, *torch.autograd.grad((y * torch.randn_like(y)).sum(), leaves)])
+        y = attend(*leaves, mask, 0.12, "sdpa" if isinstance(mask, torch.Tensor) else "flex")
+        outputs.append([y, *torch.autograd.grad((y * torch.randn(y.shape, device=y.device)).sum(), leaves)])
     for a, b in zip(*outputs, strict=True):
         assert (a - b).norm() / a.norm() < 1e-2
 

@@ -1,0 +1,415 @@
+"""Checkpoints: resumed runs continue to the bit, damaged or half-written ones are never used, and nothing is lost."""
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+from helpers import (
+    SCRIPT,
+    assert_same_state,
+    launch,
+    load_state,
+    losses,
+    make_data,
+    records,
+    run_folder,
+    script,
+    settings,
+    steps_saved,
+    tiny,
+)
+
+import train_gpt
+from train_gpt import Trainer, UserError, find_checkpoint, write_checkpoint
+
+KILLED_AT_5 = """
+def kill(self, step, train=train_gpt.Trainer.train_step):
+    train(self, step)
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+train_gpt.Trainer.train_step = kill
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Folder of an uninterrupted run with the flags of `tiny`."""
+    base = tmp_path_factory.mktemp("whole")
+    assert train_gpt.main(tiny(base)) == 0
+    return run_folder(base)
+
+
+def assert_same_run(folder, whole, steps: int = 8):
+    """Losses, and weights, moments and random state at the end, are those of the uninterrupted run."""
+    mine, expected = losses(folder), losses(whole)
+    assert set(mine["train_loss"]) == set(range(1, steps + 1)) and set(mine["val_loss"]) == {4, 8}
+    assert mine == expected and len(set(expected["train_loss"].values())) == steps
+    assert_same_state(load_state(folder, steps), load_state(whole, steps))
+
+
+def signal_in_step(monkeypatch, step_of_signal: int, *numbers: int):
+    """The signals arrive in the middle of a step."""
+    def train_step(self, step, train=Trainer.train_step):
+        train(self, step)
+        if step == step_of_signal:
+            for number in numbers:
+                signal.raise_signal(number)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def interrupted(tmp_path, monkeypatch, after: int = 3, **changes):
+    """Folder of a run that was stopped by SIGINT after `after` steps."""
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, after - 1, signal.SIGINT)
+        assert train_gpt.main(tiny(tmp_path, **changes)) == 130
+    return run_folder(tmp_path)
+
+
+# --- resuming
+
+
+def test_run_killed_between_checkpoints_continues_to_the_bit(tmp_path, whole):
+    """kill -9 in step 6, the last checkpoint is that of step 4; two steps are run again and give the same losses."""
+    process = launch(tiny(tmp_path, save_every=2), KILLED_AT_5)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, error
+    assert steps_saved(run_folder(tmp_path)) == [2, 4]
+    assert train_gpt.main([*tiny(tmp_path, save_every=2), "--resume"]) == 0
+    assert {"event": "resume", "step": 4} in records(run_folder(tmp_path))
+    assert_same_run(run_folder(tmp_path), whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [3, 4])  # 4: at an evaluation
+def test_signal_saves_and_the_run_continues_to_the_bit(number, after, tmp_path, monkeypatch, whole, capsys):
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        signal_in_step(patch, after - 1, number)
+        assert train_gpt.main(tiny(tmp_path)) == 128 + number
+    assert signal.getsignal(number) is handler, "handlers are given back"
+    assert steps_saved(run_folder(tmp_path)) == [after]
+    assert records(run_folder(tmp_path))[-1]["status"] == "interrupted"
+    assert train_gpt.main([*tiny(tmp_path), "--resume", "latest"]) == 0
+    assert f"after step {after}" in capsys.readouterr().out
+    assert_same_run(run_folder(tmp_path), whole)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(log_every=3), dict(shuffle=False, max_doc_len=0, batch_tokens=512, micro_tokens=64),
+    dict(stage_ends=(0.5, 1.0), batch_tokens=(128, 256), seq_len=(32, 64), window=(16, 48)), dict(dtype="bf16"),
+], ids=str)
+def test_other_settings_continue_to_the_bit_too(changes, tmp_path, tmp_path_factory, monkeypatch):
+    """Accumulation, several epochs (24 rows a shard), stages, bf16, a stop between console lines."""
+    base = tmp_path_factory.mktemp("whole")
+    assert train_gpt.main(tiny(base, **changes)) == 0
+    folder = interrupted(tmp_path, monkeypatch, **changes)
+    assert train_gpt.main([*tiny(tmp_path, **changes), "--resume"]) == 0
+    expected, mine = losses(run_folder(base)), losses(folder)
+    assert expected["val_loss"] == mine["val_loss"]
+    assert expected["train_loss"].items() <= mine["train_loss"].items()  # the stop has a console line of its own
+    assert_same_state(load_state(folder, 8), load_state(run_folder(base), 8))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_from_outside(number, code, tmp_path):
+    process = launch(tiny(tmp_path, iterations=100_000, eval_every=0))
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(number)
+            break
+    out, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (code, "")
+    (step,) = steps_saved(run_folder(tmp_path))
+    assert step >= 3 and f"step_{step:06d}" in out
+    assert records(run_folder(tmp_path))[-1]["step"] == step
+
+
+def test_second_signal_ends_at_once(tmp_path):
+    twice = """
+def train_step(self, step):
+    signal.raise_signal(signal.SIGINT)
+    print("still here", flush=True)
+    signal.raise_signal(signal.SIGINT)
+    print("not gone", flush=True)
+train_gpt.Trainer.train_step = train_step
+"""
+    process = launch(tiny(tmp_path), twice)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGINT
+    assert "still here" in out and "not gone" not in out and not (run_folder(tmp_path) / "checkpoints").exists()
+
+
+def test_resume_by_run_folder_and_by_checkpoint_folder(tmp_path, monkeypatch, whole):
+    folder = interrupted(tmp_path, monkeypatch, after=5, save_every=2)
+    assert steps_saved(folder) == [4, 5]
+    kept = tmp_path / "kept"
+    for place in (folder, folder / "checkpoints" / "step_000004"):
+        shutil.copytree(folder, kept)
+        assert train_gpt.main([*tiny(tmp_path), "--resume", str(place)]) == 0
+        assert records(folder)[-1]["status"] == "done"
+        assert_same_run(folder, whole)
+        shutil.rmtree(folder)
+        kept.rename(folder)
+
+
+def test_latest_is_the_newest_of_all_runs_of_the_experiment(tmp_path):
+    for i, (run, step) in enumerate([("b", 2), ("a", 4), ("c", 1)]):
+        path = write_checkpoint(tmp_path / "x" / run, step, {}, {}, keep=9)
+        os.utime(path, (1000 + i, 1000 + i))
+    write_checkpoint(tmp_path / "other" / "z", 9, {}, {}, keep=9)
+    path, meta = find_checkpoint(settings(log_dir=str(tmp_path), experiment_name="x", resume="latest"))
+    assert (path, meta["step"]) == (tmp_path / "x" / "c" / "checkpoints" / "step_000001", 1)
+
+
+def test_a_finished_run_resumes_to_its_end(tmp_path, capsys):
+    assert train_gpt.main(tiny(tmp_path)) == 0
+    before = load_state(run_folder(tmp_path), 8)
+    assert train_gpt.main([*tiny(tmp_path), "--resume"]) == 0
+    assert_same_state(load_state(run_folder(tmp_path), 8), before)
+
+
+def test_the_clock_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    folder = interrupted(tmp_path, monkeypatch)
+    before = records(folder)[-1]["train_time_ms"]
+    assert train_gpt.main([*tiny(tmp_path), "--resume"]) == 0
+    after = [r["train_time_ms"] for r in records(folder) if r.get("step", 0) > 3]
+    assert after == sorted(after) and after[0] > before > 0
+
+
+# --- what may change
+
+
+def test_other_settings_are_refused_by_name(tmp_path, monkeypatch, capsys):
+    folder = interrupted(tmp_path, monkeypatch)
+    argv = tiny(tmp_path, adam_lr=0.5, seed=7, eval_tokens=200, log_every=2)
+    capsys.readouterr()
+    assert train_gpt.main([*argv, "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert "adam_lr: 0.002 in the checkpoint, 0.5 now" in error and "seed: 0 in the checkpoint, 7 now" in error
+    assert "eval_tokens: 300 in the checkpoint, 200 now" in error
+    assert "log_every" not in error and error.count("in the checkpoint") == 3
+    assert steps_saved(folder) == [3]
+
+
+def test_other_data_is_refused(tmp_path, monkeypatch, capsys):
+    interrupted(tmp_path, monkeypatch)
+    make_data(tmp_path / "data", val=[list(range(63)) * 8])
+    assert train_gpt.main([*tiny(tmp_path), "--resume"]) == 1
+    assert "data_fingerprint: " in capsys.readouterr().err
+
+
+def test_settings_that_do_not_alter_the_result_may_change(tmp_path, monkeypatch, whole):
+    """Also the place of the data: it is known by its fingerprint."""
+    folder = interrupted(tmp_path, monkeypatch)
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    (tmp_path / "logs").rename(tmp_path / "logs2")
+    changed = dict(log_dir=tmp_path / "logs2", data=tmp_path / "elsewhere", log_every=2, save_every=3, keep=5,
+                   enable_profiling=True, profile_start=1, profile_steps=1, preset="cpu")
+    assert train_gpt.main([*tiny(tmp_path, **changed), "--resume"]) == 0
+    folder = tmp_path / "logs2" / "x" / folder.name
+    assert losses(folder)["val_loss"] == losses(whole)["val_loss"]
+    assert_same_state(load_state(folder, 8), load_state(whole, 8))
+
+
+# --- how many are kept
+
+
+def test_the_newest_are_kept(tmp_path):
+    assert train_gpt.main(tiny(tmp_path, save_every=2, keep=3)) == 0
+    assert steps_saved(run_folder(tmp_path)) == [4, 6, 8]
+
+
+def test_the_checkpoint_just_written_is_never_removed(tmp_path):
+    """After falling back from damaged checkpoints of later steps, with a smaller --keep."""
+    for step in (2, 4, 6):
+        write_checkpoint(tmp_path, step, {}, {}, keep=3)
+        os.utime(tmp_path / "checkpoints" / f"step_{step:06d}", (1000 + step, 1000 + step))
+    write_checkpoint(tmp_path, 3, {}, {}, keep=1)
+    assert 3 in steps_saved(tmp_path)
+
+
+# --- damage
+
+
+def flip(path):
+    data = bytearray((path / "state.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "state.pt").write_bytes(data)
+
+
+DAMAGE = {
+    "flipped bit": flip,
+    "truncated": lambda path: os.truncate(path / "state.pt", 100),
+    "empty": lambda path: os.truncate(path / "state.pt", 0),
+    "no state": lambda path: (path / "state.pt").unlink(),
+    "no meta": lambda path: (path / "meta.json").unlink(),
+    "empty meta": lambda path: os.truncate(path / "meta.json", 0),
+    "half meta": lambda path: os.truncate(path / "meta.json", 40),
+    "meta without hash": lambda path: (path / "meta.json").write_text('{"step": 4}'),
+    "meta is a list": lambda path: (path / "meta.json").write_text("[]"),
+    "meta is null": lambda path: (path / "meta.json").write_text("null"),
+    "meta is binary": lambda path: (path / "meta.json").write_bytes(bytes(range(256))),
+    "empty folder": lambda path: [file.unlink() for file in path.iterdir()],
+}
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """Settings that resume a run with checkpoints of steps 2 and 4, and the folders of these."""
+    paths = [write_checkpoint(tmp_path / "x" / "run", step, {"x": torch.arange(50)}, {}, keep=9) for step in (2, 4)]
+    return settings(log_dir=str(tmp_path), experiment_name="x", resume="latest"), *paths
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_told_and_the_previous_one_taken(damage, two_checkpoints, capsys):
+    s, first, second = two_checkpoints
+    assert find_checkpoint(s)[0] == second
+    DAMAGE[damage](second)
+    assert find_checkpoint(s)[0] == first
+    assert f"checkpoint {second} is damaged" in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:  # named by its own folder, the ones before it are the fallback as well
+        patch.chdir(first.parent)
+        assert find_checkpoint(settings(resume=str(second)))[0] == first
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_all_checkpoints_damaged_is_one_sentence(damage, two_checkpoints):
+    s, first, second = two_checkpoints
+    DAMAGE[damage](first)
+    DAMAGE[damage](second)
+    with pytest.raises(UserError, match="all 2 checkpoint.* damaged: start without --resume"):
+        find_checkpoint(s)
+
+
+def test_no_checkpoint_is_one_sentence(tmp_path, capsys):
+    assert train_gpt.main([*tiny(tmp_path), "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: no checkpoint in {tmp_path / 'logs' / 'x'}") and "without --resume" in error
+
+
+def test_run_with_a_damaged_checkpoint_continues_to_the_bit(tmp_path, monkeypatch, whole, capsys):
+    folder = interrupted(tmp_path, monkeypatch, after=5, save_every=2)
+    flip(folder / "checkpoints" / "step_000005")
+    assert train_gpt.main([*tiny(tmp_path), "--resume"]) == 0
+    out = capsys.readouterr().out
+    assert "step_000005 is damaged" in out and "after step 4" in out
+    assert_same_run(folder, whole)
+
+
+# --- no space
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+    """Files of this process cannot grow beyond `size` bytes: a write fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def full_disk(monkeypatch, *steps: int):
+    """The disk is full while the checkpoints of these steps are written."""
+    def save(self, step, save=Trainer.save):
+        with file_size_limit(50_000) if step in steps else contextlib.nullcontext():
+            return save(self, step)
+    monkeypatch.setattr(Trainer, "save", save)
+
+
+def test_full_disk_while_saving_does_not_stop_training(tmp_path, monkeypatch, capsys, whole):
+    """The warning names the checkpoint; the one before stays, later ones are written."""
+    full_disk(monkeypatch, 4, 6)
+    assert train_gpt.main(tiny(tmp_path, save_every=2)) == 0
+    out = capsys.readouterr().out
+    for step in (4, 6):
+        assert re.search(rf"warning: could not write \S+step_00000{step}: .+ training goes on", out)
+    folder = run_folder(tmp_path)
+    assert steps_saved(folder) == [2, 8] and len(list((folder / "checkpoints").iterdir())) == 2, "half of one is left"
+    assert_same_run(folder, whole)
+
+
+def test_full_disk_at_the_end_is_an_error_and_the_run_can_go_on(tmp_path, monkeypatch, capsys, whole):
+    with monkeypatch.context() as patch:
+        full_disk(patch, 4, 6, 8)
+        assert train_gpt.main(tiny(tmp_path, save_every=2)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the last checkpoint could not be written") and error.count("\n") == 1
+    assert steps_saved(run_folder(tmp_path)) == [2]
+    assert train_gpt.main([*tiny(tmp_path), "--resume"]) == 0
+    assert_same_run(run_folder(tmp_path), whole)
+
+
+@pytest.mark.parametrize("error", [
+    OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:1] . unexpected pos 64"),
+])
+def test_what_torch_raises_on_a_full_disk_is_an_oserror(error, tmp_path, monkeypatch):
+    def save(state, file):
+        file.write(b"half")
+        raise error
+    good = write_checkpoint(tmp_path, 2, {}, {}, keep=1)
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="could not write .*step_000004"):
+        write_checkpoint(tmp_path, 4, {}, {}, keep=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == [good]
+
+
+def test_logs_on_a_full_disk_do_not_stop_training(tmp_path, monkeypatch, capsys):
+    """log.txt and metrics.jsonl lie on the same disk as the checkpoints: what is trained must still be saved, or at
+    least the end be a sentence."""
+    def init(self, *args, init=train_gpt.RunLog.__init__, **kwargs):
+        init(self, *args, **kwargs)
+        self.text = self.metrics = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr(train_gpt.RunLog, "__init__", init)
+    code = train_gpt.main(tiny(tmp_path))
+    assert steps_saved(run_folder(tmp_path)) == [8] if code == 0 else "No space" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["torch.save", "train_gpt.file_hash", "os.replace"])
+def test_killed_while_saving_leaves_nothing_that_is_taken_for_a_checkpoint(where, tmp_path):
+    """kill -9 in the middle of state.pt, before meta.json, and before the new name."""
+    body = f"""
+import torch
+real, calls = {where}, []
+def kill(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 2:
+        if {where!r} == "torch.save":
+            args[1].write(b"half a state")
+            args[1].flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+{where} = kill
+"""
+    process = launch(tiny(tmp_path, save_every=2), body)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, error
+    folder = run_folder(tmp_path)
+    assert len(list((folder / "checkpoints").iterdir())) == 2, "killed at another place than this test is about"
+    path, meta = find_checkpoint(settings(log_dir=str(tmp_path / "logs"), experiment_name="x", resume="latest"))
+    assert path.name == "step_000002" and meta["step"] == 2
+    assert train_gpt.main([*tiny(tmp_path, save_every=2), "--resume"]) == 0
+    assert steps_saved(folder) == [6, 8]
+
+
+# --- other numbers of processes
+
+
+def test_checkpoint_of_two_processes_continues_on_one(tmp_path, whole):
+    """Stopped after step 4 by a target that is easy; the target may change."""
+    argv = tiny(tmp_path, target_loss=100)
+    done = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, SCRIPT, *argv, timeout=240)
+    assert done.returncode == 0, done.stderr
+    folder = run_folder(tmp_path)
+    assert steps_saved(folder) == [4]
+    assert json.loads((folder / "config.json").read_text())["world_size"] == 2
+    assert train_gpt.main([*tiny(tmp_path, compile_unit="model"), "--resume"]) == 0
+    mine, expected = losses(folder), losses(whole)
+    assert mine["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
+    assert mine["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)

@@ -1,0 +1,380 @@
+"""Logs: the public text format, metrics.jsonl, config.json, the clock, profiles, the target, wandb."""
+import json
+import math
+import re
+import sys
+import time
+import types
+
+import pytest
+import torch
+from helpers import (
+    SCRIPT,
+    assert_same_state,
+    launch,
+    load_state,
+    losses,
+    make_data,
+    records,
+    run_folder,
+    settings,
+    steps_saved,
+    tiny,
+)
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import Trainer
+
+BAR = "=" * 100
+STEP_LINE = re.compile(r"step:(\d+)/8 (train|val)_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Folder of a finished run."""
+    base = tmp_path_factory.mktemp("run")
+    assert train_gpt.main(tiny(base)) == 0
+    return run_folder(base)
+
+
+# --- log.txt
+
+
+def test_log_has_the_public_format(run):
+    """Source, bar, environment, bar, step lines, peak memory."""
+    source, environment, steps = f"\n{(run / 'log.txt').read_text()}".split(f"\n{BAR}\n")
+    assert source[1:] == SCRIPT.read_text()
+    assert environment.startswith(f"Running Python {sys.version}\nRunning PyTorch {torch.__version__} compiled for ")
+    assert re.search(r"^Running on CPU: .+ threads, [\d.]+ GiB", environment, flags=re.MULTILINE)
+    *lines, memory, end = steps.split("\n")
+    assert re.fullmatch(r"peak memory allocated: \d+ MiB reserved: \d+ MiB", memory) and end == ""
+    found = [(int(m[1]), m[2]) for m in map(STEP_LINE.fullmatch, lines)]
+    expected = [(step, kind) for step in range(1, 9) for kind in ("train", "val") if kind == "train" or step in (4, 8)]
+    assert found == expected
+
+
+def test_step_lines_agree_with_the_metrics(run):
+    """To the digits shown; step_avg is the time over the steps done."""
+    text = (run / "log.txt").read_text()
+    shown = [STEP_LINE.fullmatch(line) for line in text.split("\n") if line.startswith("step:")]
+    told = [r for r in records(run) if "event" not in r]
+    for match, record in zip(shown, told, strict=True):
+        assert int(match[1]) == record["step"] and match[3] == f"{record[match[2] + '_loss']:.4f}"
+        assert match[4] == f"{record['train_time_ms']:.0f}"
+        assert match[5] == f"{record['train_time_ms'] / record['step']:.2f}"
+
+
+def test_resumed_run_appends_without_a_second_header(tmp_path):
+    assert train_gpt.main(tiny(tmp_path, target_loss=100)) == 0  # stops after step 4
+    assert train_gpt.main([*tiny(tmp_path), "--resume"]) == 0
+    text = (run_folder(tmp_path) / "log.txt").read_text()
+    assert f"\n{text}".count(f"\n{BAR}\n") == 2 and text.count("\nresumed after step 4\n") == 1
+    assert [int(step) for step in re.findall(r"^step:(\d+)/8 train", text, flags=re.MULTILINE)] == list(range(1, 9))
+
+
+# --- metrics.jsonl and config.json
+
+TRAIN_FIELDS = {"step", "train_loss", "lr", "seq_len", "window", "batch_tokens", "tokens", "train_time_ms", "step_ms",
+                "tokens_per_s", "mfu"}
+VAL_FIELDS = {"step", "val_loss", "val_bpb", "tokens", "train_time_ms"}
+END_FIELDS = {"event", "status", "step", "iterations", "val_loss", "val_bpb", "train_time_ms", "params_total",
+              "params_active", "peak_memory_mib", "first_step_s", "tokens_per_s", "target_step", "target_time_ms"}
+
+
+def test_metrics_have_their_fields(run):
+    *steps, end = records(run)
+    train, val = ([r for r in steps if key in r] for key in ("train_loss", "val_loss"))
+    assert len(train) == 8 and len(val) == 2 and len(steps) == 10
+    assert all(r.keys() == TRAIN_FIELDS for r in train) and all(r.keys() == VAL_FIELDS for r in val)
+    assert end.keys() == END_FIELDS
+
+
+def test_metrics_have_the_values_of_the_schedules(run):
+    s, train = settings(), [r for r in records(run) if "train_loss" in r]
+    stages = train_gpt.stage_table(s)
+    assert [r["lr"] for r in train] == [train_gpt.lr_scale(s, stages, step) for step in range(8)]
+    assert [r["window"] for r in train] == [train_gpt.window_at(s, stages, step) for step in range(8)]
+    assert [r["tokens"] for r in train] == [128 * step for step in range(1, 9)]
+    assert {(r["seq_len"], r["batch_tokens"], r["mfu"]) for r in train} == {(32, 128, None)}
+    times = [0, *(r["train_time_ms"] for r in train)]
+    assert times == sorted(times)
+    assert [r["step_ms"] for r in train] == pytest.approx([b - a for a, b in zip(times, times[1:], strict=False)])
+    assert [r["tokens_per_s"] for r in train] == pytest.approx([128000 / r["step_ms"] for r in train])
+
+
+def test_end_of_the_metrics(run):
+    *_, val, end = records(run)
+    assert (end["event"], end["status"], end["step"], end["iterations"]) == ("end", "done", 8, 8)
+    assert (end["val_loss"], end["val_bpb"]) == (val["val_loss"], val["val_bpb"])
+    assert val["val_bpb"] == pytest.approx(val["val_loss"] / math.log(2) / 2)  # the data of helpers: 2 bytes a token
+    assert end["params_total"] == end["params_active"] == 36983
+    assert end["peak_memory_mib"] > 50 and end["first_step_s"] > 0
+    assert (end["target_step"], end["target_time_ms"]) == (None, None)
+
+
+def test_tokens_are_counted_over_stages_of_different_batches(tmp_path):
+    argv = tiny(tmp_path, stage_ends=(0.5, 1.0), batch_tokens=(128, 256))
+    assert train_gpt.main(argv) == 0
+    tokens = [r["tokens"] for r in records(run_folder(tmp_path)) if "train_loss" in r]
+    assert tokens == [128, 256, 384, 512, 768, 1024, 1280, 1536]
+
+
+def test_config_holds_all_that_makes_the_run(run):
+    config = json.loads((run / "config.json").read_text())
+    names = {field.name for field in train_gpt.dataclasses.fields(train_gpt.Settings)}
+    assert config["settings"].keys() == names and config["settings"]["muon_lr"] == 0.02
+    assert "auto" not in config["settings"].values()
+    assert config["git"].keys() == {"commit", "dirty"} and config["world_size"] == 1
+    assert config["script"] == "train_gpt.py" and config["torch"] == torch.__version__
+    assert config["hardware"]["device"] == "cpu" and config["hardware"]["name"]
+    assert config["data"]["name"] == "data" and config["data"]["meta"]["vocab_size"] == 64
+    assert re.fullmatch(r"[0-9a-f]{16}", config["data"]["fingerprint"])
+
+
+def test_git_commit_and_whether_it_is_the_code_that_ran(monkeypatch, tmp_path):
+    answers = {"rev-parse": "abc123", "status": " M train_gpt.py"}
+    monkeypatch.setattr(train_gpt, "command_output", lambda *command: answers[command[1]])
+    for status, dirty in ((" M train_gpt.py", True), ("", False), (None, None)):
+        answers["status"] = status
+        assert train_gpt.main(tiny(tmp_path, iterations=1, experiment_name=f"x{dirty}")) == 0
+        config = json.loads((run_folder(tmp_path, f"x{dirty}") / "config.json").read_text())
+        assert config["git"] == {"commit": "abc123", "dirty": dirty}
+
+
+def test_a_command_that_fails_or_does_not_exist_gives_none():
+    assert train_gpt.command_output("no-such-command-anywhere") is None
+    assert train_gpt.command_output(sys.executable, "-c", "raise SystemExit(1)") is None
+    assert train_gpt.command_output(sys.executable, "-c", "print('yes')") == "yes"
+
+
+def test_fingerprint_is_that_of_the_data(tmp_path):
+    """Equal data elsewhere has the same, one other token another."""
+    def fingerprint(path):
+        return train_gpt.open_corpus(str(path)).fingerprint()
+    one, same, other = (make_data(tmp_path / place / "data") for place in "abc")
+    make_data(other, val=[[1] * 500])
+    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+
+
+def test_derived_numbers_are_printed(tmp_path, capsys):
+    argv = tiny(tmp_path, stage_ends=(0.5, 1.0), batch_tokens=(128, 256), window=(16, 32), stage_lr=(1.0, 0.5),
+                attention="LS")
+    assert train_gpt.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "parameters: 36,983 total, 24,576 hidden, 8,192 embedding, 4,096 head, 119 small" in out
+    assert re.search(r"^ +0 +L +0 +-$\n^ +1 +S +0 +0$", out, flags=re.MULTILINE)  # layer, window, value table, skip
+    assert re.search(r"^ +0-4 +128 +4 x 32 +1 +16-16 +1.00 +[\d.]+$", out, flags=re.MULTILINE)
+    assert re.search(r"^ +4-8 +256 +4 x 32 +2 +16-32 +0.50 +[\d.]+$", out, flags=re.MULTILINE)
+    assert "1,536 training tokens, 300 validation tokens" in out
+    assert re.search(r"step 8/8  train loss \d+\.\d{4}  [\d.]+ ms/step  [\d,]+ tokens/s  MFU n/a  ETA 00:00:00", out)
+    assert re.search(r"val loss \d+\.\d{4} nats per token, \d+\.\d{4} bits per byte", out)
+    assert f"run folder: {run_folder(tmp_path)}" in out
+
+
+def test_a_new_epoch_is_told_once(tmp_path, capsys):
+    make_data(tmp_path / "data", train=[list(range(63)) * 5])  # 9 rows: less than three steps of 4
+    assert train_gpt.main(tiny(tmp_path)) == 0
+    told = re.findall(r"all training data used, epoch (\d+) begins", capsys.readouterr().out)
+    assert told == [str(n) for n in range(2, 2 + len(told))] and len(told) >= 2
+
+
+def test_losses_between_console_lines_are_not_mixed_up(tmp_path, run):
+    """With log_every 3 the lines hold the losses of exactly these steps."""
+    assert train_gpt.main(tiny(tmp_path, log_every=3)) == 0
+    every = losses(run)["train_loss"]
+    assert losses(run_folder(tmp_path))["train_loss"] == {step: every[step] for step in (3, 6, 8)}
+
+
+def test_loss_falls_on_data_that_can_be_learned(tmp_path):
+    assert train_gpt.main(tiny(tmp_path, iterations=60, eval_every=30, momentum_warmup=20)) == 0
+    val = losses(run_folder(tmp_path))["val_loss"]
+    assert val[60] < val[30] < 4.16 and val[60] < 3  # 4.16 = log(64): knowing nothing
+
+
+# --- the clock
+
+
+class FakeTime:
+    """The module `time` with a clock that only moves when told."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+def test_clock_counts_training_only(tmp_path, monkeypatch):
+    """A step takes 1 s, validation 1000 s, a checkpoint 5000 s, a profile's end 300 s."""
+    clock = FakeTime()
+    monkeypatch.setattr(train_gpt, "time", clock)
+
+    def takes(seconds, function):
+        def slow(*args, **kwargs):
+            clock.now += seconds
+            return function(*args, **kwargs)
+        return slow
+    monkeypatch.setattr(Trainer, "train_step", takes(1, Trainer.train_step))
+    monkeypatch.setattr(train_gpt, "evaluate", takes(1000, train_gpt.evaluate))
+    monkeypatch.setattr(train_gpt, "write_checkpoint", takes(5000, train_gpt.write_checkpoint))
+    monkeypatch.setattr(train_gpt, "communication_overlap", takes(300, train_gpt.communication_overlap))
+    argv = tiny(tmp_path, eval_every=2, save_every=3, enable_profiling=True, profile_start=2, profile_steps=1)
+    assert train_gpt.main(argv) == 0
+    assert clock.now == 8 + 4 * 1000 + 3 * 5000 + 300
+    steps = [r for r in records(run_folder(tmp_path)) if "event" not in r]
+    assert [r["train_time_ms"] for r in steps] == [1000 * r["step"] for r in steps]
+    assert {r["step_ms"] for r in steps if "step_ms" in r} == {1000.0}
+    assert records(run_folder(tmp_path))[-1]["train_time_ms"] == 8000
+
+
+# --- the target
+
+
+def test_target_stops_at_the_first_validation_at_or_below(tmp_path, monkeypatch, capsys):
+    script = iter([5.0, 3.3, 3.28, 1.0])
+    monkeypatch.setattr(train_gpt, "evaluate", lambda *args: next(script))
+    assert train_gpt.main(tiny(tmp_path, eval_every=2, target_loss=3.28)) == 0
+    folder = run_folder(tmp_path)
+    assert losses(folder)["val_loss"] == {2: 5.0, 4: 3.3, 6: 3.28} and steps_saved(folder) == [6]
+    end = records(folder)[-1]
+    assert (end["status"], end["step"], end["target_step"]) == ("target", 6, 6)
+    assert end["target_time_ms"] == end["train_time_ms"] > 0
+    assert re.search(r"^target loss 3.28:? reached.* step 6\b", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_target_that_is_not_reached_is_told(tmp_path, capsys):
+    assert train_gpt.main(tiny(tmp_path, target_loss=0.001)) == 0
+    end = records(run_folder(tmp_path))[-1]
+    assert (end["status"], end["target_step"], end["target_time_ms"]) == ("done", None, None)
+    assert re.search(r"^target loss 0.001:? not reached", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_target_reached_by_the_last_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "evaluate", lambda *args: 2.0)
+    assert train_gpt.main(tiny(tmp_path, eval_every=0, target_loss=2.5)) == 0
+    end = records(run_folder(tmp_path))[-1]
+    assert (end["status"], end["target_step"]) == ("target", 8)
+
+
+def test_no_last_checkpoint_if_not_wanted(tmp_path):
+    assert train_gpt.main(tiny(tmp_path, save_last=False)) == 0
+    assert not (run_folder(tmp_path) / "checkpoints").exists()
+
+
+def test_evaluation_only_after_the_last_step(tmp_path):
+    assert train_gpt.main(tiny(tmp_path, eval_every=0)) == 0
+    assert list(losses(run_folder(tmp_path))["val_loss"]) == [8]
+
+
+# --- profiles
+
+
+def test_profile_is_written_and_changes_nothing(tmp_path, capsys, run):
+    argv = tiny(tmp_path, enable_profiling=True, profile_start=3, profile_steps=2)
+    assert train_gpt.main(argv) == 0
+    folder, out = run_folder(tmp_path), capsys.readouterr().out
+    trace = json.loads((folder / "profile" / "trace_rank0.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert "aten::rms_norm" in names or "aten::mm" in names
+    assert "Self CPU" in out and "2 steps: communication 0.0 ms" in out and "trace_rank0.json" in out
+    assert losses(folder) == losses(run)
+    assert_same_state(load_state(folder, 8), load_state(run, 8))
+
+
+@pytest.mark.parametrize("start, steps", [(0, 1), (1, 2), (3, 2)])
+def test_exactly_the_steps_asked_for_are_profiled(start, steps, tmp_path, monkeypatch):
+    """Each training step marks itself in the trace."""
+    def train_step(self, step, train=Trainer.train_step):
+        with torch.profiler.record_function(f"training step {step}"):
+            train(self, step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    argv = tiny(tmp_path, enable_profiling=True, profile_start=start, profile_steps=steps)
+    assert train_gpt.main(argv) == 0
+    trace = json.loads((run_folder(tmp_path) / "profile" / "trace_rank0.json").read_text())
+    marked = {event["name"] for event in trace["traceEvents"] if str(event.get("name")).startswith("training step")}
+    assert marked == {f"training step {step}" for step in range(start, start + steps)}
+
+
+def test_run_that_ends_before_its_profile_says_so(tmp_path, capsys):
+    assert train_gpt.main(tiny(tmp_path, enable_profiling=True, profile_start=100)) == 0
+    assert "profile" in capsys.readouterr().out.lower().replace(str(tmp_path).lower(), "")
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20)).map(lambda span: (span[0], span[0] + span[1])))
+
+
+@hypothesis_settings(deadline=None, database=None)
+@given(SPANS)
+def test_covered_counts_each_point_once(spans):
+    assert train_gpt.covered(spans) == len({t for start, end in spans for t in range(start, end)})
+
+
+def event(name, ts, dur, cat="cpu_op"):
+    return {"ph": "X", "name": name, "ts": ts, "dur": dur, "cat": cat}
+
+
+@pytest.mark.parametrize("events, said", [
+    # microseconds; computation 0-4000 and 6000-9000, collectives 3000-7000 and 8000-8500: 1000 + 1000 + 500 beside
+    ([event("aten::mm", 0, 4000), event("aten::mm", 6000, 3000), event("gloo:all_reduce", 3000, 4000),
+      event("gloo:all_gather", 8000, 500)], "communication 4.5 ms, 2.5 ms of it beside computation"),
+    ([event("aten::mm", 0, 4000), event("aten::add", 1000, 1000), event("gloo:all_reduce", 5000, 2000)],
+     "communication 2.0 ms, 0.0 ms of it beside computation"),
+    # on a GPU only kernels count, not the CPU operators that start them
+    ([event("gemm", 0, 5000, "kernel"), event("ncclDevKernel_ReduceScatter", 3000, 5000, "kernel"),
+      event("aten::mm", 0, 9000)], "communication 5.0 ms, 2.0 ms of it beside computation"),
+    ([event("aten::mm", 0, 4000), {"ph": "M", "name": "process_name"}, {"ph": "X", "name": "gloo:x", "ts": 1}],
+     "communication 0.0 ms, 0.0 ms of it beside computation"),
+])
+def test_communication_overlap_of_a_known_trace(events, said):
+    assert train_gpt.communication_overlap({"traceEvents": events}) == said
+
+
+# --- Weights & Biases
+
+
+def fake_wandb() -> types.SimpleNamespace:
+    """A module that notes what it is told."""
+    told = types.SimpleNamespace(init=None, logged=[], finished=0)
+
+    def init(**options):
+        told.init = options
+
+        def finish():
+            told.finished += 1
+        return types.SimpleNamespace(log=lambda values, step: told.logged.append((step, values)), finish=finish)
+    return types.SimpleNamespace(init=init, told=told)
+
+
+def test_wandb_mirrors_the_metrics(tmp_path, monkeypatch):
+    module = fake_wandb()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    assert train_gpt.main(tiny(tmp_path, wandb=True)) == 0
+    folder, told = run_folder(tmp_path), module.told
+    assert told.init["config"]["settings"]["muon_lr"] == 0.02
+    assert (told.init["name"], told.init["group"], told.finished) == (folder.name, "x", 1)
+    logged = {step: values for step, values in told.logged if "train_loss" in values}
+    assert {step: values["train_loss"] for step, values in logged.items()} == losses(folder)["train_loss"]
+    validated = {step: values["val_loss"] for step, values in told.logged if values.keys() == VAL_FIELDS}
+    assert validated == losses(folder)["val_loss"]
+
+
+def test_wandb_is_not_imported_without_the_flag(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would fail
+    assert train_gpt.main(tiny(tmp_path, iterations=1)) == 0
+
+
+def test_wandb_offline(tmp_path):
+    """The real library, without a network."""
+    pytest.importorskip("wandb")
+    process = launch(tiny(tmp_path, wandb=True), "os.environ.update(WANDB_MODE='offline', WANDB_SILENT='true')",
+                     cwd=tmp_path)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    written = [path.read_bytes() for path in run_folder(tmp_path).rglob("run-*.wandb")]
+    assert len(written) == 1 and all(word in written[0] for word in (b"train_loss", b"val_bpb", b"muon_lr"))
