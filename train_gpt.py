@@ -200,10 +200,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+class Switch(argparse.BooleanOptionalAction):
+    """--x and --no-x, the latter with an underscore too."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, **options)
+        self.option_strings = [*self.option_strings, f"--no_{dest}"]
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith(("--no-", "--no_")))
+
+
 def build_parser() -> Parser:
     """One flag per field of `Settings`, with dashes or underscores."""
     def values(kind: type):
-        return lambda text: tuple(kind(part) for part in text.split(","))
+        def parse(text: str):
+            return tuple(kind(part) for part in text.split(","))
+        parse.__name__ = f"{kind.__name__},{kind.__name__},.."  # argparse: "invalid int,int,.. value"
+        return parse
 
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118))
@@ -214,7 +228,7 @@ def build_parser() -> Parser:
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         option = dict(dest=field.name, default=argparse.SUPPRESS, help=f"{texts[field.name]} (default: {shown})")
         if field.type == "bool":
-            option["action"] = argparse.BooleanOptionalAction
+            option["action"] = Switch
         else:
             option.update(type=kinds[field.type], metavar={"ints": "N,N", "floats": "X,X"}.get(field.type, "X"))
         if field.name == "resume":
@@ -271,13 +285,14 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     if preset == "auto":
         preset, why = choose_preset(hardware, world_size, given.get("data", "auto"))
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
-    problems = field_errors(s) or hardware_errors(s, hardware) + shape_errors(s, world_size)
-    if problems:
-        raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     dtype = s.dtype if s.dtype != "auto" else ("bf16" if hardware.bf16 else "fp32")
     kernel = {("cuda", True): "flex", ("cpu", False): "plain"}.get((hardware.device, s.compile), "sdpa")
     kernel = "sdpa" if kernel == "plain" and dtype == "fp32" else kernel
     backend = s.backend if s.backend != "auto" else kernel
+    chosen = dataclasses.replace(s, backend=backend)  # the checks must see what `auto` stands for
+    problems = field_errors(s) or hardware_errors(chosen, hardware) + shape_errors(chosen, world_size)
+    if problems:
+        raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     unit = s.compile_unit if s.compile_unit != "auto" else ("model" if world_size == 1 else "block")
     data = s.data if s.data != "auto" else ("fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib")
     notes = [f"preset {preset}: {why}", f"device {hardware.device}: {hardware.name}",
@@ -463,6 +478,8 @@ def open_corpus(name: str) -> Corpus:
         meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.exists() else GPT2_META
         said = {split: meta["splits"].get(split, {}).get("tokens") for split in paths}
         meta = meta | {"vocab_size": int(meta["vocab_size"]), "eot": meta["eot"]}
+        if meta["vocab_size"] < 1 or not (meta["eot"] is None or 0 <= int(meta["eot"]) < meta["vocab_size"]):
+            raise ValueError(f"vocab_size {meta['vocab_size']}, eot {meta['eot']}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{meta_path} cannot be read ({error!r}); make it again with {repair}") from error
     for split, found in paths.items():
@@ -517,15 +534,18 @@ class Loader:
         """Background thread: (tokens, position after them) of each step in order, or the error that ended it."""
         try:
             for step in range(self.step, self.s.iterations):
-                self._hand_over((self.make_batch(stage_at(self.stages, step)), dict(self.position)))
+                if not self._hand_over((self.make_batch(stage_at(self.stages, step)), dict(self.position))):
+                    return
         except Exception as error:  # noqa: BLE001 - raised again in the training thread, by next()
             self._hand_over(error)
 
-    def _hand_over(self, item):
+    def _hand_over(self, item) -> bool:
+        """Waits for room; False if the loader was closed meanwhile."""
         while not self.stop.is_set():
             with contextlib.suppress(queue.Full):
-                return self.ready.put(item, timeout=0.1)
-        raise SystemExit  # closed: ends this thread only
+                self.ready.put(item, timeout=0.1)
+                return True
+        return False
 
     def _load_table(self, max_doc_len: int):
         """Opens the shard of the current position and lists its pieces in the order of use."""
@@ -613,8 +633,8 @@ class ValStream:
         available = sum(map(len, shards)) - 1
         self.num_tokens, self.eot, self.seq_len = num_tokens or available, corpus.meta["eot"], seq_len
         if not 0 < self.num_tokens <= available:
-            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} validation tokens to "
-                            f"predict; use --eval_tokens 0 for all of them")
+            repair = "use --eval_tokens 0 for all" if available else f"make more with {repair_command(corpus.folder)}"
+            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} tokens to predict; {repair}")
         self.num_rows = -(-self.num_tokens // seq_len)
         self.tokens = shards[0] if len(shards[0]) > self.num_tokens else np.concatenate(shards)
 
@@ -900,8 +920,9 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
     attention layer (q.k and weighted sum, 2 FLOPs each, times 3). Keys: the average over a causal row cut at the window
     and at max_doc_len, taken at the stage's final window; shorter documents are not subtracted."""
     length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
+    long, short = (math.ceil(window / s.window_step) * s.window_step for window in (stage.window, stage.window // 2))
     for layer in layer_table(s):
-        window = min({"L": stage.window, "S": stage.window // 2, "-": 0}[layer.attention], length)
+        window = min({"L": long, "S": min(short, long), "-": 0}[layer.attention], length)
         keys += window - window * (window - 1) / (2 * length)
     return 6.0 * counts["matmul"] + 12.0 * s.width * keys
 
@@ -1294,7 +1315,8 @@ def evaluate(model: nn.Module, stream: ValStream, s: Settings, world: World, win
 def bits_per_byte(loss: float, meta: dict) -> float | None:
     """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
     split = meta["splits"].get("val", {})
-    return loss / math.log(2) * split["tokens"] / split["bytes"] if split.get("bytes") else None
+    known = split.get("bytes") and split.get("tokens")
+    return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -1328,7 +1350,9 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
         raise OSError(f"could not write {final}: {str(error).splitlines()[0]}") from error
     shutil.rmtree(final, ignore_errors=True)  # there only if a run was resumed from an earlier checkpoint
     os.replace(temporary, final)
-    for old in sorted(final.parent.glob("step_*[0-9]"))[:-keep]:
+    others = [path for path in final.parent.glob("step_*[0-9]") if path != final]
+    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)  # not by step: a run may have gone back
+    for old in others[keep - 1:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -1348,7 +1372,7 @@ def find_checkpoint(s: Settings) -> tuple[Path, dict]:
             if file_hash(path / "state.pt") == meta["sha256"]:
                 return path, meta
             reason = "state.pt does not match its sha256"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             reason = repr(error)
         print(f"checkpoint {path} is damaged ({reason}); trying the one before it", flush=True)
     raise UserError(f"all {len(found)} checkpoint(s) in {place} are damaged: start without --resume")
@@ -1441,7 +1465,10 @@ class RunLog:
         self.text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open all the run long
         self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         if s.wandb:
-            import wandb
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("--wandb: Weights & Biases is not installed; pip install wandb") from error
             self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=folder.name, id=folder.name,
                                     dir=str(folder), resume="allow", config=config)
         if resumed_at is not None:
@@ -1460,19 +1487,27 @@ class RunLog:
     def line(self, text: str):
         """To log.txt."""
         if self.main:
-            self.text.write(text + "\n")
+            self._append(self.text, text)
+
+    def _append(self, file, text: str):
+        """A full disk costs lines of the logs, not the run."""
+        try:
+            file.write(text + "\n")
+        except OSError as error:
+            self.print(f"warning: {file.name}: {error.strerror}; training goes on")
 
     def metric(self, **values):
         """To metrics.jsonl and wandb."""
         if self.main:
-            self.metrics.write(json.dumps(values) + "\n")
+            self._append(self.metrics, json.dumps(values))
             if self.wandb is not None:
                 self.wandb.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=values["step"])
 
     def close(self):
         if self.main:
-            self.text.close()
-            self.metrics.close()
+            for file in (self.text, self.metrics):
+                with contextlib.suppress(OSError):  # lines that a full disk did not take, and that were told
+                    file.close()
             if self.wandb is not None:
                 self.wandb.finish()
 
@@ -1519,7 +1554,8 @@ def make_profiler(s: Settings, world: World, folder: Path, say):
 
     if cuda:
         torch.cuda.memory._record_memory_history(max_entries=100_000)
-    plan = torch.profiler.schedule(wait=max(0, s.profile_start - 1), warmup=1, active=s.profile_steps, repeat=1)
+    warmup = min(1, s.profile_start)
+    plan = torch.profiler.schedule(wait=s.profile_start - warmup, warmup=warmup, active=s.profile_steps, repeat=1)
     activities = [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
     return torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=report)
 
@@ -1572,7 +1608,7 @@ class Trainer:
         self.start_step, self.position, self.epoch, self.clock = 0, None, 0, Clock(s.device)
         if path:
             self.start_step, self.position, self.clock.total_ms = meta["step"], meta["position"], meta["train_time_ms"]
-            self.epoch = self.position["epoch"]
+            self.epoch, self.val_loss = self.position["epoch"], meta["val_loss"]
             saved = on_rank_zero(world, lambda: torch.load(path / "state.pt", map_location="cpu", weights_only=True))
             self.optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
@@ -1718,6 +1754,8 @@ class Trainer:
             if not math.isfinite(loss):
                 self._stop_not_finite(f"the loss of step {done + 1} is {loss}", done + 1)
         self._report(step, losses[(step - 1) % self.s.log_every])
+        if stop:
+            self.stop_signal = self.stop_signal or signal.SIGTERM  # another rank got it
         return stop > 0
 
     def _stop_not_finite(self, what: str, step: int):
@@ -1751,7 +1789,7 @@ class Trainer:
         return sum((min(step, t.end) - t.start) * t.batch_tokens for t in self.stages if step > t.start)
 
     def validate(self, step: int):
-        """Validation loss, outside the clock, to `val_loss` and the logs. Raises TrainingStopped if it is not finite."""
+        """Validation loss, outside the clock, to `val_loss` and all logs. Raises TrainingStopped if not finite."""
         ms, window = self.clock.stop(), window_at(self.s, self.stages, step)
         loss = evaluate(self.model, self.stream, self.s, self.world, window)
         if not math.isfinite(loss):
@@ -1787,9 +1825,12 @@ class Trainer:
         """Last checkpoint, end of the logs, exit code."""
         saved = self.save(step) if self.status == "interrupted" or self.s.save_last else True
         self._end_record(step)
+        if self.s.enable_profiling and step - self.start_step < self.s.profile_start + self.s.profile_steps:
+            self.log.print("profile: incomplete, the run ended before its last step; lower --profile-start")
         if self.s.target_loss:
             reached = "reached" if self.status == "target" else "not reached"
-            self.log.print(f"target loss {self.s.target_loss} {reached}: step {step}, {self.clock.total_ms / 1000:.2f} s")
+            seconds = self.clock.total_ms / 1000
+            self.log.print(f"target loss {self.s.target_loss} {reached}: step {step}, {seconds:.2f} s")
         memory = "peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory_mib(self.s.device))
         self.log.print(memory)
         self.log.line(memory)
@@ -1801,11 +1842,11 @@ class Trainer:
     def _end_record(self, step: int):
         """The last object of metrics.jsonl."""
         ms, reached = self.clock.stop(), self.status == "target"
-        self.log.metric(event="end", status=self.status, step=step, iterations=self.s.iterations,
-                        val_loss=self.val_loss, val_bpb=self.val_loss and bits_per_byte(self.val_loss, self.corpus.meta), train_time_ms=ms,
+        bpb = self.val_loss and bits_per_byte(self.val_loss, self.corpus.meta)
+        self.log.metric(event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=self.val_loss,
+                        val_bpb=bpb, train_time_ms=ms, tokens_per_s=1000 * self.tokens_at(step) / ms if ms else None,
                         params_total=self.counts["total"], params_active=self.counts["total"],
                         peak_memory_mib=peak_memory_mib(self.s.device)[0], first_step_s=self.first_step_s,
-                        tokens_per_s=1000 * self.tokens_at(step) / ms if ms else None,
                         target_step=step if reached else None, target_time_ms=ms if reached else None)
 
 
@@ -1831,7 +1872,7 @@ def main(argv: list[str] | None = None) -> int:
         s, hardware, notes = parse_settings(argv, int(os.environ.get("WORLD_SIZE", 1)))
         torch.set_num_threads(s.threads or torch.get_num_threads())
         return Trainer(s, hardware, start_processes(s.device), notes).run()
-    except (UserError, FileNotFoundError, TrainingStopped, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, TrainingStopped, torch.OutOfMemoryError) as error:
         hint = "; use a smaller --micro-tokens" if isinstance(error, torch.OutOfMemoryError) else ""
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}{hint}", file=sys.stderr)

@@ -39,8 +39,8 @@ def compare(shape: tuple[int, ...], window: int, dtype: torch.dtype, device: str
     rows, seq_len, heads, head_dim = shape
     docs = (torch.arange(seq_len, device=device) // (seq_len // 2)).to(torch.int32).expand(rows, -1).contiguous()
     limit = torch.tensor(window or seq_len, dtype=torch.int32, device=device)
-    leaves = [torch.randn(rows, seq_len, heads, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    weight = torch.randn(rows, seq_len, heads, head_dim, device=device, dtype=dtype)
+    *leaves, weight = (torch.randn(rows, seq_len, heads, head_dim, device=device, dtype=dtype) for _ in range(4))
+    leaves = [leaf.requires_grad_() for leaf in leaves]
     backends = (["sdpa", "plain"] if rows * seq_len**2 < 2**28 else []) + (["flex"] if device == "cuda" else [])
     attend = torch.compile(train_gpt.attend, dynamic=False) if device == "cuda" else train_gpt.attend
     times = {}

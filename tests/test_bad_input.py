@@ -276,20 +276,25 @@ def test_learning_rate_that_explodes(tmp_path, fails):
     assert all_finite(run_folder(tmp_path))
 
 
-@pytest.mark.parametrize("save_every", [0, 2])
-def test_weights_ruined_by_the_last_step_are_not_saved(save_every, tmp_path, fails, monkeypatch):
-    """The loss of the last step is that of the weights before it: only validation and weights show the damage."""
+def ruin_weights(monkeypatch, after_step: int):
+    """The update of this step (1-based) ends in NaN, though its loss, that of the weights before, was finite."""
     def train_step(self, step, train=Trainer.train_step):
         train(self, step)
-        if step == 7:
+        if step + 1 == after_step:
             for bank in self.optimizer.banks:
                 bank.state["master"].fill_(math.nan)
                 bank.receive_weights()
     monkeypatch.setattr(Trainer, "train_step", train_step)
-    fails(tiny(tmp_path, save_every=save_every), "after step 8", "nan" if save_every else "")
+
+
+@pytest.mark.parametrize("after_step, eval_every", [(6, 0), (6, 3), (8, 0)])
+def test_weights_that_are_not_finite_are_not_saved(after_step, eval_every, tmp_path, fails, monkeypatch):
+    """Found by the look at the weights before a checkpoint, or by the validation before it."""
+    ruin_weights(monkeypatch, after_step)
+    fails(tiny(tmp_path, save_every=2, keep=99, eval_every=eval_every), f"after step {after_step}", "lower --muon-lr")
     folder = run_folder(tmp_path)
-    assert all_finite(folder) and (steps_saved(folder) if save_every else [4, 6]) == [4, 6]
-    assert records(folder)[-1]["status"] == "nan"
+    assert steps_saved(folder) == list(range(2, after_step, 2)) and all_finite(folder)
+    assert (records(folder)[-1]["status"], records(folder)[-1]["step"]) == ("nan", after_step)
 
 
 def test_validation_loss_that_is_not_finite_stops(tmp_path, fails, monkeypatch):

@@ -219,9 +219,10 @@ def test_settings_that_do_not_alter_the_result_may_change(tmp_path, monkeypatch,
 # --- how many are kept
 
 
-def test_the_newest_are_kept(tmp_path):
-    assert train_gpt.main(tiny(tmp_path, save_every=2, keep=3)) == 0
-    assert steps_saved(run_folder(tmp_path)) == [4, 6, 8]
+@pytest.mark.parametrize("keep", [1, 3, 5, 20])
+def test_the_newest_are_kept(keep, tmp_path):
+    assert train_gpt.main(tiny(tmp_path, save_every=1, keep=keep)) == 0
+    assert steps_saved(run_folder(tmp_path)) == list(range(1, 9))[-keep:]
 
 
 def test_the_checkpoint_just_written_is_never_removed(tmp_path):

@@ -2,6 +2,7 @@
 
 In most tests the shards together hold the tokens 1, 2, 3, ... with 0 (end of text) at the documents' starts, so that a
 token says where in the corpus it lies: `place` recovers it, and batches are checked against the corpus by position."""
+import functools
 import json
 import shutil
 import tempfile
@@ -47,9 +48,16 @@ def corpora(tmp_path_factory):
     shutil.rmtree(base)
 
 
+def start(s, corpus, rank: int = 0, size: int = 1, position=None, step: int = 0) -> Loader:
+    """A loader whose `next` fails, rather than waits forever, if its thread never hands anything over."""
+    loader = Loader(s, corpus, World(rank, rank, size), position, step)
+    loader.ready.get = functools.partial(loader.ready.get, timeout=30)
+    return loader
+
+
 def batches(s, corpus, rank: int = 0, size: int = 1, position=None, step: int = 0) -> list[tuple[torch.Tensor, dict]]:
     """What a process is given in all steps from `step` on."""
-    loader = Loader(s, corpus, World(rank, rank, size), position, step)
+    loader = start(s, corpus, rank, size, position, step)
     try:
         return [loader.next(i) for i in range(step, s.iterations)]
     finally:
@@ -314,7 +322,7 @@ def test_an_error_of_the_thread_is_raised_by_next_after_the_good_batches(tmp_pat
     good, bad = documents(200, 0), documents(200, 1)
     bad[17] = 64
     corpus = open_corpus(str(make_data(tmp_path / "data", train=[good, bad])))
-    loader = Loader(settings(iterations=50), corpus, World())
+    loader = start(settings(iterations=50), corpus)
     with pytest.raises(UserError, match="data_train_000001.bin holds token id 64"):
         for step in range(50):
             loader.next(step)
@@ -325,7 +333,7 @@ def test_an_error_of_the_thread_is_raised_by_next_after_the_good_batches(tmp_pat
 
 def test_any_error_of_the_thread_is_raised(corpora, monkeypatch):
     monkeypatch.setattr(Loader, "make_batch", lambda self, stage: 1 // 0)
-    loader = Loader(settings(), corpora(numbered([[40] * 9])), World())
+    loader = start(settings(), corpora(numbered([[40] * 9])))
     with pytest.raises(ZeroDivisionError):
         loader.next(0)
     loader.close()
@@ -338,7 +346,7 @@ def test_a_row_longer_than_every_shard_is_told(corpora):
 
 def test_close_ends_a_thread_that_waits_for_room(corpora):
     before = threading.active_count()
-    loader = Loader(settings(iterations=1000), corpora(numbered([[40] * 20])), World())
+    loader = start(settings(iterations=1000), corpora(numbered([[40] * 20])))
     loader.next(0)
     while not loader.ready.full():
         assert loader.thread.is_alive()

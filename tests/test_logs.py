@@ -210,7 +210,8 @@ class FakeTime:
         return getattr(time, name)
 
 
-def test_clock_counts_training_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("profiled", [False, True])
+def test_clock_counts_training_only(profiled, tmp_path, monkeypatch):
     """A step takes 1 s, validation 1000 s, a checkpoint 5000 s, a profile's end 300 s."""
     clock = FakeTime()
     monkeypatch.setattr(train_gpt, "time", clock)
@@ -224,9 +225,10 @@ def test_clock_counts_training_only(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "evaluate", takes(1000, train_gpt.evaluate))
     monkeypatch.setattr(train_gpt, "write_checkpoint", takes(5000, train_gpt.write_checkpoint))
     monkeypatch.setattr(train_gpt, "communication_overlap", takes(300, train_gpt.communication_overlap))
-    argv = tiny(tmp_path, eval_every=2, save_every=3, enable_profiling=True, profile_start=2, profile_steps=1)
+    profile = dict(enable_profiling=True, profile_start=2, profile_steps=1) if profiled else {}
+    argv = tiny(tmp_path, log_every=3, eval_every=2, save_every=3, **profile)
     assert train_gpt.main(argv) == 0
-    assert clock.now == 8 + 4 * 1000 + 3 * 5000 + 300
+    assert clock.now == 8 + 4 * 1000 + 3 * 5000 + 300 * profiled
     steps = [r for r in records(run_folder(tmp_path)) if "event" not in r]
     assert [r["train_time_ms"] for r in steps] == [1000 * r["step"] for r in steps]
     assert {r["step_ms"] for r in steps if "step_ms" in r} == {1000.0}

@@ -1,4 +1,4 @@
-"""The model: attention backends against each other and against a loop, causality, documents, and the parts' formulas."""
+"""The model: attention backends against each other and against a loop, causality, documents, formulas of the parts."""
 import math
 import shutil
 
@@ -16,8 +16,8 @@ VOCAB = 50
 
 def settings(**changes) -> Settings:
     """A tiny model, all choices made."""
-    base = dict(num_layers=4, width=64, head_dim=16, value_embeds=1, attention="LSSL", seq_len=(64,), batch_tokens=(128,),
-                window=(32,), window_start=32, window_step=8, eval_seq_len=64, device="cpu", dtype="fp32", backend="sdpa",
+    base = dict(num_layers=4, width=64, head_dim=16, value_embeds=1, attention="LSSL", seq_len=(64,),
+                batch_tokens=(128,), window=(32,), window_start=32, window_step=8, eval_seq_len=64, device="cpu", dtype="fp32", backend="sdpa",
                 compile=False, micro_tokens=128)
     return Settings(**{**base, **changes})
 
@@ -225,7 +225,8 @@ def test_layer_table_of_record_28():
 
 
 def test_parameter_count_of_record_28():
-    model = GPT(Settings(attention=train_gpt.auto_attention(12), backend="sdpa", eval_seq_len=128, seq_len=(128,)), 50257)
+    s = Settings(attention=train_gpt.auto_attention(12), backend="sdpa", eval_seq_len=128, seq_len=(128,))
+    model = GPT(s, 50257)
     counts = train_gpt.parameter_counts(model)
     assert counts["hidden"] == 11 * 4 * 768**2 + 12 * 8 * 768**2
     assert counts["embedding"] == 4 * 50304 * 768 and counts["head"] == 50304 * 768
