@@ -36,6 +36,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -1843,8 +1844,9 @@ class Trainer:
         """The last object of metrics.jsonl."""
         ms, reached = self.clock.stop(), self.status == "target"
         bpb = self.val_loss and bits_per_byte(self.val_loss, self.corpus.meta)
-        self.log.metric(event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=self.val_loss,
-                        val_bpb=bpb, train_time_ms=ms, tokens_per_s=1000 * self.tokens_at(step) / ms if ms else None,
+        self.log.metric(event="end", status=self.status, step=step, iterations=self.s.iterations,
+                        val_loss=self.val_loss, val_bpb=bpb, train_time_ms=ms,
+                        tokens_per_s=1000 * self.tokens_at(step) / ms if ms else None,
                         params_total=self.counts["total"], params_active=self.counts["total"],
                         peak_memory_mib=peak_memory_mib(self.s.device)[0], first_step_s=self.first_step_s,
                         target_step=step if reached else None, target_time_ms=ms if reached else None)
@@ -1855,6 +1857,7 @@ def start_processes(device: str) -> World:
     if "RANK" not in os.environ:
         return World()
     world = World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # 2.13 renames collectives, 2.11 has the old
     if device == "cpu":
         dist.init_process_group("gloo")
         return world

@@ -17,7 +17,8 @@ VOCAB = 50
 def settings(**changes) -> Settings:
     """A tiny model, all choices made."""
     base = dict(num_layers=4, width=64, head_dim=16, value_embeds=1, attention="LSSL", seq_len=(64,),
-                batch_tokens=(128,), window=(32,), window_start=32, window_step=8, eval_seq_len=64, device="cpu", dtype="fp32", backend="sdpa",
+                batch_tokens=(128,), window=(32,), window_start=32,
+                window_step=8, eval_seq_len=64, device="cpu", dtype="fp32", backend="sdpa",
                 compile=False, micro_tokens=128)
     return Settings(**{**base, **changes})
 
@@ -130,7 +131,7 @@ def test_compiled_flex_equals_sdpa_on_the_gpu_forward_and_backward(window):
     attend, outputs = torch.compile(train_gpt.attend, dynamic=False), []
     for mask in (train_gpt.dense_mask(docs, window), train_gpt.block_mask(docs, window)):
         torch.manual_seed(0)
-        leaves = [torch.randn(2, 2048, 4, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+        leaves = [torch.randn(2, 2048, 4, 64).to("cuda", torch.bfloat16).requires_grad_() for _ in range(3)]
         y = attend(*leaves, mask, 0.12, "sdpa" if isinstance(mask, torch.Tensor) else "flex")
         outputs.append([y, *torch.autograd.grad((y * torch.randn(y.shape, device=y.device)).sum(), leaves)])
     for a, b in zip(*outputs, strict=True):
