@@ -344,6 +344,11 @@ def shape_errors(s: Settings, world_size: int) -> list[str]:
         bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
     if s.attention != "auto" and (len(s.attention) != s.num_layers or set(s.attention) - set("LS-")):
         bad.append(f"--attention {s.attention}: one letter L, S or - for each of the {s.num_layers} layers")
+    else:
+        letters = auto_attention(s.num_layers) if s.attention == "auto" else s.attention
+        table = layer_table(dataclasses.replace(s, attention=letters))
+        if set(letters) == {"-"} or len({layer.value_table for layer in table} - {None}) < s.value_embeds:
+            bad.append(f"--attention {letters}: a layer, and one for each of {s.value_embeds} value tables, must have it")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2 and --muon_momentum must be below 1: at 1 nothing new is ever averaged in")
     if s.warmup_steps >= s.iterations:
@@ -783,25 +788,28 @@ class Attention(nn.Module):
         self.scale, self.backend = s.scale, s.backend
         self.qkvo = nn.Parameter(torch.cat((uniform(3, s.width, s.width), torch.zeros(1, s.width, s.width))))
 
-    def forward(self, x_BTD: Tensor, value_BTD: Tensor | None, mask, rotary, scalars: dict, gates: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, value_BTD: Tensor | None, mask, rotary, scalars: dict, gates: Tensor | None) -> Tensor:
         q, k, v, gate = self.project(x_BTD, value_BTD, rotary, scalars, gates)
         return self.merge(attend(q, k, v, mask, self.scale, self.backend), gate)
 
-    def project(self, x_BTD: Tensor, value_BTD: Tensor | None, rotary, scalars: dict, gates: Tensor):
-        """q, k, v of each position, (B, T, H, K), and the gate of the heads' outputs, (B, T, H, 1)."""
+    def project(self, x_BTD: Tensor, value_BTD: Tensor | None, rotary, scalars: dict, gates: Tensor | None):
+        """q, k, v of each position, (B, T, H, K), and the gate of the heads' outputs, (B, T, H, 1), or None."""
         qkv, _ = self.qkvo.split((3, 1))
         qk, v = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3 * self.num_heads, self.head_dim)).split(
             (2 * self.num_heads, self.num_heads), dim=2)
+        q, k = rotate(norm(qk), *rotary).chunk(2, dim=2)
+        if gates is None:
+            return q, k, v, None
         both = torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gates.flatten(0, 1)))
         out_gate, value_gate = both.unflatten(-1, (2, self.num_heads, 1)).unbind(2)
         if value_BTD is not None:
             v = scalars["value"] * v + scalars["value_embed"] * (2 * value_gate) * value_BTD.view_as(v)
-        return *rotate(norm(qk), *rotary).chunk(2, dim=2), v, out_gate
+        return q, k, v, out_gate if self.gated else None
 
-    def merge(self, y_BTHK: Tensor, gate_BTH1: Tensor) -> Tensor:
+    def merge(self, y_BTHK: Tensor, gate_BTH1: Tensor | None) -> Tensor:
         """Heads' outputs, gated, back to the residual stream."""
         _, out = self.qkvo.split((3, 1))
-        return (y_BTHK * gate_BTH1 if self.gated else y_BTHK).flatten(2) @ out[0]
+        return (y_BTHK if gate_BTH1 is None else y_BTHK * gate_BTH1).flatten(2) @ out[0]
 
 
 class MLP(nn.Module):
@@ -825,7 +833,7 @@ class Block(nn.Module):
         self.mlp = MLP(s)
 
     def forward(self, x_BTD: Tensor, x0_BTD: Tensor, skip_BTD: Tensor | None, value_BTD: Tensor | None, mask, rotary,
-                scalars_S: Tensor, gates: Tensor) -> Tensor:
+                scalars_S: Tensor, gates: Tensor | None) -> Tensor:
         scalars = dict(zip(SCALARS, scalars_S, strict=True))
         x = self.mix(x_BTD, x0_BTD, skip_BTD, scalars)
         if self.attn is not None:
@@ -852,7 +860,8 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeds))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, and its weight
         self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
-        self.gates = nn.Parameter(torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM))  # outputs, values
+        gates = torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM)  # of head outputs, of value embeddings
+        self.gates = nn.Parameter(gates) if s.attn_gate or s.value_embeds else None
         self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
         self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
         longest = max([stage.seq_len for stage in stage_table(s)] + [s.eval_seq_len])
@@ -870,7 +879,8 @@ class GPT(nn.Module):
         values = [table(inputs_BT) for table in self.value_embeds]
         masks = self.masks(docs_BT, window)
         rotary = self.cos[:inputs_BT.size(1)], self.sin[:inputs_BT.size(1)]
-        scalars, gates, outputs = self.scalars.type_as(x).unbind(0), self.gates.unbind(0), []
+        scalars, outputs = self.scalars.type_as(x).unbind(0), []
+        gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
             value = values[layer.value_table] if layer.value_table is not None else None
@@ -931,8 +941,8 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Optimizer                                                                                                          │
 # └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-# One class for one rank or many. Each gradient is reduced into the shard of the rank that owns it as soon as it is
-# complete in the last micro-step's backward pass, and then freed; optimizer state and fp32 master weights exist on the
+# One class for one rank or many. Each gradient is packed, freed and reduced into the shard of the rank that owns it as
+# soon as it is complete in the last micro-step's backward pass; optimizer state and fp32 master weights exist on the
 # owner only (ZeRO-2); after the update the owner's weights are gathered by all. Small parameters are all-reduced and
 # updated by every rank.
 
@@ -1118,12 +1128,7 @@ class Bank:
         self.in_flight.append((work, packed))
 
     def step(self, scale: float, mu: float, step: int):
-        """Waits for the own gradients, updates the own slots and sends them off, asynchronously.
-
-        Raises RuntimeError that names the parameters whose gradient never came."""
-        missing = sorted(set().union(*self.waiting))
-        if missing:
-            raise RuntimeError(f"no gradient for {', '.join(missing)}: every parameter must take part in the loss")
+        """Waits for the own gradients, updates the own slots and sends them off, asynchronously."""
         for work, _ in self.in_flight:
             work.wait()
         self.in_flight, state, h = [], self.state, self.hyper
@@ -1222,7 +1227,12 @@ class MuonAdamW:
             self.sums[name] = grad.float()
 
     def step(self, scale: float, momentum: float):
-        """Updates all parameters. `scale`: the schedule's factor on all learning rates; `momentum`: Muon's."""
+        """Updates all parameters. `scale`: the schedule's factor on all learning rates; `momentum`: Muon's.
+
+        Raises RuntimeError that names the parameters whose gradient never came."""
+        missing = sorted({name for bank in self.banks for needs in bank.waiting for name in needs})
+        if missing:
+            raise RuntimeError(f"no gradient for {', '.join(missing)}: every parameter must take part in the loss")
         self.steps += 1
         for bank in self.banks:
             bank.step(scale, momentum, self.steps)
@@ -1252,7 +1262,10 @@ class MuonAdamW:
 
 def compiled(function, s: Settings):
     """torch.compile with static shapes and whole graphs, or the function itself."""
-    return torch.compile(function, dynamic=False, fullgraph=True) if s.compile else function
+    if not s.compile:
+        return function
+    torch._dynamo.config.recompile_limit = 64  # counted per function, and all blocks and banks share theirs
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def compile_model(model: GPT, s: Settings):
@@ -1858,6 +1871,7 @@ def start_processes(device: str) -> World:
         return World()
     world = World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # 2.13 renames collectives, 2.11 has the old
+    import torch._dynamo  # noqa: F401 - imported later it would keep the group alive past destroy_process_group
     if device == "cpu":
         dist.init_process_group("gloo")
         return world

@@ -3,7 +3,11 @@
 Ranks are spawned processes on gloo, or started by torchrun on the loopback device; see ranks.py."""
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,3 +249,23 @@ def test_script_resumes_on_another_number_of_processes(script):
     assert text.count('"step": 4, "train_loss"') == 2 and text.count('"step": 3, "train_loss"') == 1
     (train, val), (expected_train, expected_val) = metrics(logs), metrics(script("2"))  # the last line of a step counts
     assert train == pytest.approx(expected_train, rel=1e-5) and val == pytest.approx(expected_val, rel=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_process_group_is_gone_before_python_ends():
+    """torch.compile loads modules whose functions keep the process group of that moment as a default argument. A group
+    that outlives destroy_process_group leaves gloo's threads running, which at times abort a process that ends."""
+    program = """if True:
+        import os, torch, train_gpt
+        train_gpt.start_processes("cpu")
+        torch.distributed.all_reduce(torch.ones(3))
+        import torch._dynamo
+        torch.distributed.destroy_process_group()
+        names = [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+        left = [name for name in names if "gloo" in name]
+        print("left:", left, flush=True)
+        os._exit(0)"""
+    place = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    result = subprocess.run([sys.executable, "-c", program], env=os.environ | place, cwd=Path(tg.__file__).parent,
+                            text=True, capture_output=True, timeout=60)
+    assert "left: []" in result.stdout, result.stdout + result.stderr
