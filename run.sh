@@ -50,12 +50,18 @@ python=.venv/bin/python
 "$python" data/stdlib.py
 launch=("$python")
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-if ((gpus > 1)); then
-    launch=(.venv/bin/torchrun --standalone --nproc_per_node="$gpus")
+if ((gpus > 1)); then  # a power of two of them: the rows of a step are shared evenly
+    processes=1
+    while ((processes * 2 <= gpus)); do ((processes *= 2)); done
+    launch=(.venv/bin/torchrun --standalone --nproc_per_node="$processes")
+fi
+arguments=(--experiment_name quickstart --save_last)
+if ((gpus > 0)) && [[ ! -d data/fineweb10B ]]; then
+    arguments+=(--iterations 500)  # the embedded data set is small: 500 steps are 3.5 times all of it
 fi
 console=$(mktemp)
 trap 'rm -f "$console"' EXIT
-"${launch[@]}" train_gpt.py --experiment_name quickstart --save_last "$@" | tee -i "$console"  # -i: outlives Ctrl-C
+"${launch[@]}" train_gpt.py "${arguments[@]}" "$@" | tee -i "$console"  # -i: outlives Ctrl-C
 
 last() {  # what follows a word at the start of train_gpt.py's lines, the last time
     sed -n "s/^$1 //p" "$console" | tail -n 1

@@ -24,6 +24,7 @@ import dataclasses
 import difflib
 import gc
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -109,11 +110,11 @@ class Settings:
     momentum_warmup: int = 300  # steps over which the momentum rises [>=0]
     momentum_cooldown: int = 50  # last steps over which it falls back [>=0]
     muon_beta2: float = 0.95  # decay of NorMuon's running variance of update rows; 0 off [0..1]
-    muon_weight_decay: float = 0.02  # decoupled decay per unit of learning rate, of hidden matrices [>=0]
+    muon_weight_decay: float = 0.02  # decay / peak rate, decoupled, falls with the rate's square; hidden matrices [>=0]
     orthogonalizer: str = "polar_express"  # iteration that orthogonalizes updates [polar_express|newton_schulz]
     adam_lr: float = 0.008  # base learning rate of all other parameters; factors in parameter_table [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
-    adam_weight_decay: float = 0.0  # decoupled decay per unit of learning rate, of embeddings and head [>=0]
+    adam_weight_decay: float = 0.0  # the same for embeddings and head [>=0]
     cautious: bool = True  # decay only where update and weight have the same sign
     schedule: str = "linear"  # shape of the cool-down: linear, or 1 - sqrt (warm-up, stable, decay) [linear|wsd]
     warmup_steps: int = 0  # learning-rate warm-up, in steps [>=0]
@@ -157,37 +158,39 @@ class Settings:
 
 
 PRESETS: dict[str, dict] = {
-    # two CPU cores, minutes: bytes of the Python standard library
+    # two CPU cores, under two minutes: bytes of the Python standard library (records/LOG.md has what else was tried)
     "cpu": dict(
-        data="stdlib", num_layers=4, width=256, head_dim=64, value_embeds=1, iterations=300, batch_tokens=(8192,),
+        data="stdlib", num_layers=3, width=192, head_dim=48, value_embeds=1, iterations=360, batch_tokens=(4096,),
         seq_len=(256,), max_doc_len=(256,), window=(256,), window_start=64, window_step=32, micro_tokens=8192,
-        muon_lr=0.03, momentum_warmup=100, momentum_cooldown=20, eval_every=100, eval_tokens=262144, compile=False,
+        muon_lr=0.06, muon_momentum=0.9, momentum_warmup=30, momentum_cooldown=20, cooldown=0.6, lr_floor=0.0,
+        eval_every=120, eval_tokens=131072, compile=False,
     ),
     # the GPT-2-small shape on one 16 GB card; 24 GB and more: --micro-tokens 16384
     "gpu": dict(
         iterations=4000, batch_tokens=(65536,), seq_len=(8192,), max_doc_len=(2048,), window=(1024,), window_start=256,
-        micro_tokens=8192, muon_lr=0.025, adam_lr=0.004, eval_every=250, eval_tokens=2097152, save_every=500,
+        micro_tokens=8192, muon_lr=0.025, adam_lr=0.004, eval_every=250, eval_tokens=262144, save_every=500,
     ),
-    # the 8xH100 track: 3.28 on FineWeb, schedule of record 28
-    "speedrun": dict(shuffle=False, target_loss=3.28, save_last=False),
+    # the 8xH100 track: 3.28 on FineWeb; batch, row length and window of record 28
+    "speedrun": dict(data="fineweb10B", shuffle=False, target_loss=3.28, save_last=False),
     # the GPT-2-medium track: 2.92 on FineWeb
     "medium": dict(
-        shuffle=False, num_layers=16, width=1024, iterations=5960, batch_tokens=(524288,), seq_len=(65536,),
-        window=(3456,), muon_lr=0.025, adam_lr=0.004, cooldown=0.7, target_loss=2.92, micro_tokens=65536,
+        data="fineweb10B", shuffle=False, num_layers=16, width=1024, iterations=5960, batch_tokens=(524288,),
+        seq_len=(65536,), window=(3456,), muon_lr=0.025, adam_lr=0.004, cooldown=0.7, target_loss=2.92,
+        micro_tokens=65536,
     ),
 }
 # Settings that a resumed run may change: they do not alter what is computed, or only its rounding.
 RESUME_MAY_CHANGE = {
-    "preset", "log_dir", "resume", "data", "eval_every", "target_loss", "save_every", "save_last", "keep", "log_every",
-    "wandb", "enable_profiling", "profile_start", "profile_steps", "device", "dtype", "backend", "compile",
-    "compile_unit", "micro_tokens", "threads",
+    "preset", "experiment_name", "log_dir", "resume", "data", "eval_every", "eval_tokens", "eval_seq_len",
+    "eval_window", "target_loss", "save_every", "save_last", "keep", "log_every", "wandb", "enable_profiling",
+    "profile_start", "profile_steps", "device", "dtype", "backend", "compile", "compile_unit", "micro_tokens",
+    "threads",
 }
 
 
 def help_texts() -> dict[str, str]:
-    """Comments of the fields of `Settings`, read from this file: field name -> text."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, flags=re.MULTILINE))
+    """Comments of the fields of `Settings`, read from the source: field name -> text."""
+    return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", inspect.getsource(Settings), flags=re.MULTILINE))
 
 
 class Parser(argparse.ArgumentParser):
@@ -291,7 +294,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     kernel = "sdpa" if kernel == "plain" and dtype == "fp32" else kernel
     backend = s.backend if s.backend != "auto" else kernel
     chosen = dataclasses.replace(s, backend=backend)  # the checks must see what `auto` stands for
-    problems = field_errors(s) or hardware_errors(chosen, hardware) + shape_errors(chosen, world_size)
+    problems = field_errors(s)
+    problems += hardware_errors(chosen, hardware) + ([] if problems else shape_errors(chosen, world_size))
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     unit = s.compile_unit if s.compile_unit != "auto" else ("model" if world_size == 1 else "block")
@@ -348,7 +352,7 @@ def shape_errors(s: Settings, world_size: int) -> list[str]:
         letters = auto_attention(s.num_layers) if s.attention == "auto" else s.attention
         table = layer_table(dataclasses.replace(s, attention=letters))
         if set(letters) == {"-"} or len({layer.value_table for layer in table} - {None}) < s.value_embeds:
-            bad.append(f"--attention {letters}: a layer, and one for each of {s.value_embeds} value tables, must have it")
+            bad.append(f"--attention {letters}: a layer, and one for each of {s.value_embeds} value tables, needs it")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2 and --muon_momentum must be below 1: at 1 nothing new is ever averaged in")
     if s.warmup_steps >= s.iterations:
@@ -497,7 +501,7 @@ def open_corpus(name: str) -> Corpus:
 
 
 def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple[np.ndarray, ...]:
-    """Start and length of each piece of a shard: documents cut to at most `max_len` tokens (0: uncut).
+    """Start and length of each piece of a shard: documents cut to at most `max_len` tokens.
 
     The shard's last token is only a target. Without end-of-text tokens the shard is one document, cut from `offset`
     on, so that every epoch cuts elsewhere. `clip` keeps only the first piece of a document (record 29)."""
@@ -506,8 +510,6 @@ def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, o
     if eot is not None and (not len(starts) or starts[0]):
         starts = np.insert(starts, 0, 0)
     lengths = np.diff(np.append(starts, last))
-    if not max_len:
-        return starts, lengths
     counts = np.ones_like(starts) if clip else -(-lengths // max_len)
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     piece_starts = np.repeat(starts, counts) + within * max_len
@@ -553,17 +555,18 @@ class Loader:
                 return True
         return False
 
-    def _load_table(self, max_doc_len: int):
-        """Opens the shard of the current position and lists its pieces in the order of use."""
+    def _load_table(self, stage: Stage):
+        """Opens the shard of the current position and lists its pieces, none longer than a row, in the order of use."""
         epoch, shard, eot = self.position["epoch"], self.position["shard"], self.corpus.meta["eot"]
-        key = (epoch, shard, max_doc_len)
+        longest = min(stage.max_doc_len or stage.seq_len, stage.seq_len)
+        key = (epoch, shard, longest)
         if key == self.table_key:
             return
         if self.table_key is None or self.table_key[1] != shard:
             self.tokens = open_shard(self.corpus.train[shard], self.corpus.meta["vocab_size"])
         rng = np.random.default_rng((self.s.seed, epoch, shard))
-        offset = int(rng.integers(max_doc_len)) if max_doc_len and epoch else 0
-        starts, lengths = piece_table(self.tokens, eot, max_doc_len, self.s.long_docs == "clip", offset)
+        offset = int(rng.integers(longest)) if epoch else 0
+        starts, lengths = piece_table(self.tokens, eot, longest, self.s.long_docs == "clip", offset)
         order = rng.permutation(len(starts)) if self.s.shuffle else slice(None)
         self.starts, self.lengths, self.table_key = starts[order], lengths[order], key
         self.ends = np.cumsum(self.lengths)
@@ -572,7 +575,7 @@ class Loader:
         """Tokens of the shard, starts and lengths of the pieces of the next row; on to the next shard, and after the
         last one to the first again in a new epoch, where the pieces left do not fill a row."""
         for _ in range(len(self.corpus.train) + 2):
-            self._load_table(stage.max_doc_len)
+            self._load_table(stage)
             used = self.position["used"]
             first = np.searchsorted(self.ends, used, side="right")
             last = np.searchsorted(self.ends, used + stage.seq_len)
@@ -583,7 +586,7 @@ class Loader:
         else:
             raise UserError(f"no shard of {self.corpus.folder} fills a row of {stage.seq_len} tokens: lower --seq_len")
         starts, lengths = self.starts[first:last + 1].copy(), self.lengths[first:last + 1].copy()
-        starts[0] += used - (self.ends[first] - lengths[0])  # 0, unless max_doc_len has changed within a piece
+        starts[0] += used - (self.ends[first] - lengths[0])  # 0, unless the longest piece has changed within this one
         lengths[0] = self.ends[first] - used
         lengths[-1] -= lengths.sum() - stage.seq_len
         self.position["used"] = int(self.ends[last])
@@ -640,7 +643,7 @@ class ValStream:
         self.num_tokens, self.eot, self.seq_len = num_tokens or available, corpus.meta["eot"], seq_len
         if not 0 < self.num_tokens <= available:
             repair = "use --eval_tokens 0 for all" if available else f"make more with {repair_command(corpus.folder)}"
-            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} tokens to predict; {repair}")
+            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} validation tokens; {repair}")
         self.num_rows = -(-self.num_tokens // seq_len)
         self.tokens = shards[0] if len(shards[0]) > self.num_tokens else np.concatenate(shards)
 
@@ -659,7 +662,7 @@ class ValStream:
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Attention                                                                                                          │
 # └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-# One rule says who sees whom; both backends apply it token by token, so that compiled, eager and SDPA agree. (A window
+# One rule says who sees whom; all backends apply it token by token, so that compiled, eager and SDPA agree. (A window
 # that exists only in the block lists of FlexAttention is silently ignored wherever the kernel is not compiled.)
 
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
@@ -733,7 +736,8 @@ class Layer(NamedTuple):
 
 
 def auto_attention(num_layers: int) -> str:
-    """Long windows in the first, the last and one layer at a third; from 12 layers on none at 7/12 (record 17)."""
+    """Long windows in the first, the last and a layer at a third (record 20); from 12 layers on no attention in layer
+    7/12 (record 17)."""
     long, none = {0, num_layers // 3, num_layers - 1}, 7 * num_layers // 12 if num_layers >= 12 else None
     return "".join("-" if i == none else "L" if i in long else "S" for i in range(num_layers))
 
@@ -752,6 +756,11 @@ def layer_table(s: Settings) -> list[Layer]:
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last axis, without parameters."""
     return F.rms_norm(x, (x.size(-1),))
+
+
+def short_window(window, step: int):
+    """Half of a long window, an int or int tensor, rounded up to `step` tokens."""
+    return -(-window // (2 * step)) * step
 
 
 def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -788,7 +797,7 @@ class Attention(nn.Module):
         self.scale, self.backend = s.scale, s.backend
         self.qkvo = nn.Parameter(torch.cat((uniform(3, s.width, s.width), torch.zeros(1, s.width, s.width))))
 
-    def forward(self, x_BTD: Tensor, value_BTD: Tensor | None, mask, rotary, scalars: dict, gates: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, value_BTD: Tensor | None, mask, rotary, scalars: dict, gates: Tensor | None):
         q, k, v, gate = self.project(x_BTD, value_BTD, rotary, scalars, gates)
         return self.merge(attend(q, k, v, mask, self.scale, self.backend), gate)
 
@@ -890,8 +899,7 @@ class GPT(nn.Module):
 
     def masks(self, docs_BT: Tensor, window: Tensor) -> dict:
         """Mask of long and of short windows, made once per forward pass. A short window is half a long one."""
-        half = (window + 2 * self.window_step - 1) // (2 * self.window_step) * self.window_step  # rounded up
-        half = torch.minimum(half, window)
+        half = torch.minimum(short_window(window, self.window_step), window)
         make, kinds = block_mask if self.flex else dense_mask, {layer.attention for layer in self.layers}
         return {kind: make(docs_BT, size) for kind, size in (("L", window), ("S", half)) if kind in kinds}
 
@@ -931,7 +939,8 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
     attention layer (q.k and weighted sum, 2 FLOPs each, times 3). Keys: the average over a causal row cut at the window
     and at max_doc_len, taken at the stage's final window; shorter documents are not subtracted."""
     length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
-    long, short = (math.ceil(window / s.window_step) * s.window_step for window in (stage.window, stage.window // 2))
+    long = math.ceil(stage.window / s.window_step) * s.window_step
+    short = short_window(long, s.window_step)
     for layer in layer_table(s):
         window = min({"L": long, "S": min(short, long), "-": 0}[layer.attention], length)
         keys += window - window * (window - 1) / (2 * length)
@@ -962,12 +971,13 @@ class Rule(NamedTuple):
     kind: str  # muon or adamw
     lr: float  # peak learning rate
     betas: tuple[float, float]  # of adamw; of muon: unused (scheduled momentum), beta2 of the variance
-    weight_decay: float  # per unit of learning rate
+    weight_decay: float  # per unit of the peak learning rate
     comm: str  # sharded: its owner updates it; replicated: every rank does
 
 
 def parameter_table(s: Settings) -> list[Rule]:
-    """How each parameter is trained. Factors on adam_lr as in records 20 to 28. Muon's shape rule sqrt(rows / columns)
+    """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small parameters as in
+    record 89. Muon's shape rule sqrt(rows / columns)
     is written out: both MLP matrices are stored as (hidden, model), which gives both the factor sqrt(mlp_ratio)."""
     muon, muon_betas, muon_decay = s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
     adam, decay = s.adam_lr, s.adam_weight_decay
@@ -1177,13 +1187,13 @@ class Bank:
         return whole
 
     def full(self, key: str) -> dict[str, Tensor]:
-        """State `key` of all parameters by name, whole, on the CPU. Collective."""
+        """State `key` of all parameters by name, whole, on the CPU of rank 0; {} elsewhere. Collective."""
         own = self.state[key]
         if self.owners > 1:
             gathered = torch.empty(self.owners, *own.shape, device=own.device)
             dist.all_gather_into_tensor(gathered.flatten(0, 1), own)
             own = gathered.transpose(0, 1).flatten(0, 1)
-        return {name: tensor.cpu().clone() for name, tensor in self.join(own).items()}
+        return {} if self.world.rank else {name: t.to("cpu", copy=True) for name, t in self.join(own).items()}
 
     def own_slots(self, whole: dict[str, Tensor], slot_shape: tuple[int, ...] | None = None) -> Tensor:
         """The own slots of whole tensors by name, fp32 on the device; zero where there are fewer slots than ranks."""
@@ -1193,9 +1203,10 @@ class Bank:
         return slots[self.own].to(self.s.device, torch.float32).contiguous()
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
-        """State as `full` gave it, on any number of ranks."""
+        """State as `full` gave it to rank 0, one tensor at a time to all ranks. Collective."""
         for key, old in self.state.items():
-            self.state[key] = self.own_slots(saved[key], tuple(old.shape[1:]))
+            whole = {n: on_rank_zero(self.world, lambda k=key, n=n: saved[k][n].clone()) for n in self.params}
+            self.state[key] = self.own_slots(whole, tuple(old.shape[1:]))
         self.send_weights()
         self.receive_weights()
 
@@ -1246,7 +1257,7 @@ class MuonAdamW:
             bank.reset()
 
     def state_dict(self) -> dict:
-        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor}}}, for any number of ranks. Collective."""
+        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor}}}, tensors on rank 0 only. Collective."""
         state: dict[str, dict[str, Tensor]] = {}
         for bank in self.banks:
             for key in bank.state:
@@ -1254,10 +1265,10 @@ class MuonAdamW:
         return {"steps": self.steps, "state": state}
 
     def load_state_dict(self, saved: dict):
-        """Restores what state_dict gave, on any number of ranks, and with it the model's weights."""
-        self.steps = saved["steps"]
+        """Restores what state_dict gave, on any number of ranks (`saved` counts on rank 0), and the model's weights."""
+        self.steps = on_rank_zero(self.world, lambda: saved["steps"])
         for bank in self.banks:
-            bank.load(saved["state"])
+            bank.load(saved.get("state", {}))
 
 
 def compiled(function, s: Settings):
@@ -1408,7 +1419,7 @@ def on_rank_zero(world: World, function, *arguments):
     if world.rank == 0:
         try:
             answer[0] = function(*arguments)
-        except (UserError, FileNotFoundError) as error:
+        except Exception as error:  # noqa: BLE001 - raised again below, on all ranks
             answer[1] = error
     if world.size > 1:
         dist.broadcast_object_list(answer, src=0)
@@ -1471,10 +1482,12 @@ def peak_memory_mib(device: str) -> tuple[int, int]:
 class RunLog:
     """Files of a run, written by rank 0 only: log.txt (public record format), metrics.jsonl, config.json, wandb."""
 
-    def __init__(self, s: Settings, hardware: Hardware, folder: Path, config: dict, resumed_at: int | None, main: bool):
-        self.main, self.folder, self.wandb = main, folder, None
-        if not main:
-            return
+    def __init__(self, folder: Path):
+        self.main, self.folder, self.wandb = False, folder, None
+
+    def open(self, s: Settings, hardware: Hardware, config: dict, resumed_at: int | None):
+        """On rank 0: opens the files, and writes their head or, in a resumed run, where it went on."""
+        folder, self.main = self.folder, True
         folder.mkdir(parents=True, exist_ok=True)
         self.text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open all the run long
         self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
@@ -1487,7 +1500,7 @@ class RunLog:
                                     dir=str(folder), resume="allow", config=config)
         if resumed_at is not None:
             self.line(f"resumed after step {resumed_at}")
-            self.metric(event="resume", step=resumed_at)
+            self.metric(event="resume", step=resumed_at, config=config)
             return
         source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
         self.text.write(f"{source}\n{bar}\n{environment_text(hardware)}\n{bar}\n")
@@ -1584,7 +1597,7 @@ class Clock:
     checkpoints, profiles and warm-up lie outside."""
 
     def __init__(self, device: str):
-        self.total_ms, self.started, self.wait = 0.0, None, torch.cuda.synchronize if device == "cuda" else int
+        self.total_ms, self.started, self.wait = 0.0, None, torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def start(self):
         self.wait()
@@ -1606,6 +1619,8 @@ class Trainer:
         self.corpus = open_corpus(s.data)
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
         self.fingerprint = self.corpus.fingerprint()
+        if on_rank_zero(world, self.corpus.fingerprint) != self.fingerprint:
+            raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
         path, meta = on_rank_zero(world, find_checkpoint, s) if s.resume else (None, None)
         if path:
             check_resumable(s, self.fingerprint, path, meta)
@@ -1623,9 +1638,11 @@ class Trainer:
         if path:
             self.start_step, self.position, self.clock.total_ms = meta["step"], meta["position"], meta["train_time_ms"]
             self.epoch, self.val_loss = self.position["epoch"], meta["val_loss"]
-            saved = on_rank_zero(world, lambda: torch.load(path / "state.pt", map_location="cpu", weights_only=True))
-            self.optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
+            saved = {}
+            if world.rank == 0:
+                saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+            self.optimizer.load_state_dict(saved.get("optimizer", {}))
+            torch.set_rng_state(on_rank_zero(world, lambda: saved["rng"]))
             self.log.print(f"resumed {path} after step {self.start_step}")
         self.loader = Loader(s, self.corpus, world, self.position, self.start_step)
 
@@ -1640,7 +1657,8 @@ class Trainer:
         }
         run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
         folder = path.parent.parent if path else Path(self.s.log_dir) / self.s.experiment_name / run_id
-        self.log = RunLog(self.s, self.hardware, folder, self.config, meta and meta["step"], main=self.world.rank == 0)
+        self.log = RunLog(folder)
+        on_rank_zero(self.world, self.log.open, self.s, self.hardware, self.config, meta and meta["step"])
         self.log.print("\n".join(notes + self.summary() + [f"run folder: {folder}"]))
 
     def summary(self) -> list[str]:
@@ -1663,13 +1681,17 @@ class Trainer:
                         f"tokens, about {self.expected_memory() / 2**30:.2f} GiB per process"]
 
     def expected_memory(self) -> float:
-        """Bytes per process, estimated: weights, own masters and moments, gradients, and for each token of a micro-step
-        34 activations a layer and dimension and three copies of the logits."""
-        s, size = self.s, self.s.torch_dtype.itemsize
+        """Bytes per process, a rough estimate: weights, own masters and moments, gradients, and for each token of a
+        micro-step 34 activations a layer and dimension (half if compiled, by the 34 GiB of the public records at 49,152
+        tokens), three copies of the logits, and a row of the scores unless FlexAttention does without."""
+        s, total, size = self.s, self.counts["total"], self.s.torch_dtype.itemsize
+        stage = max(self.stages, key=lambda t: t.micro_rows(s, self.world.size) * t.seq_len)
+        tokens = stage.micro_rows(s, self.world.size) * stage.seq_len
         own = sum(4 * t.numel() for bank in self.optimizer.banks for t in [*bank.state.values(), bank.grad])
-        tokens = max(t.micro_rows(s, self.world.size) * t.seq_len for t in self.stages)
-        activations = 34 * size * s.num_layers * s.width + 3 * 4 * self.model.lm_head.size(0)
-        return own + self.counts["total"] * 2 * size + tokens * activations
+        sums = 4 * total if tokens * self.world.size < stage.batch_tokens else 0
+        scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * stage.seq_len
+        activations = (17 if s.compile else 34) * size * s.num_layers * s.width + 12 * self.model.lm_head.size(0)
+        return own + sums + 2 * size * total + tokens * (activations + scores)
 
     def warm_up(self):
         """Compiles and runs every shape of training and evaluation on random tokens, untimed, then restores: a rate of
@@ -1720,6 +1742,7 @@ class Trainer:
             self.train_step(step)
             step += 1
             if self.first_step_s is None:
+                self.clock.wait()
                 self.first_step_s = seconds_since_process_start()
             if profiler:
                 self.clock.stop()
@@ -1820,17 +1843,19 @@ class Trainer:
         """Writes a checkpoint, outside the clock; False, and a warning, if that failed."""
         ms = self.clock.stop()
         state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
-        if not all(weights.isfinite().all() for weights in state["optimizer"]["state"]["master"].values()):
-            self._stop_not_finite(f"the weights after step {step} are not finite", step)
         meta = self.config | {"position": self.position, "train_time_ms": ms, "val_loss": self.val_loss}
 
-        def write() -> tuple[str, bool]:
+        def write() -> tuple[str, bool | None]:
+            if not all(weights.isfinite().all() for weights in state["optimizer"]["state"]["master"].values()):
+                return "", None
             try:
                 return f"checkpoint {write_checkpoint(self.log.folder, step, state, meta, self.s.keep)}", True
             except OSError as error:
                 return f"warning: {error}; training goes on, earlier checkpoints are intact: free some space", False
 
         text, saved = on_rank_zero(self.world, write)
+        if saved is None:
+            self._stop_not_finite(f"the weights after step {step} are not finite", step)
         self.log.print(text)
         self.clock.start()
         return saved
@@ -1876,7 +1901,7 @@ def start_processes(device: str) -> World:
         dist.init_process_group("gloo")
         return world
     gpus = torch.cuda.device_count()
-    if world.local_rank >= gpus:
+    if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
         raise UserError(f"torchrun started more processes than this machine has GPUs: use --nproc_per_node={gpus}")
     torch.cuda.set_device(world.local_rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))
@@ -1885,18 +1910,22 @@ def start_processes(device: str) -> World:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
+    code = 1
     try:
-        s, hardware, notes = parse_settings(argv, int(os.environ.get("WORLD_SIZE", 1)))
+        s, hardware, notes = parse_settings(argv, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1)
         torch.set_num_threads(s.threads or torch.get_num_threads())
-        return Trainer(s, hardware, start_processes(s.device), notes).run()
+        code = Trainer(s, hardware, start_processes(s.device), notes).run()
     except (UserError, OSError, TrainingStopped, torch.OutOfMemoryError) as error:
-        hint = "; use a smaller --micro-tokens" if isinstance(error, torch.OutOfMemoryError) else ""
-        if os.environ.get("RANK", "0") == "0":
+        memory = isinstance(error, torch.OutOfMemoryError)
+        hint = "; use a smaller --micro-tokens, and --seq-len if that is as large" if memory else ""
+        if os.environ.get("LOCAL_RANK", "0") == "0" or memory:  # what is wrong everywhere is said once a machine
             print(f"error: {error}{hint}", file=sys.stderr)
-        return 1
-    finally:
-        if dist.is_initialized():
+    except KeyboardInterrupt:
+        code = 130
+    finally:  # after an error NCCL might wait here for ranks that are elsewhere
+        if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

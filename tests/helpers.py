@@ -19,6 +19,7 @@ H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", 79.6, True, "compute capability
 # A model that trains a step in milliseconds; each run spells out device, dtype and threads, so that it is the same
 # arithmetic on every machine and in every process.
 TINY = dict(
+    cooldown=0.45, lr_floor=0.1, muon_momentum=0.95,  # all that lr and momentum depend on: presets may change
     num_layers=2, width=32, head_dim=16, value_embeds=1, seq_len=32, max_doc_len=32, batch_tokens=128, micro_tokens=128,
     window=32, window_start=16, window_step=8, iterations=8, eval_every=4, eval_tokens=300, momentum_warmup=4,
     momentum_cooldown=2, muon_lr=0.02, adam_lr=0.002, log_every=1, threads=1, device="cpu", dtype="fp32", compile=False,

@@ -80,7 +80,8 @@ def test_run_killed_between_checkpoints_continues_to_the_bit(tmp_path, whole):
     assert process.returncode == -signal.SIGKILL, error
     assert steps_saved(run_folder(tmp_path)) == [2, 4]
     assert train_gpt.main([*tiny(tmp_path, save_every=2), "--resume"]) == 0
-    assert {"event": "resume", "step": 4} in records(run_folder(tmp_path))
+    resumed = next(record for record in records(run_folder(tmp_path)) if record.get("event") == "resume")
+    assert resumed["step"] == 4 and resumed["config"]["settings"]["resume"]
     assert_same_run(run_folder(tmp_path), whole)
 
 
@@ -186,13 +187,13 @@ def test_the_clock_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 def test_other_settings_are_refused_by_name(tmp_path, monkeypatch, capsys):
     folder = interrupted(tmp_path, monkeypatch)
-    argv = tiny(tmp_path, adam_lr=0.5, seed=7, eval_tokens=200, log_every=2)
+    argv = tiny(tmp_path, adam_lr=0.5, seed=7, width=48, eval_tokens=200, log_every=2)
     capsys.readouterr()
     assert train_gpt.main([*argv, "--resume"]) == 1
     error = capsys.readouterr().err
     assert "adam_lr: 0.002 in the checkpoint, 0.5 now" in error and "seed: 0 in the checkpoint, 7 now" in error
-    assert "eval_tokens: 300 in the checkpoint, 200 now" in error
-    assert "log_every" not in error and error.count("in the checkpoint") == 3
+    assert "width: 32 in the checkpoint, 48 now" in error
+    assert "log_every" not in error and "eval_tokens" not in error and error.count("in the checkpoint") == 3
     assert steps_saved(folder) == [3]
 
 

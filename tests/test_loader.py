@@ -79,7 +79,7 @@ def starts_of(shards: list[list[int]], max_len: int, clip: bool) -> set[int]:
     found, total = set(), 0
     for lengths in shards:
         for length in lengths:
-            found |= set(range(total, total + (1 if clip else length), max_len or LONG))
+            found |= set(range(total, total + (1 if clip else length), max_len))
             total += length
     return found
 
@@ -97,9 +97,14 @@ def case_settings(case: dict, **changes):
     return settings(**{**case, "batch_tokens": 4 * row, "micro_tokens": 4 * row, "iterations": 10, **changes})
 
 
+def longest(case: dict) -> int:
+    """Longest piece: a document is cut to max_doc_len, and to a row in any case."""
+    return min(case["max_doc_len"] or case["seq_len"], case["seq_len"])
+
+
 def usable(shards, case) -> bool:
     """The corpus holds a row at all."""
-    per_document = case["max_doc_len"] if case["long_docs"] == "clip" and case["max_doc_len"] else LONG
+    per_document = longest(case) if case["long_docs"] == "clip" else LONG
     return max(sum(min(n, per_document) for n in lengths) for lengths in shards) > case["seq_len"] + 1
 
 
@@ -115,7 +120,7 @@ def test_rows_are_pieces_with_their_true_next_tokens(corpora, shards, case):
     tokens = numbered(shards)
     stream, used = np.concatenate(tokens), set()
     borders = set(np.cumsum([len(shard) for shard in tokens]) - 1)  # a shard's last token is only a target
-    starts = starts_of(shards, case["max_doc_len"], case["long_docs"] == "clip")
+    starts = starts_of(shards, longest(case), case["long_docs"] == "clip")
     for batch, position in batches(case_settings(case), corpora(tokens)):
         assert batch.shape == (1, 3, 4, case["seq_len"]) and batch.dtype == torch.int32
         inputs, targets, docs = rows(batch)
@@ -125,8 +130,7 @@ def test_rows_are_pieces_with_their_true_next_tokens(corpora, shards, case):
         new = np.isin(places, list(starts))
         assert new[:, 0].all() and np.array_equal(np.diff(docs), new[:, 1:])
         assert np.array_equal(np.diff(places)[~new[:, 1:]], np.ones((~new[:, 1:]).sum()))
-        if case["max_doc_len"]:
-            assert max(np.unique(row, return_counts=True)[1].max() for row in docs) <= case["max_doc_len"]
+        assert max(np.unique(row, return_counts=True)[1].max() for row in docs) <= longest(case)
         if position["epoch"] == 0:
             assert len(used | set(places.flat)) == len(used) + places.size
             used |= set(places.flat)
@@ -276,9 +280,16 @@ def test_a_stream_without_documents_is_cut_elsewhere_in_every_epoch(corpora, shu
 
 
 def test_without_documents_and_without_max_doc_len_rows_follow_each_other(corpora):
-    s = settings(seq_len=8, max_doc_len=0, batch_tokens=8, micro_tokens=8, iterations=1)
-    (batch, _), = batches(s, corpora(numbered([[40]], eot=False), eot=None))
-    assert rows(batch)[0].tolist() == [list(range(1, 9))] and not np.diff(rows(batch)[2]).any()
+    s = settings(seq_len=8, max_doc_len=0, batch_tokens=8, micro_tokens=8, iterations=4, shuffle=False)
+    found = batches(s, corpora(numbered([[40]], eot=False), eot=None))
+    assert [rows(batch)[0].tolist() for batch, _ in found] == [[list(range(8 * i + 1, 8 * i + 9))] for i in range(4)]
+    assert not any(np.diff(rows(batch)[2]).any() for batch, _ in found)
+
+
+def test_a_document_longer_than_a_row_goes_on_in_the_next_row(corpora):
+    s = settings(seq_len=8, max_doc_len=0, batch_tokens=16, micro_tokens=16, iterations=2, shuffle=False)
+    found = batches(s, corpora(numbered([[100]])))
+    assert np.concatenate([place(*rows(batch)[:2]).ravel() for batch, _ in found]).tolist() == list(range(32))
 
 
 # --- stages
@@ -299,7 +310,7 @@ def test_a_new_max_doc_len_neither_repeats_nor_skips(corpora, lengths, caps):
         if position["epoch"]:
             break
         inputs, targets, _ = rows(batch)
-        places, cap = place(inputs, targets)[0].tolist(), stage_at(stages, step).max_doc_len or LONG
+        places, cap = place(inputs, targets)[0].tolist(), min(stage_at(stages, step).max_doc_len or 8, 8)
         assert places == list(range(places[0], places[0] + 8)) and places[0] == expected
         start = np.searchsorted(np.cumsum(lengths), places[-1], side="right")
         begin = int(np.cumsum([0, *lengths])[start])
