@@ -708,7 +708,7 @@ def block_mask(docs_BT: Tensor, window: Tensor):
 
 def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float, backend: str) -> Tensor:
     """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a dense_mask SDPA or the
-    formula itself, which in bf16 on a CPU takes 0.2 to 0.6 of the time of SDPA (records/LOG.md, 2026-11-20)."""
+    formula itself, which in bf16 on a CPU takes 0.25 to 0.64 of the time of SDPA (records/LOG.md, 2026-11-20)."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention

@@ -324,7 +324,11 @@ def command(path, out):
 def start(path, out):
     """Start a run and wait until it has finished a shard."""
     script = [sys.executable, str(ROOT / "data" / "fineweb.py"), *map(str, command(path, out)), "--workers", "1"]
-    process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    def heed_sigint():  # a shell that starts the tests in the background has them ignore it, and a child inherits that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    process = subprocess.Popen(script, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=heed_sigint)
     while not list(out.glob("*.bin")) and process.poll() is None:
         time.sleep(0.001)
     return process
