@@ -335,6 +335,8 @@ def hardware_errors(s: Settings, hardware: Hardware) -> list[str]:
         bad.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
     if s.preset != "cpu" and s.device != "cpu" and not cuda:
         bad.append(f"--preset {s.preset} needs a CUDA device, there is none: use --preset cpu, or add --device cpu")
+    if s.compile and not cuda and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        bad.append("--compile on a CPU needs a C++ compiler and there is none: install g++, or use --no-compile")
     if s.backend == "flex" and not (cuda and s.compile):
         bad.append("--backend flex trains only compiled and on a CUDA device (no CPU backward in torch): use sdpa")
     return bad

@@ -178,6 +178,12 @@ def test_each_stage_is_checked():
     assert "--batch_tokens 8192 must be a multiple of --seq_len 100" in told
 
 
+def test_compiling_on_a_cpu_wants_a_compiler(monkeypatch):
+    monkeypatch.setattr(train_gpt.shutil, "which", lambda command: None)
+    assert "--compile on a CPU needs a C++ compiler" in problems("--compile")
+    parse_settings(["--device", "cpu", "--no-compile"], 1)
+
+
 @pytest.mark.parametrize("argv", [["--backend", "flex"], []], ids=["asked for", "chosen"])
 def test_flex_wants_rows_of_whole_blocks(argv, monkeypatch):
     """Also where `auto` chooses it: else the run ends in a traceback out of the block mask."""
