@@ -124,6 +124,28 @@ def test_compiled_flex_equals_sdpa():
         torch.testing.assert_close(sdpa[0], flex[0], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("unit", ["model", "block"])
+def test_the_traced_flex_model_equals_the_eager_sdpa_model_forward_and_backward(unit, monkeypatch):
+    """Block masks made inside the graph (model) or handed to it (block) trace as one graph, and a new window traces
+    nothing. aot_eager: on a CPU there is no kernel to compile to, and torch's guard against training has to be off."""
+    monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(train_gpt, "compiled", lambda f, s: torch.compile(f, backend="aot_eager", dynamic=False,
+                                                                          fullgraph=True))
+    shape = dict(seq_len=(256,), eval_seq_len=256, num_layers=2, attention="LS", window_step=128)
+    sdpa, flex = random_model(**shape), random_model(**shape, backend="flex")
+    train_gpt.compile_model(flex, settings(**shape, backend="flex", compile_unit=unit))
+    tokens = torch.randint(VOCAB, (2, 256), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    docs = random_docs(2, 256)
+    for window in (128, 256):
+        with torch._dynamo.config.patch(error_on_recompile=window != 128):
+            losses = [model(tokens, tokens, docs, int_tensor(window)) for model in (sdpa, flex)]
+            assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+            gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss, model in zip(
+                losses, (sdpa, flex), strict=True)]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-3 * a.abs().max().item(), rtol=1e-3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("window", [100, 128, 1000, 10_000])
 def test_compiled_flex_equals_sdpa_on_the_gpu_forward_and_backward(window):
