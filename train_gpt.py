@@ -14,8 +14,9 @@ value embeddings, residual mixing with the embedding, U-net skips, attention gat
 windows that grow. Optimizer: Muon for the hidden matrices, AdamW for the rest, sharded as in ZeRO-2.
 
 Measured on 2 CPU cores (AMD EPYC, torch 2.13.0): `--preset cpu` ends at 1.130 +- 0.034 nats per byte of the standard
-library after 100 to 108 s of wall-clock time (n = 4); nanoGPT's documented loss on Tiny Shakespeare characters is reached in 7.0 s,
-imports included, against 77 s with its own configuration (n = 3 each, bench/cpu.py). Not yet measured on a GPU.
+library after 100 to 108 s of wall-clock time (n = 4); nanoGPT's documented loss on Tiny Shakespeare characters is
+reached in 7.0 s, imports included, against 77 s with its own configuration (n = 3 each, bench/cpu.py).
+Not yet measured on a GPU.
 Shape suffixes: B rows, T tokens of a row, D model_dim, H heads, K key dim of a head, V vocabulary.
 """
 from __future__ import annotations
