@@ -293,21 +293,20 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
         preset, why = choose_preset(hardware, world_size, given.get("data", "auto"))
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     dtype = s.dtype if s.dtype != "auto" else ("bf16" if hardware.bf16 else "fp32")
-    kernel = {("cuda", True): "flex", ("cpu", False): "plain"}.get((hardware.device, s.compile), "sdpa")
-    kernel = "sdpa" if kernel == "plain" and dtype == "fp32" else kernel
-    backend = s.backend if s.backend != "auto" else kernel
-    chosen = dataclasses.replace(s, backend=backend)  # the checks must see what `auto` stands for
+    fallback = "plain" if hardware.device == "cpu" and dtype == "bf16" and not s.compile else "sdpa"
+    kernel = "flex" if hardware.device == "cuda" and s.compile else fallback
     problems = field_errors(s)
-    problems += hardware_errors(chosen, hardware) + ([] if problems else shape_errors(chosen, world_size))
+    s = dataclasses.replace(s, backend=s.backend if s.backend != "auto" else kernel,  # the checks see what `auto` means
+                            attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers))
+    problems += hardware_errors(s, hardware) + ([] if problems else shape_errors(s, world_size))
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     unit = s.compile_unit if s.compile_unit != "auto" else ("model" if world_size == 1 else "block")
     data = s.data if s.data != "auto" else ("fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib")
     notes = [f"preset {preset}: {why}", f"device {hardware.device}: {hardware.name}",
              f"dtype {dtype}: " + (hardware.why if s.dtype == "auto" else "asked for"),
-             f"attention {backend}, " + (f"compiled by {unit}" if s.compile else "not compiled")]
-    s = dataclasses.replace(s, device=hardware.device, dtype=dtype, backend=backend, compile_unit=unit, data=data,
-                            attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers),
+             f"attention {s.backend}, " + (f"compiled by {unit}" if s.compile else "not compiled")]
+    s = dataclasses.replace(s, device=hardware.device, dtype=dtype, compile_unit=unit, data=data,
                             eval_seq_len=s.eval_seq_len or stage_table(s)[-1].seq_len)
     return s, hardware, notes
 
@@ -351,13 +350,10 @@ def shape_errors(s: Settings, world_size: int) -> list[str]:
                    f"and not below {GATE_DIM}")
     if 2 * s.value_embeds > s.num_layers:
         bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
-    if s.attention != "auto" and (len(s.attention) != s.num_layers or set(s.attention) - set("LS-")):
+    if len(s.attention) != s.num_layers or set(s.attention) - set("LS-"):
         bad.append(f"--attention {s.attention}: one letter L, S or - for each of the {s.num_layers} layers")
-    else:
-        letters = auto_attention(s.num_layers) if s.attention == "auto" else s.attention
-        table = layer_table(dataclasses.replace(s, attention=letters))
-        if set(letters) == {"-"} or len({layer.value_table for layer in table} - {None}) < s.value_embeds:
-            bad.append(f"--attention {letters}: a layer, and one for each of {s.value_embeds} value tables, needs it")
+    elif set(s.attention) == {"-"} or len({layer.value_table for layer in layer_table(s)} - {None}) < s.value_embeds:
+        bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} value tables, needs it")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2 and --muon_momentum must be below 1: at 1 nothing new is ever averaged in")
     if s.warmup_steps >= s.iterations:
@@ -1624,7 +1620,7 @@ class Trainer:
         self.corpus = open_corpus(s.data)
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
         self.fingerprint = self.corpus.fingerprint()
-        if on_rank_zero(world, self.corpus.fingerprint) != self.fingerprint:
+        if on_rank_zero(world, lambda: self.fingerprint) != self.fingerprint:
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
         path, meta = on_rank_zero(world, find_checkpoint, s) if s.resume else (None, None)
         if path:
