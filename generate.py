@@ -87,7 +87,8 @@ def read_settings(script: ModuleType, saved: dict):
     if unknown := sorted(saved.keys() - known):
         print(f"note: {script.__name__}.py no longer has the settings {', '.join(unknown)}: ignored", file=sys.stderr)
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known}
-    return script.Settings(**values | {"dtype": "fp32", "backend": "sdpa", "compile": False})
+    exact = dict(dtype="fp32", backend="sdpa", device="cpu", compile=False, kernels="none", fp8_head="off")
+    return script.Settings(**values | exact)
 
 
 def load_model(script: ModuleType, path: Path, meta: dict, longest: int) -> tuple[nn.Module, int]:
@@ -100,9 +101,10 @@ def load_model(script: ModuleType, path: Path, meta: dict, longest: int) -> tupl
         model = script.GPT(s, meta["data"]["meta"]["vocab_size"]).requires_grad_(False)
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)  # reads no moments
         model.load_state_dict(state["optimizer"]["state"]["master"])
-        if longest > model.cos.size(0):
-            model.cos, model.sin = script.rotary_table(longest, s.head_dim, s.rope_base)
-        return model, s.eval_window or script.window_at(s, script.stage_table(s), meta["step"])
+        window = script.window_at(s, script.stage_table(s), meta["step"])
+        if longest > model.cos.size(0) or s.eval_window > window:
+            model.cos, model.sin = script.rotary_table(longest, s.head_dim, s.rope_base, window, s.eval_window)
+        return model, s.eval_window or window
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         commit = (meta.get("git") or {}).get("commit")
         raise ValueError(f"{path} does not fit this {meta['script']} ({' '.join(repr(error).split())[:200]}): use the "
@@ -117,24 +119,26 @@ class Decoder:
     """Logits of the token after a text that grows: a prompt in one pass, then token by token.
 
     With the cache, the model's own trunk runs on the new tokens only, and what looks at other positions is replaced:
-    the rotary tables start at the first new token; the embedding gets the token before it, too (smear); and attention
-    has keys and values of a layer from a ring of as many slots as its window. A key overwrites the one that leaves the
-    window with it, so a new token sees all of the ring (its mask, 1 x 1 and true, broadcasts); in which order does not
+    the rotary tables start at the first new token; the embedding and the key offset get what came before it, too; and
+    attention has keys and values of a layer from a ring of as many slots as its window. A key overwrites the one that
+    leaves the window with it, so a new token sees all of the ring (its mask is 1 x 1 and true); in which order does not
     matter, as keys are stored rotated.
     """
 
     def __init__(self, model: nn.Module, window: int, longest: int, cached: bool):
         self.model, self.cached, self.device = model, cached, model.lm_head.device
         self.window = torch.tensor(window, dtype=torch.int32, device=self.device)
-        self.embedding, self.cos, self.sin = model.embedding, model.cos, model.sin
+        self.embedding, self.masks, self.cos, self.sin = model.embedding, model.masks, model.cos, model.sin
         if cached:
             docs = torch.zeros(1, min(window, longest), dtype=torch.int32, device=self.device)
             sizes = {kind: int(mask[0, 0, -1].sum()) for kind, mask in model.masks(docs, self.window).items()}
-            model.embedding = self.embed
+            model.embedding, model.masks = self.embed, self.see
             for block, layer in zip(model.blocks, model.layers, strict=True):
                 if (attn := block.attn) is not None:
-                    shape = (2, 1, sizes[layer.attention], attn.num_heads, attn.head_dim)
-                    attn.project = partial(self.remember, attn.project, torch.empty(shape, device=self.device))
+                    slots = sizes[layer.attention] // (2 if attn.paired else 1)  # the mask of paired heads has two rows
+                    ring = torch.empty((2, 1, slots, attn.num_heads, attn.head_dim), device=self.device)
+                    attn.offset_keys = partial(self.offset, attn.offset_keys, torch.empty_like(ring[0, :, :1]))
+                    attn.project = partial(self.remember, attn.project, ring)
         self.restart()
 
     def restart(self):
@@ -152,24 +156,39 @@ class Decoder:
         x = self.model.trunk(tokens, torch.zeros_like(tokens), self.window)
         return self.model.head(x[:, -1:])[0, -1].float()
 
-    def embed(self, inputs_BT: Tensor, docs_BT: Tensor) -> Tensor:
-        """Embeddings of the new tokens, (B, T, D), computed with the token before them."""
-        tokens = self.text[:, max(0, self.start - 1):]
-        return self.embedding(tokens, torch.zeros_like(tokens))[:, -inputs_BT.size(1):]
+    def embed(self, inputs_BT: Tensor, follows_BT1: Tensor) -> Tensor:
+        """Embeddings of the new tokens, (B, T, D), computed with two more before them: the one that is smeared over the
+        first new token may itself be paired with its own predecessor."""
+        tokens = self.text[:, max(0, self.start - 2):]
+        follows = torch.arange(tokens.size(1), device=self.device)[None, :, None] > 0
+        return self.embedding(tokens, follows)[:, -inputs_BT.size(1):]
+
+    def see(self, docs_BT: Tensor, window: Tensor) -> dict:
+        """The model's masks for a prompt; a later token sees all that the rings hold."""
+        everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        return {kind: everything for kind in "LSP"} if self.start else self.masks(docs_BT, window)
+
+    def offset(self, offset_keys: Callable, last: Tensor, k_BTHK: Tensor, follows_BT11: Tensor) -> Tensor:
+        """Attention.offset_keys, with the key of the token before the new ones in front, (1, 1, H, K), kept in `last`.
+        """
+        k = torch.cat((last, k_BTHK), dim=1) if self.start else k_BTHK
+        last.copy_(k_BTHK[:, -1:])
+        follows = torch.arange(k.size(1), device=self.device)[None, :, None, None] > 0
+        return offset_keys(k, follows)[:, -k_BTHK.size(1):]
 
     def remember(self, project: Callable, ring: Tensor, x_BTD: Tensor, *rest):
         """Attention.project, which stores k and v in the ring, (2, 1, slots, H, K); a later token gets all of it."""
-        q, k, v, gate = project(x_BTD, *rest)
+        q, k, v, own = project(x_BTD, *rest)
         size, end = ring.size(2), self.start + x_BTD.size(1)
         slots = torch.arange(max(self.start, end - size), end, device=self.device) % size
         ring[:, :, slots] = torch.stack((k, v))[:, :, -size:]
-        return (q, *ring[:, :, :end], gate) if self.start else (q, k, v, gate)
+        return (q, *ring[:, :, :end], own) if self.start else (q, k, v, own)
 
 
 def not_cacheable(script: ModuleType, model: nn.Module) -> str | None:
     """The first layer that the cache cannot serve, in words; None if there is none."""
     for i, (block, layer) in enumerate(zip(model.blocks, model.layers, strict=True)):
-        if block.attn is not None and (type(block.attn) is not script.Attention or layer.attention not in ("L", "S")):
+        if block.attn is not None and (type(block.attn) is not script.Attention or layer.attention not in "LSP"):
             return f"layer {i} is {type(block.attn).__name__} of kind {layer.attention!r}"
     return None
 

@@ -25,8 +25,10 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import gc
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -41,6 +43,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -88,12 +91,18 @@ class Settings:
     width: int = 768  # model_dim: size of the residual stream, a multiple of head_dim [>0]
     head_dim: int = 128  # size of an attention head; num_heads = width / head_dim [>0]
     mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
-    attention: str = "auto"  # a letter per layer: L long window, S short window, - no attention; auto: auto_attention
+    attention: str = "auto"  # per layer: L long window, S short, P short with paired heads, - none; auto_attention
+    paired: bool = True  # auto_attention pairs the heads of some layers: each query sees both heads' keys (record 58)
+    key_offset: bool = True  # in L layers the unrotated half of a key is the previous token's (record 49)
+    xsa: bool = True  # remove from a head's output its component along the token's own value (records 82, 86)
     value_embeds: int = 3  # value-embedding tables, each shared by one of the first and one of the last layers [>=0]
-    skip: str = "unet"  # outputs of early layers added to late ones [unet|single|none]
+    value_gate: bool = True  # gate each head's value embedding by 12 dimensions of the layer's input (record 55)
+    skip: str = "single"  # outputs of early layers added to late ones: unet record 11, single 45 [unet|single|none]
+    backout: bool = True  # subtract a learned share of the stream after 2/3 of the layers from the last (record 40)
     smear: bool = True  # each token's embedding takes up some of the previous token's, gated (record 34)
+    bigram: int = 0  # rows of a table of hashed token pairs, added to the embedding (record 62); 0 off [>=0]
     attn_gate: bool = True  # gate each head's output by 12 dimensions of its input (record 28)
-    softcap: float = 15.0  # bound of the logits, 2c*sigmoid(2z/c); 0 off [>=0]
+    softcap: floats = (23.0, 5.0, 7.5)  # a,b,c: logits are a*sigmoid((z+b)/c) (54; 30,0,7.5: 19 to 53); 0 off [>=0]
     rope_base: float = 1024.0  # slowest rotary frequency is 1 / this, in radians per token [>0]
     attn_scale: float = 0.0  # factor on q.k, both RMS-normed; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (record 20) [>=0]
     # --- stages of training: one value per stage, or one for all
@@ -105,6 +114,7 @@ class Settings:
     window: ints = (1792,)  # long attention window at the end of the stage, in tokens; short ones have half [>0]
     window_start: int = 128  # long window at step 0, it grows linearly; 0: start with the first stage's window [>=0]
     window_step: int = 128  # windows are rounded up to a multiple of this, in tokens [>0]
+    mtp: ints = (0,)  # further future tokens to predict, weights 1/2, 1/4 .., the last fades to 0 (record 53) [>=0]
     stage_lr: floats = (1.0,)  # factor on all learning rates in the stage [>0]
     # --- optimizer
     muon_lr: float = 0.05  # learning rate of hidden matrices [>=0]
@@ -127,7 +137,7 @@ class Settings:
     eval_every: int = 125  # steps between evaluations; 0: only after the last step [>=0]
     eval_tokens: int = 10485760  # first tokens of the validation split; 0: all of them [>=0]
     eval_seq_len: int = 0  # longest context in evaluation, in tokens; 0: seq_len of the last stage [>=0]
-    eval_window: int = 0  # long attention window in evaluation, in tokens; 0: that of the training step [>=0]
+    eval_window: int = 0  # long attention window in evaluation, by YaRN (records 31 to 35); 0: as in training [>=0]
     target_loss: float = 0.0  # stop at the first validation loss at or below this, nats per token; 0 off [>=0]
     # --- checkpoints, logs, profiling
     save_every: int = 0  # steps between checkpoints; 0: only after the last step and on SIGINT or SIGTERM [>=0]
@@ -142,6 +152,9 @@ class Settings:
     device: str = "auto"  # where to run [auto|cpu|cuda]
     dtype: str = "auto"  # of activations and matrices; auto: bf16 where the hardware is fast at it [auto|bf16|fp32]
     backend: str = "auto"  # attention; auto: flex compiled on CUDA, plain on a CPU in bf16 [auto|flex|sdpa|plain]
+    kernels: str = "auto"  # own Triton kernels, joined by +, of gram, mlp, loss; none; auto: all in bf16 on CUDA
+    fp8_head: str = "auto"  # LM head in FP8 while training; auto: from compute capability 8.9 [auto|on|off]
+    fp8_mlp: bool = False  # MLP up-projections in FP8, forward only, while training (record 84)
     compile: bool = True  # torch.compile of model and optimizer
     compile_unit: str = "auto"  # one graph, or one per block, which lets reductions start early [auto|model|block]
     micro_tokens: int = 49152  # most tokens of one forward and backward pass of a process [>0]
@@ -154,6 +167,10 @@ class Settings:
     @property
     def scale(self) -> float:
         return self.attn_scale or 1.36 / math.sqrt(self.head_dim)
+
+    @property
+    def cap(self) -> tuple[float, ...] | None:
+        return self.softcap if self.softcap[0] else None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -173,8 +190,13 @@ PRESETS: dict[str, dict] = {
         iterations=4000, batch_tokens=(65536,), seq_len=(8192,), max_doc_len=(2048,), window=(1024,), window_start=256,
         micro_tokens=8192, muon_lr=0.025, adam_lr=0.004, eval_every=250, eval_tokens=262144, save_every=500,
     ),
-    # the 8xH100 track: 3.28 on FineWeb; batch, row length and window of record 28
-    "speedrun": dict(data="fineweb10B", shuffle=False, target_loss=3.28, save_last=False),
+    # the 8xH100 track: 3.28 on FineWeb; stages as in record 89, with more steps: some of its techniques are left out
+    "speedrun": dict(
+        data="fineweb10B", shuffle=False, iterations=1800, stage_ends=(1 / 3, 2 / 3, 1.0),
+        batch_tokens=(131072, 262144, 393216), seq_len=(16384, 32768, 49152), max_doc_len=(896, 2048, 2048),
+        window=(384, 896, 1408), stage_lr=(1.0, 1.52, 1.73), mtp=(2, 1, 0), muon_lr=0.023, cooldown=0.6, lr_floor=0.15,
+        target_loss=3.28, save_last=False,
+    ),
     # the GPT-2-medium track: 2.92 on FineWeb
     "medium": dict(
         data="fineweb10B", shuffle=False, num_layers=16, width=1024, iterations=5960, batch_tokens=(524288,),
@@ -186,8 +208,8 @@ PRESETS: dict[str, dict] = {
 RESUME_MAY_CHANGE = {
     "preset", "experiment_name", "log_dir", "resume", "data", "eval_every", "eval_tokens", "eval_seq_len",
     "eval_window", "target_loss", "save_every", "save_last", "keep", "log_every", "wandb", "enable_profiling",
-    "profile_start", "profile_steps", "device", "dtype", "backend", "compile", "compile_unit", "micro_tokens",
-    "threads",
+    "profile_start", "profile_steps", "device", "dtype", "backend", "kernels", "fp8_head", "fp8_mlp", "compile",
+    "compile_unit", "micro_tokens", "threads",
 }
 
 
@@ -252,6 +274,7 @@ class Hardware(NamedTuple):
     memory_gib: float  # of one GPU, or of the machine
     bf16: bool
     why: str
+    fp8: bool = False  # has FP8 matrix products
 
 
 def detect_hardware(device: str = "auto") -> Hardware:
@@ -260,7 +283,7 @@ def detect_hardware(device: str = "auto") -> Hardware:
         gpu = torch.cuda.get_device_properties(0)
         fast = gpu.major >= 8
         why = f"compute capability {gpu.major}.{gpu.minor} {'>=' if fast else '<'} 8.0"
-        return Hardware("cuda", gpu.name, gpu.total_memory / 2**30, fast, why)
+        return Hardware("cuda", gpu.name, gpu.total_memory / 2**30, fast, why, (gpu.major, gpu.minor) >= (8, 9))
     probes = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
     found = [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]
     why = f"the CPU has {' and '.join(found)}" if found else "the CPU has neither AVX512-BF16 nor AMX"
@@ -296,8 +319,11 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     fallback = "plain" if hardware.device == "cpu" and dtype == "bf16" and not s.compile else "sdpa"
     kernel = "flex" if hardware.device == "cuda" and s.compile else fallback
     problems = field_errors(s)
-    s = dataclasses.replace(s, backend=s.backend if s.backend != "auto" else kernel,  # the checks see what `auto` means
-                            attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers))
+    s = dataclasses.replace(  # the checks see what `auto` means
+        s, backend=s.backend if s.backend != "auto" else kernel,
+        attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers, s.paired),
+        kernels=s.kernels if s.kernels != "auto" else fast_kernels(hardware, dtype),
+        fp8_head=s.fp8_head if s.fp8_head != "auto" else ("on" if hardware.fp8 and dtype == "bf16" else "off"))
     problems += hardware_errors(s, hardware) + ([] if problems else shape_errors(s, world_size))
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
@@ -305,10 +331,17 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     data = s.data if s.data != "auto" else ("fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib")
     notes = [f"preset {preset}: {why}", f"device {hardware.device}: {hardware.name}",
              f"dtype {dtype}: " + (hardware.why if s.dtype == "auto" else "asked for"),
-             f"attention {s.backend}, " + (f"compiled by {unit}" if s.compile else "not compiled")]
+             f"attention {s.backend}, " + (f"compiled by {unit}" if s.compile else "not compiled"),
+             f"Triton kernels: {s.kernels}; FP8 head {s.fp8_head}, FP8 MLP {'on' if s.fp8_mlp else 'off'}"]
     s = dataclasses.replace(s, device=hardware.device, dtype=dtype, compile_unit=unit, data=data,
                             eval_seq_len=s.eval_seq_len or stage_table(s)[-1].seq_len)
     return s, hardware, notes
+
+
+def fast_kernels(hardware: Hardware, dtype: str) -> str:
+    """The Triton kernels that `auto` takes: all, where Triton is there and bf16 is fast on the GPU."""
+    usable = hardware.device == "cuda" and hardware.bf16 and dtype == "bf16" and importlib.util.find_spec("triton")
+    return "+".join(KERNELS) if usable else "none"
 
 
 def field_errors(s: Settings) -> list[str]:
@@ -337,6 +370,13 @@ def hardware_errors(s: Settings, hardware: Hardware) -> list[str]:
         bad.append(f"--preset {s.preset} needs a CUDA device, there is none: use --preset cpu, or add --device cpu")
     if s.compile and not cuda and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         bad.append("--compile on a CPU needs a C++ compiler and there is none: install g++, or use --no-compile")
+    if wrong := set(s.kernels.split("+")) - {*KERNELS, "none"}:
+        bad.append(f"--kernels {s.kernels}: {', '.join(sorted(wrong))} is none of {', '.join(KERNELS)}; or use none")
+    triton = importlib.util.find_spec("triton") and (cuda or os.environ.get("TRITON_INTERPRET"))
+    if s.kernels != "none" and not triton:
+        bad.append(f"--kernels {s.kernels} needs Triton and a CUDA device (or TRITON_INTERPRET=1, to test): use none")
+    if cuda and not hardware.fp8 and (s.fp8_head == "on" or s.fp8_mlp):
+        bad.append(f"--fp8_head, --fp8_mlp: {hardware.name} has no FP8 products (compute capability 8.9): leave out")
     if s.backend == "flex" and not (cuda and s.compile):
         bad.append("--backend flex trains only compiled and on a CUDA device (no CPU backward in torch): use sdpa")
     return bad
@@ -350,10 +390,16 @@ def shape_errors(s: Settings, world_size: int) -> list[str]:
                    f"and not below {GATE_DIM}")
     if 2 * s.value_embeds > s.num_layers:
         bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
-    if len(s.attention) != s.num_layers or set(s.attention) - set("LS-"):
-        bad.append(f"--attention {s.attention}: one letter L, S or - for each of the {s.num_layers} layers")
+    if len(s.attention) != s.num_layers or set(s.attention) - set("LSP-"):
+        bad.append(f"--attention {s.attention}: one letter L, S, P or - for each of the {s.num_layers} layers")
+    elif "P" in s.attention and s.num_heads % 2:
+        bad.append(f"--attention {s.attention}: P layers pair heads, and there are {s.num_heads}; use --no-paired")
     elif set(s.attention) == {"-"} or len({layer.value_table for layer in layer_table(s)} - {None}) < s.value_embeds:
         bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} value tables, needs it")
+    if s.cap and (len(s.cap) != 3 or not s.cap[2]):
+        bad.append(f"--softcap {s.softcap}: three numbers a,b,c, the first and last above 0; or 0, no cap")
+    if (s.fp8_head == "on" and s.width % 16) or (s.fp8_mlp and s.width * s.mlp_ratio % 16):
+        bad.append(f"--width {s.width}: FP8 products need multiples of 16")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2 and --muon_momentum must be below 1: at 1 nothing new is ever averaged in")
     if s.warmup_steps >= s.iterations:
@@ -381,7 +427,7 @@ def row_errors(s: Settings, stage: Stage, world_size: int) -> list[str]:
     return []
 
 
-STAGED = ("batch_tokens", "seq_len", "max_doc_len", "window", "stage_lr")
+STAGED = ("batch_tokens", "seq_len", "max_doc_len", "window", "mtp", "stage_lr")
 
 
 class Stage(NamedTuple):
@@ -394,6 +440,7 @@ class Stage(NamedTuple):
     seq_len: int
     max_doc_len: int
     window: int  # long window at `end`
+    mtp: int  # further future tokens
     lr: float
 
     def micro_rows(self, s: Settings, world_size: int) -> int:
@@ -534,7 +581,8 @@ class Loader:
     def __init__(self, s: Settings, corpus: Corpus, world: World, position: dict | None = None, step: int = 0):
         self.s, self.corpus, self.world, self.stages, self.step = s, corpus, world, stage_table(s), step
         self.position = dict(position or {"epoch": 0, "shard": 0, "used": 0})
-        self.table_key, self.ready, self.stop = None, queue.Queue(maxsize=2), threading.Event()
+        self.table_key, self.ready, self.stop = None, queue.Queue(maxsize=4), threading.Event()
+        self.opener, self.opened = ThreadPoolExecutor(1, "shards"), {}
         self.staging: list = [None] * 3  # pinned buffers, each with the event of the copy out of it
         self.thread = threading.Thread(target=self._produce, daemon=True, name="loader")
         self.thread.start()
@@ -564,13 +612,19 @@ class Loader:
         if key == self.table_key:
             return
         if self.table_key is None or self.table_key[1] != shard:
-            self.tokens = open_shard(self.corpus.train[shard], self.corpus.meta["vocab_size"])
+            self.tokens = self._open(shard).result()
+            self.opened = {number: self._open(number) for number in (shard, (shard + 1) % len(self.corpus.train))}
         rng = np.random.default_rng((self.s.seed, epoch, shard))
         offset = int(rng.integers(longest)) if epoch else 0
         starts, lengths = piece_table(self.tokens, eot, longest, self.s.long_docs == "clip", offset)
         order = rng.permutation(len(starts)) if self.s.shuffle else slice(None)
         self.starts, self.lengths, self.table_key = starts[order], lengths[order], key
         self.ends = np.cumsum(self.lengths)
+
+    def _open(self, shard: int) -> Future:
+        """A shard being opened: the next one is read and checked while this one is in use, so no batch waits for it."""
+        vocab_size = self.corpus.meta["vocab_size"]
+        return self.opened.get(shard) or self.opener.submit(open_shard, self.corpus.train[shard], vocab_size)
 
     def _next_row(self, stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of the shard, starts and lengths of the pieces of the next row; on to the next shard, and after the
@@ -619,8 +673,9 @@ class Loader:
         its event says: refilling without asking races with copies queued behind a long backward pass."""
         slot = step % len(self.staging)
         if self.staging[slot] is None or self.staging[slot][0].shape != tokens.shape:
-            self.staging[slot] = (torch.empty_like(tokens, pin_memory=True), torch.cuda.Event())
+            self.staging[slot] = (torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True), torch.cuda.Event())
         buffer, copied = self.staging[slot]
+        assert buffer.is_pinned(), "a copy from pageable memory would wait for the device"
         copied.synchronize()
         buffer.copy_(tokens)
         on_device = buffer.to(self.s.device, non_blocking=True)
@@ -630,6 +685,7 @@ class Loader:
     def close(self):
         self.stop.set()
         self.thread.join()
+        self.opener.shutdown()
 
 
 class ValStream:
@@ -674,44 +730,61 @@ def visible(query: Tensor, key: Tensor, query_doc: Tensor, key_doc: Tensor, wind
     return (query >= key) & (query - key < window) & (query_doc == key_doc)
 
 
-def dense_mask(docs_BT: Tensor, window: Tensor) -> Tensor:
-    """The rule for all pairs: (B, 1, T, T) bool, for scaled_dot_product_attention."""
-    position = torch.arange(docs_BT.size(1), device=docs_BT.device)
-    return visible(position[:, None], position, docs_BT[:, None, :, None], docs_BT[:, None, None, :], window)
+def dense_mask(docs_BT: Tensor, window: Tensor, copies: int = 1) -> Tensor:
+    """The rule for all pairs: (B, 1, T, T) bool, for scaled_dot_product_attention; each token `copies` times."""
+    position = torch.arange(docs_BT.size(1), device=docs_BT.device).repeat_interleave(copies)
+    docs = docs_BT.repeat_interleave(copies, dim=1)
+    return visible(position[:, None], position, docs[:, None, :, None], docs[:, None, None, :], window)
 
 
-def block_mask(docs_BT: Tensor, window: Tensor):
+def block_mask(docs_BT: Tensor, window: Tensor, copies: int = 1):
     """The rule as a FlexAttention BlockMask, nearest blocks first, made without looking at T x T pairs.
 
     Document numbers only rise along a row, so the first and last number of a block tell whether two blocks share a
     document (a pair of tokens may), or consist of one and the same (every pair does: no mask is needed inside)."""
     from torch.nn.attention.flex_attention import BlockMask
-    docs = docs_BT.unflatten(1, (-1, FLEX_BLOCK))
+    span = FLEX_BLOCK // copies  # tokens of a block
+    docs = docs_BT.unflatten(1, (-1, span))
     first, last = docs[..., 0], docs[..., -1]
     block = torch.arange(first.size(1), device=docs_BT.device)
-    ahead = (block[:, None] - block) * FLEX_BLOCK  # distance of two blocks' first tokens
-    some = (ahead >= 0) & (ahead - (FLEX_BLOCK - 1) < window) & (last[:, None, :] >= first[:, :, None])
-    full = (ahead > 0) & (ahead + (FLEX_BLOCK - 1) < window) & (first[:, None, :] == last[:, :, None])
+    ahead = (block[:, None] - block) * span  # distance of two blocks' first tokens
+    some = (ahead >= 0) & (ahead - (span - 1) < window) & (last[:, None, :] >= first[:, :, None])
+    full = (ahead > 0) & (ahead + (span - 1) < window) & (first[:, None, :] == last[:, :, None])
 
     def listed(flags: Tensor) -> tuple[Tensor, Tensor]:  # counts (B, 1, blocks), indices (B, 1, blocks, blocks)
         nearest_first = flags.size(-1) - 1 - flags.flip(-1).int().argsort(dim=-1, descending=True, stable=True)
         return flags.sum(-1, dtype=torch.int32)[:, None], nearest_first.to(torch.int32)[:, None].contiguous()
 
     def mask_mod(b, h, query, key):
+        query, key = query // copies, key // copies
         return visible(query, key, docs_BT[b, query], docs_BT[b, key], window)
 
-    length = docs_BT.size(1)
+    length = copies * docs_BT.size(1)
     return BlockMask.from_kv_blocks(*listed(some & ~full), *listed(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod,
                                     seq_lengths=(length, length))
 
 
-def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float, backend: str) -> Tensor:
+@functools.cache
+def small_shared_memory(device: str) -> bool:
+    """Whether a kernel has less than 160 KB of shared memory: on consumer cards (100 KB), not on A100 or H100."""
+    return device == "cuda" and torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 << 10
+
+
+def flex_options(device: str) -> dict | None:
+    """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory at head_dim 128."""
+    if not small_shared_memory(device):
+        return None
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+
+
+def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float, backend: str,
+           options: dict | None = None) -> Tensor:
     """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a dense_mask SDPA or the
     formula itself, which in bf16 on a CPU takes 0.25 to 0.64 of the time of SDPA (records/LOG.md, 2026-11-20)."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
-        return flex_attention(q, k, v, block_mask=mask, scale=scale).transpose(1, 2)
+        return flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options).transpose(1, 2)
     if backend == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
     return ((q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v).transpose(1, 2)
@@ -720,6 +793,299 @@ def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float, b
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Model                                                                                                              │
 # └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+# --- Triton kernels and FP8. Each has a plain form here, which is its reference in the tests and takes its place where
+# --kernels or --fp8_head do not name it. The registered operators hide them from torch.compile as one node each.
+
+KERNELS = ("gram", "mlp", "loss")
+OPERATORS = Path(__file__).stem  # namespace
+FP8_INPUT_MARGIN = 1.01  # RMS-normed values are at most sqrt(model_dim), but for rounding
+FP8_WEIGHT_SCALE = 2.0**-8  # head weights up to 448 / 256 = 1.75 fit (records 28 and 89: 0.875 and 1.6)
+LOSS_CHUNK = 4096  # rows of logits that the plain form holds in fp32
+tl = None  # triton.language, from the first kernel on
+
+
+@functools.cache
+def triton_kernel(function):
+    """The function compiled by Triton, which is imported only now."""
+    import triton
+    globals()["tl"] = triton.language
+    return triton.jit(function)
+
+
+def operator(signature: str):
+    """Registers a function as a torch operator, e.g. `gram(Tensor x) -> Tensor`."""
+    name, _, rest = signature.partition("(")
+    return torch.library.custom_op(f"{OPERATORS}::{name}", mutates_args=(), schema="(" + rest)
+
+
+def product_relu2_kernel(a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
+                         COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
+    """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the former's result: a
+    (rows, depth), b (cols, depth), all row-major. Tiles run down GROUP rows before they go right: b stays in the L2."""
+    tiles_down, tiles_right = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
+    group, within = tl.program_id(0) // (GROUP * tiles_right), tl.program_id(0) % (GROUP * tiles_right)
+    height = min(tiles_down - group * GROUP, GROUP)
+    row = ((group * GROUP + within % height) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    col = ((within // height) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
+    k = tl.arange(0, DEPTH)
+    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(0, depth, DEPTH):
+        left = tl.load(a + row * depth + (start + k)[None, :], (row < rows) & (start + k < depth)[None, :], 0.0)
+        right = tl.load(b + col * depth + (start + k)[:, None], (col < cols) & (start + k < depth)[:, None], 0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    where, inside = row * cols + col, (row < rows) & (col < cols)
+    if BACKWARD:
+        total *= 2 * tl.sqrt(tl.load(post + where, inside, 0.0).to(tl.float32))
+    else:
+        total = tl.maximum(total, 0.0) * total
+    tl.store(out + where, total.to(out.dtype.element_ty), inside)
+
+
+def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
+    """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative: the fused MLP (record 59; without the
+    pre-activations, which the square root gives back: 87)."""
+    (rows, depth), cols, out = a.shape, b.size(0), a.new_empty(a.size(0), b.size(0))
+    tile = dict(ROWS=128, COLS=128, DEPTH=32, GROUP=8) if small_shared_memory(a.device.type) else dict(
+        ROWS=128, COLS=256, DEPTH=64, GROUP=8)
+    grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]),)
+    triton_kernel(product_relu2_kernel)[grid](
+        a.contiguous(), b.contiguous(), out if post is None else post, out, rows, cols, depth,
+        BACKWARD=post is not None, **tile, num_warps=8, num_stages=3)
+    return out
+
+
+@operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
+def fused_mlp(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor):
+    post_NF = product_relu2(x_ND, up_FD)
+    return post_NF @ down_FD, post_NF
+
+
+@operator("mlp_backward(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor post) -> (Tensor, Tensor, Tensor)")
+def fused_mlp_backward(grad_ND: Tensor, x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, post_NF: Tensor):
+    pre_grad_NF = product_relu2(grad_ND, down_FD, post_NF)
+    return pre_grad_NF @ up_FD, pre_grad_NF.T @ x_ND, post_NF.T @ grad_ND
+
+
+@operator("fp8_linear(Tensor x, Tensor weight) -> Tensor")
+def fp8_linear(x_ND: Tensor, weight_FD: Tensor):
+    """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact (record 84)."""
+    scales = [t.abs().amax().float().clamp_min(1e-12) / 448 for t in (x_ND, weight_FD)]
+    quantized = [to_fp8(t, scale) for t, scale in zip((x_ND, weight_FD), scales, strict=True)]
+    return fp8_product(*quantized, *scales, fast=True).to(x_ND.dtype)
+
+
+fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(x.size(0), up.size(0))))
+fused_mlp_backward.register_fake(lambda grad, x, up, down, post: tuple(map(torch.empty_like, (x, up, down))))
+fp8_linear.register_fake(lambda x, weight: x.new_empty(x.size(0), weight.size(0)))
+fused_mlp.register_autograd(
+    lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: (ctx.save_for_backward(*inputs, output[1]),
+                                               ctx.set_materialize_grads(False)))
+fp8_linear.register_autograd(
+    lambda ctx, grad: (grad @ ctx.saved_tensors[1], grad.T @ ctx.saved_tensors[0]),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def mlp_relu2(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, kernel: bool, fp8: bool) -> Tensor:
+    """relu(x @ up.T)^2 @ down, (N, D): plain, by the fused Triton kernel, or with the up-projection in FP8."""
+    if kernel and not fp8:
+        return fused_mlp(x_ND, up_FD, down_FD)[0]
+    return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
+
+
+def to_fp8(x: Tensor, scale, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """x / scale, clipped: the cast itself would turn what is out of range into NaN or infinity."""
+    limit = torch.finfo(dtype).max
+    return (x / scale).clamp(-limit, limit).to(dtype)
+
+
+def fp8_product(a_NK: Tensor, b_MK: Tensor, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Tensor:
+    """(a * scale_a) @ (b * scale_b).T, both fp8 and row-major -> (N, M) bf16. `fast`: sums with fewer bits."""
+    return torch._scaled_mm(a_NK, b_MK.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16,
+                            use_fast_accum=fast)
+
+
+def cap_logits(z: Tensor, cap: tuple[float, ...] | None) -> Tensor:
+    """a * sigmoid((z + b) / c), or with b = 0 a/2 * tanh(z / 2c) but for a constant (records 9, 18, 19, 54)."""
+    if cap is None:
+        return z
+    a, b, c = cap
+    return a * torch.sigmoid((z + b) / c)
+
+
+def loss_kernel(logits, targets, losses, lses, rows, vocab, a, b, c, CAPPED: tl.constexpr, TARGETS: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets."""
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    peak, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        z = tl.load(logits + row * vocab + start + col, start + col < vocab, 0.0).to(tl.float32)
+        z = a * tl.sigmoid((z + b) / c) if CAPPED else z
+        z = tl.where(start + col < vocab, z, -1e30)
+        higher = tl.maximum(peak, z)
+        total = total * tl.exp(peak - higher) + tl.where(start + col < vocab, tl.exp(z - higher), 0.0)
+        peak = higher
+    top = tl.max(peak, 0)
+    lse = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
+    tl.store(lses + row, lse)
+    for k in tl.static_range(TARGETS):
+        target = tl.load(targets + k * rows + row)
+        z = tl.load(logits + row * vocab + target, target >= 0, 0.0).to(tl.float32)
+        z = a * tl.sigmoid((z + b) / c) if CAPPED else z
+        tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
+
+
+def loss_gradient_kernel(logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, b, c, CAPPED: tl.constexpr,
+                         TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """One tile of the logits' gradient / unit, stored as rows and for FP8 as columns, too: (rows, vocab) and
+    (vocab, rows). grads: of the summed loss of each target."""
+    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside, where = (row < rows)[:, None] & (col < vocab)[None, :], row.to(tl.int64)[:, None] * vocab + col[None, :]
+    z = tl.load(logits + where, inside, 0.0).to(tl.float32)
+    share = tl.sigmoid((z + b) / c) if CAPPED else z
+    z = a * share if CAPPED else z
+    weight, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    for k in tl.static_range(TARGETS):
+        target = tl.load(targets + k * rows + row, row < rows, -1)
+        grad = tl.where(target >= 0, tl.load(grads + k), 0.0)
+        weight += grad
+        hit += tl.where(col[None, :] == target[:, None], grad[:, None], 0.0)
+    lse = tl.load(lses + row, row < rows, 0.0)
+    result = weight[:, None] * tl.exp(z - lse[:, None]) - hit
+    result = result * z * (1 - share) / c if CAPPED else result
+    result = (result / tl.load(unit)).to(out.dtype.element_ty)
+    tl.store(out + where, result, inside)
+    if TRANSPOSED:
+        tl.store(out_t + col.to(tl.int64)[None, :] * rows + row[:, None], result, inside)
+
+
+def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropies of capped logits, (K, N), 0 where the target is IGNORE, and log-sum-exps, (N,), fp32."""
+    (rows, vocab), (count, _) = logits_NV.shape, targets_KN.shape
+    if kernel:
+        lse_N = logits_NV.new_empty(rows, dtype=torch.float32)
+        losses_KN = lse_N.new_empty(count, rows)
+        triton_kernel(loss_kernel)[(rows,)](logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab,
+                                            *(cap or (0.0, 0.0, 1.0)), CAPPED=bool(cap), TARGETS=count, BLOCK=4096,
+                                            num_warps=8)
+        return losses_KN, lse_N
+    losses, lses = [], []
+    for z, target in zip(logits_NV.split(LOSS_CHUNK), targets_KN.split(LOSS_CHUNK, dim=1), strict=True):
+        z = cap_logits(z.float(), cap or None)
+        lses.append(z.logsumexp(-1))
+        losses.append((lses[-1] - z.gather(1, target.clamp_min(0).long().T).T) * (target != IGNORE))
+    return torch.cat(losses, dim=1), torch.cat(lses)
+
+
+def logit_gradient(logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K: Tensor, unit: Tensor, cap: list[float],
+                   dtype: torch.dtype, kernel: bool) -> tuple[Tensor, Tensor]:
+    """Gradient of sum(grad_K * losses_K) by the uncapped logits, in multiples of `unit`; and its transpose."""
+    (rows, vocab), fp8 = logits_NV.shape, dtype.itemsize == 1
+    if kernel:
+        out = logits_NV.new_empty(rows, vocab, dtype=dtype)
+        out_t = out.new_empty(vocab, rows) if fp8 else out
+        triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
+            logits_NV, targets_KN.contiguous(), lse_N, grad_K.contiguous(), unit, out, out_t, rows, vocab,
+            *(cap or (0.0, 0.0, 1.0)), CAPPED=bool(cap), TARGETS=len(targets_KN), TRANSPOSED=fp8, ROWS=64, COLS=128,
+            num_warps=8)
+        return out, out_t if fp8 else out.T
+    parts = []
+    for z, target, lse in zip(logits_NV.split(LOSS_CHUNK), targets_KN.split(LOSS_CHUNK, dim=1), lse_N.split(LOSS_CHUNK),
+                              strict=True):
+        z, weight = cap_logits(z.float(), cap or None), grad_K[:, None] * (target != IGNORE)
+        gradient = (z - lse[:, None]).exp() * weight.sum(0)[:, None]
+        gradient.scatter_add_(1, target.clamp_min(0).long().T, -weight.T)
+        if cap:
+            gradient *= z * (1 - z / cap[0]) / cap[2]
+        parts.append((gradient / unit).to(dtype))
+    out = torch.cat(parts)
+    return out, out.T.contiguous() if fp8 else out.T
+
+
+def input_scale(model_dim: int) -> float:
+    """Scale of RMS-normed inputs in e4m3: a power of two, so that only the cast rounds."""
+    return 2.0 ** math.ceil(math.log2(FP8_INPUT_MARGIN * math.sqrt(model_dim) / 448))
+
+
+@operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, float[] cap, bool kernel) -> "
+          "(Tensor, Tensor, Tensor)")
+def fused_head(x_ND: Tensor, weight_VD: Tensor, xq_ND: Tensor, wq_VD: Tensor, targets_KN: Tensor, cap: list[float],
+               kernel: bool):
+    """Losses (K,), logits and log-sum-exps. xq and wq are x and weight in FP8, or they themselves."""
+    if xq_ND.dtype.itemsize == 1:
+        scales = [torch.full((), v, device=x_ND.device) for v in (input_scale(x_ND.size(1)), FP8_WEIGHT_SCALE)]
+        logits_NV = fp8_product(xq_ND, wq_VD, *scales, fast=True)
+    else:
+        logits_NV = F.linear(xq_ND, wq_VD)
+    losses_KN, lse_N = loss_rows(logits_NV, targets_KN, cap, kernel)
+    return losses_KN.sum(1), logits_NV, lse_N
+
+
+@operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor logits, Tensor lse, float[] cap, "
+          "bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
+def fused_head_backward(grad_K: Tensor, xq_ND: Tensor, wq_VD: Tensor, targets_KN: Tensor, logits_NV: Tensor,
+                        lse_N: Tensor, cap: list[float], kernel: bool, dtype: torch.dtype):
+    """Gradients of x and weight. FP8: a token's loss being a sum over its targets, the gradient of a logit is at most
+    sum |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the units go into the products' scales."""
+    fp8 = xq_ND.dtype.itemsize == 1
+    if not fp8:
+        gradient, transposed = logit_gradient(logits_NV, targets_KN, lse_N, grad_K, torch.ones_like(grad_K[0]), cap,
+                                              logits_NV.dtype, kernel)
+        return gradient @ wq_VD, transposed @ xq_ND
+    steepest = cap[0] / (4 * cap[2]) if cap else 1.0
+    unit = grad_K.abs().sum().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
+    gradient, transposed = logit_gradient(logits_NV, targets_KN, lse_N, grad_K, unit, cap, torch.float8_e5m2, kernel)
+    scales = [torch.full((), v, device=unit.device) for v in (FP8_WEIGHT_SCALE, input_scale(xq_ND.size(1)))]
+    return (fp8_product(gradient, wq_VD.T.contiguous(), unit, scales[0], fast=False).to(dtype),
+            fp8_product(transposed, xq_ND.T.contiguous(), unit, scales[1], fast=False).to(dtype))
+
+
+def _head_backward(ctx, grad_K: Tensor, *_):
+    gradients = fused_head_backward(grad_K, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
+    return (*gradients, *[None] * 5)
+
+
+def _head_context(ctx, inputs, output):
+    x, _, xq, wq, targets, ctx.cap, ctx.kernel = inputs
+    ctx.save_for_backward(xq, wq, targets, *output[1:])
+    ctx.dtype = x.dtype
+    ctx.set_materialize_grads(False)
+
+
+fused_head.register_autograd(_head_backward, setup_context=_head_context)
+
+
+@fused_head.register_fake
+def _(x, weight, xq, wq, targets, cap, kernel):
+    logits = torch.bfloat16 if xq.dtype.itemsize == 1 else x.dtype
+    return (x.new_empty(len(targets), dtype=torch.float32), x.new_empty(len(x), len(weight), dtype=logits),
+            x.new_empty(len(x), dtype=torch.float32))
+
+
+@fused_head_backward.register_fake
+def _(grad, xq, wq, targets, logits, lse, cap, kernel, dtype):
+    return torch.empty_like(xq, dtype=dtype), torch.empty_like(wq, dtype=dtype)
+
+
+def head_losses(x_ND: Tensor, weight_VD: Tensor, targets_KN: Tensor, cap: tuple[float, ...] | None, kernel: bool,
+                fp8: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropies of capped logits x @ weight.T with each row of targets, summed, (K,) fp32 in nats, IGNORE left
+    out; and the number of values that FP8 clipped, int64. Plain, or without fp32 logits by the Triton kernels (record
+    60), with the products in FP8 (19). Their gradients come from outside, so multi-token weights need nothing here."""
+    if not kernel and not fp8:
+        logits = cap_logits(F.linear(x_ND, weight_VD), cap).float()
+        losses = [F.cross_entropy(logits, t.long(), reduction="sum", ignore_index=IGNORE) for t in targets_KN]
+        return torch.stack(losses), targets_KN.new_zeros((), dtype=torch.int64)
+    x, weight, clipped = x_ND.detach(), weight_VD.detach(), targets_KN.new_zeros((), dtype=torch.int64)
+    if fp8:
+        scales = input_scale(x.size(1)), FP8_WEIGHT_SCALE
+        clipped = (x.abs() > 448 * scales[0]).sum() + (weight.abs() > 448 * scales[1]).sum()
+        x, weight = to_fp8(x, scales[0]), to_fp8(weight, scales[1])
+    return fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap or ()), kernel)[0], clipped
+
+
+# --- layers
 
 GATE_DIM = 12  # dimensions of the residual stream that gates read (record 28)
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
@@ -731,16 +1097,17 @@ SCALARS = {"residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_
 class Layer(NamedTuple):
     """One row of the layer table."""
 
-    attention: str  # L long window, S short window, - none
+    attention: str  # L long window, S short window, P short window and paired heads, - none
     value_table: int | None  # value-embedding table that is mixed into v
     skip_from: int | None  # layer whose output is added to this one's input
 
 
-def auto_attention(num_layers: int) -> str:
+def auto_attention(num_layers: int, paired: bool) -> str:
     """Long windows in the first, the last and a layer at a third (record 20); from 12 layers on no attention in layer
-    7/12 (record 17)."""
+    7/12 (record 17); paired heads in every third of the others (record 58 has 4 such layers of 11)."""
     long, none = {0, num_layers // 3, num_layers - 1}, 7 * num_layers // 12 if num_layers >= 12 else None
-    return "".join("-" if i == none else "L" if i in long else "S" for i in range(num_layers))
+    return "".join("-" if i == none else "L" if i in long else "P" if paired and i % 3 == 2 else "S"
+                   for i in range(num_layers))
 
 
 def layer_table(s: Settings) -> list[Layer]:
@@ -764,9 +1131,14 @@ def short_window(window, step: int):
     return -(-window // (2 * step)) * step
 
 
-def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, in radians per token."""
+def rotary_table(length: int, head_dim: int, base: float, window: int = 1, longer: int = 1) -> tuple[Tensor, Tensor]:
+    """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, in radians per token. For a `longer`
+    window than that of training, YaRN (Peng et al. 2023, arXiv 2309.00071): frequencies that turn less than once in
+    the window are slowed down by the ratio of the two, those that turn 32 times stay, the others lie between."""
     frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
+    if longer > window:
+        kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) * window / longer)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
     return angle.cos(), angle.sin()
 
@@ -780,6 +1152,25 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned[0], a_still, turned[1], b_still), dim=-1)
 
 
+class Place(NamedTuple):
+    """What a layer knows about the tokens' positions."""
+
+    cos: Tensor  # of the rotary angles, (T, 1, K / 4)
+    sin: Tensor
+    follows_BT11: Tensor  # True where the token before belongs to the same document
+
+
+def without_component(y: Tensor, direction: Tensor) -> Tensor:
+    """y minus its projection on `direction`, along the last axis."""
+    unit = F.normalize(direction, dim=-1)
+    return y - (y * unit).sum(-1, keepdim=True) * unit
+
+
+def pair(x_BTHK: Tensor) -> Tensor:
+    """(B, T, H, K) -> (B, 2T, H/2, K): head h and head h + H/2 of a token one after the other (a view)."""
+    return x_BTHK.unflatten(2, (2, -1)).flatten(1, 2)
+
+
 def uniform(*shape: int) -> Tensor:
     """Uniform with standard deviation 0.5 / sqrt(fan_in), the fan-in being the last axis."""
     bound = math.sqrt(3) * 0.5 * shape[-1] ** -0.5
@@ -787,39 +1178,51 @@ def uniform(*shape: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention of one layer: QK-norm, RoPE, value embedding, output gate.
+    """Causal self-attention of one layer: QK-norm, RoPE, key offset, value embedding, paired heads, output gate.
 
     qkvo holds the four matrices in one shape, so that the optimizer can batch them; the output matrix is the
     transposed one and starts at zero."""
 
-    def __init__(self, s: Settings):
+    def __init__(self, s: Settings, kind: str):
         super().__init__()
-        self.num_heads, self.head_dim, self.gated = s.num_heads, s.head_dim, s.attn_gate
-        self.scale, self.backend = s.scale, s.backend
+        self.num_heads, self.head_dim, self.gated, self.value_gated = s.num_heads, s.head_dim, s.attn_gate, s.value_gate
+        self.scale, self.backend, self.options = s.scale, s.backend, flex_options(s.device)
+        self.offset, self.paired, self.xsa = s.key_offset and kind == "L", kind == "P", s.xsa
         self.qkvo = nn.Parameter(torch.cat((uniform(3, s.width, s.width), torch.zeros(1, s.width, s.width))))
 
-    def forward(self, x_BTD: Tensor, value_BTD: Tensor | None, mask, rotary, scalars: dict, gates: Tensor | None):
-        q, k, v, gate = self.project(x_BTD, value_BTD, rotary, scalars, gates)
-        return self.merge(attend(q, k, v, mask, self.scale, self.backend), gate)
+    def forward(self, x_BTD: Tensor, value_BTD: Tensor | None, mask, place: Place, scalars: dict, gates: Tensor | None):
+        q, k, v, (own, gate) = self.project(x_BTD, value_BTD, place, scalars, gates)
+        q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
+        y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(own.shape)
+        y = without_component(y, own) if self.xsa else y
+        _, out = self.qkvo.split((3, 1))
+        return (y if gate is None else y * gate).flatten(2) @ out[0]
 
-    def project(self, x_BTD: Tensor, value_BTD: Tensor | None, rotary, scalars: dict, gates: Tensor | None):
-        """q, k, v of each position, (B, T, H, K), and the gate of the heads' outputs, (B, T, H, 1), or None."""
+    def project(self, x_BTD: Tensor, value_BTD: Tensor | None, place: Place, scalars: dict, gates: Tensor | None):
+        """q, k, v of each position, (B, T, H, K), and what its output needs: its v and its gate, (B, T, H, 1) or None.
+        """
         qkv, _ = self.qkvo.split((3, 1))
         qk, v = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3 * self.num_heads, self.head_dim)).split(
             (2 * self.num_heads, self.num_heads), dim=2)
-        q, k = rotate(norm(qk), *rotary).chunk(2, dim=2)
-        if gates is None:
-            return q, k, v, None
-        both = torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gates.flatten(0, 1)))
-        out_gate, value_gate = both.unflatten(-1, (2, self.num_heads, 1)).unbind(2)
+        q, k = rotate(norm(qk), place.cos, place.sin).chunk(2, dim=2)
+        k = self.offset_keys(k, place.follows_BT11)
+        out_gate = value_gate = None
+        if gates is not None:
+            both = torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gates.flatten(0, 1)))
+            out_gate, value_gate = both.unflatten(-1, (2, self.num_heads, 1)).unbind(2)
         if value_BTD is not None:
-            v = scalars["value"] * v + scalars["value_embed"] * (2 * value_gate) * value_BTD.view_as(v)
-        return q, k, v, out_gate if self.gated else None
+            weight = scalars["value_embed"] * (2 * value_gate if self.value_gated else 1)
+            v = scalars["value"] * v + weight * value_BTD.view_as(v)
+        return q, k, v, (v, out_gate if self.gated else None)
 
-    def merge(self, y_BTHK: Tensor, gate_BTH1: Tensor | None) -> Tensor:
-        """Heads' outputs, gated, back to the residual stream."""
-        _, out = self.qkvo.split((3, 1))
-        return (y_BTHK if gate_BTH1 is None else y_BTHK * gate_BTH1).flatten(2) @ out[0]
+    def offset_keys(self, k_BTHK: Tensor, follows_BT11: Tensor) -> Tensor:
+        """Partial key offset: the unrotated half of a key is that of the token before, if it is of the same document.
+        A query that looks for a content finds what came after it: one layer can do induction (record 49)."""
+        if not self.offset:
+            return k_BTHK
+        previous = torch.where(follows_BT11, torch.cat((k_BTHK[:, :1], k_BTHK[:, :-1]), dim=1), k_BTHK)
+        (a, _, b, _), (_, a_still, _, b_still) = k_BTHK.chunk(4, dim=-1), previous.chunk(4, dim=-1)
+        return torch.cat((a, a_still, b, b_still), dim=-1)
 
 
 class MLP(nn.Module):
@@ -827,11 +1230,13 @@ class MLP(nn.Module):
 
     def __init__(self, s: Settings):
         super().__init__()
+        self.kernel, self.fp8 = "mlp" in s.kernels, s.fp8_mlp
         self.up = nn.Parameter(uniform(s.mlp_ratio * s.width, s.width))
         self.down = nn.Parameter(torch.zeros(s.mlp_ratio * s.width, s.width))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return F.linear(x_BTD, self.up).relu().square() @ self.down
+        fp8 = self.fp8 and torch.is_grad_enabled()  # evaluation is exact
+        return mlp_relu2(x_BTD.flatten(0, 1), self.up, self.down, self.kernel, fp8).view_as(x_BTD)
 
 
 class Block(nn.Module):
@@ -839,22 +1244,17 @@ class Block(nn.Module):
 
     def __init__(self, s: Settings, layer: Layer):
         super().__init__()
-        self.attn = Attention(s) if layer.attention != "-" else None
+        self.attn = Attention(s, layer.attention) if layer.attention != "-" else None
         self.mlp = MLP(s)
 
-    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, skip_BTD: Tensor | None, value_BTD: Tensor | None, mask, rotary,
-                scalars_S: Tensor, gates: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, skip_BTD: Tensor | None, value_BTD: Tensor | None, mask,
+                place: Place, scalars_S: Tensor, gates: Tensor | None) -> Tensor:
         scalars = dict(zip(SCALARS, scalars_S, strict=True))
-        x = self.mix(x_BTD, x0_BTD, skip_BTD, scalars)
+        x = x_BTD if skip_BTD is None else x_BTD + scalars["skip"] * skip_BTD
+        x = scalars["residual"] * x + scalars["embedding"] * x0_BTD
         if self.attn is not None:
-            x = x + self.attn(norm(x), value_BTD, mask, rotary, scalars, gates)
+            x = x + self.attn(norm(x), value_BTD, mask, place, scalars, gates)
         return x + self.mlp(norm(x))
-
-    def mix(self, x_BTD: Tensor, x0_BTD: Tensor, skip_BTD: Tensor | None, scalars: dict) -> Tensor:
-        """Input of the layer: residual stream, skip connection and embedding, each with a learned weight."""
-        if skip_BTD is not None:
-            x_BTD = x_BTD + scalars["skip"] * skip_BTD
-        return scalars["residual"] * x_BTD + scalars["embedding"] * x0_BTD
 
 
 class GPT(nn.Module):
@@ -863,67 +1263,94 @@ class GPT(nn.Module):
     def __init__(self, s: Settings, vocab_size: int):
         super().__init__()
         torch.manual_seed(s.seed)
-        self.layers, self.softcap, self.window_step = layer_table(s), s.softcap, s.window_step
-        self.flex = s.backend == "flex"
+        self.layers, self.cap, self.window_step, self.flex = layer_table(s), s.cap, s.window_step, s.backend == "flex"
+        self.loss_kernel, self.fp8_head = "loss" in s.kernels, s.fp8_head == "on"
         padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
         self.embed = nn.Embedding(padded, s.width)
         self.value_embeds = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeds))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, and its weight
         self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
+        self.bigram = nn.Embedding(s.bigram, s.width) if s.bigram else None
         gates = torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM)  # of head outputs, of value embeddings
-        self.gates = nn.Parameter(gates) if s.attn_gate or s.value_embeds else None
+        self.gates = nn.Parameter(gates) if s.attn_gate or (s.value_embeds and s.value_gate) else None
         self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
+        self.backout_scalar = nn.Parameter(torch.tensor([0.5])) if s.backout and s.num_layers > 2 else None
         self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
+        if s.bigram:
+            nn.init.zeros_(self.bigram.weight)
+        self.register_buffer("saturated", torch.zeros((), dtype=torch.int64), persistent=False)  # clipped FP8 values
         longest = max([stage.seq_len for stage in stage_table(s)] + [s.eval_seq_len])
         for name, table in zip(("cos", "sin"), rotary_table(longest, s.head_dim, s.rope_base), strict=True):
             self.register_buffer(name, table, persistent=False)
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
-        """Cross-entropy summed over the targets that are not IGNORE, in nats, fp32 scalar. `window`: int32 0-D tensor,
-        tokens of the long window; document numbers rise along a row."""
-        return self.loss(self.trunk(inputs_BT, docs_BT, window), targets_BT)
+    def forward(self, inputs_BT: Tensor, targets_KBT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
+        """Cross-entropies with the targets k of `future_targets`, each summed over those that are not IGNORE, in nats,
+        (K,) fp32. `window`: int32 0-D tensor, tokens of the long window; document numbers rise along a row."""
+        return self.losses(self.trunk(inputs_BT, docs_BT, window), targets_KBT)
 
     def trunk(self, inputs_BT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
         """Residual stream after the last layer, (B, T, D)."""
-        x = x0 = self.embedding(inputs_BT, docs_BT)
+        follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
+        x = x0 = self.embedding(inputs_BT, follows)
         values = [table(inputs_BT) for table in self.value_embeds]
         masks = self.masks(docs_BT, window)
-        rotary = self.cos[:inputs_BT.size(1)], self.sin[:inputs_BT.size(1)]
+        place = Place(self.cos[:inputs_BT.size(1)], self.sin[:inputs_BT.size(1)], follows[..., None])
         scalars, outputs = self.scalars.type_as(x).unbind(0), []
         gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
             value = values[layer.value_table] if layer.value_table is not None else None
-            x = block(x, x0, skip, value, masks.get(layer.attention), rotary, scalars[i], gates[i])
+            x = block(x, x0, skip, value, masks.get(layer.attention), place, scalars[i], gates[i])
             outputs.append(x)
+        if self.backout_scalar is not None:
+            x = x - self.backout_scalar.type_as(x) * outputs[2 * len(outputs) // 3 - 1]
         return x
 
     def masks(self, docs_BT: Tensor, window: Tensor) -> dict:
-        """Mask of long and of short windows, made once per forward pass. A short window is half a long one."""
+        """Mask of each kind of layer, made once per forward pass. A short window is half a long one."""
         half = torch.minimum(short_window(window, self.window_step), window)
         make, kinds = block_mask if self.flex else dense_mask, {layer.attention for layer in self.layers}
-        return {kind: make(docs_BT, size) for kind, size in (("L", window), ("S", half)) if kind in kinds}
+        options = {"L": (window, 1), "S": (half, 1), "P": (half, 2)}
+        return {kind: make(docs_BT, *options[kind]) for kind in sorted(kinds - {"-"})}
 
-    def embedding(self, inputs_BT: Tensor, docs_BT: Tensor) -> Tensor:
-        """Normed token embeddings; each takes up some of the previous token's of its document (record 34)."""
+    def embedding(self, inputs_BT: Tensor, follows_BT1: Tensor) -> Tensor:
+        """Normed token embeddings, with hashed pairs of tokens; each takes up some of the previous token's, gated, if
+        that is of the same document (record 34)."""
         x = self.embed(inputs_BT)
+        if self.bigram is not None:
+            x = x + self.bigram(bigram_rows(inputs_BT, follows_BT1[..., 0], self.bigram.num_embeddings))
         if self.smear is not None:
-            previous = x[:, :-1] * (docs_BT[:, 1:] == docs_BT[:, :-1]).unsqueeze(-1)
-            x = torch.cat((x[:, :1], self.smeared(x[:, 1:], previous)), dim=1)
+            gate, weight = self.smear.split((GATE_DIM, 1))
+            previous = torch.cat((x[:, :1], x[:, :-1]), dim=1) * follows_BT1
+            x = x + weight * torch.sigmoid(F.linear(x[..., :GATE_DIM], gate[None])) * previous
         return norm(x)
 
-    def smeared(self, x_BTD: Tensor, previous_BTD: Tensor) -> Tensor:
-        gate, weight = self.smear.split((GATE_DIM, 1))
-        return x_BTD + weight * torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gate[None])) * previous_BTD
-
     def head(self, x_BTD: Tensor) -> Tensor:
-        """Logits 2c*sigmoid(2z/c): c*tanh(z/c) up to a constant that the softmax does not see (records 9, 18, 19)."""
-        logits = F.linear(norm(x_BTD), self.lm_head)
-        return 2 * self.softcap * torch.sigmoid(logits * (2 / self.softcap)) if self.softcap else logits
+        """Logits, exact."""
+        return cap_logits(F.linear(norm(x_BTD), self.lm_head), self.cap)
 
-    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        logits = self.head(x_BTD).float().flatten(0, 1)
-        return F.cross_entropy(logits, targets_BT.flatten().long(), reduction="sum", ignore_index=IGNORE)
+    def losses(self, x_BTD: Tensor, targets_KBT: Tensor) -> Tensor:
+        fp8 = self.fp8_head and torch.is_grad_enabled()  # evaluation is exact
+        losses, saturated = head_losses(norm(x_BTD).flatten(0, 1), self.lm_head, targets_KBT.flatten(1), self.cap,
+                                        self.loss_kernel, fp8)
+        if fp8:
+            self.saturated += saturated
+        return losses
+
+
+def bigram_rows(inputs_BT: Tensor, follows_BT: Tensor, rows: int) -> Tensor:
+    """Row of the bigram table for each token and the one before it; 0 at the start of a document."""
+    pairs = (inputs_BT[:, 1:] * 40503) ^ (inputs_BT[:, :-1] * 27644)  # below 2^31 for tokens below 50,304
+    return F.pad(1 + pairs % (rows - 1), (1, 0)) * follows_BT
+
+
+def future_targets(targets_BT: Tensor, docs_BT: Tensor, count: int) -> Tensor:
+    """Targets and those of the `count` tokens after them, (1 + count, B, T); IGNORE past the end of the document."""
+    rows = [targets_BT]
+    for k in range(1, count + 1):
+        same = docs_BT[:, k:] == docs_BT[:, :-k]
+        rows.append(F.pad(targets_BT[:, k:].where(same, IGNORE), (0, k), value=IGNORE))
+    return torch.stack(rows)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -943,8 +1370,8 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
     long = math.ceil(stage.window / s.window_step) * s.window_step
     short = short_window(long, s.window_step)
     for layer in layer_table(s):
-        window = min({"L": long, "S": min(short, long), "-": 0}[layer.attention], length)
-        keys += window - window * (window - 1) / (2 * length)
+        window = min({"L": long, "-": 0}.get(layer.attention, min(short, long)), length)
+        keys += (window - window * (window - 1) / (2 * length)) * (2 if layer.attention == "P" else 1)
     return 6.0 * counts["matmul"] + 12.0 * s.width * keys
 
 
@@ -988,8 +1415,9 @@ def parameter_table(s: Settings) -> list[Rule]:
         Rule(r"lm_head", "adamw", adam, (0.8, 0.95), decay, "sharded"),
         Rule(r"embed\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded"),
         Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded"),
+        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), decay, "sharded"),
         Rule(r"gates|smear", "adamw", adam, (0.9, 0.99), 0.0, "replicated"),
-        Rule(r"scalars", "adamw", 5 * adam, (0.9, 0.99), 0.0, "replicated"),
+        Rule(r"scalars|backout_scalar", "adamw", 5 * adam, (0.9, 0.99), 0.0, "replicated"),
     ]
 
 
@@ -1012,15 +1440,62 @@ POLAR_EXPRESS = (
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's quintic (Jordan et al. 2024)
 
 
-def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype) -> Tensor:
+def gram_kernel(x, add, out, size, depth, stride_batch, stride_row, stride_depth, alpha, beta, ADD: tl.constexpr,
+                TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """One tile on or above the diagonal of alpha * x @ x.T + beta * add, which is stored below it, too."""
+    down, right, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    if down <= right:
+        row, col, k = down * TILE + tl.arange(0, TILE), right * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
+        x += batch * stride_batch
+        total = tl.zeros((TILE, TILE), dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            left = tl.load(x + row[:, None] * stride_row + (start + k)[None, :] * stride_depth,
+                           (row < size)[:, None] & (start + k < depth)[None, :], 0.0)
+            above = tl.load(x + col[None, :] * stride_row + (start + k)[:, None] * stride_depth,
+                            (col < size)[None, :] & (start + k < depth)[:, None], 0.0)
+            total = tl.dot(left, above, total, input_precision="ieee")
+        where = batch * size * size + row[:, None] * size + col[None, :]
+        inside = (row < size)[:, None] & (col < size)[None, :]
+        total *= alpha
+        if ADD:
+            total += beta * tl.load(add + where, inside, 0.0).to(tl.float32)
+        total = total.to(out.dtype.element_ty)
+        tl.store(out + where, total, inside)
+        mirrored = batch * size * size + col[None, :] * size + row[:, None]
+        tl.store(out + mirrored, total, inside & (down < right))
+
+
+@operator("gram(Tensor x, Tensor? add, float alpha, float beta) -> Tensor")
+def fused_gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float):
+    count, size, depth = x_KMN.shape
+    out, tiles = x_KMN.new_empty(count, size, size), -(-size // 128)
+    triton_kernel(gram_kernel)[(tiles, tiles, count)](
+        x_KMN, out if add_KMM is None else add_KMM.contiguous(), out, size, depth, *x_KMN.stride(), alpha, beta,
+        ADD=add_KMM is not None, TILE=128, DEPTH=64, num_warps=8, num_stages=3)
+    return out
+
+
+fused_gram.register_fake(lambda x, add, alpha, beta: x.new_empty(x.size(0), x.size(1), x.size(1)))
+
+
+def gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float, kernel: bool) -> Tensor:
+    """alpha * x @ x.mT + beta * add, `add` symmetric: the kernel computes one triangle (record 27)."""
+    if kernel:
+        return fused_gram(x_KMN, add_KMM, alpha, beta)
+    if add_KMM is None:
+        return x_KMN @ x_KMN.mT if alpha == 1 else alpha * (x_KMN @ x_KMN.mT)
+    return torch.baddbmm(add_KMM, x_KMN, x_KMN.mT, beta=beta, alpha=alpha)
+
+
+def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype, kernel: bool = False) -> Tensor:
     """Nearest (semi-)orthogonal matrix of each of (K, rows, cols), approximately: singular values go to about 1."""
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     slack, steps = (1.02, POLAR_EXPRESS) if method == "polar_express" else (1.0, NEWTON_SCHULZ)
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) * slack + 1e-7)).to(dtype)
     for a, b, c in steps:
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        square = gram(x, None, 1.0, 0.0, kernel)
+        x = torch.baddbmm(x, gram(square, square, c, b, kernel), x, beta=a)
     return x.mT if tall else x
 
 
@@ -1035,12 +1510,13 @@ def normalize_variance(update: Tensor, variance: Tensor, new_share: Tensor) -> T
 
 
 def muon_update(master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor | None, lr: Tensor,
-                weight_decay: Tensor, mu: Tensor, new_share: Tensor, method: str, dtype: torch.dtype, cautious: bool):
+                weight_decay: Tensor, mu: Tensor, new_share: Tensor, method: str, dtype: torch.dtype, cautious: bool,
+                kernel: bool = False):
     """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
     lr (K, 1, 1); mu: momentum; variance None: without NorMuon."""
     grad = grad.float()
     momentum.lerp_(grad, 1 - mu)
-    update = orthogonalize(torch.lerp(grad, momentum, mu), method, dtype).float()
+    update = orthogonalize(torch.lerp(grad, momentum, mu), method, dtype, kernel).float()
     if variance is not None:
         update = normalize_variance(update, variance, new_share)
     apply_update(master, update, lr, weight_decay, cautious)
@@ -1085,7 +1561,7 @@ class Bank:
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.own_slots({name: p.detach() for name, p in named})}
         for name, p in named:
-            p.data = p.data.to(s.device, torch.float32 if "scalars" in name else s.torch_dtype)
+            p.data = p.data.to(s.device, torch.float32 if "scalar" in name else s.torch_dtype)
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         self.grad = torch.zeros_like(self.state["master"], dtype=first.dtype if world.size > 1 else torch.float32)
         self.in_flight: list[tuple] = []  # (work, tensors it uses): all must live until the wait
@@ -1152,7 +1628,8 @@ class Bank:
         common = state["master"], self.grad
         if self.muon:
             self.update_function(*common, state["momentum"], state.get("variance"), self.lr * scale, h["decay"],
-                                 h["mu"], h["share2"], self.s.orthogonalizer, self.s.torch_dtype, self.s.cautious)
+                                 h["mu"], h["share2"], self.s.orthogonalizer, self.s.torch_dtype, self.s.cautious,
+                                 "gram" in self.s.kernels)
         else:
             self.update_function(*common, state["exp_avg"], state["exp_avg_sq"], self.lr * scale, h["decay"],
                                  h["share1"], h["share2"], h["c1"], h["c2"], self.s.adam_eps, self.s.cautious)
@@ -1280,13 +1757,18 @@ def compiled(function, s: Settings):
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+
+
 def compile_model(model: GPT, s: Settings):
     """One graph; or one per block: then the gradients of a block are complete, and their reduction starts, while
     earlier blocks are still in their backward pass. A single graph hands over all gradients at its end."""
     if s.compile_unit == "model":
         model.forward = compiled(model.forward, s)
         return
-    for module, name in [(model, "embedding"), (model, "loss"), *((block, "forward") for block in model.blocks)]:
+    for module, name in [(model, "embedding"), (model, "losses"), *((block, "forward") for block in model.blocks)]:
         setattr(module, name, compiled(getattr(module, name), s))
 
 
@@ -1310,6 +1792,14 @@ def momentum_at(s: Settings, step: int) -> float:
     return s.momentum_start + (s.muon_momentum - s.momentum_start) * part
 
 
+def future_weights(stages: list[Stage], step: int) -> list[float]:
+    """Weights of the next-token loss and of those of further tokens: 1, 1/2, 1/4 ..; the last one fades to 0 over its
+    stage (multi-token prediction, Gloeckle et al. 2024, arXiv 2404.19737, here without further heads: record 53)."""
+    stage = stage_at(stages, step)
+    fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
+    return [0.5**k * (fade if k == stage.mtp > 0 else 1.0) for k in range(stage.mtp + 1)]
+
+
 def window_at(s: Settings, stages: list[Stage], step: int) -> int:
     """Long attention window of a step in tokens: linear within its stage, rounded up to window_step (record 13)."""
     stage = stage_at(stages, step)
@@ -1329,10 +1819,18 @@ def evaluate(model: nn.Module, stream: ValStream, s: Settings, world: World, win
     """Mean loss of the validation stream (or its first `batches`) in nats per token, equal on all ranks. Collective."""
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
     long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
+    if s.eval_window > window:
+        kept = model.cos.clone(), model.sin.clone()
+        stretched = rotary_table(len(model.cos), s.head_dim, s.rope_base, window, s.eval_window)
+        for table, values in zip((model.cos, model.sin), stretched, strict=True):
+            table.copy_(values)
     total = torch.zeros((), dtype=torch.float64, device=s.device)
     for start in range(0, stream.num_rows, rows * world.size)[:batches]:
         inputs, targets, docs = torch.from_numpy(stream.rows(start + world.rank * rows, rows)).to(s.device)
-        total += model(inputs, targets, docs, long_window)
+        total += model(inputs, targets[None], docs, long_window)[0]
+    if s.eval_window > window:
+        model.cos.copy_(kept[0])
+        model.sin.copy_(kept[1])
     if world.size > 1:
         dist.all_reduce(total)
     return total.item() / stream.num_tokens
@@ -1632,10 +2130,11 @@ class Trainer:
         self.window = torch.zeros((), dtype=torch.int32, device=s.device)
         self.losses = torch.zeros(s.log_every, device=s.device)
         self.stop_signal, self.status, self.val_loss, self.first_step_s = 0, "done", None, None
+        self.compile_s, self.warm_graphs, self.clock = 0.0, 0, Clock(s.device)
         self._open_log(path, meta, notes)
         if s.compile or s.device == "cuda":
             self.warm_up()
-        self.start_step, self.position, self.epoch, self.clock = 0, None, 0, Clock(s.device)
+        self.start_step, self.position, self.epoch = 0, None, 0
         if path:
             self.start_step, self.position, self.clock.total_ms = meta["step"], meta["position"], meta["train_time_ms"]
             self.epoch, self.val_loss = self.position["epoch"], meta["val_loss"]
@@ -1671,41 +2170,46 @@ class Trainer:
         for i, layer in enumerate(self.model.layers):
             cells = ["-" if cell is None else cell for cell in layer]
             lines.append(f"{i:>5}  {cells[0]:>9}  {cells[1]:>11}  {cells[2]:>9}")
-        lines.append("        steps  tokens/step  rows x seq_len  accumulation     window  lr x  MFLOPs/token")
+        lines.append("        steps  tokens/step  rows x seq_len  accumulation     window  targets  lr x  MFLOPs/token")
         for t in self.stages:
             rows = t.micro_rows(s, self.world.size)
             accumulation = t.batch_tokens // (t.seq_len * rows * self.world.size)
             steps, shape, windows = f"{t.start}-{t.end}", f"{rows} x {t.seq_len}", f"{t.window_start}-{t.window}"
             lines.append(f"{steps:>13}  {t.batch_tokens:>11,}  {shape:>14}  {accumulation:>12}  {windows:>9}"
-                         f"  {t.lr:4.2f}  {flops_per_token(s, self.counts, t) / 1e6:>12.1f}")
+                         f"  {t.mtp + 1:>7}  {t.lr:4.2f}  {flops_per_token(s, self.counts, t) / 1e6:>12.1f}")
         return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} validation "
                         f"tokens, about {self.expected_memory() / 2**30:.2f} GiB per process"]
 
     def expected_memory(self) -> float:
         """Bytes per process, a rough estimate: weights, own masters and moments, gradients, and for each token of a
         micro-step 34 activations a layer and dimension (half if compiled, by the 34 GiB of the public records at 49,152
-        tokens), three copies of the logits, and a row of the scores unless FlexAttention does without."""
+        tokens), the logits (three times in fp32, or twice in bf16), and, but for FlexAttention, a row of scores."""
         s, total, size = self.s, self.counts["total"], self.s.torch_dtype.itemsize
         stage = max(self.stages, key=lambda t: t.micro_rows(s, self.world.size) * t.seq_len)
         tokens = stage.micro_rows(s, self.world.size) * stage.seq_len
         own = sum(4 * t.numel() for bank in self.optimizer.banks for t in [*bank.state.values(), bank.grad])
         sums = 4 * total if tokens * self.world.size < stage.batch_tokens else 0
         scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * stage.seq_len
-        activations = (17 if s.compile else 34) * size * s.num_layers * s.width + 12 * self.model.lm_head.size(0)
+        logits = (4 if "loss" in s.kernels else 12) * self.model.lm_head.size(0)
+        activations = (17 if s.compile else 34) * size * s.num_layers * s.width + logits
         return own + sums + 2 * size * total + tokens * (activations + scores)
 
     def warm_up(self):
         """Compiles and runs every shape of training and evaluation on random tokens, untimed, then restores: a rate of
         0 changes no weight, and the moments are cleared. The compile time is printed."""
         began, s = time.perf_counter(), self.s
-        for rows, seq_len in sorted({(t.micro_rows(s, self.world.size), t.seq_len) for t in self.stages}):
+        for rows, seq_len, mtp in sorted({(t.micro_rows(s, self.world.size), t.seq_len, t.mtp) for t in self.stages}):
             tokens = torch.randint(self.corpus.meta["vocab_size"], (rows, seq_len), dtype=torch.int32, device=s.device)
             self.window.fill_(s.window_step)
-            self.model(tokens, tokens, torch.zeros_like(tokens), self.window).backward()
+            docs = torch.zeros_like(tokens)
+            self.model(tokens, future_targets(tokens, docs, mtp), docs, self.window).sum().backward()
             self.optimizer.step(scale=0.0, momentum=s.momentum_start)
         evaluate(self.model, self.stream, s, self.world, s.window_step, batches=1)
         self.optimizer.reset()
-        self.log.print(f"kernels warm after {time.perf_counter() - began:.1f} s")
+        self.model.saturated.zero_()
+        self.clock.wait()
+        self.compile_s, self.warm_graphs = time.perf_counter() - began, compiled_graphs()
+        self.log.print(f"kernels warm after {self.compile_s:.1f} s, {self.warm_graphs} graphs compiled")
 
     def run(self) -> int:
         """Trains to the end, the target loss or a signal; returns the exit code."""
@@ -1769,11 +2273,12 @@ class Trainer:
         stage = stage_at(self.stages, step)
         micro_steps, self.position = self.loader.next(step)
         self.window.fill_(window_at(self.s, self.stages, step))
+        weights = [w / stage.batch_tokens for w in future_weights(self.stages, step)]
         for i, (inputs, targets, docs) in enumerate(micro_steps):
             self.optimizer.last_micro_step = i == len(micro_steps) - 1
-            loss = self.model(inputs, targets, docs, self.window) / stage.batch_tokens
-            loss.backward()
-            self.losses[step % self.s.log_every] += loss.detach()
+            losses = self.model(inputs, future_targets(targets, docs, stage.mtp), docs, self.window)
+            sum(w * loss for w, loss in zip(weights, losses, strict=True)).backward()
+            self.losses[step % self.s.log_every] += losses[0].detach() / stage.batch_tokens
         self.optimizer.step(lr_scale(self.s, self.stages, step), momentum_at(self.s, step))
         if self.position["epoch"] != self.epoch:
             self.epoch = self.position["epoch"]
@@ -1816,7 +2321,8 @@ class Trainer:
         self._step_line(step, f"train_loss:{loss:.4f}", ms)
         self.log.metric(step=step, train_loss=loss, lr=lr_scale(s, self.stages, step - 1), seq_len=stage.seq_len,
                         window=window_at(s, self.stages, step - 1), batch_tokens=stage.batch_tokens,
-                        tokens=self.tokens_at(step), train_time_ms=ms, step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
+                        tokens=self.tokens_at(step), train_time_ms=ms, step_ms=step_ms, tokens_per_s=rate, mfu=mfu,
+                        fp8_clipped=int(self.model.saturated))
         self.logged_step, self.logged_ms = step, ms
 
     def _step_line(self, step: int, loss: str, ms: float):
@@ -1875,6 +2381,10 @@ class Trainer:
         self.log.print(memory)
         self.log.line(memory)
         self.log.print(f"log, metrics and checkpoints: {self.log.folder}")
+        if self.s.enable_profiling and self.s.compile:
+            late = compiled_graphs() - self.warm_graphs
+            self.log.print(f"graphs compiled after the warm-up: {late}")
+            assert not late, "a graph was compiled after the warm-up, inside the training time"
         if not saved:
             raise TrainingStopped(f"the last checkpoint could not be written to {self.log.folder}: free some space")
         return 128 + self.stop_signal if self.status == "interrupted" else 0
@@ -1888,6 +2398,7 @@ class Trainer:
                         tokens_per_s=1000 * self.tokens_at(step) / ms if ms else None,
                         params_total=self.counts["total"], params_active=self.counts["total"],
                         peak_memory_mib=peak_memory_mib(self.s.device)[0], first_step_s=self.first_step_s,
+                        compile_s=self.compile_s,
                         target_step=step if reached else None, target_time_ms=ms if reached else None)
 
 

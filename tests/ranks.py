@@ -37,7 +37,7 @@ def settings(**changes) -> tg.Settings:
                 backend="sdpa", compile=False, micro_tokens=ROWS * SEQ_LEN)
     tiny |= changes
     if "attention" not in changes and tiny["num_layers"] != 3:
-        tiny["attention"] = tg.auto_attention(tiny["num_layers"])
+        tiny["attention"] = tg.auto_attention(tiny["num_layers"], paired=True)
     return tg.Settings(**tiny)
 
 
@@ -59,13 +59,19 @@ def random_batch(step: int, rows: int = ROWS, seq_len: int = SEQ_LEN) -> torch.T
     return torch.stack([tokens[:, :-1], tokens[:, 1:], docs])
 
 
+def next_token_loss(model: tg.GPT, batch: torch.Tensor, window: int = 8) -> torch.Tensor:
+    """Summed loss of inputs, targets, document numbers."""
+    inputs, targets, docs = batch
+    return model(inputs, targets[None], docs, torch.tensor(window, dtype=torch.int32))[0]
+
+
 def backward(model: tg.GPT, optimizer: tg.MuonAdamW, batch: torch.Tensor, micro_steps: int = 1) -> float:
     """Forward and backward over this rank's rows of a global batch, in micro-steps; the sum of its losses."""
     world, total = optimizer.world, 0.0
     parts = batch[:, world.rank::world.size].chunk(micro_steps, dim=1)
     for i, part in enumerate(parts):
         optimizer.last_micro_step = i == len(parts) - 1
-        loss = model(*part, torch.tensor(8, dtype=torch.int32)) / batch[0].numel()
+        loss = next_token_loss(model, part) / batch[0].numel()
         loss.backward()
         total += loss.item()
     return total
@@ -221,13 +227,13 @@ def overlap_scenario(world: tg.World, flag: Path) -> dict:
         for name, value in list(vars(module).items()):
             if callable(value) and value in collectives:
                 setattr(module, name, spied(value))
-    window, batch = torch.tensor(8, dtype=torch.int32), random_batch(0)
+    batch = random_batch(0)
     rows = batch[:, world.rank::world.size].chunk(2, dim=1)
     optimizer.last_micro_step = False
-    model(*rows[0], window).backward()
+    next_token_loss(model, rows[0]).backward()
     events.append(("end", "first micro-step"))
     optimizer.last_micro_step = True
-    loss = model(*rows[1], window)
+    loss = next_token_loss(model, rows[1])
     if world.rank == 1:
         deadline = time.monotonic() + 30
         while not flag.exists():

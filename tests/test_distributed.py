@@ -30,7 +30,7 @@ import train_gpt as tg
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
                                 reason="torch was built without gloo")
-ROUNDING = 3e-5  # of fp32 sums in another order, after 6 steps that orthogonalize; measured: 5e-6
+ROUNDING = 2e-4  # of fp32 sums in another order, after 6 steps that orthogonalize; measured: 6e-5
 
 
 # --- spawned ranks on random batches
@@ -133,8 +133,8 @@ def test_each_rank_holds_its_share_of_the_state(trained, size):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_gradients_are_gone_after_backward(trained, size):
-    # 8 qkvo and 6 MLP matrices in rounds of `size`, three flat tables, gates, smear, scalars
-    works = -(-8 // size) + -(-6 // size) + 3 + 3 if size > 1 else 0
+    # 8 qkvo and 6 MLP matrices in rounds of `size`, three flat tables, gates, smear, scalars, backout
+    works = -(-8 // size) + -(-6 // size) + 3 + 4 if size > 1 else 0
     for result in trained(size):
         assert result["left"] == {"grads": [], "sums": 0, "arrived": 0, "works": works, "works_after": 0}
 
@@ -191,7 +191,7 @@ def test_weights_of_all_banks_are_sent_before_any_is_awaited(overlap):
 
 def test_buffers_stay_referenced_until_the_wait(overlap):
     for result in overlap:
-        assert len(result["held"]) == 8 + 4 + 3 + 3
+        assert len(result["held"]) == 8 + 4 + 3 + 4
         for work, packed, slot, owners in result["held"]:
             assert work == "SpyWork"
             assert packed == (owners * slot if owners > 1 else None)

@@ -72,7 +72,9 @@ def error_of(capsys, *flags) -> str:
 # --- cache
 
 VARIANTS = [
-    {}, {"skip": "single"}, {"skip": "none"}, {"smear": False}, {"attn_gate": False}, {"softcap": 0.0},
+    {}, {"skip": "unet"}, {"skip": "none"}, {"smear": False}, {"attn_gate": False}, {"softcap": (0.0,)},
+    {"softcap": (30.0, 0.0, 7.5)}, {"key_offset": False}, {"attention": "LPPL"}, {"attention": "PPPP"}, {"xsa": False},
+    {"backout": False}, {"value_gate": False}, {"bigram": 50}, {"attention": "PP-L", "xsa": False, "bigram": 5},
     {"value_embeds": 0}, {"value_embeds": 2}, {"attention": "LS-L", "value_embeds": 2}, {"attention": "-S-S"},
     {"attention": "----"}, {"attention": "LLLL"}, {"num_layers": 1, "attention": "S", "value_embeds": 0},
     {"num_layers": 5, "attention": "LS-SL", "value_embeds": 2, "head_dim": 32, "mlp_ratio": 2},

@@ -413,7 +413,8 @@ def test_evaluation_is_the_mean_over_the_targets(corpora):
     """With a `model` whose loss is the sum of the targets the mean is known exactly."""
     def total(inputs, targets, docs, window):
         assert window == 24
-        return targets[targets != IGNORE].sum().double()
+        return targets[targets != IGNORE].sum().double()[None]
+    total.cos, total.sin = train_gpt.rotary_table(7, settings().head_dim, 1024.0)
     corpus = corpora([np.arange(9)])._replace(val=corpora(numbered([[101]], eot=False), eot=None).train)
     stream = ValStream(corpus, 50, 7)
     for micro in (7, 21, 1000):
@@ -425,9 +426,16 @@ def test_evaluation_window_is_that_of_the_step_unless_set(corpora):
     seen = []
 
     def spy(inputs, targets, docs, window):
-        seen.append(int(window))
-        return torch.zeros(())
+        seen.append((int(window), spy.cos.clone()))
+        return torch.zeros(1)
+    spy.cos, spy.sin = tables = train_gpt.rotary_table(4, settings().head_dim, 1024.0)
+    before = spy.cos.clone()
     corpus = corpora([np.arange(9)])
     for eval_window in (0, 16):
         evaluate(spy, ValStream(corpus, 0, 4), settings(eval_window=eval_window), World(), 8)
-    assert set(seen[:len(seen) // 2]) == {8} and set(seen[len(seen) // 2:]) == {16}
+    half = len(seen) // 2
+    assert {window for window, _ in seen[:half]} == {8} and {window for window, _ in seen[half:]} == {16}
+    assert all(torch.equal(cos, before) for _, cos in seen[:half]), "a window of training keeps the frequencies"
+    slower = train_gpt.rotary_table(4, settings().head_dim, 1024.0, 8, 16)[0]
+    assert all(torch.equal(cos, slower) for _, cos in seen[half:]) and not torch.equal(slower, before)
+    assert torch.equal(tables[0], before), "restored"

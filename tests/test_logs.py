@@ -78,10 +78,11 @@ def test_resumed_run_appends_without_a_second_header(tmp_path):
 # --- metrics.jsonl and config.json
 
 TRAIN_FIELDS = {"step", "train_loss", "lr", "seq_len", "window", "batch_tokens", "tokens", "train_time_ms", "step_ms",
-                "tokens_per_s", "mfu"}
+                "tokens_per_s", "mfu", "fp8_clipped"}
 VAL_FIELDS = {"step", "val_loss", "val_bpb", "tokens", "train_time_ms"}
 END_FIELDS = {"event", "status", "step", "iterations", "val_loss", "val_bpb", "train_time_ms", "params_total",
-              "params_active", "peak_memory_mib", "first_step_s", "tokens_per_s", "target_step", "target_time_ms"}
+              "params_active", "peak_memory_mib", "first_step_s", "tokens_per_s", "target_step", "target_time_ms",
+              "compile_s"}
 
 
 def test_metrics_have_their_fields(run):
@@ -165,9 +166,9 @@ def test_derived_numbers_are_printed(tmp_path, capsys):
     assert train_gpt.main(argv) == 0
     out = capsys.readouterr().out
     assert "parameters: 36,983 total, 24,576 hidden, 8,192 embedding, 4,096 head, 119 small" in out
-    assert re.search(r"^ +0 +L +0 +-$\n^ +1 +S +0 +0$", out, flags=re.MULTILINE)  # layer, window, value table, skip
-    assert re.search(r"^ +0-4 +128 +4 x 32 +1 +16-16 +1.00 +[\d.]+$", out, flags=re.MULTILINE)
-    assert re.search(r"^ +4-8 +256 +4 x 32 +2 +16-32 +0.50 +[\d.]+$", out, flags=re.MULTILINE)
+    assert re.search(r"^ +0 +L +0 +-$\n^ +1 +S +0 +-$", out, flags=re.MULTILINE)  # layer, window, value table, skip
+    assert re.search(r"^ +0-4 +128 +4 x 32 +1 +16-16 +1 +1.00 +[\d.]+$", out, flags=re.MULTILINE)
+    assert re.search(r"^ +4-8 +256 +4 x 32 +2 +16-32 +1 +0.50 +[\d.]+$", out, flags=re.MULTILINE)
     assert "1,536 training tokens, 300 validation tokens" in out
     assert re.search(r"step 8/8  train loss \d+\.\d{4}  [\d.]+ ms/step  [\d,]+ tokens/s  MFU n/a  ETA 00:00:00", out)
     assert re.search(r"val loss \d+\.\d{4} nats per token, \d+\.\d{4} bits per byte", out)

@@ -60,11 +60,12 @@ def test_dense_mask_is_the_rule_pair_by_pair(window):
     assert torch.equal(train_gpt.dense_mask(docs, int_tensor(window))[:, 0], seen(docs, window))
 
 
+@pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("window", [1, 100, 128, 129, 256, 300, 5000])
-def test_block_mask_lists_every_visible_block_once_and_nearest_first(window):
-    docs = random_docs(4, 1024, seed=window)
-    mask = train_gpt.block_mask(docs, int_tensor(window))
-    pairs = train_gpt.dense_mask(docs, int_tensor(window))[:, 0].unflatten(1, (8, 128)).unflatten(3, (8, 128))
+def test_block_mask_lists_every_visible_block_once_and_nearest_first(window, copies):
+    docs = random_docs(4, 1024 // copies, seed=window)
+    mask = train_gpt.block_mask(docs, int_tensor(window), copies)
+    pairs = train_gpt.dense_mask(docs, int_tensor(window), copies)[:, 0].unflatten(1, (8, 128)).unflatten(3, (8, 128))
     any_pair, all_pairs = pairs.any(dim=4).any(dim=2), pairs.all(dim=4).all(dim=2)
     listed = torch.zeros(2, 4, 8, 8, dtype=torch.bool)
     for kind, (counts, indices) in enumerate([(mask.kv_num_blocks, mask.kv_indices),
@@ -80,6 +81,16 @@ def test_block_mask_lists_every_visible_block_once_and_nearest_first(window):
     assert torch.equal(any_pair & ~(partial | full), torch.zeros_like(full)), "no visible pair is left out"
     # what is skipped is what the window, causality or documents hide entirely; nothing far away is computed
     assert not ((partial | full) & ~any_pair).any() or window < 1024
+
+
+def test_masks_of_paired_heads_repeat_each_token():
+    docs, window = random_docs(2, 128), int_tensor(20)
+    once = train_gpt.dense_mask(docs, window)
+    twice = train_gpt.dense_mask(docs, window, copies=2)
+    assert torch.equal(twice, once.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    mask = train_gpt.block_mask(docs, window, copies=2)
+    q, k = torch.arange(256)[:, None], torch.arange(256)
+    assert torch.equal(mask.mask_mod(1, 0, q, k), once[1, 0].repeat_interleave(2, 0).repeat_interleave(2, 1))
 
 
 def flex_gradients(docs, window, allow_cpu_backward, compile_it=False):
@@ -131,14 +142,14 @@ def test_the_traced_flex_model_equals_the_eager_sdpa_model_forward_and_backward(
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)
     monkeypatch.setattr(train_gpt, "compiled", lambda f, s: torch.compile(f, backend="aot_eager", dynamic=False,
                                                                           fullgraph=True))
-    shape = dict(seq_len=(256,), eval_seq_len=256, num_layers=2, attention="LS", window_step=128)
+    shape = dict(seq_len=(256,), eval_seq_len=256, num_layers=3, attention="LPS", window_step=128)
     sdpa, flex = random_model(**shape), random_model(**shape, backend="flex")
     train_gpt.compile_model(flex, settings(**shape, backend="flex", compile_unit=unit))
     tokens = torch.randint(VOCAB, (2, 256), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     docs = random_docs(2, 256)
     for window in (128, 256):
         with torch._dynamo.config.patch(error_on_recompile=window != 128):
-            losses = [model(tokens, tokens, docs, int_tensor(window)) for model in (sdpa, flex)]
+            losses = [next_token_loss(model, tokens, tokens, docs, window) for model in (sdpa, flex)]
             assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
             gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss, model in zip(
                 losses, (sdpa, flex), strict=True)]
@@ -163,13 +174,18 @@ def test_compiled_flex_equals_sdpa_on_the_gpu_forward_and_backward(window):
 # --- what a position may depend on
 
 
+def next_token_loss(model: GPT, inputs, targets, docs, window: int = 32) -> torch.Tensor:
+    return model(inputs, targets[None], docs, int_tensor(window))[0]
+
+
 def logits_of(model: GPT, tokens: torch.Tensor, docs: torch.Tensor, window: int = 32) -> torch.Tensor:
     return model.head(model.trunk(tokens, docs, int_tensor(window)))
 
 
-@pytest.mark.parametrize("skip", ["unet", "single", "none"])
-def test_future_tokens_change_nothing_earlier(skip):
-    model = random_model(skip=skip)
+@pytest.mark.parametrize("changes", [dict(skip="unet"), dict(skip="single"), dict(skip="none"), dict(bigram=64),
+                                     dict(attention="LPPL")], ids=str)
+def test_future_tokens_change_nothing_earlier(changes):
+    model = random_model(**changes)
     tokens = torch.randint(VOCAB, (2, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     docs, changed = torch.zeros_like(tokens), tokens.clone()
     changed[:, 40] = (changed[:, 40] + 1) % VOCAB
@@ -178,8 +194,9 @@ def test_future_tokens_change_nothing_earlier(skip):
     assert not torch.allclose(before[:, 40:44], after[:, 40:44])
 
 
-def test_documents_of_a_row_do_not_see_each_other():
-    model = random_model()
+@pytest.mark.parametrize("changes", [{}, dict(attention="LPPL", bigram=64)], ids=str)
+def test_documents_of_a_row_do_not_see_each_other(changes):
+    model = random_model(**changes)
     tokens = torch.randint(VOCAB, (1, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     docs = torch.zeros_like(tokens)
     docs[:, 30:] = 1
@@ -197,7 +214,7 @@ def test_the_reach_of_a_token_is_the_sum_of_the_windows():
     docs, changed = torch.zeros_like(tokens), tokens.clone()
     changed[:, 0] = (changed[:, 0] + 1) % VOCAB
     difference = (logits_of(model, tokens, docs, 16) - logits_of(model, changed, docs, 16)).abs().amax(dim=(0, 2))
-    reach = (16 - 1) + (8 - 1) + 1  # long window, short window, smear
+    reach = (16 - 1) + 1 + (8 - 1) + 1  # long window, key offset, short window, smear
     assert difference[reach] > 0 and (difference[reach + 1:] == 0).all()
 
 
@@ -207,7 +224,7 @@ def test_the_reach_of_a_token_is_the_sum_of_the_windows():
 def test_a_new_model_predicts_every_token_alike():
     model = GPT(settings(), VOCAB)
     tokens = torch.randint(VOCAB, (2, 64), dtype=torch.int32)
-    loss = model(tokens, tokens, torch.zeros_like(tokens), int_tensor(32)) / 128
+    loss = next_token_loss(model, tokens, tokens, torch.zeros_like(tokens)) / 128
     assert loss.item() == pytest.approx(math.log(128), abs=1e-5)  # the padded vocabulary
 
 
@@ -217,14 +234,100 @@ def test_ignored_targets_have_no_loss():
     half[:, 32:] = train_gpt.IGNORE
     logits = logits_of(model, tokens, docs)
     expected = F.cross_entropy(logits[0, :32], tokens[0, :32].long(), reduction="sum")
-    assert model(tokens, half, docs, int_tensor(32)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert next_token_loss(model, tokens, half, docs).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_softcap_is_a_shifted_tanh():
-    model, x = random_model(softcap=15.0), torch.randn(1, 3, 64)
+    model, x = random_model(softcap=(30.0, 0.0, 7.5)), torch.randn(1, 3, 64)
     raw = F.linear(train_gpt.norm(x), model.lm_head)
     torch.testing.assert_close(model.head(x), 15 * torch.tanh(raw / 15) + 15, atol=1e-4, rtol=1e-4)
-    assert torch.equal(random_model(softcap=0.0).head(x), raw)
+    assert torch.equal(random_model(softcap=(0.0,)).head(x), raw)
+
+
+def test_yarn_slows_only_what_turns_less_than_32_times_in_the_window():
+    """Frequencies read off the second row of the table: angle = frequency."""
+    def frequencies(*windows: int) -> torch.Tensor:
+        cos, sin = train_gpt.rotary_table(2, 64, 1024.0, *windows)
+        return torch.atan2(sin[1, 0], cos[1, 0]).double()
+    plain, longer = frequencies(), frequencies(512, 1024)
+    turns = 512 * plain / (2 * math.pi)
+    torch.testing.assert_close(longer[turns >= 32], plain[turns >= 32])
+    torch.testing.assert_close(longer[turns <= 1], plain[turns <= 1] / 2)
+    between = (turns > 1) & (turns < 32)
+    assert between.any() and ((longer < plain) & (longer > plain / 2))[between].all()
+    assert torch.equal(frequencies(512, 512), plain) and torch.equal(frequencies(512, 0), plain)
+
+
+def test_paired_heads_see_the_keys_of_both():
+    """One softmax over the keys of heads h and h + H/2, written out."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 6, 4, 8)
+    docs = torch.tensor([[0, 0, 0, 0, 1, 1]])
+    mask = train_gpt.dense_mask(docs, int_tensor(3), copies=2)
+    found = train_gpt.attend(*map(train_gpt.pair, (q, k, v)), mask, 0.5, "sdpa").reshape(1, 6, 4, 8)
+    for t in range(6):
+        for h in range(4):
+            tokens = [u for u in range(max(0, t - 2), t + 1) if docs[0, u] == docs[0, t]]
+            keys = torch.cat([k[0, tokens, h % 2], k[0, tokens, h % 2 + 2]])
+            values = torch.cat([v[0, tokens, h % 2], v[0, tokens, h % 2 + 2]])
+            expected = (0.5 * keys @ q[0, t, h]).softmax(0) @ values
+            torch.testing.assert_close(found[0, t, h], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_offset_keys_take_the_unrotated_half_of_the_token_before():
+    attention = train_gpt.Attention(settings(), "L")
+    k = torch.randn(1, 5, 2, 8)
+    follows = torch.tensor([False, True, True, False, True])[None, :, None, None]
+    moved = attention.offset_keys(k, follows)
+    for t, source in enumerate([0, 0, 1, 3, 3]):
+        assert torch.equal(moved[0, t, :, [0, 1, 4, 5]], k[0, t, :, [0, 1, 4, 5]])
+        assert torch.equal(moved[0, t, :, [2, 3, 6, 7]], k[0, source, :, [2, 3, 6, 7]])
+    for kind in "SP":
+        assert torch.equal(train_gpt.Attention(settings(), kind).offset_keys(k, follows), k)
+
+
+def test_without_component_is_orthogonal_to_the_direction():
+    y, v = torch.randn(2, 3, 4, 8)
+    left = train_gpt.without_component(y, v)
+    torch.testing.assert_close((left * v).sum(-1), torch.zeros(3, 4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(y - left, (y * v).sum(-1, keepdim=True) / (v * v).sum(-1, keepdim=True) * v)
+
+
+def test_future_targets_stay_inside_their_document():
+    targets = torch.tensor([[11, 12, 13, 14, 15, 16]])
+    docs = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    expected = [[11, 12, 13, 14, 15, 16], [12, 13, -1, 15, 16, -1], [13, -1, -1, 16, -1, -1]]
+    assert train_gpt.future_targets(targets, docs, 2)[:, 0].tolist() == expected
+    assert train_gpt.future_targets(targets, docs, 0).tolist() == [targets.tolist()]
+
+
+def test_the_losses_of_further_tokens_are_cross_entropies_with_the_same_logits():
+    model = random_model()
+    tokens = torch.randint(VOCAB, (2, 64), generator=torch.Generator().manual_seed(4), dtype=torch.int32)
+    docs = random_docs(2, 64, seed=5)
+    targets = train_gpt.future_targets(tokens, docs, 2)
+    logits = logits_of(model, tokens, docs).flatten(0, 1).log_softmax(-1)
+    for loss, row in zip(model(tokens, targets, docs, int_tensor(32)), targets.flatten(1).tolist(), strict=True):
+        expected = -sum(logits[i, target] for i, target in enumerate(row) if target >= 0)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_weights_of_further_tokens_halve_and_the_last_fades_within_its_stage():
+    stages = train_gpt.stage_table(settings(iterations=30, stage_ends=(1 / 3, 2 / 3, 1.0), mtp=(2, 1, 0)))
+    assert train_gpt.future_weights(stages, 0) == [1, 0.5, 0.25]
+    assert train_gpt.future_weights(stages, 5) == [1, 0.5, 0.125]
+    assert train_gpt.future_weights(stages, 10) == [1, 0.5]
+    assert train_gpt.future_weights(stages, 15) == [1, 0.25]
+    assert train_gpt.future_weights(stages, 20) == train_gpt.future_weights(stages, 29) == [1]
+
+
+def test_bigram_rows_depend_on_two_tokens_and_on_none_at_the_start_of_a_document():
+    tokens = torch.tensor([[5, 7, 7, 5, 7, 50303]], dtype=torch.int32)
+    rows = train_gpt.bigram_rows(tokens, torch.tensor([[False, True, True, True, True, False]]), 1000)[0].tolist()
+    assert rows[0] == rows[5] == 0 and rows[1] == rows[4] and len({*rows[1:4]}) == 3
+    many = torch.arange(50304, dtype=torch.int32)[None]
+    spread = train_gpt.bigram_rows(many, torch.ones_like(many).bool(), 1000)
+    assert spread.min() >= 0 and spread.max() == 999 and spread.unique().numel() == 1000
 
 
 def test_rotation_depends_on_distance_and_leaves_half_of_the_pairs_alone():
@@ -239,16 +342,17 @@ def test_rotation_depends_on_distance_and_leaves_half_of_the_pairs_alone():
 
 
 def test_layer_table_of_record_28():
-    table = train_gpt.layer_table(Settings(attention=train_gpt.auto_attention(12)))
+    table = train_gpt.layer_table(Settings(attention=train_gpt.auto_attention(12, paired=False), skip="unet"))
     assert "".join(layer.attention for layer in table) == "LSSSLSS-SSSL"
     assert [layer.value_table for layer in table] == [0, 1, 2] + [None] * 6 + [0, 1, 2]
     assert [layer.skip_from for layer in table] == [None] * 6 + [5, 4, 3, 2, 1, 0]
+    assert train_gpt.auto_attention(12, paired=True) == "LSPSLPS-PSSL"
     single = train_gpt.layer_table(Settings(attention="L" * 12, skip="single"))
     assert [(i, layer.skip_from) for i, layer in enumerate(single) if layer.skip_from is not None] == [(6, 3)]
 
 
 def test_parameter_count_of_record_28():
-    s = Settings(attention=train_gpt.auto_attention(12), backend="sdpa", eval_seq_len=128, seq_len=(128,))
+    s = Settings(attention=train_gpt.auto_attention(12, False), backend="sdpa", eval_seq_len=128, seq_len=(128,))
     model = GPT(s, 50257)
     counts = train_gpt.parameter_counts(model)
     assert counts["hidden"] == 11 * 4 * 768**2 + 12 * 8 * 768**2
@@ -256,8 +360,11 @@ def test_parameter_count_of_record_28():
     assert counts["total"] == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("off", [dict(smear=False), dict(attn_gate=False), dict(value_embeds=0), dict(skip="none"),
-                                 dict(attention="L-SL"), dict(softcap=0.0), dict(value_embeds=2)])
+@pytest.mark.parametrize("off", [
+    dict(smear=False), dict(attn_gate=False), dict(value_embeds=0), dict(value_embeds=2), dict(value_gate=False),
+    dict(skip="none"), dict(skip="unet"), dict(backout=False), dict(attention="L-SL"), dict(attention="LPSL"),
+    dict(key_offset=False), dict(xsa=False), dict(bigram=64), dict(softcap=(0.0,)), dict(softcap=(30.0, 0.0, 7.5)),
+], ids=str)
 def test_every_part_can_be_left_out_and_then_changes_the_output(off):
     tokens = torch.randint(VOCAB, (2, 64), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
     docs = torch.zeros_like(tokens)
@@ -268,7 +375,7 @@ def test_every_part_can_be_left_out_and_then_changes_the_output(off):
             if name in shared:
                 p.copy_(shared[name])
     assert not torch.allclose(logits_of(whole, tokens, docs), logits_of(without, tokens, docs), atol=1e-3)
-    without(tokens, tokens, docs, int_tensor(32)).backward()
+    next_token_loss(without, tokens, tokens, docs).backward()
     assert [name for name, p in without.named_parameters() if p.grad is None] == []
 
 

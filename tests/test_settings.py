@@ -136,7 +136,7 @@ def test_unknown_flag_or_wrong_type_is_one_sentence_and_exit_code_2(argv, words,
     (["--width", "72", "--head-dim", "6"], "that one of 4"),
     (["--width", "8", "--head-dim", "8"], "not below 12"),
     (["--value-embeds", "3"], "--value_embeds 3: each table serves two layers and there are 3"),
-    (["--attention", "LSXL"], "--attention LSXL: one letter L, S or - for each of the 3 layers"),
+    (["--attention", "LSXL"], "--attention LSXL: one letter L, S, P or - for each of the 3 layers"),
     (["--attention", "LS"], "--attention LS: one letter"),
     (["--muon-momentum", "1"], "must be below 1"),
     (["--warmup-steps", "360"], "--warmup_steps 360 must be less than --iterations 360"),
@@ -249,8 +249,9 @@ def test_auto_is_resolved_by_process_count_and_compilation(monkeypatch):
 
 
 def test_auto_attention_is_long_first_at_a_third_and_last():
-    assert train_gpt.auto_attention(12) == "LSSSLSS-SSSL"
-    assert train_gpt.auto_attention(4) == "LLSL" and train_gpt.auto_attention(1) == "L"
+    assert train_gpt.auto_attention(12, paired=False) == "LSSSLSS-SSSL"
+    assert train_gpt.auto_attention(12, paired=True) == "LSPSLPS-PSSL"
+    assert train_gpt.auto_attention(4, paired=False) == "LLSL" and train_gpt.auto_attention(1, paired=True) == "L"
 
 
 def test_the_choices_and_the_derived_numbers_are_printed(tmp_path, capsys):
@@ -264,14 +265,14 @@ def test_the_choices_and_the_derived_numbers_are_printed(tmp_path, capsys):
 # --- stages and schedules
 
 THREE = dict(iterations=100, stage_ends=(0.25, 0.5, 1.0), batch_tokens=(64, 128, 256), seq_len=32, window=(32, 48, 64),
-             window_start=16, window_step=8, stage_lr=(1.0, 1.5, 0.5), max_doc_len=(32, 16, 0))
+             window_start=16, window_step=8, stage_lr=(1.0, 1.5, 0.5), max_doc_len=(32, 16, 0), mtp=(2, 1, 0))
 
 
 def test_stage_table_broadcasts_single_values():
     assert stage_table(settings(**THREE)) == [
-        Stage(0, 25, 16, 64, 32, 32, 32, 1.0),
-        Stage(25, 50, 32, 128, 32, 16, 48, 1.5),
-        Stage(50, 100, 48, 256, 32, 0, 64, 0.5),
+        Stage(0, 25, 16, 64, 32, 32, 32, 2, 1.0),
+        Stage(25, 50, 32, 128, 32, 16, 48, 1, 1.5),
+        Stage(50, 100, 48, 256, 32, 0, 64, 0, 0.5),
     ]
 
 
@@ -373,17 +374,18 @@ def test_parameter_counts_by_hand():
     s = settings(num_layers=4, width=32, head_dim=16, value_embeds=2, attention="LS-L", mlp_ratio=4)
     counts = train_gpt.parameter_counts(train_gpt.GPT(s, 130))  # a vocabulary of 130 is padded to 256
     hidden = 3 * 4 * 32 * 32 + 4 * 2 * 128 * 32
-    small = (12 + 1) + 4 * 2 * 2 * 12 + 4 * 5  # smear, gates, scalars
+    small = (12 + 1) + 4 * 2 * 2 * 12 + 4 * 5 + 1  # smear, gates, scalars, backout
     assert counts == {"embedding": 3 * 256 * 32, "hidden": hidden, "head": 256 * 32, "small": small,
                       "total": 4 * 256 * 32 + hidden + small, "matmul": hidden + 256 * 32}
 
 
 def test_flops_of_the_speedrun_by_hand():
-    """11 layers with attention (3 of them long) and 12 MLPs of width 768, the padded head; rows of 49152 tokens."""
-    s = Settings(**{**PRESETS["speedrun"], "attention": "LSSSLSS-SSSL"})
+    """11 layers with attention (3 of them long, 3 with paired heads, which see twice as many keys) and 12 MLPs of width
+    768, the padded head; documents of at most 896 tokens, long windows of 384."""
+    s = Settings(**{**PRESETS["speedrun"], "attention": "LSPSLPS-PSSL"})
     matmul = 11 * 4 * 768**2 + 12 * 2 * 4 * 768**2 + 50304 * 768
-    long, short = 1792 - 1792 * 1791 / (2 * 49152), 896 - 896 * 895 / (2 * 49152)
-    expected = 6 * matmul + 12 * 768 * (3 * long + 8 * short)
+    long, short = 384 - 384 * 383 / (2 * 896), 256 - 256 * 255 / (2 * 896)
+    expected = 6 * matmul + 12 * 768 * (3 * long + (5 + 2 * 3) * short)
     assert train_gpt.flops_per_token(s, {"matmul": matmul}, stage_table(s)[0]) == pytest.approx(expected)
 
 
