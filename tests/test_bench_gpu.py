@@ -1,0 +1,468 @@
+"""bench/gpu.py end to end in small on a CPU, its isolation, resume and report; bench/projection.py by hand."""
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import H100, ROOT, documents, environment, make_data, settings
+
+import train_gpt
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / "bench" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu, projection = load("gpu"), load("projection")
+
+
+def command(*flags):
+    return subprocess.run([sys.executable, str(ROOT / "bench/gpu.py"), *map(str, flags)], env=environment(),
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder, flags and result of a complete tiny run."""
+    folder = tmp_path_factory.mktemp("gpu")
+    make_data(folder / "words", [documents(6000, 1)], [documents(2000, 9)])
+    flags = ("--out", folder / "out", "--device", "cpu", "--tiny", "--data", folder / "words", "--cache",
+             folder / "cache")
+    return folder / "out", flags, command(*flags)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A bench on the CPU whose workers run in this process."""
+    monkeypatch.setattr(torch, "compile", torch.compile)  # work() replaces it
+    monkeypatch.setattr(gpu, "call_worker", lambda b, part, seconds: gpu.work(b, part))
+    (tmp_path / "out/logs").mkdir(parents=True)
+    return gpu.Bench(tmp_path / "out", "", "cpu", True, tmp_path / "cache")
+
+
+def rows_of(monkeypatch, part="equality", **rows):
+    monkeypatch.setitem(gpu.PARTS, part, lambda b: rows)
+
+
+def failing():
+    raise RuntimeError("no such kernel\nand a second line")
+
+
+# --- the whole, in small
+
+
+def test_every_part_runs_on_a_cpu(finished):
+    out, _, result = finished
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((out / "gpu.json").read_text())
+    assert found["about"]["torch"] == torch.__version__ and found["about"]["tiny"] is True
+    for part in gpu.PARTS:
+        assert found["parts"][part]["status"] == "done" == json.loads((out / f"{part}.json").read_text())["status"]
+        assert re.search(rf"^{part}: done, ", result.stdout, re.MULTILINE)
+        assert found["parts"][part]["rows"].keys() == gpu.PARTS[part](bench_of(out, finished)).keys()
+    compared = gpu.results(found["parts"]["equality"])
+    assert {"head fp8, 3 losses", "mlp fp8", "optimizer, compiled", "model, compiled"} <= compared.keys()
+    assert all(row["ok"] for row in compared.values()) and 0 < compared["mlp fp8"]["rel"] < 0.15
+    assert "CUDA" in found["parts"]["equality"]["rows"]["gram kernel, fp32"]["skipped"]
+
+
+def bench_of(out, finished):
+    return gpu.Bench(out, str(out.parent / "words"), "cpu", True, out.parent / "cache")
+
+
+def test_steps_are_measured_stage_by_stage(finished):
+    rows = json.loads((finished[0] / "steps.json").read_text())["rows"]
+    stages = rows["speedrun"]["lines"]
+    assert [(s["start_step"], s["end_step"]) for s in stages.values()] == [(0, 20), (20, 40), (40, 60)]
+    assert [s["mtp"] for s in stages.values()] == list(train_gpt.PRESETS["speedrun"]["mtp"])
+    assert rows["speedrun"]["share"] == rows["medium"]["share"] == 8 and rows["gpu"]["share"] == 1
+    for stage in stages.values():
+        assert stage["batch_tokens"] == 1024 // 8  # one GPU's share
+        assert stage["middle"]["ms"] >= stage["middle"]["ms_min"] > 0
+        assert stage["tokens_per_s"] == pytest.approx(1000 * 128 / stage["end"]["ms"])
+        assert stage["mfu"] is None  # of a CPU the peak is not known
+
+
+def test_split_adds_up(finished):
+    rows = json.loads((finished[0] / "split.json").read_text())["rows"]
+    lines = rows["profile"]["lines"]
+    assert {"attention", "MLP", "head + loss", "optimizer", "other"} <= lines.keys()
+    assert sum(line["percent"] for line in lines.values()) == pytest.approx(100)
+    assert 0 < sum(line["ms"] for line in lines.values())
+    assert rows["optimizer of 8"]["ms"] > 0 and len(rows["profile"]["other_ms"]) <= 10
+
+
+def test_runs_and_their_logs(finished):
+    out, _, _ = finished
+    runs = json.loads((out / "train.json").read_text())["rows"]
+    assert list(runs["fast"]["val_losses"]) == ["2", "4", "6"]
+    assert runs["fast"]["val_losses"] == pytest.approx(runs["plain"]["val_losses"], abs=0.02)
+    assert "step:6/6 val_loss:" in (out / "logs/train_fast_log.txt").read_text()
+    assert '"event": "end"' in (out / "logs/train_plain_metrics.jsonl").read_text()
+    resumed = json.loads((out / "resume.json").read_text())["rows"]["kill and resume"]
+    assert resumed["ok"] is True and resumed["max_difference"] == 0 and resumed["killed_after"] == 4
+
+
+def test_report_has_every_part_and_says_that_sizes_mean_nothing(finished):
+    text = (finished[0] / "README.md").read_text()
+    assert text.startswith("# bench/gpu.py: timings of this CPU, --tiny")
+    assert [part for part in re.findall(r"^## (\w+): done", text, re.MULTILINE)] == list(gpu.PARTS)
+    assert "| speedrun, stage 3 | 1/8 | 128 |" in text and "| fast | words | 6 |" in text
+    assert re.search(r"^- optimizer with 8 ranks, nothing communicated: [\d.]+ ms, [\d.]+ % of a step", text, re.M)
+    assert "- flex, paired heads: FlexAttention has no backward pass on a CPU" in text
+
+
+def test_same_command_again_skips_what_is_done(finished):
+    out, flags, _ = finished
+    before = {part: (out / f"{part}.json").read_bytes() for part in gpu.PARTS}
+    result = command(*flags)
+    assert result.returncode == 0 and result.stdout.count("already done") == len(gpu.PARTS)
+    assert before == {part: (out / f"{part}.json").read_bytes() for part in gpu.PARTS}
+
+
+# --- isolation
+
+
+def test_a_failed_row_leaves_the_others_and_runs_again_last(bench, monkeypatch):
+    calls = []
+    rows_of(monkeypatch, a=lambda: calls.append("a") or {"ok": True}, bad=failing, c=lambda: calls.append("c") or {})
+    assert gpu.run_parts(bench, ["equality"], 100) == 1
+    state = gpu.read_part(bench.out, "equality")
+    assert state["status"] == "1 row(s) failed" and list(state["rows"]) == ["a", "bad", "c"]
+    assert state["rows"]["bad"]["error"] == "RuntimeError: no such kernel" and calls == ["a", "c"]
+    rows_of(monkeypatch, a=failing, bad=lambda: calls.append("bad") or {"ok": True}, c=failing,
+            new=lambda: calls.append("new") or {"ok": True})
+    assert gpu.run_parts(bench, ["equality"], 100) == 0  # a and c are not run again
+    assert calls == ["a", "c", "new", "bad"]
+    assert gpu.read_part(bench.out, "equality")["status"] == "done"
+
+
+def test_a_process_for_each_row_where_memory_is_measured(bench, monkeypatch):
+    calls = []
+    monkeypatch.setattr(gpu, "call_worker", lambda b, part, seconds: calls.append(gpu.work(b, part)) or calls[-1])
+    rows_of(monkeypatch, "steps", a=lambda: {}, b=lambda: {}, c=lambda: {})
+    assert gpu.run_part(bench._replace(tiny=False), "steps", 100)["status"] == "done" and calls == [1, 1, 0]
+
+
+def test_a_failed_part_leaves_the_others(bench, monkeypatch, capsys):
+    rows_of(monkeypatch, "steps", x=failing)
+    rows_of(monkeypatch, "split", **{"optimizer of 1": lambda: {"ms": 2.0}})
+    assert gpu.run_parts(bench, ["steps", "split"], 100) == 1
+    assert "steps: 1 row(s) failed" in (printed := capsys.readouterr().out) and "split: done, 1 rows" in printed
+    text = (bench.out / "README.md").read_text()
+    assert "- x: RuntimeError: no such kernel" in text and "| optimizer of 1 | 2.00 |" in text
+
+
+def test_a_wrong_fast_part_is_found(bench, monkeypatch, capsys):
+    right = train_gpt.mlp_relu2
+    monkeypatch.setattr(train_gpt, "mlp_relu2", lambda x, up, down, kernel, fp8:
+                        right(x, up, down, False, False) * (1.2 if fp8 else 1.0))
+    rows_of(monkeypatch, mlp=lambda: gpu.check_mlp(bench, 48, 32, torch.float32, False, True))
+    assert gpu.run_parts(bench, ["equality"], 100) == 1
+    row = gpu.read_part(bench.out, "equality")["rows"]["mlp"]
+    assert row["ok"] is False and row["rel"] == pytest.approx(0.2, rel=1e-3) and row["rel_plain"] == 0
+    assert "mlp: NOT EQUAL" in capsys.readouterr().out
+
+
+def real_workers(monkeypatch, source):
+    """Workers are processes that run `source`, in which `state` is the part's file."""
+    head = "import json, os, pathlib, sys, time; state = pathlib.Path(sys.argv[1])\n"
+    monkeypatch.setattr(gpu, "worker_command", lambda b, part: [sys.executable, "-c", head + source,
+                                                                str(b.out / f"{part}.json")])
+
+
+def test_a_crash_and_a_death_without_a_word(tmp_path, monkeypatch):
+    b = gpu.Bench(tmp_path, "", "cpu", True, tmp_path / "cache")
+    (tmp_path / "logs").mkdir()
+    real_workers(monkeypatch, """
+s = json.loads(state.read_text())
+if "crash" in s["rows"]:
+    s["rows"]["after"] = {"ok": True}
+    state.write_text(json.dumps(s))
+    sys.exit(0)
+state.write_text(json.dumps(s | {"now": "crash"}))
+os.abort()""")
+    state = gpu.run_part(b, "equality", 60)
+    assert state["rows"] == {"crash": {"error": "the process died with code -6"}, "after": {"ok": True}}
+    real_workers(monkeypatch, "sys.exit('no torch here')")
+    state = gpu.run_part(b, "split", 60)
+    assert state["status"] == "the process died with code 1" and not state["rows"]
+    assert "no torch here" in (tmp_path / "logs/split.txt").read_text()
+
+
+def test_a_hang_is_cut_off_with_all_it_started(tmp_path, monkeypatch):
+    b = gpu.Bench(tmp_path, "", "cpu", True, tmp_path / "cache")
+    (tmp_path / "logs").mkdir()
+    real_workers(monkeypatch, """
+import subprocess
+child = subprocess.Popen(["sleep", "600"])
+s = json.loads(state.read_text())
+state.write_text(json.dumps(s | {"now": "hang"}))
+state.with_name("child").write_text(str(child.pid))
+time.sleep(600)""")
+    state = gpu.run_part(b, "train", 3)
+    assert state["rows"]["hang"] == {"error": "cut off by the time limit"}
+    assert state["status"] == "cut off by the time limit"
+    child = int((tmp_path / "child").read_text())
+    for _ in range(100):
+        if not alive(child):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the hanging worker's child lives on")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_no_budget_no_part(bench, monkeypatch, capsys):
+    rows_of(monkeypatch, a=lambda: {"ok": True})
+    assert gpu.run_parts(bench, ["equality"], gpu.CLEANUP_S - 1) == 1
+    assert "equality: skipped, the budget of 4 s is used up" in capsys.readouterr().out
+    assert gpu.read_part(bench.out, "equality")["status"] == "not run"
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--device", "cpu"], "--device cpu only tests this script: add --tiny"),
+    (["--device", "cpu", "--tiny", "--parts", "steps,stpes"], "stpes is none of equality, steps"),
+    (["--device", "cpu", "--tiny", "--budget", "0"], "--budget 0: must be above 0 seconds"),
+    (["--device", "cpu", "--tiny", "--data", "nowhere/at/all"], "no train shards in nowhere/at/all"),
+])
+def test_bad_options_get_one_sentence(tmp_path, capsys, flags, sentence):
+    assert gpu.main(["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), *flags]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_cuda_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main(["--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.startswith("error: this machine has no usable CUDA device; ")
+
+
+def test_flags_of_full_size_suit_an_h100(tmp_path, monkeypatch):
+    """All command lines of the real sizes are valid there, and mean what the report says."""
+    monkeypatch.setattr(train_gpt, "detect_hardware", lambda device="auto": H100._replace(fp8=True))
+    data = make_data(tmp_path / "words", [documents(6000, 1)], [documents(2000, 9)])
+    b = gpu.Bench(tmp_path, str(data), "cuda", False, tmp_path / "cache")
+    seen = {}
+
+    def parse(flags):
+        return train_gpt.parse_settings(flags, 1)[0]
+
+    def launch(b, name, flags):
+        seen[name] = parse(flags)
+        raise gpu.Skip
+
+    def build(flags):
+        seen[len(seen)] = parse(flags)
+        raise gpu.Skip
+    monkeypatch.setattr(gpu, "launch", launch)
+    monkeypatch.setattr(gpu.Unwarmed, "of", build)
+    monkeypatch.setattr(gpu, "timing_data", lambda b: str(data))
+    for row in [*gpu.train(b).values(), *gpu.resume(b).values(), *gpu.ablate(b).values()]:
+        with pytest.raises(gpu.Skip):
+            row()
+    whole = train_gpt.PRESETS["speedrun"]
+    assert seen["train_fast"].batch_tokens == tuple(n // 8 for n in whole["batch_tokens"])
+    assert seen["train_fast"].kernels == "gram+mlp+loss" and seen["train_plain"].kernels == "none"
+    assert seen["train_fast"].fp8_head == "on" and seen["train_plain"].fp8_head == "off"
+    assert seen["resume_straight"].save_every == 20 and not seen["resume_straight"].save_last
+    (stage,) = train_gpt.stage_table(seen[max(k for k in seen if isinstance(k, int))])
+    assert (stage.batch_tokens, stage.window) == (whole["batch_tokens"][-1] // 8, whole["window"][-1])
+    assert stage.window_start == stage.window
+    for preset in ("speedrun", "gpu", "medium"):
+        s = parse(gpu.flags_of(b, preset, str(data)))
+        assert s.backend == "flex" and s.compile and s.target_loss == 0
+    for change in gpu.VARIANTS.values():
+        parse([*gpu.flags_of(b, "speedrun", str(data)), *change.split()])
+    fast, plain, exact = gpu.check_settings(b, True)
+    assert (fast.backend, fast.fp8_head, fast.dtype, fast.compile) == ("flex", "on", "bf16", True)
+    assert (plain.backend, plain.kernels, plain.fp8_head, plain.dtype) == ("sdpa", "none", "off", "bf16")
+    assert exact.dtype == "fp32" and not exact.compile
+
+
+# --- errors, data, profile
+
+
+def test_errors_by_hand():
+    exact = {"out": torch.tensor([3.0, 4.0]), "grad": torch.tensor([1.0])}
+    plain = {"out": torch.tensor([3.0, 4.5]), "grad": torch.tensor([1.0])}  # off by 10 %, 0 %
+    fast = {"out": torch.tensor([3.0, 3.3]), "grad": torch.tensor([1.01])}  # off by 14 %, 1 %
+    result = gpu.errors(fast, plain, exact, floor=0.02)
+    assert result["ok"] is True and result["worst"] == "out" and result["compared"] == 2
+    assert result["rel"] == pytest.approx(0.14) and result["rel_plain"] == pytest.approx(0.1)
+    assert result["tolerance"] == pytest.approx(0.15) and result["max_abs"] == pytest.approx(0.7)
+    one = {"losses": torch.ones(2)}
+    strict = gpu.errors({"losses": torch.ones(2) * 1.01}, one, one, 0.1, 0.005)
+    assert strict["ok"] is False and strict["tolerance"] == 0.005
+    worse = gpu.errors(fast, plain, exact, floor=0.005)
+    assert worse["ok"] is False and worse["worst"] == "grad"
+    broken = gpu.errors(fast | {"grad": torch.tensor([math.nan])}, plain, exact, floor=10.0)
+    assert broken["ok"] is False and broken["worst"] == "grad"
+
+
+def test_timing_data_has_documents_like_fineweb(tmp_path):
+    b = gpu.Bench(tmp_path, "", "cpu", False, tmp_path)
+    corpus = train_gpt.open_corpus(gpu.timing_data(b))
+    tokens = train_gpt.open_shard(corpus.train[0], corpus.meta["vocab_size"])
+    lengths = np.diff(np.flatnonzero(tokens == 50256))
+    assert corpus.meta["vocab_size"] == 50257 and len(tokens) == 4_000_000
+    assert np.median(lengths) == pytest.approx(403, rel=0.1) and lengths.mean() == pytest.approx(690, rel=0.1)
+
+
+@pytest.mark.parametrize("name, dims, span, part", [
+    ("ncclDevKernel_ReduceScatter_Sum_bf16", [], "optimizer", "communication"),
+    ("Memcpy HtoD (Pinned -> Device)", [], "", "data"),
+    ("triton_tem_fused_flex_attention_backward_7", [], "", "attention"),
+    ("gram_kernel", [], "optimizer", "optimizer"),
+    ("nvjet_tst_256x128", [[6144, 768], [768, 3072]], "optimizer", "optimizer"),
+    ("nvjet_tst_256x128", [[6144, 768], [768, 50304]], "", "head + loss"),
+    ("nvjet_tst_256x128", [[6144, 768], [768, 3072]], "", "MLP"),
+    ("nvjet_tst_256x128", [[6144, 768], [768, 2304]], "", "attention"),
+    ("triton_poi_fused_relu_pow_3", [], "", "MLP"),
+    ("loss_gradient_kernel", [], "", "head + loss"),
+    ("triton_poi_fused_embedding_2", [], "", "embedding"),
+    ("triton_red_fused_rms_norm_add_9", [], "", "other"),
+])
+def test_kernels_are_classified(name, dims, span, part):
+    assert gpu.classify(name, dims, span, 768, 3072, 50304) == part
+
+
+def event(name, cat, ts, dur, tid=1, **args):
+    return {"ph": "X", "name": name, "cat": cat, "ts": ts, "dur": dur, "tid": tid, "args": args}
+
+
+def test_split_of_a_gpu_trace():
+    """A product called by an operator, one launched inside the optimizer's span, one by another thread beside it."""
+    trace = {"traceEvents": [
+        event("bench:optimizer", "user_annotation", 100, 50),
+        event("aten::mm", "cpu_op", 10, 5, **{"External id": 1, "Input Dims": [[64, 32], [32, 256]]}),
+        event("aten::add", "cpu_op", 16, 5, **{"External id": 4, "Input Dims": [[64, 256]]}),
+        event("cudaLaunchKernel", "cuda_runtime", 12, 1, correlation=7),
+        event("cuLaunchKernel", "cuda_driver", 110, 1, correlation=8),
+        event("cuLaunchKernel", "cuda_driver", 110, 1, tid=2, correlation=9),
+        event("gemm", "kernel", 200, 3000, tid=9, correlation=7, **{"External id": 1}),
+        event("fused", "kernel", 3100, 2000, tid=9, correlation=8),
+        event("fused", "kernel", 5100, 1000, tid=9, correlation=9),
+        event("vector", "kernel", 5600, 1000, tid=10, **{"External id": 4}),
+        {"ph": "M", "name": "process_name"},
+    ]}
+    result = gpu.split_trace(trace, 2, width=32, hidden=128, vocab=256)
+    assert result["lines"] == {"head + loss": {"ms": 1.5, "percent": pytest.approx(300 / 7)},
+                               "optimizer": {"ms": 1.0, "percent": pytest.approx(200 / 7)},
+                               "other": {"ms": 1.0, "percent": pytest.approx(200 / 7)}}
+    assert result["other_ms"] == {"fused": 0.5, "vector": 0.5}
+    assert result["busy_ms"] == pytest.approx((6600 - 200) / 2000)  # overlapping kernels count once
+
+
+def test_split_of_a_cpu_trace_counts_each_operator_without_those_it_calls():
+    trace = {"traceEvents": [
+        event("aten::linear", "cpu_op", 0, 100, **{"Input Dims": [[64, 32], [128, 32]]}),
+        event("aten::mm", "cpu_op", 10, 60, **{"Input Dims": [[64, 32], [32, 128]]}),
+        event("aten::empty", "cpu_op", 20, 10),
+        event("aten::add", "cpu_op", 100, 40),
+        event("aten::add", "cpu_op", 50, 40, tid=2),
+    ]}
+    lines = gpu.split_trace(trace, 1, width=32, hidden=128, vocab=256)["lines"]
+    assert lines["MLP"]["ms"] == pytest.approx((40 + 50) / 1000)
+    assert lines["other"]["ms"] == pytest.approx((10 + 40 + 40) / 1000)
+
+
+# --- projection
+
+A = projection.Assumptions(bandwidth=400e9, efficiency=0.5, overlap=0.75, h200_gain=(0.05, 0.1))
+
+
+def test_traffic_by_hand():
+    """Two layers of width 32: 8 attention matrices fill one round of 8 owners, 4 MLP matrices half a round; each table
+    of the vocabulary is cut into 8 pieces; the rest is all-reduced."""
+    s = settings(num_layers=2, width=32, dtype="bf16", device="meta", value_embeds=1)
+    with torch.device("meta"):
+        model = train_gpt.GPT(s, 64)
+        banks = train_gpt.MuonAdamW(model, s, train_gpt.World(0, 0, 8)).banks
+    sent = projection.traffic(banks, 8)
+    padded = 128  # of 64 tokens
+    sharded = 8 * 32 * 32 + 8 * 128 * 32 + 3 * padded * 32  # 4 MLP matrices and 4 slots of padding
+    assert sent.reduce_scatter == sent.all_gather == 7 / 8 * sharded * 2
+    small = {n: p for n, p in model.named_parameters() if re.fullmatch("gates|smear|scalars|backout_scalar", n)}
+    sizes = sum(p.numel() * (4 if "scalar" in n else 2) for n, p in small.items())
+    assert sent.all_reduce == pytest.approx(2 * 7 / 8 * sizes)
+    assert projection.communication_ms(sent, A) == pytest.approx(1000 * sent.total() / 200e9)
+
+
+def measured_json(folder, gpu_name="NVIDIA H200", tiny=False, share=8):
+    """A gpu.json with made-up numbers: 600 steps of 30 ms, 600 of 50, 600 of 70; optimizers of 10 and 2 ms."""
+    stages = {f"stage {i}": {"start_step": 600 * i, "end_step": 600 * (i + 1), "batch_tokens": 16384 * (i + 1),
+                             "middle": {"ms": 30.0 + 20 * i}} for i in range(3)}
+    parts = {"steps": {"rows": {"speedrun": {"share": share, "lines": stages}}},
+             "split": {"rows": {"optimizer of 1": {"ms": 10.0}, "optimizer of 8": {"ms": 2.0}}}}
+    (folder / "gpu.json").write_text(json.dumps({"about": {"gpu": gpu_name, "tiny": tiny}, "parts": parts}))
+    return folder
+
+
+def test_projection_by_hand(tmp_path):
+    measured = projection.read_measured(measured_json(tmp_path))
+    assert projection.slowdowns("NVIDIA H200", A) == (pytest.approx(1 / 0.95), pytest.approx(1 / 0.9))
+    assert projection.slowdowns("NVIDIA H100 80GB HBM3", A) == (1.0, 1.0)
+    assert projection.project(measured.stages[0], measured, 1.1, 0.5) == pytest.approx((30 - 10 + 2) * 1.1 + 0.5)
+    text = "\n".join(projection.compute_report(measured, 0.5, A))
+    low, high = (600 * ((22 + 42 + 62) * scale + 3 * 0.5) / 60_000 for scale in (1 / 0.95, 1 / 0.9))
+    assert f"| **ours, projected, not run** | {low:.3f} to {high:.3f} |" in text
+    assert "| 2 | 600 | 262,144 | 50.00 |" in text
+    assert all(f"| {minutes:g} |" in text for _, minutes in projection.RECORDS)
+
+
+def test_projection_without_measurements_says_so(tmp_path, capsys):
+    assert projection.main([str(tmp_path), "--out", str(tmp_path / "p.md")]) == 0
+    text = (tmp_path / "p.md").read_text()
+    assert text == capsys.readouterr().out and "Compute has not been measured" in text
+    assert "| reduce-scatter of gradients |" in text and "minutes" not in text
+
+
+def test_projection_with_measurements(tmp_path, capsys):
+    assert projection.main([str(measured_json(tmp_path)), "--bandwidth", "900", "--overlap", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "0.00 ms of it exposed" in text and "| public record #89 | 1.23 |" in text and "900 GB/s" in text
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (dict(tiny=True), "trial"), (dict(gpu_name=None), "trial"), (dict(share=1), "trial"),
+    (dict(gpu_name="NVIDIA L4"), "measured on NVIDIA L4"),
+])
+def test_projection_refuses_other_measurements(tmp_path, capsys, change, sentence):
+    assert projection.main([str(measured_json(tmp_path, **change))]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
+
+
+def test_projection_refuses_an_unfinished_gpu_json_and_wrong_flags(tmp_path, capsys):
+    (tmp_path / "gpu.json").write_text('{"about": {}, "parts": {"steps": {"rows": {}}}}')
+    assert projection.main([str(tmp_path)]) == 1
+    assert "lacks the speedrun's steps or the optimizers' times" in capsys.readouterr().err
+    assert projection.main(["--overlap", "1.5"]) == 1
+    assert capsys.readouterr().err.startswith("error: --bandwidth must be above 0")
+
+
+def test_traffic_of_the_speedrun_matches_its_parameters():
+    """Without padding each sharded parameter would be sent once, as bf16, but for the eighth a rank keeps."""
+    s, banks = projection.build_banks("speedrun", 8, [])
+    with torch.device("meta"):
+        sharded = sum(p.numel() for n, p in train_gpt.GPT(s, 50257).named_parameters() if "gate" not in n
+                      and "scalar" not in n and n != "smear")
+    ratio = projection.traffic(banks, 8).reduce_scatter / (7 / 8 * 2 * sharded)
+    assert 1 <= ratio < 1.05
