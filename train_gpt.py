@@ -398,8 +398,8 @@ def shape_errors(s: Settings, world_size: int) -> list[str]:
         bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} value tables, needs it")
     if s.cap and (len(s.cap) != 3 or not s.cap[2]):
         bad.append(f"--softcap {s.softcap}: three numbers a,b,c, the first and last above 0; or 0, no cap")
-    if (s.fp8_head == "on" and s.width % 16) or (s.fp8_mlp and s.width * s.mlp_ratio % 16):
-        bad.append(f"--width {s.width}: FP8 products need multiples of 16")
+    if s.width % 16 and (s.fp8_head == "on" or s.fp8_mlp):
+        bad.append(f"--width {s.width}: FP8 products need a multiple of 16")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2 and --muon_momentum must be below 1: at 1 nothing new is ever averaged in")
     if s.warmup_steps >= s.iterations:
@@ -424,6 +424,8 @@ def row_errors(s: Settings, stage: Stage, world_size: int) -> list[str]:
         return [f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {stage.seq_len} tokens"]
     if s.backend == "flex" and (stage.seq_len % FLEX_BLOCK or s.eval_seq_len % FLEX_BLOCK):
         return [f"--seq_len {stage.seq_len}, --eval_seq_len {s.eval_seq_len}: flex needs multiples of {FLEX_BLOCK}"]
+    if stage.seq_len % 16 and (s.fp8_head == "on" or s.fp8_mlp):
+        return [f"--seq_len {stage.seq_len}: FP8 products need a multiple of 16"]
     return []
 
 

@@ -323,7 +323,9 @@ def benchmark(args: argparse.Namespace) -> int:
     tokens, val_tokens = TRACK_RANKS * constant_number(source, "train_seq_len"), constant_number(source, "val_tokens")
     same = {"data": args.data, "device": args.device, "iterations": args.steps, "batch-tokens": tokens, "save-every": 0,
             "eval-tokens": val_tokens, "eval-every": args.eval_every, "target-loss": 0}
-    flags = ["--preset", "speedrun", *args.ours, "--no-save-last", *(f"--{key}={value}" for key, value in same.items())]
+    rate = f"--stage-lr={train_gpt.PRESETS['speedrun']['stage_lr'][-1]}"  # the preset's for its largest batch
+    fixed = (f"--{key}={value}" for key, value in same.items())
+    flags = ["--preset", "speedrun", rate, *args.ours, "--no-save-last", *fixed]
     train_gpt.parse_settings(flags, world_size=1)  # what is wrong with them is said before the peer has run
     corpus = train_gpt.open_corpus(args.data)
     check_data(corpus, args.steps, tokens, val_tokens, constant_number(source, "val_seq_len"))
