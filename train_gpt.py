@@ -318,12 +318,13 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     dtype = s.dtype if s.dtype != "auto" else ("bf16" if hardware.bf16 else "fp32")
     fallback = "plain" if hardware.device == "cpu" and dtype == "bf16" and not s.compile else "sdpa"
     kernel = "flex" if hardware.device == "cuda" and s.compile else fallback
+    fp8 = hardware.fp8 and dtype == "bf16" and s.width % 16 == 0
     problems = field_errors(s)
     s = dataclasses.replace(  # the checks see what `auto` means
         s, backend=s.backend if s.backend != "auto" else kernel,
         attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers, s.paired),
         kernels=s.kernels if s.kernels != "auto" else fast_kernels(hardware, dtype),
-        fp8_head=s.fp8_head if s.fp8_head != "auto" else ("on" if hardware.fp8 and dtype == "bf16" else "off"))
+        fp8_head=s.fp8_head if s.fp8_head != "auto" else "on" if fp8 else "off")
     problems += hardware_errors(s, hardware) + ([] if problems else shape_errors(s, world_size))
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
@@ -614,8 +615,9 @@ class Loader:
         if key == self.table_key:
             return
         if self.table_key is None or self.table_key[1] != shard:
-            self.tokens = self._open(shard).result()
-            self.opened = {number: self._open(number) for number in (shard, (shard + 1) % len(self.corpus.train))}
+            both = dict.fromkeys((shard, (shard + 1) % len(self.corpus.train)))
+            self.opened = {number: self._open(number) for number in both}
+            self.tokens = self.opened[shard].result()
         rng = np.random.default_rng((self.s.seed, epoch, shard))
         offset = int(rng.integers(longest)) if epoch else 0
         starts, lengths = piece_table(self.tokens, eot, longest, self.s.long_docs == "clip", offset)
@@ -656,9 +658,10 @@ class Loader:
         for row in range(stage.batch_tokens // stage.seq_len):
             tokens, starts, lengths = self._next_row(stage)
             if row // micro_rows % self.world.size == self.world.rank:
-                own.setdefault(id(tokens), (tokens, [], []))  # the rows of one shard are gathered together
-                own[id(tokens)][1].append(starts)
-                own[id(tokens)][2].append(lengths)
+                visit = self.position["epoch"], self.position["shard"]
+                own.setdefault(visit, (tokens, [], []))  # the rows of one shard are gathered together
+                own[visit][1].append(starts)
+                own[visit][2].append(lengths)
         parts = [gather_rows(tokens, np.concatenate(a), np.concatenate(b)) for tokens, a, b in own.values()]
         batch = np.concatenate(parts, axis=1).reshape(3, -1, micro_rows, stage.seq_len).swapaxes(0, 1)
         return torch.from_numpy(np.ascontiguousarray(batch))
@@ -897,7 +900,7 @@ def mlp_relu2(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, kernel: bool, fp8: b
 
 
 def to_fp8(x: Tensor, scale, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
-    """x / scale, clipped: the cast itself would turn what is out of range into NaN or infinity."""
+    """x / scale, clipped: on a GPU the cast turns what is out of range into NaN or infinity."""
     limit = torch.finfo(dtype).max
     return (x / scale).clamp(-limit, limit).to(dtype)
 
@@ -924,9 +927,9 @@ def loss_kernel(logits, targets, losses, lses, rows, vocab, a, b, c, CAPPED: tl.
     for start in range(0, vocab, BLOCK):
         z = tl.load(logits + row * vocab + start + col, start + col < vocab, 0.0).to(tl.float32)
         z = a * tl.sigmoid((z + b) / c) if CAPPED else z
-        z = tl.where(start + col < vocab, z, -1e30)
+        z = tl.where(start + col < vocab, z, -1e30)  # what this adds to an empty lane, exp(peak - top) cancels below
         higher = tl.maximum(peak, z)
-        total = total * tl.exp(peak - higher) + tl.where(start + col < vocab, tl.exp(z - higher), 0.0)
+        total = total * tl.exp(peak - higher) + tl.exp(z - higher)
         peak = higher
     top = tl.max(peak, 0)
     lse = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
