@@ -54,11 +54,12 @@ class Proxy(NamedTuple):
 PROXIES = {
     "cpu": Proxy(
         "--preset cpu --device cpu --dtype bf16 --backend plain --no-compile --threads 1 "
-        "--num-layers 4 --width 128 --head-dim 32 --value-embeds 2 --iterations 300 --stage-ends 0.3333,0.6667,1 "
+        "--num-layers 4 --width 128 --head-dim 32 --value-embeds 2 --stage-ends 0.3333,0.6667,1 "
         "--batch-tokens 1024,2048,3072 --stage-lr 0.71,1,1.22 --seq-len 256 --max-doc-len 128,256,256 "
         "--window 64,96,128 --window-start 32 --window-step 32 --eval-seq-len 256 --mtp 2,1,0 "
-        "--muon-lr 0.06 --momentum-warmup 30 --momentum-cooldown 20 --eval-tokens 131072",
-        loss_s=80, time_s=22,
+        "--softcap 23,5,7.5 --paired --key-offset --xsa --skip single --backout "  # the preset leaves these out
+        "--muon-lr 0.06 --momentum-warmup 30 --momentum-cooldown 20 --iterations 200 --eval-tokens 65536",
+        loss_s=50, time_s=22,
     ),
     "gpu": Proxy(
         "--preset gpu --device cuda "

@@ -115,7 +115,7 @@ def test_seeds_are_complete_one_after_the_other(bench, tmp_path):
 
 def test_list_runs_nothing_and_estimates(bench, tmp_path):
     code, out, _ = bench(*THREE, "--list")
-    assert code == 0 and "9 of 9 to run, about 12 min: 80 s each (a guess)" in out
+    assert code == 0 and "9 of 9 to run, about 8 min: 50 s each (a guess)" in out
     assert "record 34: --no-smear" in out and not (tmp_path / "out").exists()
     bench("--only", "smear", "--seeds", "1", "--quick")
     code, out, _ = bench(*THREE, "--list")

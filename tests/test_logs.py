@@ -166,7 +166,7 @@ def test_derived_numbers_are_printed(tmp_path, capsys):
     assert train_gpt.main(argv) == 0
     out = capsys.readouterr().out
     assert "parameters: 36,983 total, 24,576 hidden, 8,192 embedding, 4,096 head, 119 small" in out
-    assert re.search(r"^ +0 +L +0 +-$\n^ +1 +S +0 +-$", out, flags=re.MULTILINE)  # layer, window, value table, skip
+    assert re.search(r"^ +0 +L +0 +-$\n^ +1 +S +0 +0$", out, flags=re.MULTILINE)  # layer, window, value table, skip
     assert re.search(r"^ +0-4 +128 +4 x 32 +1 +16-16 +1 +1.00 +[\d.]+$", out, flags=re.MULTILINE)
     assert re.search(r"^ +4-8 +256 +4 x 32 +2 +16-32 +1 +0.50 +[\d.]+$", out, flags=re.MULTILINE)
     assert "1,536 training tokens, 300 validation tokens" in out
