@@ -319,11 +319,12 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     dtype = s.dtype if s.dtype != "auto" else ("bf16" if hardware.bf16 else "fp32")
     fallback = "plain" if hardware.device == "cpu" and dtype == "bf16" and not s.compile else "sdpa"
     kernel = "flex" if hardware.device == "cuda" and s.compile else fallback
-    fp8 = hardware.fp8 and dtype == "bf16" and s.width % 16 == 0
+    fp8 = hardware.fp8 and dtype == "bf16" and not any(size % 16 for size in (s.width, *s.seq_len))
+    even_heads = s.width // max(1, s.head_dim) % 2 == 0
     problems = field_errors(s)
     s = dataclasses.replace(  # the checks see what `auto` means
         s, backend=s.backend if s.backend != "auto" else kernel,
-        attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers, s.paired),
+        attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers, s.paired and even_heads),
         kernels=s.kernels if s.kernels != "auto" else fast_kernels(hardware, dtype),
         fp8_head=s.fp8_head if s.fp8_head != "auto" else "on" if fp8 else "off")
     problems += hardware_errors(s, hardware) + ([] if problems else shape_errors(s, world_size))
@@ -377,6 +378,8 @@ def hardware_errors(s: Settings, hardware: Hardware) -> list[str]:
     triton = importlib.util.find_spec("triton") and (cuda or os.environ.get("TRITON_INTERPRET"))
     if s.kernels != "none" and not triton:
         bad.append(f"--kernels {s.kernels} needs Triton and a CUDA device (or TRITON_INTERPRET=1, to test): use none")
+    if cuda and s.kernels != "none" and s.dtype == "fp32":
+        bad.append(f"--kernels {s.kernels} --dtype fp32: the tiles fit shared memory in bf16 only: use none")
     if cuda and not hardware.fp8 and (s.fp8_head == "on" or s.fp8_mlp):
         bad.append(f"--fp8_head, --fp8_mlp: {hardware.name} has no FP8 products (compute capability 8.9): leave out")
     if s.backend == "flex" and not (cuda and s.compile):
@@ -401,7 +404,9 @@ def shape_errors(s: Settings, world_size: int) -> list[str]:
     if s.cap and (len(s.cap) != 3 or not s.cap[2]):
         bad.append(f"--softcap {s.softcap}: three numbers a,b,c, the first and last above 0; or 0, no cap")
     if s.width % 16 and (s.fp8_head == "on" or s.fp8_mlp):
-        bad.append(f"--width {s.width}: FP8 products need a multiple of 16")
+        bad.append(f"--width {s.width}: FP8 products need a multiple of 16; or use --fp8_head off --no-fp8_mlp")
+    if s.bigram == 1:
+        bad.append("--bigram 1: a table needs 2 rows or more, one is for the starts of documents; 0 leaves it out")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2 and --muon_momentum must be below 1: at 1 nothing new is ever averaged in")
     if s.warmup_steps >= s.iterations:
@@ -427,7 +432,9 @@ def row_errors(s: Settings, stage: Stage, world_size: int) -> list[str]:
     if s.backend == "flex" and (stage.seq_len % FLEX_BLOCK or s.eval_seq_len % FLEX_BLOCK):
         return [f"--seq_len {stage.seq_len}, --eval_seq_len {s.eval_seq_len}: flex needs multiples of {FLEX_BLOCK}"]
     if stage.seq_len % 16 and (s.fp8_head == "on" or s.fp8_mlp):
-        return [f"--seq_len {stage.seq_len}: FP8 products need a multiple of 16"]
+        return [f"--seq_len {stage.seq_len}: FP8 products need a multiple of 16; or use --fp8_head off --no-fp8_mlp"]
+    if stage.mtp >= stage.seq_len:
+        return [f"--mtp {stage.mtp} must be less than --seq_len {stage.seq_len}"]
     return []
 
 
@@ -804,9 +811,8 @@ def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float, b
 # --kernels or --fp8_head do not name it. The registered operators hide them from torch.compile as one node each.
 
 KERNELS = ("gram", "mlp", "loss")
-OPERATORS = Path(__file__).stem  # namespace
+OPERATORS = "nanospeedrun_" + re.sub(r"\W", "_", Path(__file__).stem)  # namespace
 FP8_INPUT_MARGIN = 1.01  # RMS-normed values are at most sqrt(model_dim), but for rounding
-FP8_WEIGHT_SCALE = 2.0**-8  # head weights up to 448 / 256 = 1.75 fit (records 28 and 89: 0.875 and 1.6)
 LOSS_CHUNK = 4096  # rows of logits that the plain form holds in fp32
 tl = None  # triton.language, from the first kernel on
 
@@ -873,24 +879,21 @@ def fused_mlp_backward(grad_ND: Tensor, x_ND: Tensor, up_FD: Tensor, down_FD: Te
     return pre_grad_NF @ up_FD, pre_grad_NF.T @ x_ND, post_NF.T @ grad_ND
 
 
-@operator("fp8_linear(Tensor x, Tensor weight) -> Tensor")
-def fp8_linear(x_ND: Tensor, weight_FD: Tensor):
-    """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact (record 84)."""
-    scales = [t.abs().amax().float().clamp_min(1e-12) / 448 for t in (x_ND, weight_FD)]
-    quantized = [to_fp8(t, scale) for t, scale in zip((x_ND, weight_FD), scales, strict=True)]
-    return fp8_product(*quantized, *scales, fast=True).to(x_ND.dtype)
+@operator("quantized_linear(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor x_scale, Tensor w_scale) -> Tensor")
+def quantized_linear(x_ND: Tensor, weight_FD: Tensor, xq_ND: Tensor, wq_FD: Tensor, x_scale: Tensor, w_scale: Tensor):
+    return fp8_product(xq_ND, wq_FD, x_scale, w_scale, fast=True).to(x_ND.dtype)
 
 
 fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(x.size(0), up.size(0))))
 fused_mlp_backward.register_fake(lambda grad, x, up, down, post: tuple(map(torch.empty_like, (x, up, down))))
-fp8_linear.register_fake(lambda x, weight: x.new_empty(x.size(0), weight.size(0)))
+quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(x.size(0), weight.size(0)))
 fused_mlp.register_autograd(
     lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: (ctx.save_for_backward(*inputs, output[1]),
                                                ctx.set_materialize_grads(False)))
-fp8_linear.register_autograd(
-    lambda ctx, grad: (grad @ ctx.saved_tensors[1], grad.T @ ctx.saved_tensors[0]),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+quantized_linear.register_autograd(
+    lambda ctx, grad: (grad @ ctx.saved_tensors[1], grad.T @ ctx.saved_tensors[0], *[None] * 4),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
 
 
 def mlp_relu2(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, kernel: bool, fp8: bool) -> Tensor:
@@ -898,6 +901,14 @@ def mlp_relu2(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, kernel: bool, fp8: b
     if kernel and not fp8:
         return fused_mlp(x_ND, up_FD, down_FD)[0]
     return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
+
+
+def fp8_linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
+    """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact (record 84). Quantized outside
+    the operator, so that torch.compile can fuse it with what comes before."""
+    exact = [t.detach().float() for t in (x_ND, weight_FD)]
+    scales = [t.abs().amax().clamp_min(1e-12) / 448 for t in exact]
+    return quantized_linear(x_ND, weight_FD, *map(to_fp8, exact, scales), *scales)
 
 
 def to_fp8(x: Tensor, scale, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -920,50 +931,57 @@ def cap_logits(z: Tensor, cap: tuple[float, ...] | None) -> Tensor:
     return a * torch.sigmoid((z + b) / c)
 
 
-def loss_kernel(logits, targets, losses, lses, rows, vocab, a, b, c, CAPPED: tl.constexpr, TARGETS: tl.constexpr,
-                BLOCK: tl.constexpr):
-    """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets."""
+def loss_kernel(logits, targets, losses, lses, rows, vocab, a, slope, shift, CAPPED: tl.constexpr,
+                TARGETS: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets.
+    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum."""
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    peak, total = tl.full((BLOCK,), -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
+    peak, total = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         z = tl.load(logits + row * vocab + start + col, start + col < vocab, 0.0).to(tl.float32)
-        z = a * tl.sigmoid((z + b) / c) if CAPPED else z
-        z = tl.where(start + col < vocab, z, -1e30)  # what this adds to an empty lane, exp(peak - top) cancels below
-        higher = tl.maximum(peak, z)
-        total = total * tl.exp(peak - higher) + tl.exp(z - higher)
-        peak = higher
+        z = tl.where(start + col < vocab, a * tl.sigmoid(slope * z + shift) if CAPPED else z, -1e30)
+        if not CAPPED:
+            higher = tl.maximum(peak, z)
+            total *= tl.exp(peak - higher)
+            peak = higher
+        total += tl.exp(z - peak)  # 1 for each column that an empty lane does not have: exp(peak - top) cancels it
     top = tl.max(peak, 0)
     lse = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
     tl.store(lses + row, lse)
     for k in tl.static_range(TARGETS):
         target = tl.load(targets + k * rows + row)
         z = tl.load(logits + row * vocab + target, target >= 0, 0.0).to(tl.float32)
-        z = a * tl.sigmoid((z + b) / c) if CAPPED else z
+        z = a * tl.sigmoid(slope * z + shift) if CAPPED else z
         tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
 
 
-def loss_gradient_kernel(logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, b, c, CAPPED: tl.constexpr,
-                         TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def loss_gradient_kernel(logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
+                         CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
+                         COLS: tl.constexpr):
     """One tile of the logits' gradient / unit, stored as rows and for FP8 as columns, too: (rows, vocab) and
     (vocab, rows). grads: of the summed loss of each target."""
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside, where = (row < rows)[:, None] & (col < vocab)[None, :], row.to(tl.int64)[:, None] * vocab + col[None, :]
     z = tl.load(logits + where, inside, 0.0).to(tl.float32)
-    share = tl.sigmoid((z + b) / c) if CAPPED else z
+    share = tl.sigmoid(slope * z + shift) if CAPPED else z
     z = a * share if CAPPED else z
     weight, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(TARGETS):
         target = tl.load(targets + k * rows + row, row < rows, -1)
-        grad = tl.where(target >= 0, tl.load(grads + k), 0.0)
+        grad = tl.where(target >= 0, tl.load(grads + k) / tl.load(unit), 0.0)
         weight += grad
         hit += tl.where(col[None, :] == target[:, None], grad[:, None], 0.0)
     lse = tl.load(lses + row, row < rows, 0.0)
     result = weight[:, None] * tl.exp(z - lse[:, None]) - hit
-    result = result * z * (1 - share) / c if CAPPED else result
-    result = (result / tl.load(unit)).to(out.dtype.element_ty)
+    result = (result * z * (slope - slope * share) if CAPPED else result).to(out.dtype.element_ty)
     tl.store(out + where, result, inside)
     if TRANSPOSED:
         tl.store(out_t + col.to(tl.int64)[None, :] * rows + row[:, None], result, inside)
+
+
+def cap_arguments(cap: list[float]) -> tuple[float, float, float]:
+    """a, slope and shift of a * sigmoid(slope * z + shift)."""
+    return (cap[0], 1 / cap[2], cap[1] / cap[2]) if cap else (0.0, 0.0, 0.0)
 
 
 def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: bool) -> tuple[Tensor, Tensor]:
@@ -973,7 +991,7 @@ def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: b
         lse_N = logits_NV.new_empty(rows, dtype=torch.float32)
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab,
-                                            *(cap or (0.0, 0.0, 1.0)), CAPPED=bool(cap), TARGETS=count, BLOCK=4096,
+                                            *cap_arguments(cap), CAPPED=bool(cap), TARGETS=count, BLOCK=4096,
                                             num_warps=8)
         return losses_KN, lse_N
     losses, lses = [], []
@@ -993,7 +1011,7 @@ def logit_gradient(logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K:
         out_t = out.new_empty(vocab, rows) if fp8 else out
         triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
             logits_NV, targets_KN.contiguous(), lse_N, grad_K.contiguous(), unit, out, out_t, rows, vocab,
-            *(cap or (0.0, 0.0, 1.0)), CAPPED=bool(cap), TARGETS=len(targets_KN), TRANSPOSED=fp8, ROWS=64, COLS=128,
+            *cap_arguments(cap), CAPPED=bool(cap), TARGETS=len(targets_KN), TRANSPOSED=fp8, ROWS=64, COLS=128,
             num_warps=8)
         return out, out_t if fp8 else out.T
     parts = []
@@ -1009,9 +1027,10 @@ def logit_gradient(logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K:
     return out, out.T.contiguous() if fp8 else out.T
 
 
-def input_scale(model_dim: int) -> float:
-    """Scale of RMS-normed inputs in e4m3: a power of two, so that only the cast rounds."""
-    return 2.0 ** math.ceil(math.log2(FP8_INPUT_MARGIN * math.sqrt(model_dim) / 448))
+def head_scales(model_dim: int) -> tuple[float, float]:
+    """e4m3 scales of the head's RMS-normed inputs, at most sqrt(model_dim), and of its weights: powers of two, so that
+    only the cast rounds. Weights up to 448 / 256 = 1.75 fit (records 28 and 89: 0.875 and 1.6)."""
+    return 2.0 ** math.ceil(math.log2(FP8_INPUT_MARGIN * math.sqrt(model_dim) / 448)), 2.0**-8
 
 
 @operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, float[] cap, bool kernel) -> "
@@ -1020,7 +1039,7 @@ def fused_head(x_ND: Tensor, weight_VD: Tensor, xq_ND: Tensor, wq_VD: Tensor, ta
                kernel: bool):
     """Losses (K,), logits and log-sum-exps. xq and wq are x and weight in FP8, or they themselves."""
     if xq_ND.dtype.itemsize == 1:
-        scales = [torch.full((), v, device=x_ND.device) for v in (input_scale(x_ND.size(1)), FP8_WEIGHT_SCALE)]
+        scales = [torch.full((), scale, device=x_ND.device) for scale in head_scales(x_ND.size(1))]
         logits_NV = fp8_product(xq_ND, wq_VD, *scales, fast=True)
     else:
         logits_NV = F.linear(xq_ND, wq_VD)
@@ -1042,9 +1061,9 @@ def fused_head_backward(grad_K: Tensor, xq_ND: Tensor, wq_VD: Tensor, targets_KN
     steepest = cap[0] / (4 * cap[2]) if cap else 1.0
     unit = grad_K.abs().sum().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
     gradient, transposed = logit_gradient(logits_NV, targets_KN, lse_N, grad_K, unit, cap, torch.float8_e5m2, kernel)
-    scales = [torch.full((), v, device=unit.device) for v in (FP8_WEIGHT_SCALE, input_scale(xq_ND.size(1)))]
-    return (fp8_product(gradient, wq_VD.T.contiguous(), unit, scales[0], fast=False).to(dtype),
-            fp8_product(transposed, xq_ND.T.contiguous(), unit, scales[1], fast=False).to(dtype))
+    x_scale, w_scale = (torch.full((), scale, device=unit.device) for scale in head_scales(xq_ND.size(1)))
+    return (fp8_product(gradient, wq_VD.T.contiguous(), unit, w_scale, fast=False).to(dtype),
+            fp8_product(transposed, xq_ND.T.contiguous(), unit, x_scale, fast=False).to(dtype))
 
 
 def _head_backward(ctx, grad_K: Tensor, *_):
@@ -1085,7 +1104,7 @@ def head_losses(x_ND: Tensor, weight_VD: Tensor, targets_KN: Tensor, cap: tuple[
         return torch.stack(losses), targets_KN.new_zeros((), dtype=torch.int64)
     x, weight, clipped = x_ND.detach(), weight_VD.detach(), targets_KN.new_zeros((), dtype=torch.int64)
     if fp8:
-        scales = input_scale(x.size(1)), FP8_WEIGHT_SCALE
+        scales = head_scales(x.size(1))
         clipped = (x.abs() > 448 * scales[0]).sum() + (weight.abs() > 448 * scales[1]).sum()
         x, weight = to_fp8(x, scales[0]), to_fp8(weight, scales[1])
     return fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap or ()), kernel)[0], clipped
@@ -1096,8 +1115,9 @@ def head_losses(x_ND: Tensor, weight_VD: Tensor, targets_KN: Tensor, cap: tuple[
 GATE_DIM = 12  # dimensions of the residual stream that gates read (record 28)
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
 # Learned scalars of a layer and their initial values: weights of the residual stream, of the embedding (added in again
-# at every layer), of the skip connection, of the values, of the value embedding (records 11, 14, 15).
-SCALARS = {"residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_embed": 0.5}
+# at every layer), of the skip connection, of the values, of the value embedding (records 11, 14, 15), of the output
+# where the last layer's is freed of it (record 40).
+SCALARS = {"residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_embed": 0.5, "backout": 0.5}
 
 
 class Layer(NamedTuple):
@@ -1140,7 +1160,8 @@ def short_window(window, step: int):
 def rotary_table(length: int, head_dim: int, base: float, window: int = 1, longer: int = 1) -> tuple[Tensor, Tensor]:
     """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, in radians per token. For a `longer`
     window than that of training, YaRN (Peng et al. 2023, arXiv 2309.00071): frequencies that turn less than once in
-    the window are slowed down by the ratio of the two, those that turn 32 times stay, the others lie between."""
+    the window are slowed down by the ratio of the two, those that turn 32 times stay, the others lie between. (Without
+    its temperature: queries and keys are normed.)"""
     frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
     if longer > window:
         kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -1173,7 +1194,9 @@ def without_component(y: Tensor, direction: Tensor) -> Tensor:
 
 
 def pair(x_BTHK: Tensor) -> Tensor:
-    """(B, T, H, K) -> (B, 2T, H/2, K): head h and head h + H/2 of a token one after the other (a view)."""
+    """(B, T, H, K) -> (B, 2T, H/2, K), head h and head h + H/2 of a token one after the other; a view if the tokens are
+    contiguous. Each query sees the keys of both heads in a short window. (Record 58 orders the two heads of a token,
+    and halves the window, so that the cost stays that of a short layer; here it doubles.)"""
     return x_BTHK.unflatten(2, (2, -1)).flatten(1, 2)
 
 
@@ -1210,7 +1233,7 @@ class Attention(nn.Module):
         qkv, _ = self.qkvo.split((3, 1))
         qk, v = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3 * self.num_heads, self.head_dim)).split(
             (2 * self.num_heads, self.num_heads), dim=2)
-        q, k = rotate(norm(qk), place.cos, place.sin).chunk(2, dim=2)
+        q, k = (rotate(x, place.cos, place.sin) for x in norm(qk).chunk(2, dim=2))
         k = self.offset_keys(k, place.follows_BT11)
         out_gate = value_gate = None
         if gates is not None:
@@ -1280,7 +1303,7 @@ class GPT(nn.Module):
         gates = torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM)  # of head outputs, of value embeddings
         self.gates = nn.Parameter(gates) if s.attn_gate or (s.value_embeds and s.value_gate) else None
         self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
-        self.backout_scalar = nn.Parameter(torch.tensor([0.5])) if s.backout and s.num_layers > 2 else None
+        self.backout = 2 * s.num_layers // 3 - 1 if s.backout and s.num_layers > 2 else None  # layer
         self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
         if s.bigram:
             nn.init.zeros_(self.bigram.weight)
@@ -1308,9 +1331,7 @@ class GPT(nn.Module):
             value = values[layer.value_table] if layer.value_table is not None else None
             x = block(x, x0, skip, value, masks.get(layer.attention), place, scalars[i], gates[i])
             outputs.append(x)
-        if self.backout_scalar is not None:
-            x = x - self.backout_scalar.type_as(x) * outputs[2 * len(outputs) // 3 - 1]
-        return x
+        return x if self.backout is None else x - scalars[self.backout][-1] * outputs[self.backout]
 
     def masks(self, docs_BT: Tensor, window: Tensor) -> dict:
         """Mask of each kind of layer, made once per forward pass. A short window is half a long one."""
@@ -1411,8 +1432,8 @@ class Rule(NamedTuple):
 
 def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small parameters as in
-    record 89. Muon's shape rule sqrt(rows / columns)
-    is written out: both MLP matrices are stored as (hidden, model), which gives both the factor sqrt(mlp_ratio)."""
+    record 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are stored as (hidden, model),
+    which gives both the factor sqrt(mlp_ratio)."""
     muon, muon_betas, muon_decay = s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
     adam, decay = s.adam_lr, s.adam_weight_decay
     return [
@@ -1423,7 +1444,7 @@ def parameter_table(s: Settings) -> list[Rule]:
         Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded"),
         Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), decay, "sharded"),
         Rule(r"gates|smear", "adamw", adam, (0.9, 0.99), 0.0, "replicated"),
-        Rule(r"scalars|backout_scalar", "adamw", 5 * adam, (0.9, 0.99), 0.0, "replicated"),
+        Rule(r"scalars", "adamw", 5 * adam, (0.9, 0.99), 0.0, "replicated"),
     ]
 
 
@@ -1567,7 +1588,7 @@ class Bank:
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.own_slots({name: p.detach() for name, p in named})}
         for name, p in named:
-            p.data = p.data.to(s.device, torch.float32 if "scalar" in name else s.torch_dtype)
+            p.data = p.data.to(s.device, torch.float32 if name == "scalars" else s.torch_dtype)
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         self.grad = torch.zeros_like(self.state["master"], dtype=first.dtype if world.size > 1 else torch.float32)
         self.in_flight: list[tuple] = []  # (work, tensors it uses): all must live until the wait
@@ -1759,7 +1780,7 @@ def compiled(function, s: Settings):
     """torch.compile with static shapes and whole graphs, or the function itself."""
     if not s.compile:
         return function
-    torch._dynamo.config.recompile_limit = 64  # counted per function, and all blocks and banks share theirs
+    torch._dynamo.config.recompile_limit = 256  # counted per function, and all blocks and banks share theirs
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
@@ -1774,7 +1795,8 @@ def compile_model(model: GPT, s: Settings):
     if s.compile_unit == "model":
         model.forward = compiled(model.forward, s)
         return
-    for module, name in [(model, "embedding"), (model, "losses"), *((block, "forward") for block in model.blocks)]:
+    parts = [(model, "embedding"), (model, "masks"), (model, "losses")]
+    for module, name in parts + [(block, "forward") for block in model.blocks]:
         setattr(module, name, compiled(getattr(module, name), s))
 
 
@@ -1819,24 +1841,32 @@ def window_at(s: Settings, stages: list[Stage], step: int) -> int:
 # └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 
+@contextlib.contextmanager
+def stretched(model: nn.Module, s: Settings, window: int):
+    """The model with YaRN's frequencies, for an evaluation window longer than the one it was trained with."""
+    tables = model.cos, model.sin
+    kept = [table.clone() for table in tables]
+    for table, values in zip(tables, rotary_table(len(kept[0]), s.head_dim, s.rope_base, window, s.eval_window),
+                             strict=True):
+        table.copy_(values)
+    try:
+        yield
+    finally:
+        for table, values in zip(tables, kept, strict=True):
+            table.copy_(values)
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, stream: ValStream, s: Settings, world: World, window: int,
              batches: int | None = None) -> float:
     """Mean loss of the validation stream (or its first `batches`) in nats per token, equal on all ranks. Collective."""
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
     long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
-    if s.eval_window > window:
-        kept = model.cos.clone(), model.sin.clone()
-        stretched = rotary_table(len(model.cos), s.head_dim, s.rope_base, window, s.eval_window)
-        for table, values in zip((model.cos, model.sin), stretched, strict=True):
-            table.copy_(values)
     total = torch.zeros((), dtype=torch.float64, device=s.device)
-    for start in range(0, stream.num_rows, rows * world.size)[:batches]:
-        inputs, targets, docs = torch.from_numpy(stream.rows(start + world.rank * rows, rows)).to(s.device)
-        total += model(inputs, targets[None], docs, long_window)[0]
-    if s.eval_window > window:
-        model.cos.copy_(kept[0])
-        model.sin.copy_(kept[1])
+    with stretched(model, s, window) if s.eval_window > window else contextlib.nullcontext():
+        for start in range(0, stream.num_rows, rows * world.size)[:batches]:
+            inputs, targets, docs = torch.from_numpy(stream.rows(start + world.rank * rows, rows)).to(s.device)
+            total += model(inputs, targets[None], docs, long_window)[0]
     if world.size > 1:
         dist.all_reduce(total)
     return total.item() / stream.num_tokens
@@ -2387,12 +2417,12 @@ class Trainer:
         self.log.print(memory)
         self.log.line(memory)
         self.log.print(f"log, metrics and checkpoints: {self.log.folder}")
+        if not saved:
+            raise TrainingStopped(f"the last checkpoint could not be written to {self.log.folder}: free some space")
         if self.s.enable_profiling and self.s.compile:
             late = compiled_graphs() - self.warm_graphs
             self.log.print(f"graphs compiled after the warm-up: {late}")
             assert not late, "a graph was compiled after the warm-up, inside the training time"
-        if not saved:
-            raise TrainingStopped(f"the last checkpoint could not be written to {self.log.folder}: free some space")
         return 128 + self.stop_signal if self.status == "interrupted" else 0
 
     def _end_record(self, step: int):

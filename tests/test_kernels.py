@@ -375,7 +375,7 @@ def test_clipped_values_are_counted_and_finite(kernel, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [16, 48, 64, 768, 1024, 4096])
 def test_normed_inputs_never_clip_whatever_their_direction(width, dtype):
-    scale = train_gpt.input_scale(width)
+    scale = train_gpt.head_scales(width)[0]
     assert math.log2(scale).is_integer() and 448 * scale <= 2.1 * math.sqrt(width)  # wastes at most one exponent
     steps = torch.arange(width)
     rows = torch.cat([torch.eye(width)[:3], 1e6 * torch.eye(width)[-3:], torch.randn(50, width),
@@ -443,10 +443,10 @@ def operator_samples(where: Where) -> list[tuple]:
     plain = [t.detach() for t in (x, up)]
     logits = where.random(32, 48).detach()
     quantized = [train_gpt.to_fp8(t, 1.0) for t in plain]
-    wide = where.random(2, 40, 24).detach()
+    wide, one = where.random(2, 40, 24).detach(), torch.ones((), device=where.device)
     samples = [
         (train_gpt.fused_mlp, (x, up, down)), (train_gpt.fused_mlp_backward, (grad, *plain, down.detach(), post)),
-        (train_gpt.fp8_linear, (x, up)), (train_gpt.fused_gram, (wide, None, 1.0, 0.0)),
+        (train_gpt.quantized_linear, (x, up, *quantized, one, one)), (train_gpt.fused_gram, (wide, None, 1.0, 0.0)),
         (train_gpt.fused_gram, (wide.mT, where.random(2, 24, 24).detach(), 0.5, -1.0)),
     ]
     for pair in (plain, quantized):

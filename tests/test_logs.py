@@ -111,7 +111,7 @@ def test_end_of_the_metrics(run):
     assert (end["event"], end["status"], end["step"], end["iterations"]) == ("end", "done", 8, 8)
     assert (end["val_loss"], end["val_bpb"]) == (val["val_loss"], val["val_bpb"])
     assert val["val_bpb"] == pytest.approx(val["val_loss"] / math.log(2) / 2)  # the data of helpers: 2 bytes a token
-    assert end["params_total"] == end["params_active"] == 36983
+    assert end["params_total"] == end["params_active"] == 36985
     assert end["peak_memory_mib"] > 50 and end["first_step_s"] > 0
     assert (end["target_step"], end["target_time_ms"]) == (None, None)
 
@@ -165,7 +165,7 @@ def test_derived_numbers_are_printed(tmp_path, capsys):
                 attention="LS")
     assert train_gpt.main(argv) == 0
     out = capsys.readouterr().out
-    assert "parameters: 36,983 total, 24,576 hidden, 8,192 embedding, 4,096 head, 119 small" in out
+    assert "parameters: 36,985 total, 24,576 hidden, 8,192 embedding, 4,096 head, 121 small" in out
     assert re.search(r"^ +0 +L +0 +-$\n^ +1 +S +0 +0$", out, flags=re.MULTILINE)  # layer, window, value table, skip
     assert re.search(r"^ +0-4 +128 +4 x 32 +1 +16-16 +1 +1.00 +[\d.]+$", out, flags=re.MULTILINE)
     assert re.search(r"^ +4-8 +256 +4 x 32 +2 +16-32 +1 +0.50 +[\d.]+$", out, flags=re.MULTILINE)

@@ -383,7 +383,7 @@ def test_gradients_are_freed():
 
 def test_bf16_gradients_are_summed_in_fp32():
     model, optimizer = build(settings(dtype="bf16"))
-    assert {p.dtype for name, p in model.named_parameters() if "scalar" not in name} == {torch.bfloat16}
+    assert {p.dtype for name, p in model.named_parameters() if name != "scalars"} == {torch.bfloat16}
     assert model.scalars.dtype == torch.float32
     parts = [{n: (torch.randn(p.shape) * 0.01**i).to(p.dtype) for n, p in model.named_parameters()} for i in range(3)]
     for i, gradients in enumerate(parts):
