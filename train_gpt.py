@@ -195,8 +195,8 @@ PRESETS: dict[str, dict] = {
     "speedrun": dict(
         data="fineweb10B", shuffle=False, iterations=1800, stage_ends=(1 / 3, 2 / 3, 1.0),
         batch_tokens=(131072, 262144, 393216), seq_len=(16384, 32768, 49152), max_doc_len=(896, 2048, 2048),
-        window=(384, 896, 1408), stage_lr=(1.0, 1.52, 1.73), mtp=(2, 1, 0), muon_lr=0.023, cooldown=0.6, lr_floor=0.15,
-        target_loss=3.28, save_last=False,
+        window=(384, 896, 1408), stage_lr=(1.0, 1.52, 1.73), mtp=(2, 1, 0), muon_lr=0.023, adam_weight_decay=0.005,
+        cooldown=0.6, lr_floor=0.15, target_loss=3.28, save_last=False,
     ),
     # the GPT-2-medium track: 2.92 on FineWeb
     "medium": dict(
