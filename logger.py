@@ -1,19 +1,39 @@
-"""Read the logs of training runs, print one table line per run and draw their loss curves.
+"""Read, compare and judge the logs of training runs: ours, and those of the public NanoGPT speedrun of every year.
 
-    python logger.py --experiment_name NAME             # table, mean +- sd, images/NAME/loss.png
-    python logger.py --experiment_name NAME --json      # the same numbers as {"runs": [...]}, no plot
+    python logger.py --experiment_name NAME        # runs of logs/NAME: table (logs/NAME/logs.txt), plots in images/NAME
+    python logger.py show LOG...                   # a screen per run: status, versions, losses, time, memory
+    python logger.py compare A B [C...]            # groups of runs: means, Welch's t-test, equal steps and time, a plot
+    python logger.py diff A B                      # what changed: settings, functions, text, environment, effect
+    python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; how many runs are missing
+    python logger.py verify FOLDER                 # does a record folder hold what its README claims
+    python logger.py extract LOG -o train_gpt.py   # the source inside a log, ready to run
+    python logger.py export LOG... -o runs.csv     # every record as CSV or JSON, or to wandb: --wandb PROJECT
+    python logger.py board FOLDER... --html FILE   # leaderboard: Markdown on the terminal, one self-contained page
 
-A run is a folder logs/<experiment_name>/<run_id>/ with up to three files:
+A LOG is a file, a folder (searched for run folders, *.txt and *.log) or a glob. --json prints the numbers under stable
+keys, --markdown the report as Markdown: `stats FOLDER --target 3.28 --markdown > statistics.md`.
+Exit codes: 0 fine; 1 a check failed (stats: p is not below alpha; verify: a claim is contradicted; show --strict: a run
+is not complete) or an input could not be used, said in one line of `error: ...`; 2 wrong usage.
+
+A run is a public log (source, ====, machine, ====, step lines; llm.c's `s:1 trl:3.2` lines) or a folder of ours with
     metrics.jsonl  one object a line: training steps, validations, {"event": "resume"}, a closing {"event": "end"}
-    log.txt        the public modded-nanogpt record format, read where metrics.jsonl is missing or holds no step
+    log.txt        the public format, read where metrics.jsonl is missing or holds no step
     config.json    settings, git commit, data, hardware and torch version
-Runs may be in progress, killed or damaged: what can be read is shown, what was left out is named in a note.
+Runs may be in progress, killed or damaged: what can be read is shown, what was left out is named in a note. Files are
+read in blocks and records above MAX_ROWS are thinned out, so that a log of any size fits in memory.
 
-Parsing (text -> Trace -> Run -> summary) knows nothing of presenting (table, JSON, figure), and a command is a function
-of the parsed arguments. Losses are in nats/token; times are in milliseconds wherever a name ends in _ms.
+Parsing (bytes -> Trace -> Run -> numbers) knows nothing of presenting (tables, JSON, figures), and a command is a
+function of the parsed arguments. Losses are in nats/token; times are in ms wherever a name ends in _ms, in s with _s.
 """
 
 import argparse
+import ast
+import csv
+import difflib
+import functools
+import glob
+import hashlib
+import io
 import json
 import math
 import os
@@ -21,45 +41,114 @@ import re
 import statistics
 import sys
 import warnings
+from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 from unicodedata import east_asian_width
 
 SEPARATOR = "=" * 100  # a line of exactly this; nvidia-smi's own rules are shorter and start with | or +
+BAR = SEPARATOR.encode()
+BLOCK = 1 << 20  # bytes read at a time, and the longest line
+MAX_SECTION = 4 << 20  # bytes kept of the source and of the text about the machine; public sources are below 200 KB
+MAX_ROWS = 100_000  # records kept of a trial, then every second one goes
+MAX_TRIALS = 1000
 STEP = re.compile(r"step:(\d{1,15})(?:/(\d{1,15}))?", re.ASCII)
 NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf))(ms|s)?", re.ASCII | re.IGNORECASE)
-PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d{1,15}) MiB", re.ASCII)
-TORCH = re.compile(r"Running pytorch (?:version )?(\d\S*)", re.IGNORECASE)
-GPU = re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|")  # a device row of nvidia-smi's table
-CPU = re.compile(r"(?:Running on )?(?:CPU|Model name):\s*([^,]+)")
+DECIMAL = rb"(\d{1,15}(?:\.\d{0,15})?)"
+USUAL_STEP = re.compile(  # nearly every line of nearly every log; the others go through parse_step_line
+    rb"step:(\d{1,15})/(\d{1,15}) (?:(val_loss|train_loss):%b )?train_time:%b(m?)s step_avg:(?:nan|%b)ms"
+    % (DECIMAL, DECIMAL, DECIMAL))
+RECORDS = (b"step:", b"s:", b"peak memory", b"resumed after", b"\x1b")  # starts of all lines that are read
+LLMC = re.compile(r"s:(\d{1,15}) (tel|trl):", re.ASCII)
+PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d{1,15}) MiB(?: reserved: (\d{1,15}) MiB)?", re.ASCII)
+RESUMED = re.compile(r"resumed after step (\d{1,15})", re.ASCII)
+PART = re.compile(rb"^-{40}\n# ([\w.-]{1,100})\n-{40}\n", re.MULTILINE)  # starts one more file of a source
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+GPU = re.compile(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", re.MULTILINE)  # a device row of nvidia-smi's table
+GPU_LIST = re.compile(r"^GPU \d+: (.+?) \(UUID", re.MULTILINE)
+DATE = re.compile(r"^\w{3} (\w{3}) +(\d{1,2}) ([\d:]{8}) (?:[A-Z]{2,5} )?(\d{4})", re.MULTILINE | re.ASCII)
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+FACTS = {  # key of Trace.header: where it stands in the text about the machine
+    "python": r"^Running python (\S+)",
+    "torch": r"^Running pytorch (?:version )?(\d\S*)",
+    "cuda": r"^Running pytorch .* compiled for CUDA (\S+)",
+    "triton": r"^Running Triton version (\S+)",
+    "driver": r"Driver Version: (\S+)",
+    "world_size": r"^Running pytorch .* with world_size (\d{1,5})",
+    "gpu": r"^Running pytorch .* on (\S.*?) +with world_size",
+    "cpu": r"^(?:Running on )?(?:CPU|Model name):\s*([^,\n]+)",
+    "train_tokens": r"^Training DataLoader: total number of tokens: (\d{1,18})",
+    "params_total": r"^\s*Total parameters: ([\d,]{1,24})",
+    "settings": r"^Settings: (\{.{1,100000}\})$",
+}
+FACTS = {key: re.compile(form, re.ASCII | re.IGNORECASE | re.MULTILINE) for key, form in FACTS.items()}
 LOSSES = ("train_loss", "val_loss")
 COMPLETED = ("done", "target")  # reached the last step, or stopped because the target loss was reached
 BACKWARD = "step numbers go back without a resume line; the later records are used"
 
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Parsing: text -> Trace
+# Parsing: bytes -> Trace
 
 
 @dataclass
 class Trace:
-    """What a log file tells: step records in order, the closing record ({} if none), the machine, what was left out."""
+    """What a log file tells: records of its last trial in order, those of the trials before, the closing record ({} if
+    none), the machine, the source by file name, what was left out."""
 
     rows: list[dict] = field(default_factory=list)
     end: dict = field(default_factory=dict)
     header: dict = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    earlier: list[list[dict]] = field(default_factory=list)
+    era: str = ""
+    parts: dict[str, str] = field(default_factory=dict)
+    code_hash: str | None = None
+    stage_ms: list[dict] = field(default_factory=list)  # for each trial {stage: ms of each of its steps}
+    resets: int = 0  # falls of the clock: until record 21 the scripts set it back after 10 steps
+
+    @property
+    def trials(self):
+        return [*self.earlier, self.rows] if self.rows else self.earlier
+
+    def note(self, text):
+        self.notes += [text] if text not in self.notes else []
 
     def rewind(self, step):
         """Drop the records after `step`: the run was continued from there."""
         self.rows = [row for row in self.rows if row["step"] <= step]
 
-    def add(self, row):
-        """Append a step record. One whose step goes back (log.txt of a resumed run) replaces those it repeats."""
-        if self.rows and row["step"] < self.rows[-1]["step"]:
-            self.rewind(row["step"] - 1)
-            self.notes += [BACKWARD] if BACKWARD not in self.notes else []
+    def add(self, row, trials=False):
+        """Append a record. One whose step goes back replaces those it repeats, or starts the next of several `trials`:
+        after a last step or at step 0 or 1. A record of a finished trial that is told again is left out."""
+        if self.rows and row["step"] < (last := self.rows[-1])["step"]:
+            whole = last["step"] == last.get("iterations")
+            if trials and whole and row["step"] > 1 and row in self.rows[-100:]:
+                return
+            if trials and (whole or row["step"] <= 1):
+                self.next_trial()
+            else:
+                self.rewind(row["step"] - 1)
+                self.note(BACKWARD)
         self.rows.append(row)
+        if len(self.rows) > MAX_ROWS:
+            self.thin()
+
+    def next_trial(self):
+        if len(self.earlier) < MAX_TRIALS:
+            self.earlier.append(self.rows)
+        else:
+            self.note(f"more than {MAX_TRIALS} trials: the later ones but for the last were left out")
+        self.rows = []
+
+    def thin(self):
+        """Drop every second record, of the validations only if they are too many themselves, never the best one."""
+        vals = [row for row in self.rows if number(row.get("val_loss")) is not None]
+        best = min(vals, key=lambda row: row["val_loss"], default=None)
+        many = len(vals) > MAX_ROWS // 2
+        keep = [i % 2 == 0 or r is best or ("val_loss" in r and not many) for i, r in enumerate(self.rows[:-1])]
+        self.rows = [row for row, kept in zip(self.rows, [*keep, True], strict=True) if kept]
+        self.note(f"more than {MAX_ROWS} records: not all of them were kept")
 
 
 def read_text(path):
@@ -74,18 +163,11 @@ def number(value):
     return value if isinstance(value, float) or abs(value) < 2**63 else None
 
 
-def parse_step_line(line):
-    """`step:N/M key:value ...` as a dict, None if `line` has another form.
-
-    N and M become `step` and `iterations` (None without /M), numbers become floats. A unit ms or s moves into the key:
-    `train_time:1.5s` gives train_time_ms = 1500.0. Unknown keys stay, words without a colon are skipped.
-    """
-    tokens = ANSI.sub("", line).split()
-    head = STEP.fullmatch(tokens[0]) if tokens else None
-    if not head:
-        return None
-    row = {"step": int(head[1]), "iterations": int(head[2]) if head[2] else None}
-    for key, colon, value in (token.partition(":") for token in tokens[1:]):
+def parse_pairs(words):
+    """{key: value} of `key:value` words. Numbers become floats; a unit ms or s moves into the key: `train_time:1.5s`
+    gives train_time_ms = 1500.0. Unknown keys stay, words without a colon are skipped."""
+    row = {}
+    for key, colon, value in (word.partition(":") for word in words):
         if match := NUMBER.fullmatch(value):
             value, unit = float(match[1]), (match[2] or "").lower()
             key, value = (f"{key}_ms" if unit else key), (value * 1000 if unit == "s" else value)
@@ -94,40 +176,201 @@ def parse_step_line(line):
     return row
 
 
-def log_lines(text):
-    """Lines of a log.txt. A last line without line end may be cut inside a number (3.2 of 3.2807): its last word goes,
-    unless a unit at its end shows that it is whole."""
-    *lines, last = text.split("\n")
-    return [*lines, last if re.search(r"\d(ms|s| MiB)$", last) else last.rpartition(" ")[0]]
+def parse_step_line(line):
+    """`step:N/M key:value ...` as a dict with N as `step` and M as `iterations` (None without /M), llm.c's
+    `s:N tel:L` and `s:N trl:L ...` likewise; None if `line` has another form."""
+    line = ANSI.sub("", line)
+    words = line.split()
+    if head := STEP.fullmatch(words[0]) if words else None:
+        return {"step": int(head[1]), "iterations": int(head[2]) if head[2] else None} | {
+            key: value for key, value in parse_pairs(words[1:]).items() if key not in ("step", "iterations")}
+    if LLMC.match(line):
+        row = parse_pairs(words[1:])
+        row = {{"tel": "val_loss", "trl": "train_loss"}.get(key, key): value for key, value in row.items()}
+        return {**row, "step": int(words[0][2:]), "iterations": None}
+    return None
 
 
-def parse_log(text):
-    """Trace of a log.txt: code, separator, machine, separator, steps. Step lines count after the last separator only,
-    because the code may quote one. A validation at the last step or the peak memory line ends a run."""
-    trace, lines = Trace(), log_lines(text)
-    cuts = [i for i, line in enumerate(lines) if line == SEPARATOR]
-    body = lines[cuts[-1] + 1 :] if cuts else lines
-    rows = [row for row in map(parse_step_line, body) if row]
-    good = [row for row in rows if not any(isinstance(row.get(key), str) for key in LOSSES)]
-    for row in good:
-        trace.add(row)
-    if len(good) < len(rows):
-        trace.notes.append(f"{len(rows) - len(good)} step line(s) of log.txt left out: their loss is not a number")
-    peaks = [int(match[1]) for line in body if (match := PEAK.search(line))]
-    last = trace.rows[-1] if trace.rows else {"step": 0}
-    done = "val_loss" in last and last["step"] == last["iterations"]
-    if done or peaks:
-        trace.end = {"status": "done" if done else f"stopped at step {last['step']}"}
-        trace.end |= {"peak_memory_mib": peaks[-1]} if peaks else {}
-    trace.header = parse_header(lines[cuts[-2] + 1 : cuts[-1]] if len(cuts) > 1 else [])
-    return trace
+def usual_row(match):
+    """The record of a USUAL_STEP match."""
+    step, last, key, loss, time, milli, average = match.groups()
+    row = {"step": int(step), "iterations": int(last)}
+    if key:
+        row["val_loss" if key == b"val_loss" else "train_loss"] = float(loss)
+    row["train_time_ms"] = float(time) if milli else float(time) * 1000
+    row["step_avg_ms"] = float(average or "nan")
+    return row
 
 
-def parse_header(lines):
-    """{"torch": version, "device": name} from the lines between the separators, each only if named there."""
-    torch, gpus, cpus = ([m[1] for line in lines if (m := form.match(line[:300]))] for form in (TORCH, GPU, CPU))
-    devices = [times(gpus[0], len(gpus))] if gpus else cpus
-    return {key: found[0].strip() for key, found in (("torch", torch), ("device", devices)) if found}
+def whole_part(line):
+    """A last line without line end may be cut inside a number (3.2 of 3.2807): its last word goes, unless a unit at its
+    end shows that it is whole."""
+    return line if re.search(rb"\d(ms|s| MiB)$", line) else line.rpartition(b" ")[0]
+
+
+class LogParser:
+    """Parses blocks of whole lines. Step lines count after the last separator only, because the code may quote one."""
+
+    def __init__(self, keep_rows=True):
+        self.keep_rows, self.sections, self.trace = keep_rows, [], None
+        self.bar()
+
+    def bar(self):
+        """A separator, or the start of the file: what follows may be the steps."""
+        self.sections.append(bytearray())
+        self.before, self.trace, self.bad, self.time = self.trace, Trace(), 0, -1.0
+
+    def feed(self, block):
+        """`block` ends with a line end; "\\r\\n" is read as "\\n"."""
+        block = block.replace(b"\r\n", b"\n") if b"\r" in block else block
+        start = at = 0
+        while (at := block.find(BAR, at)) >= 0:
+            end = block.find(b"\n", at) + 1 or len(block)
+            if (at == 0 or block[at - 1 : at] == b"\n") and block[at:end].rstrip() == BAR:
+                self.text(block[start:at])
+                self.bar()
+                start = end
+            at = end
+        self.text(block[start:])
+
+    def text(self, block):
+        """Lines of one section."""
+        section = self.sections[-1]
+        section += block[: MAX_SECTION - len(section)]
+        if any(block.startswith(start) or b"\n" + start in block for start in RECORDS):
+            for line in block.split(b"\n"):
+                if match := USUAL_STEP.fullmatch(line):
+                    self.row(usual_row(match))
+                elif line:
+                    self.other(line)
+
+    def other(self, line):
+        """A line that has not the usual form."""
+        if not line.startswith(RECORDS):
+            return
+        line = line[:10_000].decode("utf-8", "replace")
+        if match := PEAK.search(line):
+            values = zip(("peak_memory_mib", "peak_reserved_mib"), match.groups(), strict=True)
+            self.trace.end = {key: int(value) for key, value in values if value}
+        elif match := RESUMED.match(line):
+            self.trace.rewind(int(match[1]))
+            self.time = -1.0
+        elif row := parse_step_line(line):
+            if any(isinstance(row.get(key), str) for key in LOSSES):
+                self.bad += 1
+            else:
+                self.row(row)
+
+    def row(self, row):
+        """A record; without keep_rows one that holds no loss is replaced by the next."""
+        trace, time = self.trace, row.get("train_time_ms", -1.0)
+        if isinstance(time, float):
+            trace.resets += 0 <= time < self.time / 2 and bool(trace.rows) and row["step"] > trace.rows[-1]["step"]
+            self.time = time
+        if not self.keep_rows and trace.rows and trace.rows[-1].keys().isdisjoint(LOSSES):
+            if row["step"] >= trace.rows[-1]["step"]:
+                trace.rows.pop()
+        trace.add(row, trials=True)
+
+    def close(self):
+        """The Trace of all that was fed."""
+        trace, sections = self.trace, [bytes(section) for section in self.sections]
+        if len(sections) > 2 and not sections[-1].strip() and self.before.rows:  # a separator after the last line
+            trace, sections = self.before, sections[:-1]
+        first_bar = len(sections) > 1 and not sections[0].strip()
+        sections = sections[1:] if first_bar else sections
+        if self.bad:
+            trace.note(f"{self.bad} step line(s) of log.txt left out: their loss is not a number")
+        last = trace.rows[-1] if trace.rows else {"step": 0}
+        done = "val_loss" in last and last["step"] == last["iterations"]
+        if done or trace.end:
+            trace.end["status"] = "done" if done else f"stopped at step {last['step']}"
+        machine = [*sections[1:-1], sections[-1].partition(b"step:")[0]]  # without the source
+        machine = b"\n".join(section[:16384] for section in machine)
+        trace.header = parse_header(machine.decode("utf-8", "replace"))
+        if len(sections) > 1:
+            split_source(trace, sections[0])
+        trace.era = era_of(trace, sections, first_bar)
+        return trace
+
+
+def split_source(trace, source):
+    """Fill in the parts of `trace` and the hash of all of them: sha256 without regard to line ends around the text."""
+    trace.code_hash = hashlib.sha256(source.strip()).hexdigest()[:12] if source.strip() else None
+    if len(source) == MAX_SECTION:
+        trace.note(f"the source is longer than {MAX_SECTION >> 20} MiB: it was cut")
+    names, texts = ["train_gpt.py", *PART.findall(source)], re.split(PART.pattern, source, flags=re.M)[::2]
+    for name, text in zip(names, texts, strict=True):
+        name = name if isinstance(name, str) else name.decode("ascii", "replace")
+        trace.parts[name] = text.decode("utf-8", "replace").strip("\n") + "\n"
+
+
+def parse_header(text):
+    """What is said of the machine: FACTS, device, gpus, gpu_count and date (ISO), each only where it is named."""
+    found = {key: match[1].strip() for key, form in FACTS.items() if (match := form.search(text))}
+    names = GPU.findall(text) or GPU_LIST.findall(text)
+    names = names or [found["gpu"]] * int(found["world_size"]) if "gpu" in found else names
+    for key in ("world_size", "train_tokens", "params_total"):
+        found |= {key: int(digits)} if (digits := found.get(key, "").replace(",", "")) else {}
+    if names:
+        found |= {"gpus": names[0], "gpu_count": len(names), "device": times(names[0], len(names))}
+    elif "cpu" in found:
+        found["device"] = found["cpu"]
+    if (match := DATE.search(text)) and match[1] in MONTHS:
+        found["date"] = f"{match[4]}-{MONTHS.index(match[1]) + 1:02}-{int(match[2]):02} {match[3]}"
+    return {key: value for key, value in found.items() if key not in ("gpu", "cpu")}
+
+
+def era_of(trace, sections, first_bar):
+    """Which form of the public format a log has, as docs of the formats call them."""
+    tail, last = sections[-1][:65536], trace.trials[-1][-1] if trace.trials else {}
+    if last and last["iterations"] is None and "train_time_ms" not in last:
+        return "llm.c"
+    if len(sections) == 1:
+        return "step lines only" if last else ""
+    if (time := re.search(rb"train_time:[\d.]+(m?s)", tail)) and time[1] == b"s":
+        return "track 3, seconds"
+    if first_bar:
+        return "10/2024, separator first"
+    if len(sections) > 3:
+        return "12/2024, three separators"
+    if "driver" not in trace.header:
+        return "two separators, no nvidia-smi"
+    if len(trace.parts) > 1:
+        return "2026, several files"
+    if b"Compiling model" in tail:
+        return "12/2025, warm-up lines"
+    if "triton" in trace.header:
+        return "07/2025, Triton version"
+    return "01/2025, clock reset" if trace.resets or b"step_avg:nanms" in tail else "02/2025, two separators"
+
+
+def blocks_of(file):
+    """Bytes of a binary file as blocks that end with a line end; a longer line than BLOCK is cut. A last line without
+    line end comes without what may be cut."""
+    rest, head = b"", file.read(BLOCK)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, as PowerShell's > writes
+        file.seek(0)
+        text = io.TextIOWrapper(file, "utf-16", errors="replace", newline="")
+        head, read = text.read(BLOCK).encode("utf-8", "replace"), lambda: text.read(BLOCK).encode("utf-8", "replace")
+    else:
+        head, read = head.removeprefix(b"\xef\xbb\xbf"), lambda: file.read(BLOCK)
+    while head:
+        data = rest + head
+        cut = data.rfind(b"\n") + 1 or (len(data) if len(data) > BLOCK else 0)
+        if cut:
+            yield data[:cut]
+        rest, head = data[cut:], read()
+    if rest:
+        yield whole_part(rest.rstrip(b"\r")) + b"\n"
+
+
+def parse_log(text, keep_rows=True):
+    """Trace of a log.txt, given as text or as an open binary file."""
+    parser = LogParser(keep_rows)
+    for block in blocks_of(io.BytesIO(text.encode("utf-8", "replace")) if isinstance(text, str) else text):
+        parser.feed(block)
+    return parser.close()
 
 
 def parse_object(text):
@@ -142,35 +385,41 @@ def parse_object(text):
 def parse_record(line):
     """A record of metrics.jsonl, None if damaged or without a step. A run killed inside a line and then resumed leaves
     `{"step":1{"event":"resume",...}`: the event is whole."""
-    record = parse_object(line) or parse_object(line[line.rfind('{"event"') :])
+    record = parse_object(line) or parse_object(line[max(0, line.rfind('{"event"')) :])
     step = number(record.get("step"))
     return {**record, "step": int(step)} if step is not None and 0 <= step < 1e15 and step == int(step) else None
 
 
 def parse_metrics(text):
-    """Trace of a metrics.jsonl. Records after a closing one mean that the run went on: only a last one is its end."""
-    trace, lines = Trace(), text.split("\n")
-    records = [parse_record(line) for line in lines]
-    for record in filter(None, records):
+    """Trace of a metrics.jsonl, given as text or lines. Records after a closing one mean that the run went on: only a
+    last one is its end."""
+    trace, bad, cut = Trace(era="ours, metrics.jsonl"), 0, False
+    for line in text.split("\n") if isinstance(text, str) else text:
+        bad += cut  # a cut last line is what a kill leaves and says nothing of the rest
+        record = parse_record(line)
+        cut = record is None and line.strip() != ""
+        if record is None:
+            continue
         event = record.get("event")
         trace.end = record if event == "end" else {}
         if event == "resume":
             trace.rewind(record["step"])
-        elif event is None and any(number(record.get(key)) is not None for key in LOSSES):
-            trace.add(record)
-    # A cut last line is what a kill leaves and says nothing of the rest.
-    bad = sum(record is None and line.strip() != "" for record, line in zip(records[:-1], lines, strict=False))
+        elif event is None:
+            row = {key: value for key, value in record.items() if key not in LOSSES or number(value) is not None}
+            if not row.keys().isdisjoint(LOSSES):
+                trace.add(row)
+    bad += cut and line.endswith("\n")
     trace.notes += [f"{bad} unreadable line(s) of metrics.jsonl left out"] if bad else []
     return trace
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runs: folder -> Run -> summary
+# Runs: files -> Run -> numbers
 
 
 @dataclass
 class Run:
-    """One run folder; `source` names the file that the trace is from, None if there is nothing in either."""
+    """One run folder or log file; `source` names the file that the trace is from, None if there is nothing in it."""
 
     path: Path
     source: str | None
@@ -178,23 +427,105 @@ class Run:
     config: dict
 
 
-def read_run(path):
+def read_run(path, keep_rows=True):
     """Run of the folder `path`."""
-    log, trace = parse_log(read_text(path / "log.txt")), parse_metrics(read_text(path / "metrics.jsonl"))
+    log = read_log(path / "log.txt", keep_rows).trace if (path / "log.txt").is_file() else Trace()
+    trace = Trace()
+    if (path / "metrics.jsonl").is_file():
+        with open(path / "metrics.jsonl", encoding="utf-8-sig", errors="replace") as file:
+            trace = parse_metrics(iter(lambda: file.readline(BLOCK), ""))
     source = "metrics.jsonl" if trace.rows or trace.end else "log.txt" if log.rows or log.end else None
     if source == "log.txt":
         log.notes = [*trace.notes, "read from log.txt: metrics.jsonl is missing or holds no step", *log.notes]
         trace = log
-    trace.header = log.header
+    trace.header, trace.parts, trace.code_hash = log.header, log.parts, log.code_hash
     config = parse_object(text := read_text(path / "config.json"))
     trace.notes += ["config.json is no JSON object and was left out"] if text and not config else []
     return Run(path, source, trace, config)
 
 
+def read_log(path, keep_rows=True):
+    """Run of the log file `path`."""
+    with open(path, "rb") as file:
+        return Run(path, path.name, parse_log(file, keep_rows), {})
+
+
+def is_run_folder(path):
+    return path.is_dir() and any((path / name).is_file() for name in ("metrics.jsonl", "log.txt", "config.json"))
+
+
+def find_logs(path):
+    """Run folders and *.txt and *.log files in the folder `path` and below, in the order of their names."""
+    if (path / "metrics.jsonl").is_file() or (path / "log.txt").is_file():
+        return [path]
+    found = []
+    for entry in sorted(path.iterdir(), key=natural):
+        if entry.is_dir() and not entry.is_symlink():
+            found += find_logs(entry)
+        elif entry.suffix.lower() in (".txt", ".log") and entry.is_file() and entry.name != "logs.txt":
+            found.append(entry)
+    return found
+
+
+def expand(names):
+    """Paths of all logs that files, folders and globs name, each once. FileNotFoundError if a name leads to none."""
+    found = {}
+    for name in names:
+        hits = [Path(name)] if os.path.exists(name) else [Path(hit) for hit in sorted(glob.glob(name, recursive=True))]
+        logs = [log for hit in hits for log in (find_logs(hit) if hit.is_dir() else [hit] * hit.is_file())]
+        if not logs:
+            what = "holds no log: expected run folders, *.txt or *.log" if hits else "is not there"
+            raise FileNotFoundError(f"'{name}' {what}")
+        found |= {os.path.abspath(log): log for log in logs}
+    return list(found.values())
+
+
+def read_each(paths, keep_rows=False, keep_source=False):
+    """Runs of log files and run folders, one after the other; one that cannot be read becomes a Run with a note that
+    says why. Records without loss and sources are dropped unless a command needs them: 1,500 public logs hold a
+    gigabyte of them. keep_rows="stages" keeps the times of the steps as plain numbers."""
+    if len(paths) > 20 and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        paths = tqdm(paths, unit="log", leave=False)
+    for path in paths:
+        yield load_one(path, keep_rows, keep_source)
+
+
+def load(paths, keep_rows=False, keep_source=False):
+    return list(read_each(paths, keep_rows, keep_source))
+
+
+def load_one(path, keep_rows=True, keep_source=True):
+    try:
+        run = (read_run if path.is_dir() else read_log)(path, keep_rows)
+    except OSError as error:
+        return Run(path, None, Trace(notes=[f"cannot be read: {error.strerror}"]), {})
+    run.trace.parts = run.trace.parts if keep_source else dict.fromkeys(run.trace.parts, "")
+    if keep_rows == "stages":
+        keep_stages(run.trace)
+    return run
+
+
+def keep_stages(trace):
+    """Keep the time of each step as a plain number, and of the records those that hold a loss, and the last."""
+    for i, rows in enumerate(trials := trace.trials):
+        trace.stage_ms.append(found := {})
+        stage = stage_of(rows)
+        for step, ms in step_times(rows):
+            found.setdefault(stage(step), array("d")).append(ms)
+        trials[i] = [row for row in rows[:-1] if not row.keys().isdisjoint(LOSSES)] + rows[-1:]
+    trace.earlier, trace.rows = trials[:-1], trials[-1] if trials else []
+
+
 def folders(path):
-    """Folders inside `path`, run_2 before run_10."""
-    found = [entry for entry in path.iterdir() if entry.is_dir()] if path.is_dir() else []
-    return sorted(found, key=lambda p: [(len(s), s) if s.isdecimal() else (0, s) for s in re.split(r"(\d+)", p.name)])
+    """Folders inside `path`, in natural order."""
+    return sorted((entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else [], key=natural)
+
+
+def natural(name):
+    """Sort key that puts run_2 before run_10."""
+    return [(len(s), s) if s.isdecimal() else (0, s) for s in re.split(r"(\d+)", getattr(name, "name", name))]
 
 
 def load_experiment(log_dir, name):
@@ -207,10 +538,10 @@ def load_experiment(log_dir, name):
         known = [p.name for p in folders(log_dir)]
         listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
         raise FileNotFoundError(f"no experiment '{name}' in '{log_dir}'; available: {listed or 'none'}")
-    files = ("metrics.jsonl", "log.txt", "config.json")
-    runs = [read_run(p) for p in folders(path) if any((p / file).is_file() for file in files)]
+    runs = [read_run(p) for p in folders(path) if is_run_folder(p)]
     if not runs:
-        raise FileNotFoundError(f"no run in '{path}': expected folders that hold one of {', '.join(files)}")
+        raise FileNotFoundError(f"no run in '{path}': expected folders that hold one of metrics.jsonl, log.txt, "
+                                "config.json")
     return runs
 
 
@@ -233,16 +564,21 @@ def device_of(run):
     return name if shared else times(name, world_size)
 
 
+def settings_of(run):
+    """Settings of one of our runs, from config.json or else from its log's line about them."""
+    found = run.config.get("settings") or parse_object(run.trace.header.get("settings") or "")
+    return found if isinstance(found, dict) else {}
+
+
 def summarize(run):
-    """Numbers of a run as a flat dict, None where unknown. `val_loss` and `val_bpb` are of one validation, that of the
-    closing record or else the last. `tokens_per_s` without a closing record is the average so far."""
-    rows, end, settings = run.trace.rows, run.trace.end, run.config.get("settings")
+    """Numbers of a run folder as a flat dict, None where unknown. `val_loss` and `val_bpb` are of one validation, that
+    of the closing record or else the last. `tokens_per_s` without a closing record is the average so far."""
+    rows, end = run.trace.rows, run.trace.end
     known = {key: value for key, value in end.items() if number(value) is not None}
     vals = [row for row in [*rows, known] if number(row.get("val_loss")) is not None]
     final = vals[-1] if vals else {}
     best = min((v for v in vals if math.isfinite(v["val_loss"])), key=lambda v: v["val_loss"], default={})
     step, time_ms, tokens = (known.get(key, latest(rows, key)) for key in ("step", "train_time_ms", "tokens"))
-    planned = settings.get("iterations") if isinstance(settings, dict) else None
     status = f"running or killed at step {step}" if rows else "no step logged"
     status = str(end.get("status", "ended")) if end else status
     rate = tokens / time_ms * 1000 if tokens and time_ms else None
@@ -254,7 +590,7 @@ def summarize(run):
         "status": status,
         "completed": status in COMPLETED,
         "step": step,
-        "iterations": known.get("iterations", latest(rows, "iterations") or number(planned)),
+        "iterations": known.get("iterations", latest(rows, "iterations") or number(settings_of(run).get("iterations"))),
         "val_loss": final.get("val_loss"),
         "val_bpb": number(final.get("val_bpb")),
         "best_val_loss": best.get("val_loss"),
@@ -270,15 +606,696 @@ def summarize(run):
     }
 
 
+@functools.cache
+def files_being_written():
+    """Paths of files that processes of this machine have open for writing; none where /proc does not tell."""
+    found = set()
+    for link in glob.glob("/proc/[0-9]*/fd/*"):
+        try:
+            flags = re.search(r"flags:\s*(\d+)", Path(link.replace("/fd/", "/fdinfo/")).read_text())
+            found |= {os.readlink(link)} if flags and int(flags[1], 8) & os.O_ACCMODE else set()
+        except OSError:  # closed meanwhile, or another user's
+            continue
+    return found
+
+
+def off_beat(rows):
+    """Whether the last record is a validation out of turn: a run that stops at a step of its choice ends so, one that
+    is killed hardly ever."""
+    steps = [row["step"] for row in rows if "val_loss" in row]
+    gaps = [b - a for a, b in zip(steps, steps[1:], strict=False) if b > a]
+    return len(gaps) > 1 and rows[-1]["step"] == steps[-1] and (steps[-1] - steps[0]) % gaps[0] != 0
+
+
+def trial_status(rows, end=None):
+    """"complete", "nan" or "died" for the records of one trial; `end` is what is known of the end of the last one."""
+    last = rows[-1]
+    if any(number(last.get(key)) is not None and not math.isfinite(last[key]) for key in LOSSES):
+        return "nan"
+    status = str((end or {}).get("status", ""))
+    by_itself = status.startswith("stopped at") if end else off_beat(rows)
+    if "val_loss" in last and (last["step"] == last.get("iterations") or by_itself):
+        return "complete"
+    llmc = last.get("iterations") is None and "val_loss" in last and "train_time_ms" not in last and not end
+    return "complete" if status in COMPLETED or llmc else "nan" if status == "nan" else "died"
+
+
+def status_of(run):
+    """complete, died, nan, running (a process of this machine has the log open for writing), or not a log."""
+    trace = run.trace
+    if not trace.trials and not trace.end:
+        started = run.config or (trace.code_hash and trace.header.get("torch"))
+        status = "died" if started else "not a log"
+    else:
+        status = trial_status(trace.rows, trace.end) if trace.rows else "died"
+    names = ("metrics.jsonl", "log.txt") if run.path.is_dir() else ("",)
+    if status == "died" and any(os.path.realpath(run.path / name) in files_being_written() for name in names):
+        return "running"
+    return status
+
+
+def trial_numbers(rows, end=None):
+    """Final and best validation, time, last step and average of one trial."""
+    vals = [row for row in rows if number(row.get("val_loss")) is not None]
+    good = [row for row in vals if math.isfinite(row["val_loss"])]
+    best = min(good, key=lambda row: row["val_loss"], default={})
+    step, time_ms = rows[-1]["step"] if rows else None, latest(rows, "train_time_ms")
+    average = latest(rows[-1:], "step_avg_ms")
+    return {
+        "status": trial_status(rows, end) if rows else "died",
+        "steps": step,
+        "max_step": latest(rows, "iterations"),
+        "final_val_loss": vals[-1]["val_loss"] if vals else None,
+        "best_val_loss": best.get("val_loss"),
+        "best_val_step": best.get("step"),
+        "train_time_s": None if time_ms is None else time_ms / 1000,
+        "step_avg_ms": average or (time_ms / step if time_ms and step else None),
+    }
+
+
+def crossing(rows, target):
+    """{"step", "train_time_s"} of the first validation at or below the target, None without one."""
+    for row in rows:
+        if (loss := number(row.get("val_loss"))) is not None and loss <= target:
+            time_ms = number(row.get("train_time_ms"))
+            return {"step": row["step"], "train_time_s": None if time_ms is None else time_ms / 1000}
+    return None
+
+
+def describe(run, target=None):
+    """Numbers of a run as `show` gives them, None where unknown; of several trials those of the last, and all of them
+    under trial_runs."""
+    trace, header, old = run.trace, run.trace.header, summarize(run)
+    ends = [None] * (len(trace.trials) - 1) + [trace.end]
+    trials = [trial_numbers(rows, end) for rows, end in zip(trace.trials, ends, strict=False)] or [trial_numbers([])]
+    broken = [str(i) for i, trial in enumerate(trials[:-1], 1) if trial["status"] != "complete"]
+    notes = trace.notes + ([f"incomplete trials: {', '.join(broken)}"] if broken else [])
+    notes += [f"the clock was set back {trace.resets} time(s)"] if trace.resets else []
+    last = trials[-1]
+    if last["status"] == "complete" and last["max_step"] and last["steps"] < last["max_step"]:
+        notes.append(f"ended by itself at step {last['steps']} of {last['max_step']}")
+    if run.source == "metrics.jsonl":
+        last = {**last, "steps": old["step"], "max_step": old["iterations"], "final_val_loss": old["val_loss"]}
+        last["train_time_s"] = None if old["train_time_ms"] is None else old["train_time_ms"] / 1000
+    return {
+        "path": str(run.path),
+        "run_id": run.path.name if run.path.is_dir() else run.path.stem,
+        "era": trace.era or None,
+        **last,
+        "status": status_of(run),
+        "trials": len(trace.trials),
+        "peak_allocated_mib": trace.end.get("peak_memory_mib"),
+        "peak_reserved_mib": trace.end.get("peak_reserved_mib"),
+        "target": target,
+        "target_crossing": crossing(trace.rows, target) if target is not None else None,
+        "tokens": old["tokens"],
+        "data_tokens": header.get("train_tokens"),
+        "params_total": old["params_total"] or header.get("params_total"),
+        **{key: header.get(key) for key in ("python", "cuda", "triton", "driver", "world_size", "date")},
+        "torch": old["torch"],
+        "gpus": old["device"],
+        "gpu_count": header.get("gpu_count"),
+        "code_hash": trace.code_hash,
+        "parts": list(trace.parts),
+        "warnings": notes,
+        "trial_runs": trials if len(trials) > 1 else [],
+    }
+
+
+SELF = ("seed", "run_id", "experiment_name", "log_dir", "resume", "wandb")  # settings that do not change the training
+
+
 def differing(runs):
     """Names of the settings in config.json that are not the same in all runs."""
-    settings = [found for run in runs if isinstance(found := run.config.get("settings"), dict)]
+    settings = [found for run in runs if (found := settings_of(run))]
     names = dict.fromkeys(name for found in settings for name in found if name != "run_id")
     return [name for name in names if len({json.dumps(found.get(name), sort_keys=True) for found in settings}) > 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Presenting: summaries -> text
+# Statistics. scipy is imported where it is used: it takes longer than reading a log.
+
+
+@dataclass
+class Sample:
+    """One complete trial: what the statistics are made of."""
+
+    run: Run
+    rows: list[dict]
+    loss: float
+    time_s: float | None
+    steps: int
+    stage_ms: dict[str, array]
+
+
+def samples_of(runs):
+    """(samples, what was left out and why): complete trials with a finite loss, a trial that is in two files once."""
+    found, dropped, seen = [], [], {}
+    for run in sorted(runs, key=lambda run: run.trace.code_hash is None):  # a log before the console output of its run
+        count = len(run.trace.trials)
+        for i in range(count):
+            name = f"{run.path.name}, trial {i + 1}" if count > 1 else run.path.name
+            sample, why = sample_of(run, i, name, seen)
+            found += [sample] if sample else []
+            dropped += [f"{name}: {why}"] if why else []
+        if not count and status_of(run) != "not a log":
+            dropped.append(f"{run.path.name}: no step")
+    return found, dropped
+
+
+def sample_of(run, i, name, seen):
+    """(Sample or None, reason) of trial i; `seen` maps the last validations of the trials so far to their names."""
+    rows, last = run.trace.trials[i], i == len(run.trace.trials) - 1
+    numbers = trial_numbers(rows, run.trace.end if last else None)
+    if numbers["final_val_loss"] is None or numbers["status"] != "complete":
+        return None, f"{numbers['status']} at step {numbers['steps']}"
+    vals = [(row["step"], row["val_loss"], number(row.get("train_time_ms"))) for row in rows if "val_loss" in row]
+    if twin := seen.get((*vals[-2:],)):
+        return None, f"the same run as {twin}"
+    seen |= {(*vals[-2:],): name, (*vals[-1:],): name}  # the shorter key for a file that holds the last line only
+    stages = run.trace.stage_ms[i] if run.trace.stage_ms else {}
+    return Sample(run, rows, numbers["final_val_loss"], numbers["train_time_s"], numbers["steps"], stages), None
+
+
+def mean_sd(values):
+    """(mean, sample sd with n - 1), None where there are too few values."""
+    values = [value for value in values if value is not None and math.isfinite(value)]
+    return (statistics.mean(values) if values else None), (statistics.stdev(values) if len(values) > 1 else None)
+
+
+def below_target(losses, target):
+    """p of the one-sided one-sample t-test that the mean is below the target; None unless two values differ."""
+    if len(losses) < 2 or statistics.stdev(losses) == 0:
+        return None
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(losses, target, alternative="less").pvalue)
+
+
+def runs_needed(margin, sd, alpha=0.01, most=100_000):
+    """Smallest n with p < alpha for a mean that lies `margin` below the target with this sd; None if above `most`."""
+    from scipy.stats import t
+
+    if margin <= 0 or sd == 0:
+        return None if margin <= 0 else 2
+    low, high = 1, 2
+    while t.sf(margin * math.sqrt(high) / sd, high - 1) >= alpha:
+        low, high = high, 2 * high
+        if high > most:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = t.sf(margin * math.sqrt(middle) / sd, middle - 1) < alpha
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def detectable_margin(n, sd, alpha=0.01):
+    """Smallest distance of the mean below the target that n runs with this sd show with p < alpha."""
+    from scipy.stats import t
+
+    return float(t.isf(alpha, n - 1)) * sd / math.sqrt(n)
+
+
+def welch(a, b, confidence=0.95):
+    """Welch's t-test of mean(a) - mean(b): difference, confidence interval, two-sided p, Cohen's d; None if too few."""
+    a, b = ([v for v in values if v is not None and math.isfinite(v)] for values in (a, b))
+    if min(len(a), len(b)) < 2 or not statistics.stdev(a) + statistics.stdev(b):
+        return None
+    from scipy.stats import ttest_ind
+
+    test = ttest_ind(a, b, equal_var=False)
+    interval = test.confidence_interval(confidence)
+    pooled = math.sqrt((statistics.variance(a) + statistics.variance(b)) / 2)
+    difference = statistics.mean(a) - statistics.mean(b)
+    return {"difference": difference, "ci_low": float(interval.low), "ci_high": float(interval.high),
+            "confidence": confidence, "p_value": float(test.pvalue), "cohens_d": difference / pooled}
+
+
+SIGMA_RULE = 0.004  # track 3 takes sd = 0.0013 as known: z > 3 is (target - mean) * sqrt(n) >= 0.004
+LOSS_PER_STEP = 0.000045  # track 3's worth of a step: 100 steps are 0.0045 of loss
+
+
+def pairwise_rule(a, b):
+    """Track 3's rule for samples b beating a: (loss difference + saved steps * 0.000045) / sqrt(1/n + 1/m)."""
+    gain = mean_sd([s.loss for s in a])[0] - mean_sd([s.loss for s in b])[0]
+    gain += (mean_sd([s.steps for s in a])[0] - mean_sd([s.steps for s in b])[0]) * LOSS_PER_STEP
+    value = gain / math.sqrt(1 / len(a) + 1 / len(b))
+    return {"value": value, "passed": value >= SIGMA_RULE}
+
+
+def group_numbers(samples):
+    """n, mean and sd of loss and time, steps of a list of samples."""
+    (loss, loss_sd), (time_s, time_sd) = mean_sd([s.loss for s in samples]), mean_sd([s.time_s for s in samples])
+    steps = sorted({s.steps for s in samples})
+    step_ms = mean_sd([trial_numbers(s.rows)["step_avg_ms"] for s in samples])[0]
+    return {"n": len(samples), "mean_val_loss": loss, "sd_val_loss": loss_sd, "mean_time_s": time_s,
+            "sd_time_s": time_sd, "mean_step_ms": step_ms, "steps": steps}
+
+
+def target_numbers(samples, target, alpha=0.01):
+    """What the losses say about the target."""
+    losses = [s.loss for s in samples]
+    n, (mean, sd) = len(losses), mean_sd(losses)
+    p = below_target(losses, target)
+    needed = runs_needed(target - mean, sd, alpha) if sd else None
+    value = (target - mean) * math.sqrt(n)
+    return {"target": target, "alpha": alpha, "p_value": p, "passed": p is not None and p < alpha,
+            "sigma_rule": {"value": value, "passed": value >= SIGMA_RULE}, "runs_needed": needed,
+            "more_runs": None if needed is None else max(0, needed - n),
+            "detectable_margin": detectable_margin(n, sd, alpha) if sd else None}
+
+
+def versions(samples):
+    """{code version: samples}, most samples first. A version is the source and, for our runs, the settings but seed and
+    names."""
+    found = {}
+    for sample in samples:
+        settings = {key: value for key, value in settings_of(sample.run).items() if key not in SELF}
+        text = json.dumps(settings, sort_keys=True) if settings else ""
+        key = sample.run.trace.code_hash or "no source"
+        key += f"+{hashlib.sha256(text.encode()).hexdigest()[:6]}" if text else ""
+        found.setdefault(key, []).append(sample)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def version_warning(groups, most=25):
+    """How the code versions of a group differ, a sentence; only the first `most` are compared."""
+    (first, its_samples), *others = list(groups.items())[:most]
+    words = {key: what_differs(its_samples[0].run, group[0].run) for key, group in others}
+    if set(words.values()) <= HARMLESS:
+        return f"{len(groups)} sources: {', '.join(sorted(set(words.values())))}"
+    counts = [f"{len(groups[key])} of {key} ({text})" for key, text in words.items()][:5]
+    counts += [f"{len(groups) - 6} more"] if len(groups) > 6 else []
+    counts = ", ".join([f"{len(its_samples)} of {first}", *counts])
+    return f"{len(groups)} code versions mixed: {counts}; see `logger.py diff` on one run of each"
+
+
+def group_warnings(samples, dropped):
+    """What makes the mean of a group doubtful."""
+    found = []
+    if len(groups := versions(samples)) > 1:
+        found.append(version_warning(groups))
+    for what, values in (("hardware", {device_of(s.run) for s in samples}),
+                         ("torch versions", {str(summarize(s.run)["torch"]) for s in samples}),
+                         ("driver versions", {s.run.trace.header.get("driver") for s in samples}),
+                         ("step counts", {s.steps for s in samples})):
+        if len(values) > 1:
+            found.append(f"mixed {what}: {', '.join(sorted(map(str, values)))}")
+    if any(s.run.trace.end.get("status") == "target" or s.steps < (latest(s.rows, "iterations") or 0) for s in samples):
+        found.append("runs that stopped by themselves before the last step: a stop chosen by the loss biases its mean")
+    seeds = [(key, str(seed)) for key, group in groups.items() for s in group
+             if (seed := settings_of(s.run).get("seed")) is not None]
+    if again := len(seeds) - len(set(seeds)):
+        found.append(f"{again} run(s) repeat the seed of another one: they are no independent samples")
+    if resets := sum(s.run.trace.resets > 0 for s in samples):
+        found.append(f"the clock was set back in {resets} run(s): their times leave out the steps before")
+    return found + [f"left out: {text}" for text in dropped]
+
+
+def step_times(rows):
+    """[(step, ms of that step)] from the clock's differences; none where the clock was set back."""
+    timed = [(row["step"], row["train_time_ms"]) for row in rows if number(row.get("train_time_ms")) is not None]
+    pairs = zip(timed, timed[1:], strict=False)
+    return [(b, (y - x) / (b - a)) for (a, x), (b, y) in pairs if b > a and y >= x and math.isfinite(y - x)]
+
+
+def stage_of(rows):
+    """step -> name of its stage: by batch_tokens and seq_len where they are logged, else quarters of the steps."""
+    known = [(row["step"], (row["batch_tokens"], row.get("seq_len"))) for row in rows if "batch_tokens" in row]
+    if known:
+        table = dict(known)
+        return lambda step: (f"{table[step][0]} tokens a step, seq_len {table[step][1]}") if step in table else None
+    last, names = max(1, rows[-1]["step"]), [f"{share}-{share + 25} % of the steps" for share in (0, 25, 50, 75)]
+    return lambda step: names[max(0, min(3, 4 * (step - 1) // last))]
+
+
+def stage_medians(samples):
+    """{stage: median ms of a step}, over all steps of all samples."""
+    found = {}
+    for stage, values in ((stage, ms) for sample in samples for stage, ms in sample.stage_ms.items() if stage):
+        found.setdefault(stage, array("d")).extend(values)
+    return {stage: statistics.median(values) for stage, values in found.items()}
+
+
+def resample(samples, x, grid):
+    """Validation losses of the samples at the points of `grid`, as an array (sample, point); x is a key of a row."""
+    import numpy as np
+
+    curves = []
+    for sample in samples:
+        points = curve(sample.rows, "val_loss", x)
+        points = [point for i, point in enumerate(points) if i == 0 or point[0] > points[i - 1][0]]
+        curves.append(np.interp(grid, *zip(*points, strict=True)))
+    return np.array(curves)
+
+
+def common_range(groups, x):
+    """(low, high) of x that the validation curves of all samples of all groups cover, None without one."""
+    curves = [[a for a, _ in curve(s.rows, "val_loss", x)] for samples in groups for s in samples]
+    if not curves or any(len(points) < 2 for points in curves):
+        return None
+    low, high = max(points[0] for points in curves), min(max(points) for points in curves)
+    return (low, high) if low < high else None
+
+
+def equal_points(groups, count=4):
+    """{"step" | "tokens" | "train_time_ms": [{"at", "means": [one a group]}]}, where all groups have been."""
+    found = {}
+    for x in ("step", "tokens", "train_time_ms"):
+        span = common_range(groups, x)
+        grid = [span[0] + (span[1] - span[0]) * i / count for i in range(1, count + 1)] if span else []
+        means = [resample(samples, x, grid).mean(0) for samples in groups] if grid else []
+        found[x] = [{"at": at, "means": [float(mean[i]) for mean in means]} for i, at in enumerate(grid)]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources: two texts -> what changed
+
+
+@dataclass
+class Source:
+    """A parsed file: values of its settings, its functions and classes as (syntax, text), what else it does."""
+
+    settings: dict[str, str] = field(default_factory=dict)
+    units: dict[str, tuple] = field(default_factory=dict)
+    problem: str | None = None
+
+
+def parse_source(text):
+    """Source of a Python text; `problem` says in a sentence why there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            tree = ast.parse(text)
+            source, lines, rest = Source(), text.split("\n"), []
+            for node in tree.body:
+                if not read_unit(source, node, lines) and not read_setting(source, node):
+                    rest.append(node)
+            source.units["module level"] = (ast.dump(without_docstrings(ast.Module(rest, []))), "", rest)
+            return source
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        where = f" (line {error.lineno}: {error.msg})" if isinstance(error, SyntaxError) else ""
+        python = ".".join(sys.version.split(".")[:2])
+        return Source(problem=f"does not parse as Python {python}{where}: compared as text only")
+
+
+def without_docstrings(node):
+    """The node, its docstrings removed, in place."""
+    for child in ast.walk(node):
+        body = getattr(child, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+            child.body = body[1:]
+    return node
+
+
+def read_unit(source, node, lines, prefix=""):
+    """Take a function, or a class with its fields and methods, into `source`; False for anything else."""
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return False
+    name = prefix + node.name
+    text, start = lines[node.lineno - 1], node.body[0]
+    if isinstance(node, ast.ClassDef):
+        node.body = [child for child in node.body if not read_unit(source, child, lines, f"{name}.")
+                     and not read_setting(source, child, f"{name}.")]
+    else:  # the text of the body: other defaults are no other function
+        text = "\n".join([lines[start.lineno - 1][start.col_offset :], *lines[start.lineno : node.end_lineno]])
+        read_defaults(source, node, name)
+        name += "()"
+    while name in source.units:  # the same name again: overloads, or one definition for each case
+        name += "'"
+    source.units[name] = (ast.dump(without_docstrings(node)), text, node)
+    return True
+
+
+def read_defaults(source, node, name):
+    """Take the defaults of a function's arguments as settings, and out of its syntax."""
+    arguments = node.args
+    plain = [*arguments.posonlyargs, *arguments.args]
+    pairs = list(zip(plain[len(plain) - len(arguments.defaults) :], arguments.defaults, strict=True))
+    pairs += [(a, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is not None]
+    for argument, default in pairs:
+        source.settings[f"{name}({argument.arg})"] = ast.unparse(default)
+    arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
+
+
+def read_setting(source, node, prefix=""):
+    """Take `name = value`, also with a type, into the settings; False for anything else."""
+    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
+        return False
+    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+    if len(getattr(node, "targets", [target])) > 1:
+        return False
+    names = target.elts if isinstance(target, ast.Tuple) else [target]
+    values = node.value.elts if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) else [node.value]
+    if len(names) != len(values) or not all(isinstance(name, (ast.Name, ast.Attribute)) for name in names):
+        return False
+    for name, value in zip(names, values, strict=True):
+        flatten(source.settings, prefix + ast.unparse(name), value)
+    return True
+
+
+def flatten(settings, name, value, depth=0):
+    """Take a value; dictionaries entry by entry, calls keyword by keyword: PRESETS[cpu].width, optimizer.lr."""
+    if isinstance(value, ast.Dict) and depth < 5 and all(isinstance(key, ast.Constant) for key in value.keys):
+        for key, item in zip(value.keys, value.values, strict=True):
+            flatten(settings, f"{name}[{key.value}]", item, depth + 1)
+    elif isinstance(value, ast.Call) and value.keywords and depth < 5:
+        for keyword in value.keywords:
+            flatten(settings, f"{name}.{keyword.arg or '**'}", keyword.value, depth + 1)
+        if value.args or not depth:
+            settings[name] = ast.unparse(ast.Call(value.func, value.args, []))
+    else:
+        settings[name] = ast.unparse(value)
+
+
+def constants_of(node):
+    """(the shape of a syntax tree without its constants, the constants), both in the order of ast.walk."""
+    form, values = [], []
+    for child in ast.walk(node):
+        if isinstance(child, ast.Constant):
+            values.append(child.value)
+        fields = [] if isinstance(child, ast.Constant) else ast.iter_fields(child)
+        plain = [(name, value if isinstance(value, str) else len(value) if isinstance(value, list) else value is None)
+                 for name, value in fields]
+        form.append((type(child), plain))
+    return form, values
+
+
+def changed_constants(old, new):
+    """[(old, new)] if two pieces of syntax differ in constants only, else None."""
+    old, new = (ast.Module(n, []) if isinstance(n, list) else n for n in (old, new))
+    (form, before), (other, after) = constants_of(old), constants_of(new)
+    if form != other or len(before) != len(after):
+        return None
+    return [(a, b) for a, b in zip(before, after, strict=True) if (type(a), a) != (type(b), b)]
+
+
+def compare_parts(old, new):
+    """What changed between two {file name: text}: {"settings": [{"name", "a", "b"}], "units": [{"name", "change"}],
+    "notes": [sentence]}; a change is added, removed, changed, constants only, or comments only."""
+    found = {"settings": [], "units": [], "notes": []}
+    for part in dict.fromkeys([*old, *new]):
+        if old.get(part) == new.get(part):
+            continue
+        if part not in old or part not in new:
+            found["units"].append({"name": part, "change": "file removed" if part in old else "file added"})
+            continue
+        a, b = parse_source(old[part]), parse_source(new[part])
+        for which, source in (("A", a), ("B", b)):
+            found["notes"] += [f"{part} of {which} {source.problem}"] if source.problem else []
+        if not a.problem and not b.problem:
+            compare_sources(a, b, "" if part == "train_gpt.py" else f"{part}: ", found)
+    return found
+
+
+def compare_sources(a, b, prefix, found):
+    """Add what changed between two Sources to `found`."""
+    count = len(found["settings"]) + len(found["units"])
+    for name in dict.fromkeys([*a.settings, *b.settings]):
+        if (before := a.settings.get(name)) != (after := b.settings.get(name)):
+            found["settings"].append({"name": prefix + name, "a": before, "b": after})
+    for name in dict.fromkeys([*a.units, *b.units]):
+        if name not in a.units or name not in b.units:
+            found["units"].append({"name": prefix + name, "change": "added" if name in b.units else "removed"})
+            continue
+        (syntax, text, node), (other, its_text, its_node) = a.units[name], b.units[name]
+        if syntax != other:
+            pairs = changed_constants(node, its_node)
+            inside = f"{prefix}inside {name}"
+            found["settings"] += [{"name": inside, "a": repr(x), "b": repr(y)} for x, y in pairs or []]
+            found["units"].append({"name": prefix + name, "change": "constants only" if pairs else "changed"})
+        elif text != its_text:
+            found["units"].append({"name": prefix + name, "change": "comments only"})
+    found["settings"].sort(key=lambda setting: (setting["a"] is None) + 2 * (setting["b"] is None))
+    if len(found["settings"]) + len(found["units"]) == count:
+        found["notes"].append(f"{prefix}only comments and blank lines outside of functions differ")
+
+
+HARMLESS = {"only comments differ", "only seeds and names differ"}
+
+
+def what_differs(a, b):
+    """A few words on how the version of run b differs from that of run a: settings, definitions, seeds, comments."""
+    a, b = (run if any(run.trace.parts.values()) else load_one(run.path) for run in (a, b))
+    found = compare_parts(a.trace.parts, b.trace.parts)
+    names = [s["name"] for s in changed_config(a, b) + found["settings"]]
+    units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
+    if not names + units:
+        return next((note for note in found["notes"] if "text only" in note), "only comments differ")
+    names = [name for name in names if not re.search(r"seed|run_?id|run_?name", name, re.IGNORECASE)]
+    if not names + units:
+        return "only seeds and names differ"
+    names = [name.removeprefix("setting ") for name in [*names, *units]]
+    return "other " + ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def unified(old, new, names):
+    """Lines of the unified diff of two {file name: text}."""
+    lines = []
+    for part in dict.fromkeys([*old, *new]):
+        a, b = (parts.get(part, "").splitlines() for parts in (old, new))
+        if len(a) + len(b) > 50_000:
+            lines.append(f"{part}: {len(a)} and {len(b)} lines are too many for a text diff")
+        elif a != b:
+            lines += difflib.unified_diff(a, b, f"{names[0]}/{part}", f"{names[1]}/{part}", lineterm="")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Claims: README.md -> what the logs say to it
+
+STEP_CLAIM = re.compile(r"step:\d{1,15}/\d{1,15} val_loss:\d{1,9}\.\d{1,15}[^\n`|]*", re.ASCII)
+LIST_CLAIM = re.compile(r"\[([\s\d.,e+-]{8,20000})\]")
+P_CLAIM = re.compile(r"\bp(?:[- ]?value)?\s{0,3}(=|<|<=|≤|~|≈|:)\s{0,3}(\d*\.?\d+(?:e-?\d+)?)(?![\d.]*\s*%)", re.I)
+N_CLAIM = re.compile(r"\bn\s?=\s?(\d{1,6})\b|"
+                     r"\b(\d{1,6}) (?:independent |validation |training |new |more )?(?:runs|trials|seeds)\b", re.I)
+LOSS_CLAIM = re.compile(r"(?<![\d.\w-])(\d{1,2}\.\d{3,6})(?!\d|\.\d|\s?(?:s|sec|seconds|ms|min|minutes|x)\b|\s?%)")
+TIME_CLAIM = re.compile(r"(?<![\d.\w-])(\d{1,7}(?:\.\d{1,4})?)\s?(ms|s|sec|secs|seconds|min|mins|minutes)\b(?!/)", re.I)
+VERDICTS = {False: "contradicted", None: "not checkable", True: "confirmed"}
+UNITS = {"ms": 1e-3, "s": 1, "sec": 1, "secs": 1, "seconds": 1, "min": 60, "mins": 60, "minutes": 60}
+
+
+def agrees(text, values, scale=1.0):
+    """Whether a number as it is written is one of `values`, rounded or cut to its digits."""
+    step = 10.0 ** -len(text.partition(".")[2]) * scale
+    return any(abs(float(text) * scale - value) <= 1.01 * step / 2 or 0 <= value - float(text) * scale < step
+               for value in values if value is not None)
+
+
+def check_claims(text, groups, target):
+    """[{"kind", "claim", "verdict", "detail"}] for every claim in a README; `groups` is {name: samples}. Verdicts are
+    confirmed, contradicted, not checkable (the number may be about a run that is not here)."""
+    samples, found = list({id(s): s for group in groups.values() for s in group}.values()), []
+    numbers = [group_numbers(group) for group in groups.values()]
+    found += [check_line(match[0], samples) for match in STEP_CLAIM.finditer(text)]
+    text = STEP_CLAIM.sub(" ", text)
+    found += [claim for match in LIST_CLAIM.finditer(text) if (claim := check_list(match[1], samples))]
+    lists = [[float(word) for word in re.findall(r"\d+\.\d+", match[1])] for match in LIST_CLAIM.finditer(text)]
+    text = LIST_CLAIM.sub(" ", text)
+    found += [check_p(match, groups, lists, target) for match in P_CLAIM.finditer(text) if 0 < float(match[2]) < 1]
+    text = P_CLAIM.sub(" ", text)
+    found += [check_n(match, numbers, len(samples)) for match in N_CLAIM.finditer(text)]
+    found += [claim for match in LOSS_CLAIM.finditer(text) if (claim := check_loss(match, text, samples, numbers))]
+    found += [check_time(match, samples, numbers) for match in TIME_CLAIM.finditer(text)]
+    return list({(claim["kind"], claim["claim"]): claim for claim in found}.values())
+
+
+def verdict(kind, claim, truth, detail=""):
+    """`truth` is True, False or None: not checkable."""
+    return {"kind": kind, "claim": claim.strip()[:100], "verdict": VERDICTS[truth], "detail": detail}
+
+
+def check_line(line, samples):
+    """A step line quoted from a log must be in one."""
+    row = parse_step_line(re.sub(r"[,;.)]+(?=\s|$)", "", line))
+    rows = [r for s in samples for r in s.rows if r["step"] == row["step"] and r["iterations"] == row["iterations"]]
+    there = any(r.get("val_loss") == row["val_loss"] for r in rows)
+    return verdict("step line", line, there if rows else None, "" if there else "no log holds it")
+
+
+def check_list(text, samples):
+    """A list of numbers: losses or times of the runs. Many of them in the logs and some not is a contradiction."""
+    words = re.findall(r"\d+\.\d+|\d{4,}", text)
+    if len(words) < 2:
+        return None
+    losses, seconds = [s.loss for s in samples], [s.time_s for s in samples if s.time_s is not None]
+    kinds = {"losses": (losses, 1.0), "times": (seconds, 1.0), "times in ms": (seconds, 1e-3)}
+    hits = {kind: [word for word in words if agrees(word, *of)] for kind, of in kinds.items()}
+    kind = max(hits, key=lambda kind: len(hits[kind]))
+    missing = [word for word in words if word not in hits[kind]]
+    truth = True if not missing else False if len(hits[kind]) > len(words) / 2 else None
+    detail = f"{len(words) - len(missing)} of {len(words)} are in the logs"
+    detail += f", not {', '.join(missing[:5])}" if missing else ""
+    return verdict(f"list of {kind if hits[kind] else 'numbers'}", f"[{', '.join(words[:4])}, ...]", truth, detail)
+
+
+def check_p(match, groups, lists, target):
+    """p = x is that of the t-test, or of track 3's test with a known sd, of some group; p < x holds for one. A p that
+    follows from a list in the README whose runs are not here cannot be checked."""
+    groups = [[s.loss for s in group] for group in groups.values()]
+    values = [p for losses in groups for p in p_values(losses, target)]
+    digits, exact = match[2], match[1] in "=:~≈"
+
+    def fits(p):
+        return agrees(digits, [p]) or abs(p - float(digits)) < 0.05 * float(digits) if exact else p < float(digits)
+
+    if not values:
+        return verdict("p", match[0], None, "no group of two or more runs")
+    if not any(map(fits, values)) and any(fits(p) for losses in lists for p in p_values(losses, target)):
+        return verdict("p", match[0], None, "follows from the README's own list, not from the logs here")
+    closest = min(values, key=lambda p: abs(math.log((p + 1e-300) / float(digits))))
+    return verdict("p", match[0], any(map(fits, values)), f"the closest of the tests of these logs: p = {closest:.2g}")
+
+
+def p_values(losses, target):
+    """p of the t-test, and of the z-test with track 3's sd of 0.0013, that the mean is below the target."""
+    if len(losses) < 2 or not all(abs(loss - target) < 1 for loss in losses):
+        return []
+    z = (target - statistics.mean(losses)) * math.sqrt(len(losses)) / 0.0013
+    return [p for p in (below_target(losses, target), 0.5 * math.erfc(z / math.sqrt(2))) if p is not None]
+
+
+def check_n(match, numbers, total):
+    """A number of runs must be one that the folder holds; fewer may be about a part of them."""
+    claim = int(match[1] or match[2])
+    counts = sorted({g["n"] for g in numbers} | {total})
+    truth = True if claim in counts else False if claim > total else None
+    return verdict("n", match[0], truth, f"complete runs here: {', '.join(map(str, counts))}")
+
+
+def check_loss(match, text, samples, numbers):
+    """A number in the range of the runs' losses: of a run, a validation on the way, or the mean of a group. One that is
+    called the mean or average and is not is contradicted."""
+    losses = [s.loss for s in samples]
+    if not losses or not min(losses) - 0.05 <= float(match[1]) <= max(losses) + 0.05:
+        return None
+    means = [g["mean_val_loss"] for g in numbers]
+    if agrees(match[1], means):
+        return verdict("loss", match[1], True, "mean of a group")
+    if agrees(match[1], losses):
+        return verdict("loss", match[1], True, "final loss of a run")
+    if agrees(match[1], [row["val_loss"] for s in samples for row in s.rows if "val_loss" in row]):
+        return verdict("loss", match[1], True, "validation on the way")
+    before = text[max(0, match.start() - 40) : match.start()].lower()
+    called = re.search(r"(mean|average|avg)\W{0,12}(?:\w+\W{1,3}){0,3}$", before)
+    return verdict("loss", match[1], False if called else None,
+                   f"means here: {', '.join(f'{m:.4f}' for m in means[:4])}" if called else "no run has it")
+
+
+def check_time(match, samples, numbers):
+    """A time of a run, a mean, or a step average; others may be about anything."""
+    unit = UNITS[match[2].lower()]
+    seconds = [s.time_s for s in samples] + [g["mean_time_s"] for g in numbers]
+    seconds += [g["mean_step_ms"] / 1000 for g in numbers if g["mean_step_ms"]] if unit == 1e-3 else []
+    there = agrees(match[1], seconds, unit)
+    return verdict("time", match[0], True if there else None, "" if there else "no run took that long")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presenting: reports of strings and Tables -> text, Markdown, terminal
 
 
 def printable(text):
@@ -290,30 +1307,102 @@ def show(value, form=""):
     return "-" if value is None else format(value, form)
 
 
-COLUMNS = (  # heading, alignment, cell of a summary
-    ("run", "<", lambda s: printable(s["run_id"])),
-    ("status", "<", lambda s: printable(s["status"])),
-    ("steps", ">", lambda s: f"{show(s['step'])}/{show(s['iterations'])}"),
-    ("val loss", ">", lambda s: show(s["val_loss"], ".4f")),
-    ("bits/byte", ">", lambda s: show(s["val_bpb"], ".4f")),
-    ("best val", ">", lambda s: show(s["best_val_loss"], ".4f")),
-    ("train s", ">", lambda s: show(s["train_time_ms"] and s["train_time_ms"] / 1000, ",.1f")),
-    ("ms/step", ">", lambda s: show(s["step_avg_ms"], ",.2f")),
-    ("tokens/s", ">", lambda s: show(s["tokens_per_s"], ",.0f")),
-    ("peak MiB", ">", lambda s: show(s["peak_memory_mib"], ",.0f")),
-    ("torch", "<", lambda s: printable(show(s["torch"]))),
-    ("device", "<", lambda s: printable(show(s["device"]))),
+@dataclass
+class Table:
+    """Headings and rows of cells; a column of numbers is aligned right. `title` is a line above it."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    title: str = ""
+
+    def __post_init__(self):
+        self.title, self.headings = printable(self.title), [*map(printable, self.headings)]
+        self.rows = [[printable("-" if cell is None else cell) for cell in row] for row in self.rows]
+        columns = zip(*self.rows, strict=True) if self.rows else [[]] * len(self.headings)
+        self.aligns = [">" if all(re.fullmatch(r"[-+\d.,/ e%]*|nan|inf", cell) for cell in column) else "<"
+                       for column in columns]
+
+    def plain(self):
+        """Lines; wide East Asian characters count as two."""
+        columns = [list(column) for column in zip(self.headings, *self.rows, strict=True)]
+        for column, align in zip(columns, self.aligns, strict=True):
+            widths = [sum(1 + (east_asian_width(c) in "WF") for c in cell) for cell in column]
+            pads = [" " * (max(widths) - width) for width in widths]
+            column[:] = [cell + pad if align == "<" else pad + cell for cell, pad in zip(column, pads, strict=True)]
+        return [*filter(None, [self.title]), *("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))]
+
+    def markdown(self):
+        def line(cells):
+            return "| " + " | ".join(re.sub(r"([\\|<>`*_\[\]])", r"\\\1", cell) for cell in cells) + " |"
+
+        rule = "|".join("--:" if align == ">" else "---" for align in self.aligns)
+        return [*([f"**{self.title}**", ""] if self.title else []), line(self.headings), f"|{rule}|",
+                *map(line, self.rows), ""]
+
+    def rich(self):
+        """A rich Table of plain Text cells: nothing in them is read as markup."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(title=Text(self.title) if self.title else None, title_justify="left", header_style="bold")
+        for heading, align in zip(self.headings, self.aligns, strict=True):
+            table.add_column(Text(heading), justify="right" if align == ">" else "left")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+
+def plain(report):
+    """Text of a report: a list of printable strings, Tables, and lists of lines, as of code."""
+    lines = []
+    for block in report:
+        lines += block.plain() if isinstance(block, Table) else [block] if isinstance(block, str) else block
+    return "\n".join(lines)
+
+
+def markdown(report):
+    """A report as Markdown; lines of code are fenced."""
+    fence, lines = "`" * 12, []
+    for block in report:
+        code = [fence + "diff", *block, fence, ""] if isinstance(block, list) else None
+        lines += code or (block.markdown() if isinstance(block, Table) else [block.replace("<", "&lt;"), ""])
+    return "\n".join(lines)
+
+
+def emit(report, args):
+    """Print a report: Markdown if asked for, rich tables on a terminal, else plain text."""
+    if getattr(args, "markdown", False):
+        print(markdown(report))
+    elif sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
+        from rich.console import Console
+        from rich.text import Text
+
+        for block in report:
+            table = isinstance(block, Table)
+            Console().print(block.rich() if table else Text(plain([block])), soft_wrap=not table)
+    else:
+        print(plain(report))
+
+
+def strict_json(value, indent=2):
+    """JSON text of `value`; nan and inf, which JSON cannot hold, become null."""
+    return json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda constant: None), indent=indent)
+
+
+COLUMNS = (  # heading, cell of a summary
+    ("run", lambda s: s["run_id"]),
+    ("status", lambda s: s["status"]),
+    ("steps", lambda s: f"{show(s['step'])}/{show(s['iterations'])}"),
+    ("val loss", lambda s: show(s["val_loss"], ".4f")),
+    ("bits/byte", lambda s: show(s["val_bpb"], ".4f")),
+    ("best val", lambda s: show(s["best_val_loss"], ".4f")),
+    ("train s", lambda s: show(s["train_time_ms"] and s["train_time_ms"] / 1000, ",.1f")),
+    ("ms/step", lambda s: show(s["step_avg_ms"], ",.2f")),
+    ("tokens/s", lambda s: show(s["tokens_per_s"], ",.0f")),
+    ("peak MiB", lambda s: show(s["peak_memory_mib"], ",.0f")),
+    ("torch", lambda s: show(s["torch"])),
+    ("device", lambda s: show(s["device"])),
 )
-
-
-def format_table(summaries):
-    """Lines of the table: one per summary, columns as in COLUMNS, wide East Asian characters counted as two."""
-    columns = [[heading, *map(cell, summaries)] for heading, _, cell in COLUMNS]
-    for column, (_, align, _) in zip(columns, COLUMNS, strict=True):
-        widths = [sum(1 + (east_asian_width(c) in "WF") for c in cell) for cell in column]
-        pads = [" " * (max(widths) - width) for width in widths]
-        column[:] = [cell + pad if align == "<" else pad + cell for cell, pad in zip(column, pads, strict=True)]
-    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def format_mean(summaries):
@@ -327,24 +1416,82 @@ def format_mean(summaries):
     return f"final val loss of completed runs: {mean:.4f} +- {sd:.4f} (mean +- sd, n={len(losses)}, {rest} left out)"
 
 
-def format_report(name, runs):
-    """The terminal report of an experiment."""
+def experiment_report(name, runs):
+    """The report of an experiment."""
     summaries, names = [summarize(run) for run in runs], differing(runs)
-    lines = [f"{printable(name)}: {len(runs)} run(s), losses in nats/token", *format_table(summaries)]
-    lines += filter(None, [format_mean(summaries)])
-    lines += [f"settings that differ between the runs: {printable(', '.join(names))}"] if names else []
-    lines += [f"note on {printable(s['run_id'])}: {printable(note)}" for s in summaries for note in s["notes"]]
-    return "\n".join(lines)
+    report = [f"{printable(name)}: {len(runs)} run(s), losses in nats/token"]
+    report.append(Table([heading for heading, _ in COLUMNS], [[cell(s) for _, cell in COLUMNS] for s in summaries]))
+    report += filter(None, [format_mean(summaries)])
+    report += [f"settings that differ between the runs: {printable(', '.join(names))}"] if names else []
+    return report + [f"note on {printable(s['run_id'])}: {printable(note)}" for s in summaries for note in s["notes"]]
+
+
+def format_report(name, runs):
+    """The report of an experiment as text."""
+    return plain(experiment_report(name, runs))
 
 
 def format_json(runs):
-    """{"runs": [summary, ...]} as strict JSON: nan and inf, which it cannot hold, become null (the status says nan)."""
-    text = json.dumps({"runs": [summarize(run) for run in runs]})
-    return json.dumps(json.loads(text, parse_constant=lambda constant: None), indent=2)
+    """{"runs": [summary, ...]} as strict JSON; the status says nan where a loss is null."""
+    return strict_json({"runs": [summarize(run) for run in runs]})
+
+
+def seconds(value):
+    return "-" if value is None else f"{value:,.1f} s" if value < 600 else f"{value:,.1f} s ({value / 60:,.1f} min)"
+
+
+def screen(numbers):
+    """One run as a two-column Table."""
+    n, status = numbers, numbers["status"]
+    place = f" at step {show(n['steps'])} of {show(n['max_step'])}" if status in ("died", "nan", "running") else ""
+    memory = [f"{n[key]:,} MiB {key.split('_')[1]}" for key in ("peak_allocated_mib", "peak_reserved_mib") if n[key]]
+    known = [f"{key} {n[key]}" for key in ("python", "torch", "cuda", "triton", "driver") if n[key]]
+    crossed = n["target_crossing"] or {}
+    where = f"step {crossed.get('step')}, {seconds(crossed.get('train_time_s'))}" if crossed else "not reached"
+    rows = [("status", status + place), ("format", n["era"]), ("trials", show(n["trials"])),
+            ("steps", f"{show(n['steps'])} of {show(n['max_step'])}"),
+            ("final val loss", show(n["final_val_loss"], ".5g")),
+            ("best val loss", f"{show(n['best_val_loss'], '.5g')} at step {show(n['best_val_step'])}"),
+            ("training time", seconds(n["train_time_s"])), ("step average", f"{show(n['step_avg_ms'], ',.2f')} ms"),
+            (f"target {show(n['target'])}", where), ("peak memory", ", ".join(memory)),
+            ("hardware", show(n["gpus"])), ("versions", ", ".join(known)),
+            ("parameters", show(n["params_total"], ",")), ("training tokens", show(n["tokens"], ",")),
+            ("tokens of the data", show(n["data_tokens"], ",")),
+            ("date", show(n["date"])), ("code", f"{show(n['code_hash'])} {' '.join(n['parts'])}")]
+    rows += [(f"trial {i}", f"val loss {show(t['final_val_loss'], '.5g')}, {seconds(t['train_time_s'])}, {t['status']}")
+             for i, t in enumerate(n["trial_runs"], 1)]
+    rows = [(key, value) for key, value in rows if value not in ("-", None, "")] + [("note", w) for w in n["warnings"]]
+    return Table(["run", n["path"]], [[key, str(value)] for key, value in rows])
+
+
+def run_table(found):
+    """Many runs as a Table, a line each."""
+    rows = [[n["path"], n["status"], show(n["trials"]), f"{show(n['steps'])}/{show(n['max_step'])}",
+             show(n["final_val_loss"], ".4f"), show(n["best_val_loss"], ".4f"), show(n["train_time_s"], ",.1f"),
+             show(n["step_avg_ms"], ",.2f"), show(n["peak_allocated_mib"]), n["torch"], n["gpus"], n["code_hash"]]
+            for n in found]
+    headings = "run,status,trials,steps,val loss,best val,train s,ms/step,peak MiB,torch,hardware,code".split(",")
+    return Table(headings, rows)
+
+
+def plus_minus(mean, sd, form):
+    return "-" if mean is None else f"{mean:{form}}" + ("" if sd is None else f" +- {sd:{form}}")
+
+
+def group_table(groups):
+    """{name: samples} as a Table."""
+    rows = []
+    for name, samples in groups.items():
+        n = group_numbers(samples)
+        steps = n["steps"]
+        rows.append([name, str(n["n"]), plus_minus(n["mean_val_loss"], n["sd_val_loss"], ".5f"),
+                     plus_minus(n["mean_time_s"], n["sd_time_s"], ",.2f"), show(n["mean_step_ms"], ",.2f"),
+                     f"{steps[0]}-{steps[-1]}" if len(steps) > 1 else str(*steps), len(versions(samples))])
+    return Table(["group", "n", "val loss", "train s", "ms/step", "steps", "code versions"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Presenting: runs -> figure. matplotlib is imported in loss_figure only; a bare Figure draws with Agg, without display.
+# Presenting: runs -> figures. matplotlib is imported in new_figure only; a bare Figure draws with Agg, without display.
 
 X_AXES = (  # key of a row, label, its units from large to small
     ("step", "step", ((1, ""),)),
@@ -354,9 +1501,9 @@ X_AXES = (  # key of a row, label, its units from large to small
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3b9e", "#8c564b", "#4d4d4d", "#a3ad00")
 
 
-def curve(run, loss, x):
+def curve(rows, loss, x):
     """[(x, loss)] of the rows that have both; a nan or infinite loss stays and leaves a gap in the line."""
-    pairs = [(number(row.get(x)), number(row.get(loss))) for row in run.trace.rows]
+    pairs = [(number(row.get(x)), number(row.get(loss))) for row in rows]
     return [(a, b) for a, b in pairs if a is not None and b is not None and math.isfinite(a)]
 
 
@@ -366,7 +1513,8 @@ def loss_limits(runs):
     It starts where the runs are after a tenth of the longest, as the first fall from ln(vocab_size) would flatten the
     rest. Losses that rise again stretch it to at most twice that span or one nat: a diverged run leaves the panel.
     """
-    curves = [[p for p in curve(run, loss, "step") if math.isfinite(p[1])] for run in runs for loss in LOSSES]
+    rows = [rows for run in runs for rows in run.trace.trials]
+    curves = [[p for p in curve(r, loss, "step") if math.isfinite(p[1])] for r in rows for loss in LOSSES]
     curves = [points for points in curves if points]
     if not curves:
         return None
@@ -392,36 +1540,55 @@ def unit_of(top, units):
     return next((unit for unit in units if top >= 2 * unit[0]), units[-1])
 
 
+def new_figure(panels, height, width=14, **options):
+    """(matplotlib Figure, its axes in a row)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    axes = figure.subplots(1, panels, squeeze=False, **options)[0]
+    for ax in axes:
+        ax.grid(color="0.92")
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def colours_of(count):
+    if count <= len(PALETTE):
+        return PALETTE[:count]
+    from matplotlib import colormaps
+
+    return [colormaps["turbo"](0.05 + 0.9 * i / count) for i in range(count)]
+
+
+def not_logged(ax):
+    ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color="0.5")
+    ax.set_xticks([])
+
+
 def draw_panel(ax, runs, colours, x, size):
     """Draw the losses of all runs against x / size: train faint, val on top with about 25 markers."""
     for run, colour in zip(runs, colours, strict=True):
-        train, val = ([(a / size, b) for a, b in curve(run, loss, x)] for loss in LOSSES)
-        look = {"marker": "o", "ms": 4.5, "mec": "white", "mew": 0.6, "markevery": max(1, len(val) // 25)}
-        ax.plot(*zip(*train, strict=True), color=colour, lw=0.9, alpha=0.28, zorder=2) if train else None
-        ax.plot(*zip(*val, strict=True), color=colour, lw=1.7, zorder=3, **look) if val else None
+        for rows in run.trace.trials:
+            train, val = ([(a / size, b) for a, b in curve(rows, loss, x)] for loss in LOSSES)
+            look = {"marker": "o", "ms": 4.5, "mec": "white", "mew": 0.6, "markevery": max(1, len(val) // 25)}
+            ax.plot(*zip(*train, strict=True), color=colour, lw=0.9, alpha=0.28, zorder=2) if train else None
+            ax.plot(*zip(*val, strict=True), color=colour, lw=1.7, zorder=3, **look) if val else None
     if not ax.lines:
-        ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color="0.5")
-        ax.set_xticks([])
+        not_logged(ax)
 
 
 def loss_figure(runs, name):
     """matplotlib Figure: the losses against step, tokens and time, side by side, on one loss axis."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    rows = math.ceil((len(runs) + 2) / 4)
-    figure = Figure(figsize=(14, 4.9 + 0.24 * rows), layout="constrained", dpi=120)
-    axes = figure.subplots(1, 3, sharey=True)
-    spread = [colormaps["turbo"](0.05 + 0.9 * i / len(runs)) for i in range(len(runs))]
-    colours = PALETTE[: len(runs)] if len(runs) <= len(PALETTE) else spread
+    figure, axes = new_figure(3, 4.9 + 0.24 * math.ceil((len(runs) + 2) / 4), sharey=True)
+    colours = colours_of(len(runs))
     for ax, (x, label, units) in zip(axes, X_AXES, strict=True):
-        size, unit = unit_of(max((a for r in runs for loss in LOSSES for a, _ in curve(r, loss, x)), default=0), units)
+        tops = (a for r in runs for rows in r.trace.trials for loss in LOSSES for a, _ in curve(rows, loss, x))
+        size, unit = unit_of(max(tops, default=0), units)
         draw_panel(ax, runs, colours, x, size)
         ax.set_xlabel(f"{label} ({unit})" if unit else label)
         ax.set_xlim(left=0)
-        ax.grid(color="0.92")
-        ax.spines[["top", "right"]].set_visible(False)
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].set_ylabel("loss (nats/token)")
     axes[0].set_ylim(loss_limits(runs))
@@ -434,60 +1601,606 @@ def loss_figure(runs, name):
     return figure
 
 
-def save_plot(runs, path, name):
-    """Write the loss figure to `path`; RuntimeError if matplotlib is missing."""
+def series_figure(runs, name, panels):
+    """Figure with a panel for each (label, function of a run's rows -> [(step, value)]); None if nothing is logged."""
+    found = [[pairs(run.trace.rows) for run in runs] for _, pairs in panels]
+    if not any(points for panel in found for points in panel):
+        return None
+    figure, axes = new_figure(len(panels), 4.4, 7 * len(panels))
+    for ax, (label, _), panel in zip(axes, panels, found, strict=True):
+        for run, points, colour in zip(runs, panel, colours_of(len(runs)), strict=True):
+            line = {"lw": 1.2, "color": colour, "label": label_of(run.path.name)}
+            ax.plot(*zip(*points, strict=True), **line) if points else None
+        ax.set(xlabel="step", ylabel=label, ylim=(0, None)) if ax.lines else not_logged(ax)
+    if len(runs) <= 12:
+        next(ax for ax in axes if ax.lines).legend(frameon=False, fontsize=8)
+    figure.suptitle(label_of(name, 60), fontsize=12, fontweight="bold")
+    return figure
+
+
+def figures_of(runs, name):
+    """{file name: Figure} of an experiment, loss.png last."""
+    schedule = [(label, lambda rows, key=key: curve(rows, key, "step"))
+                for key, label in (("lr", "learning rate / its setting"), ("window", "attention window (tokens)"))]
+    found = {"step_time.png": series_figure(runs, name, [("ms per step", step_times)]),
+             "schedule.png": series_figure(runs, name, schedule), "loss.png": loss_figure(runs, name)}
+    return {file: figure for file, figure in found.items() if figure}
+
+
+def compare_figure(groups):
+    """Figure: mean validation loss of each group against step, tokens and time as far as they are logged, with a band
+    from its lowest to its highest run."""
+    import numpy as np
+
+    shown = [axis for axis in X_AXES if common_range(groups.values(), axis[0])] or X_AXES[:1]
+    figure, axes = new_figure(len(shown), 4.9, 7 * len(shown), sharey=True)
+    colours, lows, highs = colours_of(len(groups)), [], []
+    for ax, (x, label, units) in zip(axes, shown, strict=True):
+        spans = {name: common_range([samples], x) for name, samples in groups.items()}
+        size, unit = unit_of(max((span[1] for span in spans.values() if span), default=0), units)
+        for (name, samples), colour in zip(groups.items(), colours, strict=True):
+            if spans[name]:
+                grid = np.linspace(*spans[name], 200)
+                losses = resample(samples, x, grid)
+                ax.fill_between(grid / size, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)
+                ax.plot(grid / size, losses.mean(0), color=colour, label=f"{label_of(name)} (n={len(samples)})")
+                lows, highs = [*lows, losses.min()], [*highs, losses.mean(0)[20]]
+        ax.set_xlabel(f"{label} ({unit})" if unit else label) if ax.lines else not_logged(ax)
+    if lows:
+        axes[0].set_ylim(min(lows) - 0.05, max(highs) + 0.05)
+        axes[0].legend(frameon=False)
+    axes[0].set_ylabel("validation loss (nats/token)")
+    return figure
+
+
+def save_figures(make, folder):
+    """Write the {file name: Figure} that make() returns into `folder`; returns the paths. RuntimeError if matplotlib is
+    missing."""
     try:
-        figure = loss_figure(runs, name)
+        figures = make()
     except ModuleNotFoundError as error:
         raise RuntimeError(f"no plot without {error.name}: pip install {error.name}, or pass --no-plot") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a run name in a script the font lacks: a box
-        figure.savefig(path)
+        for name, figure in figures.items():
+            figure.savefig(folder / name)
+    return [folder / name for name in figures]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands
+# Commands: each prints its result and returns the exit code
 
 
 def show_experiment(args):
-    """Report all runs of an experiment, then draw them."""
+    """Report all runs of an experiment, keep the report in logs.txt, then draw them."""
     runs = load_experiment(args.log_dir, args.experiment_name)
     if args.json:
         print(format_json(runs))
-        return
-    print(format_report(args.experiment_name, runs))
+        return 0
+    report = experiment_report(args.experiment_name, runs)
+    emit(report, args)
+    table = Path(args.log_dir) / args.experiment_name / "logs.txt"
+    table.write_text(plain(report) + "\n", encoding="utf-8", errors="backslashreplace")
+    print(f"table: {printable(table)}")
     if args.no_plot:
-        return
+        return 0
     if loss_limits(runs) is None:
         print("no plot: no loss logged yet")
-        return
-    path = Path(args.images_dir) / args.experiment_name / "loss.png"
-    save_plot(runs, path, args.experiment_name)
-    print(f"plot: {printable(path)}")
+        return 0
+    folder = Path(args.images_dir) / args.experiment_name
+    for path in save_figures(lambda: figures_of(runs, args.experiment_name), folder):
+        print(f"plot: {printable(path)}")
+    return 0
+
+
+def show_runs(args):
+    """A screen per run, or above ten of them a table; what is no log is counted."""
+    found = [describe(run, args.target) for run in read_each(expand(args.logs))]
+    logs = [numbers for numbers in found if numbers["status"] != "not a log"]
+    if args.json:
+        print(strict_json({"runs": found}))
+    else:
+        report = [screen(n) for n in logs] if len(logs) <= 10 else [run_table(logs)]
+        if len(found) > 1:
+            counts = {status: sum(n["status"] == status for n in found) for status in {n["status"]: 0 for n in found}}
+            report.append(f"{len(found)} files: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+        others = [n for n in found if n["status"] == "not a log"]
+        reasons = [f"not a log: {n['path']}{''.join(f' ({note})' for note in n['warnings'])}" for n in others]
+        emit(report + [printable(reason) for reason in reasons[:20]], args)
+    return 1 if not logs or (args.strict and any(n["status"] != "complete" for n in found)) else 0
+
+
+def load_groups(names):
+    """{name: samples} and {name: what was left out} of groups of logs. ValueError if one has no complete run."""
+    groups, dropped = {}, {}
+    short = ["/".join(Path(os.path.abspath(name)).parts[-1 - ("*" in name) :]) for name in names]
+    for name, last in zip(names, short, strict=True):
+        label = last if short.count(last) == 1 else name if name not in groups else f"{name} ({len(groups) + 1})"
+        groups[label], dropped[label] = samples_of(load(expand([name]), "stages"))
+        if not groups[label]:
+            raise ValueError(f"'{name}' holds no complete run: {reasons(dropped[label])}")
+    return groups, dropped
+
+
+def reasons(dropped):
+    return "; ".join(dropped[:3]) or "no step in any file"
+
+
+def compare_groups(args):
+    """Means of groups of runs and how they differ from the first group."""
+    if len(args.groups) < 2:
+        raise ValueError("compare needs two groups or more: files, folders or quoted globs")
+    groups, dropped = load_groups(args.groups)
+    result = compare_numbers(groups, dropped)
+    if args.json:
+        print(strict_json(result))
+        return 0
+    emit(compare_report(groups, result), args)
+    if not args.no_plot:
+        path = Path(args.plot)
+        save_figures(lambda: {path.name: compare_figure(groups)}, path.parent)
+        print(f"plot: {printable(path)}")
+    return 0
+
+
+def compare_numbers(groups, dropped):
+    """{"groups", "pairs", "stages", "equal"}: pairs are of the first group with each other one."""
+    first, *others = groups
+    pairs = []
+    for name in others:
+        a, b = groups[first], groups[name]
+        pairs.append({"a": first, "b": name, "val_loss": welch([s.loss for s in b], [s.loss for s in a]),
+                      "train_time_s": welch([s.time_s for s in b], [s.time_s for s in a]),
+                      "sigma_rule": pairwise_rule(a, b)})
+    return {"groups": [{"name": name, **group_numbers(samples), "warnings": group_warnings(samples, dropped[name])}
+                       for name, samples in groups.items()],
+            "pairs": pairs, "stages": {name: stage_medians(samples) for name, samples in groups.items()},
+            "equal": equal_points(list(groups.values()))}
+
+
+def compare_report(groups, result):
+    report, names = [group_table(groups)], list(groups)
+    rows = [[f"{what} of {pair['b']}", *welch_cells(pair[key], form)] for pair in result["pairs"]
+            for what, key, form in (("val loss", "val_loss", "+.5f"), ("train s", "train_time_s", "+.3f"))]
+    report.append(Table(["minus that of " + names[0], "difference", "95 % interval", "p (Welch)", "Cohen's d"], rows))
+    for pair in result["pairs"]:
+        rule = pair["sigma_rule"]
+        words = f"{rule['value']:+.4f}, {'passed' if rule['passed'] else 'not passed'} (>= {SIGMA_RULE})"
+        report.append(f"track 3's rule for {printable(pair['b'])} beating {printable(names[0])}: {words}")
+    stages = dict.fromkeys(stage for found in result["stages"].values() for stage in found)
+    rows = [[stage, *(show(found.get(stage), ",.2f") for found in result["stages"].values())] for stage in stages]
+    report.append(Table(["median ms of a step", *names], rows))
+    forms = {"step": lambda v: f"step {v:,.0f}", "tokens": lambda v: f"{v:,.0f} tokens",
+             "train_time_ms": lambda v: f"{v / 1000:,.2f} s"}
+    rows = [[forms[x](point["at"]), *(f"{mean:.4f}" for mean in point["means"]),
+             *(f"{mean - point['means'][0]:+.4f}" for mean in point["means"][1:])]
+            for x, points in result["equal"].items() for point in points]
+    report.append(Table(["val loss at", *names, *(f"{name} - {names[0]}" for name in names[1:])], rows))
+    if not result["equal"]["tokens"]:
+        report.append("equal tokens: not all of these logs count their tokens")
+    return report + [f"note on {printable(group['name'])}: {printable(text)}" for group in result["groups"]
+                     for text in group["warnings"]]
+
+
+def welch_cells(test, form):
+    if not test:
+        return ["-", "-", "-", "-"]
+    interval = f"{test['ci_low']:{form}} to {test['ci_high']:{form}}"
+    return [f"{test['difference']:{form}}", interval, f"{test['p_value']:.2g}", f"{test['cohens_d']:+.2f}"]
+
+
+ENVIRONMENT = ("python", "torch", "cuda", "triton", "driver", "gpus", "world_size")
+
+
+def diff_runs(args):
+    """What changed from run or group A to B."""
+    loaded = [load(expand([name])) for name in (args.a, args.b)]
+    a, b = (load_one(next((run for run in runs if run.trace.parts), runs[0]).path) for runs in loaded)
+    for run in (a, b):
+        if not run.trace.parts and not run.config:
+            raise ValueError(f"'{run.path}' holds no source: a log that begins with it is needed")
+    result = {"a": str(a.path), "b": str(b.path), **compare_parts(a.trace.parts, b.trace.parts)}
+    result["settings"] = changed_config(a, b) + result["settings"]
+    facts = [describe(run) for run in (a, b)]
+    result["environment"] = [{"name": key, "a": facts[0][key], "b": facts[1][key]} for key in ENVIRONMENT
+                             if facts[0][key] != facts[1][key]]
+    result["effect"] = effect_of(*loaded)
+    result["notes"] += [f"{name}: {text}" for name, runs in zip("AB", loaded, strict=True)
+                        for text in group_warnings(*samples_of(runs)) if "code versions" in text]
+    result["unified_diff"] = unified(a.trace.parts, b.trace.parts, ("a", "b"))
+    if args.json:
+        print(strict_json(result))
+    else:
+        emit(diff_report(result, args.no_text), args)
+    return 0
+
+
+def changed_config(a, b):
+    """Settings of two of our runs that differ, names and seeds aside."""
+    old, new = settings_of(a), settings_of(b)
+    names = [name for name in dict.fromkeys([*old, *new]) if name not in SELF and old.get(name) != new.get(name)]
+    return [{"name": f"setting {name}", "a": json.dumps(old.get(name)), "b": json.dumps(new.get(name))}
+            for name in names if old and new]
+
+
+def effect_of(old, new):
+    """{"val_loss" | "train_time_s" | "steps": {"a", "b", "difference", "test"}} of the complete trials of groups."""
+    a, b = (samples_of(runs)[0] for runs in (old, new))
+    found = {}
+    for key, name in (("val_loss", "loss"), ("train_time_s", "time_s"), ("steps", "steps")):
+        x, y = ([getattr(s, name) for s in samples] for samples in (a, b))
+        x_mean, y_mean = mean_sd(x)[0], mean_sd(y)[0]
+        both = x_mean is not None and y_mean is not None
+        found[key] = {"a": x_mean, "b": y_mean, "difference": y_mean - x_mean if both else None, "test": welch(y, x)}
+    return {**found, "n_a": len(a), "n_b": len(b)}
+
+
+def diff_report(result, no_text):
+    report = [f"A: {printable(result['a'])}", f"B: {printable(result['b'])}"]
+    if result["settings"]:
+        rows = [[s["name"], clip(s["a"]), clip(s["b"])] for s in result["settings"]]
+        report.append(Table(["setting or constant", "A", "B"], rows))
+    else:
+        report.append("no setting or constant differs")
+    if result["units"]:
+        report.append(Table(["function or class", "change"], [[u["name"], u["change"]] for u in result["units"]]))
+    report += [printable(note) for note in result["notes"]]
+    if result["unified_diff"] and not no_text:
+        report.append([printable(line.expandtabs(4)) for line in result["unified_diff"]])
+    same = "the same Python, PyTorch, driver and hardware"
+    rows = [[e["name"], e["a"], e["b"]] for e in result["environment"]]
+    report.append(Table(["environment", "A", "B"], rows) if rows else same)
+    effect, rows = result["effect"], []
+    for key, form in (("val_loss", ",.5f"), ("train_time_s", ",.3f"), ("steps", ",.0f")):
+        e = effect[key]
+        cells = welch_cells(e["test"], "+" + form)[1:3]
+        rows.append([key, show(e["a"], form), show(e["b"], form), show(e["difference"], "+" + form), *cells])
+    headings = ["mean", f"A (n={effect['n_a']})", f"B (n={effect['n_b']})", "B - A", "95 % interval", "p (Welch)"]
+    return [*report, Table(headings, rows)]
+
+
+def clip(value, most=60):
+    text = "-" if value is None else str(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def show_stats(args):
+    """Mean and spread of a group of runs, and what they say about a target."""
+    samples, dropped = samples_of(load(expand(args.logs)))
+    if not samples:
+        raise ValueError(f"no complete run in {', '.join(args.logs)}: {reasons(dropped)}")
+    result = {**group_numbers(samples), "losses": [s.loss for s in samples], "times_s": [s.time_s for s in samples],
+              "paths": [str(s.run.path) for s in samples],
+              "versions": {key: group_numbers(group) for key, group in versions(samples).items()}}
+    result["test"] = None if args.target is None else target_numbers(samples, args.target, args.alpha)
+    result["warnings"] = group_warnings(samples, dropped)
+    if args.json:
+        print(strict_json(result))
+    else:
+        emit(stats_report(samples, result), args)
+    return 0 if not result["test"] or result["test"]["passed"] else 1
+
+
+def stats_report(samples, result):
+    groups = versions(samples)
+    report = [group_table({"all": samples, **(groups if len(groups) > 1 else {})})]
+    if len(samples) <= 50:
+        rows = [[s.run.path.name, f"{s.loss:.5f}", show(s.time_s, ",.3f"), s.steps] for s in samples]
+        report.append(Table(["run", "val loss", "train s", "steps"], rows))
+    report += target_lines(result["test"], result["n"]) if result["test"] else []
+    return report + [f"warning: {printable(text)}" for text in result["warnings"]]
+
+
+def target_lines(test, n):
+    """What the test says, in sentences."""
+    p, alpha, rule = test["p_value"], test["alpha"], test["sigma_rule"]
+    lines = ["no t-test: it needs two runs that are not equal" if p is None else
+             f"one-sided t-test that the mean loss is below {test['target']}: p = {p:.2g}, "
+             f"{'passed' if test['passed'] else 'not passed'} (p < {alpha})",
+             f"track 3's rule with a fixed sd of 0.0013: (target - mean) * sqrt(n) = {rule['value']:+.4f}, "
+             f"{'passed' if rule['passed'] else 'not passed'} (>= {SIGMA_RULE})"]
+    if test["detectable_margin"] is not None:
+        lines.append(f"{n} runs with this spread show a mean that is {test['detectable_margin']:.5f} below the target")
+    if test["more_runs"]:
+        lines.append(f"for p < {alpha} at this mean and spread {test['runs_needed']} runs are needed, "
+                     f"{test['more_runs']} more")
+    elif test["runs_needed"] is None and p is not None:
+        lines.append("no number of runs would show it at this mean and spread")
+    return lines
+
+
+def verify_folder(args):
+    """Check the claims of a record folder's README.md, its code versions and its sources."""
+    folder = Path(args.folder)
+    if not (folder / "README.md").is_file():
+        raise FileNotFoundError(f"'{folder / 'README.md'}' is not there: nothing is claimed")
+    runs = load(expand([args.folder]), keep_source=True)
+    samples, dropped = samples_of(runs)
+    groups = {"all": samples} if samples else {}
+    for sample in samples:
+        groups.setdefault(str(sample.run.path.parent), []).append(sample)
+    groups |= versions(samples)
+    claims = check_claims(read_text(folder / "README.md")[:1_000_000], groups, args.target)
+    checks = [check_versions(samples), check_sources(runs), *complete_checks(samples, dropped)]
+    bad = [c for c in claims + checks if c["verdict"] == "contradicted"]
+    result = {"folder": str(folder), "runs": len(samples), "claims": claims, "checks": checks, "passed": not bad}
+    if args.json:
+        print(strict_json(result))
+    else:
+        report = [Table(["check", "verdict", "detail"], [[c["claim"], c["verdict"], c["detail"]] for c in checks])]
+        order = sorted(claims, key=lambda c: list(VERDICTS.values()).index(c["verdict"]))
+        rows = [[c["kind"], c["claim"], c["verdict"], c["detail"]] for c in order]
+        report += [Table(["kind", "claim of the README", "verdict", "detail"], rows)] if rows else ["no claim found"]
+        counts = [f"{sum(c['verdict'] == word for c in claims)} {word}" for word in VERDICTS.values()]
+        emit([*report, f"{len(samples)} complete runs; claims: {', '.join(counts)}"], args)
+    return 1 if bad else 0
+
+
+def check_versions(samples):
+    """One code version in each folder of logs; other seeds and comments are the same version."""
+    folders, mixed = {}, []
+    for sample in samples:
+        folders.setdefault(str(sample.run.path.parent), []).append(sample)
+    for name, group in folders.items():
+        first, *others = [found[0].run for found in versions(group).values() if found[0].run.trace.code_hash] or [None]
+        words = dict.fromkeys(what_differs(first, run) for run in others)
+        mixed += [f"{name}: {len(others) + 1} versions: {'; '.join(list(words)[:3])}"] if words else []
+        mixed += [""] if words.keys() - HARMLESS else []
+    fatal, mixed = "" in mixed, "; ".join(filter(None, mixed))
+    return verdict("code", "one code version in each group", not fatal if samples else None, mixed)
+
+
+def check_sources(runs):
+    """Every embedded source compiles; one for a newer Python than this one cannot be judged."""
+    found = {text: run for run in runs for text in run.trace.parts.values()}
+    broken = [run for text, run in found.items() if parse_source(text).problem]
+    newer = [run for run in broken if natural(run.trace.header.get("python", "")) > natural(sys.version)]
+    truth = None if not found or (newer and len(newer) == len(broken)) else not broken
+    detail = f"not that of {', '.join(run.path.name for run in broken[:3])}" if broken else ""
+    detail += f", for a newer Python than {sys.version.split()[0]}" if newer else ""
+    return verdict("source", "the sources in the logs are whole Python files", truth,
+                   detail if found else "no log holds a source")
+
+
+def complete_checks(samples, dropped):
+    return [verdict("runs", "complete runs", bool(samples) or False, f"{len(samples)} complete"),
+            *(verdict("runs", text.partition(":")[0], None, text.partition(": ")[2]) for text in dropped[:20])]
+
+
+def extract_source(args):
+    """Write the source inside a log; the other files of a source of several beside it."""
+    run = load_one(Path(args.log))
+    if not run.trace.parts:
+        if not os.path.exists(args.log):
+            raise FileNotFoundError(f"'{args.log}' is not there")
+        raise ValueError(f"'{args.log}' holds no source: expected a log that begins with it, or a run folder of ours")
+    main, *others = run.trace.parts
+    if args.output is None:
+        sys.stdout.write(json.dumps(run.trace.parts) + "\n" if args.json else run.trace.parts[main])
+        return 0
+    target = Path(args.output)
+    files = {target: run.trace.parts[main]} | {target.parent / name: run.trace.parts[name] for name in others}
+    for path, text in files.items():
+        if path.exists() and not args.force and path.read_bytes() != text.encode("utf-8", "replace"):
+            raise ValueError(f"'{path}' is there and differs: choose another -o, or overwrite it with --force")
+    for path, text in files.items():
+        path.write_bytes(text.encode("utf-8", "replace"))
+    problems = [f"{path.name} {problem}" for path, text in files.items() if (problem := parse_source(text).problem)]
+    if args.json:
+        files = [str(path) for path in files]
+        print(strict_json({"files": files, "code_hash": run.trace.code_hash, "problems": problems}))
+    else:
+        print("\n".join([f"wrote {printable(path)}" for path in files] + [f"note: {printable(p)}" for p in problems]))
+    return 0
+
+
+def export_records(args):
+    """All records of all trials as CSV or JSON, or to Weights & Biases."""
+    paths = expand(args.logs)
+    rows = (row for run in read_each(paths, True) for rows in run.trace.trials for row in rows)
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    if not keys:
+        raise ValueError(f"no log in {', '.join(args.logs)} holds a step")
+    if args.wandb:
+        return export_wandb(paths, args.wandb)
+    form = "json" if args.json else args.format or ("json" if str(args.output).endswith(".json") else "csv")
+    pieces = export_json(paths) if form == "json" else export_csv(paths, keys)
+    if args.output:
+        with open(args.output, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            file.writelines(pieces)
+        print(f"wrote {printable(args.output)}", file=sys.stderr)
+    else:
+        sys.stdout.writelines(pieces)
+    return 0
+
+
+def export_csv(paths, keys):
+    """A line a record: path, trial, and every key that any record has; yielded log by log."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ["path", "trial", *keys], lineterminator="\n")
+    writer.writeheader()
+    for run in read_each(paths, True):
+        for trial, rows in enumerate(run.trace.trials, 1):
+            writer.writerows({"path": str(run.path), "trial": trial, **row} for row in rows)
+        yield file.getvalue()
+        file.seek(0)
+        file.truncate()
+
+
+def export_json(paths):
+    """{"runs": [what show gives, with all records of each trial under "curves"]}, yielded log by log."""
+    start = '{"runs": ['
+    for run in read_each(paths, True):
+        if run.trace.trials:
+            yield start + strict_json({**describe(run), "curves": run.trace.trials}, None)
+            start = ",\n"
+    yield "]}\n"
+
+
+def export_wandb(paths, project):
+    """One run of Weights & Biases for each trial. WANDB_MODE=offline keeps them on disk."""
+    try:
+        import wandb
+    except ImportError:
+        raise RuntimeError("--wandb: Weights & Biases is not installed; pip install wandb") from None
+    for run in read_each(paths, True):
+        facts = {key: value for key, value in describe(run).items() if key not in ("trial_runs", "warnings")}
+        for trial, rows in enumerate(run.trace.trials, 1):
+            name = f"{facts['run_id']}-{trial}" if len(run.trace.trials) > 1 else facts["run_id"]
+            config = {**facts, **settings_of(run)}
+            target = wandb.init(project=project, name=name, config=config, reinit="finish_previous")
+            for row in rows:
+                values = {key: value for key, value in row.items() if number(value) is not None}
+                target.log(values, step=row["step"])
+            target.finish()
+    return 0
+
+
+def show_board(args):
+    """Leaderboard of record folders: Markdown on the terminal, a page in a file."""
+    from records.board import board_html, board_markdown
+
+    records = [record for name in args.folders for record in records_of(Path(name))]
+    if not records:
+        raise ValueError(f"no record in {', '.join(args.folders)}: expected folders with logs of complete runs")
+    records.sort(key=lambda record: (record["date"] or "", record["name"]))
+    if args.json:
+        print(strict_json({"records": records}))
+        return 0
+    print(board_markdown(records))
+    if args.html:
+        page = Path(args.html)
+        for record in records:  # links of the page start at its folder
+            record["folder"] = os.path.relpath(record["folder"], page.resolve().parent)
+        page.write_text(board_html(records, args.title), encoding="utf-8", errors="replace")
+        print(f"page: {printable(args.html)}", file=sys.stderr)
+    return 0
+
+
+def records_of(folder):
+    """Record dicts of a folder: of itself if it holds logs or a README.md beside folders of logs, else of each folder
+    inside it."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"'{folder}' is no folder")
+    date = re.compile(r"\d{4}-?\d\d-?\d\d")
+    inside = [entry for entry in folders(folder) if date.match(entry.name)]
+    found = [record_of(entry) for entry in inside] if inside and not date.match(folder.name) else [record_of(folder)]
+    return [record for record in found if record]
+
+
+def record_of(folder):
+    """The record dict of one folder: numbers of its largest code version, logs of baselines aside; None without one."""
+    paths = [path for path in find_logs(folder) if "baseline" not in str(path.relative_to(folder)).lower()]
+    samples = samples_of(load(paths, keep_source=True))[0]
+    if not samples:
+        return None
+    samples = next(iter(versions(samples).values()))
+    first, match = samples[0].run, re.match(r"(\d{4})-?(\d\d)-?(\d\d)[_-]?(.*)", folder.name)
+    titles = re.findall(r"^#+\s+(.+)", read_text(folder / "README.md"), re.MULTILINE)
+    numbers = {key: value for key, value in group_numbers(samples).items() if key != "mean_step_ms"}
+    torch, tokens = describe(first)["torch"], latest(samples[0].rows, "tokens")
+    name, date = (match[4] or folder.name, "-".join(match.groups()[:3])) if match else (folder.name, None)
+    return {"name": name, "date": date, "folder": str(folder), **numbers,
+            "readme_title": titles[0].strip() if titles else None, "steps": numbers["steps"][-1],
+            "tokens": tokens, "gpus": device_of(first), "torch": torch,
+            "code_hash": first.trace.code_hash, "source": "\n".join(first.trace.parts.values()),
+            "curves": [{"label": s.run.path.name, "points": points_of(s.rows)} for s in samples]}
+
+
+def points_of(rows, most=400):
+    """[[step, time_s, val_loss, train_loss]]: all validations, and about `most` of the other records with a loss."""
+    rows = [row for row in rows if any(number(row.get(key)) is not None for key in LOSSES)]
+    stride = max(1, len(rows) // most)
+    finite = [[number(row.get(key)) for key in ("train_time_ms", "val_loss", "train_loss")] for row in rows]
+    finite = [[v if v is not None and math.isfinite(v) else None for v in values] for values in finite]
+    points = [[row["step"], None if ms is None else ms / 1000, val, train]
+              for row, (ms, val, train) in zip(rows, finite, strict=True)]
+    return [point for i, point in enumerate(points) if point[2] is not None or i % stride == 0]
+
+
+def flag(parser, name, **options):
+    """A flag with its dash and underscore spellings."""
+    parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options)
 
 
 def build_parser():
-    """Parser whose `command` is the function to call with its result; a subcommand is one more parser that sets it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    """Parser whose `command` is the function to call with its result; without a sub-command that of an experiment."""
+    shown = argparse.ArgumentParser(add_help=False)
+    shown.add_argument("--json", action="store_true", help="print the numbers as JSON, draw nothing")
+    shown.add_argument("--markdown", action="store_true", help="print the report as Markdown")
+    about, _, more = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(description=about, epilog=more, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(command=show_experiment)
-    parser.add_argument("--experiment_name", "--experiment-name", required=True, help="folder inside the log folder")
-    parser.add_argument("--log-dir", "--log_dir", default="logs", help="folder of all experiments (default: logs)")
-    parser.add_argument("--images-dir", "--images_dir", default="images", help="folder for plots (default: images)")
+    parser.add_argument("--experiment_name", "--experiment-name", help="folder inside the log folder")
+    flag(parser, "log-dir", default="logs", help="folder of all experiments (default: logs)")
+    flag(parser, "images-dir", default="images", help="folder for plots (default: images)")
     parser.add_argument("--json", action="store_true", help='print {"runs": [...]} instead of the table, draw nothing')
-    parser.add_argument("--no-plot", "--no_plot", action="store_true", help="draw nothing (matplotlib is not needed)")
+    flag(parser, "no-plot", action="store_true", help="draw nothing (matplotlib is not needed)")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="name")
+
+    def command(name, function):
+        text = " ".join(function.__doc__.split())
+        found = commands.add_parser(name, parents=[shown], help=text, description=text, allow_abbrev=False)
+        found.set_defaults(command=function)
+        return found
+
+    add_commands(command)
     return parser
 
 
+def add_commands(command):
+    """The sub-commands and their flags."""
+    logs = {"nargs": "+", "metavar": "LOG", "help": "files, folders or globs"}
+    target = {"type": float, "metavar": "LOSS", "help": "the loss to be reached"}
+    sub = command("show", show_runs)
+    sub.add_argument("logs", **logs)
+    sub.add_argument("--target", **{**target, "default": 3.28, "help": "loss whose crossing is shown (default: 3.28)"})
+    sub.add_argument("--strict", action="store_true", help="exit with 1 unless every file is a complete run")
+    sub = command("compare", compare_groups)
+    sub.add_argument("groups", nargs="+", metavar="GROUP", help="a file, folder or quoted glob for each group")
+    sub.add_argument("--plot", default="images/compare.png", help="where the plot goes (default: images/compare.png)")
+    flag(sub, "no-plot", action="store_true", help="draw nothing")
+    sub = command("diff", diff_runs)
+    sub.add_argument("a", metavar="A", help="a log, or a folder of runs")
+    sub.add_argument("b", metavar="B", help="another one")
+    flag(sub, "no-text", action="store_true", help="without the unified diff")
+    sub = command("stats", show_stats)
+    sub.add_argument("logs", **logs)
+    sub.add_argument("--target", **target)
+    sub.add_argument("--alpha", type=float, default=0.01, help="p has to be below (default: 0.01)")
+    sub = command("verify", verify_folder)
+    sub.add_argument("folder", metavar="FOLDER", help="record folder with README.md and logs")
+    sub.add_argument("--target", **{**target, "default": 3.28, "help": "target of its p (default: 3.28)"})
+    sub = command("extract", extract_source)
+    sub.add_argument("log", metavar="LOG")
+    sub.add_argument("-o", "--output", metavar="FILE", help="file to write (default: the terminal)")
+    sub.add_argument("--force", action="store_true", help="overwrite files that differ")
+    sub = command("export", export_records)
+    sub.add_argument("logs", **logs)
+    sub.add_argument("-o", "--output", metavar="FILE", help="file to write (default: the terminal)")
+    sub.add_argument("--format", choices=("csv", "json"), help="default: by the name of the file, else csv")
+    sub.add_argument("--wandb", metavar="PROJECT", help="upload to Weights & Biases instead")
+    sub = command("board", show_board)
+    sub.add_argument("folders", nargs="+", metavar="FOLDER", help="record folders, or a folder of them")
+    sub.add_argument("--html", default="board.html", metavar="FILE", help="the page (default: board.html)")
+    sub.add_argument("--title", default="Leaderboard", help="its title")
+
+
 def main(argv=None):
-    """Run a command; return the exit status: 0, or 1 after one line of `error: ...`."""
-    args = build_parser().parse_args(argv)
+    """Run a command; return its exit code, 1 after one line of `error: ...`."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.name and args.experiment_name is None:
+        parser.error("give --experiment_name NAME or a command: see --help")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that a terminal's encoding lacks
     try:
-        args.command(args)
+        code = args.command(args)
         sys.stdout.flush()
+        return code
     except BrokenPipeError:  # the reader (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError) as error:

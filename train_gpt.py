@@ -2040,7 +2040,8 @@ class RunLog:
             self.metric(event="resume", step=resumed_at, config=config)
             return
         source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
-        self.text.write(f"{source}\n{bar}\n{environment_text(hardware)}\n{bar}\n")
+        settings = json.dumps(config["settings"])  # of the command line: the source knows only its defaults
+        self.text.write(f"{source}\n{bar}\n{environment_text(hardware)}\nSettings: {settings}\n{bar}\n")
         (folder / "config.json").write_text(json.dumps(config, indent=1))
 
     def print(self, text: str):

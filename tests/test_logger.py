@@ -1,4 +1,4 @@
-"""Tests of logger.py on logs made here: step lines, resumed, killed and damaged runs, the report, the plot."""
+"""Tests of logger.py on runs of ours, made here: step lines, resumed, killed, damaged runs, the report, the plots."""
 
 import importlib
 import json
@@ -221,7 +221,8 @@ def test_gpus_of_an_nvidia_smi_table_are_counted():
     machine = "Running PyTorch 2.10.0.dev20251210+cu126 compiled for CUDA 12.6\n"
     machine += "".join(row.format(i) for i in range(8))
     header = logger.parse_log(log_text("", machine=machine)).header
-    assert header == {"torch": "2.10.0.dev20251210+cu126", "device": "8x NVIDIA H100 80GB HBM3"}
+    expected = {"torch": "2.10.0.dev20251210+cu126", "cuda": "12.6", "device": "8x NVIDIA H100 80GB HBM3"}
+    assert header == expected | {"gpus": "NVIDIA H100 80GB HBM3", "gpu_count": 8}
 
 
 @pytest.mark.parametrize(
@@ -261,7 +262,9 @@ def test_report_table_mean_and_differing_settings(tmp_path, capsys):
     make_run(logs, "killed", lines(val(50, 4.0)))
     status, out, err = run_main(capsys, logs, "--no-plot")
     table = out.splitlines()
-    assert (status, err, len(table)) == (0, "", 8)
+    assert (status, err, len(table)) == (0, "", 9)
+    assert table[8] == f"table: {logs / 'exp' / 'logs.txt'}"
+    assert (logs / "exp" / "logs.txt").read_text().splitlines() == table[:8]
     assert [line.split()[0] for line in table[2:6]] == ["killed", "run_8", "run_9", "run_10"]
     assert len({line.index("100/100") for line in table[3:6]}) == 1
     assert all(line.endswith("  Chip") for line in table[3:6])  # two CPU processes are one chip
@@ -271,8 +274,8 @@ def test_report_table_mean_and_differing_settings(tmp_path, capsys):
 
 
 def test_table_aligns_wide_characters(tmp_path):
-    one, two = (summary(make_run(tmp_path, name, lines(val(9, 3.5)))) for name in ("日本", "abcd"))
-    _, wide, narrow = logger.format_table([one, two])
+    runs = [logger.read_run(make_run(tmp_path, name, lines(val(9, 3.5)))) for name in ("日本", "abcd")]
+    _, _, wide, narrow = logger.format_report("exp", runs).splitlines()
     assert wide.removeprefix("日本") == narrow.removeprefix("abcd")
 
 
@@ -334,6 +337,20 @@ def test_plot_is_written_and_its_path_printed(tmp_path, capsys):
     path = tmp_path / "images" / "exp" / "loss.png"
     assert (status, err, out.splitlines()[-1]) == (0, "", f"plot: {path}")
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_step_time_and_schedule_are_drawn_where_they_are_logged(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [train(step, 4.0) | {"lr": 1 - step / 100, "window": 64 * step} for step in range(1, 9)]
+    run = logger.read_run(make_run(tmp_path / "logs", "a", lines(*rows)))
+    make_run(tmp_path / "logs", "b", lines(val(9, 3.5)))
+    figures = logger.figures_of([run], "exp")
+    assert list(figures) == ["step_time.png", "schedule.png", "loss.png"]
+    assert [set(line.get_ydata()) for line in figures["step_time.png"].axes[0].lines] == [{10.0}]
+    lr, window = (ax.lines[0].get_ydata() for ax in figures["schedule.png"].axes)
+    assert list(lr) == [row["lr"] for row in rows] and list(window) == [row["window"] for row in rows]
+    assert run_main(capsys, tmp_path / "logs")[0] == 0
+    assert sorted(p.name for p in (tmp_path / "images" / "exp").iterdir()) == sorted(figures)
 
 
 def test_figure_has_shared_axes_limits_and_legend(tmp_path):

@@ -1,0 +1,649 @@
+"""Tests of logger.py's commands on logs made here: statistics by hand, diffs, claims, sources, exports, exit codes."""
+
+import csv
+import io
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import logger
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = settings(deadline=None, database=None, max_examples=30)
+BAR = "=" * 100 + "\n"
+MACHINE = "Running Python 3.11.1\nRunning PyTorch 2.9.0 compiled for CUDA 12.6\nRunning on CPU: Chip, 2 threads\n"
+CODE = '''"""A trainer."""
+import os
+from dataclasses import dataclass
+
+RATE, BLOCK = 0.05, 64
+PRESETS: dict = {"cpu": dict(width=192, steps=(1, 2)), "gpu": dict(width=768)}
+
+
+@dataclass
+class Args:
+    """Settings."""
+
+    steps: int = 100  # of training
+    floor: float = 0.1
+
+    def total(self):
+        return self.steps * BLOCK
+
+
+def get_lr(step, cooldown=0.4):
+    """Rate at a step."""
+    if step < 10:
+        return 1.0
+    return 0.1 * cooldown
+
+
+def helper():
+    return [1,
+            2]
+
+
+optimizer = Muon(params, lr=RATE, momentum=0.95)
+for epoch in range(3):
+    helper()
+'''
+
+
+def log_text(loss=3.25, seconds=1.0, code=CODE, machine=MACHINE, count=4, tail=""):
+    """A run of `count` steps with three validations."""
+    lines = ""
+    for step in range(count + 1):
+        ms = 1000 * seconds * step / count
+        lines += f"step:{step}/{count} train_time:{ms:.3f}ms step_avg:{ms / max(1, step):.2f}ms\n" if step else ""
+        if step in (0, count // 2, count):
+            value = loss + (count - step) / count
+            average = ms / max(1, step)
+            lines += f"step:{step}/{count} val_loss:{value:.5f} train_time:{ms:.3f}ms step_avg:{average:.2f}ms\n"
+    return code + BAR + machine + BAR + lines + tail
+
+
+def make_group(folder, losses, seconds=None, **options):
+    """A folder with a log for each loss; the times differ by a millisecond unless given."""
+    folder.mkdir(parents=True)
+    for i, loss in enumerate(losses):
+        text = log_text(loss, (seconds or [1 + k / 1000 for k in range(len(losses))])[i], **options)
+        (folder / f"run_{i}.txt").write_text(text)
+    return folder
+
+
+def make_ours(folder, losses, seed=0, stages=((64, 32),), **changes):
+    """A run folder of train_gpt.py: steps of 10 ms, a validation every second step."""
+    folder.mkdir(parents=True)
+    rows = []
+    for step, loss in enumerate(losses, 1):
+        batch, seq_len = stages[(step - 1) * len(stages) // len(losses)]
+        rows.append({"step": step, "train_loss": loss, "batch_tokens": batch, "seq_len": seq_len, "tokens": 64 * step,
+                     "train_time_ms": 10.0 * step})
+        rows += [{"step": step, "val_loss": loss, "tokens": 64 * step, "train_time_ms": 10.0 * step}] * (step % 2 == 0)
+    count = len(losses)
+    rows.append({"event": "end", "status": "done", "step": count, "iterations": count, "val_loss": losses[-1],
+                 "train_time_ms": 10.0 * count, "peak_memory_mib": 5})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"seed": seed, "run_id": folder.name, "width": 32} | changes
+    (folder / "config.json").write_text(json.dumps({"settings": values, "torch": "2.13.0", "world_size": 1}))
+    (folder / "log.txt").write_text(log_text(losses[-1]))
+    return folder
+
+
+def command(capsys, *argv):
+    """(exit code, standard output, standard error) of a command."""
+    code = logger.main(list(map(str, argv)))
+    return code, *capsys.readouterr()
+
+
+def numbers(capsys, *argv, code=0):
+    """The JSON that a command prints."""
+    found, out, err = command(capsys, *argv, "--json")
+    assert (found, err) == (code, "")
+    return json.loads(out, parse_constant=pytest.fail)
+
+
+def error(capsys, *argv):
+    """The one line of an error."""
+    code, out, err = command(capsys, *argv)
+    assert (code, out, err.count("\n")) == (1, "", 1) and err.startswith("error: ")
+    return err
+
+
+# -- statistics
+
+
+def test_t_test_by_hand():
+    """Of three values t has two degrees of freedom: its distribution function is 1/2 + t / (2 sqrt(2 + t^2))."""
+    p = logger.below_target([3.270, 3.275, 3.280], 3.280)
+    assert p == pytest.approx(0.5 - math.sqrt(3) / (2 * math.sqrt(5)), rel=1e-9)
+    assert logger.below_target([3.2], 3.28) is None and logger.below_target([3.2, 3.2], 3.28) is None
+
+
+def test_welch_by_hand():
+    """Means 6 and 1, variances 2, n = 2 each: standard error sqrt(2), two degrees of freedom, t_0.975 = 4.302653."""
+    test = logger.welch([5, 7], [0, 2])
+    t = 5 / math.sqrt(2)
+    assert test["difference"] == 5 and test["p_value"] == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9)
+    half = 4.302652729911275 * math.sqrt(2)
+    assert (test["ci_low"], test["ci_high"]) == pytest.approx((5 - half, 5 + half), rel=1e-9)
+    assert test["cohens_d"] == pytest.approx(5 / math.sqrt(2))
+    assert logger.welch([1], [2, 3]) is None and logger.welch([1, 1], [2, 2]) is None
+    assert logger.welch([5, 7, math.nan, None], [0, 2]) == test
+
+
+@QUICK
+@given(st.floats(1e-4, 0.05), st.floats(1e-4, 0.05))
+def test_runs_needed_is_the_first_that_passes(margin, sd):
+    from scipy.stats import t
+
+    needed = logger.runs_needed(margin, sd)
+    p = [t.sf(margin * math.sqrt(n) / sd, n - 1) for n in range(2, (needed or 100) + 1)]
+    assert p[-1] < 0.01 or needed is None
+    assert all(value >= 0.01 for value in p[:-1])
+
+
+def test_runs_needed_limits_and_detectable_margin():
+    assert logger.runs_needed(0, 1) is None and logger.runs_needed(1, 0) == 2 and logger.runs_needed(1e-9, 1) is None
+    losses = [3.27, 3.272, 3.275, 3.271]
+    mean, sd = statistics.mean(losses), statistics.stdev(losses)
+    margin = logger.detectable_margin(4, sd, alpha=0.05)
+    assert logger.below_target(losses, mean + margin) == pytest.approx(0.05)
+
+
+def test_track_3_rules(tmp_path):
+    old, new = make_group(tmp_path / "a", [3.28, 3.28], count=8), make_group(tmp_path / "b", [3.279, 3.279], count=4)
+    a, b = (logger.samples_of(logger.load(logger.expand([str(path)])))[0] for path in (old, new))
+    rule = logger.pairwise_rule(a, b)
+    assert rule["value"] == pytest.approx(0.001 + 4 * 0.000045) and not rule["passed"]
+    test = logger.target_numbers(b, 3.282)
+    assert test["sigma_rule"] == {"value": pytest.approx(0.003 * math.sqrt(2)), "passed": True}
+    assert test["p_value"] is None and not test["passed"]
+
+
+def test_stats(tmp_path, capsys):
+    losses = [3.2750, 3.2760, 3.2770, 3.2780]
+    group = make_group(tmp_path / "group", losses)
+    found = numbers(capsys, "stats", group, "--target", 3.28)
+    assert (found["n"], found["steps"], sorted(found["losses"])) == (4, [4], losses)
+    assert found["mean_val_loss"] == pytest.approx(3.2765)
+    assert found["sd_val_loss"] == pytest.approx(0.001 * math.sqrt(5 / 3), rel=1e-9)
+    assert found["mean_time_s"] == pytest.approx(1.0015) and found["mean_step_ms"] == pytest.approx(250.375, rel=1e-4)
+    assert found["test"]["passed"] and found["test"]["more_runs"] == 0 and found["warnings"] == []
+    code, out, _ = command(capsys, "stats", group, "--target", 3.277)
+    assert code == 1 and "not passed (p < 0.01)" in out and re.search(r"\d+ runs are needed, \d+ more", out)
+    assert "no number of runs" in command(capsys, "stats", group, "--target", 3.2)[1]
+    assert numbers(capsys, "stats", group)["test"] is None
+    code, out, _ = command(capsys, "stats", group, "--target", 3.28, "--markdown")
+    assert code == 0 and "| group | n | val loss |" in out and "|--:|" in out
+
+
+def test_stats_warns(tmp_path, capsys):
+    group = make_group(tmp_path / "group", [3.2750, 3.2760])
+    other = CODE.replace("0.1\n", "0.2\n")
+    for name, text in {
+        "code": log_text(3.277, 1.5, code=other), "again": log_text(3.2750, 1.0), "died": log_text(3.2)[:-90],
+        "torch": log_text(3.276, 1.6, machine=MACHINE.replace("2.9.0", "2.8.0").replace("Chip", "Other chip")),
+        "steps": log_text(3.277, 1.7, count=8), "own_end": log_text(3.27, 1.8).replace("/4 ", "/9 ") + "peak memory "
+        "allocated: 1 MiB reserved: 1 MiB\n", "nan": log_text(3.2).replace("3.20000", "nan"), "note": "hello\n",
+    }.items():
+        (group / f"{name}.txt").write_text(text)
+    found = numbers(capsys, "stats", group)
+    assert found["n"] == 6
+    text = "\n".join(found["warnings"])
+    assert "2 code versions mixed: 5 of " in text and "(other Args.floor)" in text
+    for expected in ("mixed hardware: Chip, Other chip", "mixed torch versions: 2.8.0, 2.9.0", "step counts: 4, 8",
+                     "stopped by themselves before the last step", "died.txt: died at step 4", "nan.txt: nan at step 4",
+                     "run_0.txt: the same run as again.txt"):
+        assert expected in text
+    assert "note.txt" not in text
+
+
+def test_clock_resets_and_seeds_are_told(tmp_path, capsys):
+    reset = log_text().replace("train_time:250", "train_time:9250")
+    (tmp_path / "a.txt").write_text(reset)
+    found = numbers(capsys, "stats", tmp_path)
+    assert found["warnings"] == ["the clock was set back in 1 run(s): their times leave out the steps before"]
+    for i, seed in enumerate((1, 2, 2)):
+        make_ours(tmp_path / "ours" / str(i), [4.0, 3.0 + i / 100], seed=seed)
+    assert numbers(capsys, "stats", tmp_path / "ours")["warnings"] == [
+        "1 run(s) repeat the seed of another one: they are no independent samples"]
+
+
+def test_other_seeds_and_comments_are_one_version(tmp_path, capsys):
+    group = make_group(tmp_path / "group", [3.2750, 3.2760], code=CODE + "SEED = 1\n")
+    (group / "c.txt").write_text(log_text(3.277, 1.5, code=CODE + "SEED = 2\n"))
+    (group / "d.txt").write_text(log_text(3.278, 1.6, code=CODE + "SEED = 1  # one\n"))
+    found = numbers(capsys, "stats", group)["warnings"]
+    assert found == ["3 sources: only comments differ, only seeds and names differ"]
+
+
+def test_trials_of_one_file_are_samples(tmp_path, capsys):
+    steps = log_text(3.27).rpartition(BAR)[2] + log_text(3.272, 1.1).rpartition(BAR)[2]
+    (tmp_path / "a.txt").write_text(log_text(3.271, 1.2) + steps)
+    found = numbers(capsys, "stats", tmp_path, "--target", 3.28)
+    assert (found["n"], found["losses"], found["test"]["passed"]) == (3, [3.271, 3.27, 3.272], True)
+
+
+# -- show
+
+
+def test_show_json_keys(tmp_path, capsys):
+    group = make_group(tmp_path / "a", [3.25])
+    (group / "junk.txt").write_text("W0506 warning\n")
+    found = numbers(capsys, "show", group)
+    assert list(found) == ["runs"]
+    run, junk = sorted(found["runs"], key=lambda run: run["status"])
+    expected = {"path": str(group / "run_0.txt"), "status": "complete", "final_val_loss": 3.25, "train_time_s": 1.0,
+                "steps": 4, "max_step": 4, "trials": 1, "target_crossing": {"step": 4, "train_time_s": 1.0}}
+    assert expected.items() <= run.items() and list(run)[0] == "path"
+    assert junk["status"] == "not a log" and junk.keys() == run.keys()
+    assert numbers(capsys, "show", group / "run_0.txt", "--target", 3.0)["runs"][0]["target_crossing"] is None
+
+
+def test_show_screens_tables_and_exit_codes(tmp_path, capsys):
+    group = make_group(tmp_path / "a", [3.25 + i / 1000 for i in range(12)])
+    code, out, _ = command(capsys, "show", group / "run_0.txt")
+    assert code == 0 and "final val loss  3.25" in out and "target 3.28     step 4, 1.0 s" in out
+    code, out, _ = command(capsys, "show", group, "--strict")
+    assert code == 0 and len(out.splitlines()) == 14 and out.splitlines()[-1] == "12 files: 12 complete"
+    (group / "died.txt").write_text(log_text()[:-90])
+    code, out, _ = command(capsys, "show", group / "died.txt")
+    assert code == 0 and "died at step 4 of 4" in out
+    assert command(capsys, "show", group, "--strict")[0] == 1
+    (group / "junk.txt").write_text("nothing\n")
+    code, out, _ = command(capsys, "show", group / "junk.txt")
+    assert code == 1 and out == f"not a log: {group / 'junk.txt'}\n"
+
+
+def test_show_reads_our_runs(tmp_path, capsys):
+    path = make_ours(tmp_path / "exp" / "run", [4.0, 3.5])
+    run = numbers(capsys, "show", tmp_path / "exp")["runs"][0]
+    expected = {"path": str(path), "status": "complete", "final_val_loss": 3.5, "train_time_s": 0.02, "steps": 2,
+                "tokens": 128, "peak_allocated_mib": 5, "torch": "2.13.0", "era": "ours, metrics.jsonl"}
+    assert expected.items() <= run.items() and run["code_hash"]
+
+
+def test_globs_and_folders_name_each_log_once(tmp_path):
+    make_group(tmp_path / "a", [3.25, 3.26])
+    make_ours(tmp_path / "b" / "run", [4.0, 3.5])
+    names = [tmp_path, tmp_path / "a", tmp_path / "*" / "*.txt", tmp_path / "b" / "run"]
+    found = logger.expand(map(str, names))
+    assert [path.name for path in found] == ["run_0.txt", "run_1.txt", "run"]
+
+
+def test_unreadable_and_missing_logs(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert "'nowhere.txt' is not there" in error(capsys, "show", "nowhere.txt")
+    assert "holds no log: expected run folders, *.txt or *.log" in error(capsys, "stats", tmp_path / "empty")
+    (tmp_path / "a.txt").write_text("no step\n")
+    assert "no complete run in" in error(capsys, "stats", tmp_path / "a.txt")
+    for name in ("compare", "diff"):
+        assert "a.txt' holds no" in error(capsys, name, tmp_path / "a.txt", tmp_path / "a.txt")
+    assert "needs two groups" in error(capsys, "compare", tmp_path / "a.txt")
+    run = logger.load_one(tmp_path / "gone.txt")
+    assert run.trace.notes == ["cannot be read: No such file or directory"]
+
+
+@pytest.mark.parametrize("argv", [[], ["show"], ["nonsense"], ["stats", "a", "--target", "x"], ["diff", "a"],
+                                  ["export", "a", "--format", "xml"]])
+def test_wrong_usage_is_exit_2(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        logger.main(argv)
+    assert stop.value.code == 2 and "usage:" in capsys.readouterr().err
+
+
+def test_starts_without_heavy_imports(tmp_path):
+    path = make_group(tmp_path / "a", [3.25]) / "run_0.txt"
+    code = "import sys, logger; logger.main(sys.argv[1:]); print({'numpy', 'scipy', 'rich', 'tqdm'} & set(sys.modules))"
+    for argv in (["show", path], ["--help"]):
+        line = [sys.executable, "-c", code, *map(str, argv)]
+        out = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert out.endswith("set()\n") or "Exit codes" in out
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2))
+KEYS = ("step", "val_loss", "train_loss", "event", "status", "tokens", "train_time_ms", "iterations", "batch_tokens",
+        "lr", "window", "seed", "settings", "hardware", "name", "torch", "world_size")
+OBJECTS = st.dictionaries(st.sampled_from(KEYS), JSON | st.dictionaries(st.sampled_from(KEYS), JSON, max_size=4))
+
+
+@QUICK
+@given(st.lists(OBJECTS, max_size=5), OBJECTS, st.binary(max_size=80), st.booleans())
+def test_no_command_raises(tmp_path_factory, records, config, data, whole):
+    """Valid JSON of wrong types, and bytes."""
+    base = tmp_path_factory.mktemp("any")
+    path = make_ours(base / "run", [4.0, 3.5]) if whole else base / "run"
+    path.mkdir(exist_ok=True)
+    with open(path / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps({"step": 1, "val_loss": 3.0} | record) + "\n" for record in records)
+    (path / "config.json").write_text(json.dumps(config))
+    (base / "a.txt").write_bytes(log_text().encode() + data)
+    (base / "README.md").write_bytes(b"n=3 p=0.01 3.25" + data)
+    for argv in (["show", path], ["show", "--json", base], ["stats", base, "--target", 3.3],
+                 ["compare", "--no-plot", path, base],
+                 ["diff", path, base / "a.txt"], ["verify", base], ["export", base], ["extract", base / "a.txt"],
+                 ["--experiment_name", "run", "--log-dir", base, "--no-plot"]):
+        assert logger.main(list(map(str, argv))) in (0, 1)
+
+
+# -- compare
+
+
+def test_compare(tmp_path, capsys):
+    old = make_group(tmp_path / "old", [3.280, 3.282, 3.284], [2.0, 2.1, 2.2], count=8)
+    new = make_group(tmp_path / "new", [3.270, 3.272, 3.274], [1.0, 1.1, 1.2], count=8)
+    found = numbers(capsys, "compare", old, new)
+    assert [(group["name"], group["n"]) for group in found["groups"]] == [("old", 3), ("new", 3)]
+    pair = found["pairs"][0]
+    assert pair["val_loss"]["difference"] == pytest.approx(-0.01)
+    assert pair["train_time_s"]["difference"] == pytest.approx(-1)
+    assert pair["val_loss"]["ci_low"] < -0.01 < pair["val_loss"]["ci_high"] < 0 and pair["sigma_rule"]["passed"]
+    assert [round(value, 3) for value in found["stages"]["new"].values()] == [137.5] * 4
+    steps, times = found["equal"]["step"], found["equal"]["train_time_ms"]
+    assert [point["at"] for point in steps] == [2, 4, 6, 8] and found["equal"]["tokens"] == []
+    assert [mean for point in steps for mean in point["means"]] == pytest.approx(
+        [4.032, 4.022, 3.782, 3.772, 3.532, 3.522, 3.282, 3.272])
+    assert times[-1]["at"] == pytest.approx(1000)  # the fastest run of the faster group ends here
+    path = tmp_path / "plots" / "c.png"
+    code, out, _ = command(capsys, "compare", old, new, "--plot", path)
+    assert code == 0 and "-0.01000" in out and out.endswith(f"plot: {path}\n") and path.read_bytes()[1:4] == b"PNG"
+
+
+def test_compare_of_our_runs_knows_tokens_and_stages(tmp_path, capsys):
+    stages = ((64, 32), (128, 32))
+    for name, shift in (("a", 0), ("b", 0.5)):
+        make_ours(tmp_path / name / "0", [5.0 - i / 2 + shift for i in range(8)], stages=stages)
+    found = numbers(capsys, "compare", tmp_path / "a", tmp_path / "b")
+    assert found["stages"]["a"] == {"64 tokens a step, seq_len 32": 10.0, "128 tokens a step, seq_len 32": 10.0}
+    assert [round(p["means"][1] - p["means"][0], 9) for p in found["equal"]["tokens"]] == [0.5] * 4
+    assert found["equal"]["tokens"][-1]["at"] == 512 and found["pairs"][0]["val_loss"] is None
+    groups = logger.load_groups([str(tmp_path / "a"), str(tmp_path / "b")])[0]
+    assert len(logger.compare_figure(groups).axes) == 3
+
+
+def test_groups_of_one_name_stay_apart(tmp_path):
+    a, b = make_group(tmp_path / "x" / "logs", [3.2]), make_group(tmp_path / "y" / "logs", [3.3])
+    assert list(logger.load_groups([str(a), str(b)])[0]) == [str(a), str(b)]
+
+
+# -- diff
+
+
+def change(old, new, code=CODE):
+    assert code.count(old) == 1
+    return code.replace(old, new)
+
+
+OUTSIDE = "only comments and blank lines outside of functions differ"
+DIFFS = [  # change of the source, settings (name, A, B), units (name, change)
+    (("steps: int = 100", "steps: int = 90"), [("Args.steps", "100", "90")], []),
+    (("RATE, BLOCK = 0.05,", "RATE, BLOCK = 0.06,"), [("RATE", "0.05", "0.06")], []),
+    (("width=768", "width=1024, heads=8"),
+     [("PRESETS[gpu].width", "768", "1024"), ("PRESETS[gpu].heads", None, "8")], []),
+    (("steps=(1, 2)", "steps=(1, 3)"), [("PRESETS[cpu].steps", "(1, 2)", "(1, 3)")], []),
+    (("cooldown=0.4", "cooldown=0.5"), [("get_lr(cooldown)", "0.4", "0.5")], []),
+    (("momentum=0.95", "momentum=0.9"), [("optimizer.momentum", "0.95", "0.9")], []),
+    (("return 0.1 *", "return 0.05 *"), [("inside get_lr()", "0.1", "0.05")], [("get_lr()", "constants only")]),
+    (("range(3)", "range(4)"), [("inside module level", "3", "4")], [("module level", "constants only")]),
+    (("self.steps * BLOCK", "self.steps"), [], [("Args.total()", "changed")]),
+    (("# of training", "# of all"), [], []),
+    (('"""Rate at a step."""', '"""Another text."""'), [], [("get_lr()", "comments only")]),
+    (("[1,\n            2]", "[1, 2]  # x"), [], [("helper()", "comments only")]),
+    (("\n\ndef helper", "\n\ndef more():\n    pass\n\n\ndef helper"), [], [("more()", "added")]),
+    (("class Args:", "class Args(Base):"), [], [("Args", "changed")]),
+]
+
+
+@pytest.mark.parametrize(("edit", "expected", "units"), DIFFS)
+def test_diff_names_what_changed(edit, expected, units):
+    found = logger.compare_parts({"train_gpt.py": CODE}, {"train_gpt.py": change(*edit)})
+    assert [(s["name"], s["a"], s["b"]) for s in found["settings"]] == expected
+    assert [(u["name"], u["change"]) for u in found["units"]] == units
+    assert found["notes"] == ([] if expected or units else [OUTSIDE])
+    back = logger.compare_parts({"train_gpt.py": change(*edit)}, {"train_gpt.py": CODE})
+    assert {(s["name"], s["b"], s["a"]) for s in back["settings"]} == set(expected)
+
+
+def test_diff_of_other_files_and_other_languages():
+    old = {"train_gpt.py": "x = (1\n", "kernels.py": "TILE = 1\n", "old.py": ""}
+    new = {"train_gpt.py": "x = (2\n", "kernels.py": "TILE = 2\n", "new.py": ""}
+    found = logger.compare_parts(old, new)
+    assert found["settings"] == [{"name": "kernels.py: TILE", "a": "1", "b": "2"}]
+    assert [(u["name"], u["change"]) for u in found["units"]] == [("old.py", "file removed"), ("new.py", "file added")]
+    assert len(found["notes"]) == 2 and all("compared as text only" in note for note in found["notes"])
+    assert "-x = (1" in logger.unified(old, new, "ab") and "+x = (2" in logger.unified(old, new, "ab")
+
+
+@QUICK
+@given(st.lists(st.sampled_from(CODE.splitlines()) | st.text(max_size=10), max_size=20).map("\n".join))
+def test_any_source_can_be_compared(text):
+    for old, new in ((CODE, text), (text, CODE)):
+        found = logger.compare_parts({"a": old}, {"a": new})
+        assert old == new or found["settings"] or found["units"] or found["notes"]
+
+
+@pytest.mark.parametrize("text", ["(" * 5000, "-" * 100_000 + "1", "x = '\0'", "[" * 300 + "]" * 300,
+                                  "f(" * 90 + ")" * 90, "x" + " + x" * 900, "x" + ".x" * 900, "a = " * 900 + "1"])
+def test_hostile_sources_do_not_raise(text):
+    logger.compare_parts({"a": text}, {"a": CODE})
+
+
+def test_diff_command(tmp_path, capsys):
+    a = make_group(tmp_path / "a", [3.280, 3.282], [2.0, 2.2])
+    code, machine = change("return 0.1 *", "return 0.05 *"), MACHINE.replace("2.9.0", "2.10.0")
+    b = make_group(tmp_path / "b", [3.270, 3.272], [1.0, 1.2], code=code, machine=machine)
+    found = numbers(capsys, "diff", a, b)
+    assert found["settings"] == [{"name": "inside get_lr()", "a": "0.1", "b": "0.05"}]
+    assert found["environment"] == [{"name": "torch", "a": "2.9.0", "b": "2.10.0"}]
+    assert found["effect"]["val_loss"]["difference"] == pytest.approx(-0.01)
+    assert found["effect"]["train_time_s"]["test"]["difference"] == pytest.approx(-1)
+    assert "-    return 0.1 * cooldown" in found["unified_diff"]
+    code, out, _ = command(capsys, "diff", a, b)
+    order = [out.index(text) for text in ("setting or constant", "function or class", "--- a/", "environment", "B - A")]
+    assert code == 0 and order == sorted(order)
+    assert "--- a/" not in command(capsys, "diff", a, b, "--no-text")[1]
+    assert "`" * 12 + "diff" in command(capsys, "diff", a, b, "--markdown")[1]
+    same = command(capsys, "diff", a / "run_0.txt", a / "run_1.txt")[1]
+    assert "no setting or constant differs" in same and "the same Python, PyTorch, driver and hardware" in same
+
+
+def test_diff_of_our_runs_shows_the_settings(tmp_path, capsys):
+    make_ours(tmp_path / "a", [4.0, 3.5])
+    make_ours(tmp_path / "b", [4.0, 3.4], seed=1, width=64, new=[1])
+    found = numbers(capsys, "diff", tmp_path / "a", tmp_path / "b")
+    expected = [{"name": "config.json width", "a": "32", "b": "64"},
+                {"name": "config.json new", "a": "null", "b": "[1]"}]
+    assert found["settings"] == expected and found["effect"]["n_a"] == 1
+
+
+# -- verify
+
+README = """# A record
+Mean val loss 3.27650 over 4 runs (n=4), p=0.0060, in 1.0015 s on average.
+losses = [3.2750, 3.2760, 3.2770, 3.2780]
+times = [1.000, 1.001, 1.002, 1.003]
+The last line of run_0 is `step:4/4 val_loss:3.27500 train_time:1000.000ms step_avg:250.00ms`.
+It takes 20 minutes to compile, 3.3 % of the tokens and 17 layers; the baseline got 3.2911.
+"""
+
+
+@pytest.fixture
+def record(tmp_path):
+    folder = make_group(tmp_path / "2026-01-02_Name", [3.2750, 3.2760, 3.2770, 3.2780])
+    (folder / "README.md").write_text(README)
+    return folder
+
+
+def claims(found, word):
+    return [claim["claim"] for claim in found["claims"] + found["checks"] if claim["verdict"] == word]
+
+
+def test_verify_confirms_a_true_record(record, capsys):
+    found = numbers(capsys, "verify", record)
+    assert found["passed"] and claims(found, "contradicted") == []
+    assert claims(found, "not checkable") == ["3.2911", "20 minutes"]
+    assert len(claims(found, "confirmed")) == 11
+    code, out, _ = command(capsys, "verify", record)
+    assert code == 0 and "8 confirmed" in out
+
+
+@pytest.mark.parametrize(("old", "new", "kind"), [
+    ("3.27650", "3.27550", "loss"), ("(n=4)", "(n=5)", "n"), ("4 runs", "40 runs", "n"), ("p=0.0060", "p=0.0001", "p"),
+    ("3.2770, ", "3.2700, ", "list of losses"), ("1.002", "0.902", "list of times"),
+    ("val_loss:3.27500", "val_loss:3.27400", "step line")])
+def test_verify_finds_false_claims(record, capsys, old, new, kind):
+    (record / "README.md").write_text(change(old, new, README))
+    found = numbers(capsys, "verify", record, code=1)
+    assert [c["kind"] for c in found["claims"] if c["verdict"] == "contradicted"] == [kind] and not found["passed"]
+
+
+def test_verify_finds_mixed_and_broken_sources(record, capsys):
+    (record / "other.txt").write_text(log_text(3.2765, 2.0, code=change("return 0.1 *", "return 0.05 *")))
+    assert claims(numbers(capsys, "verify", record, code=1), "contradicted") == ["one code version in each group"]
+    (record / "other.txt").write_text(log_text(3.2765, 1.0015, code=CODE + "# later\n"))
+    assert claims(numbers(capsys, "verify", record), "contradicted") == []
+    (record / "other.txt").write_text(log_text(3.2765, 1.0015, code=CODE + "def f(:\n"))
+    found = claims(numbers(capsys, "verify", record, code=1), "contradicted")
+    assert "the sources in the logs are whole Python files" in found
+
+
+def test_verify_needs_runs_and_a_readme(record, capsys):
+    for log in record.glob("*.txt"):
+        log.write_text("no log\n")
+    assert "complete runs" in claims(numbers(capsys, "verify", record, code=1), "contradicted")
+    (record / "README.md").unlink()
+    assert "README.md' is not there" in error(capsys, "verify", record)
+
+
+@QUICK
+@given(st.text(alphabet="pn=<0123456789.,[] runsmeavl:step/-e\n", max_size=200))
+def test_any_readme_can_be_checked(text):
+    rows = [{"step": 4, "iterations": 4, "val_loss": 3.2, "train_time_ms": 1.0}]
+    run = logger.Run(Path("a"), "a", logger.Trace(rows=rows), {})
+    samples = [logger.Sample(run, rows, loss, 1.0, 4, {}) for loss in (3.2, 3.3)]
+    verdicts = {claim["verdict"] for claim in logger.check_claims(text, {"all": samples}, 3.28)}
+    assert verdicts <= {"confirmed", "contradicted", "not checkable"}
+
+
+# -- extract, export, board
+
+
+def test_extract_gives_the_source_back(tmp_path, capsys):
+    extra = "-" * 40 + "\n# kernels.py\n" + "-" * 40 + "\n\nTILE = 8\n"
+    log = tmp_path / "a.txt"
+    log.write_text(log_text(code=CODE + "\n\n" + extra).replace("\n", "\r\n"), newline="")
+    target = tmp_path / "out" / "train.py"
+    target.parent.mkdir()
+    code, out, _ = command(capsys, "extract", log, "-o", target)
+    assert code == 0 and target.read_text() == CODE and (target.parent / "kernels.py").read_text() == "TILE = 8\n"
+    assert numbers(capsys, "extract", log, "-o", target)["problems"] == []  # the same files again are no loss
+    target.write_text("mine\n")
+    assert "is there and differs" in error(capsys, "extract", log, "-o", target) and target.read_text() == "mine\n"
+    assert command(capsys, "extract", log, "-o", target, "--force")[0] == 0 and target.read_text() == CODE
+    assert command(capsys, "extract", log)[1] == CODE
+    (tmp_path / "b.txt").write_text("s:1 tel:3.2\n")
+    assert "holds no source" in error(capsys, "extract", tmp_path / "b.txt")
+    assert "is not there" in error(capsys, "extract", tmp_path / "c.txt")
+
+
+def test_parts_cannot_lead_out_of_the_folder(tmp_path):
+    text = CODE + "-" * 40 + "\n# ../evil.py\n" + "-" * 40 + "\nx\n"
+    trace = logger.parse_log(log_text(code=text))
+    assert list(trace.parts) == ["train_gpt.py"] and trace.parts["train_gpt.py"] == text
+
+
+def test_export_csv_and_json(tmp_path, capsys):
+    group = make_group(tmp_path / "a", [3.25, 3.26])
+    code, out, _ = command(capsys, "export", group)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert code == 0 and len(rows) == 14
+    assert [row["val_loss"] for row in rows if row["step"] == "4"] == ["", "3.25", "", "3.26"]
+    assert {(Path(row["path"]).name, row["trial"]) for row in rows} == {("run_0.txt", "1"), ("run_1.txt", "1")}
+    target = tmp_path / "runs.json"
+    code, out, err = command(capsys, "export", group, "-o", target)
+    assert (code, out, err) == (0, "", f"wrote {target}\n")
+    runs = json.loads(target.read_text())["runs"]
+    assert [run["final_val_loss"] for run in runs] == [3.25, 3.26] and len(runs[0]["curves"][0]) == 7
+    assert numbers(capsys, "export", group)["runs"] == runs
+    (tmp_path / "junk.txt").write_text("nothing\n")
+    assert "holds a step" in error(capsys, "export", tmp_path / "junk.txt")
+
+
+def test_export_to_wandb(tmp_path, capsys, monkeypatch):
+    calls = []
+
+    class Upload:
+        def log(self, values, step):
+            calls.append((step, values.get("val_loss")))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**options):
+        calls.append((options["project"], options["name"], options["config"]["steps"]))
+        return Upload()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    group = make_group(tmp_path / "a", [3.25])
+    assert command(capsys, "export", group, "--wandb", "p")[0] == 0
+    assert calls[0] == ("p", "run_0", 4) and calls[-2:] == [(4, 3.25), "finish"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "pip install wandb" in error(capsys, "export", group, "--wandb", "p")
+
+
+@pytest.fixture
+def boards(monkeypatch):
+    """The records that the board's functions were called with."""
+    seen = []
+    module = types.SimpleNamespace(board_markdown=lambda records: seen.append(records) or "| table |",
+                                   board_html=lambda records, title: f"<title>{title}</title>")
+    monkeypatch.setitem(sys.modules, "board", module)
+    return seen
+
+
+def test_board_collects_records(tmp_path, capsys, boards):
+    first = make_group(tmp_path / "records" / "2026-01-02_First", [3.25, 3.26])
+    (first / "README.md").write_text("# The first\ntext\n")
+    make_group(first / "baseline", [3.30])
+    (first / "other.txt").write_text(log_text(3.2, 5.0, code=CODE + "x = 1\n"))  # one of another version
+    make_ours(tmp_path / "records" / "2026-01-03_Second" / "run", [4.0, 3.5])
+    (tmp_path / "records" / "notes").mkdir()
+    page = tmp_path / "board.html"
+    code, out, err = command(capsys, "board", tmp_path / "records", "--html", page, "--title", "T")
+    assert (code, out, err) == (0, "| table |\n", f"page: {page}\n") and page.read_text() == "<title>T</title>"
+    one, two = boards[0]
+    expected = {"name": "First", "date": "2026-01-02", "folder": str(first), "readme_title": "The first", "n": 2,
+                "steps": 4, "tokens": None, "gpus": "Chip", "torch": "2.9.0", "source": CODE}
+    assert expected.items() <= one.items() and one["mean_val_loss"] == pytest.approx(3.255)
+    measured = {"mean_val_loss", "sd_val_loss", "mean_time_s", "sd_time_s", "code_hash", "curves"}
+    assert set(one) == set(two) == expected.keys() | measured
+    points = [[0, 0.0, 4.25, None], [2, 0.5, 3.75, None], [4, 1.0, 3.25, None]]
+    assert one["curves"][0] == {"label": "run_0.txt", "points": points}
+    assert (two["name"], two["tokens"], two["sd_val_loss"]) == ("Second", 128, None)
+    assert two["curves"][0]["points"] == [[1, 0.01, None, 4.0], [2, 0.02, None, 3.5], [2, 0.02, 3.5, None]]
+    assert len(numbers(capsys, "board", tmp_path / "records")["records"]) == 2
+    assert [r["name"] for r in numbers(capsys, "board", first)["records"]] == ["First"]
+
+
+def test_board_without_records(tmp_path, capsys, boards):
+    assert "is no folder" in error(capsys, "board", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no record in" in error(capsys, "board", tmp_path / "empty")
+
+
+def test_points_are_thinned_but_for_validations():
+    rows = [{"step": i, "train_loss": 3.0, "train_time_ms": i} for i in range(5000)]
+    rows[7]["val_loss"], rows[1003]["val_loss"] = math.nan, 3.1
+    points = logger.points_of(rows)
+    assert 400 <= len(points) <= 450 and [1003, 1.003, 3.1, 3.0] in points and all(p[2] in (None, 3.1) for p in points)
