@@ -1560,8 +1560,8 @@ def colours_of(count):
     return [colormaps["turbo"](0.05 + 0.9 * i / count) for i in range(count)]
 
 
-def not_logged(ax):
-    ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", color="0.5")
+def not_logged(ax, what="not logged"):
+    ax.text(0.5, 0.5, what, transform=ax.transAxes, ha="center", color="0.5")
     ax.set_xticks([])
 
 
@@ -1645,7 +1645,8 @@ def compare_figure(groups):
                 ax.fill_between(grid / size, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)
                 ax.plot(grid / size, losses.mean(0), color=colour, label=f"{label_of(name)} (n={len(samples)})")
                 lows, highs = [*lows, losses.min()], [*highs, losses.mean(0)[20]]
-        ax.set_xlabel(f"{label} ({unit})" if unit else label) if ax.lines else not_logged(ax)
+        text = f"{label} ({unit})" if unit else label
+        ax.set_xlabel(text) if ax.lines else not_logged(ax, "no two common validations")
     if lows:
         axes[0].set_ylim(min(lows) - 0.05, max(highs) + 0.05)
         axes[0].legend(frameon=False)
@@ -2104,8 +2105,14 @@ def record_of(folder):
     return {"name": name, "date": date, "folder": str(folder), **numbers,
             "readme_title": titles[0].strip() if titles else None, "steps": numbers["steps"][-1],
             "tokens": tokens, "gpus": device_of(first), "torch": torch,
-            "code_hash": first.trace.code_hash, "source": "\n".join(first.trace.parts.values()),
+            "code_hash": first.trace.code_hash, "source": source_of(first),
             "curves": [{"label": s.run.path.name, "points": points_of(s.rows)} for s in samples]}
+
+
+def source_of(run):
+    """Source of a run, with its settings below as lines: records of one source differ in them alone."""
+    lines = [f"# setting {name} = {value!r}" for name, value in settings_of(run).items() if name not in SELF]
+    return "\n".join([*run.trace.parts.values(), *lines])
 
 
 def points_of(rows, most=400):

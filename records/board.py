@@ -274,8 +274,8 @@ fieldset { border: 0; padding: 0; margin: 0 } legend { float: left; margin-right
 #plot { position: relative; margin: .5rem 0 }
 #chart { display: block; width: 100%; touch-action: pan-y; user-select: none; cursor: crosshair }
 #chart text { fill: var(--soft); font-size: 12px } #chart line { stroke: var(--rule) }
-#lines path { fill: none; stroke-linejoin: round } .mean { stroke-width: 2 }
-.run { stroke-width: 1; opacity: .3; stroke-dasharray: none }
+#lines path { fill: none; stroke-linejoin: round; stroke-linecap: round } .mean { stroke-width: 2 }
+.run { stroke-width: 1; opacity: .3; stroke-dasharray: none } .dot { stroke-width: 7 }
 #brush { fill: var(--accent); fill-opacity: .12 }
 #tip { position: absolute; pointer-events: none; width: max-content; max-width: min(20rem, 80%);
   padding: .3rem .6rem; font-size: .8rem;
@@ -391,9 +391,11 @@ function draw() {
   find("#axes").replaceChildren(...grid);
   for (const box of [find("#clip rect"), brush])
     set(box, {x: edge.left, y: edge.top, width: Math.max(0, right - edge.left), height: bottom - edge.top});
-  const path = ({points}) => points.map((p) => `${X(p[x]).toFixed(1)} ${Y(p[y]).toFixed(1)}`).join("L");
+  const path = ({points}) => points.map((p) => `${X(p[x]).toFixed(1)} ${Y(p[y]).toFixed(1)}`).join("L")
+    + (points.length === 1 ? "h.01" : "");  // a single point is a dot
   find("#lines").replaceChildren(...lines.map((line) => make("path", {...stroke(line.record), d: "M" + path(line),
-    class: line.label === undefined ? "mean" : "run", "data-number": line.record.number})));
+    class: (line.label === undefined ? "mean" : "run") + (line.points.length === 1 ? " dot" : ""),
+    "data-number": line.record.number})));
   find("#empty").hidden = lines.length > 0;
   find("#reset").disabled = !view;
   hover(null);

@@ -462,8 +462,8 @@ def test_diff_of_our_runs_shows_the_settings(tmp_path, capsys):
     make_ours(tmp_path / "a", [4.0, 3.5])
     make_ours(tmp_path / "b", [4.0, 3.4], seed=1, width=64, new=[1])
     found = numbers(capsys, "diff", tmp_path / "a", tmp_path / "b")
-    expected = [{"name": "config.json width", "a": "32", "b": "64"},
-                {"name": "config.json new", "a": "null", "b": "[1]"}]
+    expected = [{"name": "setting width", "a": "32", "b": "64"},
+                {"name": "setting new", "a": "null", "b": "[1]"}]
     assert found["settings"] == expected and found["effect"]["n_a"] == 1
 
 
@@ -608,7 +608,7 @@ def boards(monkeypatch):
     seen = []
     module = types.SimpleNamespace(board_markdown=lambda records: seen.append(records) or "| table |",
                                    board_html=lambda records, title: f"<title>{title}</title>")
-    monkeypatch.setitem(sys.modules, "board", module)
+    monkeypatch.setitem(sys.modules, "records.board", module)
     return seen
 
 
@@ -623,8 +623,9 @@ def test_board_collects_records(tmp_path, capsys, boards):
     code, out, err = command(capsys, "board", tmp_path / "records", "--html", page, "--title", "T")
     assert (code, out, err) == (0, "| table |\n", f"page: {page}\n") and page.read_text() == "<title>T</title>"
     one, two = boards[0]
-    expected = {"name": "First", "date": "2026-01-02", "folder": str(first), "readme_title": "The first", "n": 2,
-                "steps": 4, "tokens": None, "gpus": "Chip", "torch": "2.9.0", "source": CODE}
+    expected = {"name": "First", "date": "2026-01-02", "folder": "records/2026-01-02_First",
+                "readme_title": "The first", "n": 2, "steps": 4, "tokens": None, "gpus": "Chip",
+                "torch": "2.9.0", "source": CODE}
     assert expected.items() <= one.items() and one["mean_val_loss"] == pytest.approx(3.255)
     measured = {"mean_val_loss", "sd_val_loss", "mean_time_s", "sd_time_s", "code_hash", "curves"}
     assert set(one) == set(two) == expected.keys() | measured
