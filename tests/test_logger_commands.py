@@ -648,3 +648,15 @@ def test_points_are_thinned_but_for_validations():
     rows[7]["val_loss"], rows[1003]["val_loss"] = math.nan, 3.1
     points = logger.points_of(rows)
     assert 400 <= len(points) <= 450 and [1003, 1.003, 3.1, 3.0] in points and all(p[2] in (None, 3.1) for p in points)
+
+
+def test_settings_of_a_log_without_its_folder_come_from_its_line_about_them(tmp_path, capsys):
+    """log.txt alone, as record folders hold it."""
+    for name, width in (("a", 32), ("b", 64)):
+        text = log_text(3.2, 5.0).split(logger.SEPARATOR)
+        text[-2] += f'Settings: {{"width": {width}, "seed": {width}, "window": [1, 2]}}\n'
+        (tmp_path / f"{name}.txt").write_text(logger.SEPARATOR.join(text))
+    found = numbers(capsys, "diff", tmp_path / "a.txt", tmp_path / "b.txt")["settings"]
+    assert found == [{"name": "setting width", "a": "32", "b": "64"}]
+    assert logger.source_of(logger.load_one(tmp_path / "a.txt")).endswith(
+        "# setting width = 32\n# setting window = [1, 2]")
