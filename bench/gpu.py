@@ -569,14 +569,18 @@ def finish(b: Bench, name: str, process: subprocess.Popen) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def val_tokens(data: str, most: int) -> int:
+    """Validation tokens of a data set, at most so many."""
+    return min(most, train_gpt.ValStream(train_gpt.open_corpus(data), 0, 1).num_tokens)
+
+
 def train_once(b: Bench, name: str, *more: str) -> dict:
     """300 steps of the speedrun with 1/8 of its batch, and the rates that go with it (divided by the square root)."""
-    data = training_data(b)
-    tokens = min(1 << 20, train_gpt.ValStream(train_gpt.open_corpus(data), 0, 1).num_tokens)
-    number = b.size(300, 6)
+    data, number = training_data(b), b.size(300, 6)
     flags = flags_of(b, "speedrun", data, SHARE, "--iterations", str(number), "--eval-every", str(number // 3), *more)
     rates = train_gpt.parse_settings(flags, 1)[0].stage_lr
-    flags += ["--eval-tokens", str(tokens), "--stage-lr", ",".join(f"{rate / math.sqrt(SHARE):.4f}" for rate in rates)]
+    flags += ["--stage-lr", ",".join(f"{rate / math.sqrt(SHARE):.4f}" for rate in rates)]
+    flags += ["--eval-tokens", str(val_tokens(data, 1 << 20))]
     metrics = finish(b, name, launch(b, name, flags))
     keys = ("val_loss", "train_time_ms", "tokens_per_s", "peak_memory_mib", "compile_s", "status")
     end = next(m for m in reversed(metrics) if m.get("event") == "end")
@@ -597,14 +601,13 @@ def losses_by_step(metrics: list[dict]) -> dict[str, float]:
 def kill_and_resume(b: Bench) -> dict:
     """Kills a run after its first checkpoint, goes on from there, and compares with a run that was left alone. Where
     they differ, a second run that was left alone tells whether the hardware repeats itself at all."""
-    number, half = b.size(40, 8), b.size(20, 4)
+    number, half, data = b.size(40, 8), b.size(20, 4), training_data(b)
     model = [] if b.tiny else "--num-layers 4 --value-embeds 2 --batch-tokens 16384".split()
-    flags = flags_of(b, "gpu", training_data(b), 1, *model, "--iterations", str(number), "--save-every", str(half),
+    flags = flags_of(b, "gpu", data, 1, *model, "--iterations", str(number), "--save-every", str(half),
                      "--log-every", "1", "--eval-every", "0")
-    eval_tokens = ["--eval-tokens", str(min(65536, train_gpt.ValStream(
-        train_gpt.open_corpus(training_data(b)), 0, 1).num_tokens))]
-    whole = losses_by_step(finish(b, "resume_straight", launch(b, "resume_straight", [*flags, *eval_tokens])))
-    process, saved = launch(b, "resume_killed", [*flags, *eval_tokens]), f"*/checkpoints/step_{half:06d}"
+    flags += ["--eval-tokens", str(val_tokens(data, 65536))]
+    whole = losses_by_step(finish(b, "resume_straight", launch(b, "resume_straight", flags)))
+    process, saved = launch(b, "resume_killed", flags), f"*/checkpoints/step_{half:06d}"
     while process.poll() is None and not list((b.cache / "logs/resume_killed").glob(saved)):
         time.sleep(0.01)
     process.kill()
@@ -612,13 +615,13 @@ def kill_and_resume(b: Bench) -> dict:
     checkpoint = next((b.cache / "logs/resume_killed").glob(saved), None)
     if checkpoint is None:
         raise RuntimeError(f"the run wrote no checkpoint after step {half} and ended with code {process.returncode}")
-    resume = [*flags, *eval_tokens, "--resume", str(checkpoint)]
+    resume = [*flags, "--resume", str(checkpoint)]
     after = losses_by_step(finish(b, "resume_killed", launch(b, "resume_killed", resume)))
     shutil.rmtree(checkpoint.parent)  # gigabytes
     difference = max(abs(after[key] - whole[key]) for key in whole)
     result = {"ok": difference == 0, "steps": number, "killed_after": half, "max_difference": difference}
     if difference:
-        again = losses_by_step(finish(b, "resume_again", launch(b, "resume_again", [*flags, *eval_tokens])))
+        again = losses_by_step(finish(b, "resume_again", launch(b, "resume_again", flags)))
         result["run_to_run_difference"] = max(abs(again[key] - whole[key]) for key in whole)
     return result
 

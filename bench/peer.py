@@ -71,12 +71,12 @@ def load_peer(path: Path) -> tuple[str, dict]:
     path = path / "train_gpt.py" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; give a train_gpt.py, a folder that holds one, or a record log")
-    source = path.read_text(encoding="utf-8", errors="replace")
-    if path.suffix != ".py":  # a log: source up to the first separator, or up to the second if one is line 1
-        bar = f"{logger.SEPARATOR}\n"
-        source, found, _ = source.removeprefix(bar).partition(f"\n{bar}")
-        if not found:
+    sources = [path.read_text(encoding="utf-8", errors="replace")]
+    if path.suffix != ".py":
+        sources = list(logger.read_log(path).trace.parts.values())
+        if not sources:
             raise ValueError(f"{path} is neither a .py file nor a record log: no line of 100 '=' ends its source")
+    source = sources[0]
     git = train_gpt.command_output("git", "-C", str(path.resolve().parent), "rev-parse", "HEAD")
     return source, {"path": str(path), "commit": git, "sha256": hashlib.sha256(source.encode()).hexdigest()}
 
