@@ -278,15 +278,16 @@ class Hardware(NamedTuple):
     bf16: bool
     why: str
     fp8: bool = False  # has FP8 matrix products
+    capability: tuple[int, int] = (0, 0)  # of a GPU: its generation
 
 
 def detect_hardware(device: str = "auto") -> Hardware:
     """The first GPU if there is one and `device` allows it, else the CPU."""
     if device != "cpu" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        fast = gpu.major >= 8
+        fast, capability = gpu.major >= 8, (gpu.major, gpu.minor)
         why = f"compute capability {gpu.major}.{gpu.minor} {'>=' if fast else '<'} 8.0"
-        return Hardware("cuda", gpu.name, gpu.total_memory / 2**30, fast, why, (gpu.major, gpu.minor) >= (8, 9))
+        return Hardware("cuda", gpu.name, gpu.total_memory / 2**30, fast, why, capability >= (8, 9), capability)
     probes = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
     found = [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]
     why = f"the CPU has {' and '.join(found)}" if found else "the CPU has neither AVX512-BF16 nor AMX"
@@ -371,7 +372,7 @@ def hardware_errors(s: Settings, hardware: Hardware) -> list[str]:
     bad, cuda = [], hardware.device == "cuda"
     if s.device == "cuda" and not cuda:
         bad.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
-    if s.preset != "cpu" and s.device != "cpu" and not cuda:
+    if not s.preset.endswith("cpu") and s.device != "cpu" and not cuda:
         bad.append(f"--preset {s.preset} needs a CUDA device, there is none: use --preset cpu, or add --device cpu")
     if s.compile and not cuda and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         bad.append("--compile on a CPU needs a C++ compiler and there is none: install g++, or use --no-compile")
@@ -1259,11 +1260,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """ReLU^2 feed-forward; both matrices are (hidden, model), so that the optimizer can batch them (record 27)."""
 
-    def __init__(self, s: Settings):
+    def __init__(self, s: Settings, hidden: int):
         super().__init__()
         self.kernel, self.fp8 = "mlp" in s.kernels, s.fp8_mlp
-        self.up = nn.Parameter(uniform(s.mlp_ratio * s.width, s.width))
-        self.down = nn.Parameter(torch.zeros(s.mlp_ratio * s.width, s.width))
+        self.up = nn.Parameter(uniform(hidden, s.width))
+        self.down = nn.Parameter(torch.zeros(hidden, s.width))
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         fp8 = self.fp8 and torch.is_grad_enabled()  # evaluation is exact
@@ -1276,7 +1277,7 @@ class Block(nn.Module):
     def __init__(self, s: Settings, layer: Layer):
         super().__init__()
         self.attn = Attention(s, layer.attention) if layer.attention != "-" else None
-        self.mlp = MLP(s)
+        self.mlp = MLP(s, s.mlp_ratio * s.width)
 
     def forward(self, x_BTD: Tensor, x0_BTD: Tensor, skip_BTD: Tensor | None, value_BTD: Tensor | None, mask,
                 place: Place, scalars_S: Tensor, gates: Tensor | None) -> Tensor:
@@ -1383,12 +1384,13 @@ def future_targets(targets_BT: Tensor, docs_BT: Tensor, count: int) -> Tensor:
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Number of parameters by kind; `matmul` counts those that multiply every token (for FLOPs)."""
+    """Number of parameters by kind; `matmul`: those that multiply a token (for FLOPs), `active`: that it meets."""
     kinds = {"embed": "embedding", "value_embeds": "embedding", "blocks": "hidden", "lm_head": "head"}
     counts = dict.fromkeys(("hidden", "embedding", "head", "small"), 0)
     for name, p in model.named_parameters():
         counts[kinds.get(name.split(".")[0], "small")] += p.numel()
-    return counts | {"total": sum(counts.values()), "matmul": counts["hidden"] + counts["head"]}
+    total = sum(counts.values())
+    return counts | {"total": total, "active": total, "matmul": counts["hidden"] + counts["head"]}
 
 
 def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
@@ -1411,6 +1413,9 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
 # soon as it is complete in the last micro-step's backward pass; optimizer state and fp32 master weights exist on the
 # owner only (ZeRO-2); after the update the owner's weights are gathered by all. Small parameters are all-reduced and
 # updated by every rank.
+
+
+FP32_PARAMETERS = ("scalars",)  # names of parameters that are not rounded to bf16
 
 
 class World(NamedTuple):
@@ -1590,7 +1595,7 @@ class Bank:
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.own_slots({name: p.detach() for name, p in named})}
         for name, p in named:
-            p.data = p.data.to(s.device, torch.float32 if name == "scalars" else s.torch_dtype)
+            p.data = p.data.to(s.device, torch.float32 if name in FP32_PARAMETERS else s.torch_dtype)
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         self.grad = torch.zeros_like(self.state["master"], dtype=first.dtype if world.size > 1 else torch.float32)
         self.in_flight: list[tuple] = []  # (work, tensors it uses): all must live until the wait
@@ -2241,7 +2246,7 @@ class Trainer:
             tokens = torch.randint(self.corpus.meta["vocab_size"], (rows, seq_len), dtype=torch.int32, device=s.device)
             self.window.fill_(s.window_step)
             docs = torch.zeros_like(tokens)
-            self.model(tokens, future_targets(tokens, docs, mtp), docs, self.window).sum().backward()
+            self.micro_step(tokens, tokens, docs, [1.0] * (1 + mtp))
             self.optimizer.step(scale=0.0, momentum=s.momentum_start)
         evaluate(self.model, self.stream, s, self.world, s.window_step, batches=1)
         self.optimizer.reset()
@@ -2315,13 +2320,18 @@ class Trainer:
         weights = [w / stage.batch_tokens for w in future_weights(self.stages, step)]
         for i, (inputs, targets, docs) in enumerate(micro_steps):
             self.optimizer.last_micro_step = i == len(micro_steps) - 1
-            losses = self.model(inputs, future_targets(targets, docs, stage.mtp), docs, self.window)
-            sum(w * loss for w, loss in zip(weights, losses, strict=True)).backward()
-            self.losses[step % self.s.log_every] += losses[0].detach() / stage.batch_tokens
+            loss = self.micro_step(inputs, targets, docs, weights)
+            self.losses[step % self.s.log_every] += loss / stage.batch_tokens
         self.optimizer.step(lr_scale(self.s, self.stages, step), momentum_at(self.s, step))
         if self.position["epoch"] != self.epoch:
             self.epoch = self.position["epoch"]
             self.log.print(f"step {step + 1}: all training data used, epoch {self.epoch + 1} begins")
+
+    def micro_step(self, inputs: Tensor, targets: Tensor, docs: Tensor, weights: list[float]) -> Tensor:
+        """Forward and backward of some rows, (B, T); their summed next-token loss."""
+        losses = self.model(inputs, future_targets(targets, docs, len(weights) - 1), docs, self.window)
+        sum(w * loss for w, loss in zip(weights, losses, strict=True)).backward()
+        return losses[0].detach()
 
     def log_step(self, step: int) -> bool:
         """Reads the losses since the last call, checks and reports them; waits for the device. True if any rank got a
@@ -2435,7 +2445,7 @@ class Trainer:
         self.log.metric(event="end", status=self.status, step=step, iterations=self.s.iterations,
                         val_loss=self.val_loss, val_bpb=bpb, train_time_ms=ms,
                         tokens_per_s=1000 * self.tokens_at(step) / ms if ms else None,
-                        params_total=self.counts["total"], params_active=self.counts["total"],
+                        params_total=self.counts["total"], params_active=self.counts["active"],
                         peak_memory_mib=peak_memory_mib(self.s.device)[0], first_step_s=self.first_step_s,
                         compile_s=self.compile_s,
                         target_step=step if reached else None, target_time_ms=ms if reached else None)
