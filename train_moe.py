@@ -449,8 +449,8 @@ def mixture_note(s: Settings) -> str:
 def mixture_errors(s: Settings, given: dict, hardware: Hardware, dtype: str) -> list[str]:
     """Settings of the mixture that do not fit each other or this machine, or that nothing would read."""
     if not s.num_experts:
-        unread = {"top_k", "segments", "num_shared", "expert_hidden", "dense_first", "dense_last", "router", "router_lr",
-                  "route_norm", "route_scale", "capacity_factor", "force_balance", "moe_impl", *ROUTER_SETTINGS}
+        unread = {"top_k", "segments", "num_shared", "expert_hidden", "dense_first", "dense_last", "router",
+                  "router_lr", "route_norm", "route_scale", "capacity_factor", "force_balance", "moe_impl", *ROUTER_SETTINGS}
         bad = [f"--{name}: has no effect with --num_experts 0" for name in sorted(unread & given.keys())]
         return bad + ([f"--moe_layers {s.moe_layers}: --num_experts 0 has no mixture"] if "M" in s.moe_layers else [])
     bad = [f"--{name}: has no effect with --router {s.router}, only with {' or '.join(routers)}"
@@ -2581,7 +2581,7 @@ def router_report(sums_MS: Tensor, bias_ME: Tensor, s: Settings) -> dict[str, li
               "dropped_by_part": sums["dropped"] * DROP_PARTS / s.choices,
               "score_entropy": sums["entropy"][:, 0], "margin": sums["margin"][:, 0],
               "logit_rms": sums["logit"][:, 0].sqrt(), "bias_min": bias_ME.amin(-1), "bias_max": bias_ME.amax(-1),
-              **penalties(sums_MS, s.experts)}
+              **{f"{name}_loss": value for name, value in penalties(sums_MS, s.experts).items()}}
     dead = [[e for e, share in enumerate(row) if share < even / 20] for row in load.tolist()]
     return {name: value.tolist() for name, value in values.items()} | {"dead": dead}
 

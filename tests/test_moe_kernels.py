@@ -4,6 +4,7 @@ there.
 Kernels run compiled where there is a GPU, in bf16; elsewhere under Triton's interpreter, in fp32 and bf16."""
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ class Routing(NamedTuple):
 
 
 ROUTINGS = {  # a tile has 128 rows, 128 or 256 columns and a depth of 32 or 64
-    "uneven": Routing((97, 130, 61, 92), 2, 40, 70),
+    "uneven": Routing((97, 130, 153), 2, 40, 70),
     "empty": Routing((0, 150, 0, 0, 55, 0), 1, 33, 17),
     "one of many": Routing((0, 0, 300, 0), 3, 16, 24),
     "one": Routing((150,), 1, 70, 300),
@@ -119,6 +120,17 @@ def test_tokens_whose_hidden_units_are_all_off(where):
     y, x_grad, *_ = case.fused()
     for result in (y.unflatten(0, (-1, 2)).flatten(1), x_grad):
         assert (result[5:30] == 0).all() and result.isfinite().all() and (result[30:] != 0).any(1).all()
+
+
+def test_a_value_that_is_not_a_number_stays_with_its_expert(where):
+    """The rows of its neighbours share blocks of DEPTH rows with it."""
+    case = make_case(where, (20, 5, 30), 1, 16, 24)
+    hit = case.chosen == 1
+    with torch.no_grad():
+        case.x[hit], case.grad[hit] = math.nan, math.nan
+    y, x_grad, up_grad, down_grad = case.fused()
+    for result, bad in ((y, hit), (x_grad, hit), (up_grad, [False, True, False]), (down_grad, [False, True, False])):
+        assert result.isfinite().flatten(1).all(1).tolist() == [not b for b in bad]
 
 
 def test_results_are_the_same_to_the_bit_whatever_the_memory_held_before(where):
