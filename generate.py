@@ -5,7 +5,8 @@
 
 The text goes to stdout as it is made; notes and tokens/s go to stderr. The weights are the checkpoint's fp32 masters,
 the attention window is that of its validation. Keys and values of earlier tokens are cached, which changes no logit
-beyond rounding; `--no-cache` computes them anew for every token.
+beyond rounding; `--no-cache` computes them anew for every token. Routers of a mixture of experts choose without noise,
+and drop nothing.
 """
 from __future__ import annotations
 
@@ -82,13 +83,14 @@ def import_script(name: str) -> ModuleType:
 
 
 def read_settings(script: ModuleType, saved: dict):
-    """`Settings` of the script as saved, for eager fp32. Names those that the script no longer has."""
+    """`Settings` of the script as saved, for eager fp32 anywhere. Names those that the script no longer has."""
     known = {field.name for field in dataclasses.fields(script.Settings)}
     if unknown := sorted(saved.keys() - known):
         print(f"note: {script.__name__}.py no longer has the settings {', '.join(unknown)}: ignored", file=sys.stderr)
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known}
-    exact = dict(dtype="fp32", backend="sdpa", device="cpu", compile=False, kernels="none", fp8_head="off")
-    return script.Settings(**values | exact)
+    exact = dict(dtype="fp32", backend="sdpa", device="cpu", compile=False, kernels="none", fp8_head="off",
+                 moe_impl="loop")
+    return script.Settings(**values | {name: value for name, value in exact.items() if name in known})
 
 
 def load_model(script: ModuleType, path: Path, meta: dict, longest: int) -> tuple[nn.Module, int]:
@@ -101,6 +103,8 @@ def load_model(script: ModuleType, path: Path, meta: dict, longest: int) -> tupl
         model = script.GPT(s, meta["data"]["meta"]["vocab_size"]).requires_grad_(False)
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)  # reads no moments
         model.load_state_dict(state["optimizer"]["state"]["master"])
+        if hasattr(model, "router_bias"):  # of a mixture of experts: a buffer, no weight
+            model.router_bias.copy_(state["optimizer"]["balance"]["bias"])
         window = script.window_at(s, script.stage_table(s), meta["step"])
         if longest > model.cos.size(0) or s.eval_window > window:
             model.cos, model.sin = script.rotary_table(longest, s.head_dim, s.rope_base, window, s.eval_window)
@@ -190,6 +194,8 @@ def not_cacheable(script: ModuleType, model: nn.Module) -> str | None:
     for i, (block, layer) in enumerate(zip(model.blocks, model.layers, strict=True)):
         if block.attn is not None and (type(block.attn) is not script.Attention or layer.attention not in "LSP"):
             return f"layer {i} is {type(block.attn).__name__} of kind {layer.attention!r}"
+        if getattr(getattr(block.mlp, "router", None), "forced", False):
+            return f"layer {i} takes experts in turn, by a token's place (force_balance)"
     return None
 
 

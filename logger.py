@@ -16,7 +16,8 @@ Exit codes: 0 fine; 1 a check failed (stats: p is not below alpha; verify: a cla
 is not complete) or an input could not be used, said in one line of `error: ...`; 2 wrong usage.
 
 A run is a public log (source, ====, machine, ====, step lines; llm.c's `s:1 trl:3.2` lines) or a folder of ours with
-    metrics.jsonl  one object a line: training steps, validations, {"event": "resume"}, a closing {"event": "end"}
+    metrics.jsonl  one object a line: training steps, validations, {"event": "resume"}, a closing {"event": "end"};
+                   of mixtures of experts {"event": "routers"}: the load of each expert since the report before
     log.txt        the public format, read where metrics.jsonl is missing or holds no step
     config.json    settings, git commit, data, hardware and torch version
 Runs may be in progress, killed or damaged: what can be read is shown, what was left out is named in a note. Files are
@@ -52,6 +53,8 @@ BLOCK = 1 << 20  # bytes read at a time, and the longest line
 MAX_SECTION = 4 << 20  # bytes kept of the source and of the text about the machine; public sources are below 200 KB
 MAX_ROWS = 100_000  # records kept of a trial, then every second one goes
 MAX_TRIALS = 1000
+MAX_REPORTS = 400  # reports of the routers kept, then every second one goes
+MAX_LAYERS = 100  # of a report: each is a panel of a figure
 STEP = re.compile(r"step:(\d{1,15})(?:/(\d{1,15}))?", re.ASCII)
 NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf))(ms|s)?", re.ASCII | re.IGNORECASE)
 DECIMAL = rb"(\d{1,15}(?:\.\d{0,15})?)"
@@ -83,6 +86,7 @@ FACTS = {  # key of Trace.header: where it stands in the text about the machine
 }
 FACTS = {key: re.compile(form, re.ASCII | re.IGNORECASE | re.MULTILINE) for key, form in FACTS.items()}
 LOSSES = ("train_loss", "val_loss")
+DEAD = 1 / 20  # an expert with less than this share of the mean load is dead, as in train_moe.py
 COMPLETED = ("done", "target")  # reached the last step, or stopped because the target loss was reached
 BACKWARD = "step numbers go back without a resume line; the later records are used"
 
@@ -106,6 +110,7 @@ class Trace:
     code_hash: str | None = None
     stage_ms: list[dict] = field(default_factory=list)  # for each trial {stage: ms of each of its steps}
     resets: int = 0  # falls of the clock: until record 21 the scripts set it back after 10 steps
+    routers: list[dict] = field(default_factory=list)  # reports as of parse_routers, in order
 
     @property
     def trials(self):
@@ -117,6 +122,7 @@ class Trace:
     def rewind(self, step):
         """Drop the records after `step`: the run was continued from there."""
         self.rows = [row for row in self.rows if row["step"] <= step]
+        self.routers = [report for report in self.routers if report["step"] <= step]
 
     def add(self, row, trials=False):
         """Append a record. One whose step goes back replaces those it repeats, or starts the next of several `trials`:
@@ -133,6 +139,14 @@ class Trace:
         self.rows.append(row)
         if len(self.rows) > MAX_ROWS:
             self.thin()
+
+    def add_routers(self, report):
+        """Append a report of the routers; it replaces those from its step on, and all of another shape."""
+        self.routers = [r for r in self.routers if r["step"] < report["step"] and r["layers"] == report["layers"]
+                        and len(r["load"][0]) == len(report["load"][0])] + [report]
+        if len(self.routers) > MAX_REPORTS:
+            self.routers = self.routers[::2]  # MAX_REPORTS is even: the last one stays
+            self.note(f"more than {MAX_REPORTS} reports of the routers: not all of them were kept")
 
     def next_trial(self):
         if len(self.earlier) < MAX_TRIALS:
@@ -390,10 +404,27 @@ def parse_record(line):
     return {**record, "step": int(step)} if step is not None and 0 <= step < 1e15 and step == int(step) else None
 
 
+def parse_routers(record):
+    """What is read of a report of the routers, None if that is damaged: {"step", "layers", "load": of each layer an
+    array with the share of the choices of each expert, "dropped": largest share of dropped choices, None if unknown}.
+    """
+    try:
+        load, layers = [array("d", shares) for shares in record["load"]], list(record["layers"])
+    except (KeyError, TypeError, OverflowError):
+        return None
+    whole = 0 < len(load) == len(layers) <= MAX_LAYERS and len({len(shares) for shares in load}) == 1
+    whole = whole and all(type(i) is int and 0 <= i < 1000 for i in layers)
+    if not whole or not all(min(shares, default=-1) >= 0 and 1e-9 < sum(shares) < 1e9 for shares in load):  # nor nan
+        return None
+    dropped = record.get("dropped") if isinstance(record.get("dropped"), list) else []
+    dropped = [share for share in map(number, dropped) if share is not None and math.isfinite(share)]
+    return {"step": record["step"], "layers": layers, "load": load, "dropped": max(dropped, default=None)}
+
+
 def parse_metrics(text):
     """Trace of a metrics.jsonl, given as text or lines. Records after a closing one mean that the run went on: only a
     last one is its end."""
-    trace, bad, cut = Trace(era="ours, metrics.jsonl"), 0, False
+    trace, bad, cut, unclear = Trace(era="ours, metrics.jsonl"), 0, False, 0
     for line in text.split("\n") if isinstance(text, str) else text:
         bad += cut  # a cut last line is what a kill leaves and says nothing of the rest
         record = parse_record(line)
@@ -404,12 +435,17 @@ def parse_metrics(text):
         trace.end = record if event == "end" else {}
         if event == "resume":
             trace.rewind(record["step"])
+        elif event == "routers":
+            report = parse_routers(record)
+            trace.add_routers(report) if report else None
+            unclear += report is None
         elif event is None:
             row = {key: value for key, value in record.items() if key not in LOSSES or number(value) is not None}
             if not row.keys().isdisjoint(LOSSES):
                 trace.add(row)
     bad += cut and line.endswith("\n")
     trace.notes += [f"{bad} unreadable line(s) of metrics.jsonl left out"] if bad else []
+    trace.notes += [f"{unclear} router report(s) left out: no load of each expert of each layer"] if unclear else []
     return trace
 
 
@@ -570,6 +606,30 @@ def settings_of(run):
     return found if isinstance(found, dict) else {}
 
 
+def balance_of(load):
+    """How evenly the experts of a layer are loaded: the number of experts with even loads of the same entropy, largest
+    / mean, standard deviation / mean (CV), and how many have less than 1/20 of the mean (dead)."""
+    mean = sum(load) / len(load)
+    ratios = [share / mean for share in load]  # 1: even
+    entropy = math.log(len(load)) - sum(r * math.log(r) for r in ratios if r > 0) / len(load)
+    return {"effective_experts": math.exp(entropy), "max_over_mean": max(ratios), "cv": statistics.pstdev(ratios),
+            "dead": sum(r < DEAD for r in ratios)}
+
+
+def router_numbers(run):
+    """The last report of the routers: of effective experts, max/mean, CV and dropped share the worst of all layers, the
+    sum of the dead; None without a report."""
+    if not run.trace.routers:
+        return None
+    last = run.trace.routers[-1]
+    layers = [balance_of(load) for load in last["load"]]
+    effective = [layer["effective_experts"] for layer in layers]
+    return {"step": last["step"], "layers": last["layers"], "experts": len(last["load"][0]),
+            "worst_layer": last["layers"][effective.index(min(effective))], "effective_experts": min(effective),
+            **{key: max(layer[key] for layer in layers) for key in ("max_over_mean", "cv")},
+            "dead": sum(layer["dead"] for layer in layers), "dropped": last["dropped"]}
+
+
 def summarize(run):
     """Numbers of a run folder as a flat dict, None where unknown. `val_loss` and `val_bpb` are of one validation, that
     of the closing record or else the last. `tokens_per_s` without a closing record is the average so far."""
@@ -600,6 +660,7 @@ def summarize(run):
         "tokens": tokens,
         "tokens_per_s": known.get("tokens_per_s", rate),
         **{key: known.get(key) for key in extra},
+        "routers": router_numbers(run),
         "torch": run.config.get("torch") or run.trace.header.get("torch"),
         "device": device_of(run),
         "notes": run.trace.notes,
@@ -711,6 +772,8 @@ def describe(run, target=None):
         "tokens": old["tokens"],
         "data_tokens": header.get("train_tokens"),
         "params_total": old["params_total"] or header.get("params_total"),
+        "params_active": old["params_active"],
+        "routers": old["routers"],
         **{key: header.get(key) for key in ("python", "cuda", "triton", "driver", "world_size", "date")},
         "torch": old["torch"],
         "gpus": old["device"],
@@ -1416,11 +1479,38 @@ def format_mean(summaries):
     return f"final val loss of completed runs: {mean:.4f} +- {sd:.4f} (mean +- sd, n={len(losses)}, {rest} left out)"
 
 
+def percent(share):
+    return show(share and 100 * share, ".1f") + " %" * (share is not None)
+
+
+ROUTER_COLUMNS = (  # heading, cell of a summary
+    ("routers of", lambda s: s["run_id"]),
+    ("step", lambda s: show(s["routers"]["step"])),
+    ("mixtures", lambda s: show(len(s["routers"]["layers"]))),
+    ("experts", lambda s: show(s["routers"]["experts"])),
+    ("least effective", lambda s: f"{s['routers']['effective_experts']:.1f} in layer {s['routers']['worst_layer']}"),
+    ("max/mean", lambda s: show(s["routers"]["max_over_mean"], ".2f")),
+    ("CV", lambda s: show(s["routers"]["cv"], ".2f")),
+    ("dead", lambda s: show(s["routers"]["dead"])),
+    ("dropped", lambda s: percent(s["routers"]["dropped"])),
+    ("parameters", lambda s: show(s["params_total"], ",")),
+    ("active", lambda s: show(s["params_active"], ",")),
+)
+
+
+def router_report(summaries):
+    """[Table of the last report of each run's routers, the worst of its layers]; [] without one."""
+    summaries = [s for s in summaries if s["routers"]]
+    rows = [[cell(s) for _, cell in ROUTER_COLUMNS] for s in summaries]
+    return [Table([heading for heading, _ in ROUTER_COLUMNS], rows)] if rows else []
+
+
 def experiment_report(name, runs):
     """The report of an experiment."""
     summaries, names = [summarize(run) for run in runs], differing(runs)
     report = [f"{printable(name)}: {len(runs)} run(s), losses in nats/token"]
     report.append(Table([heading for heading, _ in COLUMNS], [[cell(s) for _, cell in COLUMNS] for s in summaries]))
+    report += router_report(summaries)
     report += filter(None, [format_mean(summaries)])
     report += [f"settings that differ between the runs: {printable(', '.join(names))}"] if names else []
     return report + [f"note on {printable(s['run_id'])}: {printable(note)}" for s in summaries for note in s["notes"]]
@@ -1440,6 +1530,21 @@ def seconds(value):
     return "-" if value is None else f"{value:,.1f} s" if value < 600 else f"{value:,.1f} s ({value / 60:,.1f} min)"
 
 
+def parameters(total, active):
+    """The number of parameters, and of those that a token meets if they are fewer."""
+    return show(total, ",") + (f", {active:,} of them active" if active is not None and active != total else "")
+
+
+def router_line(found):
+    """What router_numbers found, in a line; None for None."""
+    if not found:
+        return None
+    dropped = f", {percent(found['dropped'])} dropped" if found["dropped"] else ""
+    return (f"step {found['step']}: {found['effective_experts']:.1f} of {found['experts']} experts effective in layer "
+            f"{found['worst_layer']}, max/mean {found['max_over_mean']:.2f}, CV {found['cv']:.2f}, "
+            f"{found['dead']} dead{dropped}")
+
+
 def screen(numbers):
     """One run as a two-column Table."""
     n, status = numbers, numbers["status"]
@@ -1455,7 +1560,8 @@ def screen(numbers):
             ("training time", seconds(n["train_time_s"])), ("step average", f"{show(n['step_avg_ms'], ',.2f')} ms"),
             (f"target {show(n['target'])}", where), ("peak memory", ", ".join(memory)),
             ("hardware", show(n["gpus"])), ("versions", ", ".join(known)),
-            ("parameters", show(n["params_total"], ",")), ("training tokens", show(n["tokens"], ",")),
+            ("parameters", parameters(n["params_total"], n["params_active"])), ("routers", router_line(n["routers"])),
+            ("training tokens", show(n["tokens"], ",")),
             ("tokens of the data", show(n["data_tokens"], ",")),
             ("date", show(n["date"])), ("code", f"{show(n['code_hash'])} {' '.join(n['parts'])}")]
     rows += [(f"trial {i}", f"val loss {show(t['final_val_loss'], '.5g')}, {seconds(t['train_time_s'])}, {t['status']}")
@@ -1540,12 +1646,15 @@ def unit_of(top, units):
     return next((unit for unit in units if top >= 2 * unit[0]), units[-1])
 
 
-def new_figure(panels, height, width=14, **options):
-    """(matplotlib Figure, its axes in a row)."""
+def new_figure(panels, height, width=14, rows=1, **options):
+    """(matplotlib Figure, its axes, row by row)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    axes = figure.subplots(1, panels, squeeze=False, **options)[0]
+    axes = figure.subplots(rows, -(-panels // rows), squeeze=False, **options).flatten()
+    for ax in axes[panels:]:
+        ax.remove()
+    axes = axes[:panels]
     for ax in axes:
         ax.grid(color="0.92")
         ax.spines[["top", "right"]].set_visible(False)
@@ -1618,12 +1727,64 @@ def series_figure(runs, name, panels):
     return figure
 
 
+def load_colour(ratio):
+    """Place of a load / the mean load on the colour scale, 0 to 1: even is 1/2, and x is as far from it as 1 / x."""
+    return ratio / 2 if ratio < 1 else 1 - 1 / (2 * ratio)
+
+
+def load_figure(run, name):
+    """matplotlib Figure of a run that reports its routers: a heat map of the load for each mixture layer, experts
+    against steps."""
+    reports, layers = run.trace.routers, run.trace.routers[-1]["layers"]
+    experts, count = len(reports[-1]["load"][0]), len(layers)
+    rows = -(-count // (4 if count > 6 else 3))
+    columns = -(-count // rows)
+    size = {"height": 1.3 + rows * (1.9 + min(experts, 64) / 64), "width": max(6, 1.6 + 3.5 * columns)}
+    figure, axes = new_figure(count, **size, rows=rows, sharex=True, sharey=True)
+    for m, (ax, layer) in enumerate(zip(axes, layers, strict=True)):
+        mesh = draw_load(ax, reports, m)
+        found, lowest = balance_of(reports[-1]["load"][m]), m >= count - columns
+        dead = f", {found['dead']} dead" if found["dead"] else ""
+        ax.set_title(f"layer {layer}: {found['effective_experts']:.1f} of {experts} effective{dead}", fontsize=10)
+        ax.set(ylabel="expert" if m % columns == 0 else "", xlabel="step" if lowest else "")
+        ax.xaxis.set_tick_params(labelbottom=lowest)
+    ticks = {"1/20": DEAD, "1/4": 1 / 4, "1/2": 1 / 2, "even": 1, "2": 2, "4": 4, "20": 1 / DEAD}
+    places = [*map(load_colour, ticks.values())]
+    bar = figure.colorbar(mesh, ax=list(axes), extend="min", aspect=20 * rows, pad=0.015, ticks=places)
+    bar.set_ticklabels([*ticks])
+    bar.set_label("load / mean; black: dead")
+    title = f"{label_of(name, 50)}: load of the experts\nrun {label_of(run.path.name)}, to step {reports[-1]['step']:,}"
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    return figure
+
+
+def draw_load(ax, reports, m):
+    """Heat map of the m-th mixture layer; a report is about the steps since the one before. Returns the colours."""
+    from matplotlib import colormaps
+    from matplotlib.colors import Normalize
+
+    ratios = [[share * len(load) / sum(load) for share in load] for load in (report["load"][m] for report in reports)]
+    cells = [[load_colour(row[expert]) for row in ratios] for expert in range(len(ratios[0]))]
+    edges = [0, *(report["step"] for report in reports)], [e - 0.5 for e in range(len(cells) + 1)]
+    look = {"norm": Normalize(load_colour(DEAD), load_colour(1 / DEAD)),
+            "cmap": colormaps["coolwarm"].with_extremes(under="black")}
+    mesh = ax.pcolormesh(*edges, cells, **look)
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    return mesh
+
+
 def figures_of(runs, name):
-    """{file name: Figure} of an experiment, loss.png last."""
+    """{file name: Figure} of an experiment, loss.png last; load.png is of the newest run (names of run folders begin
+    with the time) that reports its routers."""
+    routed = [run for run in runs if run.trace.routers]
     schedule = [(label, lambda rows, key=key: curve(rows, key, "step"))
                 for key, label in (("lr", "learning rate / its setting"), ("window", "attention window (tokens)"))]
     found = {"step_time.png": series_figure(runs, name, [("ms per step", step_times)]),
-             "schedule.png": series_figure(runs, name, schedule), "loss.png": loss_figure(runs, name)}
+             "schedule.png": series_figure(runs, name, schedule),
+             "load.png": load_figure(routed[-1], name) if routed else None, "loss.png": loss_figure(runs, name)}
     return {file: figure for file, figure in found.items() if figure}
 
 
@@ -1695,6 +1856,16 @@ def show_experiment(args):
     return 0
 
 
+def draw_load_of(args):
+    """Write the heat map of the last of the runs that reports its routers. ValueError if none does."""
+    routed = [run for run in read_each(expand(args.logs)) if run.trace.routers]
+    if not routed:
+        raise ValueError(f"--plot: no run in {', '.join(args.logs)} reports its routers, as train_moe.py's do")
+    path, experiment = Path(args.plot), routed[-1].path.absolute().parent.name
+    save_figures(lambda: {path.name: load_figure(routed[-1], experiment)}, path.parent)
+    print(f"plot: {printable(path)}")
+
+
 def show_runs(args):
     """A screen per run, or above ten of them a table; what is no log is counted."""
     found = [describe(run, args.target) for run in read_each(expand(args.logs))]
@@ -1709,6 +1880,8 @@ def show_runs(args):
         others = [n for n in found if n["status"] == "not a log"]
         reasons = [f"not a log: {n['path']}{''.join(f' ({note})' for note in n['warnings'])}" for n in others]
         emit(report + [printable(reason) for reason in reasons[:20]], args)
+        if args.plot:
+            draw_load_of(args)
     return 1 if not logs or (args.strict and any(n["status"] != "complete" for n in found)) else 0
 
 
@@ -1745,6 +1918,11 @@ def compare_groups(args):
     return 0
 
 
+def sizes_of(samples):
+    """Parameters of the first run of a group: all, and those that a token meets."""
+    return {key: summarize(samples[0].run)[key] for key in ("params_total", "params_active")}
+
+
 def compare_numbers(groups, dropped):
     """{"groups", "pairs", "stages", "equal"}: pairs are of the first group with each other one."""
     first, *others = groups
@@ -1754,14 +1932,17 @@ def compare_numbers(groups, dropped):
         pairs.append({"a": first, "b": name, "val_loss": welch([s.loss for s in b], [s.loss for s in a]),
                       "train_time_s": welch([s.time_s for s in b], [s.time_s for s in a]),
                       "sigma_rule": pairwise_rule(a, b)})
-    return {"groups": [{"name": name, **group_numbers(samples), "warnings": group_warnings(samples, dropped[name])}
-                       for name, samples in groups.items()],
+    return {"groups": [{"name": name, **group_numbers(samples), **sizes_of(samples),
+                        "warnings": group_warnings(samples, dropped[name])} for name, samples in groups.items()],
             "pairs": pairs, "stages": {name: stage_medians(samples) for name, samples in groups.items()},
             "equal": equal_points(list(groups.values()))}
 
 
 def compare_report(groups, result):
     report, names = [group_table(groups)], list(groups)
+    if any(group["params_active"] != group["params_total"] for group in result["groups"]):
+        rows = [[g["name"], show(g["params_total"], ","), show(g["params_active"], ",")] for g in result["groups"]]
+        report.append(Table(["parameters of", "all", "active"], rows))
     rows = [[f"{what} of {pair['b']}", *welch_cells(pair[key], form)] for pair in result["pairs"]
             for what, key, form in (("val loss", "val_loss", "+.5f"), ("train s", "train_time_s", "+.3f"))]
     report.append(Table(["minus that of " + names[0], "difference", "95 % interval", "p (Welch)", "Cohen's d"], rows))
@@ -2165,6 +2346,7 @@ def add_commands(command):
     sub.add_argument("logs", **logs)
     sub.add_argument("--target", **{**target, "default": 3.28, "help": "loss whose crossing is shown (default: 3.28)"})
     sub.add_argument("--strict", action="store_true", help="exit with 1 unless every file is a complete run")
+    sub.add_argument("--plot", metavar="FILE", help="draw the experts' load of the last run that reports its routers")
     sub = command("compare", compare_groups)
     sub.add_argument("groups", nargs="+", metavar="GROUP", help="a file, folder or quoted glob for each group")
     sub.add_argument("--plot", default="images/compare.png", help="where the plot goes (default: images/compare.png)")

@@ -216,6 +216,7 @@ RESUME_MAY_CHANGE = {
 }
 
 
+@functools.cache
 def help_texts() -> dict[str, str]:
     """Comments of the fields of `Settings`, read from the source: field name -> text."""
     return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", inspect.getsource(Settings), flags=re.MULTILINE))

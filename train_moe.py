@@ -119,7 +119,7 @@ class Settings:
     dense_last: int = 0  # last layers that stay dense [>=0]
     router: str = "noisy_topk"  # how experts are chosen and kept busy [noisy_topk|softmax_topk|sigmoid_bias]
     route_norm: bool = True  # gates of a token's experts sum to 1; not if it has one: its router would learn nothing
-    route_scale: float = 1.0  # factor on the gates [>0]
+    route_scale: float = 0.0  # factor on the gates; 0: so that they are about 1, as in a dense MLP's sum [>=0]
     importance_coef: float = 0.01  # noisy_topk: weight of CV^2 of the experts' summed gates [>=0]
     load_coef: float = 0.01  # noisy_topk: weight of CV^2 of their expected numbers of tokens [>=0]
     aux_coef: float = 0.01  # softmax_topk: weight of E * sum(share of tokens * mean probability) [>=0]
@@ -150,6 +150,7 @@ class Settings:
     muon_weight_decay: float = 0.02  # decay / peak rate, decoupled, falls with the rate's square; hidden matrices [>=0]
     orthogonalizer: str = "polar_express"  # iteration that orthogonalizes updates [polar_express|newton_schulz]
     adam_lr: float = 0.008  # base learning rate of all other parameters; factors in parameter_table [>=0]
+    expert_lr: float = 1.0  # factor on the learning rate of experts, which see fewer tokens than other matrices [>0]
     router_lr: float = 0.005  # learning rate of the routers, AdamW [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
     adam_weight_decay: float = 0.0  # the same for embeddings and head [>=0]
@@ -210,8 +211,16 @@ class Settings:
     @property
     def hidden(self) -> int:
         """Of one expert: the dense MLP's split among the active ones, to a multiple of 8."""
-        even = self.mlp_ratio * self.width / (self.choices + self.num_shared)
+        even = self.mlp_ratio * self.width / max(1, self.choices + self.num_shared)
         return self.expert_hidden or max(8, round(even / 8) * 8)
+
+    @property
+    def gate_scale(self) -> float:
+        """Normalized gates are 1 / choices on average, a lone sigmoid starts at 1/2. Muon's updates have one size: what
+        a gate takes from an expert's output, a larger rate would have to give back."""
+        if self.route_norm and self.choices > 1:
+            return self.route_scale or float(self.choices)
+        return self.route_scale or (2.0 if self.router == "sigmoid_bias" else 1.0)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -272,6 +281,7 @@ RESUME_MAY_CHANGE = {
 }
 
 
+@functools.cache
 def help_texts() -> dict[str, str]:
     """Comments of the fields of `Settings`, read from the source: field name -> text."""
     return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", inspect.getsource(Settings), flags=re.MULTILINE))
@@ -431,7 +441,7 @@ def auto_mixtures(s: Settings) -> str:
 
 def auto_experts(hardware: Hardware, dtype: str) -> str:
     """Grouped products where they read their group sizes on the device, Hopper and datacentre Blackwell in bf16; on
-    other GPUs padded batches, static, too. On a CPU a loop takes 0.8 of grouped_mm's time (records/LOG.md)."""
+    other GPUs padded batches, static, too; on a CPU, which has nothing to wait for, a loop (records/LOG.md)."""
     if hardware.device == "cpu":
         return "loop"
     return "grouped" if dtype == "bf16" and hardware.capability in ((9, 0), (10, 0)) else "bmm"
@@ -449,12 +459,15 @@ def mixture_note(s: Settings) -> str:
 def mixture_errors(s: Settings, given: dict, hardware: Hardware, dtype: str) -> list[str]:
     """Settings of the mixture that do not fit each other or this machine, or that nothing would read."""
     if not s.num_experts:
-        unread = {"top_k", "segments", "num_shared", "expert_hidden", "dense_first", "dense_last", "router",
-                  "router_lr", "route_norm", "route_scale", "capacity_factor", "force_balance", "moe_impl", *ROUTER_SETTINGS}
+        unread = {"top_k", "segments", "num_shared", "expert_hidden", "expert_lr", "dense_first", "dense_last",
+                  "router", "router_lr", "router_every", "route_norm", "route_scale", "capacity_factor",
+                  "force_balance", "moe_impl", *ROUTER_SETTINGS}
         bad = [f"--{name}: has no effect with --num_experts 0" for name in sorted(unread & given.keys())]
         return bad + ([f"--moe_layers {s.moe_layers}: --num_experts 0 has no mixture"] if "M" in s.moe_layers else [])
     bad = [f"--{name}: has no effect with --router {s.router}, only with {' or '.join(routers)}"
            for name, routers in ROUTER_SETTINGS.items() if name in given and s.router not in routers]
+    bad += [f"--{name}: has no effect beside --moe_layers" for name in ("dense_first", "dense_last")
+            if name in given and "moe_layers" in given]
     if len(s.moe_layers) != s.num_layers or set(s.moe_layers) - set("MD"):
         bad.append(f"--moe_layers {s.moe_layers}: one letter M or D for each of the {s.num_layers} layers")
     elif "M" not in s.moe_layers:
@@ -1237,6 +1250,129 @@ def head_losses(x_ND: Tensor, weight_VD: Tensor, targets_KN: Tensor, cap: tuple[
     return fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap or ()), kernel)[0], clipped
 
 
+# --- experts: products of sorted rows. Sorted row j belongs to (token, choice) number order[j]: that row of results,
+# and row order[j] // choices of x; expert e has the rows from ends[e - 1] up to ends[e]. Shapes and grids do not depend
+# on how many those are, so nothing waits for the GPU to tell. Suffixes: E experts, F hidden, R = tokens * choices.
+
+
+def expert_product_kernel(a, b, index, ends, post, out, experts, rows, cols, depth, BACKWARD: tl.constexpr,
+                          SCATTER: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                          DEPTH: tl.constexpr, GROUP: tl.constexpr):
+    """out[j] = relu(a[index[j]] @ b[e])^2 for each sorted row j, e being its expert, or in the backward pass
+    (a[index[j]] @ b[e].T) * 2 sqrt(post[j]); with SCATTER the product alone: out[index[j]] = a[j] @ b[e], or b[e].T.
+    Expert e has the tiles from number ends[e - 1] // ROWS + e on: enough for any rows, and those in excess end at once.
+    Tiles run down GROUP rows before they go right: b stays in the L2."""
+    tiles_down, tiles_right = rows // ROWS + experts, tl.cdiv(cols, COLS)
+    group, within = tl.program_id(0) // (GROUP * tiles_right), tl.program_id(0) % (GROUP * tiles_right)
+    height = min(tiles_down - group * GROUP, GROUP)
+    tile, e = group * GROUP + within % height, tl.arange(0, EXPERTS)
+    earlier = tl.load(ends + e, e < experts, rows) // ROWS + e < tile
+    expert = tl.sum(earlier.to(tl.int32), 0)
+    begin, end = tl.load(ends + expert - 1, expert > 0, 0), tl.load(ends + expert)
+    first = begin + (tile - expert - begin // ROWS) * ROWS
+    if first < end:
+        row = first + tl.arange(0, ROWS)
+        indexed, row = tl.load(index + row, row < end, 0)[:, None], row.to(tl.int64)[:, None]
+        col = ((within // height) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
+        k, total = tl.arange(0, DEPTH), tl.zeros((ROWS, COLS), dtype=tl.float32)
+        source, target = (row, indexed) if SCATTER else (indexed, row)
+        b += expert.to(tl.int64) * depth * cols
+        for start in range(0, depth, DEPTH):
+            left = tl.load(a + source * depth + (start + k)[None, :], (row < end) & (start + k < depth)[None, :], 0.0)
+            where = col * depth + (start + k)[:, None] if BACKWARD else (start + k).to(tl.int64)[:, None] * cols + col
+            right = tl.load(b + where, (col < cols) & (start + k < depth)[:, None], 0.0)
+            total = tl.dot(left, right, total, input_precision="ieee")
+        inside = (row < end) & (col < cols)
+        if BACKWARD and not SCATTER:
+            total *= 2 * tl.sqrt(tl.load(post + target * cols + col, inside, 0.0).to(tl.float32))
+        elif not SCATTER:
+            total = tl.maximum(total, 0.0) * total
+        tl.store(out + target * cols + col, total.to(out.dtype.element_ty), inside)
+
+
+def expert_weight_kernel(a, b, index, ends, out, rows, cols, GATHER_A: tl.constexpr, ROWS: tl.constexpr,
+                         COLS: tl.constexpr, DEPTH: tl.constexpr):
+    """One tile of out[e] = a.T @ b, summed over expert e's rows: a[index[j]] and b[j], or else a[j] and b[index[j]].
+    The tiles of an expert run together: its rows stay in the L2."""
+    expert, tiles_down = tl.program_id(1).to(tl.int64), tl.cdiv(rows, ROWS)
+    row = ((tl.program_id(0) % tiles_down) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    col = ((tl.program_id(0) // tiles_down) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
+    begin, end = tl.load(ends + expert - 1, expert > 0, 0), tl.load(ends + expert)
+    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(begin, end, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        source, k = tl.load(index + k, k < end, 0), k.to(tl.int64)
+        left = tl.load(a + (source if GATHER_A else k)[None, :] * rows + row, (row < rows) & (k < end)[None, :], 0.0)
+        right = tl.load(b + (k if GATHER_A else source)[:, None] * cols + col, (col < cols) & (k < end)[:, None], 0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    inside = (row < rows) & (col < cols)
+    tl.store(out + (expert * rows + row) * cols + col, total.to(out.dtype.element_ty), inside)
+
+
+def expert_tile(x: Tensor, num_stages: int) -> dict:
+    """Tile and launch options: three tiles of each operand have to fit in shared memory."""
+    small = small_shared_memory(x.device.type) or x.element_size() > 2
+    return dict(ROWS=128, COLS=128 if small else 256, DEPTH=32 if small else 64, num_warps=8, num_stages=num_stages)
+
+
+def fused_product(a: Tensor, b_EKM: Tensor, index_R: Tensor, ends_E: Tensor, post: Tensor | None = None,
+                  backward: bool = False, scatter: bool = False) -> Tensor:
+    """(R, M), or in the backward pass, which multiplies by b[e].T, (R, K): see `expert_product_kernel`."""
+    experts, depth, cols = (b_EKM.mT if backward else b_EKM).shape
+    rows, tile = len(index_R), expert_tile(a, num_stages=3)
+    out = a.new_empty(rows, cols)
+    grid = ((rows // tile["ROWS"] + experts) * -(-cols // tile["COLS"]),)
+    triton_kernel(expert_product_kernel)[grid](
+        a.contiguous(), b_EKM.contiguous(), index_R, ends_E, out if post is None else post, out, experts, rows, cols,
+        depth, BACKWARD=backward, SCATTER=scatter, EXPERTS=1 << (experts - 1).bit_length(), GROUP=8, **tile)
+    return out
+
+
+def fused_weight_gradient(a: Tensor, b: Tensor, index_R: Tensor, ends_E: Tensor, gather_a: bool) -> Tensor:
+    """(E, columns of a, columns of b), exactly 0 for an expert without rows: see `expert_weight_kernel`."""
+    (experts,), rows, cols, out = ends_E.shape, a.size(1), b.size(1), a.new_empty(len(ends_E), a.size(1), b.size(1))
+    tile = expert_tile(a, num_stages=5)  # an index is loaded before what it points to: 5 stages hold three tiles
+    grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]), experts)
+    triton_kernel(expert_weight_kernel)[grid](a.contiguous(), b.contiguous(), index_R, ends_E, out, rows, cols,
+                                              GATHER_A=gather_a, **tile)
+    return out
+
+
+@operator("experts(Tensor x, Tensor up, Tensor down, Tensor order, Tensor ends, int choices) -> (Tensor, Tensor)")
+def fused_experts(x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, order_R: Tensor, ends_E: Tensor, choices: int):
+    """y[order[j]] = relu(x[order[j] // choices] @ up[e])^2 @ down[e], (R, D), and the hidden values of sorted rows,
+    (R, F). `order` int64, `ends` int32, cumulative: an expert may have no rows, its gradients are then exactly 0."""
+    post_RF = fused_product(x_ND, up_EDF, order_R // choices, ends_E)
+    return fused_product(post_RF, down_EFD, order_R, ends_E, scatter=True), post_RF
+
+
+@operator("experts_backward(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor order, Tensor ends, Tensor post, "
+          "int choices) -> (Tensor, Tensor, Tensor)")
+def fused_experts_backward(grad_RD: Tensor, x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, order_R: Tensor,
+                           ends_E: Tensor, post_RF: Tensor, choices: int):
+    pre_grad_RF = fused_product(grad_RD, down_EFD, order_R, ends_E, post_RF, backward=True)
+    x_grad_RD = fused_product(pre_grad_RF, up_EDF, order_R, ends_E, backward=True, scatter=True)
+    return (x_grad_RD.unflatten(0, (-1, choices)).sum(1),
+            fused_weight_gradient(x_ND, pre_grad_RF, order_R // choices, ends_E, gather_a=True),
+            fused_weight_gradient(post_RF, grad_RD, order_R, ends_E, gather_a=False))
+
+
+def _experts_backward(ctx, grad_RD: Tensor, _):
+    return (*fused_experts_backward(grad_RD, *ctx.saved_tensors, ctx.choices), None, None, None)
+
+
+def _experts_context(ctx, inputs, output):
+    *tensors, ctx.choices = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+fused_experts.register_fake(lambda x, up, down, order, ends, choices: (x.new_empty(order.size(0), x.size(1)),
+                                                                       x.new_empty(order.size(0), up.size(2))))
+fused_experts_backward.register_fake(lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
+fused_experts.register_autograd(_experts_backward, setup_context=_experts_context)
+
+
 # --- layers
 
 GATE_DIM = 12  # dimensions of the residual stream that gates read (record 28)
@@ -1274,7 +1410,7 @@ def layer_table(s: Settings) -> list[Layer]:
     for i, attention in enumerate(s.attention):
         value = i if i < tables else i - (n - tables) if i >= n - tables else None
         skip = {"unet": n - 1 - i if n - 1 - i < i else None, "single": n // 4 if i == n // 2 > 1 else None}.get(s.skip)
-        mixture = s.moe_layers[:i].count("M") if s.moe_layers[i] == "M" else None
+        mixture = s.moe_layers[:i].count("M") if s.moe_layers[i:i + 1] == "M" else None
         table.append(Layer(attention, value if attention != "-" else None, skip, mixture))
     return table
 
@@ -1403,6 +1539,9 @@ class MLP(nn.Module):
 # --- experts and routers
 
 
+LOOP_ROWS = 64  # multiple of the rows of a product in `loop`
+
+
 class Grouping(NamedTuple):
     """Rows of a product with the experts: one for each choice of a token, sorted by expert, perhaps with padding."""
 
@@ -1421,19 +1560,20 @@ def group_rows(experts_NK: Tensor, num_experts: int) -> Grouping:
     return Grouping(order, inverse, ends)
 
 
-def pad_groups(g: Grouping) -> Grouping:
-    """The same in blocks of one expert each, about four an expert: at most a block of padding for each of them."""
+def pad_groups(g: Grouping, size: int) -> Grouping:
+    """The same in blocks of `size` rows, each of one expert: padding fills up the last block of every expert."""
     rows, experts = len(g.order_R), len(g.ends_E)
-    size = -(-rows // (4 * experts * 16)) * 16
-    count = -(-rows // size) + experts
+    count = -(-rows // size) + experts  # enough for any routing
     sizes = torch.diff(g.ends_E, prepend=g.ends_E.new_zeros(1))
-    block_ends = (-(-sizes // size)).cumsum(0)
-    shift = (block_ends * size - -(-sizes // size) * size) - (g.ends_E - sizes)  # of an expert's first row
+    blocks = -(-sizes // size)
+    block_ends = blocks.cumsum(0)
+    shift = (block_ends - blocks) * size - (g.ends_E - sizes)  # of an expert's first row
     row = torch.arange(rows, device=sizes.device)
     row = row + shift[torch.searchsorted(g.ends_E, row.to(torch.int32), right=True)]
     order = torch.full((count * size,), rows, device=row.device).scatter_(0, row, g.order_R)
     owner = torch.searchsorted(block_ends, torch.arange(count, device=row.device), right=True)
-    return Grouping(order, row[g.inverse_R], g.ends_E, F.one_hot(owner.clamp_max(experts - 1), experts))
+    return Grouping(order, row[g.inverse_R], (block_ends * size).to(torch.int32),
+                    F.one_hot(owner.clamp_max(experts - 1), experts))
 
 
 class Spread(torch.autograd.Function):
@@ -1509,7 +1649,8 @@ def expert_mlp(x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, experts_NK: Tenso
     if impl == "triton":
         y = fused_experts(x_ND, up_EDF, down_EFD, g.order_R, g.ends_E, choices)[0]
         return y.unflatten(0, (-1, choices))
-    g = pad_groups(g) if impl == "bmm" else g
+    if impl != "grouped":  # bmm: about four blocks an expert; loop: oneDNN makes a new kernel for each new size
+        g = pad_groups(g, 16 * -(-len(g.order_R) // (64 * len(up_EDF))) if impl == "bmm" else LOOP_ROWS)
     x_RD = Spread.apply(x_ND, g.order_R, g.inverse_R, choices)
     y_RD = expert_product(expert_product(x_RD, up_EDF, g, impl).relu().square(), down_EFD, g, impl)
     return Collect.apply(y_RD, g.order_R, g.inverse_R).unflatten(0, (-1, choices))
@@ -1541,6 +1682,11 @@ def chance_of_choice(clean_NE: Tensor, noise_std_NE: Tensor, noisy_NE: Tensor, t
     inside, outside = top_NK[:, choices - 1:choices], top_NK[:, choices:choices + 1]
     threshold = torch.where(noisy_NE > outside, outside, inside)
     return torch.special.ndtr((clean_NE - threshold) / noise_std_NE)
+
+
+def among(experts: Tensor, num_experts: int) -> Tensor:
+    """Numbers of experts (.., K) -> (.., E), True for those."""
+    return (experts[..., None] == torch.arange(num_experts, device=experts.device)).any(-2)
 
 
 class Routing(NamedTuple):
@@ -1595,13 +1741,13 @@ class Router(NamedTuple):
         first)."""
         length = experts_BTK.size(1)
         capacity = math.ceil(self.capacity * length * self.choices / self.num_experts)
-        chosen = F.one_hot(experts_BTK, self.num_experts).sum(2)
+        chosen = among(experts_BTK, self.num_experts).int()
         return (chosen.cumsum(1) - chosen).gather(2, experts_BTK) < capacity
 
     def sums(self, logits_NE: Tensor, scores_NE: Tensor, experts_NK: Tensor, gates_NK: Tensor, load_NE: Tensor,
              top_NK: Tensor, kept_BTK: Tensor | None) -> Tensor:
         """The sums over tokens that sum_sizes lists, (S,) fp32."""
-        chosen = F.one_hot(experts_NK, self.num_experts).sum((0, 1))
+        chosen = among(experts_NK, self.num_experts).sum(0)
         share = scores_NE / scores_NE.sum(-1, keepdim=True)
         importance = share.sum(0)
         if self.kind == "noisy_topk":
@@ -1622,7 +1768,7 @@ class Mixture(nn.Module):
     def __init__(self, s: Settings):
         super().__init__()
         self.impl = s.moe_impl
-        self.router = Router(s.router, s.experts, s.choices, s.route_norm, s.route_scale, s.capacity_factor,
+        self.router = Router(s.router, s.experts, s.choices, s.route_norm, s.gate_scale, s.capacity_factor,
                              s.force_balance)
         self.experts_up = nn.Parameter(uniform(s.experts, s.hidden, s.width).mT.contiguous())  # (E, D, F)
         self.experts_down = nn.Parameter(torch.zeros(s.experts, s.hidden, s.width))  # (E, F, D)
@@ -1841,12 +1987,13 @@ def parameter_table(s: Settings) -> list[Rule]:
     which gives both the factor sqrt(mlp_ratio). An expert's has the shape of its own matrices, at least 1."""
     muon, muon_betas, muon_decay = s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
     adam, decay = s.adam_lr, s.adam_weight_decay
-    expert, shared = (max(1.0, n * s.hidden / s.width) ** 0.5 for n in (1, s.num_shared))
+    expert = muon * s.expert_lr * max(1.0, s.hidden / s.width) ** 0.5
+    shared = muon * max(1.0, s.num_shared * s.hidden / s.width) ** 0.5
     return [
         Rule(r"blocks\.\d+\.attn\.qkvo", "muon", muon, muon_betas, muon_decay, "sharded"),
         Rule(r"blocks\.\d+\.mlp\.(up|down)", "muon", muon * s.mlp_ratio**0.5, muon_betas, muon_decay, "sharded"),
-        Rule(r"blocks\.\d+\.mlp\.experts_(up|down)", "muon", muon * expert, muon_betas, muon_decay, "sharded"),
-        Rule(r"blocks\.\d+\.mlp\.shared\.(up|down)", "muon", muon * shared, muon_betas, muon_decay, "sharded"),
+        Rule(r"blocks\.\d+\.mlp\.experts_(up|down)", "muon", expert, muon_betas, muon_decay, "sharded"),
+        Rule(r"blocks\.\d+\.mlp\.shared\.(up|down)", "muon", shared, muon_betas, muon_decay, "sharded"),
         Rule(r"routers", "adamw", s.router_lr, (0.9, 0.99), 0.0, "replicated"),
         Rule(r"lm_head", "adamw", adam, (0.8, 0.95), decay, "sharded"),
         Rule(r"embed\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded"),
@@ -2608,16 +2755,19 @@ def read_control(s: Settings, fingerprint: str) -> dict | None:
         return None
     try:
         config = json.loads((Path(s.control) / "config.json").read_text(encoding="utf-8"))
-        end = [record for record in metric_records(Path(s.control)) if record.get("event") == "end"]
+        *_, last = [record for record in metric_records(Path(s.control)) if record.get("event") in ("end", "resume")]
+        same = config["data"]["fingerprint"] == fingerprint and not config["settings"].get("num_experts", 0)
     except FileNotFoundError as error:
         missing = Path(error.filename).name
-        raise FileNotFoundError(f"--control {s.control}: no {missing} there; name a run's folder, logs/EXPERIMENT/RUN"
-                                ) from error
-    if not end or end[-1]["val_loss"] is None:
+        wanted = "name a run's folder, logs/EXPERIMENT/RUN"
+        raise FileNotFoundError(f"--control {s.control}: no {missing} there; {wanted}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--control {s.control}: that run has not ended, or its files are damaged: resume it") from error
+    if last.get("status") not in ("done", "target"):
         raise UserError(f"--control {s.control}: that run has not ended: wait for it, or resume it")
-    if config["settings"].get("num_experts", 0) or config["data"]["fingerprint"] != fingerprint:
+    if not same:
         raise UserError(f"--control {s.control}: no dense run on the same data; make one with --num_experts 0")
-    return end[-1]
+    return last
 
 
 def metric_records(folder: Path) -> list[dict]:
@@ -3013,7 +3163,8 @@ class Trainer:
                         fp8_clipped=int(self.model.saturated))
         self.logged_step, self.logged_ms = step, ms
         balance = self.optimizer.balance
-        if balance and (balance.report_steps >= s.router_every or step == s.iterations):
+        due = step % s.log_every == 0 and balance and balance.report_steps >= s.router_every
+        if due or (balance and step == s.iterations):  # not where a signal or a checkpoint brought the line about
             self._report_routers(step, balance.report())
 
     def _report_routers(self, step: int, report: dict[str, list]):
@@ -3021,7 +3172,7 @@ class Trainer:
         line, alarms = router_lines(report, self.s)
         self.log.print("\n".join([line, *alarms]))
         for alarm in alarms:
-            self.log.line(f"step:{step} {alarm}")
+            self.log.line(f"{alarm} (step {step})")
         layers = [i for i, kind in enumerate(self.s.moe_layers) if kind == "M"]
         self.log.metric(event="routers", step=step, layers=layers, experts=self.s.experts, **report)
 

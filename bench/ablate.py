@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from datetime import date
 from functools import partial
 from itertools import pairwise
@@ -179,13 +179,13 @@ def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
             for seed in range(args.seeds) for name in names]
 
 
-def read_runs(path: Path) -> dict[tuple, dict]:
-    """(kind, technique, seed, key, change) -> newest record; what a full disk cut off is run again."""
+def read_runs(path: Path, fields: tuple[str, ...] = Job._fields[:5]) -> dict[tuple, dict]:
+    """The first five fields of a job -> newest record; what a full disk cut off is run again."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
             run = json.loads(line)
-            found[tuple(run[name] for name in Job._fields[:5])] = run
+            found[tuple(run[name] for name in fields)] = run
     return found
 
 
@@ -204,10 +204,10 @@ def append_run(path: Path, run: dict) -> None:
 # Runs
 
 
-def train(flags: list[str], seed: int, children: set) -> tuple[list[dict], dict]:
+def train(flags: list[str], seed: int, children: set, trainer: Path | None = None) -> tuple[list[dict], dict]:
     """Events of metrics.jsonl and config.json of one run. Raises RuntimeError with the trainer's sentence."""
     with tempfile.TemporaryDirectory() as logs:
-        command = [sys.executable, str(TRAINER), *flags, "--seed", str(seed), "--log-dir", logs]
+        command = [sys.executable, str(trainer or TRAINER), *flags, "--seed", str(seed), "--log-dir", logs]
         child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         children.add(child)
         printed = child.communicate()[1].strip()
@@ -248,7 +248,13 @@ def execute(job: Job, children: set) -> dict:
     return run | {"wall_s": round(time.perf_counter() - began, 2)}
 
 
-def run_all(jobs: list[Job], workers: int, command: str, path: Path) -> int:
+def outcome(run: dict) -> str:
+    done = (f"{run['ms']:.1f} ms, proxy {run['proxy_ms']:.1f} ms" if "ms" in run else
+            f"val loss {run.get('val_loss', 0):.4f}, {run['wall_s']:.0f} s")
+    return f"{run['technique']}, seed {run['seed']}: " + (f"FAILED: {run['problem']}" if run["problem"] else done)
+
+
+def run_all(jobs: list, workers: int, command: str, path: Path, execute=execute, outcome=outcome) -> int:
     """Runs the jobs, appends each to `path` when it ends, and returns how many failed. An interruption ends those that
     are under way, which leaves no record of them."""
     children, failed = set(), 0
@@ -259,19 +265,14 @@ def run_all(jobs: list[Job], workers: int, command: str, path: Path) -> int:
                 run = future.result()
                 append_run(path, run | {"command": command})
                 failed += bool(run["problem"])
-                print(f"[{number}/{len(jobs)}] {run['technique']}, seed {run['seed']}: {outcome(run)}", flush=True)
+                print(f"[{number}/{len(jobs)}] {outcome(run)}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in list(children):
-                child.kill()
+            while wait(futures, timeout=0.1).not_done:  # again: one may have been about to start
+                for child in list(children):
+                    child.kill()
             raise
     return failed
-
-
-def outcome(run: dict) -> str:
-    done = (f"{run['ms']:.1f} ms, proxy {run['proxy_ms']:.1f} ms" if "ms" in run else
-            f"val loss {run.get('val_loss', 0):.4f}, {run['wall_s']:.0f} s")
-    return f"FAILED: {run['problem']}" if run["problem"] else done
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,352 @@
+"""Settings of train_moe.py's mixtures: what each flag changes, what is refused, presets at equal active FLOPs, the
+choice of how experts are multiplied, and the comparison with a dense control."""
+import dataclasses
+import functools
+import json
+
+import pytest
+import torch
+from helpers import CPU, H100, TINY, flags, losses, records, tiny
+from moe import FIELDS, parse, random_batch, random_model, random_noise, settings, train, window
+
+import train_gpt
+import train_moe as tm
+from train_moe import MIXTURES, PRESETS, Balance, MuonAdamW, UserError, World
+
+H100 = tm.Hardware(*H100)._replace(capability=(9, 0))
+PRODUCT = tm.expert_product
+SECTION = [*FIELDS[FIELDS.index("num_experts"):FIELDS.index("moe_impl") + 1], "router_lr", "expert_lr"]  # of Settings
+
+
+def problems(*argv, hardware=CPU, monkeypatch) -> str:
+    """What is wrong with a tiny run's settings."""
+    with pytest.raises(UserError) as caught:
+        parse(*flags(**TINY), *argv, hardware=hardware, monkeypatch=monkeypatch)
+    return str(caught.value)
+
+
+# --- flags
+
+
+def observe(s: tm.Settings, monkeypatch) -> dict:
+    """What a training step of a model with random weights shows of its settings."""
+    products = set()
+    monkeypatch.setattr(tm, "expert_product", lambda x, w, g, impl: products.add(impl) or PRODUCT(x, w, g, impl))
+    model, noise = random_model(s), random_noise(s)
+    balance, (inputs, targets, docs) = Balance(model, s, World()), random_batch()
+    values = model(inputs, targets[None], docs, window(), noise)
+    own_noise = balance.noise(0, 4, 32)
+    balance.add(values[1:], 1 / inputs.numel())
+    seen = tm.named_sums(balance.sums, s.experts)
+    chosen, dropped = seen["chosen"].clone(), seen["dropped"].sum().item()
+    sums = balance.sums.clone()
+    balance.update(1)
+    slopes = tm.named_sums(balance.slopes, s.experts)
+    bias = balance.bias.clone()
+    balance.sums.copy_(sums)
+    balance.update(7)
+    late_step = (balance.bias - bias).abs().max().item()
+    mixture = next(block.mlp for block in model.blocks if isinstance(block.mlp, tm.Mixture))
+    x = torch.randn(4, 32, s.width, generator=torch.Generator().manual_seed(4))
+    routing = mixture.router(x, model.routers[0], model.router_bias[0], None if noise is None else noise[:, 0])
+    optimizer = MuonAdamW(model, s, World())
+    (rate,) = [bank.lr.item() for bank in optimizer.banks if "routers" in bank.params]
+    (expert_rate,) = [bank.lr.max().item() for bank in optimizer.banks
+                      if any(name.endswith("experts_up") for name in bank.params)]
+    gates = routing.gates_NK.sum(1)
+    return {
+        "experts": len(mixture.experts_up), "hidden": mixture.experts_down.size(1),
+        "choices": routing.experts_NK.size(1),
+        "shared": 0 if mixture.shared is None else len(mixture.shared.up),
+        "layers": "".join("DM"[isinstance(block.mlp, tm.Mixture)] for block in model.blocks),
+        "noise and bias": (own_noise is not None, bool(bias.any())),
+        "gates": round(gates.mean().item(), 5), "equal gates": (gates - gates[0]).abs().max().item() < 1e-5,
+        "even": len(chosen.unique()) == 1, "dropped": dropped > 0, "products": products, "router rate": rate,
+        "expert rate": expert_rate,
+        "bias step": bias.abs().max().item(), "late bias step": late_step,
+        **{f"{name} slope": slopes[name].norm().item() for name in ("importance", "load", "z")},
+    }
+
+
+def times(factor: float):
+    return lambda value, before: before > 0 and value == pytest.approx(factor * before, rel=1e-3)
+
+
+SIGMOID, SOFTMAX = ["--router", "sigmoid_bias"], ["--router", "softmax_topk"]
+FLAGS = [  # flag, other flags, what it changes, from, to (or a check of the new value against the old)
+    ("--num-experts 16", [], "experts", 8, 16),
+    ("--top-k 4", [], "choices", 2, 4),
+    ("--top-k 4", [], "hidden", 64, 32),
+    ("--segments 2", [], "experts", 8, 16),
+    ("--segments 2", [], "choices", 2, 4),
+    ("--segments 2", [], "hidden", 64, 32),
+    ("--num-shared 2", [], "shared", 0, 64),
+    ("--num-shared 2", [], "hidden", 64, 32),
+    ("--expert-hidden 24", [], "hidden", 64, 24),
+    ("--expert-lr 2", [], "expert rate", None, times(2)),
+    ("--moe-layers DM", [], "layers", "MM", "DM"),
+    ("--dense-first 1", [], "layers", "MM", "DM"),
+    ("--dense-last 1", [], "layers", "MM", "MD"),
+    ("--router sigmoid_bias", [], "noise and bias", (True, False), (False, True)),
+    ("--router softmax_topk", [], "noise and bias", (True, False), (False, False)),
+    ("--no-route-norm", [], "equal gates", True, False),
+    ("--route-scale 2.5", [], "gates", 2.0, 2.5),
+    ("--importance-coef 0.03", [], "importance slope", None, times(3)),
+    ("--load-coef 0.03", [], "load slope", None, times(3)),
+    ("--aux-coef 0.03", SOFTMAX, "importance slope", None, times(3)),
+    ("--z-coef 0.003", [], "z slope", None, times(3)),
+    ("--z-coef 0.003", SOFTMAX, "z slope", None, times(3)),
+    ("--bias-rate 0.003", SIGMOID, "bias step", None, times(3)),
+    ("--bias-cooldown 0.5", SIGMOID, "late bias step", None, times(0.3)),  # step 7 of 8: 1/4 instead of 1/1.2
+    ("--capacity-factor 0.5", [], "dropped", False, True),
+    ("--force-balance", [], "even", False, True),
+    ("--moe-impl bmm", [], "products", {"loop"}, {"bmm"}),
+    ("--moe-impl grouped", [], "products", {"loop"}, {"grouped"}),
+    ("--router-lr 0.125", [], "router rate", pytest.approx(0.005), 0.125),
+]
+
+
+@pytest.mark.parametrize("flag, others, name, before, after", FLAGS, ids=[f"{row[0]}: {row[2]}" for row in FLAGS])
+def test_flag_changes_what_it_says(flag, others, name, before, after, monkeypatch):
+    without, given = (observe(parse(*flags(**TINY), *others, *more, monkeypatch=monkeypatch), monkeypatch)[name]
+                      for more in ([], flag.split()))
+    assert (before is None or without == before) and without != given
+    assert after(given, without) if callable(after) else given == after
+
+
+@pytest.mark.parametrize("changes, scale", [
+    (dict(top_k=2), 2.0), (dict(top_k=2, segments=2), 4.0), (dict(top_k=1), 1.0), (dict(route_norm=False), 1.0),
+    (dict(router="sigmoid_bias"), 2.0), (dict(router="sigmoid_bias", top_k=1), 2.0), (dict(route_scale=0.5), 0.5),
+    (dict(router="sigmoid_bias", top_k=1, route_scale=0.5), 0.5)])
+def test_gates_are_about_1_unless_a_scale_is_given(changes, scale):
+    s = settings(**changes)
+    assert s.gate_scale == random_model(s).blocks[0].mlp.router.scale == scale
+
+
+def test_every_flag_of_the_mixture_is_in_the_table():
+    assert {row[0].split()[0].removeprefix("--no-").strip("-").replace("-", "_") for row in FLAGS} == set(SECTION)
+
+
+def test_router_every_sets_the_steps_between_reports(tmp_path):
+    for every, steps in ((3, [3, 6, 8]), (4, [4, 8]), (50, [8])):
+        folder = train(tm, tmp_path, router_every=every)
+        assert [r["step"] for r in records(folder) if r.get("event") == "routers"] == steps
+
+
+# --- flags that are refused
+
+VALUES = {"moe_layers": "MD", "router": "sigmoid_bias", "moe_impl": "bmm", "route_norm": None, "force_balance": None}
+
+
+@pytest.mark.parametrize("name", [name for name in [*SECTION, "router_every"] if name != "num_experts"])
+def test_without_experts_each_flag_of_the_mixture_is_refused(name, monkeypatch):
+    value = VALUES.get(name, "1")
+    said = problems("--num-experts", "0", f"--{name}", *[value] * (value is not None), monkeypatch=monkeypatch)
+    assert f"--{name}" in said and "--num_experts 0" in said and said.startswith("1 setting(s)")
+
+
+@pytest.mark.parametrize("name, routers", [
+    ("importance_coef", ["noisy_topk"]), ("load_coef", ["noisy_topk"]), ("aux_coef", ["softmax_topk"]),
+    ("z_coef", ["noisy_topk", "softmax_topk"]), ("bias_rate", ["sigmoid_bias"]), ("bias_cooldown", ["sigmoid_bias"])])
+def test_settings_of_other_routers_are_refused(name, routers, monkeypatch):
+    for router in ("noisy_topk", "softmax_topk", "sigmoid_bias"):
+        argv = ["--router", router, f"--{name}", "0.5"]
+        if router in routers:
+            assert getattr(parse(*flags(**TINY), *argv, monkeypatch=monkeypatch), name) == 0.5
+        else:
+            said = problems(*argv, monkeypatch=monkeypatch)
+            assert all(word in said for word in (f"--{name}", router, *routers)) and said.startswith("1 setting(s)")
+
+
+@pytest.mark.parametrize("argv, words", [
+    ("--top-k 9", ["--top_k 9", "--num_experts 8"]),
+    ("--top-k 0", ["--top_k 0", "must be >0"]),
+    ("--segments 0", ["--segments 0", "must be >0"]),
+    ("--num-shared -2", ["--num_shared -2", "must be >=0"]),
+    ("--num-shared -1", ["--num_shared -1", "must be >=0"]),
+    ("--route-scale -1", ["--route_scale -1.0", "must be >=0"]),
+    ("--bias-cooldown 1.5 --router sigmoid_bias", ["--bias_cooldown 1.5", "0 to 1"]),
+    ("--router best", ["--router best", "noisy_topk or softmax_topk or sigmoid_bias"]),
+    ("--moe-impl cuda", ["--moe_impl cuda", "auto or grouped or bmm or loop or triton"]),
+    ("--moe-layers M", ["--moe_layers M", "each of the 2 layers"]),
+    ("--moe-layers MX", ["--moe_layers MX", "M or D"]),
+    ("--moe-layers DD", ["--moe_layers DD", "--num_experts 0"]),
+    ("--dense-first 1 --dense-last 1", ["--moe_layers DD", "--num_experts 0"]),
+    ("--moe-layers MD --dense-first 1", ["--dense_first", "--moe_layers"]),  # which would be ignored
+    ("--expert-hidden 12", ["--expert_hidden 12", "16 bytes", "multiples of 8", "12 is none"]),
+    ("--width 36 --head-dim 12", ["--width 36", "16 bytes", "multiples of 8", "36 is none"]),
+    ("--moe-impl grouped --compile", ["--moe_impl grouped", "bf16", "--no-compile"]),
+])
+def test_wrong_flags_are_refused_in_one_sentence_each(argv, words, monkeypatch):
+    said = problems(*argv.split(), monkeypatch=monkeypatch)
+    assert all(word in said for word in words)
+    assert said.startswith("1 setting(s)") and said.count("\n") == 1
+
+
+def test_a_negative_number_of_experts_is_refused(monkeypatch):
+    assert "--num_experts -1: must be >=0" in problems("--num-experts", "-1", monkeypatch=monkeypatch)
+
+
+def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "--moe_impl triton needs" in problems("--moe-impl", "triton", monkeypatch=monkeypatch)
+
+
+def test_all_that_is_wrong_is_said_at_once_and_without_a_traceback(tmp_path, capsys):
+    argv = "--top-k 9 --moe-layers MMX --expert-hidden 12 --aux-coef 1 --muon-lr -1".split()
+    assert tm.main([*tiny(tmp_path), *argv]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: 5 setting(s) cannot work:") and "Traceback" not in said
+    assert all(flag in said for flag in ("--top_k", "--moe_layers", "--expert_hidden", "--aux_coef", "--muon_lr"))
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("preset", ["mixtrall", "mixtral-", "-cpu", "mixtral-large", "cpu-mixtral", "mixtral-speed"])
+def test_wrong_presets_are_refused(preset, monkeypatch):
+    with pytest.raises(UserError, match=f"--preset {preset}: must be one of mixtral|deepseek|speed, or of auto|cpu"):
+        parse(f"--preset={preset}", monkeypatch=monkeypatch)
+
+
+# --- presets
+
+
+@pytest.mark.parametrize("preset, hardware, kind, size", [
+    ("auto", CPU, None, "cpu"), ("auto", H100, None, "gpu"), ("mixtral", CPU, "mixtral", "cpu"),
+    ("deepseek", H100, "deepseek", "gpu"), ("speed-speedrun", H100, "speed", "speedrun"),
+    ("speedrun", H100, None, "speedrun"), ("speed-auto", CPU, "speed", "cpu"), ("cpu", CPU, None, "cpu"),
+    ("mixtral-medium", H100, "mixtral", "medium")])
+def test_preset_is_a_kind_and_a_size(preset, hardware, kind, size, monkeypatch):
+    s = parse("--preset", preset, hardware=hardware, monkeypatch=monkeypatch)
+    assert s.preset == (f"{kind}-{size}" if kind else size)
+    wanted = PRESETS[size] | MIXTURES.get(kind, {}) | tm.SIZED.get(s.preset, {})
+    assert {name: getattr(s, name) for name in wanted} == wanted
+
+
+def test_command_line_goes_before_the_preset(monkeypatch):
+    s = parse("--preset", "deepseek-cpu", "--num-shared", "1", "--top-k", "1", monkeypatch=monkeypatch)
+    assert (s.num_shared, s.top_k, s.segments, s.moe_layers) == (1, 1, 2, "DMM")
+
+
+@functools.cache
+def flops(script, preset: str) -> list[float]:
+    """Of each stage, by the real parameters of a model without storage."""
+    s = script.parse_settings(["--preset", preset], 1)[0]
+    s = dataclasses.replace(s, device="cpu", backend="sdpa")
+    with torch.device("meta"):
+        counts = script.parameter_counts(script.GPT(s, 257 if "cpu" in preset else 50257))
+    return [script.flops_per_token(s, counts, stage) for stage in script.stage_table(s)]
+
+
+@pytest.mark.parametrize("size", PRESETS)
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_presets_cost_a_token_as_much_as_the_dense_model(kind, size, monkeypatch):
+    """Active FLOPs within 1 % of train_gpt.py's preset, at every stage; never exactly equal: there is a router."""
+    for script in (train_gpt, tm):
+        hardware = script.Hardware("cuda", "H100", 79.6, True, "")
+        monkeypatch.setattr(script, "detect_hardware", lambda device="auto", hardware=hardware: hardware)
+    ratios = [own / dense for own, dense in zip(flops(tm, f"{kind}-{size}"), flops(train_gpt, size), strict=True)]
+    assert all(1 < ratio < 1.01 for ratio in ratios)
+
+
+def test_parameters_and_flops_of_a_small_mixture():
+    """By hand: width 32, hidden 40, 4 experts of which 2 are active and 1 shared, router of 2 x 4 rows."""
+    s = settings(num_shared=1, moe_layers="DM", value_embeds=0, expert_hidden=40)
+    counts = tm.parameter_counts(tm.GPT(s, 64))
+    attention, dense, expert = 4 * 32 * 32, 2 * 32 * 128, 2 * 32 * 40
+    assert counts["hidden"] == 2 * attention + dense + expert and counts["experts"] == 4 * expert
+    assert counts["router"] == 8 * 32 and counts["total"] - counts["active"] == 2 * expert
+    assert counts["matmul"] == 2 * attention + dense + 3 * expert + 8 * 32 + 128 * 32
+    keys = 2 * (32 - 32 * 31 / 64)  # two layers, a causal row of 32
+    assert tm.flops_per_token(s, counts, tm.stage_table(s)[0]) == 6 * counts["matmul"] + 12 * 32 * keys
+
+
+# --- how experts are multiplied
+
+
+@pytest.mark.parametrize("capability, argv, impl", [
+    ((9, 0), [], "grouped"), ((10, 0), [], "grouped"), ((8, 0), [], "bmm"), ((12, 0), [], "bmm"), ((8, 9), [], "bmm"),
+    ((9, 0), ["--dtype", "fp32"], "bmm"), ((9, 0), ["--moe-impl", "loop"], "loop"), (None, [], "loop"),
+    (None, ["--moe-impl", "bmm"], "bmm")])
+def test_auto_impl_by_hardware_is_printed(capability, argv, impl, monkeypatch):
+    hardware = tm.Hardware(*CPU) if capability is None else H100._replace(capability=capability)
+    monkeypatch.setattr(tm, "detect_hardware", lambda device="auto": hardware)
+    s, _, notes = tm.parse_settings(["--preset", "mixtral", *argv], 1)
+    assert s.moe_impl == impl and notes[-1].endswith(f"experts by {impl}")
+
+
+# --- the dense control
+
+
+def control_run(folder, status="done", val_loss=3.0, fingerprint="same", **settings_of_run):
+    """A run's folder, made by hand: 10 steps of 100 tokens and 50 ms."""
+    folder.mkdir()
+    config = {"settings": settings_of_run, "data": {"fingerprint": fingerprint}}
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [dict(step=step, val_loss=loss, tokens=100 * step, train_time_ms=50.0 * step)
+            for step, loss in ((4, 3.5), (8, 3.1), (10, 3.0))]
+    rows.insert(1, dict(step=6, train_loss=2.0, tokens=600, train_time_ms=300.0))
+    if status:
+        rows.append(dict(event="end", status=status, step=10, val_loss=val_loss, train_time_ms=500.0))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(status=None), ["has not ended"]),
+    (dict(val_loss=None), ["has not ended"]),
+    (dict(status="interrupted"), ["has not ended"]),
+    (dict(fingerprint="other"), ["no dense run on the same data", "--num_experts 0"]),
+    (dict(num_experts=8), ["no dense run", "--num_experts 0"]),
+])
+def test_controls_that_cannot_be_compared_with_are_refused(changes, words, tmp_path):
+    folder = control_run(tmp_path / "dense", **changes)
+    with pytest.raises(UserError) as caught:
+        tm.read_control(settings(control=str(folder)), "same")
+    assert all(word in str(caught.value) for word in [f"--control {folder}", *words])
+
+
+def test_a_control_of_train_gpt_or_without_experts_is_read(tmp_path):
+    assert tm.read_control(settings(), "same") is None
+    for name, of_run in (("gpt", {}), ("moe", dict(num_experts=0))):
+        end = tm.read_control(settings(control=str(control_run(tmp_path / name, **of_run))), "same")
+        assert (end["step"], end["val_loss"]) == (10, 3.0)
+
+
+def test_a_missing_control_is_one_sentence_before_training(tmp_path, capsys):
+    for folder, missing in ((tmp_path / "none", "config.json"), (tmp_path / "half", "metrics.jsonl")):
+        if folder.name == "half":
+            folder.mkdir()
+            (folder / "config.json").write_text("{}")
+        assert tm.main(tiny(tmp_path, control=folder)) == 1
+        said = capsys.readouterr().err
+        assert said == f"error: --control {folder}: no {missing} there; name a run's folder, logs/EXPERIMENT/RUN\n"
+    assert not (tmp_path / "logs").exists()
+
+
+def test_table_of_the_control(tmp_path):
+    """The first validation at or below the loss; training losses and a half-written last line do not count."""
+    dense, own = control_run(tmp_path / "dense"), control_run(tmp_path / "own")
+    rows = [dict(step=2, val_loss=3.2, tokens=1000, train_time_ms=150.0),
+            dict(step=5, val_loss=3.05, tokens=1_234_500, train_time_ms=375.0)]
+    (own / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "val_loss": 1.')
+    assert tm.control_lines(dense, own, 3.1, (50.0, 75.0)) == [
+        "to validation loss 3.1000       tokens    steps   seconds",
+        "           dense control            800        8       0.4",
+        "                this run      1,234,500        5       0.4",
+        "step time 1.500 of the control's, break-even at 1.600"]
+    assert tm.control_lines(dense, own, 3.0, (50.0, 40.0))[2:] == [
+        "                this run  not reached", "step time 0.800 of the control's"]
+    assert tm.control_lines(dense, own, 2.0, (50.0, 40.0))[1] == "           dense control  not reached"
+
+
+def test_a_run_prints_the_comparison_at_its_end(tmp_path, capsys):
+    """With the control's last loss as the goal, or --target-loss; seconds and steps are those of the logs."""
+    dense = train(tm, tmp_path, num_experts=0, experiment_name="dense", eval_every=1)
+    capsys.readouterr()
+    own = train(tm, tmp_path, control=dense, experiment_name="own", eval_every=1)
+    last = losses(dense)["val_loss"][8]
+    ends = [[r for r in records(folder) if r.get("event") == "end"][-1] for folder in (dense, own)]
+    expected = tm.control_lines(dense, own, last, tuple(end["train_time_ms"] / end["step"] for end in ends))
+    assert "\n".join(expected) in capsys.readouterr().out and f"{last:.4f}" in expected[0]
+    other = train(tm, tmp_path, control=dense, experiment_name="other", target_loss=4.7)
+    assert "to validation loss 4.7000 " in capsys.readouterr().out and other.exists()
