@@ -1576,6 +1576,15 @@ def pad_groups(g: Grouping, size: int) -> Grouping:
                     F.one_hot(owner.clamp_max(experts - 1), experts))
 
 
+def arrange(experts_NK: Tensor, num_experts: int, impl: str) -> Grouping:
+    """Sorted rows as a backend wants them: `bmm` in about four blocks an expert; `loop` in multiples of LOOP_ROWS, as
+    oneDNN makes a new kernel for each new size."""
+    g = group_rows(experts_NK, num_experts)
+    if impl in ("grouped", "triton"):
+        return g
+    return pad_groups(g, 16 * -(-len(g.order_R) // (64 * num_experts)) if impl == "bmm" else LOOP_ROWS)
+
+
 class Spread(torch.autograd.Function):
     """Rows of the tokens in sorted order, (R, D). Backward gathers and sums over a token's choices: no atomics."""
 
@@ -1645,18 +1654,17 @@ def expert_product(x_RD: Tensor, weight_EDF: Tensor, g: Grouping, impl: str) -> 
 
 def expert_mlp(x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, experts_NK: Tensor, impl: str) -> Tensor:
     """relu(x @ up[e])^2 @ down[e] for each expert e that a token has chosen, (N, K, D)."""
-    g, choices = group_rows(experts_NK, len(up_EDF)), experts_NK.size(1)
+    g, choices = arrange(experts_NK, len(up_EDF), impl), experts_NK.size(1)
     if impl == "triton":
         y = fused_experts(x_ND, up_EDF, down_EFD, g.order_R, g.ends_E, choices)[0]
         return y.unflatten(0, (-1, choices))
-    if impl != "grouped":  # bmm: about four blocks an expert; loop: oneDNN makes a new kernel for each new size
-        g = pad_groups(g, 16 * -(-len(g.order_R) // (64 * len(up_EDF))) if impl == "bmm" else LOOP_ROWS)
     x_RD = Spread.apply(x_ND, g.order_R, g.inverse_R, choices)
     y_RD = expert_product(expert_product(x_RD, up_EDF, g, impl).relu().square(), down_EFD, g, impl)
     return Collect.apply(y_RD, g.order_R, g.inverse_R).unflatten(0, (-1, choices))
 
 
 DROP_PARTS = 8  # parts of a row by which dropped choices are counted
+NOISE_FLOOR = 0.01  # least standard deviation of noisy_topk's noise: chance_of_choice divides by it
 
 
 def sum_sizes(num_experts: int) -> dict[str, int]:
@@ -1715,7 +1723,7 @@ class Router(NamedTuple):
         scores = torch.sigmoid(logits) if self.kind == "sigmoid_bias" else logits.softmax(-1)
         keys, noise_std = scores + bias_E if self.kind == "sigmoid_bias" else logits, None
         if noise_BTE is not None:
-            noise_std = F.softplus(noise_logits[0])
+            noise_std = F.softplus(noise_logits[0]) + NOISE_FLOOR
             keys = logits + noise_BTE.flatten(0, 1) * noise_std
             scores = keys.softmax(-1)
         top, experts = keys.topk(min(self.choices + 1, self.num_experts))
@@ -2762,8 +2770,8 @@ def read_control(s: Settings, fingerprint: str) -> dict | None:
         wanted = "name a run's folder, logs/EXPERIMENT/RUN"
         raise FileNotFoundError(f"--control {s.control}: no {missing} there; {wanted}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--control {s.control}: that run has not ended, or its files are damaged: resume it") from error
-    if last.get("status") not in ("done", "target"):
+        raise UserError(f"--control {s.control}: that run has not ended, or is damaged: resume it") from error
+    if last.get("status") not in ("done", "target") or last["val_loss"] is None:
         raise UserError(f"--control {s.control}: that run has not ended: wait for it, or resume it")
     if not same:
         raise UserError(f"--control {s.control}: no dense run on the same data; make one with --num_experts 0")

@@ -276,9 +276,8 @@ def part_calls(t, s) -> dict[str, Callable[[], object]]:
 
 def sorted_calls(t, s, both: Callable, layer, x_ND, experts_NK, gates_NK) -> dict[str, Callable[[], object]]:
     """The parts of expert_mlp and the weighted sum behind it."""
-    def sort():
-        g = t.group_rows(experts_NK, s.experts)
-        return t.pad_groups(g) if s.moe_impl == "bmm" else g
+    def sort():  # as in expert_mlp; a test compares what both call
+        return t.arrange(experts_NK, s.experts, s.moe_impl)
 
     def permute(x, gates):
         y = t.Collect.apply(t.Spread.apply(x, g.order_R, g.inverse_R, s.choices), g.order_R, g.inverse_R)

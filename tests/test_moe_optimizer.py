@@ -254,7 +254,7 @@ def test_penalties_of_a_batch_from_its_logits(norm):
     x, weight = torch.randn(1, 300, 8, generator=random), torch.randn(2 * EXPERTS, 8, generator=random)
     noise = torch.randn(1, 300, EXPERTS, generator=random)
     clean = (x[0] @ weight[:EXPERTS].T).double().numpy()
-    spread = np.log1p(np.exp((x[0] @ weight[EXPERTS:].T).double().numpy()))
+    spread = np.log1p(np.exp((x[0] @ weight[EXPERTS:].T).double().numpy())) + 0.01  # its floor
     for kind, z in (("softmax_topk", clean), ("noisy_topk", clean + noise[0].double().numpy() * spread)):
         noisy, (p, order) = kind == "noisy_topk", (np.exp(z), np.argsort(-z, axis=1)[:, :2])
         p /= p.sum(1, keepdims=True)

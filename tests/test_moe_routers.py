@@ -163,7 +163,7 @@ def test_chance_of_choice_is_monte_carlos():
     largest of 48 differences may be four of them."""
     random, tokens, draws, choices = torch.Generator().manual_seed(0), 6, 400_000, 2
     clean, noise, size = (torch.randn(tokens, E, generator=random) for _ in range(3))
-    std = torch.nn.functional.softplus(size)
+    std = torch.nn.functional.softplus(size) + 0.01
     noisy = clean + std * noise
     chance = tm.chance_of_choice(clean, std, noisy, noisy.topk(choices + 1).values, choices)
     for e in range(E):
@@ -256,7 +256,7 @@ def test_sums_equal_slow_references(kind, capacity):
     logits = x.flatten(0, 1) @ weight[:E].T
     noisy, keys = logits, logits.softmax(1)
     if kind == "noisy_topk":
-        noisy = logits + noise.flatten(0, 1) * torch.nn.functional.softplus(x.flatten(0, 1) @ weight[E:].T)
+        noisy = logits + noise.flatten(0, 1) * (torch.nn.functional.softplus(x.flatten(0, 1) @ weight[E:].T) + 0.01)
         keys = noisy
     scores = logits.sigmoid() if kind == "sigmoid_bias" else noisy.softmax(1)
     keys = scores + bias if kind == "sigmoid_bias" else noisy
@@ -275,7 +275,7 @@ def test_sums_equal_slow_references(kind, capacity):
             places[n // T, e] = places.get((n // T, e), 0) + 1
     expected |= {"chosen": torch.tensor(chosen), "dropped": torch.tensor(dropped)}
     if kind == "noisy_topk":  # summed gates, and chances, which have their own test
-        std = torch.nn.functional.softplus(x.flatten(0, 1) @ weight[E:].T)
+        std = torch.nn.functional.softplus(x.flatten(0, 1) @ weight[E:].T) + 0.01
         load = tm.chance_of_choice(logits, std, noisy, ranked.values[:, :3], 2)
         expected |= {"importance": importance, "load": load.sum(0)}
     assert expected.keys() == found.keys() and sum(chosen) == 2 * tokens and bool(sum(dropped)) == bool(capacity)
