@@ -1,18 +1,23 @@
-"""The GPU benchmark: is every fast part right, and how fast is train_gpt.py on this GPU? One command, under 9 minutes.
+"""The GPU benchmark: is every fast part right, and how fast are train_gpt.py and train_moe.py on this GPU? One command,
+under 9 minutes.
 
     python bench/gpu.py --out records/h200 --data data/fineweb10B     # on one GPU; needs no network
     python bench/gpu.py --out try --device cpu --tiny                 # every part in small on a CPU, to test it
 
 Parts, in this order; each has a time limit, and all together --budget seconds:
 
-  equality  every fast part against its plain reference, forward and backward. Both are compared with the reference in
-            fp32: a fast part may err 1.5 times as much as the plain one in bf16, or up to a stated tolerance.
-  steps     ms/step, tokens/s, MFU, peak memory and compile time: `speedrun` and `medium` with 1/8 of their batch, one
-            GPU's share of eight, stage by stage, and `gpu` with all of it, because it is meant for one card.
-  split     where the time of a step goes, by the profiler's kernels; and the update of one rank of eight.
-  train     a short run of train_gpt.py, and the same with all fast parts off: losses side by side.
-  resume    killed after a checkpoint and resumed: the same losses, bit by bit?
-  ablate    the last stage of `speedrun` with each fast part switched off (or on) in turn, in alternating blocks.
+  equality      every fast part against its plain reference, forward and backward. Both are compared with the reference
+                in fp32: a fast part may err 1.5 times as much as the plain one in bf16, or up to a stated tolerance.
+  moe_equality  the same of train_moe.py's products with experts, compiled, against its loop over experts, with even and
+                uneven loads and idle experts; and whether they give the same bits twice.
+  moe_times     forward and backward of these products beside a dense MLP of as much work, in turn.
+  moe_steps     the mixtures at `speedrun` size, last stage, 1/8 of its batch, beside the dense control, in turn.
+  steps         ms/step, tokens/s, MFU, peak memory and compile time: `speedrun` and `medium` with 1/8 of their batch,
+                one GPU's share of eight, stage by stage, and `gpu` with all of it, because it is meant for one card.
+  split         where the time of a step goes, by the profiler's kernels; and the update of one rank of eight.
+  train         a short run of train_gpt.py, and the same with all fast parts off: losses side by side.
+  resume        killed after a checkpoint and resumed: the same losses, bit by bit?
+  ablate        the last stage of `speedrun` with each fast part switched off (or on) in turn, in alternating blocks.
 
 A part is a process of its own and consists of rows, which it writes to OUT/PART.json one by one. A row that raises,
 crashes or hangs is noted as failed, and a fresh process goes on with the next one. The same command again runs what is
@@ -52,11 +57,13 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402 - after the path
+import train_moe  # noqa: E402
 from data import common  # noqa: E402
 from train_gpt import GPT, MuonAdamW, World  # noqa: E402
 
 SHARE = 8  # one GPU's share of the speedrun's eight
-LIMITS = {"equality": 120, "steps": 270, "split": 90, "train": 120, "resume": 90, "ablate": 300}  # seconds a part
+LIMITS = {"equality": 120, "moe_equality": 90, "moe_times": 120, "moe_steps": 300, "steps": 270, "split": 90,
+          "train": 120, "resume": 90, "ablate": 300}  # seconds a part
 CLEANUP_S = 5  # of the budget, for the report
 ALONE = {"steps"}  # a process for each row: memory that an earlier one keeps would count as the next one's
 GPT2 = {"tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 50257, "eot": 50256}
@@ -68,6 +75,8 @@ PLAIN = "--kernels none --fp8-head off"  # all fast parts off that can be off
 VARIANTS = {"no kernels": "--kernels none", "no gram kernel": "--kernels mlp+loss", "no mlp kernel":
             "--kernels gram+loss", "no loss kernel": "--kernels gram+mlp", "bf16 head": "--fp8-head off",
             "fp8 mlp": "--fp8-mlp"}
+KINDS = ("speed", "mixtral", "deepseek")  # of train_moe.py's presets, what matters most first
+ROUTINGS = ("even", "skewed", "idle")
 
 
 class Skip(Exception):
@@ -110,6 +119,19 @@ def spread(blocks: list[float]) -> dict:
     middle = median(blocks)
     return {"ms": middle, "ms_min": min(blocks), "spread_percent": 100 * (max(blocks) - min(blocks)) / middle,
             "blocks": len(blocks)}
+
+
+def counts(b: Bench) -> tuple[int, int, int]:
+    """Untimed steps, blocks, steps of a block."""
+    return (1, 2, 1) if b.tiny else (4, 7, 5)
+
+
+def in_turn(b: Bench, base: Callable[[int], float], variant: Callable[[int], float]) -> dict:
+    """Two functions that take a number of steps and return ms per step, block by block in turn."""
+    _, blocks, size = counts(b)
+    timed = [(base(size), variant(size)) for _ in range(blocks)]
+    ours, theirs = (spread(list(times)) for times in zip(*timed, strict=True))
+    return {"base": ours, "variant": theirs, "ratio": median(v / o for o, v in timed)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,6 +346,85 @@ def no_fp8_on_cpu():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Experts
+
+
+def kind_settings(b: Bench, kind: str) -> train_moe.Settings:
+    """Sizes of a mixture at the speedrun's width."""
+    return train_moe.Settings(**train_moe.MIXTURES[kind], width=b.size(768, 32))
+
+
+def draw_experts(b: Bench, s: train_moe.Settings, tokens: int, routing: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Input and weights in bf16, and each token's experts, (N, K): at random, more often the first ones, or never each
+    third one."""
+    keys = torch.rand(tokens, s.experts, device=b.device)
+    if routing == "skewed":
+        keys += torch.linspace(1, 0, s.experts, device=b.device)
+    if routing == "idle":
+        keys[:, ::3] = -1
+    leaves = {"x": randn(b, tokens, s.width), "up": randn(b, s.experts, s.width, s.hidden, scale=0.5 * s.width**-0.5),
+              "down": randn(b, s.experts, s.hidden, s.width, scale=0.02)}
+    return leaves, keys.topk(s.choices).indices
+
+
+def expert_outputs(b: Bench, kind: str, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output and gradients under each routing, for the same bf16 values in any dtype; all but the loop compiled."""
+    torch.manual_seed(0)
+    s, found = kind_settings(b, kind), {}
+    function = train_moe.compiled(train_moe.expert_mlp, dataclasses.replace(s, compile=impl != "loop"))
+    for routing in ROUTINGS:
+        leaves, experts = draw_experts(b, s, b.size(16384, 48), routing)
+        result = run(lambda x, up, down, experts=experts: function(x, up, down, experts, impl),
+                     {leaf: x.to(dtype) for leaf, x in leaves.items()}, randn(b, *experts.shape, s.width))
+        found |= {f"{routing}, {name}": x for name, x in result.items()}
+    return found
+
+
+def check_experts(b: Bench, kind: str, impl: str) -> dict:
+    if impl == "triton":
+        need_kernels(b)
+    low = torch.float32 if b.device == "cpu" and impl == "triton" else torch.bfloat16  # as in `equality`
+    fast, again = (expert_outputs(b, kind, impl, low) for _ in range(2))
+    plain, exact = (expert_outputs(b, kind, "loop", dtype) for dtype in (low, torch.float32))
+    result, same = errors(fast, plain, exact, 1e-3), all(map(torch.equal, fast.values(), again.values()))
+    return result | {"same_twice": same, "ok": result["ok"] and same}
+
+
+def moe_equality(b: Bench) -> Rows:
+    return {f"{kind}, {impl}": functools.partial(check_experts, b, kind, impl)
+            for kind in KINDS for impl in ("grouped", "bmm", "triton")}
+
+
+def timed_product(b: Bench, function, leaves: list[Tensor]) -> Callable[[int], float]:
+    """Times a forward and backward pass, as `in_turn` wants it."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    weight = torch.randn_like(function(*leaves))
+
+    def block(steps: int) -> float:
+        return elapsed_ms(lambda: [torch.autograd.grad(function(*leaves), leaves, weight) for _ in range(steps)],
+                          b.device) / steps
+    block(counts(b)[0])
+    return block
+
+
+def time_experts(b: Bench, kind: str, impl: str) -> dict:
+    """Evenly loaded experts, sorting included, and the dense MLP, with its kernel, that does as much for a token."""
+    if impl == "triton":
+        need_kernels(b)
+    s, kernel = kind_settings(b, kind), b.device == "cuda"
+    leaves, experts = draw_experts(b, s, b.size(49152, 48), "even")  # the tokens of a step of one GPU of eight
+    wide = [randn(b, s.choices * s.hidden, s.width, scale=0.02) for _ in range(2)]
+    mlp = train_moe.compiled(lambda x, up, down: train_moe.mlp_relu2(x, up, down, kernel, False), s)
+    moe = train_moe.compiled(lambda x, up, down: train_moe.expert_mlp(x, up, down, experts, impl), s)
+    return in_turn(b, timed_product(b, mlp, [leaves["x"], *wide]), timed_product(b, moe, list(leaves.values())))
+
+
+def moe_times(b: Bench) -> Rows:
+    return {f"{kind}, {impl}": functools.partial(time_experts, b, kind, impl)
+            for impl in ("grouped", "triton", "bmm", "loop") for kind in KINDS}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Steps
 
 
@@ -355,18 +456,20 @@ def flags_of(b: Bench, preset: str, data: str, share: int = SHARE, *more: str) -
     return [*flags, "--batch-tokens", ",".join(str(tokens // share) for tokens in batch)]
 
 
-class Measured(train_gpt.Trainer):
-    """A trainer that can be put at any step and timed block by block."""
+class Timed:
+    """Lets a trainer be put at any step and timed block by block."""
+
+    script = train_gpt
 
     @classmethod
-    def of(cls, flags: list[str]) -> Measured:
-        s, hardware, notes = train_gpt.parse_settings(flags, 1)
+    def of(cls, flags: list[str]) -> Timed:
+        s, hardware, notes = cls.script.parse_settings(flags, 1)
         torch.set_num_threads(s.threads or torch.get_num_threads())
         return cls(s, hardware, World(), notes)
 
-    def at(self, step: int) -> Measured:
+    def at(self, step: int) -> Timed:
         self.loader.close()
-        self.loader, self.at_step = train_gpt.Loader(self.s, self.corpus, self.world, None, step), step
+        self.loader, self.at_step = self.script.Loader(self.s, self.corpus, self.world, None, step), step
         return self
 
     def train(self, steps: int):
@@ -379,6 +482,10 @@ class Measured(train_gpt.Trainer):
         return elapsed_ms(lambda: self.train(steps), self.s.device) / steps
 
 
+class Measured(Timed, train_gpt.Trainer):
+    """The trainer as it is, warmed up."""
+
+
 class Unwarmed(Measured):
     """Compiles in its first step, and only what training needs."""
 
@@ -386,9 +493,17 @@ class Unwarmed(Measured):
         pass
 
 
-def counts(b: Bench) -> tuple[int, int, int]:
-    """Untimed steps, blocks, steps of a block."""
-    return (1, 2, 1) if b.tiny else (4, 7, 5)
+class UnwarmedMoe(Timed, train_moe.Trainer):
+    """The same of train_moe.py."""
+
+    script, warm_up = train_moe, Unwarmed.warm_up
+
+
+def rates(t: Timed, stage: train_gpt.Stage, ms: float) -> dict:
+    """What follows from the time of a step."""
+    rate, flops = 1000 * stage.batch_tokens / ms, t.script.flops_per_token(t.s, t.counts, stage)
+    return {"tokens_per_s": rate, "flops_per_token": flops,
+            "mfu": train_gpt.model_flops_utilization(rate, flops, t.hardware.name, 1)}
 
 
 def measure_stage(b: Bench, t: Measured, stage: train_gpt.Stage) -> dict:
@@ -400,12 +515,9 @@ def measure_stage(b: Bench, t: Measured, stage: train_gpt.Stage) -> dict:
     for place, step in (("middle", (stage.start + stage.end) // 2), ("end", stage.end - warm - blocks * steps)):
         t.at(max(stage.start, step)).train(warm)
         timed[place] = spread([t.block(steps) for _ in range(blocks)])
-    rate = 1000 * stage.batch_tokens / timed["end"]["ms"]
-    flops = train_gpt.flops_per_token(t.s, t.counts, stage)
     memory, reserved = train_gpt.peak_memory_mib(b.device)
     shape = {"start_step": stage.start, "end_step": stage.end} | {n: getattr(stage, n) for n in stage._fields[2:]}
-    return {**shape, **timed, "tokens_per_s": rate, "flops_per_token": flops, "memory_mib": memory,
-            "mfu": train_gpt.model_flops_utilization(rate, flops, t.hardware.name, 1), "reserved_mib": reserved}
+    return {**shape, **timed, **rates(t, stage, timed["end"]["ms"]), "memory_mib": memory, "reserved_mib": reserved}
 
 
 def measure_preset(b: Bench, preset: str, share: int) -> dict:
@@ -421,6 +533,47 @@ def measure_preset(b: Bench, preset: str, share: int) -> dict:
 def steps(b: Bench) -> Rows:
     return {"speedrun": lambda: measure_preset(b, "speedrun", SHARE), "gpu": lambda: measure_preset(b, "gpu", 1),
             "medium": lambda: measure_preset(b, "medium", SHARE)}
+
+
+def last_stage(b: Bench) -> list[str]:
+    """Flags of the speedrun's last stage alone, at its full window."""
+    flags = flags_of(b, "speedrun", timing_data(b))
+    s = train_gpt.parse_settings(flags, 1)[0]
+    for name in train_gpt.STAGED:
+        flags += [f"--{name.replace('_', '-')}", str(getattr(s, name)[-1])]
+    return [*flags, "--stage-ends", "1.0", "--window-start", "0", "--kernels", s.kernels, "--fp8-head", s.fp8_head]
+
+
+def ready(b: Bench, flags: list[str]) -> tuple[UnwarmedMoe, int]:
+    """A trainer that has compiled, and the MiB that a step of its own takes at most beside what was there before."""
+    gc.collect()  # the trainer before
+    held = torch.cuda.memory_allocated() >> 20 if b.device == "cuda" else 0
+    t = UnwarmedMoe.of(flags).at(0)
+    t.train(counts(b)[0])
+    if b.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    t.train(1)
+    return t, train_gpt.peak_memory_mib(b.device)[0] - held
+
+
+def moe_steps(b: Bench) -> Rows:
+    """Each kind of mixture beside the dense control, which is train_gpt.py's model."""
+    flags, small = last_stage(b), ["--moe-layers", "DMM"] if b.tiny else []
+    dense = functools.cache(lambda: ready(b, [*flags, "--num-experts", "0"]))
+
+    def compare(kind: str, impl: str) -> dict:
+        if impl == "triton":
+            need_kernels(b)
+        both = dense(), ready(b, [*flags, "--preset", f"{kind}-speedrun", "--moe-impl", impl, *small])
+        timed = in_turn(b, *(t.block for t, _ in both))
+        both[1][0].loader.close()
+        if not all(t.losses.isfinite().all() for t, _ in both):
+            raise RuntimeError("the training loss is not finite")
+        control, mixture = (timed[name] | rates(t, t.stages[0], timed[name]["ms"]) | {"memory_mib": memory}
+                            for name, (t, memory) in zip(("base", "variant"), both, strict=True))
+        return {"lines": {"": mixture | {"ratio": timed["ratio"]}, "dense beside it": control}}
+    rows = [(kind, impl) for some in (KINDS[:2], KINDS[2:]) for impl in ("grouped", "triton") for kind in some]
+    return {f"{kind}, {impl}": functools.partial(compare, kind, impl) for kind, impl in [*rows, ("mixtral", "loop")]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -632,28 +785,24 @@ def resume(b: Bench) -> Rows:
 
 def ablate(b: Bench) -> Rows:
     """A variant beside the settings as they are, both in the last stage's shape, block by block in turn."""
-    flags = flags_of(b, "speedrun", timing_data(b))
-    s, (warm, blocks, size) = train_gpt.parse_settings(flags, 1)[0], counts(b)
-    for name in train_gpt.STAGED:
-        flags += [f"--{name.replace('_', '-')}", str(getattr(s, name)[-1])]
-    flags += ["--stage-ends", "1.0", "--window-start", "0", "--kernels", s.kernels, "--fp8-head", s.fp8_head]
+    flags = last_stage(b)
     base = functools.cache(lambda: Unwarmed.of(flags))
 
     def compare(change: str) -> dict:
         gc.collect()  # the variant before
         both = [base(), Unwarmed.of([*flags, *change.split()])]
         for t in both:
-            t.at(0).train(warm)
-        timed = [[t.block(size) for t in both] for _ in range(blocks)]
+            t.at(0).train(counts(b)[0])
+        timed = in_turn(b, *(t.block for t in both))
         both[1].loader.close()
-        ours, theirs = (spread(list(times)) for times in zip(*timed, strict=True))
-        return {"flags": change, "base": ours, "variant": theirs, "ratio": median(v / o for o, v in timed)}
+        return {"flags": change} | timed
     variants = {"plain attention": "--backend plain"} if b.device == "cpu" else VARIANTS
     return {name: functools.partial(compare, change) for name, change in variants.items()}
 
 
-PARTS: dict[str, Callable[[Bench], Rows]] = {"equality": equality, "steps": steps, "split": split, "train": train,
-                                             "resume": resume, "ablate": ablate}
+PARTS: dict[str, Callable[[Bench], Rows]] = {
+    part.__name__: part
+    for part in (equality, moe_equality, moe_times, moe_steps, steps, split, train, resume, ablate)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -804,6 +953,11 @@ COLUMNS = {
     "equality": (("worst tensor", "worst", ""), ("of", "compared", ""), ("max abs error", "max_abs", ".1e"),
                  ("relative error", "rel", ".1e"), ("plain part's", "rel_plain", ".1e"),
                  ("allowed", "tolerance", ".1e"), ("equal", "ok", "")),
+    "moe_times": (("dense MLP, ms", "base.ms", ".3f"), ("experts, ms", "variant.ms", ".3f"),
+                  ("experts / dense", "ratio", ".3f"), ("spread %", "variant.spread_percent", ".1f")),
+    "moe_steps": (("ms/step", "ms", ".2f"), ("mixture / dense", "ratio", ".3f"), ("min", "ms_min", ".2f"),
+                  ("spread %", "spread_percent", ".1f"), ("tokens/s", "tokens_per_s", ",.0f"), ("MFU", "mfu", ".1%"),
+                  ("FLOPs/token", "flops_per_token", ".3g"), ("peak MiB", "memory_mib", ",d")),
     "steps": (("batch", "share", "1/{}"), ("tokens/step", "batch_tokens", ",d"), ("window at end", "window", ",d"),
               ("ms/step, middle of stage", "middle.ms", ".2f"), ("ms/step, end", "end.ms", ".2f"),
               ("min", "end.ms_min", ".2f"), ("spread %", "end.spread_percent", ".1f"),
@@ -822,6 +976,7 @@ COLUMNS = {
     "ablate": (("flags", "flags", ""), ("ms/step as is", "base.ms", ".2f"), ("variant", "variant.ms", ".2f"),
                ("variant / as is", "ratio", ".3f"), ("spread %", "base.spread_percent", ".1f")),
 }
+COLUMNS["moe_equality"] = (*COLUMNS["equality"], ("twice the same", "same_twice", ""))
 
 
 def results(state: dict) -> dict[str, dict]:

@@ -62,7 +62,8 @@ def test_choices_and_gates_equal_a_slow_reference(kind, choices, norm):
     for n, token in enumerate(x.flatten(0, 1)):
         logits = weight[:E] @ token
         if kind == "noisy_topk":
-            logits = logits + noise.flatten(0, 1)[n] * (1 + (weight[E:] @ token).exp()).log()
+            std = (1 + (weight[E:] @ token).exp()).log() + 0.01  # softplus, and its floor
+            logits = logits + noise.flatten(0, 1)[n] * std
         scores = logits.sigmoid() if kind == "sigmoid_bias" else logits.exp() / logits.exp().sum()
         keys = scores + bias if kind == "sigmoid_bias" else scores
         chosen = sorted(range(E), key=lambda e: -keys[e])[:choices]
