@@ -43,6 +43,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +214,12 @@ class Settings:
         """Of one expert: the dense MLP's split among the active ones, to a multiple of 8."""
         even = self.mlp_ratio * self.width / max(1, self.choices + self.num_shared)
         return self.expert_hidden or max(8, round(even / 8) * 8)
+
+    @property
+    def penalties(self) -> dict[str, float]:
+        """What the router's balance adds to the loss, and how much of it."""
+        return {"noisy_topk": {"importance": self.importance_coef, "load": self.load_coef, "z": self.z_coef},
+                "softmax_topk": {"switch": self.aux_coef, "z": self.z_coef}, "sigmoid_bias": {}}[self.router]
 
     @property
     def gate_scale(self) -> float:
@@ -1669,8 +1676,9 @@ NOISE_FLOOR = 0.01  # least standard deviation of noisy_topk's noise: chance_of_
 
 def sum_sizes(num_experts: int) -> dict[str, int]:
     """What a router sums over tokens. For each expert: how often it was chosen, its gates (noisy_topk) or share of the
-    scores, its chance to be chosen under another noise. Choices dropped in each part of the row. Entropy of the scores,
-    key of the last choice less that of the next, squared log-sum-exp and mean square of the logits."""
+    scores, its chance to be chosen under another noise (noisy_topk, else 0). Choices dropped in each part of the row.
+    Entropy of the scores, key of the last choice less that of the next, squared log-sum-exp and mean square of the
+    logits."""
     return {"chosen": num_experts, "importance": num_experts, "load": num_experts, "dropped": DROP_PARTS,
             "entropy": 1, "margin": 1, "z": 1, "logit": 1}
 
@@ -1734,7 +1742,7 @@ class Router(NamedTuple):
         kept = self.kept(experts.view(*x_BTD.shape[:2], -1)) if self.capacity and torch.is_grad_enabled() else None
         sums = None
         if torch.is_grad_enabled():
-            load = scores if noise_std is None else chance_of_choice(logits, noise_std, keys, top, self.choices)
+            load = None if noise_std is None else chance_of_choice(logits, noise_std, keys, top, self.choices)
             sums = self.sums(logits, scores, experts, gates, load, top, kept)
         return Routing(experts, gates * self.scale * (1 if kept is None else kept.view_as(gates)), sums)
 
@@ -1752,22 +1760,23 @@ class Router(NamedTuple):
         chosen = among(experts_BTK, self.num_experts).int()
         return (chosen.cumsum(1) - chosen).gather(2, experts_BTK) < capacity
 
-    def sums(self, logits_NE: Tensor, scores_NE: Tensor, experts_NK: Tensor, gates_NK: Tensor, load_NE: Tensor,
+    def sums(self, logits_NE: Tensor, scores_NE: Tensor, experts_NK: Tensor, gates_NK: Tensor, load_NE: Tensor | None,
              top_NK: Tensor, kept_BTK: Tensor | None) -> Tensor:
-        """The sums over tokens that sum_sizes lists, (S,) fp32."""
+        """The sums over tokens that sum_sizes lists, (S,) fp32. Only what penalties read has a gradient: that of the
+        entropy is infinite where a score underflows."""
         chosen = among(experts_NK, self.num_experts).sum(0)
         share = scores_NE / scores_NE.sum(-1, keepdim=True)
-        importance = share.sum(0)
-        if self.kind == "noisy_topk":
+        importance, load, dropped = share.sum(0), torch.zeros_like(share[0]), share.new_zeros(DROP_PARTS)
+        if load_NE is not None:
             importance = torch.zeros_like(share).scatter(1, experts_NK, gates_NK).sum(0)
-        dropped = share.new_zeros(DROP_PARTS)
+            load = load_NE.sum(0)
         if kept_BTK is not None:
             part = torch.arange(kept_BTK.size(1), device=share.device) * DROP_PARTS // kept_BTK.size(1)
             dropped = (~kept_BTK).sum((0, 2)).float() @ F.one_hot(part, DROP_PARTS).float()
         last, following = top_NK[:, self.choices - 1], top_NK[:, -1]  # the same if all experts are chosen
-        single = (torch.special.entr(share), last - following, logits_NE.logsumexp(-1).square(),
-                  logits_NE.square() / self.num_experts)
-        return torch.cat((chosen.float(), importance, load_NE.sum(0), dropped, torch.stack([x.sum() for x in single])))
+        single = (torch.special.entr(share.detach()), (last - following).detach(),
+                  logits_NE.logsumexp(-1).square(), logits_NE.detach().square() / self.num_experts)
+        return torch.cat((chosen.float(), importance, load, dropped, torch.stack([x.sum() for x in single])))
 
 
 class Mixture(nn.Module):
@@ -2305,28 +2314,42 @@ class Bank:
         self.receive_weights()
 
 
-def penalties(sums_MS: Tensor, num_experts: int) -> dict[str, Tensor]:
+PENALTIES = ("importance", "load", "switch", "z")
+
+
+def penalties(sums_MS: Tensor, num_experts: int, names: Iterable[str] = PENALTIES) -> dict[str, Tensor]:
     """What makes routers balance, of each layer, from sums per token; 1 where all experts are equal, but for z.
     importance, load: 1 + CV^2 (Shazeer et al. 2017, arXiv 1701.06538); switch: E * sum_i f_i P_i (Fedus et al. 2021,
     arXiv 2101.03961), f_i the share of all choices, without gradient; z: mean squared log-sum-exp (arXiv 2202.08906).
     """
-    sums = named_sums(sums_MS, num_experts)
-    share = sums["chosen"].detach() / sums["chosen"].detach().sum(-1, keepdim=True)
-    squares = {name: num_experts * (sums[name] / sums[name].sum(-1, keepdim=True)).square().sum(-1)
-               for name in ("importance", "load")}
-    return squares | {"switch": num_experts * (share * sums["importance"]).sum(-1), "z": sums["z"].squeeze(-1)}
+    sums, values = named_sums(sums_MS, num_experts), {}
+    for name in names:
+        if name == "z":
+            values[name] = sums["z"].squeeze(-1)
+        elif name == "switch":
+            share = sums["chosen"] / sums["chosen"].sum(-1, keepdim=True)
+            values[name] = num_experts * (share * sums["importance"]).sum(-1)
+        else:
+            values[name] = num_experts * (sums[name] / sums[name].sum(-1, keepdim=True)).square().sum(-1)
+    return values
 
 
 def balance_update(sums_MS: Tensor, bias_ME: Tensor, bias_step: Tensor, coefficients: dict[str, float],
                    num_experts: int) -> tuple[Tensor, Tensor]:
-    """After a step: slopes of the weighted penalties at its sums per token, (M, S), and the new selection bias (Wang et
-    al. 2024, arXiv 2408.15664): a fixed step against each expert's over- or underload, then centred."""
-    def weighted(sums: Tensor) -> Tensor:
-        values = penalties(sums, num_experts)
-        return sum(weight * values[name].sum() for name, weight in coefficients.items())
-
-    slopes = torch.func.grad(weighted)(sums_MS) if coefficients else torch.zeros_like(sums_MS)
-    chosen = named_sums(sums_MS, num_experts)["chosen"]
+    """After a step: slopes (gradients) of the weighted penalties at its sums per token, (M, S), and the new selection
+    bias (Wang et al. 2024, arXiv 2408.15664): a fixed step against each expert's over- or underload, then centred."""
+    slopes = torch.zeros_like(sums_MS)
+    sums, parts = (named_sums(tensor, num_experts) for tensor in (sums_MS, slopes))
+    for name, weight in coefficients.items():
+        if name == "z":
+            parts["z"] += weight
+        elif name == "switch":
+            parts["importance"] += weight * num_experts * sums["chosen"] / sums["chosen"].sum(-1, keepdim=True)
+        else:
+            total = sums[name].sum(-1, keepdim=True)
+            share = sums[name] / total
+            parts[name] += weight * 2 * num_experts / total * (share - share.square().sum(-1, keepdim=True))
+    chosen = sums["chosen"]
     bias = bias_ME + bias_step * torch.sign(chosen.mean(-1, keepdim=True) - chosen)
     return slopes, bias - bias.mean(-1, keepdim=True)
 
@@ -2341,8 +2364,6 @@ class Balance:
     def __init__(self, model: nn.Module, s: Settings, world: World):
         self.s, self.world, self.bias = s, world, model.router_bias
         self.size = len(self.bias), sum(sum_sizes(s.experts).values())
-        self.coefficients = {"noisy_topk": {"importance": s.importance_coef, "load": s.load_coef, "z": s.z_coef},
-                             "softmax_topk": {"switch": s.aux_coef, "z": s.z_coef}, "sigmoid_bias": {}}[s.router]
         self.update_function = compiled(balance_update, s)
         self.generator = torch.Generator(s.device)
         self.reset()
@@ -2353,7 +2374,7 @@ class Balance:
         self.report_sums, self.report_steps = torch.zeros_like(self.sums), 0
         even = torch.full_like(self.sums, 1 / self.s.experts)
         self.bias.zero_()
-        self.slopes, _ = self.update_function(even, self.bias, torch.zeros((), device=self.s.device), self.coefficients,
+        self.slopes, _ = self.update_function(even, self.bias, torch.zeros((), device=self.s.device), self.s.penalties,
                                               self.s.experts)
 
     def noise(self, step: int, rows: int, seq_len: int) -> Tensor | None:
@@ -2389,7 +2410,7 @@ class Balance:
         s, left = self.s, (self.s.iterations - step) / max(1.0, self.s.bias_cooldown * self.s.iterations)
         rate = s.bias_rate * min(1.0, left) if s.router == "sigmoid_bias" else 0.0
         self.slopes, bias = self.update_function(self.sums, self.bias, torch.full((), rate, device=s.device),
-                                                 self.coefficients, s.experts)
+                                                 s.penalties, s.experts)
         self.bias.copy_(bias)
         self.report_sums += self.sums
         self.report_steps += 1
@@ -2736,7 +2757,7 @@ def router_report(sums_MS: Tensor, bias_ME: Tensor, s: Settings) -> dict[str, li
               "dropped_by_part": sums["dropped"] * DROP_PARTS / s.choices,
               "score_entropy": sums["entropy"][:, 0], "margin": sums["margin"][:, 0],
               "logit_rms": sums["logit"][:, 0].sqrt(), "bias_min": bias_ME.amin(-1), "bias_max": bias_ME.amax(-1),
-              **{f"{name}_loss": value for name, value in penalties(sums_MS, s.experts).items()}}
+              **{f"{name}_loss": value for name, value in penalties(sums_MS, s.experts, s.penalties).items()}}
     dead = [[e for e, share in enumerate(row) if share < even / 20] for row in load.tolist()]
     return {name: value.tolist() for name, value in values.items()} | {"dead": dead}
 

@@ -1,11 +1,13 @@
 """bench/gpu.py end to end in small on a CPU, its isolation, resume and report; bench/projection.py by hand."""
 import importlib.util
+import itertools
 import json
 import math
 import re
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from helpers import H100, ROOT, documents, environment, make_data, settings
 
 import train_gpt
+import train_moe
 
 
 def load(name):
@@ -93,6 +96,34 @@ def test_steps_are_measured_stage_by_stage(finished):
         assert stage["mfu"] is None  # of a CPU the peak is not known
 
 
+def test_experts_are_checked_and_timed(finished):
+    """All backends but Triton's, which an interpreter has in tests/test_moe_kernels.py."""
+    checks, times = (json.loads((finished[0] / f"{part}.json").read_text())["rows"]
+                     for part in ("moe_equality", "moe_times"))
+    assert len(checks) == 9 and len(times) == 12
+    for kind in train_moe.MIXTURES:
+        assert "CUDA" in checks[f"{kind}, triton"]["skipped"] and "CUDA" in times[f"{kind}, triton"]["skipped"]
+        for impl in ("grouped", "bmm"):
+            row = checks[f"{kind}, {impl}"]  # 3 routings, the output and 3 gradients
+            assert row["ok"] is row["same_twice"] is True and row["compared"] == 12 and 0 < row["rel"] < 0.01
+        for impl in ("grouped", "bmm", "loop"):
+            row = times[f"{kind}, {impl}"]
+            assert row["base"]["ms"] > 0 and row["ratio"] > 0 and row["variant"]["blocks"] == 2
+
+
+def test_mixtures_are_timed_beside_the_dense_control(finished):
+    rows = json.loads((finished[0] / "moe_steps.json").read_text())["rows"]
+    assert [name for name, row in rows.items() if "skipped" in row] == [f"{kind}, triton" for kind in gpu.KINDS]
+    for kind, impl in [*((kind, "grouped") for kind in gpu.KINDS), ("mixtral", "loop")]:
+        mixture, dense = rows[f"{kind}, {impl}"]["lines"].values()
+        assert mixture["ratio"] > 0 and "ratio" not in dense and mixture["memory_mib"] >= dense["memory_mib"] > 0
+        for line in (mixture, dense):
+            assert line["ms"] > 0 and line["tokens_per_s"] == pytest.approx(1000 * 128 / line["ms"])
+        router = 32 * {"speed": 8, "mixtral": 2 * 8, "deepseek": 64}[kind]  # weights in each of two layers
+        assert mixture["flops_per_token"] == dense["flops_per_token"] + 6 * 2 * router
+    assert len({row["lines"]["dense beside it"]["memory_mib"] for row in rows.values() if "lines" in row}) == 1
+
+
 def test_split_adds_up(finished):
     rows = json.loads((finished[0] / "split.json").read_text())["rows"]
     lines = rows["profile"]["lines"]
@@ -119,6 +150,7 @@ def test_report_has_every_part_and_says_that_sizes_mean_nothing(finished):
     assert [part for part in re.findall(r"^## (\w+): done", text, re.MULTILINE)] == list(gpu.PARTS)
     assert "| speedrun, stage 3 | 1/8 | 128 |" in text and "| fast | words | 6 |" in text
     assert re.search(r"^- optimizer with 8 ranks, nothing communicated: [\d.]+ ms, [\d.]+ % of a step", text, re.M)
+    assert "| mixtral, loop, dense beside it |" in text and "| deepseek, bmm | " in text
     assert "- flex, paired heads: FlexAttention has no backward pass on a CPU" in text
 
 
@@ -172,6 +204,47 @@ def test_a_wrong_fast_part_is_found(bench, monkeypatch, capsys):
     row = gpu.read_part(bench.out, "equality")["rows"]["mlp"]
     assert row["ok"] is False and row["rel"] == pytest.approx(0.2, rel=1e-3) and row["rel_plain"] == 0
     assert "mlp: NOT EQUAL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("off, equal, same", [(lambda call: 0.02, False, True),
+                                              (lambda call: 1e-6 * call, True, False)])
+def test_wrong_experts_are_found(bench, monkeypatch, off, equal, same):
+    """Products 2 % too large; and others that are right, but not to the bit what they were a call before."""
+    right, calls = train_moe.expert_mlp, itertools.count(1)
+
+    def wrong(x, up, down, experts, impl):
+        y = right(x.float(), up.float(), down.float(), experts, "loop")
+        return right(x, up, down, experts, impl) if impl == "loop" else y * (1 + off(next(calls)))
+    monkeypatch.setattr(train_moe, "expert_mlp", wrong)
+    monkeypatch.setattr(train_moe, "compiled", lambda function, s: function)
+    row = gpu.check_experts(bench, "mixtral", "bmm")
+    assert (row["rel"] <= row["tolerance"]) is equal and row["same_twice"] is same and row["ok"] is False
+
+
+def test_routings_and_sizes_of_the_kinds(bench):
+    for kind, shape in (("mixtral", (8, 1536, 2)), ("deepseek", (64, 384, 6)), ("speed", (8, 1536, 1))):
+        s = gpu.kind_settings(bench._replace(tiny=False), kind)
+        assert (s.experts, s.hidden, s.choices, s.width) == (*shape, 768)
+    s, loads = gpu.kind_settings(bench, "mixtral"), {}
+    for routing in gpu.ROUTINGS:
+        leaves, experts = gpu.draw_experts(bench, s, 800, routing)
+        assert leaves["up"].shape == leaves["down"].mT.shape == (8, 32, 64) and leaves["up"].dtype == torch.bfloat16
+        assert (experts[:, 0] != experts[:, 1]).all()
+        loads[routing] = experts.flatten().bincount(minlength=8)
+    assert loads["even"].max() < 1.3 * 200 and loads["even"].min() > 0.7 * 200
+    assert loads["skewed"][0] > 2 * 200 and loads["skewed"][-1] < 0.2 * 200
+    assert [e for e, load in enumerate(loads["idle"]) if not load] == [0, 3, 6]
+
+
+def test_peak_memory_is_what_a_trainer_adds(bench, monkeypatch):
+    """Beside 700 MiB of another's, in a step after the one that compiles."""
+    calls = []
+    trainer = types.SimpleNamespace(train=calls.append, at=lambda step: trainer)
+    monkeypatch.setattr(gpu.UnwarmedMoe, "of", lambda flags: trainer)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 700 << 20)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr(train_gpt, "peak_memory_mib", lambda device: (1900, 2000))
+    assert gpu.ready(bench._replace(device="cuda"), []) == (trainer, 1200) and calls == [1, "reset", 1]
 
 
 def real_workers(monkeypatch, source):
@@ -237,7 +310,7 @@ def test_no_budget_no_part(bench, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--device", "cpu"], "--device cpu only tests this script: add --tiny"),
-    (["--device", "cpu", "--tiny", "--parts", "steps,stpes"], "stpes is none of equality, steps"),
+    (["--device", "cpu", "--tiny", "--parts", "steps,stpes"], "stpes is none of equality, moe_equality"),
     (["--device", "cpu", "--tiny", "--budget", "0"], "--budget 0: must be above 0 seconds"),
     (["--device", "cpu", "--tiny", "--data", "nowhere/at/all"], "no train shards in nowhere/at/all"),
 ])
@@ -294,6 +367,33 @@ def test_flags_of_full_size_suit_an_h100(tmp_path, monkeypatch):
     assert (fast.backend, fast.fp8_head, fast.dtype, fast.compile) == ("flex", "on", "bf16", True)
     assert (plain.backend, plain.kernels, plain.fp8_head, plain.dtype) == ("sdpa", "none", "off", "bf16")
     assert exact.dtype == "fp32" and not exact.compile
+
+
+def test_mixtures_of_full_size_suit_an_h100(tmp_path, monkeypatch):
+    h100, data = H100._replace(fp8=True), make_data(tmp_path / "words", [documents(6000, 1)], [documents(2000, 9)])
+    monkeypatch.setattr(train_gpt, "detect_hardware", lambda device="auto": h100)
+    monkeypatch.setattr(train_moe, "detect_hardware", lambda device="auto": train_moe.Hardware(*h100[:6], (9, 0)))
+    monkeypatch.setattr(gpu, "timing_data", lambda b: str(data))
+    seen = []
+
+    def ready(b, flags):
+        seen.append(train_moe.parse_settings(flags, 1)[0])
+        if seen[-1].num_experts:
+            raise gpu.Skip
+    monkeypatch.setattr(gpu, "ready", ready)
+    rows = gpu.moe_steps(gpu.Bench(tmp_path, str(data), "cuda", False, tmp_path / "cache"))
+    for row in rows.values():
+        with pytest.raises(gpu.Skip):
+            row()
+    dense, *mixtures = seen  # one control for all rows of a process
+    assert dense.num_experts == 0 and [f"{s.preset}, {s.moe_impl}" for s in mixtures] == [
+        name.replace(",", "-speedrun,") for name in rows]
+    for s in seen:
+        (stage,) = train_moe.stage_table(s)
+        assert stage.batch_tokens == stage.seq_len == 49152 and stage.window == stage.window_start
+        assert s.compile and (s.backend, s.kernels, s.fp8_head) == ("flex", "gram+mlp+loss", "on")
+        assert s.num_layers == 12 and s.target_loss == 0
+    assert {s.moe_layers for s in mixtures} == {"M" * 12, "DD" + "M" * 8 + "DD", "D" + "M" * 11}
 
 
 # --- errors, data, profile
