@@ -13,7 +13,8 @@ without a token left alone, and Balance (in Optimizer); reports of the routers (
 
 No token is dropped, unless --capacity-factor is given, and shapes do not depend on the routing: the rows of all tokens
 are sorted by expert, multiplied by the stacked weights in one grouped product, and permuted back. Nothing is read from
-the device but in log steps. Losses are cross-entropies alone; what the routers are made to balance by is apart.
+the device but in log steps, --moe-impl loop excepted. Losses are cross-entropies alone; the routers' penalties are not
+in them.
 
 MEASURED
 Shape suffixes: B rows, T tokens of a row, N = B * T, D model_dim, H heads, K key dim of a head or, of routing, choices
@@ -80,7 +81,7 @@ class Settings:
 
     # --- run
     # differs from train_gpt.py: kinds of mixtures
-    preset: str = "auto"  # KIND, SIZE or KIND-SIZE: mixtral, deepseek, speed; auto, cpu, gpu, speedrun, medium
+    preset: str = "auto"  # SIZE (auto, cpu, gpu, speedrun, medium), KIND (mixtral, deepseek, speed) or KIND-SIZE
     # differs from train_gpt.py: name of the script
     experiment_name: str = "train_moe"  # runs are written to LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
@@ -119,15 +120,15 @@ class Settings:
     dense_first: int = 0  # first layers that stay dense [>=0]
     dense_last: int = 0  # last layers that stay dense [>=0]
     router: str = "noisy_topk"  # how experts are chosen and kept busy [noisy_topk|softmax_topk|sigmoid_bias]
-    route_norm: bool = True  # gates of a token's experts sum to 1; not if it has one: its router would learn nothing
-    route_scale: float = 0.0  # factor on the gates; 0: so that they are about 1, as in a dense MLP's sum [>=0]
+    route_norm: bool = True  # a token's gates sum to route_scale; not a lone one: its router would learn nothing
+    route_scale: float = 0.0  # factor on gates; 0: top_k * segments if normalized, 2 for a lone sigmoid, else 1 [>=0]
     importance_coef: float = 0.01  # noisy_topk: weight of CV^2 of the experts' summed gates [>=0]
     load_coef: float = 0.01  # noisy_topk: weight of CV^2 of their expected numbers of tokens [>=0]
     aux_coef: float = 0.01  # softmax_topk: weight of E * sum(share of tokens * mean probability) [>=0]
     z_coef: float = 0.001  # noisy_topk, softmax_topk: weight of the mean squared log-sum-exp of router logits [>=0]
     bias_rate: float = 0.001  # sigmoid_bias: step of the selection bias, against over- and underload [>=0]
     bias_cooldown: float = 0.15  # sigmoid_bias: last fraction of the iterations, in which that falls to 0 [0..1]
-    capacity_factor: float = 0.0  # most tokens of a row an expert takes in training / an even share; 0: no limit [>=0]
+    capacity_factor: float = 0.0  # most tokens of a row for an expert / an even share, in training; 0: no limit [>=0]
     force_balance: bool = False  # experts in turn instead of the router's choice: to measure throughput only
     moe_impl: str = "auto"  # product with the experts' weights [auto|grouped|bmm|loop|triton]
     # --- stages of training: one value per stage, or one for all
@@ -386,7 +387,7 @@ def preset_values(preset: str, hardware: Hardware, world_size: int, data: str) -
     """Settings of --preset KIND, SIZE or KIND-SIZE, its full name, and why this size. Raises UserError."""
     kinds, sizes = "|".join(MIXTURES), "|".join(["auto", *PRESETS])
     parts = re.fullmatch(rf"(?:({kinds})(?:-|$))?({sizes})?", preset)
-    if not parts or preset.endswith("-"):
+    if not parts or not preset or preset.endswith("-"):
         raise UserError(f"--preset {preset}: must be one of {kinds}, or of {sizes}, or two of them such as speed-cpu")
     kind, size, why = parts[1], parts[2] or "auto", "asked for"
     if size == "auto":
@@ -427,7 +428,7 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
              f"dtype {dtype}: " + (hardware.why if s.dtype == "auto" else "asked for"),
              f"attention {s.backend}, " + (f"compiled by {unit}" if s.compile else "not compiled"),
              f"Triton kernels: {s.kernels}; FP8 head {s.fp8_head}, FP8 MLP {'on' if s.fp8_mlp else 'off'}",
-             mixture_note(s)]
+             mixture_note(s, auto_experts(hardware, dtype))]
     s = dataclasses.replace(s, device=hardware.device, dtype=dtype, compile_unit=unit, data=data,
                             eval_seq_len=s.eval_seq_len or stage_table(s)[-1].seq_len)
     return s, hardware, notes
@@ -454,13 +455,14 @@ def auto_experts(hardware: Hardware, dtype: str) -> str:
     return "grouped" if dtype == "bf16" and hardware.capability in ((9, 0), (10, 0)) else "bmm"
 
 
-def mixture_note(s: Settings) -> str:
-    """What the routers do, in a line."""
+def mixture_note(s: Settings, best: str) -> str:
+    """What the routers do, and how, in a line."""
     if not s.num_experts:
         return "mixture: none, the dense control"
     shared = f" and {s.num_shared} shared" if s.num_shared else ""
     return (f"mixture: layers {s.moe_layers}, {s.choices} of {s.experts} experts{shared} of hidden size {s.hidden}, "
-            f"router {s.router}{', IGNORED: experts in turn' if s.force_balance else ''}, experts by {s.moe_impl}")
+            f"router {s.router}{', IGNORED: experts in turn' if s.force_balance else ''}, experts by {s.moe_impl}"
+            + (", which waits for the device here" if s.moe_impl == "grouped" != best else ""))
 
 
 def mixture_errors(s: Settings, given: dict, hardware: Hardware, dtype: str) -> list[str]:
@@ -478,7 +480,14 @@ def mixture_errors(s: Settings, given: dict, hardware: Hardware, dtype: str) -> 
     if len(s.moe_layers) != s.num_layers or set(s.moe_layers) - set("MD"):
         bad.append(f"--moe_layers {s.moe_layers}: one letter M or D for each of the {s.num_layers} layers")
     elif "M" not in s.moe_layers:
-        bad.append(f"--moe_layers {s.moe_layers}: no mixture is left; use --num_experts 0 for the dense control")
+        what = f"--moe_layers {s.moe_layers}" if "moe_layers" in given else (
+            f"--dense_first {s.dense_first}, --dense_last {s.dense_last} of {s.num_layers} layers")
+        bad.append(f"{what}: no mixture is left; use --num_experts 0 for the dense control")
+    elif "D" not in s.moe_layers and not s.num_shared:
+        bad += [f"--{name}: has no effect, as neither dense MLP nor shared expert is left" for name in ("fp8_mlp",)
+                if getattr(s, name)]
+    if {"expert_hidden", "mlp_ratio"} <= given.keys() and "D" not in s.moe_layers:
+        bad.append("--mlp_ratio: has no effect, as all layers are mixtures with --expert_hidden")
     if s.choices > s.experts:
         bad.append(f"--top_k {s.top_k} must not be above --num_experts {s.num_experts}")
     if wrong := [size for size in (s.width, s.hidden) if size % 8]:
@@ -1560,10 +1569,11 @@ class Grouping(NamedTuple):
 
 def group_rows(experts_NK: Tensor, num_experts: int) -> Grouping:
     """Sorts the choices by expert, tokens in order. All shapes are static, nothing is read from the device."""
-    flat = experts_NK.flatten()
+    flat = experts_NK.flatten().to(torch.int32)  # a sort of shorter keys takes fewer passes
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    ends = torch.searchsorted(flat[order], torch.arange(num_experts, device=flat.device), right=True, out_int32=True)
+    number = torch.arange(num_experts, dtype=torch.int32, device=flat.device)
+    ends = torch.searchsorted(flat[order], number, right=True, out_int32=True)
     return Grouping(order, inverse, ends)
 
 
@@ -2250,6 +2260,7 @@ class Bank:
         common, lr, momentum, share2 = (state["master"], self.grad), self.lr * scale, h["mu"], h["share2"]
         if busy is not None and self.experts is not None:
             on = busy[self.experts]
+            self.grad.masked_fill_(~on, 0.0)  # whatever a grouped product leaves for an expert without rows
             lr, momentum, share2 = lr * on, torch.where(on, momentum, 1.0), share2 * on
         if self.muon:
             self.update_function(*common, state["momentum"], state.get("variance"), lr, h["decay"],
@@ -2370,7 +2381,7 @@ class Balance:
 
     def reset(self):
         """As before the first step: slopes of evenly loaded experts, which turn no router."""
-        self.sums, self.micro_steps = torch.zeros(self.size, device=self.s.device), 0
+        self.sums, self.micro_steps, self.in_flight = torch.zeros(self.size, device=self.s.device), 0, None
         self.report_sums, self.report_steps = torch.zeros_like(self.sums), 0
         even = torch.full_like(self.sums, 1 / self.s.experts)
         self.bias.zero_()
@@ -2391,17 +2402,28 @@ class Balance:
             torch.randn(out.shape, generator=self.generator, device=out.device, out=out)
         return noise
 
-    def add(self, sums: Tensor, weight: float) -> Tensor:
-        """Takes a micro-step's sums; what they add to its share of the loss. weight: 1 / tokens of the batch."""
+    def add(self, sums: Tensor, weight: float, last: bool = False) -> Tensor:
+        """Takes a micro-step's sums; what they add to its share of the loss. weight: 1 / tokens of the batch. The last
+        one's start on their way to the other ranks, before the gradients do."""
         sums_MS = sums.view(self.size) * weight
         self.sums += sums_MS.detach()
         self.micro_steps += 1
+        if last:
+            self.send()
         return (self.slopes * sums_MS).sum()
 
-    def gather(self) -> Tensor:
-        """Sums of all ranks; which experts saw a token, and True: (M * E + 1,) bool. Collective."""
+    def send(self):
+        """Starts to sum the sums over the ranks."""
         if self.world.size > 1:
-            dist.all_reduce(self.sums)
+            self.in_flight = dist.all_reduce(self.sums, async_op=True)
+
+    def gather(self) -> Tensor:
+        """Waits for the sums of all ranks. Which experts saw a token, and True: (M * E + 1,) bool."""
+        if not self.in_flight:
+            self.send()
+        if self.in_flight:
+            self.in_flight.wait()
+        self.in_flight = None
         chosen = named_sums(self.sums, self.s.experts)["chosen"]
         return F.pad(chosen.flatten() > 0, (0, 1), value=True)
 
@@ -2770,12 +2792,16 @@ def router_lines(report: dict[str, list], s: Settings) -> tuple[str, list[str]]:
     line = (f"routers: effective experts {' '.join(f'{x:.1f}' for x in effective)} of {s.experts}, max/mean "
             f"{max(report['max_over_mean']):.2f}, CV {max(report['cv']):.2f}, dead "
             f"{sum(map(len, report['dead']))}{drops}")
-    alarms = [f"ALARM: layer {i}: experts {', '.join(map(str, dead))} get less than 1/20 of an even share of the tokens"
+    alarms = [f"ALARM: layer {i}: dead experts {', '.join(map(str, dead))}: less than 1/20 of an even share of tokens"
               for i, dead in zip(layers, report["dead"], strict=True) if dead]
     limit = max(1.5 * s.choices, s.experts / 4)
-    alarms += [f"ALARM: layer {i}: collapse, the choices are as uneven as {x:.1f} experts out of {s.experts}"
+    alarms += [f"ALARM: layer {i}: collapse: {x:.1f} of {s.experts} experts are effectively used"
                for i, x in zip(layers, effective, strict=True) if x < limit < s.experts]
     return line, alarms
+
+
+# Settings that losses and steps of a run and its control must share.
+COMPARED = ("eval_tokens", "eval_seq_len", "eval_window", "batch_tokens", "stage_ends", "seq_len", "mtp")
 
 
 def read_control(s: Settings, fingerprint: str) -> dict | None:
@@ -2786,42 +2812,65 @@ def read_control(s: Settings, fingerprint: str) -> dict | None:
         config = json.loads((Path(s.control) / "config.json").read_text(encoding="utf-8"))
         *_, last = [record for record in metric_records(Path(s.control)) if record.get("event") in ("end", "resume")]
         same = config["data"]["fingerprint"] == fingerprint and not config["settings"].get("num_experts", 0)
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        wanted = "name a run's folder, logs/EXPERIMENT/RUN"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing, wanted = Path(error.filename).name, "name a run's folder, logs/EXPERIMENT/RUN"
         raise FileNotFoundError(f"--control {s.control}: no {missing} there; {wanted}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--control {s.control}: that run has not ended, or is damaged: resume it") from error
     if last.get("status") not in ("done", "target") or last["val_loss"] is None:
         raise UserError(f"--control {s.control}: that run has not ended: wait for it, or resume it")
     if not same:
         raise UserError(f"--control {s.control}: no dense run on the same data; make one with --num_experts 0")
+    own, theirs = json.loads(json.dumps(dataclasses.asdict(s))), config["settings"]
+    if differing := [f"{name} {theirs[name]}, here {own[name]}" for name in COMPARED if theirs.get(name) != own[name]]:
+        raise UserError(f"--control {s.control}: its losses and steps are not comparable: {'; '.join(differing)}")
     return last
 
 
 def metric_records(folder: Path) -> list[dict]:
-    """The objects of a run's metrics.jsonl, but for a last line that a killed process has not finished."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The objects of a run's metrics.jsonl, but for a last line that a killed process has not finished, and for steps
+    after the checkpoint from which the run was resumed."""
+    records: list[dict] = []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        if line.endswith("}"):
+            record = json.loads(line)
+            if record.get("event") == "resume":
+                records = [earlier for earlier in records if earlier["step"] <= record["step"]]
+            records.append(record)
+    return records
 
 
-def reached(folder: Path, loss: float) -> dict | None:
-    """The first validation of a run at or below a loss."""
-    return next((r for r in metric_records(folder) if r.get("val_loss", math.inf) <= loss and "event" not in r), None)
+def reached(records: list[dict], loss: float) -> dict[str, float] | None:
+    """Tokens, step and training time in ms at which a run's validation loss came down to `loss`: linear between the
+    last validation above it and the first that is not; None if it never did."""
+    above = None
+    for r in (r for r in records if r.get("val_loss") is not None and "event" not in r):
+        if r["val_loss"] <= loss:
+            part = 1.0 if above is None else (above["val_loss"] - loss) / (above["val_loss"] - r["val_loss"])
+            return {key: r[key] if above is None else above[key] + part * (r[key] - above[key])
+                    for key in ("tokens", "step", "train_time_ms")}
+        above = r
+    return None
 
 
-def control_lines(control: Path, own: Path, loss: float, step_ms: tuple[float, float]) -> list[str]:
-    """Tokens, steps and seconds to a validation loss beside the dense control's. A step may take as much longer as the
-    control needs more of them: the break-even ratio. step_ms: of the control, own."""
-    lines = [f"to validation loss {loss:.4f}       tokens    steps   seconds"]
-    rows = {"dense control": reached(control, loss), "this run": reached(own, loss)}
-    for name, r in rows.items():
+def compare_with_control(control: list[dict], own: list[dict], loss: float, step_ms: tuple[float, float]) -> dict:
+    """Tokens, steps and time to a validation loss of the dense control and of this run; ratio of their step times
+    (step_ms: control, own), and the ratio at which they would break even: as many times fewer steps as it took."""
+    both = {"loss": loss, "control": reached(control, loss), "run": reached(own, loss)}
+    even = both["control"]["step"] / both["run"]["step"] if both["control"] and both["run"] else None
+    return both | {"step_time_ratio": step_ms[1] / step_ms[0], "break_even_ratio": even}
+
+
+def control_lines(comparison: dict) -> list[str]:
+    """The comparison as a table."""
+    lines = [f"to validation loss {comparison['loss']:.4f}       tokens    steps   seconds"]
+    for name, key in (("dense control", "control"), ("this run", "run")):
+        r = comparison[key]
         lines.append(f"{name:>24}  " + ("not reached" if r is None else
-                     f"{r['tokens']:>13,}  {r['step']:>7,}  {r['train_time_ms'] / 1000:>8.1f}"))
-    ratio = f"step time {step_ms[1] / step_ms[0]:.3f} of the control's"
-    if None not in rows.values():
-        ratio += f", break-even at {rows['dense control']['step'] / rows['this run']['step']:.3f}"
-    return [*lines, ratio]
+                     f"{r['tokens']:>13,.0f}  {r['step']:>7,.0f}  {r['train_time_ms'] / 1000:>8.1f}"))
+    even = comparison["break_even_ratio"]
+    return [*lines, f"step time {comparison['step_time_ratio']:.3f} of the control's"
+            + (f", break-even at {even:.3f}" if even else "")]
 
 
 class RunLog:
@@ -3035,8 +3084,9 @@ class Trainer:
     def expected_memory(self) -> float:
         """Bytes per process, a rough estimate: weights, own masters and moments, gradients, and for each token of a
         micro-step 34 activations a layer and dimension (half if compiled, by the 34 GiB of the public records at 49,152
-        tokens), four more for each choice in a mixture, the logits (three times in fp32, or twice in bf16), and, but
-        for FlexAttention, a row of scores."""
+        tokens), ten more (five) for each choice in a mixture, the logits (three times in fp32, or twice in bf16), and,
+        but for FlexAttention, a row of scores; for `bmm` the experts' weights in each of its about 5 blocks an expert.
+        """
         s, total, size = self.s, self.counts["total"], self.s.torch_dtype.itemsize
         stage = max(self.stages, key=lambda t: t.micro_rows(s, self.world.size) * t.seq_len)
         tokens = stage.micro_rows(s, self.world.size) * stage.seq_len
@@ -3044,9 +3094,10 @@ class Trainer:
         sums = 4 * total if tokens * self.world.size < stage.batch_tokens else 0
         scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * stage.seq_len
         logits = (4 if "loss" in s.kernels else 12) * self.model.lm_head.size(0)
-        per_dimension = (17 if s.compile else 34) * s.num_layers + 4 * s.choices * s.moe_layers.count("M")
-        activations = size * s.width * per_dimension + logits
-        return own + sums + 2 * size * total + tokens * (activations + scores)
+        compiled, mixtures = (2 if s.compile else 1), s.moe_layers.count("M")
+        activations = size * s.width * (34 * s.num_layers + 10 * s.choices * mixtures) // compiled + logits
+        copies = 5 * 2 * mixtures * s.experts * s.hidden * s.width * size if s.moe_impl == "bmm" else 0
+        return own + sums + 2 * size * total + tokens * (activations + scores) + copies
 
     def warm_up(self):
         """Compiles and runs every shape of training and evaluation on random tokens, untimed, then restores: a rate of
@@ -3146,7 +3197,7 @@ class Trainer:
         values = self.model(inputs, targets, docs, self.window, *noise)
         total = sum(w * loss for w, loss in zip(weights, values[:len(weights)], strict=True))
         if balance:
-            total = total + balance.add(values[len(weights):], weights[0])
+            total = total + balance.add(values[len(weights):], weights[0], self.optimizer.last_micro_step)
         total.backward()
         return values[0].detach()
 
@@ -3167,12 +3218,13 @@ class Trainer:
             self.stop_signal = self.stop_signal or signal.SIGTERM  # another rank got it
         return stop > 0
 
+    # differs from train_gpt.py: the routers' rate
     def _stop_not_finite(self, what: str, step: int):
         """Ends the logs and the run. Checkpoints are written only after a look at losses and weights: all are good."""
         self.status = "nan"
         self._end_record(step)
         raise TrainingStopped(f"{what}: stopped, the checkpoints before it are kept in {self.log.folder}; "
-                              f"lower --muon-lr and --adam-lr")
+                              f"lower --muon-lr, --adam-lr and --router-lr")
 
     # differs from train_gpt.py: routers
     def _report(self, step: int, loss: float):
@@ -3204,6 +3256,10 @@ class Trainer:
             self.log.line(f"{alarm} (step {step})")
         layers = [i for i, kind in enumerate(self.s.moe_layers) if kind == "M"]
         self.log.metric(event="routers", step=step, layers=layers, experts=self.s.experts, **report)
+        if self.log.wandb is not None:
+            single = {name: values for name, values in report.items() if isinstance(values[0], float)}
+            self.log.wandb.log({f"routers/{name}/layer{i}": value for name, values in single.items()
+                                for i, value in zip(layers, values, strict=True)}, step=step)
 
     def _step_line(self, step: int, loss: str, ms: float):
         self.log.line(f"step:{step}/{self.s.iterations} {loss} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
@@ -3272,19 +3328,25 @@ class Trainer:
     # differs from train_gpt.py: comparison with the dense control
     def _end_record(self, step: int):
         """The last object of metrics.jsonl, and where there is a dense control what came out against it."""
-        ms, done = self.clock.stop(), self.status == "target"
+        ms, done, balance, comparison = self.clock.stop(), self.status == "target", self.optimizer.balance, None
+        if done and balance and balance.report_steps:
+            self._report_routers(step, balance.report())
+        if self.control and self.log.main and step:
+            step_ms = self.control["train_time_ms"] / self.control["step"], ms / step
+            loss = self.s.target_loss or self.control["val_loss"]
+            comparison = compare_with_control(metric_records(Path(self.s.control)), metric_records(self.log.folder),
+                                              loss, step_ms)
+            for line in control_lines(comparison):
+                self.log.print(line)
+                self.log.line(line)
         bpb = self.val_loss and bits_per_byte(self.val_loss, self.corpus.meta)
         self.log.metric(event="end", status=self.status, step=step, iterations=self.s.iterations,
                         val_loss=self.val_loss, val_bpb=bpb, train_time_ms=ms,
                         tokens_per_s=1000 * self.tokens_at(step) / ms if ms else None,
                         params_total=self.counts["total"], params_active=self.counts["active"],
                         peak_memory_mib=peak_memory_mib(self.s.device)[0], first_step_s=self.first_step_s,
-                        compile_s=self.compile_s,
+                        compile_s=self.compile_s, comparison=comparison,
                         target_step=step if done else None, target_time_ms=ms if done else None)
-        if self.control and self.log.main and step:
-            step_ms = self.control["train_time_ms"] / self.control["step"], ms / step
-            loss = self.s.target_loss or self.control["val_loss"]
-            self.log.print("\n".join(control_lines(Path(self.s.control), self.log.folder, loss, step_ms)))
 
 
 def start_processes(device: str) -> World:

@@ -236,6 +236,16 @@ def test_routings_and_sizes_of_the_kinds(bench):
     assert [e for e, load in enumerate(loads["idle"]) if not load] == [0, 3, 6]
 
 
+def test_the_dense_yardstick_does_as_much_for_a_token(bench, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(gpu, "timed_product", lambda b, function, leaves: sizes.append([x.numel() for x in leaves]))
+    monkeypatch.setattr(gpu, "in_turn", lambda b, base, variant: {})
+    for kind, active in (("mixtral", 2 / 8), ("deepseek", 6 / 64), ("speed", 1 / 8)):
+        gpu.time_experts(bench, kind, "bmm")
+        (x, *dense), (same_x, *experts) = sizes[-2:]
+        assert x == same_x and dense == [active * weights for weights in experts]
+
+
 def test_peak_memory_is_what_a_trainer_adds(bench, monkeypatch):
     """Beside 700 MiB of another's, in a step after the one that compiles."""
     calls = []

@@ -398,7 +398,7 @@ def test_report_of_an_even_and_an_uneven_layer():
     assert report["load"][1] == pytest.approx(uneven)
     assert line == (f"routers: effective experts 8.0 {math.exp(entropy):.1f} of 8, max/mean 2.40, CV {cv:.2f}, dead 1, "
                     "dropped 40.0 %")
-    assert alarms == ["ALARM: layer 2: experts 7 get less than 1/20 of an even share of the tokens"]
+    assert alarms == ["ALARM: layer 2: dead experts 7: less than 1/20 of an even share of tokens"]
 
 
 def test_alarms():
@@ -407,8 +407,19 @@ def test_alarms():
     assert report_of([[0.3, 0.3, 0.1, 0.1, 0.1, 0.04, 0.03, 0.03], EVEN])[1][1] == []  # uneven, but alive
     _, (line, alarms) = report_of([EVEN, [0.5, 0.5] + [0.0] * 6])
     assert [alarm.split(":")[1] for alarm in alarms] == [" layer 2"] * 2 and "dropped" not in line and "dead 6" in line
-    assert "experts 2, 3, 4, 5, 6, 7 get less" in alarms[0] and "collapse" in alarms[1] and "2.0 experts" in alarms[1]
+    assert "experts 2, 3, 4, 5, 6, 7:" in alarms[0] and "collapse: 2.0 of 8 experts" in alarms[1]
     nearly = [0.47, 0.47] + [0.01] * 6  # 1/20 of an even share is 0.00625
     (alarm,) = report_of([nearly, EVEN])[1][1]
     assert alarm.startswith("ALARM: layer 0: collapse")
     assert report_of([nearly, EVEN], top_k=7)[1][1] == []  # 7 of 8 cannot collapse
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_scores_that_underflow_leave_the_gradients_finite(kind):
+    """The entropy of the scores has an infinite slope at 0: it is reported, and not differentiated."""
+    x, weight, bias, noise = random_inputs()
+    own = (1e4 * weight[:2 * E if kind == "noisy_topk" else E]).requires_grad_()
+    routing = router(kind)(x, own, bias, noise if kind == "noisy_topk" else None)
+    (routing.gates_NK.sum() + (tm.named_sums(routing.sums_S, E)["importance"] * torch.arange(E)).sum()
+     + 0 * routing.sums_S.sum()).backward()
+    assert own.grad.isfinite().all() and routing.sums_S.isfinite().all()

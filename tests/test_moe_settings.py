@@ -171,7 +171,9 @@ def test_settings_of_other_routers_are_refused(name, routers, monkeypatch):
     ("--moe-layers M", ["--moe_layers M", "each of the 2 layers"]),
     ("--moe-layers MX", ["--moe_layers MX", "M or D"]),
     ("--moe-layers DD", ["--moe_layers DD", "--num_experts 0"]),
-    ("--dense-first 1 --dense-last 1", ["--moe_layers DD", "--num_experts 0"]),
+    ("--dense-first 1 --dense-last 1", ["--dense_first 1, --dense_last 1 of 2 layers", "--num_experts 0"]),
+    ("--moe-layers MM --fp8-mlp", ["--fp8_mlp: has no effect"]),
+    ("--moe-layers MM --expert-hidden 8 --mlp-ratio 2", ["--mlp_ratio: has no effect"]),
     ("--moe-layers MD --dense-first 1", ["--dense_first", "--moe_layers"]),  # which would be ignored
     ("--expert-hidden 12", ["--expert_hidden 12", "16 bytes", "multiples of 8", "12 is none"]),
     ("--width 36 --head-dim 12", ["--width 36", "16 bytes", "multiples of 8", "36 is none"]),
@@ -280,7 +282,8 @@ def test_auto_impl_by_hardware_is_printed(capability, argv, impl, monkeypatch):
 def control_run(folder, status="done", val_loss=3.0, fingerprint="same", **settings_of_run):
     """A run's folder, made by hand: 10 steps of 100 tokens and 50 ms."""
     folder.mkdir()
-    config = {"settings": settings_of_run, "data": {"fingerprint": fingerprint}}
+    same = {name: getattr(settings(), name) for name in tm.COMPARED}
+    config = {"settings": same | settings_of_run, "data": {"fingerprint": fingerprint}}
     (folder / "config.json").write_text(json.dumps(config))
     rows = [dict(step=step, val_loss=loss, tokens=100 * step, train_time_ms=50.0 * step)
             for step, loss in ((4, 3.5), (8, 3.1), (10, 3.0))]
@@ -297,6 +300,7 @@ def control_run(folder, status="done", val_loss=3.0, fingerprint="same", **setti
     (dict(status="interrupted"), ["has not ended"]),
     (dict(fingerprint="other"), ["no dense run on the same data", "--num_experts 0"]),
     (dict(num_experts=8), ["no dense run", "--num_experts 0"]),
+    (dict(eval_tokens=7, mtp=[3]), ["not comparable", "eval_tokens 7, here", "mtp [3], here [0]"]),
 ])
 def test_controls_that_cannot_be_compared_with_are_refused(changes, words, tmp_path):
     folder = control_run(tmp_path / "dense", **changes)
@@ -324,19 +328,24 @@ def test_a_missing_control_is_one_sentence_before_training(tmp_path, capsys):
 
 
 def test_table_of_the_control(tmp_path):
-    """The first validation at or below the loss; training losses and a half-written last line do not count."""
+    """Between the validations above and below the loss; training losses and a half-written last line do not count, nor
+    does what a run did after the checkpoint from which it went on."""
     dense, own = control_run(tmp_path / "dense"), control_run(tmp_path / "own")
-    rows = [dict(step=2, val_loss=3.2, tokens=1000, train_time_ms=150.0),
-            dict(step=5, val_loss=3.05, tokens=1_234_500, train_time_ms=375.0)]
+    rows = [dict(step=2, val_loss=3.2, tokens=1000, train_time_ms=100.0), dict(step=4, val_loss=1.0, tokens=1),
+            dict(event="resume", step=3), dict(step=5, val_loss=3.05, tokens=1_234_000, train_time_ms=400.0)]
     (own / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "val_loss": 1.')
-    assert tm.control_lines(dense, own, 3.1, (50.0, 75.0)) == [
+
+    def table(loss: float, *step_ms: float) -> list[str]:
+        return tm.control_lines(tm.compare_with_control(*map(tm.metric_records, (dense, own)), loss, step_ms))
+
+    assert table(3.1, 50.0, 75.0) == [  # 2/3 of the way from step 2 to 5
         "to validation loss 3.1000       tokens    steps   seconds",
         "           dense control            800        8       0.4",
-        "                this run      1,234,500        5       0.4",
-        "step time 1.500 of the control's, break-even at 1.600"]
-    assert tm.control_lines(dense, own, 3.0, (50.0, 40.0))[2:] == [
-        "                this run  not reached", "step time 0.800 of the control's"]
-    assert tm.control_lines(dense, own, 2.0, (50.0, 40.0))[1] == "           dense control  not reached"
+        "                this run        823,000        4       0.3",
+        "step time 1.500 of the control's, break-even at 2.000"]
+    assert table(3.0, 50.0, 40.0)[2:] == ["                this run  not reached", "step time 0.800 of the control's"]
+    assert table(2.0, 50.0, 40.0)[1] == "           dense control  not reached"
+    assert tm.reached(tm.metric_records(dense), 3.6) == dict(tokens=400, step=4, train_time_ms=200.0)
 
 
 def test_a_run_prints_the_comparison_at_its_end(tmp_path, capsys):
@@ -346,7 +355,10 @@ def test_a_run_prints_the_comparison_at_its_end(tmp_path, capsys):
     own = train(tm, tmp_path, control=dense, experiment_name="own", eval_every=1)
     last = losses(dense)["val_loss"][8]
     ends = [[r for r in records(folder) if r.get("event") == "end"][-1] for folder in (dense, own)]
-    expected = tm.control_lines(dense, own, last, tuple(end["train_time_ms"] / end["step"] for end in ends))
-    assert "\n".join(expected) in capsys.readouterr().out and f"{last:.4f}" in expected[0]
+    comparison = tm.compare_with_control(records(dense), records(own), last,
+                                         tuple(end["train_time_ms"] / end["step"] for end in ends))
+    expected = "\n".join(tm.control_lines(comparison))
+    assert expected in capsys.readouterr().out and expected in (own / "log.txt").read_text()
+    assert ends[1]["comparison"] == comparison and comparison["loss"] == last
     other = train(tm, tmp_path, control=dense, experiment_name="other", target_loss=4.7)
     assert "to validation loss 4.7000 " in capsys.readouterr().out and other.exists()
