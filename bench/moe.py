@@ -72,9 +72,11 @@ class Sweep(NamedTuple):
     iterations: int  # of dense
     models: dict[str, Model]
     variants: dict[str, str]  # timed as well: name -> flags
+    mixture_flags: str  # of the kinds alone
 
     def key(self, kind: str) -> str:
         parts = [self.size, self.flags, self.fingerprint, TIMING if kind == "time" else self.iterations]
+        parts += [self.mixture_flags] if self.mixture_flags else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -116,7 +118,9 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
             raise ValueError(f"train_moe.py {flags}: {error}") from error
 
     common = (*ALWAYS.split(), *(["--data", args.data] if args.data else []), *args.flags)
-    flags = {DENSE: f"--preset {args.size} --num-experts 0"} | {kind: f"--preset {kind}-{args.size}" for kind in KINDS}
+    own = f" {args.mixture_flags}".rstrip()
+    flags = {DENSE: f"--preset {args.size} --num-experts 0"}
+    flags |= {kind: f"--preset {kind}-{args.size}{own}" for kind in KINDS}
     settings = {who: parse(line) for who, line in flags.items() if who in (DENSE, *args.only)}
     dense, variants = settings[DENSE], {}
     for who, s in settings.items():
@@ -128,7 +132,7 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
                 variants[f"{who} by {impl}"] = line
     corpus = t.open_corpus(dense.data)
     models = {who: make_model(t, flags[who], s, corpus.meta["vocab_size"]) for who, s in settings.items()}
-    return Sweep(args.size, common, corpus.fingerprint(), dense.iterations, models, variants)
+    return Sweep(args.size, common, corpus.fingerprint(), dense.iterations, models, variants, own)
 
 
 def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
@@ -582,7 +586,7 @@ README = """# Dense against mixtures of experts at equal active FLOPs: `{size}`,
 {body}## How
 
 - Commands: `{command}`
-- Flags of all runs: `{flags}`; dense has {iterations:,} steps
+- Flags of all runs: `{flags}`; of the kinds: `{mixture}`; dense has {iterations:,} steps
 - Data: {data}; every model has the same batches in the same order
 - Machine: {hardware}; torch {torch}; commit {commit}; train_moe.py {trainer}
 {problems}"""
@@ -635,7 +639,8 @@ def readme(sweep: Sweep, results: list[Result], runs: list[dict], problems: list
     if len({run["trainer"] for run in runs}) > 1:
         problems = [*problems, "train_moe.py has changed between these runs; use another --out for the new one"]
     return README.format(size=sweep.size, sentences="\n".join(sentences), models=model_table(sweep), body=body,
-                         flags=shlex.join(sweep.flags), iterations=sweep.iterations,
+                         flags=shlex.join(sweep.flags), mixture=sweep.mixture_flags.strip() or "-",
+                         iterations=sweep.iterations,
                          problems="".join(f"- Problem: {problem}\n" for problem in problems), **said)
 
 
@@ -763,6 +768,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="", help="data set: a folder under data/, or a path (default: the preset's)")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(KINDS), metavar="KIND,..",
                         help=f"these kinds only, of {', '.join(KINDS)}")
+    parser.add_argument("--mixture-flags", default="", metavar="FLAGS",
+                        help='flags of the kinds alone, such as --mixture-flags="--router-lr 0.002"')
     parser.add_argument("--seeds", type=int, default=3, help="runs of each model (default: 3)")
     parser.add_argument("--fractions", type=numbers, default=[1.0, 0.8], metavar="X,..",
                         help="of dense's steps that the kinds are trained for; 1 is always among them (default: 1,0.8)")

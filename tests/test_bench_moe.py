@@ -126,6 +126,12 @@ def test_a_fraction_has_a_schedule_of_its_own(data):
     assert {s.target_loss for s in parsed} == {0.0}
 
 
+def test_flags_of_the_kinds_are_not_the_controls(data):
+    sweep, jobs = plan(data, "--mixture-flags=--router-lr 0.002")
+    assert {job.who for job in jobs if "--router-lr 0.002" in job.change} == set(moe.KINDS)
+    assert sweep.key("loss") != plan(data)[0].key("loss")  # their records do not mix
+
+
 def test_rounds_of_timing_go_there_and_back(data):
     _, jobs = plan(data, "--time", "--pairs", "2")
     assert [(job.seed, job.who) for job in jobs] == [(0, "dense"), (0, "mixtral"), (0, "deepseek"), (0, "speed"),
