@@ -219,6 +219,11 @@ class Settings:
         return self.expert_hidden or max(8, round(even / 8) * 8)
 
     @property
+    def mixtures(self) -> tuple[int, ...]:
+        """Numbers of the layers with a mixture."""
+        return tuple(i for i, kind in enumerate(self.moe_layers) if kind == "M")
+
+    @property
     def penalties(self) -> dict[str, float]:
         """What the router's balance adds to the loss, and how much of it."""
         return {"noisy_topk": {"importance": self.importance_coef, "load": self.load_coef, "z": self.z_coef},
@@ -474,14 +479,14 @@ def mixture_errors(s: Settings, given: dict, hardware: Hardware, dtype: str) -> 
                   "router", "router_lr", "router_every", "route_norm", "route_scale", "capacity_factor",
                   "force_balance", "moe_impl", *ROUTER_SETTINGS}
         bad = [f"--{name}: has no effect with --num_experts 0" for name in sorted(unread & given.keys())]
-        return bad + ([f"--moe_layers {s.moe_layers}: --num_experts 0 has no mixture"] if "M" in s.moe_layers else [])
+        return bad + ([f"--moe_layers {s.moe_layers}: --num_experts 0 has no mixture"] if s.mixtures else [])
     bad = [f"--{name}: has no effect with --router {s.router}, only with {' or '.join(routers)}"
            for name, routers in ROUTER_SETTINGS.items() if name in given and s.router not in routers]
     bad += [f"--{name}: has no effect beside --moe_layers" for name in ("dense_first", "dense_last")
             if name in given and "moe_layers" in given]
     if len(s.moe_layers) != s.num_layers or set(s.moe_layers) - set("MD"):
         bad.append(f"--moe_layers {s.moe_layers}: one letter M or D for each of the {s.num_layers} layers")
-    elif "M" not in s.moe_layers:
+    elif not s.mixtures:
         what = f"--moe_layers {s.moe_layers}" if "moe_layers" in given else (
             f"--dense_first {s.dense_first}, --dense_last {s.dense_last} of {s.num_layers} layers")
         bad.append(f"{what}: no mixture is left; use --num_experts 0 for the dense control")
@@ -1428,7 +1433,7 @@ def layer_table(s: Settings) -> list[Layer]:
     for i, attention in enumerate(s.attention):
         value = i if i < tables else i - (n - tables) if i >= n - tables else None
         skip = {"unet": n - 1 - i if n - 1 - i < i else None, "single": n // 4 if i == n // 2 > 1 else None}.get(s.skip)
-        mixture = s.moe_layers[:i].count("M") if s.moe_layers[i:i + 1] == "M" else None
+        mixture = s.mixtures.index(i) if i in s.mixtures else None
         table.append(Layer(attention, value if attention != "-" else None, skip, mixture))
     return table
 
@@ -1862,7 +1867,7 @@ class GPT(nn.Module):
         longest = max([stage.seq_len for stage in stage_table(s)] + [s.eval_seq_len])
         for name, table in zip(("cos", "sin"), rotary_table(longest, s.head_dim, s.rope_base), strict=True):
             self.register_buffer(name, table, persistent=False)
-        mixtures, noisy = s.moe_layers.count("M"), s.router == "noisy_topk"
+        mixtures, noisy = len(s.mixtures), s.router == "noisy_topk"
         if mixtures:  # noisy_topk starts at zero: even chances by the noise; elsewhere ties would all go one way
             routers = torch.zeros(mixtures, 2 * s.experts, s.width) if noisy else (
                 torch.randn(mixtures, s.experts, s.width) * ROUTER_STD)
@@ -2229,21 +2234,17 @@ class Bank:
         work = dist.reduce_scatter_tensor(self.grad[k], packed, async_op=True)
         self.in_flight.append((work, packed))
 
-    def mixture_of(self, name: str) -> int | None:
-        """Number of the mixture layer whose experts a parameter holds."""
-        layer = re.fullmatch(r"blocks\.(\d+)\.mlp\.experts_\w+", name)
-        return self.s.moe_layers[:int(layer[1])].count("M") if layer else None
-
     def own_experts(self) -> Tensor | None:
         """For each own slot the number of its expert, layers * experts counted through; None if there are none. Slots
         that hold no expert (or nothing) get the number past the last one."""
-        number = []
+        layers, experts, number = self.s.mixtures, self.s.experts, []
+        first = {f"blocks.{i}.mlp.experts_{part}": m * experts for m, i in enumerate(layers) for part in ("up", "down")}
+        if not first.keys() & self.params.keys():
+            return None
         for slot in self.own:
             name, i = self.slots[slot] if slot < len(self.slots) else ("", 0)
-            m = self.mixture_of(name)
-            number.append(self.s.moe_layers.count("M") * self.s.experts if m is None else m * self.s.experts + i)
-        held = any(self.mixture_of(name) is not None for name in self.params)
-        return torch.tensor(number, device=self.s.device).view(-1, 1, 1) if held else None
+            number.append(first[name] + i if name in first else len(layers) * experts)
+        return torch.tensor(number, device=self.s.device).view(-1, 1, 1)
 
     # differs from train_gpt.py: experts without a token are left alone
     def step(self, scale: float, mu: float, step: int, busy: Tensor | None = None):
@@ -2471,7 +2472,7 @@ class MuonAdamW:
         self.steps, self.last_micro_step, self.world = 0, True, world
         self.banks = [Bank(group, rules, s, world) for group in groups.values()]
         self.sums: dict[str, Tensor] = {}  # fp32 gradient sums of earlier micro-steps
-        self.balance = Balance(model, s, world) if "M" in s.moe_layers else None
+        self.balance = Balance(model, s, world) if s.mixtures else None
         for bank in self.banks:
             for name, p in bank.params.items():
                 p.register_post_accumulate_grad_hook(lambda p, name=name, bank=bank: self._on_gradient(name, p, bank))
@@ -2789,16 +2790,16 @@ def router_report(sums_MS: Tensor, bias_ME: Tensor, s: Settings) -> dict[str, li
 def router_lines(report: dict[str, list], s: Settings) -> tuple[str, list[str]]:
     """A line about all layers, and an alarm for each with dead experts or a collapse: choices as good as limited to
     half more experts than a token has, or to a quarter of them."""
-    effective, layers = report["effective_experts"], [i for i, kind in enumerate(s.moe_layers) if kind == "M"]
+    effective = report["effective_experts"]
     drops = f", dropped {100 * max(report['dropped']):.1f} %" if s.capacity_factor else ""
     line = (f"routers: effective experts {' '.join(f'{x:.1f}' for x in effective)} of {s.experts}, max/mean "
             f"{max(report['max_over_mean']):.2f}, CV {max(report['cv']):.2f}, dead "
             f"{sum(map(len, report['dead']))}{drops}")
     alarms = [f"ALARM: layer {i}: dead experts {', '.join(map(str, dead))}: less than 1/20 of an even share of tokens"
-              for i, dead in zip(layers, report["dead"], strict=True) if dead]
+              for i, dead in zip(s.mixtures, report["dead"], strict=True) if dead]
     limit = max(1.5 * s.choices, s.experts / 4)
     alarms += [f"ALARM: layer {i}: collapse: {x:.1f} of {s.experts} experts are effectively used"
-               for i, x in zip(layers, effective, strict=True) if x < limit < s.experts]
+               for i, x in zip(s.mixtures, effective, strict=True) if x < limit < s.experts]
     return line, alarms
 
 
@@ -3096,8 +3097,8 @@ class Trainer:
         sums = 4 * total if tokens * self.world.size < stage.batch_tokens else 0
         scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * stage.seq_len
         logits = (4 if "loss" in s.kernels else 12) * self.model.lm_head.size(0)
-        compiled, mixtures = (2 if s.compile else 1), s.moe_layers.count("M")
-        activations = size * s.width * (34 * s.num_layers + 10 * s.choices * mixtures) // compiled + logits
+        mixtures, share = len(s.mixtures), 2 if s.compile else 1
+        activations = size * s.width * (34 * s.num_layers + 10 * s.choices * mixtures) // share + logits
         copies = 5 * 2 * mixtures * s.experts * s.hidden * s.width * size if s.moe_impl == "bmm" else 0
         return own + sums + 2 * size * total + tokens * (activations + scores) + copies
 
@@ -3246,8 +3247,8 @@ class Trainer:
                         fp8_clipped=int(self.model.saturated))
         self.logged_step, self.logged_ms = step, ms
         balance = self.optimizer.balance
-        due = step % s.log_every == 0 and balance and balance.report_steps >= s.router_every
-        if due or (balance and step == s.iterations):  # not where a signal or a checkpoint brought the line about
+        due = step % s.log_every == 0  # not where a signal or a checkpoint brought the line about
+        if balance and (step == s.iterations or (due and balance.report_steps >= s.router_every)):
             self._report_routers(step, balance.report())
 
     def _report_routers(self, step: int, report: dict[str, list]):
@@ -3256,7 +3257,7 @@ class Trainer:
         self.log.print("\n".join([line, *alarms]))
         for alarm in alarms:
             self.log.line(f"{alarm} (step {step})")
-        layers = [i for i, kind in enumerate(self.s.moe_layers) if kind == "M"]
+        layers = self.s.mixtures
         self.log.metric(event="routers", step=step, layers=layers, experts=self.s.experts, **report)
         if self.log.wandb is not None:
             single = {name: values for name, values in report.items() if isinstance(values[0], float)}

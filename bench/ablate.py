@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from datetime import date
 from functools import partial
@@ -485,15 +486,26 @@ def ablate(args: argparse.Namespace, command: str) -> int:
         failed = run_all(missing(jobs, runs), args.jobs, command, file)
     finally:
         write_report(sweep, args.out)
+    return exit_code(failed)
+
+
+def exit_code(failed: int) -> int:
+    """0; raises RuntimeError if runs failed."""
     if failed:
         raise RuntimeError(f"{failed} run(s) failed, see above; the same command runs them again")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
+    return command_line("bench/ablate.py", parse_args, ablate, argv)
+
+
+def command_line(script: str, parse: Callable, work: Callable[[argparse.Namespace, str], int],
+                 argv: list[str] | None) -> int:
+    """Exit code of `work(arguments, command)`; errors in one sentence, and an interruption as what can be resumed."""
     try:
-        args = parse_args(argv)
-        return ablate(args, shlex.join(["python", "bench/ablate.py", *(sys.argv[1:] if argv is None else argv)]))
+        args = parse(argv)
+        return work(args, shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)]))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

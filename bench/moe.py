@@ -37,7 +37,18 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench.ablate import Effect, append_run, effect, missing, read_runs, run_all, step_ms, train  # noqa: E402
+from bench.ablate import (  # noqa: E402
+    Effect,
+    append_run,
+    command_line,
+    effect,
+    exit_code,
+    missing,
+    read_runs,
+    run_all,
+    step_ms,
+    train,
+)
 
 TRAINER = ROOT / "train_moe.py"
 DENSE, KINDS = "dense", ("mixtral", "deepseek", "speed")
@@ -816,21 +827,11 @@ def compare(args: argparse.Namespace, command: str) -> int:
         failed = run_jobs(missing(jobs, runs), args, command, file)
     finally:
         write_report(sweep, args.out)
-    if failed:
-        raise RuntimeError(f"{failed} run(s) failed, see above; the same command runs them again")
-    return 0
+    return exit_code(failed)
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_args(argv)
-        return compare(args, shlex.join(["python", "bench/moe.py", *(sys.argv[1:] if argv is None else argv)]))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return command_line("bench/moe.py", parse_args, compare, argv)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from train_moe import GPT, Hardware, Settings
 ROUTERS = ("noisy_topk", "softmax_topk", "sigmoid_bias")
 PLAIN_IMPLS = ("grouped", "bmm", "loop")  # those that need no Triton
 MIXTURE = dict(num_experts=4, top_k=2, z_coef=0.001)  # of the tiny runs
-TEXTS = functools.cache(tm.help_texts)  # which takes 0.1 s to parse the script, twice a command line
 FIELDS = [field.name for field in dataclasses.fields(Settings)]
 
 
@@ -51,7 +49,7 @@ def random_batch(rows: int = 4, seq_len: int = 32, seed: int = 0) -> torch.Tenso
 
 def random_noise(s: Settings, rows: int = 4, seq_len: int = 32, seed: int = 0) -> torch.Tensor | None:
     """A batch's noise, for the router that takes it."""
-    shape, random = (rows, s.moe_layers.count("M"), seq_len, s.experts), torch.Generator().manual_seed(seed)
+    shape, random = (rows, len(s.mixtures), seq_len, s.experts), torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=random) if s.router == "noisy_topk" else None
 
 
@@ -63,7 +61,7 @@ def layer_sums(model: GPT, s: Settings, batch: torch.Tensor, noise: torch.Tensor
     """The routers' sums of a batch per token, (M, S)."""
     inputs, targets, docs = batch
     values = model(inputs, targets[None], docs, window(), noise)
-    return values[1:].view(s.moe_layers.count("M"), -1) / inputs.numel()
+    return values[1:].view(len(s.mixtures), -1) / inputs.numel()
 
 
 # --- runs
@@ -71,7 +69,6 @@ def layer_sums(model: GPT, s: Settings, batch: torch.Tensor, noise: torch.Tensor
 
 def parse(*argv, hardware: Hardware = CPU, world_size: int = 1, monkeypatch) -> Settings:
     """Settings of a command line on a machine of our choice."""
-    monkeypatch.setattr(tm, "help_texts", TEXTS)
     monkeypatch.setattr(tm, "detect_hardware", lambda device="auto": tm.Hardware(*hardware))
     return tm.parse_settings([str(a) for a in argv], world_size)[0]
 

@@ -4,12 +4,13 @@ The functions that run inside spawned processes live here, because a spawned pro
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import ranks
 import torch
 import torch.distributed as dist
-from ranks import VOCAB, digest, parameters, random_batch
+from ranks import digest, parameters
 
 import train_moe as tm
 
@@ -25,14 +26,7 @@ def settings(**changes) -> tm.Settings:
     return tm.Settings(**{**dense, **own})
 
 
-def build(s: tm.Settings, world: tm.World = tm.World(), seed: int = 0) -> tuple[tm.GPT, tm.MuonAdamW]:  # noqa: B008
-    """A model and its optimizer. Noise on all weights: at the initial zeros most gradients would be zero too."""
-    model = tm.GPT(s, VOCAB)
-    noise = torch.Generator().manual_seed(1000 + seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=noise))
-    return model, tm.MuonAdamW(model, s, world)
+build = functools.partial(ranks.build, script=tm)
 
 
 def backward(model: tm.GPT, optimizer: tm.MuonAdamW, batch: torch.Tensor, micro_steps: int = 1) -> float:
@@ -46,13 +40,7 @@ def backward(model: tm.GPT, optimizer: tm.MuonAdamW, batch: torch.Tensor, micro_
     return total
 
 
-def train(model: tm.GPT, optimizer: tm.MuonAdamW, steps: range, micro_steps: int = 1) -> list[float]:
-    """Some steps with a changing rate and momentum; this rank's share of the loss of each."""
-    losses = []
-    for step in steps:
-        losses.append(backward(model, optimizer, random_batch(step), micro_steps))
-        optimizer.step(1.0 - 0.1 * step, 0.85 + 0.02 * step)
-    return losses
+train = functools.partial(ranks.train, backward=backward)
 
 
 def feed(model: tm.GPT, optimizer: tm.MuonAdamW, gradients: dict[str, torch.Tensor],

@@ -41,14 +41,15 @@ def settings(**changes) -> tg.Settings:
     return tg.Settings(**tiny)
 
 
-def build(s: tg.Settings, world: tg.World = tg.World(), seed: int = 0) -> tuple[tg.GPT, tg.MuonAdamW]:  # noqa: B008
-    """A model and its optimizer. Noise on all weights: at the initial zeros most gradients would be zero too."""
-    model = tg.GPT(s, VOCAB)
+def build(s: tg.Settings, world: tg.World = tg.World(), seed: int = 0, script=tg):  # noqa: B008
+    """A model and its optimizer, of a training script. Noise on all weights: at the initial zeros most gradients would
+    be zero too."""
+    model = script.GPT(s, VOCAB)
     noise = torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=noise))
-    return model, tg.MuonAdamW(model, s, world)
+    return model, script.MuonAdamW(model, s, world)
 
 
 def random_batch(step: int, rows: int = ROWS, seq_len: int = SEQ_LEN) -> torch.Tensor:
@@ -77,7 +78,7 @@ def backward(model: tg.GPT, optimizer: tg.MuonAdamW, batch: torch.Tensor, micro_
     return total
 
 
-def train(model: tg.GPT, optimizer: tg.MuonAdamW, steps: range, micro_steps: int = 1) -> list[float]:
+def train(model, optimizer, steps: range, micro_steps: int = 1, backward=backward) -> list[float]:
     """Some steps with a changing rate and momentum; this rank's share of the loss of each."""
     losses = []
     for step in steps:

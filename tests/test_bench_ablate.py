@@ -40,13 +40,7 @@ settings = {"iterations": 6, "stage_ends": [0.3333, 0.6667, 1.0]}
 (folder / "config.json").write_text(json.dumps({"settings": settings, "torch": "9.9", "hardware": {"name": "a toy"},
     "git": {"commit": "abc", "dirty": False}, "data": {"name": "chars", "fingerprint": "f00"}}))
 """
-HELP_TEXTS = train_gpt.help_texts()  # reading them from the source is most of the time of parsing flags
 THREE = ("--only", "smear,clip_docs")
-
-
-@pytest.fixture(autouse=True)
-def quick_parser(monkeypatch):
-    monkeypatch.setattr(train_gpt, "help_texts", lambda: HELP_TEXTS)
 
 
 @pytest.fixture

@@ -46,14 +46,8 @@ data = {"name": "chars", "fingerprint": "other" if (here / "other").exists() els
 (folder / "config.json").write_text(json.dumps({"settings": {"iterations": steps, "stage_ends": [1.0]}, "torch": "9.9",
     "hardware": {"name": "a toy"}, "git": {"commit": "abc", "dirty": False}, "data": data}))
 """
-HELP_TEXTS = train_moe.help_texts()  # reading them from the source is most of the time of parsing flags
 SMALL = ("--width", "32", "--head-dim", "16", "--batch-tokens", "256", "--seq-len", "64", "--max-doc-len", "64",
          "--micro-tokens", "256", "--window", "64", "--eval-tokens", "300", "--device", "cpu", "--threads", "1")
-
-
-@pytest.fixture(autouse=True)
-def quick_parser(monkeypatch):
-    monkeypatch.setattr(train_moe, "help_texts", lambda: HELP_TEXTS)
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def step_of(model, s, batch, noise) -> dict[str, torch.Tensor]:
     """Values of a forward pass, and all gradients, with the penalties' among them."""
     inputs, targets, docs = batch
     values = model(inputs, targets[None], docs, window(), noise)
-    sums = values[1:].view(s.moe_layers.count("M"), -1) / inputs.numel()
+    sums = values[1:].view(len(s.mixtures), -1) / inputs.numel()
     penalties = sum(value.sum() for value in tm.penalties(sums, s.experts).values())
     model.zero_grad()
     (values[0] / inputs.numel() + 0.1 * penalties).backward()
