@@ -133,6 +133,13 @@ class Settings:
     capacity_factor: float = 0.0  # most tokens of a row for an expert / an even share, in training; 0: no limit [>=0]
     force_balance: bool = False  # experts in turn instead of the router's choice: to measure throughput only
     moe_impl: str = "auto"  # product with the experts' weights [auto|grouped|bmm|loop|triton]
+    # --- width transfer: rates tuned at a small width serve a large one (muP)
+    mup: bool = False  # scale learning rates, initial weights and logits from base_width to width
+    base_width: int = 0  # width at which the rates were tuned; 0: the preset's [>=0]
+    base_head_dim: int = 0  # head_dim there; 0: the same [>=0]
+    mup_embedding: str = "constant"  # rates of embedding tables; disputed: / sqrt(width/base_width) [constant|sqrt]
+    mup_report: bool = False  # print how --mup scales each parameter, and end
+    coord_check: bool = False  # check that activations do not depend on the width, and end (bench/coord_check.py)
     # --- stages of training: one value per stage, or one for all
     iterations: int = 1695  # optimizer steps [>0]
     stage_ends: floats = (1.0,)  # where each stage ends, as a fraction of the iterations [>0]
@@ -145,7 +152,10 @@ class Settings:
     mtp: ints = (0,)  # further future tokens to predict, weights 1/2, 1/4 .., the last fades to 0 (record 53) [>=0]
     stage_lr: floats = (1.0,)  # factor on all learning rates in the stage [>0]
     # --- optimizer
-    muon_lr: float = 0.05  # learning rate of hidden matrices [>=0]
+    hidden_optimizer: str = "muon"  # of hidden matrices, those of attention and MLP [muon|adamw]
+    hidden_lr: float = 0.002  # learning rate of hidden matrices, AdamW [>=0]
+    hidden_weight_decay: float = 0.1  # its decay / peak rate, decoupled, falls with the rate's square [>=0]
+    muon_lr: float = 0.05  # learning rate of hidden matrices, Muon [>=0]
     muon_momentum: float = 0.95  # Nesterov momentum after its warm-up [0..1]
     momentum_start: float = 0.85  # momentum at step 0 and at the last step [0..1]
     momentum_warmup: int = 300  # steps over which the momentum rises [>=0]
@@ -197,7 +207,16 @@ class Settings:
         return self.width // self.head_dim
 
     @property
+    def base(self) -> Settings:
+        """Those of the model at the base width, whose rates these are."""
+        return self if not self.mup else dataclasses.replace(
+            self, mup=False, width=self.base_width, head_dim=self.base_head_dim)
+
+    @property
     def scale(self) -> float:
+        """Factor on q.k. From a base on it goes with 1 / head_dim, not its root: learned q and k align (TP-V)."""
+        if self.mup:
+            return self.base.scale * (self.base_head_dim / self.head_dim)
         return self.attn_scale or 1.36 / math.sqrt(self.head_dim)
 
     @property
@@ -292,8 +311,16 @@ RESUME_MAY_CHANGE = {
     "preset", "experiment_name", "log_dir", "resume", "data", "eval_every", "eval_tokens", "eval_seq_len",
     "eval_window", "target_loss", "save_every", "save_last", "keep", "log_every", "wandb", "enable_profiling",
     "profile_start", "profile_steps", "device", "dtype", "backend", "kernels", "fp8_head", "fp8_mlp", "compile",
-    "compile_unit", "micro_tokens", "threads", "moe_impl", "control", "router_every",
+    "compile_unit", "micro_tokens", "threads", "mup_report", "coord_check", "moe_impl", "control", "router_every",
 }
+
+
+# Settings that only one value of another one reads.
+READ_WITH = {name: ("mup", True) for name in ("base_width", "base_head_dim", "mup_embedding", "mup_report")}
+READ_WITH |= {name: ("hidden_optimizer", "adamw") for name in ("hidden_lr", "hidden_weight_decay")}
+READ_WITH |= {name: ("hidden_optimizer", "muon") for name in (
+    "muon_lr", "muon_momentum", "momentum_start", "momentum_warmup", "momentum_cooldown", "muon_beta2",
+    "muon_weight_decay", "orthogonalizer")}
 
 
 @functools.cache
@@ -417,9 +444,11 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     kernel = "flex" if hardware.device == "cuda" and s.compile else fallback
     fp8 = hardware.fp8 and dtype == "bf16" and not any(size % 16 for size in (s.width, *s.seq_len))
     even_heads = s.width // max(1, s.head_dim) % 2 == 0
-    problems = field_errors(s)
+    problems = field_errors(s) + unread_errors(s, given)
     s = dataclasses.replace(  # the checks see what `auto` means
-        s, backend=s.backend if s.backend != "auto" else kernel,
+        s, base_width=(s.base_width or values.get("width", Settings.width)) if s.mup else 0,
+        base_head_dim=(s.base_head_dim or s.head_dim) if s.mup else 0,
+        backend=s.backend if s.backend != "auto" else kernel,
         attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers, s.paired and even_heads),
         kernels=s.kernels if s.kernels != "auto" else fast_kernels(hardware, dtype),
         fp8_head=s.fp8_head if s.fp8_head != "auto" else "on" if fp8 else "off",
@@ -436,6 +465,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
              f"attention {s.backend}, " + (f"compiled by {unit}" if s.compile else "not compiled"),
              f"Triton kernels: {s.kernels}; FP8 head {s.fp8_head}, FP8 MLP {'on' if s.fp8_mlp else 'off'}",
              mixture_note(s, auto_experts(hardware, dtype))]
+    if s.mup:
+        notes.append(f"muP: rates of width {s.base_width} serve width {s.width}; --mup-report lists what is scaled")
     s = dataclasses.replace(s, device=hardware.device, dtype=dtype, compile_unit=unit, data=data,
                             eval_seq_len=s.eval_seq_len or stage_table(s)[-1].seq_len)
     return s, hardware, notes
@@ -527,6 +558,13 @@ def field_errors(s: Settings) -> list[str]:
     return bad
 
 
+def unread_errors(s: Settings, given: dict) -> list[str]:
+    """A sentence for each given setting that nothing would read, as it belongs to another choice."""
+    return [f"--{name}: has no effect without --{other}" + (f" {value}" if isinstance(value, str) else "")
+            for name, (other, value) in READ_WITH.items()
+            if given.get(name, False) is not False and getattr(s, other) != value]
+
+
 def hardware_errors(s: Settings, hardware: Hardware) -> list[str]:
     """Settings that this machine cannot serve."""
     bad, cuda = [], hardware.device == "cuda"
@@ -553,9 +591,11 @@ def hardware_errors(s: Settings, hardware: Hardware) -> list[str]:
 def shape_errors(s: Settings, world_size: int) -> list[str]:
     """Settings that do not fit each other: model shape, stages, rows per process."""
     bad = []
-    if s.width % s.head_dim or s.head_dim % 4 or s.width < GATE_DIM:
-        bad.append(f"--width {s.width} must be a multiple of --head_dim {s.head_dim}, that one of 4, "
-                   f"and not below {GATE_DIM}")
+    for prefix in ("", "base_") if s.mup else ("",):
+        width, head_dim = getattr(s, f"{prefix}width"), getattr(s, f"{prefix}head_dim")
+        if width % head_dim or head_dim % 4 or width < GATE_DIM:
+            bad.append(f"--{prefix}width {width} must be a multiple of --{prefix}head_dim {head_dim}, that one of 4, "
+                       f"and not below {GATE_DIM}")
     if 2 * s.value_embeds > s.num_layers:
         bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
     if len(s.attention) != s.num_layers or set(s.attention) - set("LSP-"):
@@ -1087,11 +1127,19 @@ def fp8_product(a_NK: Tensor, b_MK: Tensor, scale_a: Tensor, scale_b: Tensor, fa
 
 
 def cap_logits(z: Tensor, cap: tuple[float, ...] | None) -> Tensor:
-    """a * sigmoid((z + b) / c), or with b = 0 a/2 * tanh(z / 2c) but for a constant (records 9, 18, 19, 54)."""
+    """a * sigmoid((z + b) / c), or with b = 0 a/2 * tanh(z / 2c) but for a constant (records 9, 18, 19, 54); no cap, if
+    a is 0: z / c."""
     if cap is None:
         return z
     a, b, c = cap
-    return a * torch.sigmoid((z + b) / c)
+    return a * torch.sigmoid((z + b) / c) if a else z / c
+
+
+def width_free(cap: tuple[float, ...] | None, multiplier: float) -> tuple[float, ...] | None:
+    """The cap that takes in z what `cap` takes in multiplier * z. It stands after the product with the head, and so the
+    head's multiplier costs nothing, needs no kernel, and scales FP8 gradients with it."""
+    a, b, c = cap or (0.0, 0.0, 1.0)
+    return cap if multiplier == 1 else (a, b / multiplier, c / multiplier)
 
 
 def loss_kernel(logits, targets, losses, lses, rows, vocab, a, slope, shift, CAPPED: tl.constexpr,
@@ -1102,7 +1150,7 @@ def loss_kernel(logits, targets, losses, lses, rows, vocab, a, slope, shift, CAP
     peak, total = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         z = tl.load(logits + row * vocab + start + col, start + col < vocab, 0.0).to(tl.float32)
-        z = tl.where(start + col < vocab, a * tl.sigmoid(slope * z + shift) if CAPPED else z, -1e30)
+        z = tl.where(start + col < vocab, a * tl.sigmoid(slope * z + shift) if CAPPED else slope * z, -1e30)
         if not CAPPED:
             higher = tl.maximum(peak, z)
             total *= tl.exp(peak - higher)
@@ -1114,7 +1162,7 @@ def loss_kernel(logits, targets, losses, lses, rows, vocab, a, slope, shift, CAP
     for k in tl.static_range(TARGETS):
         target = tl.load(targets + k * rows + row)
         z = tl.load(logits + row * vocab + target, target >= 0, 0.0).to(tl.float32)
-        z = a * tl.sigmoid(slope * z + shift) if CAPPED else z
+        z = a * tl.sigmoid(slope * z + shift) if CAPPED else slope * z
         tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
 
 
@@ -1127,7 +1175,7 @@ def loss_gradient_kernel(logits, targets, lses, grads, unit, out, out_t, rows, v
     inside, where = (row < rows)[:, None] & (col < vocab)[None, :], row.to(tl.int64)[:, None] * vocab + col[None, :]
     z = tl.load(logits + where, inside, 0.0).to(tl.float32)
     share = tl.sigmoid(slope * z + shift) if CAPPED else z
-    z = a * share if CAPPED else z
+    z = a * share if CAPPED else slope * z
     weight, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(TARGETS):
         target = tl.load(targets + k * rows + row, row < rows, -1)
@@ -1136,15 +1184,15 @@ def loss_gradient_kernel(logits, targets, lses, grads, unit, out, out_t, rows, v
         hit += tl.where(col[None, :] == target[:, None], grad[:, None], 0.0)
     lse = tl.load(lses + row, row < rows, 0.0)
     result = weight[:, None] * tl.exp(z - lse[:, None]) - hit
-    result = (result * z * (slope - slope * share) if CAPPED else result).to(out.dtype.element_ty)
+    result = (result * z * (slope - slope * share) if CAPPED else result * slope).to(out.dtype.element_ty)
     tl.store(out + where, result, inside)
     if TRANSPOSED:
         tl.store(out_t + col.to(tl.int64)[None, :] * rows + row[:, None], result, inside)
 
 
 def cap_arguments(cap: list[float]) -> tuple[float, float, float]:
-    """a, slope and shift of a * sigmoid(slope * z + shift)."""
-    return (cap[0], 1 / cap[2], cap[1] / cap[2]) if cap else (0.0, 0.0, 0.0)
+    """a, slope and shift of a * sigmoid(slope * z + shift), or without a cap of slope * z."""
+    return (cap[0], 1 / cap[2], cap[1] / cap[2]) if cap else (0.0, 1.0, 0.0)
 
 
 def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: bool) -> tuple[Tensor, Tensor]:
@@ -1154,7 +1202,7 @@ def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: b
         lse_N = logits_NV.new_empty(rows, dtype=torch.float32)
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab,
-                                            *cap_arguments(cap), CAPPED=bool(cap), TARGETS=count, BLOCK=4096,
+                                            *cap_arguments(cap), CAPPED=any(cap[:1]), TARGETS=count, BLOCK=4096,
                                             num_warps=8)
         return losses_KN, lse_N
     losses, lses = [], []
@@ -1174,7 +1222,7 @@ def logit_gradient(logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K:
         out_t = out.new_empty(vocab, rows) if fp8 else out
         triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
             logits_NV, targets_KN.contiguous(), lse_N, grad_K.contiguous(), unit, out, out_t, rows, vocab,
-            *cap_arguments(cap), CAPPED=bool(cap), TARGETS=len(targets_KN), TRANSPOSED=fp8, ROWS=64, COLS=128,
+            *cap_arguments(cap), CAPPED=any(cap[:1]), TARGETS=len(targets_KN), TRANSPOSED=fp8, ROWS=64, COLS=128,
             num_warps=8)
         return out, out_t if fp8 else out.T
     parts = []
@@ -1184,7 +1232,7 @@ def logit_gradient(logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K:
         gradient = (z - lse[:, None]).exp() * weight.sum(0)[:, None]
         gradient.scatter_add_(1, target.clamp_min(0).long().T, -weight.T)
         if cap:
-            gradient *= z * (1 - z / cap[0]) / cap[2]
+            gradient *= z * (1 - z / cap[0]) / cap[2] if cap[0] else 1 / cap[2]
         parts.append((gradient / unit).to(dtype))
     out = torch.cat(parts)
     return out, out.T.contiguous() if fp8 else out.T
@@ -1221,7 +1269,7 @@ def fused_head_backward(grad_K: Tensor, xq_ND: Tensor, wq_VD: Tensor, targets_KN
         gradient, transposed = logit_gradient(logits_NV, targets_KN, lse_N, grad_K, torch.ones_like(grad_K[0]), cap,
                                               logits_NV.dtype, kernel)
         return gradient @ wq_VD, transposed @ xq_ND
-    steepest = cap[0] / (4 * cap[2]) if cap else 1.0
+    steepest = (cap[0] / 4 or 1.0) / cap[2] if cap else 1.0
     unit = grad_K.abs().sum().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
     gradient, transposed = logit_gradient(logits_NV, targets_KN, lse_N, grad_K, unit, cap, torch.float8_e5m2, kernel)
     x_scale, w_scale = (torch.full((), scale, device=unit.device) for scale in head_scales(xq_ND.size(1)))
@@ -1848,7 +1896,7 @@ class GPT(nn.Module):
     def __init__(self, s: Settings, vocab_size: int):
         super().__init__()
         torch.manual_seed(s.seed)
-        self.layers, self.cap, self.window_step, self.flex = layer_table(s), s.cap, s.window_step, s.backend == "flex"
+        self.layers, self.window_step, self.flex = layer_table(s), s.window_step, s.backend == "flex"
         self.loss_kernel, self.fp8_head, self.choices = "loss" in s.kernels, s.fp8_head == "on", s.choices
         padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
         self.embed = nn.Embedding(padded, s.width)
@@ -1873,6 +1921,9 @@ class GPT(nn.Module):
                 torch.randn(mixtures, s.experts, s.width) * ROUTER_STD)
             self.routers = nn.Parameter(routers)
             self.register_buffer("router_bias", torch.zeros(mixtures, s.experts), persistent=False)
+        self.inf_shapes = inf_shapes(self, s, vocab_size)
+        self.scaling = scale_weights(self, s)
+        self.cap = width_free(s.cap, self.scaling["lm_head"].multiplier)
 
     # differs from train_gpt.py: noise in, sums out
     def forward(self, inputs_BT: Tensor, targets_KBT: Tensor, docs_BT: Tensor, window: Tensor,
@@ -1900,7 +1951,8 @@ class GPT(nn.Module):
             value = values[layer.value_table] if layer.value_table is not None else None
             m, router = layer.mixture, None
             if m is not None:
-                router = self.routers[m], self.router_bias[m], None if noise_BMTE is None else noise_BMTE[:, m]
+                weight = self.routers[m] * self.scaling["routers"].multiplier
+                router = weight, self.router_bias[m], None if noise_BMTE is None else noise_BMTE[:, m]
             x, own_sums = block(x, x0, skip, value, masks.get(layer.attention), place, scalars[i], gates[i], router)
             outputs.append(x)
             if sums is not None and own_sums is not None:
@@ -2012,6 +2064,9 @@ class Rule(NamedTuple):
     betas: tuple[float, float]  # of adamw; of muon: unused (scheduled momentum), beta2 of the variance
     weight_decay: float  # per unit of the peak learning rate
     comm: str  # sharded: its owner updates it; replicated: every rank does
+    form: str = "vector"  # a key of FORMS
+    std: float = 0.0  # of the initial weights, of a matrix times sqrt(fan_in)
+    eps: float = 0.0  # of adamw
 
 
 # differs from train_gpt.py: experts and routers
@@ -2019,23 +2074,35 @@ def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small parameters as in
     record 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are stored as (hidden, model),
     which gives both the factor sqrt(mlp_ratio). An expert's has the shape of its own matrices, at least 1."""
-    muon, muon_betas, muon_decay = s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
-    adam, decay = s.adam_lr, s.adam_weight_decay
-    expert = muon * s.expert_lr * max(1.0, s.hidden / s.width) ** 0.5
-    shared = muon * max(1.0, s.num_shared * s.hidden / s.width) ** 0.5
+    kind, lr, betas, hidden_decay = hidden_rule(s)
+    shape = math.sqrt if kind == "muon" else lambda ratio: 1.0
+    mlp, shared = lr * shape(s.mlp_ratio), lr * shape(max(1.0, s.num_shared * s.hidden / s.width))
+    expert, adam, decay = lr * s.expert_lr * shape(max(1.0, s.hidden / s.width)), s.adam_lr, s.adam_weight_decay
+    router_std = 0.0 if s.router == "noisy_topk" else ROUTER_STD
     return [
-        Rule(r"blocks\.\d+\.attn\.qkvo", "muon", muon, muon_betas, muon_decay, "sharded"),
-        Rule(r"blocks\.\d+\.mlp\.(up|down)", "muon", muon * s.mlp_ratio**0.5, muon_betas, muon_decay, "sharded"),
-        Rule(r"blocks\.\d+\.mlp\.experts_(up|down)", "muon", expert, muon_betas, muon_decay, "sharded"),
-        Rule(r"blocks\.\d+\.mlp\.shared\.(up|down)", "muon", shared, muon_betas, muon_decay, "sharded"),
-        Rule(r"routers", "adamw", s.router_lr, (0.9, 0.99), 0.0, "replicated"),
-        Rule(r"lm_head", "adamw", adam, (0.8, 0.95), decay, "sharded"),
-        Rule(r"embed\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded"),
-        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded"),
-        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), decay, "sharded"),
-        Rule(r"gates|smear", "adamw", adam, (0.9, 0.99), 0.0, "replicated"),
+        Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, betas, hidden_decay, "sharded", "matrix", 0.5),
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, betas, hidden_decay, "sharded", "matrix", 0.5),
+        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, betas, hidden_decay, "sharded", "transposed"),
+        Rule(r"blocks\.\d+\.mlp\.experts_up", kind, expert, betas, hidden_decay, "sharded", "transposed", 0.5),
+        Rule(r"blocks\.\d+\.mlp\.experts_down", kind, expert, betas, hidden_decay, "sharded", "transposed"),
+        Rule(r"blocks\.\d+\.mlp\.shared\.up", kind, shared, betas, hidden_decay, "sharded", "matrix", 0.5),
+        Rule(r"blocks\.\d+\.mlp\.shared\.down", kind, shared, betas, hidden_decay, "sharded", "transposed"),
+        Rule(r"routers", "adamw", s.router_lr, (0.9, 0.99), 0.0, "replicated", "readout", router_std),
+        Rule(r"lm_head", "adamw", adam, (0.8, 0.95), decay, "sharded", "readout"),
+        Rule(r"embed\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded", "table", 1.0),
+        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded", "table", 1.0),
+        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), decay, "sharded", "table"),
+        Rule(r"gates", "adamw", adam, (0.9, 0.99), 0.0, "replicated", "matrix"),
+        Rule(r"smear", "adamw", adam, (0.9, 0.99), 0.0, "replicated"),
         Rule(r"scalars", "adamw", 5 * adam, (0.9, 0.99), 0.0, "replicated"),
     ]
+
+
+def hidden_rule(s: Settings) -> tuple[str, float, tuple[float, float], float]:
+    """Optimizer, learning rate, betas and weight decay of the hidden matrices."""
+    if s.hidden_optimizer == "adamw":
+        return "adamw", s.hidden_lr, (0.9, 0.95), s.hidden_weight_decay
+    return "muon", s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
 
 
 def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
@@ -2044,6 +2111,151 @@ def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
     wrong = {name: [rule.pattern for rule in rules] for name, rules in matches.items() if len(rules) != 1}
     assert not wrong, f"parameter_table must cover each parameter exactly once, but: {wrong}"
     return {name: rules[0] for name, rules in matches.items()}
+
+
+# --- width transfer (muP). A model's shapes at base_width and at twice that tell which axes of each parameter grow with
+# the width. From that, and from how the parameter is used and trained, follow a few floats, all 1 at base_width. Theory
+# and most rules: Tensor Programs V, TP-V (Yang et al. 2022, arXiv 2203.03466); as a condition on spectral norms, which
+# covers Muon: Yang, Simon, Bernstein 2023, arXiv 2310.17813. Neither speaks of depth, batch size or training time.
+
+# Axes (fan_out, fan_in) of a parameter by its form; those before them, of banks and experts, are a batch.
+FORMS = {
+    "matrix": (-2, -1), "transposed": (-1, -2),
+    "table": (-1, -2),  # its rows are looked up
+    "readout": (-2, -1),  # a matrix whose product is multiplied by Scaling.multiplier
+    "vector": (None, None),
+}
+
+
+class InfShape(NamedTuple):
+    """Shape of a parameter, and which of its axes grow with the width."""
+
+    shape: tuple[int, ...]
+    base: tuple[int, ...]  # shape at the base width
+    wide: tuple[bool, ...]  # of each axis: does it grow?
+    form: str
+
+    def fans(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """fan_out, fan_in of this parameter where it has that shape; 1, 1 of a vector."""
+        return tuple(1 if axis is None else shape[axis] for axis in FORMS[self.form])
+
+    @property
+    def growth(self) -> tuple[float, float]:
+        """Of fan_out and fan_in, relative to the base."""
+        return tuple(now / then for now, then in zip(self.fans(self.shape), self.fans(self.base), strict=True))
+
+    @property
+    def role(self) -> str:
+        """hidden: width to width, output: width to fixed, input: fixed to width, or fixed."""
+        wide_out, wide_in = (axis is not None and self.wide[axis] for axis in FORMS[self.form])
+        return "hidden" if wide_out and wide_in else "output" if wide_in else "input" if any(self.wide) else "fixed"
+
+
+class Scaling(NamedTuple):
+    """What --mup makes of a parameter; std is absolute, all others are factors on the standard parametrization."""
+
+    std: float  # standard deviation of the initial weights
+    init: float = 1.0  # on the initial weights
+    lr: float = 1.0
+    multiplier: float = 1.0  # on the product with it
+    decay: float = 1.0
+    eps: float = 1.0
+    fp8: float = 1.0  # on the scale of its product's FP8 gradient
+    reason: str = "does not grow with the width"
+
+
+def compare_shapes(shapes: dict[str, tuple], base: dict[str, tuple], delta: dict[str, tuple],
+                   forms: dict[str, str]) -> dict[str, InfShape]:
+    """An InfShape by parameter name. An axis grows if models of two widths, `base` and `delta`, differ in it."""
+    found = {}
+    for name, shape in shapes.items():
+        wide = tuple(then != later for then, later in zip(base[name], delta[name], strict=True))
+        same = [now == then for now, then, grows in zip(shape, base[name], wide, strict=True) if not grows]
+        assert all(same), f"{name}: {shape} differs from {base[name]} in an axis that does not grow with the width"
+        found[name] = InfShape(tuple(shape), tuple(base[name]), wide, forms[name])
+    return found
+
+
+def scale_parameter(shape: InfShape, rule: Rule, sqrt_tables: bool = False) -> Scaling:
+    """The rules, m being the growth of the fan-in. `rule` is the parameter's at the base width.
+
+    Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width,
+    and nothing changes while that ratio stays (2310.17813). AdamW's updates have entries of one size, which add up over
+    the fan-in: rate / m. Initial weights go with 1 / sqrt(fan_in), and less where fan_out is the smaller one (ibid.).
+    Readouts: a multiplier 1 / m, all else constant (TP-V, table 8); equivalent to std / m and rate / m (lemma J.1), but
+    the weights keep the size that FP8's scale expects. Embedding tables: constant in TP-V; rate / sqrt(m), which is
+    disputed, after Hayou, Liu 2025, arXiv 2506.15025. Weight decay keeps rate * decay, by most accounts (Kosson et al.
+    2025, arXiv 2510.19093; disputed by Qiu et al., 2512.05620). AdamW's epsilon follows the gradients: 1 / m (TP-V,
+    appendix B.3)."""
+    fan_in, (grown_out, grown_in) = shape.fans(shape.shape)[1], shape.growth
+    flat, flat_base = (min(1.0, o / i) ** 0.5 for o, i in (shape.fans(shape.shape), shape.fans(shape.base)))
+    matrix = rule.form in ("matrix", "transposed")
+    init = flat / flat_base if matrix and shape.role != "input" else 1.0
+    std = rule.std * (init * fan_in**-0.5 if matrix else 1.0)
+    eps = 1 / max(grown_out, grown_in)
+    if shape.role == "fixed":
+        return Scaling(std)
+    if rule.kind == "muon":
+        return Scaling(std, init, lr=(grown_out / grown_in) ** 0.5, reason="Muon: sqrt(fan_out / fan_in)")
+    if rule.form == "readout":
+        return Scaling(std, multiplier=1 / grown_in, eps=eps, fp8=1 / grown_in, reason="TP-V: logits / m")
+    if shape.role == "input":
+        table = sqrt_tables and rule.form == "table"
+        lr, reason = (grown_out**-0.5, "2506.15025: / sqrt(m)") if table else (1.0, "TP-V: input, constant")
+        return Scaling(std, lr=lr, decay=1 / lr, eps=eps, reason=reason)
+    return Scaling(std, init, lr=1 / grown_in, decay=grown_in, eps=eps, reason="TP-V: rate / m")
+
+
+def model_shapes(s: Settings, vocab_size: int) -> dict[str, tuple]:
+    """Parameter name -> shape, of a model without weights."""
+    with torch.random.fork_rng(devices=()), torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in GPT(s, vocab_size).named_parameters()}
+
+
+def inf_shapes(model: nn.Module, s: Settings, vocab_size: int) -> dict[str, InfShape]:
+    """Those of a model's parameters, by name; without --mup no axis grows."""
+    base = delta = shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if s.mup:
+        base, delta = (model_shapes(dataclasses.replace(s.base, width=k * s.base_width), vocab_size) for k in (1, 2))
+    forms = {name: rule.form for name, rule in match_rules(parameter_table(s.base), list(shapes)).items()}
+    return compare_shapes(shapes, base, delta, forms)
+
+
+def scale_weights(model: nn.Module, s: Settings) -> dict[str, Scaling]:
+    """Scales the initial weights of a model that has its InfShapes; what --mup does to each parameter, by name."""
+    rules, scaling = match_rules(parameter_table(s.base), list(model.inf_shapes)), {}
+    for name, p in model.named_parameters():
+        scaling[name] = scale_parameter(model.inf_shapes[name], rules[name], s.mup_embedding == "sqrt")
+        if scaling[name].init != 1:
+            p.data.mul_(scaling[name].init)
+    return scaling
+
+
+def scaled_rules(model: nn.Module, s: Settings) -> dict[str, Rule]:
+    """How each parameter is trained, by name, at the model's width."""
+    rules = match_rules(parameter_table(s.base), [name for name, _ in model.named_parameters()])
+    return {name: rule._replace(lr=rule.lr * f.lr, weight_decay=rule.weight_decay * f.decay, eps=s.adam_eps * f.eps)
+            for name, rule in rules.items() for f in [model.scaling[name]]}
+
+
+def mup_report(s: Settings, vocab_size: int) -> str:
+    """The table of --mup-report: what is scaled and why, parameters of equal rows together."""
+    with torch.device("meta"):
+        model = GPT(s, vocab_size)
+    rules, rows = scaled_rules(model, s), {}
+    for name, x in model.inf_shapes.items():
+        f, fans = model.scaling[name], x.fans(x.shape)
+        shape = " x ".join(f"{size}{'*' if wide else ''}" for size, wide in zip(x.shape, x.wide, strict=True))
+        sizes = ("-", "-") if x.form == "vector" else (str(fans[1]), f"{f.std:.4g}")
+        factors = (f"{factor:.4g}" for factor in (f.lr, f.multiplier, f.decay, f.eps, f.fp8))
+        rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), x.role, shape, *sizes, rules[name].kind, *factors, f.reason))
+    head = ("parameter", "role", "shape (* grows)", "fan-in", "init std", "optimizer", "lr x", "multiplier", "decay x",
+            "eps x", "FP8 gradient x", "reason")
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in (head, *rows)]
+    return "\n".join([f"muP from width {s.base_width} to {s.width}, m = {s.width / s.base_width:g}; "
+                      f"attention scale {s.scale:.4g} at head_dim {s.head_dim}", *lines])
 
 
 # Minimax-optimal quintic steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932; 5 steps, safety 2e-2, cushion 2).
@@ -2271,7 +2483,7 @@ class Bank:
                                  "gram" in self.s.kernels)
         else:
             self.update_function(*common, state["exp_avg"], state["exp_avg_sq"], self.lr * scale, h["decay"],
-                                 h["share1"], h["share2"], h["c1"], h["c2"], self.s.adam_eps, self.s.cautious)
+                                 h["share1"], h["share2"], h["c1"], h["c2"], self.rule.eps, self.s.cautious)
         self.send_weights()
 
     def send_weights(self):
@@ -2465,7 +2677,7 @@ class MuonAdamW:
     # differs from train_gpt.py: balance of the experts
     def __init__(self, model: nn.Module, s: Settings, world: World):
         named = list(reversed(list(model.named_parameters())))  # about the order in which backward completes them
-        rules = match_rules(parameter_table(s), [name for name, _ in named])
+        rules = scaled_rules(model, s)
         groups: dict[tuple, list] = {}  # Muon: matrices of one shape together; AdamW: each parameter for itself
         for name, p in named:
             groups.setdefault(tuple(p.shape[-2:]) if rules[name].kind == "muon" else name, []).append((name, p))
@@ -3370,12 +3582,27 @@ def start_processes(device: str) -> World:
     return world
 
 
+def check_width(s: Settings, argv: list[str] | None) -> int:
+    """--mup-report, then --coord-check, which is a program of its own; its exit code."""
+    if "RANK" in os.environ:
+        raise UserError("--mup-report and --coord-check run in one process: use python instead of torchrun")
+    if s.mup_report:
+        print(mup_report(s, open_corpus(s.data).meta["vocab_size"]))
+    tool, flags = Path(__file__).resolve().parent / "bench" / "coord_check.py", sys.argv[1:] if argv is None else argv
+    if s.coord_check and not tool.is_file():
+        raise FileNotFoundError(f"--coord-check: {tool} is missing; copy it there from the project")
+    kept = [flag for flag in flags if not re.fullmatch(r"--(coord.check|mup.report)", flag)]
+    return subprocess.call([sys.executable, tool, "--script", __file__, "--", *kept]) if s.coord_check else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
     code = 1
     try:
         s, hardware, notes = parse_settings(argv, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1)
         torch.set_num_threads(s.threads or torch.get_num_threads())
+        if s.mup_report or s.coord_check:
+            return check_width(s, argv)
         code = Trainer(s, hardware, start_processes(s.device), notes).run()
     except (UserError, OSError, TrainingStopped, torch.OutOfMemoryError) as error:
         memory = isinstance(error, torch.OutOfMemoryError)
