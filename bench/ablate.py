@@ -196,9 +196,11 @@ def missing(jobs: list[Job], runs: dict[tuple, dict]) -> list[Job]:
 
 
 def append_run(path: Path, run: dict) -> None:
+    """Adds a record, on a line of its own even after one that a full disk cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.is_file() or path.read_bytes()[-1:] in (b"", b"\n")
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(run) + "\n")
+        file.write(("" if whole else "\n") + json.dumps(run) + "\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -269,7 +271,8 @@ def run_all(jobs: list, workers: int, command: str, path: Path, execute=execute,
                 print(f"[{number}/{len(jobs)}] {outcome(run)}", flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            while wait(futures, timeout=0.1).not_done:  # again: one may have been about to start
+            started = [future for future in futures if not future.cancelled()]
+            while wait(started, timeout=0.1).not_done:  # again: one may have been about to start
                 for child in list(children):
                     child.kill()
             raise

@@ -6,6 +6,7 @@ Most tests drive it with a stand-in for the trainer, a tiny script that writes w
 import dataclasses
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import helpers
@@ -187,8 +188,36 @@ def test_interruption_ends_the_runs_under_way(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "append_run", interrupt)
     code, _, err = bench("--only", "smear", "--jobs", "2", "--seeds", "1", "--quick")
     assert code == 130 and "the same command goes on" in err
+    started = [child for child in started if child.args[0] == sys.executable]  # `platform` asks uname
     assert len(started) == 2 and all(child.poll() is not None for child in started)
     assert [run["technique"] for run in lines(tmp_path)] == ["proxy"]
+
+
+def test_interruption_ends_while_runs_are_queued(tmp_path):
+    """In a process of its own: it would wait for ever for runs that were cancelled before they began."""
+    code = f"""
+import _thread, pathlib, time
+from bench import ablate
+def work(job, children):
+    time.sleep(0.2)
+    return dict(problem="")
+def outcome(run):
+    _thread.interrupt_main()
+    return ""
+try:
+    ablate.run_all(range(9), 1, "", pathlib.Path({str(tmp_path / "runs.jsonl")!r}), work, outcome)
+except KeyboardInterrupt:
+    print("interrupted")"""
+    assert helpers.script("-c", code, timeout=60).stdout.endswith("interrupted\n")
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) < 9
+
+
+def test_a_record_after_one_that_was_cut_off_is_kept(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"kind": "loss", "techn')
+    for seed in (0, 1):
+        ablate.append_run(path, {"kind": "loss", "technique": "xsa", "seed": seed, "key": "k", "change": "c"})
+    assert [key[2] for key in ablate.read_runs(path)] == [0, 1] and len(path.read_text().splitlines()) == 3
 
 
 def test_timing_pairs(bench, tmp_path):
