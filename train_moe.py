@@ -439,16 +439,17 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     hardware = detect_hardware(given.get("device", "auto"))
     values, preset, why = preset_values(given.get("preset", "auto"), hardware, world_size, given.get("data", "auto"))
     s = Settings(**{**values, **given, "preset": preset})
+    if s.mup:
+        s = dataclasses.replace(s, base_width=s.base_width or values.get("width", Settings.width),
+                                base_head_dim=s.base_head_dim or s.head_dim)
     dtype = s.dtype if s.dtype != "auto" else ("bf16" if hardware.bf16 else "fp32")
     fallback = "plain" if hardware.device == "cpu" and dtype == "bf16" and not s.compile else "sdpa"
     kernel = "flex" if hardware.device == "cuda" and s.compile else fallback
     fp8 = hardware.fp8 and dtype == "bf16" and not any(size % 16 for size in (s.width, *s.seq_len))
-    even_heads = s.width // max(1, s.head_dim) % 2 == 0
+    even_heads = not any(x.width // max(1, x.head_dim) % 2 for x in (s, s.base))
     problems = field_errors(s) + unread_errors(s, given)
     s = dataclasses.replace(  # the checks see what `auto` means
-        s, base_width=(s.base_width or values.get("width", Settings.width)) if s.mup else 0,
-        base_head_dim=(s.base_head_dim or s.head_dim) if s.mup else 0,
-        backend=s.backend if s.backend != "auto" else kernel,
+        s, backend=s.backend if s.backend != "auto" else kernel,
         attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers, s.paired and even_heads),
         kernels=s.kernels if s.kernels != "auto" else fast_kernels(hardware, dtype),
         fp8_head=s.fp8_head if s.fp8_head != "auto" else "on" if fp8 else "off",
@@ -560,9 +561,12 @@ def field_errors(s: Settings) -> list[str]:
 
 def unread_errors(s: Settings, given: dict) -> list[str]:
     """A sentence for each given setting that nothing would read, as it belongs to another choice."""
-    return [f"--{name}: has no effect without --{other}" + (f" {value}" if isinstance(value, str) else "")
-            for name, (other, value) in READ_WITH.items()
-            if given.get(name, False) is not False and getattr(s, other) != value]
+    bad = [f"--{name}: has no effect without --{other}" + (f" {value}" if isinstance(value, str) else "")
+           for name, (other, value) in READ_WITH.items()
+           if given.get(name, False) is not False and getattr(s, other) != value]
+    if "gram" in given.get("kernels", "") and s.hidden_optimizer == "adamw":
+        bad.append(f"--kernels {s.kernels}: gram has no effect without --hidden_optimizer muon")
+    return bad
 
 
 def hardware_errors(s: Settings, hardware: Hardware) -> list[str]:
@@ -2113,8 +2117,8 @@ def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
     return {name: rules[0] for name, rules in matches.items()}
 
 
-# --- width transfer (muP). A model's shapes at base_width and at twice that tell which axes of each parameter grow with
-# the width. From that, and from how the parameter is used and trained, follow a few floats, all 1 at base_width. Theory
+# --- width transfer (muP). A model's shapes at base_width and at another width tell which axes of each parameter grow
+# with it. From that, and from how the parameter is used and trained, follow a few floats, all 1 at base_width. Theory
 # and most rules: Tensor Programs V, TP-V (Yang et al. 2022, arXiv 2203.03466); as a condition on spectral norms, which
 # covers Muon: Yang, Simon, Bernstein 2023, arXiv 2310.17813. Neither speaks of depth, batch size or training time.
 
@@ -2160,7 +2164,7 @@ class Scaling(NamedTuple):
     multiplier: float = 1.0  # on the product with it
     decay: float = 1.0
     eps: float = 1.0
-    fp8: float = 1.0  # on the scale of its product's FP8 gradient
+    fp8: float = 1.0  # on the scale of the gradient of its product, where that is in FP8
     reason: str = "does not grow with the width"
 
 
@@ -2185,18 +2189,19 @@ def scale_parameter(shape: InfShape, rule: Rule, sqrt_tables: bool = False) -> S
     Readouts: a multiplier 1 / m, all else constant (TP-V, table 8); equivalent to std / m and rate / m (lemma J.1), but
     the weights keep the size that FP8's scale expects. Embedding tables: constant in TP-V; rate / sqrt(m), which is
     disputed, after Hayou, Liu 2025, arXiv 2506.15025. Weight decay keeps rate * decay, by most accounts (Kosson et al.
-    2025, arXiv 2510.19093; disputed by Qiu et al., 2512.05620). AdamW's epsilon follows the gradients: 1 / m (TP-V,
-    appendix B.3)."""
+    2025, arXiv 2510.19093; disputed by Qiu et al., 2512.05620). AdamW's epsilon follows the gradients, which shrink as
+    what they come back from grows, and by a readout's multiplier (TP-V, appendix B.3)."""
     fan_in, (grown_out, grown_in) = shape.fans(shape.shape)[1], shape.growth
     flat, flat_base = (min(1.0, o / i) ** 0.5 for o, i in (shape.fans(shape.shape), shape.fans(shape.base)))
     matrix = rule.form in ("matrix", "transposed")
     init = flat / flat_base if matrix and shape.role != "input" else 1.0
     std = rule.std * (init * fan_in**-0.5 if matrix else 1.0)
-    eps = 1 / max(grown_out, grown_in)
+    eps = 1 / (grown_in if rule.form == "readout" else grown_out)
     if shape.role == "fixed":
         return Scaling(std)
     if rule.kind == "muon":
-        return Scaling(std, init, lr=(grown_out / grown_in) ** 0.5, reason="Muon: sqrt(fan_out / fan_in)")
+        return Scaling(std, init, lr=(grown_out / grown_in) ** 0.5, decay=(grown_in / grown_out) ** 0.5,
+                       reason="Muon: sqrt(fan_out / fan_in)")
     if rule.form == "readout":
         return Scaling(std, multiplier=1 / grown_in, eps=eps, fp8=1 / grown_in, reason="TP-V: logits / m")
     if shape.role == "input":
@@ -2216,7 +2221,8 @@ def inf_shapes(model: nn.Module, s: Settings, vocab_size: int) -> dict[str, InfS
     """Those of a model's parameters, by name; without --mup no axis grows."""
     base = delta = shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if s.mup:
-        base, delta = (model_shapes(dataclasses.replace(s.base, width=k * s.base_width), vocab_size) for k in (1, 2))
+        widths = s.base_width, 64 * s.base_width  # far apart: some sizes are rounded
+        base, delta = (model_shapes(dataclasses.replace(s.base, width=width), vocab_size) for width in widths)
     forms = {name: rule.form for name, rule in match_rules(parameter_table(s.base), list(shapes)).items()}
     return compare_shapes(shapes, base, delta, forms)
 
@@ -2678,9 +2684,10 @@ class MuonAdamW:
     def __init__(self, model: nn.Module, s: Settings, world: World):
         named = list(reversed(list(model.named_parameters())))  # about the order in which backward completes them
         rules = scaled_rules(model, s)
-        groups: dict[tuple, list] = {}  # Muon: matrices of one shape together; AdamW: each parameter for itself
+        groups: dict[tuple, list] = {}  # Muon: matrices of one shape and decay together; AdamW: each for itself
         for name, p in named:
-            groups.setdefault(tuple(p.shape[-2:]) if rules[name].kind == "muon" else name, []).append((name, p))
+            alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
+            groups.setdefault(alike, []).append((name, p))
         self.steps, self.last_micro_step, self.world = 0, True, world
         self.banks = [Bank(group, rules, s, world) for group in groups.values()]
         self.sums: dict[str, Tensor] = {}  # fp32 gradient sums of earlier micro-steps
@@ -3587,7 +3594,9 @@ def check_width(s: Settings, argv: list[str] | None) -> int:
     if "RANK" in os.environ:
         raise UserError("--mup-report and --coord-check run in one process: use python instead of torchrun")
     if s.mup_report:
-        print(mup_report(s, open_corpus(s.data).meta["vocab_size"]))
+        there = data_folder(s.data).is_dir()
+        print("" if there else f"{data_folder(s.data)} is not there: with GPT-2's vocabulary\n", end="")
+        print(mup_report(s, (open_corpus(s.data).meta if there else GPT2_META)["vocab_size"]))
     tool, flags = Path(__file__).resolve().parent / "bench" / "coord_check.py", sys.argv[1:] if argv is None else argv
     if s.coord_check and not tool.is_file():
         raise FileNotFoundError(f"--coord-check: {tool} is missing; copy it there from the project")
