@@ -108,7 +108,7 @@ class Settings:
     rope_base: float = 1024.0  # slowest rotary frequency is 1 / this, in radians per token [>0]
     attn_scale: float = 0.0  # factor on q.k, both RMS-normed; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (record 20) [>=0]
     # --- width transfer: rates tuned at a small width serve a large one (muP)
-    mup: bool = False  # scale learning rates, initial weights and logits from base_width to width
+    mup: bool = False  # scale learning rates, weight decay and logits from base_width to width
     base_width: int = 0  # width at which the rates were tuned; 0: the preset's [>=0]
     base_head_dim: int = 0  # head_dim there; 0: the same [>=0]
     mup_embedding: str = "constant"  # rates of embedding tables; disputed: / sqrt(width/base_width) [constant|sqrt]
@@ -1369,7 +1369,7 @@ class GPT(nn.Module):
         for name, table in zip(("cos", "sin"), rotary_table(longest, s.head_dim, s.rope_base), strict=True):
             self.register_buffer(name, table, persistent=False)
         self.inf_shapes = inf_shapes(self, s, vocab_size)
-        self.scaling = scale_weights(self, s)
+        self.scaling = scalings(self, s)
         self.cap = width_free(s.cap, self.scaling["lm_head"].multiplier)
 
     def forward(self, inputs_BT: Tensor, targets_KBT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
@@ -1575,7 +1575,6 @@ class Scaling(NamedTuple):
     """What --mup makes of a parameter; std is absolute, all others are factors on the standard parametrization."""
 
     std: float  # standard deviation of the initial weights
-    init: float = 1.0  # on the initial weights
     lr: float = 1.0
     multiplier: float = 1.0  # on the product with it
     decay: float = 1.0
@@ -1601,22 +1600,19 @@ def scale_parameter(shape: InfShape, rule: Rule, sqrt_tables: bool = False) -> S
 
     Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width,
     and nothing changes while that ratio stays (2310.17813). AdamW's updates have entries of one size, which add up over
-    the fan-in: rate / m. Initial weights go with 1 / sqrt(fan_in), and less where fan_out is the smaller one (ibid.).
+    the fan-in: rate / m. Initial weights are those of any width: drawn with 1 / sqrt(fan_in), or a constant, or 0.
     Readouts: a multiplier 1 / m, all else constant (TP-V, table 8); equivalent to std / m and rate / m (lemma J.1), but
     the weights keep the size that FP8's scale expects. Embedding tables: constant in TP-V; rate / sqrt(m), which is
     disputed, after Hayou, Liu 2025, arXiv 2506.15025. Weight decay keeps rate * decay, by most accounts (Kosson et al.
     2025, arXiv 2510.19093; disputed by Qiu et al., 2512.05620). AdamW's epsilon follows the gradients, which shrink as
     what they come back from grows, and by a readout's multiplier (TP-V, appendix B.3)."""
     fan_in, (grown_out, grown_in) = shape.fans(shape.shape)[1], shape.growth
-    flat, flat_base = (min(1.0, o / i) ** 0.5 for o, i in (shape.fans(shape.shape), shape.fans(shape.base)))
-    matrix = rule.form in ("matrix", "transposed")
-    init = flat / flat_base if matrix and shape.role != "input" else 1.0
-    std = rule.std * (init * fan_in**-0.5 if matrix else 1.0)
+    std = rule.std * (fan_in**-0.5 if rule.form in ("matrix", "transposed") else 1.0)
     eps = 1 / (grown_in if rule.form == "readout" else grown_out)
     if shape.role == "fixed":
         return Scaling(std)
     if rule.kind == "muon":
-        return Scaling(std, init, lr=(grown_out / grown_in) ** 0.5, decay=(grown_in / grown_out) ** 0.5,
+        return Scaling(std, lr=(grown_out / grown_in) ** 0.5, decay=(grown_in / grown_out) ** 0.5,
                        reason="Muon: sqrt(fan_out / fan_in)")
     if rule.form == "readout":
         return Scaling(std, multiplier=1 / grown_in, eps=eps, fp8=1 / grown_in, reason="TP-V: logits / m")
@@ -1624,7 +1620,7 @@ def scale_parameter(shape: InfShape, rule: Rule, sqrt_tables: bool = False) -> S
         table = sqrt_tables and rule.form == "table"
         lr, reason = (grown_out**-0.5, "2506.15025: / sqrt(m)") if table else (1.0, "TP-V: input, constant")
         return Scaling(std, lr=lr, decay=1 / lr, eps=eps, reason=reason)
-    return Scaling(std, init, lr=1 / grown_in, decay=grown_in, eps=eps, reason="TP-V: rate / m")
+    return Scaling(std, lr=1 / grown_in, decay=grown_in, eps=eps, reason="TP-V: rate / m")
 
 
 def model_shapes(s: Settings, vocab_size: int) -> dict[str, tuple]:
@@ -1643,14 +1639,11 @@ def inf_shapes(model: nn.Module, s: Settings, vocab_size: int) -> dict[str, InfS
     return compare_shapes(shapes, base, delta, forms)
 
 
-def scale_weights(model: nn.Module, s: Settings) -> dict[str, Scaling]:
-    """Scales the initial weights of a model that has its InfShapes; what --mup does to each parameter, by name."""
-    rules, scaling = match_rules(parameter_table(s.base), list(model.inf_shapes)), {}
-    for name, p in model.named_parameters():
-        scaling[name] = scale_parameter(model.inf_shapes[name], rules[name], s.mup_embedding == "sqrt")
-        if scaling[name].init != 1:
-            p.data.mul_(scaling[name].init)
-    return scaling
+def scalings(model: nn.Module, s: Settings) -> dict[str, Scaling]:
+    """What --mup does to each parameter of a model that has its InfShapes, by name."""
+    rules = match_rules(parameter_table(s.base), list(model.inf_shapes))
+    return {name: scale_parameter(shape, rules[name], s.mup_embedding == "sqrt")
+            for name, shape in model.inf_shapes.items()}
 
 
 def scaled_rules(model: nn.Module, s: Settings) -> dict[str, Rule]:

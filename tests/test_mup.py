@@ -125,7 +125,7 @@ def test_a_finite_dimension_that_equals_a_width_is_not_mistaken_for_one_that_gro
 def test_without_mup_nothing_grows():
     model = GPT(standard(scaled(64)), VOCAB)
     assert not any(any(x.wide) for x in model.inf_shapes.values())
-    assert all(f[1:7] == (1,) * 6 for f in model.scaling.values())
+    assert all(f[1:6] == (1,) * 5 for f in model.scaling.values())
 
 
 # --- the factors
@@ -160,7 +160,7 @@ def test_factors_and_rates_are_those_of_the_theory(m, optimizer, tables):
     expected, base_rates = theory(m, optimizer, tables), BASE_RATES[optimizer] | BASE_RATES["all"]
     assert {short(name) for name in model.scaling} == expected.keys() == base_rates.keys()
     for name, (lr, decay, eps) in rates(model, s).items():
-        f, wanted = model.scaling[name], dict(lr=1, multiplier=1, decay=1, eps=1, fp8=1, init=1) | expected[short(name)]
+        f, wanted = model.scaling[name], dict(lr=1, multiplier=1, decay=1, eps=1, fp8=1) | expected[short(name)]
         assert {key: getattr(f, key) for key in wanted} == pytest.approx(wanted), name
         first, decayed = base_rates[short(name)]
         assert lr == pytest.approx(first * wanted["lr"]) and decay == pytest.approx(decayed * wanted["decay"]), name

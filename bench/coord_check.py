@@ -1,0 +1,624 @@
+"""Coordinate check: do the activations keep their size, and change alike in training, whatever the width?
+
+    python bench/coord_check.py                                              # a small model with every technique
+    python bench/coord_check.py --out records/coord -- --preset cpu --hidden-optimizer adamw
+    python bench/coord_check.py --script train_moe.py -- --preset speed-cpu
+    python train_gpt.py --preset cpu --coord-check                           # the settings of a run
+
+Flags after ` -- ` are the script's, and those it would choose itself if there are none. Models of several widths and
+seeds train a few steps on one fixed batch, with --mup and, shown beside it but never judged, without; in fp32, at the
+full learning rates. Two numbers tell how large an activation x is after t steps: mean |x_t|, and the change,
+rms(x_t - x_0). Each is fitted as width^slope, per site, layer and step. What is right for every width has slope 0:
+PASS, and exit code 0, if at the start and at the first, middle and last step no slope of --mup is beyond 0.15
+(attention logits: 0.25). The change finds what the size hides: a wrong rate of a table that starts at its full size.
+
+Seeds differ by more than one would like, most where few heads attend to few tokens. So where slopes are beyond their
+limit, but none by more than 3 standard errors, the number of seeds is doubled, up to --max-seeds; then what is beyond
+fails.
+
+No data set is needed: the text is this one, as bytes. The batch has fewer tokens than the smallest width
+has dimensions. The gradients then span few directions, updates line up with all of their inputs, and a rate that goes
+with the wrong power of the width shows that power at small widths already; a long batch hides it, and costs more.
+Measured: routers, whose gradients differ in sign from token to token, need it most. The learned logits of sigmoid_bias
+have slope -0.31 +- 0.09 with 48 tokens at widths 64 to 256, -0.15 with 24, and none is found at widths 256 to 1024.
+"""
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parent.parent
+# Without ` -- `: every technique, enough heads in the narrowest model, and rates at which tables and matrices change
+# activations about equally, so that neither hides what is wrong with the other.
+SMALL = ("--preset cpu --device cpu --num-layers 4 --width 64 --head-dim 16 --value-embeds 1 --softcap 23,5,7.5 "
+         "--paired --key-offset --xsa --skip single --backout --adam-lr 0.002").split()
+ROWS, VOCAB = 2, 256  # of the batch; bytes
+LIMIT, LIMITS = 0.15, {"attention logits": 0.25}  # of |slope|; query and key start to align, at any width
+NOT_JUDGED = {"router logits": "initial weights of a readout that are not 0 give logits that fall with the root of the "
+                               "width (TP-V, table 8); judged is what the learned part of the weights gives"}
+RESOLVED = 3  # standard errors
+ROUNDING = 1e-5  # a change of less than this share of the size is none
+SIZE, CHANGE = "mean |x|", "change"
+MUP, STANDARD = "--mup", "standard"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+def load_script(path: Path) -> ModuleType:
+    """train_gpt.py or train_moe.py as a module. Raises ValueError if that file is no trainer that knows --mup."""
+    path = path.resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"--script {path}: there is no such file; use train_gpt.py or train_moe.py")
+    loaded = [module for module in list(sys.modules.values()) if getattr(module, "__file__", None) == str(path)]
+    module = next((module for module in loaded if module.__name__ != "__main__"), None)
+    if module is None:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    if not hasattr(module, "scale_parameter"):
+        raise ValueError(f"--script {path}: it does not know --mup; use train_gpt.py or train_moe.py")
+    return module
+
+
+def settings_at_hand(script: ModuleType, flags: list[str]):
+    """Settings of a command line, and the base width if it names one, else 0."""
+    base_width = vars(script.build_parser().parse_args(flags)).get("base_width", 0)
+    return script.parse_settings([*flags, "--mup"], world_size=1)[0], base_width
+
+
+def default_widths(s) -> list[int]:
+    """Doubling from the smallest that has whole (pairs of) heads and is 64 or more, up to 512; three at least."""
+    unit = s.head_dim * (2 if "P" in s.attention else 1)
+    widths = [-(-64 // unit) * unit]
+    while len(widths) < 3 or 2 * widths[-1] <= 512:
+        widths.append(2 * widths[-1])
+    return widths
+
+
+def resized(script: ModuleType, s, length: int, **changes):
+    """The settings in fp32 and plain torch, for rows of `length` tokens; `changes`: width, base_width, mup, seed.
+
+    Raises ValueError where they do not fit."""
+    fixed = dict(dtype="fp32", compile=False, kernels="none", fp8_head="off", fp8_mlp=False, backend="sdpa",
+                 stage_ends=(1.0,), stage_lr=(1.0,), mtp=(0,), seq_len=(length,), max_doc_len=(length,),
+                 batch_tokens=(ROWS * length,), micro_tokens=ROWS * length, eval_seq_len=length,
+                 window=(length,), window_start=0, window_step=length // 4)
+    if hasattr(s, "moe_impl"):
+        fixed["moe_impl"] = "loop"
+    s = dataclasses.replace(s, **fixed, **changes)
+    if ROWS * (length + 1) > len(__doc__):
+        raise ValueError(f"width {s.width}: the text is too short for rows of {length} tokens; use smaller --widths")
+    if problems := script.shape_errors(s, 1):
+        raise ValueError(f"width {s.width} cannot work: {'; '.join(problems)}")
+    return s
+
+
+def text_batch(length: int, device: str) -> tuple[torch.Tensor, ...]:
+    """Inputs, targets and document numbers, (ROWS, length) each: passages of this file's docstring."""
+    text = torch.tensor(list(__doc__.encode()), dtype=torch.int32)
+    starts = torch.linspace(0, len(text) - length - 1, ROWS + 2)[1:-1].long()
+    tokens = torch.stack([text[i:i + length + 1] for i in starts]).to(device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.zeros_like(tokens[:, 1:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measurement
+
+
+class Site(NamedTuple):
+    """Where an activation is looked at."""
+
+    name: str
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.layer is None else f"{self.name}, layer {self.layer}"
+
+
+@contextlib.contextmanager
+def recorded(script: ModuleType, model, s):
+    """Activations of the last forward pass inside, by Site, each as a flat tensor. Hooks see what goes into and comes
+    out of modules; products inside are made again from a module's input; `attend`, `head_losses` and `cap_logits` are
+    replaced for that time by functions that look at their arguments."""
+    found: dict[Site, torch.Tensor] = {}
+    handles, originals, layer = [], {}, [None]
+
+    def keep(name: str, x: torch.Tensor, i: int | None = None):
+        found[Site(name, i)] = x.detach().flatten().float()
+
+    def hook(module, look):
+        handles.append(module.register_forward_hook(look))
+
+    def replace(name: str, make):
+        originals[name] = getattr(script, name)
+        setattr(script, name, make(originals[name]))
+
+    for i, table in enumerate(model.value_embeds):
+        hook(table, lambda _, args, out, i=i: keep("value embedding", out, i))
+    if model.bigram is not None:
+        hook(model.bigram, lambda _, args, out: keep("bigram embedding", out))
+    handles.append(model.blocks[0].register_forward_pre_hook(lambda _, args: keep("embedding", args[1])))
+    for i, block in enumerate(model.blocks):
+        handles.append(block.register_forward_pre_hook(lambda _, args, i=i: layer.__setitem__(0, i)))
+        look_at_block(block, i, hook, keep)
+    replace("attend", lambda original: looking_attend(original, lambda x: keep("attention logits", x, layer[0])))
+    replace("head_losses", lambda original: looking_head(original, keep))
+    replace("cap_logits", lambda original: looking_cap(original, s.cap, keep))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, original in originals.items():
+            setattr(script, name, original)
+
+
+def look_at_block(block, i: int, hook, keep):
+    """Hooks on the modules of layer i. A mixture's shared experts are an MLP."""
+    start = []  # the router's weights at each pass, times their multiplier
+
+    def attention(module, args, out):
+        qkv = F.linear(args[0], module.qkvo[:3].flatten(0, 1)).chunk(3, dim=-1)
+        for name, x in zip(("query before norm", "key before norm", "value"), qkv, strict=True):
+            keep(name, x, i)
+        keep("attention output", out, i)
+
+    def mlp(module, args, out):
+        keep("MLP hidden", F.linear(args[0], module.up).relu().square(), i)
+        keep("MLP output", out, i)
+
+    def mixture(module, args, out):
+        x, router = args[0].flatten(0, 1), args[1][0][:len(module.experts_up)].detach()
+        start.append(router)
+        keep("router logits", F.linear(x, router), i)
+        keep("learned router logits", F.linear(x, router - start[0]), i)
+        keep("expert hidden", (x @ module.experts_up).relu().square(), i)  # of all tokens, whoever has chosen it
+        keep("mixture output", out[0], i)
+
+    if block.attn is not None:
+        hook(block.attn, attention)
+    if hasattr(block.mlp, "experts_up"):
+        hook(block.mlp, mixture)
+    for module in filter(lambda module: module is not None, (block.mlp, getattr(block.mlp, "shared", None))):
+        if hasattr(module, "up"):
+            hook(module, mlp)
+    hook(block, lambda _, args, out: keep("residual stream", out[0] if isinstance(out, tuple) else out, i))
+
+
+def looking_attend(original, keep):
+    def attend(q, k, v, mask, scale, *rest):
+        logits = scale * q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+        keep(logits[mask.expand_as(logits)])
+        return original(q, k, v, mask, scale, *rest)
+    return attend
+
+
+def looking_head(original, keep):
+    def head_losses(x, *rest):
+        keep("head input", x)
+        return original(x, *rest)
+    return head_losses
+
+
+def looking_cap(original, cap, keep):
+    """The model's cap has the head's multiplier in it: what it is to the settings' makes of z what that would take."""
+    def cap_logits(z, own):
+        keep("logits", z * ((cap[2] if cap else 1.0) / (own[2] if own else 1.0)))
+        capped = original(z, own)
+        if cap:
+            keep("capped logits", capped)
+        return capped
+    return cap_logits
+
+
+Sizes = dict[tuple[Site, str, int], np.ndarray]  # by site, SIZE or CHANGE, and step
+
+
+class Trace(NamedTuple):
+    """One training: what was seen of it."""
+
+    sizes: dict[tuple[Site, str, int], float]  # keys as of Sizes
+    losses: list[float]  # before the first step .. after the last one
+
+
+def train(script: ModuleType, s, steps: int) -> Trace:
+    """A model's first steps, at the full learning rates and with the momentum of a run's start."""
+    model, length = script.GPT(s, VOCAB), s.seq_len[0]
+    optimizer = script.MuonAdamW(model, s, script.World())
+    model.to(s.device)
+    if getattr(optimizer, "balance", None):  # the routers' noise is part of the fixed batch
+        noise = optimizer.balance.noise(0, ROWS, length)
+        optimizer.balance.noise = lambda *_: noise
+    batch = text_batch(length, s.device)
+    run = SimpleNamespace(model=model, optimizer=optimizer,
+                          window=torch.tensor(length, dtype=torch.int32, device=s.device))
+    first, sizes, losses = {}, {}, []
+    with recorded(script, model, s) as found:
+        for step in range(steps + 1):
+            loss = script.Trainer.micro_step(run, *batch, [1 / (ROWS * length)])
+            losses.append(loss.item() / (ROWS * length))
+            first = first or dict(found)
+            for site, x in found.items():
+                sizes[site, SIZE, step] = x.abs().mean().item()
+                if step:
+                    sizes[site, CHANGE, step] = change(x, first[site])
+            if step < steps:
+                optimizer.step(1.0, script.momentum_at(s, step))
+    return Trace(sizes, losses)
+
+
+def change(x: torch.Tensor, first: torch.Tensor) -> float:
+    """rms(x - first); 0 where only the rounding differs."""
+    difference = (x - first).square().mean().sqrt().item()
+    return 0.0 if difference < ROUNDING * first.square().mean().sqrt().item() else difference
+
+
+def measure(script: ModuleType, s, widths: list[int], seeds: Iterable[int], steps: int, say=lambda line: None) -> Sizes:
+    """Statistics, (widths, seeds), of each site and step, of models with the settings s but for width and seed."""
+    length = max(8, 3 * min(widths) // 64 * 4)  # two rows of it: 3/8 of the smallest width
+    models = [resized(script, s, length, width=width, seed=s.seed + seed) for width in widths for seed in seeds]
+    traces = []
+    for model in models:
+        start = time.perf_counter()
+        trace = train(script, model, steps)
+        traces.append(trace.sizes)
+        say(f"{MUP if s.mup else STANDARD:8}  width {model.width:5}  seed {model.seed}  loss {trace.losses[0]:.3f} -> "
+            f"{trace.losses[-1]:.3f}  {time.perf_counter() - start:.1f} s")
+    return {key: np.array([sizes[key] for sizes in traces]).reshape(len(widths), -1) for key in traces[0]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verdict
+
+
+class Fit(NamedTuple):
+    """size = c * width^slope, by least squares on logarithms."""
+
+    slope: float  # nan: there is none
+    error: float  # standard error
+    problem: str = ""  # why there is none
+
+
+def fit(widths: list[int], sizes_WS: np.ndarray) -> Fit | None:
+    """A statistic's slope over all widths and seeds; None where it is exactly 0 in all models."""
+    if not sizes_WS.any():
+        return None
+    for width, sizes in zip(widths, sizes_WS, strict=True):
+        if not np.isfinite(sizes).all():
+            return Fit(np.nan, np.nan, f"not finite at width {width}")
+        if not sizes.all():
+            return Fit(np.nan, np.nan, f"0 at width {width}, not at all widths")
+    x, y = np.repeat(np.log2(widths), sizes_WS.shape[1]), np.log2(sizes_WS).ravel()
+    spread = ((x - x.mean()) ** 2).sum()
+    slope = ((x - x.mean()) * y).sum() / spread
+    rest = y - y.mean() - slope * (x - x.mean())
+    return Fit(float(slope), float(((rest**2).sum() / (len(x) - 2) / spread) ** 0.5))
+
+
+class Line(NamedTuple):
+    """One fit and where it belongs."""
+
+    site: Site
+    statistic: str  # SIZE or CHANGE
+    step: int
+    fit: Fit
+
+    @property
+    def limit(self) -> float:
+        return LIMITS.get(self.site.name, LIMIT)
+
+    @property
+    def judged(self) -> bool:
+        return self.site.name not in NOT_JUDGED or bool(self.fit.problem)
+
+    @property
+    def share(self) -> float:
+        """Of the limit that the slope takes; infinite where there is no slope."""
+        return float(np.nan_to_num(abs(self.fit.slope) / self.limit, nan=np.inf))
+
+    @property
+    def clear(self) -> bool:
+        """Beyond the limit by more than chance explains."""
+        return bool(self.fit.problem) or abs(self.fit.slope) - RESOLVED * self.fit.error > self.limit
+
+    def __str__(self) -> str:
+        return self.fit.problem or f"slope {self.fit.slope:+.2f} ± {self.fit.error:.2f}"
+
+
+def judged_steps(steps: int) -> set[int]:
+    """The start and the first, middle and last step. Others say nearly the same: more lines would only be more chances
+    for a slope to be beyond its limit by chance."""
+    return {0, 1, (steps + 1) // 2, steps}
+
+
+def fit_all(sizes: Sizes, widths: list[int], steps: int) -> list[Line]:
+    """Lines of the judged steps; statistics that are exactly 0 have none."""
+    fits = {key: fit(widths, values) for key, values in sizes.items() if key[2] in judged_steps(steps)}
+    return [Line(*key, found) for key, found in fits.items() if found]
+
+
+def worst(lines: list[Line]) -> Line | None:
+    return max(lines, key=lambda line: line.share, default=None)
+
+
+def failing(lines: list[Line]) -> list[Line]:
+    """The worst line of each site and layer that has one beyond its limit, the worst first."""
+    groups: dict[Site, list[Line]] = {}
+    for line in lines:
+        if line.judged and line.share > 1:
+            groups.setdefault(line.site, []).append(line)
+    return sorted(map(worst, groups.values()), key=lambda line: -line.share)
+
+
+def judge(script: ModuleType, s, widths: list[int], seeds: int, max_seeds: int, steps: int, say) -> Sizes:
+    """Measures as many seeds as the verdict needs."""
+    sizes, done = measure(script, s, widths, range(seeds), steps, say), seeds
+    while True:
+        lines = fit_all(sizes, widths, steps)
+        beyond = failing(lines)
+        more = min(done, max_seeds - done)
+        if not beyond or any(line.clear for line in beyond) or more <= 0:
+            return sizes
+        say(f"{beyond[0].statistic} at {beyond[0].site}: {beyond[0]}, not clearly beyond {beyond[0].limit}; "
+            f"{more} more seeds")
+        added = measure(script, s, widths, range(done, done + more), steps, say)
+        sizes = {key: np.concatenate((values, added[key]), axis=1) for key, values in sizes.items()}
+        done += more
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Report
+
+SITES = ["value embedding", "bigram embedding", "embedding", "query before norm", "key before norm", "value",
+         "attention logits", "attention output", "MLP hidden", "MLP output", "router logits",
+         "learned router logits", "expert hidden", "mixture output", "residual stream", "head input", "logits",
+         "capped logits"]
+
+
+class Check(NamedTuple):
+    """What was run and what came out of it."""
+
+    script: str
+    flags: list[str]
+    about: str  # the models, in a line
+    widths: list[int]
+    base_width: int
+    steps: int
+    sizes: dict[str, Sizes]  # by parametrization
+
+    def lines(self, which: str) -> list[Line]:
+        return fit_all(self.sizes[which], self.widths, self.steps)
+
+    def seeds(self, which: str) -> int:
+        return next(iter(self.sizes[which].values())).shape[1]
+
+    @property
+    def names(self) -> list[str]:
+        """Kinds of sites, in the order of the forward pass."""
+        there = {site.name for site, *_ in self.sizes[MUP]}
+        return [name for name in SITES if name in there]
+
+    @property
+    def verdict(self) -> str:
+        """PASS or FAIL, and the slope that takes most of its limit."""
+        lines = self.lines(MUP)
+        line, bad = worst([line for line in lines if line.judged]), failing(lines)
+        doubt = "" if not bad or any(line.clear for line in bad) else (
+            f"; no slope is clearly beyond its limit, --max-seeds {4 * self.seeds(MUP)} would tell")
+        return (f"{'FAIL' if bad else 'PASS'}: worst of --mup is {line.statistic} at {line.site}, step {line.step}: "
+                f"{line} (limit {line.limit}){doubt}")
+
+
+def cell(line: Line | None) -> str:
+    """Slope and place of a line, for the table."""
+    if line is None:
+        return "always 0"
+    layer = "" if line.site.layer is None else f"L{line.site.layer} "
+    slope = "none" if line.fit.problem else f"{line.fit.slope:+.2f} ± {line.fit.error:.2f}"
+    return f"{slope:12} {layer}t{line.step}"
+
+
+def table(check: Check) -> list[list[str]]:
+    """Cells, heads first: a row for each kind of site, with the worst of its layers and steps."""
+    pairs = [(which, statistic) for which in (MUP, STANDARD) for statistic in (SIZE, CHANGE)]
+    lines = {which: check.lines(which) for which in (MUP, STANDARD)}
+    rows = [["site", "limit", *(f"{which} {statistic}" for which, statistic in pairs), ""]]
+    for name in check.names:
+        own = [[line for line in lines[which] if line.site.name == name and line.statistic == statistic]
+               for which, statistic in pairs]
+        told = "FAIL" if failing(own[0] + own[1]) else "not judged" if name in NOT_JUDGED else "ok"
+        limit = "" if name in NOT_JUDGED else f"{LIMITS.get(name, LIMIT):.2f}"
+        rows.append([name, limit, *(cell(worst(group)) for group in own), told])
+    return rows
+
+
+def aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+                     for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+
+
+def summary(check: Check) -> tuple[list[str], list[str]]:
+    """What was run, and the failing sites, in lines."""
+    head = [f"{check.script} {shlex.join(check.flags)}".rstrip(), check.about,
+            "Slopes over the width, worst of all layers (L) and of steps "
+            f"{', '.join(map(str, sorted(judged_steps(check.steps))))} (t); change is rms(x_t - x_0).",
+            *(f"Not judged, {name}: {why}." for name, why in NOT_JUDGED.items() if name in check.names)]
+    return head, [f"  {line.site}: {line.statistic} at step {line.step}, {line}, limit {line.limit}"
+                  for line in failing(check.lines(MUP))]
+
+
+def as_json(check: Check) -> dict:
+    """All numbers: every step, judged or not, and the sizes by width and seed."""
+    def record(which: str, key: tuple[Site, str, int], sizes: np.ndarray) -> dict:
+        site, statistic, step = key
+        found = fit(check.widths, sizes)
+        slope = None if found is None or found.problem else {"slope": found.slope, "error": found.error}
+        return {"parametrization": which, "site": site.name, "layer": site.layer, "statistic": statistic, "step": step,
+                "judged": (which == MUP and step in judged_steps(check.steps) and found is not None
+                           and site.name not in NOT_JUDGED),
+                "limit": LIMITS.get(site.name, LIMIT), **(slope or {"slope": None, "error": None}),
+                "problem": found.problem if found else "always 0",
+                "sizes": [[size if np.isfinite(size) else str(size) for size in row] for row in sizes.tolist()]}
+
+    return {"script": check.script, "flags": check.flags, "about": check.about, "widths": check.widths,
+            "base_width": check.base_width, "steps": check.steps, "torch": torch.__version__,
+            "seeds": {which: check.seeds(which) for which in check.sizes},
+            "passed": not failing(check.lines(MUP)), "verdict": check.verdict,
+            "failing": [str(line.site) for line in failing(check.lines(MUP))],
+            "lines": [record(which, *item) for which, sizes in check.sizes.items() for item in sizes.items()]}
+
+
+def plot(check: Check, path: Path) -> None:
+    """A row for each kind of site, its worst layer: size and change by width, --mup beside standard, a line a step."""
+    from matplotlib.figure import Figure
+
+    names, steps, lines = check.names, sorted(judged_steps(check.steps)), check.lines(MUP)
+    figure = Figure(figsize=(12, 1 + 1.25 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), 4, sharex=True, squeeze=False)
+    for name, row in zip(names, grid, strict=True):
+        for statistic, panels in zip((SIZE, CHANGE), (row[:2], row[2:]), strict=True):
+            line = worst([line for line in lines if line.site.name == name and line.statistic == statistic])
+            draw(panels, check, line.site if line else Site(name), statistic, steps)
+    for axes, which, statistic in zip(grid[0], (MUP, STANDARD) * 2, ("mean |x|",) * 2 + ("change",) * 2, strict=True):
+        axes.set_title(f"{which}: {statistic}", fontsize=10)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(steps), fontsize=9,
+                  title="step" if len(steps) > 1 else None)
+    figure.supxlabel("width", fontsize=9)
+    figure.supylabel("log2 of the statistic", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def draw(panels, check: Check, site: Site, statistic: str, steps: list[int]) -> None:
+    """A site's panels, --mup and standard, on one scale of two octaves or more: geometric means over the seeds."""
+    drawn = []
+    for axes, which in zip(panels, (MUP, STANDARD), strict=True):
+        for color, step in zip(("tab:gray", "tab:blue", "tab:green", "tab:red"), steps, strict=False):
+            sizes = check.sizes[which].get((site, statistic, step), np.zeros((len(check.widths), 1)))
+            shown = np.isfinite(sizes).all() and sizes.all()
+            means = np.log2(sizes).mean(1) if shown else np.full(len(sizes), np.nan)
+            axes.plot(np.log2(check.widths), means, "o-", markersize=3, color=color, label=str(step))
+            drawn += means[np.isfinite(means)].tolist()
+        axes.set_xticks(np.log2(check.widths), list(map(str, check.widths)))
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+    low, high = (min(drawn), max(drawn)) if drawn else (-1.0, 1.0)
+    margin = max(0.1 * (high - low), 1 - (high - low) / 2)
+    for axes in panels:
+        axes.set_ylim(low - margin, high + margin)
+    panels[1].tick_params(labelleft=False)
+    panels[0].set_ylabel(str(site).replace(", ", "\n"), fontsize=8)
+
+
+def write_report(check: Check, out: Path) -> None:
+    """coord_check.json, .md and .png in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "coord_check.json").write_text(json.dumps(as_json(check), indent=1) + "\n")
+    head, bad = summary(check)
+    text = ["# Coordinate check", *head, markdown(table(check)), *(["Failing:", *bad] if bad else []), check.verdict,
+            "![mean size and change of each site by width](coord_check.png)"]
+    (out / "coord_check.md").write_text("\n\n".join(text) + "\n")
+    plot(check, out / "coord_check.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def widths_of(text: str) -> list[int]:
+    """Comma-separated widths, in order."""
+    return sorted({int(part) for part in text.split(",")})
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="%(prog)s [options] [-- flags of the script]", allow_abbrev=False)
+    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE",
+                        help="train_gpt.py or train_moe.py (default: train_gpt.py)")
+    parser.add_argument("--widths", type=widths_of, metavar="N,N,..", help="at least three multiples of the head_dim "
+                        "(default: from the smallest, 64 or more, that has pairs of heads, doubled up to 512)")
+    parser.add_argument("--seeds", type=int, default=2, help="models of each width, at first (default: 2)")
+    parser.add_argument("--max-seeds", "--max_seeds", type=int, default=16, metavar="N",
+                        help="models of each width, where the verdict needs them (default: 16)")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps (default: 6)")
+    parser.add_argument("--out", type=Path, metavar="DIR",
+                        help="folder for coord_check.json, .md and .png (default: print the table only)")
+    parser.add_argument("flags", nargs="*", help="after --: flags of the script; its own choice without any")
+    args = parser.parse_args(argv)
+    if "--" not in (sys.argv[1:] if argv is None else argv):
+        args.flags = SMALL
+    return args
+
+
+def check_args(args: argparse.Namespace, s, widths: list[int]) -> None:
+    """Raises ValueError with what is wrong."""
+    if args.seeds < 2:
+        raise ValueError(f"--seeds {args.seeds}: a slope needs 2 or more to tell its error")
+    if args.steps < 3:
+        raise ValueError(f"--steps {args.steps}: outputs that start at zero pass gradients on from the second step on; "
+                         "use 3 or more")
+    if len(widths) < 3:
+        raise ValueError(f"--widths {','.join(map(str, widths))}: three different ones or more are needed for a slope")
+    if wrong := [width for width in widths if width <= 0 or width % s.head_dim]:
+        raise ValueError(f"--widths: {wrong[0]} is no multiple of the head_dim, {s.head_dim}")
+
+
+def coord_check(args: argparse.Namespace) -> int:
+    """Runs the check, prints and writes its report; the exit code."""
+    script = load_script(args.script)
+    s, base_width = settings_at_hand(script, args.flags)
+    widths = args.widths or default_widths(s)
+    check_args(args, s, widths)
+    torch.set_num_threads(s.threads or torch.get_num_threads())
+    s = dataclasses.replace(s, base_width=base_width or widths[0])
+
+    def say(line: str):
+        print(line, file=sys.stderr, flush=True)
+
+    standard = measure(script, dataclasses.replace(s, mup=False), widths, range(args.seeds), args.steps, say)
+    sizes = {MUP: judge(script, s, widths, args.seeds, args.max_seeds, args.steps, say), STANDARD: standard}
+    seeds = [next(iter(sizes[which].values())).shape[1] for which in (MUP, STANDARD)]
+    about = (f"{s.num_layers} layers ({s.attention}), head_dim {s.head_dim}, widths {', '.join(map(str, widths))}, "
+             f"base width {s.base_width}, hidden matrices by {s.hidden_optimizer}, {args.steps} steps, "
+             f"seeds: {seeds[0]} ({STANDARD}: {seeds[1]})")
+    check = Check(args.script.name, args.flags, about, widths, s.base_width, args.steps, sizes)
+    if args.out:
+        write_report(check, args.out)
+    head, bad = summary(check)
+    print("\n".join([*head, "", aligned(table(check)), "", *(["failing:", *bad] if bad else []), check.verdict]))
+    return 1 if bad else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line -> exit code: 0 PASS, 1 FAIL or what the user can repair, in one sentence."""
+    try:
+        return coord_check(parse_args(argv))
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

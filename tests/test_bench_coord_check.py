@@ -1,0 +1,349 @@
+"""bench/coord_check.py: --mup passes, the standard parametrization fails, and each known mistake is found and named.
+
+The mutants are this process's copy of train_gpt.py with one function replaced; the bench knows nothing of them.
+"""
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+import train_moe
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("bench_coord_check", ROOT / "bench" / "coord_check.py")
+cc = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cc)
+
+WIDTHS, HEAD_DIM = [64, 128, 256], 16
+SMALL = [*cc.SMALL, "--num-layers", "2"]
+ONE_LAYER = [*cc.SMALL, "--num-layers", "1", "--value-embeds", "0"]
+MIXTURE = ["--hidden-optimizer", "adamw", "--num-experts", "4", "--num-shared", "1"]
+STANDARD: dict[tuple, dict] = {}  # what was measured without --mup, by flags: no mutant changes it
+LOGITS = {"logits", "capped logits"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def check(tmp_path, capsys, monkeypatch):
+    """Runs the program; exit code, what it printed, coord_check.json."""
+    original = cc.measure
+
+    def measure(script, s, *rest):
+        if s.mup:
+            return original(script, s, *rest)
+        key = (script.__name__, s.hidden_optimizer, s.num_layers, getattr(s, "router", None))
+        if key not in STANDARD:
+            STANDARD[key] = original(script, s, *rest)
+        return STANDARD[key]
+
+    def run(*flags: str, script: str = "train_gpt.py", small=ONE_LAYER, picture: bool = False):
+        monkeypatch.setattr(cc, "measure", measure)
+        if not picture:  # it takes as long as a small training
+            monkeypatch.setattr(cc, "plot", lambda *_: None)
+        code = cc.main(["--script", str(ROOT / script), "--widths", ",".join(map(str, WIDTHS)), "--out", str(tmp_path),
+                        "--", *small, "--threads", "1", *flags])
+        report = json.loads((tmp_path / "coord_check.json").read_text(), parse_constant=pytest.fail)
+        return code, capsys.readouterr().out, report
+    return run
+
+
+def beyond(report: dict, which: str = cc.MUP) -> dict[tuple, float]:
+    """Worst slope of each (site, statistic) that is beyond its limit at a judged step."""
+    found: dict[tuple, float] = {}
+    for line in report["lines"]:
+        key = line["site"], line["statistic"]
+        judged = line["step"] in (0, 1, 3, 6) and line["slope"] is not None and line["site"] != "router logits"
+        if judged and line["parametrization"] == which and abs(line["slope"]) > line["limit"]:
+            found[key] = max(found.get(key, 0.0), line["slope"], key=abs)
+    return found
+
+
+# --- the verdict on what is right
+
+
+def test_muon_passes_and_without_mup_the_logits_grow(check, tmp_path):
+    code, out, report = check(small=SMALL, picture=True)
+    assert (code, report["passed"], report["failing"], beyond(report)) == (0, True, [], {})
+    assert out.splitlines()[-1].startswith("PASS: ") and max(map(len, out.splitlines()[2:])) <= 120
+    standard = beyond(report, cc.STANDARD)
+    assert standard["logits", cc.SIZE] == pytest.approx(1, abs=0.1)
+    assert standard["logits", cc.CHANGE] == pytest.approx(1, abs=0.1)
+    assert (tmp_path / "coord_check.png").stat().st_size > 50_000
+    assert "PASS" in (tmp_path / "coord_check.md").read_text()
+
+
+def test_adamw_passes_and_without_mup_more_grows_than_the_logits(check):
+    code, _, report = check("--hidden-optimizer", "adamw", small=SMALL)
+    assert (code, beyond(report)) == (0, {})
+    standard = beyond(report, cc.STANDARD)
+    assert {"attention output", "MLP output", "logits"} <= {site for site, _ in standard}
+    assert standard["MLP output", cc.CHANGE] > 0.4
+
+
+@pytest.mark.parametrize("router", ["noisy_topk", "softmax_topk"])
+def test_mixtures_pass(check, router):
+    code, out, report = check(*MIXTURE, "--router", router, script="train_moe.py")
+    assert code == 0, out
+    seen = {line["site"] for line in report["lines"]}
+    assert {"learned router logits", "expert hidden", "mixture output", "MLP hidden"} <= seen
+
+
+def test_at_the_base_width_both_are_one_model():
+    s = cc.dataclasses.replace(cc.settings_at_hand(train_gpt, ONE_LAYER)[0], base_width=64)
+    mup, standard = (cc.measure(train_gpt, cc.dataclasses.replace(s, mup=mup), [64], [0], 3) for mup in (True, False))
+    assert len(mup) > 50 and mup == standard
+
+
+# --- mutants
+
+
+def scaled(monkeypatch, chosen, script=train_gpt, **factors):
+    """Multiplies fields of the Scaling of the parameters for which chosen(shape, rule) by m^factor."""
+    original = script.scale_parameter
+
+    def scale_parameter(shape, rule, *rest):
+        right, m = original(shape, rule, *rest), max(shape.growth)
+        wrong = {name: getattr(right, name) * m**power for name, power in factors.items()}
+        return right._replace(**wrong) if chosen(shape, rule) else right
+    monkeypatch.setattr(script, "scale_parameter", scale_parameter)
+
+
+def test_initial_weights_divided_twice(check, monkeypatch):
+    original = train_gpt.uniform  # which divides by the root of the width, the base's being 64
+    monkeypatch.setattr(train_gpt, "uniform", lambda *shape: original(*shape) * (64 / shape[-1]) ** 0.5)
+    code, out, report = check()
+    assert code == 1 and out.splitlines()[-1].startswith("FAIL: worst of --mup is ")
+    assert beyond(report)["MLP hidden", cc.SIZE] == pytest.approx(-1, abs=0.15)  # squared
+    assert beyond(report)["value", cc.SIZE] == pytest.approx(-0.5, abs=0.1)
+
+
+def test_muon_rate_divided_by_the_width(check, monkeypatch):
+    scaled(monkeypatch, lambda shape, rule: rule.kind == "muon", lr=-1)
+    code, _, report = check()
+    assert code == 1
+    for site in ("attention output", "MLP output"):
+        assert -1.5 < beyond(report)[site, cc.SIZE] < -0.7
+
+
+def test_head_rate_scaled_on_top_of_its_multiplier(check, monkeypatch):
+    scaled(monkeypatch, lambda shape, rule: rule.pattern == "lm_head", lr=-1)
+    code, _, report = check()
+    assert code == 1 and report["failing"][0] in LOGITS
+    assert beyond(report)["logits", cc.CHANGE] == pytest.approx(-1, abs=0.1)
+
+
+def test_head_without_its_factor(check, monkeypatch):
+    scaled(monkeypatch, lambda shape, rule: rule.pattern == "lm_head", multiplier=1)
+    code, _, report = check()
+    assert code == 1 and report["failing"][0] in LOGITS
+    assert beyond(report)["logits", cc.CHANGE] == pytest.approx(1, abs=0.1)
+
+
+def test_embedding_rate_is_seen_in_the_change_alone(check, monkeypatch):
+    scaled(monkeypatch, lambda shape, rule: rule.pattern == r"embed\.weight", lr=-1)
+    code, _, report = check()
+    assert code == 1 and "embedding" in report["failing"]
+    assert beyond(report)["embedding", cc.CHANGE] == pytest.approx(-1, abs=0.1)
+    assert ("embedding", cc.SIZE) not in beyond(report)
+
+
+def split_by_head(monkeypatch, factor):
+    """Muon takes the q, k and v matrices of each head apart; `factor` of (rows, columns) is on their rate, and the
+    decay is what it was."""
+    original = train_gpt.muon_update
+
+    def muon_update(master, grad, momentum, variance, lr, decay, *rest):
+        if master.size(-1) != master.size(-2):
+            return original(master, grad, momentum, variance, lr, decay, *rest)
+        for i in range(len(master)):  # q, k, v and output matrix of a layer, and again
+            heads, f = ((-1, HEAD_DIM), factor(HEAD_DIM, master.size(-1))) if i % 4 < 3 else ((1, master.size(1)), 1)
+            parts = [None if x is None else x[i].view(*heads, x.size(-1)) for x in (master, grad, momentum, variance)]
+            original(*parts, lr[i] * f, decay / f, *rest)
+    monkeypatch.setattr(train_gpt, "muon_update", muon_update)
+
+
+def test_a_split_by_head_with_a_clamped_shape_factor(check, monkeypatch):
+    split_by_head(monkeypatch, lambda rows, columns: max(1, rows / columns) ** 0.5)
+    code, _, report = check()
+    assert code == 1
+    for site in ("query before norm", "key before norm", "value"):
+        assert beyond(report)[site, cc.CHANGE] > 0.25
+
+
+def test_a_split_by_head_with_the_factor_relative_to_the_base_passes(check, monkeypatch):
+    split_by_head(monkeypatch, lambda rows, columns: (WIDTHS[0] / columns) ** 0.5)
+    code, out, _ = check()
+    assert code == 0, out
+
+
+def test_router_without_its_multiplier(check, monkeypatch):
+    scaled(monkeypatch, lambda shape, rule: rule.pattern == "routers", train_moe, multiplier=1)
+    code, _, report = check(*MIXTURE, "--router", "softmax_topk", script="train_moe.py")
+    assert code == 1
+    assert beyond(report)["learned router logits", cc.CHANGE] > 0.7
+
+
+# --- what is recorded
+
+
+def one_pass(width: int = 128):
+    """A model with random weights, what is recorded of a forward pass, and the batch."""
+    s, _ = cc.settings_at_hand(train_gpt, SMALL)
+    s = cc.resized(train_gpt, cc.dataclasses.replace(s, base_width=64), 24, width=width)
+    torch.manual_seed(1)
+    model = train_gpt.GPT(s, cc.VOCAB)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    inputs, targets, docs = cc.text_batch(24, "cpu")
+    with torch.no_grad(), cc.recorded(train_gpt, model, s) as found:
+        model(inputs, targets[None], docs, torch.tensor(24, dtype=torch.int32))
+    return s, model, found, inputs, docs
+
+
+def test_what_is_recorded_is_what_the_model_computes():
+    s, model, found, inputs, docs = one_pass()
+    x = model.trunk(inputs, docs, torch.tensor(24, dtype=torch.int32))
+    z = F.linear(train_gpt.norm(x), model.lm_head) / 2  # m = 128 / 64
+    a, b, c = s.softcap
+    expected = {cc.Site("logits"): z, cc.Site("capped logits"): a * torch.sigmoid((z + b) / c),
+                cc.Site("residual stream", 1): x, cc.Site("head input"): train_gpt.norm(x),
+                cc.Site("value embedding", 0): model.value_embeds[0](inputs)}
+    for site, tensor in expected.items():
+        assert torch.allclose(found[site], tensor.detach().flatten(), atol=1e-5), site
+
+
+def test_attention_logits_give_the_attention_of_the_model(monkeypatch):
+    seen, original = [], train_gpt.attend
+
+    def attend(q, k, v, mask, *rest):
+        seen.append((v.transpose(1, 2), mask, y := original(q, k, v, mask, *rest)))
+        return y
+    monkeypatch.setattr(train_gpt, "attend", attend)
+    *_, found, _, _ = one_pass()
+    for layer, (v, mask, y) in enumerate(seen):
+        visible = mask.expand(*v.shape[:3], v.size(2))
+        logits = torch.full(visible.shape, -torch.inf)
+        logits[visible] = found[cc.Site("attention logits", layer)]
+        assert torch.allclose((logits.softmax(-1) @ v).transpose(1, 2), y, atol=1e-5)
+    assert len(seen) == 2 and seen[0][0].size(1) == 128 // HEAD_DIM
+
+
+def test_nothing_is_left_of_the_recording():
+    before = {name: getattr(train_gpt, name) for name in ("attend", "head_losses", "cap_logits")}
+    _, model, _, _, _ = one_pass()
+    assert all(getattr(train_gpt, name) is function for name, function in before.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# --- fits and verdict
+
+
+@pytest.mark.parametrize("exponent", [-0.7, 0.0, 0.31])
+def test_fit_is_that_of_polyfit(exponent):
+    widths, noise = [64, 128, 256, 512], np.random.default_rng(0).normal(size=(4, 3))
+    sizes = 3 * np.array(widths)[:, None]**exponent * np.exp2(0.1 * noise)
+    found = cc.fit(widths, sizes)
+    (slope, _), covariance = np.polyfit(np.repeat(np.log2(widths), 3), np.log2(sizes).ravel(), 1, cov=True)
+    assert found.slope == pytest.approx(slope) and found.error == pytest.approx(covariance[0, 0]**0.5)
+    assert abs(found.slope - exponent) < 3 * found.error < 0.2
+    assert cc.fit(widths, sizes / np.exp2(0.1 * noise)).slope == pytest.approx(exponent)
+
+
+def test_zeros_are_skipped_everywhere_or_a_fault():
+    sizes = np.ones((3, 2))
+    assert cc.fit(WIDTHS, 0 * sizes) is None
+    sizes[1, 1] = 0
+    assert cc.fit(WIDTHS, sizes).problem == "0 at width 128, not at all widths"
+    sizes[2, 0] = np.inf
+    sizes[1, 1] = np.nan
+    assert cc.fit(WIDTHS, sizes).problem == "not finite at width 128"
+    key = cc.Site("value", 1), cc.SIZE, 3
+    line, = cc.failing(cc.fit_all({key: sizes}, WIDTHS, 6))
+    assert line.clear and str(line.site) == "value, layer 1"
+
+
+def grown(exponent: float, seeds: int, spread: float) -> np.ndarray:
+    noise = np.where(np.arange(seeds) % 2, spread, -spread)
+    return np.array(WIDTHS)[:, None]**exponent * np.exp2(noise)
+
+
+@pytest.mark.parametrize("first, more, seeds, passes", [
+    ((0.1, 0.0), None, 2, True),  # within the limit
+    ((0.5, 0.1), None, 2, False),  # clearly beyond it
+    ((0.2, 1.0), (0.0, 1.0), 4, True),  # not clearly: more seeds pass ..
+    ((0.2, 1.0), (0.2, 1.0), 8, False),  # .. or do not, up to the most that are allowed
+])
+def test_seeds_are_added_where_the_verdict_needs_them(monkeypatch, first, more, seeds, passes):
+    key = cc.Site("value", 0), cc.CHANGE, 3
+
+    def measure(script, s, widths, numbers, steps, say):
+        exponent, spread = first if 0 in numbers else more
+        return {key: grown(exponent, len(numbers), spread)}
+    monkeypatch.setattr(cc, "measure", measure)
+    sizes = cc.judge(None, None, WIDTHS, 2, 8, 6, lambda line: None)
+    assert sizes[key].shape == (3, seeds)
+    assert (not cc.failing(cc.fit_all(sizes, WIDTHS, 6))) == passes
+
+
+def test_limits_are_by_site():
+    lines = cc.fit_all({(cc.Site(name, 0), cc.SIZE, 6): grown(0.2, 2, 0.01) for name in ("attention logits", "value")},
+                       WIDTHS, 6)
+    assert [str(line.site) for line in cc.failing(lines)] == ["value, layer 0"]
+
+
+# --- settings and command line
+
+
+def test_default_widths():
+    s, _ = cc.settings_at_hand(train_gpt, [])
+    replace = cc.dataclasses.replace
+    assert cc.default_widths(replace(s, head_dim=32, attention="LLPL")) == [64, 128, 256, 512]
+    assert cc.default_widths(replace(s, head_dim=48, attention="LLL")) == [96, 192, 384]
+    assert cc.default_widths(replace(s, head_dim=128, attention="LP")) == [256, 512, 1024]
+
+
+def test_coord_check_of_train_gpt():
+    run = helpers.script(helpers.SCRIPT, "--preset", "cpu", "--device", "cpu", "--head-dim", "64", "--width", "64",
+                         "--num-layers", "1", "--value-embeds", "0", "--mlp-ratio", "1", "--hidden_optimizer",
+                         "adamw", "--adam-lr", "0.002", "--coord-check", "--threads", "1")
+    assert run.returncode == 0, run.stdout + run.stderr
+    head, about, *_, last = run.stdout.splitlines()
+    assert "--preset cpu" in head and "--hidden_optimizer adamw" in head and "--coord" not in head
+    assert "widths 64, 128, 256, 512, base width 64, hidden matrices by adamw" in about and last.startswith("PASS: ")
+    assert "--mup     width   512  seed 1  loss " in run.stderr
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["--seeds", "1"], "--seeds 1: "),
+    (["--steps", "2"], "--steps 2: "),
+    (["--widths", "64,128,128"], "--widths 64,128: three different ones"),
+    (["--widths", "64,128,250"], "250 is no multiple of the head_dim, 16"),
+    (["--widths", "64,80,256"], "width 80 cannot work: --attention LLPL: P layers pair heads"),
+    (["--script", "nowhere.py"], "nowhere.py: there is no such file"),
+    (["--script", str(ROOT / "generate.py")], "it does not know --mup"),
+    (["--", "--preset", "cpu", "--device", "cpu", "--width", "100"], "--width 100 must be a multiple of --head_dim"),
+])
+def test_what_cannot_work_is_said_in_a_sentence(capsys, argv, told):
+    assert cc.main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and told in error
+
+
+def test_unknown_flags_of_the_script(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cc.main(["--", "--wdith", "64"])
+    assert stop.value.code == 2 and "--width" in capsys.readouterr().err
