@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py          # 8 GPUs (the speedrun: FineWeb to 3.28)
     torchrun --nnodes=2 --node_rank=R --master_addr=HOST --master_port=29500 --nproc_per_node=8 train_gpt.py
     python train_gpt.py --preset cpu --iterations 200 --experiment_name try --resume
+    python train_gpt.py --width 1536 --mup --base-width 768        # rates that were tuned at width 768 serve at 1536
 
 Needs a data set: `python data/stdlib.py` (no download) or `python data/cached_fineweb.py 9`. `--help` lists all flags.
 The number of processes does not change the training: same global batch, same order of tokens, same losses but for
@@ -38,6 +39,7 @@ import os
 import platform
 import queue
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -446,8 +448,8 @@ def shape_errors(s: Settings, world_size: int) -> list[str]:
         bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
     if len(s.attention) != s.num_layers or set(s.attention) - set("LSP-"):
         bad.append(f"--attention {s.attention}: one letter L, S, P or - for each of the {s.num_layers} layers")
-    elif "P" in s.attention and s.num_heads % 2:
-        bad.append(f"--attention {s.attention}: P layers pair heads, and there are {s.num_heads}; use --no-paired")
+    elif "P" in s.attention and (odd := next((x.num_heads for x in (s, s.base) if x.num_heads % 2), 0)):
+        bad.append(f"--attention {s.attention}: P layers pair heads, and there are {odd}; use --no-paired")
     elif set(s.attention) == {"-"} or len({layer.value_table for layer in layer_table(s)} - {None}) < s.value_embeds:
         bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} value tables, needs it")
     if s.cap and (len(s.cap) != 3 or not s.cap[2]):
@@ -1369,7 +1371,7 @@ class GPT(nn.Module):
         for name, table in zip(("cos", "sin"), rotary_table(longest, s.head_dim, s.rope_base), strict=True):
             self.register_buffer(name, table, persistent=False)
         self.inf_shapes = inf_shapes(self, s, vocab_size)
-        self.scaling = scalings(self, s)
+        self.rules, self.scaling = scaled_rules(self.inf_shapes, s)
         self.cap = width_free(s.cap, self.scaling["lm_head"].multiplier)
 
     def forward(self, inputs_BT: Tensor, targets_KBT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
@@ -1536,7 +1538,7 @@ def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
 # --- width transfer (muP). A model's shapes at base_width and at another width tell which axes of each parameter grow
 # with it. From that, and from how the parameter is used and trained, follow a few floats, all 1 at base_width. Theory
 # and most rules: Tensor Programs V, TP-V (Yang et al. 2022, arXiv 2203.03466); as a condition on spectral norms, which
-# covers Muon: Yang, Simon, Bernstein 2023, arXiv 2310.17813. Neither speaks of depth, batch size or training time.
+# covers Muon: Yang, Simon, Bernstein 2023, arXiv 2310.17813. Neither derives anything for depth, batch or duration.
 
 # Axes (fan_out, fan_in) of a parameter by its form; those before them, of banks and experts, are a batch.
 FORMS = {
@@ -1598,14 +1600,19 @@ def compare_shapes(shapes: dict[str, tuple], base: dict[str, tuple], delta: dict
 def scale_parameter(shape: InfShape, rule: Rule, sqrt_tables: bool = False) -> Scaling:
     """The rules, m being the growth of the fan-in. `rule` is the parameter's at the base width.
 
-    Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width,
-    and nothing changes while that ratio stays (2310.17813). AdamW's updates have entries of one size, which add up over
-    the fan-in: rate / m. Initial weights are those of any width: drawn with 1 / sqrt(fan_in), or a constant, or 0.
-    Readouts: a multiplier 1 / m, all else constant (TP-V, table 8); equivalent to std / m and rate / m (lemma J.1), but
-    the weights keep the size that FP8's scale expects. Embedding tables: constant in TP-V; rate / sqrt(m), which is
-    disputed, after Hayou, Liu 2025, arXiv 2506.15025. Weight decay keeps rate * decay, by most accounts (Kosson et al.
-    2025, arXiv 2510.19093; disputed by Qiu et al., 2512.05620). AdamW's epsilon follows the gradients, which shrink as
-    what they come back from grows, and by a readout's multiplier (TP-V, appendix B.3)."""
+    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width,
+      and nothing changes while that ratio stays (2310.17813).
+    - AdamW, hidden: an update's entries have one size and add up over the fan-in: rate / m (TP-V, table 8).
+    - Readout: multiplier 1 / m, all else constant (ibid.). Equivalent to std / m and rate / m (lemma J.1), but the
+      weights keep the size that FP8's scale expects.
+    - Input: constant (ibid.). Disputed for embedding tables: rate / sqrt(m), for AdamW by Hayou, Liu 2025, arXiv
+      2506.15025; it fails the coordinate check by design.
+    - Initial weights: as they are drawn, with 1 / sqrt(fan_in), a constant, or 0. (2310.17813 makes those of a matrix
+      to a fixed size smaller; its output would then start at 0 in the limit.)
+    - Weight decay: rate * decay is kept, by most accounts (Kosson et al. 2025, arXiv 2510.19093; disputed by Qiu et al.
+      2025, arXiv 2512.05620).
+    - AdamW's epsilon: as the gradients, which shrink as the fan-out grows, or by a readout's multiplier (TP-V, B.3).
+    """
     fan_in, (grown_out, grown_in) = shape.fans(shape.shape)[1], shape.growth
     std = rule.std * (fan_in**-0.5 if rule.form in ("matrix", "transposed") else 1.0)
     eps = 1 / (grown_in if rule.form == "readout" else grown_out)
@@ -1615,7 +1622,8 @@ def scale_parameter(shape: InfShape, rule: Rule, sqrt_tables: bool = False) -> S
         return Scaling(std, lr=(grown_out / grown_in) ** 0.5, decay=(grown_in / grown_out) ** 0.5,
                        reason="Muon: sqrt(fan_out / fan_in)")
     if rule.form == "readout":
-        return Scaling(std, multiplier=1 / grown_in, eps=eps, fp8=1 / grown_in, reason="TP-V: logits / m")
+        fp8 = 1 / grown_in if rule.pattern == "lm_head" else 1.0
+        return Scaling(std, multiplier=1 / grown_in, eps=eps, fp8=fp8, reason="TP-V: logits / m")
     if shape.role == "input":
         table = sqrt_tables and rule.form == "table"
         lr, reason = (grown_out**-0.5, "2506.15025: / sqrt(m)") if table else (1.0, "TP-V: input, constant")
@@ -1639,31 +1647,28 @@ def inf_shapes(model: nn.Module, s: Settings, vocab_size: int) -> dict[str, InfS
     return compare_shapes(shapes, base, delta, forms)
 
 
-def scalings(model: nn.Module, s: Settings) -> dict[str, Scaling]:
-    """What --mup does to each parameter of a model that has its InfShapes, by name."""
-    rules = match_rules(parameter_table(s.base), list(model.inf_shapes))
-    return {name: scale_parameter(shape, rules[name], s.mup_embedding == "sqrt")
-            for name, shape in model.inf_shapes.items()}
-
-
-def scaled_rules(model: nn.Module, s: Settings) -> dict[str, Rule]:
-    """How each parameter is trained, by name, at the model's width."""
-    rules = match_rules(parameter_table(s.base), [name for name, _ in model.named_parameters()])
-    return {name: rule._replace(lr=rule.lr * f.lr, weight_decay=rule.weight_decay * f.decay, eps=s.adam_eps * f.eps)
-            for name, rule in rules.items() for f in [model.scaling[name]]}
+def scaled_rules(shapes: dict[str, InfShape], s: Settings) -> tuple[dict[str, Rule], dict[str, Scaling]]:
+    """How each parameter is trained at the model's width, and what --mup changes in that, by name."""
+    rules, scaling = match_rules(parameter_table(s.base), list(shapes)), {}
+    for name, rule in rules.items():
+        f = scaling[name] = scale_parameter(shapes[name], rule, s.mup_embedding == "sqrt")
+        rules[name] = rule._replace(lr=rule.lr * f.lr, weight_decay=rule.weight_decay * f.decay, eps=s.adam_eps * f.eps)
+    return rules, scaling
 
 
 def mup_report(s: Settings, vocab_size: int) -> str:
     """The table of --mup-report: what is scaled and why, parameters of equal rows together."""
     with torch.device("meta"):
         model = GPT(s, vocab_size)
-    rules, rows = scaled_rules(model, s), {}
+    rows = {}
     for name, x in model.inf_shapes.items():
         f, fans = model.scaling[name], x.fans(x.shape)
         shape = " x ".join(f"{size}{'*' if wide else ''}" for size, wide in zip(x.shape, x.wide, strict=True))
-        sizes = ("-", "-") if x.form == "vector" else (str(fans[1]), f"{f.std:.4g}")
+        sizes = ("-" if x.form in ("vector", "table") else str(fans[1]),
+                 "-" if x.form == "vector" else f"{f.std:.4g}")
         factors = (f"{factor:.4g}" for factor in (f.lr, f.multiplier, f.decay, f.eps, f.fp8))
-        rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), x.role, shape, *sizes, rules[name].kind, *factors, f.reason))
+        rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), x.role, shape, *sizes, model.rules[name].kind, *factors,
+                        f.reason))
     head = ("parameter", "role", "shape (* grows)", "fan-in", "init std", "optimizer", "lr x", "multiplier", "decay x",
             "eps x", "FP8 gradient x", "reason")
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
@@ -1938,7 +1943,8 @@ class MuonAdamW:
 
     def __init__(self, model: nn.Module, s: Settings, world: World):
         named = list(reversed(list(model.named_parameters())))  # about the order in which backward completes them
-        rules = scaled_rules(model, s)
+        rules, unknown = model.rules, {name for name, _ in named} - model.rules.keys()
+        assert not unknown, f"parameters that came after the model's construction: {unknown}"
         groups: dict[tuple, list] = {}  # Muon: matrices of one shape and decay together; AdamW: each for itself
         for name, p in named:
             alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
@@ -2566,7 +2572,7 @@ class Trainer:
         self.status = "nan"
         self._end_record(step)
         raise TrainingStopped(f"{what}: stopped, the checkpoints before it are kept in {self.log.folder}; "
-                              f"lower --muon-lr and --adam-lr")
+                              f"lower --{'muon' if self.s.hidden_optimizer == 'muon' else 'hidden'}-lr and --adam-lr")
 
     def _report(self, step: int, loss: float):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
@@ -2680,19 +2686,27 @@ def start_processes(device: str) -> World:
     return world
 
 
-def check_width(s: Settings, argv: list[str] | None) -> int:
+def check_width(s: Settings, argv: list[str]) -> int:
     """--mup-report, then --coord-check, which is a program of its own; its exit code."""
     if "RANK" in os.environ:
         raise UserError("--mup-report and --coord-check run in one process: use python instead of torchrun")
     if s.mup_report:
         there = data_folder(s.data).is_dir()
-        print("" if there else f"{data_folder(s.data)} is not there: with GPT-2's vocabulary\n", end="")
-        print(mup_report(s, (open_corpus(s.data).meta if there else GPT2_META)["vocab_size"]))
-    tool, flags = Path(__file__).resolve().parent / "bench" / "coord_check.py", sys.argv[1:] if argv is None else argv
-    if s.coord_check and not tool.is_file():
+        if not there:
+            print(f"{data_folder(s.data)} is not there: with GPT-2's vocabulary")
+        print(mup_report(s, (open_corpus(s.data).meta if there else GPT2_META)["vocab_size"]), flush=True)
+    return coordinate_check(argv) if s.coord_check else 0
+
+
+def coordinate_check(argv: list[str]) -> int:
+    """bench/coord_check.py with the settings of a command line; its exit code."""
+    script = Path(__file__).resolve()
+    tool, other = script.parent / "bench" / "coord_check.py", r"--(no.)?(coord.check|mup.report)"
+    if not tool.is_file():
         raise FileNotFoundError(f"--coord-check: {tool} is missing; copy it there from the project")
-    kept = [flag for flag in flags if not re.fullmatch(r"--(coord.check|mup.report)", flag)]
-    return subprocess.call([sys.executable, tool, "--script", __file__, "--", *kept]) if s.coord_check else 0
+    command = [tool, "--script", str(script), "--", *(flag for flag in argv if not re.fullmatch(other, flag))]
+    print("python", shlex.join(map(str, command)), flush=True)
+    return subprocess.call([sys.executable, *command])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2702,7 +2716,7 @@ def main(argv: list[str] | None = None) -> int:
         s, hardware, notes = parse_settings(argv, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1)
         torch.set_num_threads(s.threads or torch.get_num_threads())
         if s.mup_report or s.coord_check:
-            return check_width(s, argv)
+            return check_width(s, sys.argv[1:] if argv is None else argv)
         code = Trainer(s, hardware, start_processes(s.device), notes).run()
     except (UserError, OSError, TrainingStopped, torch.OutOfMemoryError) as error:
         memory = isinstance(error, torch.OutOfMemoryError)

@@ -39,6 +39,7 @@ import os
 import platform
 import queue
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -604,8 +605,8 @@ def shape_errors(s: Settings, world_size: int) -> list[str]:
         bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
     if len(s.attention) != s.num_layers or set(s.attention) - set("LSP-"):
         bad.append(f"--attention {s.attention}: one letter L, S, P or - for each of the {s.num_layers} layers")
-    elif "P" in s.attention and s.num_heads % 2:
-        bad.append(f"--attention {s.attention}: P layers pair heads, and there are {s.num_heads}; use --no-paired")
+    elif "P" in s.attention and (odd := next((x.num_heads for x in (s, s.base) if x.num_heads % 2), 0)):
+        bad.append(f"--attention {s.attention}: P layers pair heads, and there are {odd}; use --no-paired")
     elif set(s.attention) == {"-"} or len({layer.value_table for layer in layer_table(s)} - {None}) < s.value_embeds:
         bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} value tables, needs it")
     if s.cap and (len(s.cap) != 3 or not s.cap[2]):
@@ -1926,7 +1927,7 @@ class GPT(nn.Module):
             self.routers = nn.Parameter(routers)
             self.register_buffer("router_bias", torch.zeros(mixtures, s.experts), persistent=False)
         self.inf_shapes = inf_shapes(self, s, vocab_size)
-        self.scaling = scalings(self, s)
+        self.rules, self.scaling = scaled_rules(self.inf_shapes, s)
         self.cap = width_free(s.cap, self.scaling["lm_head"].multiplier)
 
     # differs from train_gpt.py: noise in, sums out
@@ -2120,7 +2121,7 @@ def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
 # --- width transfer (muP). A model's shapes at base_width and at another width tell which axes of each parameter grow
 # with it. From that, and from how the parameter is used and trained, follow a few floats, all 1 at base_width. Theory
 # and most rules: Tensor Programs V, TP-V (Yang et al. 2022, arXiv 2203.03466); as a condition on spectral norms, which
-# covers Muon: Yang, Simon, Bernstein 2023, arXiv 2310.17813. Neither speaks of depth, batch size or training time.
+# covers Muon: Yang, Simon, Bernstein 2023, arXiv 2310.17813. Neither derives anything for depth, batch or duration.
 
 # Axes (fan_out, fan_in) of a parameter by its form; those before them, of banks and experts, are a batch.
 FORMS = {
@@ -2182,14 +2183,19 @@ def compare_shapes(shapes: dict[str, tuple], base: dict[str, tuple], delta: dict
 def scale_parameter(shape: InfShape, rule: Rule, sqrt_tables: bool = False) -> Scaling:
     """The rules, m being the growth of the fan-in. `rule` is the parameter's at the base width.
 
-    Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width,
-    and nothing changes while that ratio stays (2310.17813). AdamW's updates have entries of one size, which add up over
-    the fan-in: rate / m. Initial weights are those of any width: drawn with 1 / sqrt(fan_in), or a constant, or 0.
-    Readouts: a multiplier 1 / m, all else constant (TP-V, table 8); equivalent to std / m and rate / m (lemma J.1), but
-    the weights keep the size that FP8's scale expects. Embedding tables: constant in TP-V; rate / sqrt(m), which is
-    disputed, after Hayou, Liu 2025, arXiv 2506.15025. Weight decay keeps rate * decay, by most accounts (Kosson et al.
-    2025, arXiv 2510.19093; disputed by Qiu et al., 2512.05620). AdamW's epsilon follows the gradients, which shrink as
-    what they come back from grows, and by a readout's multiplier (TP-V, appendix B.3)."""
+    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width,
+      and nothing changes while that ratio stays (2310.17813).
+    - AdamW, hidden: an update's entries have one size and add up over the fan-in: rate / m (TP-V, table 8).
+    - Readout: multiplier 1 / m, all else constant (ibid.). Equivalent to std / m and rate / m (lemma J.1), but the
+      weights keep the size that FP8's scale expects.
+    - Input: constant (ibid.). Disputed for embedding tables: rate / sqrt(m), for AdamW by Hayou, Liu 2025, arXiv
+      2506.15025; it fails the coordinate check by design.
+    - Initial weights: as they are drawn, with 1 / sqrt(fan_in), a constant, or 0. (2310.17813 makes those of a matrix
+      to a fixed size smaller; its output would then start at 0 in the limit.)
+    - Weight decay: rate * decay is kept, by most accounts (Kosson et al. 2025, arXiv 2510.19093; disputed by Qiu et al.
+      2025, arXiv 2512.05620).
+    - AdamW's epsilon: as the gradients, which shrink as the fan-out grows, or by a readout's multiplier (TP-V, B.3).
+    """
     fan_in, (grown_out, grown_in) = shape.fans(shape.shape)[1], shape.growth
     std = rule.std * (fan_in**-0.5 if rule.form in ("matrix", "transposed") else 1.0)
     eps = 1 / (grown_in if rule.form == "readout" else grown_out)
@@ -2199,7 +2205,8 @@ def scale_parameter(shape: InfShape, rule: Rule, sqrt_tables: bool = False) -> S
         return Scaling(std, lr=(grown_out / grown_in) ** 0.5, decay=(grown_in / grown_out) ** 0.5,
                        reason="Muon: sqrt(fan_out / fan_in)")
     if rule.form == "readout":
-        return Scaling(std, multiplier=1 / grown_in, eps=eps, fp8=1 / grown_in, reason="TP-V: logits / m")
+        fp8 = 1 / grown_in if rule.pattern == "lm_head" else 1.0
+        return Scaling(std, multiplier=1 / grown_in, eps=eps, fp8=fp8, reason="TP-V: logits / m")
     if shape.role == "input":
         table = sqrt_tables and rule.form == "table"
         lr, reason = (grown_out**-0.5, "2506.15025: / sqrt(m)") if table else (1.0, "TP-V: input, constant")
@@ -2223,31 +2230,28 @@ def inf_shapes(model: nn.Module, s: Settings, vocab_size: int) -> dict[str, InfS
     return compare_shapes(shapes, base, delta, forms)
 
 
-def scalings(model: nn.Module, s: Settings) -> dict[str, Scaling]:
-    """What --mup does to each parameter of a model that has its InfShapes, by name."""
-    rules = match_rules(parameter_table(s.base), list(model.inf_shapes))
-    return {name: scale_parameter(shape, rules[name], s.mup_embedding == "sqrt")
-            for name, shape in model.inf_shapes.items()}
-
-
-def scaled_rules(model: nn.Module, s: Settings) -> dict[str, Rule]:
-    """How each parameter is trained, by name, at the model's width."""
-    rules = match_rules(parameter_table(s.base), [name for name, _ in model.named_parameters()])
-    return {name: rule._replace(lr=rule.lr * f.lr, weight_decay=rule.weight_decay * f.decay, eps=s.adam_eps * f.eps)
-            for name, rule in rules.items() for f in [model.scaling[name]]}
+def scaled_rules(shapes: dict[str, InfShape], s: Settings) -> tuple[dict[str, Rule], dict[str, Scaling]]:
+    """How each parameter is trained at the model's width, and what --mup changes in that, by name."""
+    rules, scaling = match_rules(parameter_table(s.base), list(shapes)), {}
+    for name, rule in rules.items():
+        f = scaling[name] = scale_parameter(shapes[name], rule, s.mup_embedding == "sqrt")
+        rules[name] = rule._replace(lr=rule.lr * f.lr, weight_decay=rule.weight_decay * f.decay, eps=s.adam_eps * f.eps)
+    return rules, scaling
 
 
 def mup_report(s: Settings, vocab_size: int) -> str:
     """The table of --mup-report: what is scaled and why, parameters of equal rows together."""
     with torch.device("meta"):
         model = GPT(s, vocab_size)
-    rules, rows = scaled_rules(model, s), {}
+    rows = {}
     for name, x in model.inf_shapes.items():
         f, fans = model.scaling[name], x.fans(x.shape)
         shape = " x ".join(f"{size}{'*' if wide else ''}" for size, wide in zip(x.shape, x.wide, strict=True))
-        sizes = ("-", "-") if x.form == "vector" else (str(fans[1]), f"{f.std:.4g}")
+        sizes = ("-" if x.form in ("vector", "table") else str(fans[1]),
+                 "-" if x.form == "vector" else f"{f.std:.4g}")
         factors = (f"{factor:.4g}" for factor in (f.lr, f.multiplier, f.decay, f.eps, f.fp8))
-        rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), x.role, shape, *sizes, rules[name].kind, *factors, f.reason))
+        rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), x.role, shape, *sizes, model.rules[name].kind, *factors,
+                        f.reason))
     head = ("parameter", "role", "shape (* grows)", "fan-in", "init std", "optimizer", "lr x", "multiplier", "decay x",
             "eps x", "FP8 gradient x", "reason")
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
@@ -2388,7 +2392,7 @@ class Bank:
         self.own = [k * self.owners + (world.rank if self.owners > 1 else 0) for k in range(len(self.rounds))]
         self.lr = torch.tensor([rules[self.slots[i][0]].lr if i < len(self.slots) else 0.0 for i in self.own],
                                device=s.device).view(-1, *(1 for _ in self.slot_shape))
-        self.experts = self.own_experts() if self.muon else None
+        self.experts = self.own_experts()
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.own_slots({name: p.detach() for name, p in named})}
         for name, p in named:
@@ -2446,12 +2450,17 @@ class Bank:
         self.in_flight.append((work, packed))
 
     def own_experts(self) -> Tensor | None:
-        """For each own slot the number of its expert, layers * experts counted through; None if there are none. Slots
-        that hold no expert (or nothing) get the number past the last one."""
+        """For each own slot (AdamW: each entry of it) the number of its expert, layers * experts counted through; None
+        if there are none. What holds no expert (or nothing) gets the number past the last one."""
         layers, experts, number = self.s.mixtures, self.s.experts, []
         first = {f"blocks.{i}.mlp.experts_{part}": m * experts for m, i in enumerate(layers) for part in ("up", "down")}
         if not first.keys() & self.params.keys():
             return None
+        if not self.muon:  # one parameter, flat
+            (name, p), = self.params.items()
+            entry = self.own[0] * self.slot_shape[0] + torch.arange(self.slot_shape[0])
+            number = (first[name] + entry // p[0].numel()).where(entry < p.numel(), len(layers) * experts)
+            return number.to(self.s.device, torch.int32)[None]
         for slot in self.own:
             name, i = self.slots[slot] if slot < len(self.slots) else ("", 0)
             number.append(first[name] + i if name in first else len(layers) * experts)
@@ -2460,8 +2469,8 @@ class Bank:
     # differs from train_gpt.py: experts without a token are left alone
     def step(self, scale: float, mu: float, step: int, busy: Tensor | None = None):
         """Waits for the own gradients, updates the own slots and sends them off, asynchronously. `busy`: which experts
-        saw a token, and True. Muon's update of a matrix has full size however small its gradient, and without one
-        would repeat old ones; so idle experts keep weights and moments."""
+        saw a token, and True. Updates have full size however small the gradient, and without one would repeat old
+        ones; so idle experts keep weights and moments."""
         for work, _ in self.in_flight:
             work.wait()
         self.in_flight, state, h = [], self.state, self.hyper
@@ -2471,18 +2480,19 @@ class Bank:
                       c1=1 - beta1**step, c2=1 - beta2**step)
         for key, value in values.items():
             h[key].fill_(value)
-        common, lr, momentum, share2 = (state["master"], self.grad), self.lr * scale, h["mu"], h["share2"]
+        common, lr, momentum = (state["master"], self.grad), self.lr * scale, h["mu"]
+        share1, share2 = h["share1"], h["share2"]
         if busy is not None and self.experts is not None:
             on = busy[self.experts]
             self.grad.masked_fill_(~on, 0.0)  # whatever a grouped product leaves for an expert without rows
-            lr, momentum, share2 = lr * on, torch.where(on, momentum, 1.0), share2 * on
+            lr, momentum, share1, share2 = lr * on, torch.where(on, momentum, 1.0), share1 * on, share2 * on
         if self.muon:
             self.update_function(*common, state["momentum"], state.get("variance"), lr, h["decay"],
                                  momentum, share2, self.s.orthogonalizer, self.s.torch_dtype, self.s.cautious,
                                  "gram" in self.s.kernels)
         else:
-            self.update_function(*common, state["exp_avg"], state["exp_avg_sq"], self.lr * scale, h["decay"],
-                                 h["share1"], h["share2"], h["c1"], h["c2"], self.rule.eps, self.s.cautious)
+            self.update_function(*common, state["exp_avg"], state["exp_avg_sq"], lr, h["decay"], share1, share2,
+                                 h["c1"], h["c2"], self.rule.eps, self.s.cautious)
         self.send_weights()
 
     def send_weights(self):
@@ -2676,7 +2686,8 @@ class MuonAdamW:
     # differs from train_gpt.py: balance of the experts
     def __init__(self, model: nn.Module, s: Settings, world: World):
         named = list(reversed(list(model.named_parameters())))  # about the order in which backward completes them
-        rules = scaled_rules(model, s)
+        rules, unknown = model.rules, {name for name, _ in named} - model.rules.keys()
+        assert not unknown, f"parameters that came after the model's construction: {unknown}"
         groups: dict[tuple, list] = {}  # Muon: matrices of one shape and decay together; AdamW: each for itself
         for name, p in named:
             alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
@@ -3439,7 +3450,8 @@ class Trainer:
         self.status = "nan"
         self._end_record(step)
         raise TrainingStopped(f"{what}: stopped, the checkpoints before it are kept in {self.log.folder}; "
-                              f"lower --muon-lr, --adam-lr and --router-lr")
+                              f"lower --{'muon' if self.s.hidden_optimizer == 'muon' else 'hidden'}-lr, --adam-lr "
+                              "and --router-lr")
 
     # differs from train_gpt.py: routers
     def _report(self, step: int, loss: float):
@@ -3582,19 +3594,27 @@ def start_processes(device: str) -> World:
     return world
 
 
-def check_width(s: Settings, argv: list[str] | None) -> int:
+def check_width(s: Settings, argv: list[str]) -> int:
     """--mup-report, then --coord-check, which is a program of its own; its exit code."""
     if "RANK" in os.environ:
         raise UserError("--mup-report and --coord-check run in one process: use python instead of torchrun")
     if s.mup_report:
         there = data_folder(s.data).is_dir()
-        print("" if there else f"{data_folder(s.data)} is not there: with GPT-2's vocabulary\n", end="")
-        print(mup_report(s, (open_corpus(s.data).meta if there else GPT2_META)["vocab_size"]))
-    tool, flags = Path(__file__).resolve().parent / "bench" / "coord_check.py", sys.argv[1:] if argv is None else argv
-    if s.coord_check and not tool.is_file():
+        if not there:
+            print(f"{data_folder(s.data)} is not there: with GPT-2's vocabulary")
+        print(mup_report(s, (open_corpus(s.data).meta if there else GPT2_META)["vocab_size"]), flush=True)
+    return coordinate_check(argv) if s.coord_check else 0
+
+
+def coordinate_check(argv: list[str]) -> int:
+    """bench/coord_check.py with the settings of a command line; its exit code."""
+    script = Path(__file__).resolve()
+    tool, other = script.parent / "bench" / "coord_check.py", r"--(no.)?(coord.check|mup.report)"
+    if not tool.is_file():
         raise FileNotFoundError(f"--coord-check: {tool} is missing; copy it there from the project")
-    kept = [flag for flag in flags if not re.fullmatch(r"--(coord.check|mup.report)", flag)]
-    return subprocess.call([sys.executable, tool, "--script", __file__, "--", *kept]) if s.coord_check else 0
+    command = [tool, "--script", str(script), "--", *(flag for flag in argv if not re.fullmatch(other, flag))]
+    print("python", shlex.join(map(str, command)), flush=True)
+    return subprocess.call([sys.executable, *command])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3604,7 +3624,7 @@ def main(argv: list[str] | None = None) -> int:
         s, hardware, notes = parse_settings(argv, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1)
         torch.set_num_threads(s.threads or torch.get_num_threads())
         if s.mup_report or s.coord_check:
-            return check_width(s, argv)
+            return check_width(s, sys.argv[1:] if argv is None else argv)
         code = Trainer(s, hardware, start_processes(s.device), notes).run()
     except (UserError, OSError, TrainingStopped, torch.OutOfMemoryError) as error:
         memory = isinstance(error, torch.OutOfMemoryError)

@@ -281,21 +281,23 @@ def grown(exponent: float, seeds: int, spread: float) -> np.ndarray:
     return np.array(WIDTHS)[:, None]**exponent * np.exp2(noise)
 
 
-@pytest.mark.parametrize("first, more, seeds, passes", [
-    ((0.1, 0.0), None, 2, True),  # within the limit
-    ((0.5, 0.1), None, 2, False),  # clearly beyond it
-    ((0.2, 1.0), (0.0, 1.0), 4, True),  # not clearly: more seeds pass ..
-    ((0.2, 1.0), (0.2, 1.0), 8, False),  # .. or do not, up to the most that are allowed
+@pytest.mark.parametrize("first, more, most, looks, passes", [
+    ((0.1, 0.0), None, 8, [range(2)], True),  # within the limit
+    ((0.5, 0.1), None, 8, [range(2)], False),  # clearly beyond it
+    ((0.2, 1.0), None, 2, [range(2)], False),  # not clearly, but no more are allowed
+    ((0.2, 1.0), (0.0, 1.0), 8, [range(2), range(2, 8)], True),  # not clearly: all that are allowed pass ..
+    ((0.2, 1.0), (0.2, 1.0), 8, [range(2), range(2, 8)], False),  # .. or do not
 ])
-def test_seeds_are_added_where_the_verdict_needs_them(monkeypatch, first, more, seeds, passes):
-    key = cc.Site("value", 0), cc.CHANGE, 3
+def test_seeds_are_added_where_the_verdict_needs_them(monkeypatch, first, more, most, looks, passes):
+    key, seen = (cc.Site("value", 0), cc.CHANGE, 3), []
 
     def measure(script, s, widths, numbers, steps, say):
+        seen.append(numbers)
         exponent, spread = first if 0 in numbers else more
         return {key: grown(exponent, len(numbers), spread)}
     monkeypatch.setattr(cc, "measure", measure)
-    sizes = cc.judge(None, None, WIDTHS, 2, 8, 6, lambda line: None)
-    assert sizes[key].shape == (3, seeds)
+    sizes = cc.judge(None, None, WIDTHS, 2, most, 6, lambda line: None)
+    assert seen == looks and sizes[key].shape == (3, looks[-1].stop)
     assert (not cc.failing(cc.fit_all(sizes, WIDTHS, 6))) == passes
 
 
@@ -311,24 +313,43 @@ def test_limits_are_by_site():
 def test_default_widths():
     s, _ = cc.settings_at_hand(train_gpt, [])
     replace = cc.dataclasses.replace
-    assert cc.default_widths(replace(s, head_dim=32, attention="LLPL")) == [64, 128, 256, 512]
-    assert cc.default_widths(replace(s, head_dim=48, attention="LLL")) == [96, 192, 384]
-    assert cc.default_widths(replace(s, head_dim=128, attention="LP")) == [256, 512, 1024]
+    assert cc.default_widths(replace(s, head_dim=16)) == [64, 128, 256, 512]
+    assert cc.default_widths(replace(s, head_dim=48)) == [192, 384, 768]
+    assert cc.default_widths(replace(s, head_dim=128)) == [256, 512, 1024]
 
 
 def test_coord_check_of_train_gpt():
-    run = helpers.script(helpers.SCRIPT, "--preset", "cpu", "--device", "cpu", "--head-dim", "64", "--width", "64",
+    run = helpers.script(helpers.SCRIPT, "--preset", "cpu", "--device", "cpu", "--head-dim", "16", "--width", "64",
                          "--num-layers", "1", "--value-embeds", "0", "--mlp-ratio", "1", "--hidden_optimizer",
                          "adamw", "--adam-lr", "0.002", "--coord-check", "--threads", "1")
     assert run.returncode == 0, run.stdout + run.stderr
-    head, about, *_, last = run.stdout.splitlines()
+    command, head, about, *_, last = run.stdout.splitlines()
     assert "--preset cpu" in head and "--hidden_optimizer adamw" in head and "--coord" not in head
+    assert command.startswith("python ") and "coord_check.py --script " in command
+    assert command.endswith(head.replace(" ", " -- ", 1))
     assert "widths 64, 128, 256, 512, base width 64, hidden matrices by adamw" in about and last.startswith("PASS: ")
     assert "--mup     width   512  seed 1  loss " in run.stderr
 
 
+@pytest.mark.parametrize("widths", ["64,wide,256", "64,128,", "64,128,-256"])
+def test_widths_are_numbers(capsys, widths):
+    with pytest.raises(SystemExit, match="2"):
+        cc.main(["--widths", widths])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"error: argument --widths: {widths}: must be whole numbers, such as 64,128,256")
+
+
+def test_without_any_change_there_is_no_verdict(capsys, tmp_path):
+    code = cc.main(["--widths", "32,64,128", "--steps", "3", "--out", str(tmp_path / "out"), "--", *ONE_LAYER,
+                    "--threads", "1", "--muon-lr", "0", "--adam-lr", "0"])
+    out, err = capsys.readouterr()
+    assert (code, out) == (1, "") and not (tmp_path / "out").exists()
+    assert err.splitlines()[-1].startswith("error: no activation changes in training")
+
+
 @pytest.mark.parametrize("argv, told", [
     (["--seeds", "1"], "--seeds 1: "),
+    (["--seeds", "4", "--max-seeds", "3"], "--max-seeds 3 is less than --seeds 4"),
     (["--steps", "2"], "--steps 2: "),
     (["--widths", "64,128,128"], "--widths 64,128: three different ones"),
     (["--widths", "64,128,250"], "250 is no multiple of the head_dim, 16"),

@@ -105,10 +105,11 @@ def test_slots_are_layers_times_experts_shared_by_the_ranks(size, hidden):
 # --- idle experts
 
 
-@pytest.mark.parametrize("changes", [{}, {"expert_hidden": 32}, {"dtype": "bf16"}, {"muon_beta2": 0.0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"expert_hidden": 32}, {"dtype": "bf16"}, {"muon_beta2": 0.0},
+                                     {"hidden_optimizer": "adamw"}], ids=str)
 def test_experts_without_a_token_are_left_alone(changes):
     """Weights, momentum and variance to the bit, in spite of momentum and a gradient; everything else moves."""
-    s = settings(muon_weight_decay=0.5, **changes)
+    s = settings(muon_weight_decay=0.5, hidden_weight_decay=0.5, **changes)
     model, optimizer = build(s)
     feed(model, optimizer, random_gradients(model, 0))
     optimizer.step(1.0, 0.9)
@@ -119,7 +120,8 @@ def test_experts_without_a_token_are_left_alone(changes):
     feed(model, optimizer, random_gradients(model, 1), chosen)
     optimizer.step(1.0, 0.9)
     after = optimizer.state_dict()["state"]
-    for key in ["master", "momentum"] + ["variance"] * bool(s.muon_beta2):
+    muon = ["momentum"] + ["variance"] * bool(s.muon_beta2)
+    for key in ["master", *(muon if s.hidden_optimizer == "muon" else ["exp_avg", "exp_avg_sq"])]:
         old, new = expert_matrices(before[key]), expert_matrices(after[key])
         assert {place[:2] for place in old if torch.equal(old[place], new[place])} == idle
         assert {place[:2] for place in old if not torch.equal(old[place], new[place])}.isdisjoint(idle)
