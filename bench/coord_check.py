@@ -261,6 +261,8 @@ def train(script: ModuleType, s, steps: int) -> Trace:
                     sizes[site, CHANGE, step] = change(x, first[site])
             if step < steps:
                 optimizer.step(1.0, script.momentum_at(s, step))
+    for p in model.parameters():
+        p._post_accumulate_grad_hooks.clear()  # they hold the optimizer, in a cycle that no collector sees
     return Trace(sizes, losses)
 
 

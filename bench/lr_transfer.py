@@ -48,7 +48,7 @@ PROXY = (
 )
 ALWAYS = "--target-loss 0 --eval-every 0 --save-every 0 --no-save-last"
 OPTIMIZERS = {"muon": "", "adamw": "--hidden-optimizer adamw"}
-RATES = {"muon": "--muon-lr 0.04 --adam-lr 0.008", "adamw": "--hidden-lr 0.008 --adam-lr 0.016"}  # of the proxy
+RATES = {"muon": "--muon-lr 0.04 --adam-lr 0.008", "adamw": "--hidden-lr 0.004 --adam-lr 0.016"}  # of the proxy
 SECONDS = 10  # a run of the proxy at width 64, until one is measured
 BASE, SCALINGS = "base", {"mup": "muP", "standard": "standard parametrization"}
 EXTEND = 3  # factors of two by which the grid may grow at either end

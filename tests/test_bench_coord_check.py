@@ -2,6 +2,7 @@
 
 The mutants are this process's copy of train_gpt.py with one function replaced; the bench knows nothing of them.
 """
+import gc
 import importlib.util
 import json
 import sys
@@ -100,6 +101,17 @@ def test_mixtures_pass(check, router):
     assert code == 0, out
     seen = {line["site"] for line in report["lines"]}
     assert {"learned router logits", "expert hidden", "mixture output", "MLP hidden"} <= seen
+
+
+def test_no_model_outlives_its_training():
+    """Optimizers hold the weights and moments of a model, and a check trains dozens of models."""
+    def optimizers() -> int:
+        gc.collect()
+        return sum(isinstance(thing, train_gpt.Bank) for thing in gc.get_objects())
+
+    before, s = optimizers(), cc.settings_at_hand(train_gpt, ONE_LAYER)[0]
+    cc.measure(train_gpt, cc.dataclasses.replace(s, base_width=64), [64, 128], [0], 1)
+    assert optimizers() <= before
 
 
 def test_at_the_base_width_both_are_one_model():
