@@ -376,7 +376,7 @@ def test_one_width_prints_the_flags_to_go_on_with(bench, trainer, tmp_path):
     trainer.loss = lambda job, k: bowl(job, k + 1) - (job.optimizer == "adamw")
     code, out, _ = bench("--widths", "64,128")  # the better optimizer's last
     line = out.splitlines()[-1]
-    assert line == "--hidden-optimizer adamw --hidden-lr 0.004 --adam-lr 0.008 --mup --base-width 64 --base-head-dim 32"
+    assert line == "--hidden-optimizer adamw --hidden-lr 0.002 --adam-lr 0.008 --mup --base-width 64 --base-head-dim 32"
     s = train_gpt.parse_settings([*line.split(), "--preset", "cpu", "--device", "cpu"], 1)[0]
     assert (s.mup, s.width, s.base_width, s.base_head_dim) == (True, 192, 64, 32)
 
