@@ -26,7 +26,6 @@ have slope -0.31 +- 0.09 with 48 tokens at widths 64 to 256, -0.15 with 24, and 
 import argparse
 import contextlib
 import dataclasses
-import gc
 import importlib.util
 import json
 import shlex
@@ -281,7 +280,6 @@ def measure(script: ModuleType, s, widths: list[int], seeds: Iterable[int], step
         start = time.perf_counter()
         trace = train(script, model, steps)
         traces.append(trace.sizes)
-        gc.collect()  # an optimizer's hooks hold its model, and that holds the hooks
         say(f"{MUP if s.mup else STANDARD:8}  width {model.width:5}  seed {model.seed}  loss {trace.losses[0]:.3f} -> "
             f"{trace.losses[-1]:.3f}  {time.perf_counter() - start:.1f} s")
     return {key: np.array([sizes[key] for sizes in traces]).reshape(len(widths), -1) for key in traces[0]}
@@ -394,6 +392,10 @@ SITES = ["value embedding", "bigram embedding", "embedding", "query before norm"
          "capped logits"]
 
 
+def number_of_seeds(sizes: Sizes) -> int:
+    return next(iter(sizes.values())).shape[1]
+
+
 class Check(NamedTuple):
     """What was run and what came out of it."""
 
@@ -408,9 +410,6 @@ class Check(NamedTuple):
     def lines(self, which: str) -> list[Line]:
         return fit_all(self.sizes[which], self.widths, self.steps)
 
-    def seeds(self, which: str) -> int:
-        return next(iter(self.sizes[which].values())).shape[1]
-
     @property
     def names(self) -> list[str]:
         """Kinds of sites, in the order of the forward pass."""
@@ -423,7 +422,7 @@ class Check(NamedTuple):
         lines = self.lines(MUP)
         line, bad = worst([line for line in lines if line.judged]), failing(lines)
         doubt = "" if not bad or any(line.clear for line in bad) else (
-            f"; no slope is clearly beyond its limit, --max-seeds {4 * self.seeds(MUP)} would tell")
+            f"; no slope is clearly beyond its limit, --max-seeds {4 * number_of_seeds(self.sizes[MUP])} would tell")
         return (f"{'FAIL' if bad else 'PASS'}: worst of --mup is {line.statistic} at {line.site}, step {line.step}: "
                 f"{line} (limit {line.limit}){doubt}")
 
@@ -487,7 +486,7 @@ def as_json(check: Check) -> dict:
 
     return {"script": check.script, "flags": check.flags, "about": check.about, "widths": check.widths,
             "base_width": check.base_width, "steps": check.steps, "torch": torch.__version__,
-            "seeds": {which: check.seeds(which) for which in check.sizes},
+            "seeds": {which: number_of_seeds(sizes) for which, sizes in check.sizes.items()},
             "passed": not failing(check.lines(MUP)), "verdict": check.verdict,
             "failing": [str(line.site) for line in failing(check.lines(MUP))],
             "lines": [record(which, *item) for which, sizes in check.sizes.items() for item in sizes.items()]}
@@ -606,10 +605,9 @@ def coord_check(args: argparse.Namespace) -> int:
 
     standard = measure(script, dataclasses.replace(s, mup=False), widths, range(args.seeds), args.steps, say)
     sizes = {MUP: judge(script, s, widths, args.seeds, args.max_seeds, args.steps, say), STANDARD: standard}
-    seeds = [next(iter(sizes[which].values())).shape[1] for which in (MUP, STANDARD)]
     about = (f"{s.num_layers} layers ({s.attention}), head_dim {s.head_dim}, widths {', '.join(map(str, widths))}, "
              f"base width {s.base_width}, hidden matrices by {s.hidden_optimizer}, {args.steps} steps, "
-             f"seeds: {seeds[0]} ({STANDARD}: {seeds[1]})")
+             f"seeds: {number_of_seeds(sizes[MUP])} ({STANDARD}: {number_of_seeds(standard)})")
     check = Check(args.script.name, args.flags, about, widths, s.base_width, args.steps, sizes)
     if args.out:
         write_report(check, args.out)
