@@ -105,10 +105,14 @@ def load_model(script: ModuleType, path: Path, meta: dict, longest: int) -> tupl
         model.load_state_dict(state["optimizer"]["state"]["master"])
         if hasattr(model, "router_bias"):  # of a mixture of experts: a buffer, no weight
             model.router_bias.copy_(state["optimizer"]["balance"]["bias"])
-        window = script.window_at(s, script.stage_table(s), meta["step"])
-        if longest > model.cos.size(0) or s.eval_window > window:
-            model.cos, model.sin = script.rotary_table(longest, s.head_dim, s.rope_base, window, s.eval_window)
-        return model, s.eval_window or window
+        window, longer = script.window_at(s, script.stage_table(s), meta["step"]), getattr(s, "eval_window", 0)
+        if getattr(model, "positions", None) is not None and longest > len(model.positions.weight):
+            raise ValueError(f"{path} has learned positions of {len(model.positions.weight)} tokens, {longest} are "
+                             "asked for: lower --max-tokens")
+        if longest > model.cos.size(0) or longer > window:
+            model.cos, model.sin = script.rotary_table(longest, s.head_dim, s.rope_base,
+                                                       *((window, longer) if longer else ()))
+        return model, longer or window
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         commit = (meta.get("git") or {}).get("commit")
         raise ValueError(f"{path} does not fit this {meta['script']} ({' '.join(repr(error).split())[:200]}): use the "
@@ -130,7 +134,7 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, window: int, longest: int, cached: bool):
-        self.model, self.cached, self.device = model, cached, model.lm_head.device
+        self.model, self.cached, self.device = model, cached, model.cos.device
         self.window = torch.tensor(window, dtype=torch.int32, device=self.device)
         self.embedding, self.masks, self.cos, self.sin = model.embedding, model.masks, model.cos, model.sin
         if cached:
@@ -192,6 +196,8 @@ class Decoder:
 def not_cacheable(script: ModuleType, model: nn.Module) -> str | None:
     """The first layer that the cache cannot serve, in words; None if there is none."""
     for i, (block, layer) in enumerate(zip(model.blocks, model.layers, strict=True)):
+        if block.attn is not None and not hasattr(block.attn, "project"):
+            return f"the attention of {script.__name__}.py has none"
         if block.attn is not None and (type(block.attn) is not script.Attention or layer.attention not in "LSP"):
             return f"layer {i} is {type(block.attn).__name__} of kind {layer.attention!r}"
         if getattr(getattr(block.mlp, "router", None), "forced", False):

@@ -153,6 +153,9 @@ class Settings:
     eval_seq_len: int = 0  # longest context in evaluation, in tokens; 0: seq_len of the last stage [>=0]
     eval_window: int = 0  # long attention window in evaluation, by YaRN (records 31 to 35); 0: as in training [>=0]
     target_loss: float = 0.0  # stop at the first validation loss at or below this, nats per token; 0 off [>=0]
+    hellaswag_every: int = 0  # steps between HellaSwag scores (GPT-2 vocabulary, evals/hellaswag.py); 0: none [>=0]
+    hellaswag_tasks: int = 0  # tasks of it, evenly spread over the file; 0: all [>=0]
+    hellaswag_file: str = ""  # their file; empty: where python evals/hellaswag.py --download puts it
     # --- checkpoints, logs, profiling
     save_every: int = 0  # steps between checkpoints; 0: only after the last step and on SIGINT or SIGTERM [>=0]
     save_last: bool = True  # write a checkpoint after the last step
@@ -231,9 +234,9 @@ PRESETS: dict[str, dict] = {
 # Settings that a resumed run may change: they do not alter what is computed, or only its rounding.
 RESUME_MAY_CHANGE = {
     "preset", "experiment_name", "log_dir", "resume", "data", "eval_every", "eval_tokens", "eval_seq_len",
-    "eval_window", "target_loss", "save_every", "save_last", "keep", "log_every", "wandb", "enable_profiling",
-    "profile_start", "profile_steps", "device", "dtype", "backend", "kernels", "fp8_head", "fp8_mlp", "compile",
-    "compile_unit", "micro_tokens", "threads", "mup_report", "coord_check",
+    "eval_window", "target_loss", "hellaswag_every", "hellaswag_tasks", "hellaswag_file", "save_every", "save_last",
+    "keep", "log_every", "wandb", "enable_profiling", "profile_start", "profile_steps", "device", "dtype", "backend",
+    "kernels", "fp8_head", "fp8_mlp", "compile", "compile_unit", "micro_tokens", "threads", "mup_report", "coord_check",
 }
 
 
@@ -408,6 +411,8 @@ def unread_errors(s: Settings, given: dict) -> list[str]:
     bad = [f"--{name}: has no effect without --{other}" + (f" {value}" if isinstance(value, str) else "")
            for name, (other, value) in READ_WITH.items()
            if given.get(name, False) is not False and getattr(s, other) != value]
+    bad += [f"--{name}: has no effect without --hellaswag_every" for name in ("hellaswag_tasks", "hellaswag_file")
+            if name in given and not s.hellaswag_every]
     if "gram" in given.get("kernels", "") and s.hidden_optimizer == "adamw":
         bad.append(f"--kernels {s.kernels}: gram has no effect without --hidden_optimizer muon")
     return bad
@@ -2096,6 +2101,41 @@ def evaluate(model: nn.Module, stream: ValStream, s: Settings, world: World, win
     return total.item() / stream.num_tokens
 
 
+class HellaSwag:
+    """Periodic scores by evals/hellaswag.py, imported only here; ranks share its rows. A text has at most some 200
+    tokens, so the window is that of the step. Raises UserError where the model cannot be scored."""
+
+    def __init__(self, s: Settings, meta: dict, world: World):
+        try:
+            from evals import hellaswag as tool
+        except ImportError as error:
+            raise UserError(f"--hellaswag_every: {error}; evals/, data/ and generate.py belong beside this script") \
+                from error
+        self.tool, self.s, self.world = tool, s, world
+        self.row_len = min(s.eval_seq_len, 256 if s.device == "cpu" else 1024)  # dense masks grow with its square
+        if reason := tool.does_not_apply(meta):
+            raise UserError(f"--hellaswag_every: {reason}")
+        try:
+            tasks = tool.read_tasks(Path(s.hellaswag_file or tool.FILE), s.hellaswag_tasks)
+            self.packed = tool.pack(tasks, self.row_len)
+        except (ValueError, RuntimeError) as error:  # a damaged file; a text longer than a row; no tokenizer
+            raise UserError(f"--hellaswag_every: {str(error).replace('--row-len', '--eval_seq_len')}") from error
+
+    def losses(self, model: nn.Module, window: int, batches: int | None = None) -> Tensor:
+        """Of all endings, (tasks, 4), equal on all ranks, or of the first batches of rows. Collective."""
+        trunk = compiled(model.trunk, self.s) if self.s.compile_unit == "model" else model.trunk
+        rows = max(1, self.s.micro_tokens // self.row_len)
+        losses = self.tool.ending_losses(trunk, model.head, self.packed, window, rows, self.s.device, self.world.rank,
+                                         self.world.size, batches)
+        if self.world.size > 1:
+            dist.all_reduce(losses)
+        return losses
+
+    def score(self, model: nn.Module, window: int):
+        """Accuracies. Raises RuntimeError if a loss is not finite. Collective."""
+        return self.tool.score(self.losses(model, window), self.packed)
+
+
 def bits_per_byte(loss: float, meta: dict) -> float | None:
     """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
     split = meta["splits"].get("val", {})
@@ -2378,6 +2418,7 @@ class Trainer:
         self.s, self.hardware, self.world, self.stages = s, hardware, world, stage_table(s)
         self.corpus = open_corpus(s.data)
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
+        self.hellaswag = HellaSwag(s, self.corpus.meta, world) if s.hellaswag_every else None
         self.fingerprint = self.corpus.fingerprint()
         if on_rank_zero(world, lambda: self.fingerprint) != self.fingerprint:
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
@@ -2466,6 +2507,8 @@ class Trainer:
             self.micro_step(tokens, tokens, docs, [1.0] * (1 + mtp))
             self.optimizer.step(scale=0.0, momentum=s.momentum_start)
         evaluate(self.model, self.stream, s, self.world, s.window_step, batches=1)
+        if self.hellaswag:
+            self.hellaswag.losses(self.model, s.window_step, batches=1)
         self.optimizer.reset()
         self.model.saturated.zero_()
         self.clock.wait()
@@ -2517,6 +2560,8 @@ class Trainer:
             save = s.save_every and step % s.save_every == 0 and step < s.iterations
             if save or step % s.log_every == 0 or step == s.iterations or (self.stop_signal and self.world.size == 1):
                 stop = self.log_step(step)
+            if self.hellaswag and (step == s.iterations or step % s.hellaswag_every == 0):
+                self.answer(step)
             if step == s.iterations or (s.eval_every and step % s.eval_every == 0):
                 self.validate(step)
                 if s.target_loss and self.val_loss <= s.target_loss:
@@ -2610,6 +2655,18 @@ class Trainer:
                        + (f", {bpb:.4f} bits per byte" if bpb else "") + f"  train time {ms / 1000:.1f} s")
         self._step_line(step, f"val_loss:{loss:.4f}", ms)
         self.log.metric(step=step, val_loss=loss, val_bpb=bpb, tokens=self.tokens_at(step), train_time_ms=ms)
+        self.clock.start()
+
+    def answer(self, step: int):
+        """HellaSwag, outside the clock, to the console and metrics.jsonl."""
+        ms = self.clock.stop()
+        try:
+            score = self.hellaswag.score(self.model, window_at(self.s, self.stages, step))
+        except RuntimeError as error:
+            self._stop_not_finite(f"{error}; this is after step {step}", step)
+        self.log.print(f"step {step}/{self.s.iterations}  HellaSwag, {score}")
+        self.log.metric(step=step, hellaswag=score._asdict(), hellaswag_per_token=score.per_token,
+                        hellaswag_errors=score.standard_errors, tokens=self.tokens_at(step), train_time_ms=ms)
         self.clock.start()
 
     def save(self, step: int) -> bool:
