@@ -442,6 +442,8 @@ def unread_errors(s: Settings, given: dict) -> list[str]:
            for name, (other, values) in READ_WITH.items() if name in given and getattr(s, other) not in values]
     bad += [f"--{name}: has no effect without --hellaswag_every" for name in ("hellaswag_tasks", "hellaswag_file")
             if name in given and not s.hellaswag_every]
+    bad += [f"--{name}: ngpt has no weight decay, its weights have norm 1" for name in ("muon_weight_decay",
+            "decay_schedule") if name in given and s.model_type == "ngpt"]
     if "num_kv_heads" in given and s.model_type in ("gpt", "ngpt"):
         bad.append(f"--num_kv_heads: {s.model_type} has as many heads of keys as of queries; use moderngpt or moegpt")
     return bad

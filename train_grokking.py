@@ -5,11 +5,11 @@ before it can solve those it has not seen, and then, suddenly, it can.
     python train_grokking.py --optimizer muon                      # the same, Muon on the hidden matrices
     python train_grokking.py --preset quick                        # the whole curve in about a minute on one core
     python train_grokking.py --prime 97 --operation x2xyy2 --train-fraction 0.8 --resume
-    python train_grokking.py --preset quick --sweep                # phase diagram: decay x optimizer x seeds
+    python train_grokking.py --sweep                               # phase diagram: decay x optimizer x seeds
 
-Needs no data set: all p^2 (division: p(p-1)) equations are made at the start and split by the seed. Writes metrics.json,
-curve.png, ckpt.pt and ckpt_best.pt to LOG_DIR/EXPERIMENT_NAME/RUN_ID, and ends with the steps at which training and
-validation accuracy reached 50, 95 and 99 %. `--help` lists all flags.
+Needs no data set: all p^2 (division: p(p-1)) equations are made at the start and split by the seed. Writes log.txt,
+metrics.json, curve.png, ckpt.pt and ckpt_best.pt to LOG_DIR/EXPERIMENT_NAME/RUN_ID, and ends with the steps at which
+training accuracy reached 99 % and validation accuracy 50, 95 and 99 %. `--help` lists all flags.
 
 Grokking: Power et al. 2022 (arXiv 2201.02177), whose operations and token format these are; what such a network learns:
 Nanda et al. 2023 (arXiv 2301.05217); Muon instead of AdamW: Tveit et al. 2025 (arXiv 2504.16041), who found it earlier
@@ -93,19 +93,21 @@ class Settings:
     mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
     full: bool = False  # the last layer computes all positions, not just the one that is read: the same, slower
     # --- optimizer
-    optimizer: str = "adamw"  # of the hidden matrices, those of attention and MLP; the rest has AdamW [adamw|muon]
-    lr: float = 0.001  # learning rate, AdamW [>=0]
-    beta1: float = 0.9  # decay of its first moment [0..1]
-    beta2: float = 0.98  # decay of its second moment [0..1]
+    optimizer: str = "adamw"  # of the hidden matrices, those of attention and MLP [adamw|muon]
+    lr: float = 0.001  # learning rate, AdamW; with muon that of all but the hidden matrices [>=0]
+    beta1: float = 0.9  # decay of AdamW's running mean of gradients [0..1]
+    # differs from train_baseline.py: the reference's value
+    beta2: float = 0.98  # and of their squares [0..1]
     # differs from train_gpt.py: torch's value, as in the reference
     adam_eps: float = 1e-8  # AdamW's epsilon [>0]
-    weight_decay: float = 0.1  # its decay, decoupled, on all it trains [>=0]
+    # differs from train_baseline.py: no parameter is left out
+    weight_decay: float = 0.1  # AdamW's decay / rate, decoupled, of all that it trains [>=0]
     # differs from train_gpt.py: another task
     muon_lr: float = 0.02  # learning rate of hidden matrices, Muon [>=0]
     # differs from train_gpt.py: without warm-up
     muon_momentum: float = 0.95  # Nesterov momentum [0..1]
     # differs from train_gpt.py: the rate is constant
-    muon_weight_decay: float = 0.1  # its decay, decoupled; 1 is too much to learn anything [>=0]
+    muon_weight_decay: float = 0.1  # its decay / rate, decoupled; 1 is too much to learn anything [>=0]
     # differs from train_gpt.py: Muon as published
     orthogonalizer: str = "newton_schulz"  # iteration that orthogonalizes updates [polar_express|newton_schulz]
     # differs from train_gpt.py: another default
@@ -116,11 +118,11 @@ class Settings:
     # --- evaluation, checkpoints
     # differs from train_gpt.py: evaluation on all equations
     eval_every: int = 200  # steps between evaluations on all training and validation equations [>0]
-    stop_accuracy: float = 0.99  # stop 10 % more steps after this validation accuracy; 0: at the last step [0..1]
+    stop_accuracy: float = 0.99  # stop a tenth more steps after this validation accuracy; 0: at the last step [0..1]
     # differs from train_gpt.py: counted in evaluations
     save_every: int = 10  # evaluations between checkpoints; also written at the end and on SIGINT or SIGTERM [>0]
     plot: bool = True  # write curve.png at the end
-    sweep: bool = False  # phase diagram over weight decay, optimizer and seeds, by bench/grokking.py, and end
+    sweep: bool = False  # phase diagram over decay, optimizer and seeds (bench/grokking.py; preset quick), and end
     # --- hardware
     device: str = "auto"  # where to run [auto|cpu|cuda]
     dtype: str = "auto"  # of activations and matrices; auto: bf16 where the hardware is fast at it [auto|bf16|fp32]
@@ -142,7 +144,7 @@ PRESETS: dict[str, dict] = {
     "nanugpt": dict(prime=223, operation="/", train_fraction=0.5, weight_decay=0.1),
     # Power et al. 2022: 9,312 equations, decay 1
     "power": dict(prime=97, operation="/", train_fraction=0.5, weight_decay=1.0, iterations=10000, eval_every=100),
-    # 58,430 parameters; smaller steps than a compiled graph is worth
+    # 59,462 parameters; a compiled graph would cost more time than it saves
     "quick": dict(prime=59, operation="/", train_fraction=0.5, layers=1, width=64, optimizer="muon", weight_decay=1.0,
                   iterations=6000, eval_every=50, dtype="fp32", compile=False),
 }
@@ -252,8 +254,8 @@ def parse_settings(argv: list[str] | None) -> tuple[Settings, Hardware, list[str
     if problems := problems or task_errors(s, hardware):
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     dtype = s.dtype if s.dtype != "auto" else ("bf16" if hardware.bf16 else "fp32")
-    notes = [f"device {hardware.device}: {hardware.name}",
-             f"dtype {dtype}: " + (hardware.why if s.dtype == "auto" else f"preset {s.preset}, or asked for")]
+    why = hardware.why if s.dtype == "auto" else "asked for" if "dtype" in given else f"preset {s.preset}"
+    notes = [f"device {hardware.device}: {hardware.name}", f"dtype {dtype}: {why}"]
     compiler = hardware.device == "cuda" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
     if s.compile and not compiler:
         notes.append("not compiled: there is no C++ compiler; install g++ for faster steps")
@@ -289,11 +291,9 @@ def task_errors(s: Settings, hardware: Hardware) -> list[str]:
     """Settings that do not fit the task, each other or this machine."""
     bad = []
     if not is_prime(s.prime):
-        below, above = (next((n for n in numbers if is_prime(n)), None)
-                        for numbers in (range(s.prime - 1, 1, -1), range(s.prime + 1, 2 * s.prime + 2)))
-        near = f"{below} and {above}, the nearest primes," if below else f"{above}, the smallest prime,"
-        bad.append(f"--prime {s.prime}: is no prime number; {near} are" if below else
-                   f"--prime {s.prime}: is no prime number; {near} is")
+        ways = range(s.prime - 1, 1, -1), range(s.prime + 1, 2 * s.prime + 1)
+        near = [str(next(filter(is_prime, numbers))) for numbers in ways if any(map(is_prime, numbers))]
+        bad.append(f"--prime {s.prime}: must be a prime number; the nearest: {' and '.join(near)}")
     if not 0 < s.train_fraction < 1:
         bad.append(f"--train_fraction {s.train_fraction}: must be above 0 and below 1")
     elif not bad and (count := equation_count(s)) and not 0 < int(s.train_fraction * count) < count:
@@ -474,7 +474,9 @@ def embed(w: dict[str, Tensor], a_N: Tensor, b_N: Tensor, s: Settings) -> Tensor
 
 def layer(w: dict[str, Tensor], i: int, x_NTD: Tensor, s: Settings, past: tuple[Tensor, Tensor] | None = None,
           last: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Layer i on tokens that follow those whose keys and values are `past`; with `last` only the last one's output.
+    """Layer i on tokens that follow those whose keys and values are `past`, of some times N rows: then the tokens
+    follow each N of them. With `last` only the last token's output.
+
     Returns the output, (N, T or 1, D), and keys and values of all tokens, (N, S + T, H, K)."""
     matrices, biases = w["attention"][i], w["attention_bias"][i]
     queried = x_NTD[:, -1:] if last else x_NTD
@@ -485,6 +487,8 @@ def layer(w: dict[str, Tensor], i: int, x_NTD: Tensor, s: Settings, past: tuple[
         q, k, v = linear(x_NTD, matrices[:3].flatten(0, 1), biases[:3].flatten(), s).chunk(3, dim=-1)
     q, k, v = (z.unflatten(-1, (s.heads, -1)) for z in (q, k, v))
     if past is not None:
+        times = past[0].size(0) // x_NTD.size(0)
+        q, k, v, queried = (z.repeat(times, *[1] * (z.dim() - 1)) for z in (q, k, v, queried))
         k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
     y = linear(causal_attention(q, k, v).flatten(-2), matrices[3], biases[3], s)
     x = F.layer_norm(queried + y.float(), (s.width,), w["norm"][i, 0], w["norm_bias"][i, 0])
@@ -494,7 +498,7 @@ def layer(w: dict[str, Tensor], i: int, x_NTD: Tensor, s: Settings, past: tuple[
 
 
 def head(w: dict[str, Tensor], x_ND: Tensor, s: Settings) -> Tensor:
-    """Logits, (N, V), in fp32 for every dtype: bf16 cannot tell a loss of 1e-7 from 0."""
+    """Logits, (N, V), a product in fp32 for every dtype: in bf16 logits of 20 would be 0.125 apart."""
     return F.linear(F.layer_norm(x_ND, (s.width,), w["last_norm"], w["last_norm_bias"]), w["head"], w["head_bias"])
 
 
@@ -511,7 +515,7 @@ def logits_of_rows(w: dict[str, Tensor], a_A: Tensor, b_B: Tensor, s: Settings) 
     """Logits of the equations of each a with all b, (A * B, V). Attention is causal: EOS a op are computed once for
     each a, and their keys and values kept, as in decoding. That leaves 2 of 5 tokens of an equation."""
     x_A3D = embed(w, a_A, a_A, s)[:, :PREFIX]
-    x_NTD = embed(w, b_B, b_B, s)[:, PREFIX:].repeat(len(a_A), 1, 1)
+    x_NTD = embed(w, b_B, b_B, s)[:, PREFIX:]  # (B, 2, D), from the first layer on (A * B, ..)
     for i in range(s.layers):
         last = i == s.layers - 1
         x_A3D, past = layer(w, i, x_A3D, s, last=last)
@@ -642,7 +646,7 @@ def step_numbers(s: Settings, step: int) -> Tensor:
 # └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
 
 EVAL_ROWS = 4096  # equations of one pass, whose activations fit the caches of a CPU core; a GPU takes them all
-EARLY_STEPS = (10, 30, 100)  # further evaluations, for the left end of a logarithmic axis
+EARLY_STEPS = (30, 100)  # further evaluations, for the left end of a logarithmic axis
 
 
 def score_rows(w: dict[str, Tensor], a_A: Tensor, b_B: Tensor, answers_AB: Tensor, s: Settings):
@@ -654,9 +658,8 @@ def score_rows(w: dict[str, Tensor], a_A: Tensor, b_B: Tensor, answers_AB: Tenso
 
 def evaluate_all(score: Callable, w: dict[str, Tensor], task: Task, s: Settings) -> dict[str, float]:
     """Loss and accuracy over all training and over all validation equations."""
-    rows, (prime, columns) = 1 if s.device == "cpu" else s.prime, task.answers.shape
-    rows = max(rows, min(prime, EVAL_ROWS // columns))
-    found = []
+    prime, columns = task.answers.shape
+    rows, found = max(1, min(prime, EVAL_ROWS // columns)) if s.device == "cpu" else prime, []
     for start in range(0, prime, rows):
         a = torch.arange(start, start + rows, device=s.device).clamp(max=prime - 1)  # equal shapes: the last one again
         found.append(score(w, a, task.b, task.answers[a], s))
@@ -702,20 +705,18 @@ def replace_file(path: Path, write: Callable):
 
 
 def checkpoint_files(s: Settings) -> list[Path]:
-    """The checkpoint that --resume names, and the one to fall back to. Raises FileNotFoundError if there is none."""
+    """The newest checkpoint that --resume names, then the run's other one. Raises FileNotFoundError without any."""
     place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
-    newest = max([*place.glob("ckpt.pt"), *place.glob("*/ckpt.pt")], key=lambda path: path.stat().st_mtime_ns,
-                 default=place / "ckpt.pt")
-    files = [place] if place.is_file() else [newest]
-    files = [path for path in dict.fromkeys([*files, files[0].with_name("ckpt_best.pt")]) if path.is_file()]
-    if not files:
+    found = [place] if place.is_file() else [*place.glob("ckpt*.pt"), *place.glob("*/ckpt*.pt")]
+    if not found:
         raise FileNotFoundError(f"no checkpoint in {place}: start without --resume, or name a run's folder")
-    return files
+    first = max(found, key=lambda path: path.stat().st_mtime_ns)
+    return [first, *(path for path in first.parent.glob("ckpt*.pt") if path != first)]
 
 
 def load_checkpoint(s: Settings) -> tuple[Path, dict]:
-    """Path and content of the checkpoint to go on from. A damaged one is reported and ckpt_best.pt is taken. Raises
-    UserError if that is damaged, too, or has other settings."""
+    """Path and content of the checkpoint to go on from. A damaged one is reported and the run's other one is
+    taken. Raises UserError if that is damaged, too, or has other settings."""
     files = checkpoint_files(s)
     for path in files:
         try:
@@ -800,34 +801,31 @@ def plot_run(result: dict, path: Path):
     """curve.png: accuracies, then losses and the norm of the weights, over the logarithm of the step."""
     from matplotlib.figure import Figure
 
-    config, metrics, found = result["config"], result["metrics"], result["milestones"]
+    config, metrics = result["config"], result["metrics"]
     steps = [m["step"] for m in metrics]
-    figure = Figure(figsize=(8, 7.5), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for axes, name, label in ((above, "acc", "accuracy"), (below, "loss", "cross-entropy, nats")):
         axes.plot(steps, [m[f"train_{name}"] for m in metrics], color="tab:blue", label="training")
         axes.plot(steps, [m[f"val_{name}"] for m in metrics], color="tab:red", label="validation")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        for key, color in (("train_99", "tab:blue"), ("val_99", "tab:red")):
-            if found[key] is not None:
-                axes.axvline(found[key], color=color, linewidth=1, linestyle="--")
-    for key, color, what, height in (("train_99", "tab:blue", "training 99 %", 0.55),
-                                     ("val_99", "tab:red", "grokking: validation 99 %", 0.45)):
-        if found[key] is not None:
-            above.annotate(f"{what} \nstep {found[key]:,} ", (found[key], height), color=color, ha="right", va="center")
+        for key, color, what in (("train_99", "tab:blue", "training"), ("val_99", "tab:red", "grokking: validation")):
+            if (step := result["milestones"][key]) is not None:
+                axes.axvline(step, color=color, linewidth=1, linestyle="--", label=f"{what} 99 % at step {step:,}")
     norm = below.twinx()
-    norm.plot(steps, [m["weight_norm"] for m in metrics], color="tab:gray", linewidth=1, label="norm of the weights")
+    norm.plot(steps, [m["weight_norm"] for m in metrics], color="tab:gray", linewidth=1)
     norm.set_ylabel("norm of all weights", color="tab:gray")
     norm.set_ylim(bottom=0)
     above.set_xscale("log")
     above.set_ylim(-0.02, 1.02)
+    above.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
     above.legend(loc="upper left")
     below.set_yscale("log")
     below.set_xlabel("optimizer step")
-    optimizer = "Muon and AdamW" if config["optimizer"] == "muon" else "AdamW"
-    figure.suptitle(f"{OPERATIONS[config['operation']].formula} mod {config['prime']}, {optimizer}, seed {config['seed']}, "
-                    f"{result['parameters']:,} parameters")
+    formula, optimizer = OPERATIONS[config["operation"]].formula, {"adamw": "AdamW", "muon": "Muon and AdamW"}
+    figure.suptitle(f"{formula} mod {config['prime']}, {100 * config['train_fraction']:g} % of equations trained on\n"
+                    f"{optimizer[config['optimizer']]}, {result['parameters']:,} parameters, seed {config['seed']}")
     figure.savefig(path, dpi=130)
 
 
@@ -894,6 +892,7 @@ class GrokkingRun:
     def parameters(self) -> int:
         return sum(w.numel() for w in self.weights.values())
 
+    @torch.no_grad()  # as in `run`: torch.compile makes other graphs where gradients are on
     def warm_up(self):
         """Compiles and runs both graphs, untimed; the step works on copies of all that it changes."""
         if not self.s.compile and self.s.device == "cpu":
