@@ -127,7 +127,7 @@ class Settings:
     # --- optimizer
     optimizer: str = "adamw"  # of the hidden matrices, those of attention and MLP [adamw|muon]
     max_lr: float = 6e-4  # peak learning rate of AdamW [>=0]
-    min_lr: float = 6e-5  # at the last step; Muon's falls by the same factor [>=0]
+    min_lr: float = 6e-5  # at the last step, a tenth of max_lr if not given; Muon's falls by the same factor [>=0]
     beta1: float = 0.9  # decay of AdamW's running mean of gradients [0..1]
     beta2: float = 0.95  # and of their squares [0..1]
     # differs from train_gpt.py: nanoGPT's
@@ -225,7 +225,7 @@ PRESETS: dict[str, dict] = {
     # two CPU cores: the size and the data of train_gpt.py's preset
     "cpu": dict(
         data="stdlib", num_layers=3, width=192, head_dim=48, iterations=360, batch_tokens=4096, seq_len=256,
-        max_lr=4e-3, min_lr=4e-4, warmup_steps=36, momentum_warmup=30, eval_every=120, eval_tokens=131072,
+        max_lr=4e-3, warmup_steps=36, momentum_warmup=30, eval_every=120, eval_tokens=131072,
         micro_tokens=8192, num_experts=8, top_k=2, num_shared=1, compile=False,
     ),
     # GPT-2 124M on one 16 GB card
@@ -368,6 +368,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     rows = given.pop("B", None)
     values = PRESETS.get(preset, {}) | TYPES.get(given.get("model_type"), {})
     s = Settings(**{**values, **given, "preset": preset})
+    s = dataclasses.replace(s, min_lr=given.get("min_lr", s.max_lr / 10),
+                            warmup_steps=given.get("warmup_steps", min(s.warmup_steps, s.iterations // 10)))
     problems = field_errors(s) + unread_errors(s, given)
     if rows is not None:
         problems += [f"--B {rows}: must be >0"] * (rows < 1)
@@ -381,7 +383,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
         s, backend=s.backend if s.backend != "auto" else kernel, tied=s.tied if s.tied != "auto" else tied,
         mlp=s.mlp if s.mlp != "auto" else "gelu" if s.model_type == "gpt" else "swiglu",
         moe_impl=s.moe_impl if s.moe_impl != "auto" else auto_experts(hardware, dtype))
-    s = dataclasses.replace(s, expert_hidden=s.expert_hidden or auto_expert(s) if s.mixture_layers else 0,
+    expert = 0 if problems or not s.mixture_layers else s.expert_hidden or auto_expert(s)
+    s = dataclasses.replace(s, expert_hidden=expert,
                             eval_seq_len=s.eval_seq_len or (s.longest if s.model_type == "gpt" else s.seq_len))
     problems += hardware_errors(s, hardware) + ([] if problems else shape_errors(s, world_size))
     if problems:
@@ -422,7 +425,7 @@ def field_errors(s: Settings) -> list[str]:
     """A sentence for each field whose value is outside the bracket of its comment."""
     def allowed(value, spec: str) -> bool:
         if spec in (">0", ">=0"):
-            return value > 0 or (spec == ">=0" and value == 0)
+            return 0 < value < math.inf or (spec == ">=0" and value == 0)
         return 0 <= value <= 1 if spec == "0..1" else value in spec.split("|")
 
     bad = []
@@ -430,6 +433,8 @@ def field_errors(s: Settings) -> list[str]:
         value, spec = getattr(s, name), re.search(r"\[(\S+)\]$", text)
         if spec and not all(allowed(v, spec[1]) for v in (value if isinstance(value, tuple) else (value,))):
             bad.append(f"--{name} {value}: must be {spec[1].replace('|', ' or ').replace('..', ' to ')}")
+    if s.seed >= 2**63:
+        bad.append(f"--seed {s.seed}: must be below 2^63")
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
         bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
     return bad
@@ -474,6 +479,11 @@ def shape_errors(s: Settings, world_size: int) -> list[str]:
         bad.append(f"--width {s.width} must be a multiple of --head_dim {s.head_dim}, that one of 4")
     elif s.num_heads % s.kv_heads:
         bad.append(f"--num_kv_heads {s.num_kv_heads} must divide the {s.num_heads} heads of queries")
+    if s.mlp_hidden < 1:
+        bad.append(f"--mlp_ratio {s.mlp_ratio}: the hidden size would be 0")
+    if s.mixture_layers and s.moe_impl == "grouped" and (s.width % 8 or s.expert_hidden % 8):
+        bad.append(f"--expert_hidden {s.expert_hidden}, --width {s.width}: grouped products need multiples of 8; "
+                   "use them, or --moe_impl bmm")
     if s.model_type == "gpt" and s.gated:
         bad.append(f"--mlp {s.mlp}: gpt has no gated MLP; use gelu or relu2, or --model_type moderngpt")
     if s.model_type == "ngpt" and s.mlp not in ("swiglu", "geglu"):
@@ -1269,8 +1279,9 @@ class GPT(nn.Module):
     def trunk(self, inputs_BT: Tensor, docs_BT: Tensor, window: Tensor, balance: list[Tensor] | None = None) -> Tensor:
         """Residual stream after the last layer, (B, T, D). Load-balancing losses are appended to `balance`."""
         x, mask = self.embedding(inputs_BT, docs_BT), self.masks(docs_BT, window)["L"]
-        cos, sin = (None, None) if self.positions is not None else (
-            self.cos[:inputs_BT.size(1)], self.sin[:inputs_BT.size(1)])
+        # ngpt scales dimensions after rotating them, so q.k is no function of the distance alone
+        place = document_positions(docs_BT) if self.logit_scale is not None else slice(inputs_BT.size(1))
+        cos, sin = (None, None) if self.positions is not None else (self.cos[place], self.sin[place])
         for block in self.blocks:
             x, own = block(x, mask, cos, sin)
             if balance is not None and own is not None:
@@ -1580,7 +1591,7 @@ class Bank:
         else:
             self.update_function(*common, state["exp_avg"], state["exp_avg_sq"], self.lr * scale, h["decay"],
                                  h["share1"], h["share2"], h["c1"], h["c2"], self.rule.eps, False)
-        if self.rule.unit:
+        if self.rule.unit and scale:
             rows = state["master"].view(-1, next(iter(self.params.values())).size(-1))
             rows.copy_(unit(rows))
         self.send_weights()
@@ -1780,7 +1791,8 @@ def momentum_at(s: Settings, step: int) -> float:
 # differs from train_gpt.py: constant
 def window_at(s: Settings, stages: list[Stage], step: int) -> int:
     """Attention window in tokens, of all layers and steps."""
-    return s.window or max(s.seq_len, s.eval_seq_len)
+    longest = max(s.seq_len, s.eval_seq_len)
+    return min(s.window or longest, longest)
 
 
 # ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐

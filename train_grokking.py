@@ -267,7 +267,7 @@ def field_errors(s: Settings) -> list[str]:
     """A sentence for each field whose value is outside the bracket of its comment."""
     def allowed(value, spec: str) -> bool:
         if spec in (">0", ">=0"):
-            return value > 0 or (spec == ">=0" and value == 0)
+            return 0 < value < math.inf or (spec == ">=0" and value == 0)
         return 0 <= value <= 1 if spec == "0..1" else value in spec.split("|")
 
     bad = []
@@ -275,6 +275,8 @@ def field_errors(s: Settings) -> list[str]:
         value, spec = getattr(s, name), re.search(r"\[(\S+)\]$", text)
         if spec and not all(allowed(v, spec[1]) for v in (value if isinstance(value, tuple) else (value,))):
             bad.append(f"--{name} {value}: must be {spec[1].replace('|', ' or ').replace('..', ' to ')}")
+    if s.seed >= 2**63:
+        bad.append(f"--seed {s.seed}: must be below 2^63")
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
         bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
     return bad

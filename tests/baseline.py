@@ -1,0 +1,312 @@
+"""What the tests of train_baseline.py share: tiny models of all types, runs, and the models' equations written plainly.
+
+The equations take one document at a time, one head at a time and one token at a time, from a model's parameters."""
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import helpers
+import torch
+from helpers import CPU, VOCAB, flags, make_data, run_folder
+from torch import Tensor
+
+import train_baseline as tb
+from train_baseline import GPT, Hardware, MuonAdamW, Settings, World
+
+TYPES = ("gpt", "moderngpt", "ngpt", "moegpt")
+# Every run spells out device, dtype and threads, so that it is the same arithmetic on every machine.
+TINY = dict(
+    num_layers=2, width=32, head_dim=8, mlp_ratio=2, seq_len=32, batch_tokens=128, micro_tokens=128, iterations=8,
+    warmup_steps=2, max_lr=0.01, min_lr=0.001, eval_every=4, eval_tokens=300, log_every=1, threads=1, device="cpu",
+    dtype="fp32", backend="sdpa", compile=False,
+)
+OWN = {  # flags that only some choices read
+    "moegpt": dict(num_experts=4, top_k=2, num_shared=1, expert_hidden=16, dense_first=1, moe_impl="loop"),
+    "muon": dict(muon_lr=0.02, momentum_warmup=4),
+}
+
+
+def given(model_type: str = "gpt", **changes) -> dict:
+    """Flags of a tiny model."""
+    own = OWN.get(model_type, {}) | OWN.get(changes.get("optimizer"), {})
+    return {"model_type": model_type, **TINY, **own, **changes}
+
+
+def flags_of(name: str) -> list[str]:
+    """A flag with some value that is allowed for it."""
+    default = getattr(Settings, name)
+    if isinstance(default, bool):
+        return [f"--{name}"]
+    choices = {"tied": "on", "orthogonalizer": "polar_express", "moe_impl": "bmm"}
+    return [f"--{name}", choices.get(name, str(default))]
+
+
+def settings(model_type: str = "gpt", **changes) -> Settings:
+    """Settings of a tiny model, through the command line."""
+    return tb.parse_settings(flags(**given(model_type, **changes)), 1)[0]
+
+
+def parse(*argv, hardware=CPU, world_size: int = 1, monkeypatch) -> Settings:
+    """Settings of a command line on a machine of our choice."""
+    monkeypatch.setattr(tb, "detect_hardware", lambda device="auto": Hardware(*(CPU if device == "cpu" else hardware)))
+    return tb.parse_settings([str(a) for a in argv], world_size)[0]
+
+
+def random_model(s: Settings, seed: int = 0, size: float = 0.3) -> GPT:
+    """A model whose every parameter is random, biases and gains, too; ngpt's rows keep their norm of 1, and half of its
+    scales are negative."""
+    model, random = GPT(s, VOCAB), torch.Generator().manual_seed(1000 + seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=random)
+            if model.rules[name].unit:
+                p.copy_(noise / noise.norm(dim=-1, keepdim=True))
+            elif name.endswith("scale"):
+                p.mul_((1 + size * noise.abs()) * noise.sign())
+            else:
+                p.add_(size * noise)
+    return model
+
+
+def random_tokens(rows: int, seq_len: int = 32, seed: int = 0) -> Tensor:
+    return torch.randint(VOCAB, (rows, seq_len), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+
+
+def packed(rows: int, seq_len: int = 32, seed: int = 0) -> Tensor:
+    """(3, rows, T) int32: inputs, targets, document numbers; rows of 1, 2, 3, .. documents of unequal lengths."""
+    docs = torch.zeros(rows, seq_len, dtype=torch.int32)
+    for row in range(rows):
+        for cut in range(row):
+            docs[row, 5 + 11 * cut:] += 1
+    return torch.stack((random_tokens(rows, seq_len, seed), random_tokens(rows, seq_len, seed + 1), docs))
+
+
+def window(s: Settings) -> Tensor:
+    return torch.tensor(tb.window_at(s, [], 0), dtype=torch.int32)
+
+
+def loss(model: GPT, s: Settings, batch: Tensor) -> Tensor:
+    """Summed loss of a batch, and the load-balancing loss if there is one."""
+    inputs, targets, docs = batch
+    return model(inputs, targets[None], docs, window(s))
+
+
+def logits(model: GPT, s: Settings, batch: Tensor) -> Tensor:
+    return model.head(model.trunk(batch[0], batch[2], window(s)))
+
+
+def state(model: GPT) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+# --- the models' equations
+
+
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain + bias
+
+
+def rms_norm(x: Tensor, gain: Tensor | None = None) -> Tensor:
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return x if gain is None else x * gain
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.square().sum(-1, keepdim=True).sqrt()
+
+
+def rope(x_TK: Tensor, base: float) -> Tensor:
+    """The pair (x[i], x[i + K/2]) is a complex number, which is turned by -position * base^(-2i/K)."""
+    a, b = x_TK.chunk(2, dim=-1)
+    position, i = torch.arange(len(a))[:, None], torch.arange(a.size(1))
+    turned = torch.complex(a, b) * torch.exp(-1j * position * base ** (-2 * i / x_TK.size(1)))
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+ACTIVATIONS = {"gelu": gelu, "geglu": gelu, "swiglu": silu, "relu2": lambda x: torch.where(x > 0, x, 0.0) ** 2}
+
+
+class Plain:
+    """A model's equations for one document, of its parameters by name. `routed`: choices and affinities of mixtures."""
+
+    def __init__(self, model: GPT, s: Settings):
+        self.p, self.s, self.routed = dict(model.named_parameters()), s, []
+
+    def logits(self, tokens_T: Tensor) -> Tensor:
+        p, s, ngpt = self.p, self.s, self.s.model_type == "ngpt"
+        x = p["embed.weight"][tokens_T.long()]
+        if s.model_type == "gpt":
+            x = x + p["positions.weight"][:len(x)]
+        for i in range(s.num_layers):
+            x = self.unit_block(i, x) if ngpt else self.block(i, x)
+        table = p["embed.weight"] if s.tied == "on" else p["lm_head"]
+        if ngpt:
+            return x @ table.T * p["logit_scale.scale"] * s.width**0.5
+        return self.norm("norm", x) @ table.T
+
+    def loss(self, tokens_T: Tensor, targets_T: Tensor) -> Tensor:
+        z = self.logits(tokens_T)
+        return sum(torch.logsumexp(row, 0) - row[target] for row, target in zip(z, targets_T.tolist(), strict=True))
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        if self.s.model_type == "gpt":
+            return layer_norm(x, self.p[f"{name}.gain"], self.p[f"{name}.bias"])
+        return rms_norm(x, self.p.get(f"{name}.gain"))
+
+    def block(self, i: int, x: Tensor) -> Tensor:
+        name = f"blocks.{i}."
+        x = x + self.attention(name + "attn.", self.norm(name + "attn_norm", x))
+        y = self.norm(name + "mlp_norm", x)
+        if name + "mlp.router" not in self.p:
+            return x + self.mlp(name + "mlp.", y)
+        return x + torch.stack([self.mixture(name + "mlp.", token) for token in y])
+
+    def unit_block(self, i: int, x: Tensor) -> Tensor:
+        """arXiv 2410.01131, equations 10 and 11: h <- Norm(h + alpha (Norm(block(h)) - h))."""
+        p, name, width = self.p, f"blocks.{i}.", self.s.width
+        for part, function in (("attn", self.attention), ("mlp", self.mlp)):
+            alpha = (p[f"{name}{part}_step.scale"] * 0.05 * width**0.5).abs()
+            x = unit(x + alpha * (unit(function(f"{name}{part}.", x)) - x))
+        return x
+
+    def attention(self, name: str, x: Tensor) -> Tensor:
+        p, s, size = self.p, self.s, self.s.head_dim
+        out, ngpt = 0.0, s.model_type == "ngpt"
+        for head in range(s.num_heads):
+            own, other = slice(head * size, (head + 1) * size), head * s.kv_heads // s.num_heads
+            shared = slice(other * size, (other + 1) * size)
+            q, k, v = x @ p[name + "q"][own].T, x @ p[name + "kv"][0, shared].T, x @ p[name + "kv"][1, shared].T
+            if s.model_type == "gpt":
+                key_bias, value_bias = p[name + "biases.1"].chunk(2)
+                q, k, v = q + p[name + "biases.0"][own], k + key_bias[shared], v + value_bias[shared]
+            else:
+                q, k = (rope(rms_norm(x) if s.qk_norm else x, s.rope_base) for x in (q, k))
+            if ngpt:
+                q, k = (unit(x) * p[name + "qk_scale.scale"][own] * s.width**0.5 for x in (q, k))
+            heads = self.softmax_average(q, k, v, size ** (0.5 if ngpt else -0.5))
+            out = out + heads @ p[name + "out"][own]
+        return out + p[name + "biases.2"] if s.model_type == "gpt" else out
+
+    def softmax_average(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Each query looks at itself and at the keys before it that are in the window."""
+        rows = []
+        for t, query in enumerate(q):
+            first = max(0, t - self.s.window + 1) if self.s.window else 0
+            weights = torch.exp(scale * k[first:t + 1] @ query)
+            rows.append(weights @ v[first:t + 1] / weights.sum())
+        return torch.stack(rows)
+
+    def mlp(self, name: str, x: Tensor) -> Tensor:
+        p, s = self.p, self.s
+        act, hidden = ACTIVATIONS[s.mlp], x @ p[name + "up"].T
+        if s.model_type == "gpt":
+            return act(hidden + p[name + "biases.0"]) @ p[name + "down"] + p[name + "biases.1"]
+        if not s.gated:
+            return act(hidden) @ p[name + "down"]
+        gate = x @ p[name + "gate"].T
+        if s.model_type == "ngpt":  # equations 20 and 21
+            hidden, gate = hidden * p[name + "up_scale.scale"], gate * p[name + "gate_scale.scale"] * s.width**0.5
+        return (act(gate) * hidden) @ p[name + "down"]
+
+    def mixture(self, name: str, x: Tensor) -> Tensor:
+        """arXiv 2401.06066, equations 3 to 5, of one token: the experts of the largest affinities, and those shared."""
+        p, s = self.p, self.s
+        powers = torch.exp(p[name + "router"] @ x)
+        affinity = powers / powers.sum()
+        chosen = sorted(range(s.num_experts), key=lambda e: -affinity[e].item())[:s.top_k]
+        self.routed.append((name, chosen, affinity))
+        out = self.mlp(name + "shared.", x) if s.num_shared else 0.0
+        for e in chosen:
+            hidden = x @ p[name + "experts_up"][e]
+            act = ACTIVATIONS[s.mlp]
+            hidden = act(x @ p[name + "experts_gate"][e]) * hidden if s.gated else act(hidden)
+            out = out + affinity[e] * (hidden @ p[name + "experts_down"][e])
+        return out
+
+    def balance(self) -> Tensor:
+        """Equations 12 to 14 of the tokens since the last call, taken as one sequence, summed over the layers."""
+        total, experts = 0.0, range(self.s.num_experts)
+        for layer in {name for name, _, _ in self.routed}:
+            tokens = [(chosen, affinity) for name, chosen, affinity in self.routed if name == layer]
+            for e in experts:
+                f = len(experts) / (self.s.top_k * len(tokens)) * sum(e in chosen for chosen, _ in tokens)
+                total = total + f * sum(affinity[e] for _, affinity in tokens) / len(tokens)
+        self.routed = []
+        return total
+
+
+def documents_of(batch: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(inputs, targets) of each document of a batch."""
+    found = []
+    for tokens, targets, docs in batch.unbind(1):
+        for number in docs.unique():
+            found.append((tokens[docs == number], targets[docs == number]))
+    return found
+
+
+# --- training
+
+
+def micro_step(model: GPT, s: Settings, batch: Tensor):
+    """Backward of the mean loss with the weighted load-balancing loss, without the trainer."""
+    losses = loss(model, s, batch)
+    total = losses[0] + (s.balance * losses[1] if len(losses) > 1 else 0.0)
+    (total / s.batch_tokens).backward()
+    return losses[0].detach()
+
+
+def train(model: GPT, s: Settings, batches: list[Tensor]) -> MuonAdamW:
+    """Steps on these batches with the script's optimizer and schedule; that optimizer."""
+    optimizer, stages = MuonAdamW(model, s, World()), tb.stage_table(s)
+    for step, batch in enumerate(batches):
+        micro_step(model, s, batch)
+        rate = tb.lr_scale(s, stages, step)
+        optimizer.step(rate, tb.momentum_at(s, step), tb.decay_scale(s, step, rate))
+    return optimizer
+
+
+# --- runs
+
+
+def tiny(folder: Path, model_type: str = "gpt", **changes) -> list[str]:
+    """Flags of a tiny run on a data set that is made in folder/data if it is not there yet."""
+    if "data" not in changes and not (folder / "data").exists():
+        make_data(folder / "data")
+    where = {"data": folder / "data", "log_dir": folder / "logs", "experiment_name": "x"}
+    return flags(**where | given(model_type, **changes))
+
+
+def run(folder: Path, model_type: str = "gpt", **changes) -> Path:
+    """A tiny run to its end; its folder."""
+    assert tb.main(tiny(folder, model_type, **changes)) == 0
+    return run_folder(folder, changes.get("experiment_name", "x"))
+
+
+def masters(folder: Path, step: int = 8) -> dict[str, Tensor]:
+    """Weights of a checkpoint by name."""
+    path = folder / "checkpoints" / f"step_{step:06d}" / "state.pt"
+    return torch.load(path, map_location="cpu", weights_only=True)["optimizer"]["state"]["master"]
+
+
+def script_runs(world: World, command_lines: list[list[str]]) -> list[int]:
+    """Runs of the script's trainer, in a process that stands for one of torchrun's."""
+    codes = []
+    for argv in command_lines:
+        s, hardware, notes = tb.parse_settings(argv, world.size)
+        codes.append(tb.Trainer(s, hardware, world, notes).run())
+    return codes
+
+
+def launch(argv: list[str], before: str = ""):
+    """The script in another process, after the Python source `before`, in which `train_baseline` is imported."""
+    return helpers.launch(argv, f"import train_baseline\n{before}\ntrain_gpt = train_baseline")
