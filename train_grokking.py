@@ -117,7 +117,7 @@ class Settings:
     iterations: int = 15000  # optimizer steps, at most [>0]
     # --- evaluation, checkpoints
     # differs from train_gpt.py: evaluation on all equations
-    eval_every: int = 200  # steps between evaluations on all training and validation equations [>0]
+    eval_every: int = 250  # steps between evaluations on all training and validation equations [>0]
     stop_accuracy: float = 0.99  # stop a tenth more steps after this validation accuracy; 0: at the last step [0..1]
     # differs from train_gpt.py: counted in evaluations
     save_every: int = 10  # evaluations between checkpoints; also written at the end and on SIGINT or SIGTERM [>0]

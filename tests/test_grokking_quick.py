@@ -15,4 +15,3 @@ def test_the_quick_preset_memorizes_first_and_groks_later(tmp_path):
     found, accuracy = result["milestones"], {m["step"]: m["val_acc"] for m in result["metrics"]}
     assert found["train_99"] <= 600 and accuracy[1000] < 0.5 and 1500 < found["val_99"] <= 4500
     assert found["gap"] > 1000 and result["status"] in ("target", "done")
-    assert result["eval_time_s"] < 0.1 * (result["train_time_s"] + result["eval_time_s"])
