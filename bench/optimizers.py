@@ -441,7 +441,8 @@ def findings(sweep: Sweep, r: Results) -> str:
 {spread(r.losses(ADAMW))}, Muon {spread(r.losses(MUON))} (mean ± sd, nats per token, n = {sweep.seeds}); Muon - AdamW \
 {interval(full)}.
 - **Steps to equal loss**: full-length Muon has AdamW's final loss of the same seed {reached}of {steps}. AdamW's \
-steps / Muon's: {ratio(r.step_ratios)}. A lower bound: at that step Muon's rate has not been cooled down.
+steps / Muon's: {ratio(r.step_ratios)}. Muon's rate is still high \
+at that step; what a schedule for fewer steps makes of it, the next line tells.
 - **Half the steps** ({steps // 2}) and a whole schedule of its own: {verdict(half, "they suffice", "not enough")}. \
 Muon {spread(r.losses(HALF))}; minus AdamW with all steps {interval(half)}.
 - **Time**: a step takes {ms[0]:.1f} ms with AdamW, {ms[1]:.1f} ms with Muon (medians); Muon's / AdamW's: \
