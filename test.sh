@@ -16,7 +16,7 @@ for i in "${!files[@]}"; do
 done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 log=$(mktemp) failed=0
-.venv/bin/python -m pytest -p no:cacheprovider "${second[@]}" >"$log" 2>&1 &
+.venv/bin/python -m pytest "${second[@]}" >"$log" 2>&1 &
 other=$!
 trap 'kill "$other" 2>/dev/null || true; rm -f "$log"' EXIT
 trap 'exit 130' INT TERM
