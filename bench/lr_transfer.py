@@ -27,6 +27,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from fractions import Fraction
 from itertools import pairwise
@@ -258,24 +259,37 @@ def foreseen(sweep: Sweep, found: Found) -> list[tuple[Point, int]]:
 # Runs
 
 
-def execute(job: Job, children: set) -> dict:
-    """The record of a job: what was run and where, its loss, or the problem that kept it from having any. A loss that
-    is not finite is a result too: the rate is too high."""
+def record(job, script: Path, run_it: Callable[[], tuple[list[dict], dict]],
+           numbers: Callable[[list[dict]], dict]) -> dict:
+    """The record of a job: what was run and where, the numbers of its events, or the problem that kept it from having
+    any. A loss that is not finite is a result too: the rate is too high. `run_it`: ablate.train of the job."""
     began, run = time.perf_counter(), job._asdict() | {"problem": "", "diverged": False, "date": str(date.today())}
-    run |= {"trainer": hashlib.sha256(Path(job.script).read_bytes()).hexdigest()[:12], "script": Path(job.script).name}
+    run |= {"trainer": hashlib.sha256(script.read_bytes()).hexdigest()[:12]}
     try:
-        events, config = train([*job.common, *job.change.split()], job.seed, children, Path(job.script))
+        events, config = run_it()
         if config["data"]["fingerprint"] != job.fingerprint:
             raise RuntimeError(f"the data have changed: fingerprint {config['data']['fingerprint']}, at the start of "
                                f"this call {job.fingerprint}")
-        run |= {"val_loss": events[-1]["val_loss"], "parameters": events[-1]["params_total"],
-                "tokens": max(event.get("tokens", 0) for event in events)}
+        run |= numbers(events)
         run |= about(config["torch"], config["hardware"]["name"], config["git"]["commit"], config["git"]["dirty"],
                      config["data"])
     except (RuntimeError, OSError, ValueError, KeyError) as error:  # from the trainer, or in what it wrote
         run["diverged"] = bool(re.search(r"(nan|inf|not finite).*: stopped", str(error)))
         run["problem"] = "" if run["diverged"] else str(error) or repr(error)
     return run | {"wall_s": round(time.perf_counter() - began, 2)}
+
+
+def execute(job: Job, children: set) -> dict:
+    """The record of a job."""
+    script = Path(job.script)
+    flags = [*job.common, *job.change.split()]
+    return record(job, script, lambda: train(flags, job.seed, children, script), numbers) | {"script": script.name}
+
+
+def numbers(events: list[dict]) -> dict:
+    """Of a run's metrics: its loss and size."""
+    return {"val_loss": events[-1]["val_loss"], "parameters": events[-1]["params_total"],
+            "tokens": max(event.get("tokens", 0) for event in events)}
 
 
 def outcome(run: dict) -> str:

@@ -25,12 +25,10 @@ import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from datetime import date
 from itertools import pairwise
@@ -41,8 +39,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench.ablate import command_line, effect, exit_code, missing, read_runs, run_all, train  # noqa: E402
-from bench.lr_transfer import exponents, interval, paired  # noqa: E402
-from bench.moe import about, markdown  # noqa: E402
+from bench.lr_transfer import exponents, interval, paired, record  # noqa: E402
+from bench.moe import markdown  # noqa: E402
 
 TRAINER = ROOT / "train_baseline.py"
 MODEL = "--model-type moderngpt --mlp relu2 --no-norm-gain"
@@ -302,22 +300,9 @@ def foreseen(sweep: Sweep, found: Found) -> list[tuple[Point, int]]:
 
 
 def execute(job: Job, children: set) -> dict:
-    """The record of a job: what was run and where, its curve, or the problem that kept it from having any. A loss that
-    is not finite is a result too: the rate is too high."""
-    began, run = time.perf_counter(), job._asdict() | {"problem": "", "diverged": False, "date": str(date.today())}
-    run |= {"trainer": hashlib.sha256(TRAINER.read_bytes()).hexdigest()[:12]}
-    try:
-        events, config = train([*job.common, *job.change.split()], job.seed, children, TRAINER)
-        if config["data"]["fingerprint"] != job.fingerprint:
-            raise RuntimeError(f"the data have changed: fingerprint {config['data']['fingerprint']}, at the start of "
-                               f"this call {job.fingerprint}")
-        run |= numbers(events)
-        run |= about(config["torch"], config["hardware"]["name"], config["git"]["commit"], config["git"]["dirty"],
-                     config["data"])
-    except (RuntimeError, OSError, ValueError, KeyError) as error:  # from the trainer, or in what it wrote
-        run["diverged"] = bool(re.search(r"(nan|inf|not finite).*: stopped", str(error)))
-        run["problem"] = "" if run["diverged"] else str(error) or repr(error)
-    return run | {"wall_s": round(time.perf_counter() - began, 2)}
+    """The record of a job."""
+    flags = [*job.common, *job.change.split()]
+    return record(job, TRAINER, lambda: train(flags, job.seed, children, TRAINER), numbers)
 
 
 def numbers(events: list[dict]) -> dict:

@@ -16,8 +16,9 @@ from evals import hellaswag
 RUN = dict(iterations=4, eval_every=0, eval_tokens=64, hellaswag_every=2, log_every=2, seq_len=64, max_doc_len=64)
 OF_SPEEDRUN = dict(momentum_warmup=1, momentum_cooldown=0, value_embeds=0)
 EXTRA = {train_gpt: OF_SPEEDRUN, train_moe: OF_SPEEDRUN | dict(num_experts=4), train_baseline: dict(warmup_steps=1)}
-KEPT = ("cooldown", "lr_floor", "muon_momentum", "value_embeds", "window", "window_start", "window_step", "muon_lr",
-        "adam_lr", "momentum_warmup", "momentum_cooldown")  # flags of helpers.TINY that train_baseline.py may not have
+# flags of helpers.TINY that train_baseline.py does not have, or refuses under AdamW
+OF_OTHERS = ("cooldown", "lr_floor", "muon_momentum", "value_embeds", "window", "window_start", "window_step",
+             "muon_lr", "adam_lr", "momentum_warmup", "momentum_cooldown")
 
 
 @pytest.fixture(autouse=True)
@@ -31,16 +32,14 @@ def flags(tmp_path, script, **changes) -> list[str]:
     if not data.exists():
         helpers.make_data(data, **GPT2)
     given = dict(data=data, hellaswag_file=tmp_path / "tasks.jsonl") | RUN | EXTRA[script] | changes
-    argv = helpers.tiny(tmp_path, **given)
-    if script is train_baseline:
-        argv = helpers.flags(**{k: v for k, v in {**helpers.TINY, "log_dir": tmp_path / "logs", "experiment_name": "x",
-                                                  **given}.items() if k not in KEPT})
-    return argv
+    if script is not train_baseline:
+        return helpers.tiny(tmp_path, **given)
+    given = {**helpers.TINY, "log_dir": tmp_path / "logs", "experiment_name": "x", **given}
+    return helpers.flags(**{name: value for name, value in given.items() if name not in OF_OTHERS})
 
 
-def scores(tmp_path, **which) -> list[dict]:
-    folder = helpers.run_folder(tmp_path, **which)
-    return [record for record in helpers.records(folder) if "hellaswag" in record]
+def scores(tmp_path) -> list[dict]:
+    return [record for record in helpers.records(helpers.run_folder(tmp_path)) if "hellaswag" in record]
 
 
 @pytest.mark.parametrize("script", EXTRA, ids=lambda script: script.__name__)
