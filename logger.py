@@ -4,6 +4,7 @@
     python logger.py show LOG...                   # a screen per run: status, versions, losses, time, memory
     python logger.py compare A B [C...]            # groups of runs: means, Welch's t-test, equal steps and time, a plot
     python logger.py diff A B                      # what changed: settings, functions, text, environment, effect
+    python logger.py profile RUN                   # time of a step, overlap, heaviest operations of its traces
     python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; how many runs are missing
     python logger.py verify FOLDER                 # does a record folder hold what its README claims
     python logger.py extract LOG -o train_gpt.py   # the source inside a log, ready to run
@@ -18,6 +19,7 @@ is not complete) or an input could not be used, said in one line of `error: ...`
 A run is a public log (source, ====, machine, ====, step lines; llm.c's `s:1 trl:3.2` lines) or a folder of ours with
     metrics.jsonl  one object a line: training steps, validations, {"event": "resume"}, a closing {"event": "end"};
                    of mixtures of experts {"event": "routers"}: the load of each expert since the report before
+    hellaswag.jsonl  scores of evals/hellaswag.py --follow, an object a line
     log.txt        the public format, read where metrics.jsonl is missing or holds no step
     config.json    settings, git commit, data, hardware and torch version
 Runs may be in progress, killed or damaged: what can be read is shown, what was left out is named in a note. Files are
@@ -28,9 +30,7 @@ function of the parsed arguments. Losses are in nats/token; times are in ms wher
 """
 
 import argparse
-import ast
 import csv
-import difflib
 import functools
 import glob
 import hashlib
@@ -86,6 +86,7 @@ FACTS = {  # key of Trace.header: where it stands in the text about the machine
 }
 FACTS = {key: re.compile(form, re.ASCII | re.IGNORECASE | re.MULTILINE) for key, form in FACTS.items()}
 LOSSES = ("train_loss", "val_loss")
+ACCURACIES = ("per_token", "per_byte", "raw")  # of HellaSwag: by what a loss is divided
 DEAD = 1 / 20  # an expert with less than this share of the mean load is dead, as in train_moe.py
 COMPLETED = ("done", "target")  # reached the last step, or stopped because the target loss was reached
 BACKWARD = "step numbers go back without a resume line; the later records are used"
@@ -111,6 +112,7 @@ class Trace:
     stage_ms: list[dict] = field(default_factory=list)  # for each trial {stage: ms of each of its steps}
     resets: int = 0  # falls of the clock: until record 21 the scripts set it back after 10 steps
     routers: list[dict] = field(default_factory=list)  # reports as of parse_routers, in order
+    scores: dict[int, dict] = field(default_factory=dict)  # by step, as of parse_score
 
     @property
     def trials(self):
@@ -123,6 +125,7 @@ class Trace:
         """Drop the records after `step`: the run was continued from there."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         self.routers = [report for report in self.routers if report["step"] <= step]
+        self.scores = {at: score for at, score in self.scores.items() if at <= step}
 
     def add(self, row, trials=False):
         """Append a record. One whose step goes back replaces those it repeats, or starts the next of several `trials`:
@@ -147,6 +150,11 @@ class Trace:
         if len(self.routers) > MAX_REPORTS:
             self.routers = self.routers[::2]  # MAX_REPORTS is even: the last one stays
             self.note(f"more than {MAX_REPORTS} reports of the routers: not all of them were kept")
+
+    def add_score(self, score):
+        """Take a HellaSwag score. Of a step that of the most tasks counts, of these the last."""
+        if score["tasks"] >= self.scores.get(score["step"], score)["tasks"]:
+            self.scores[score["step"]] = score
 
     def next_trial(self):
         if len(self.earlier) < MAX_TRIALS:
@@ -421,6 +429,18 @@ def parse_routers(record):
     return {"step": record["step"], "layers": layers, "load": load, "dropped": max(dropped, default=None)}
 
 
+def parse_score(record):
+    """The HellaSwag score in a record: {"step", "tasks", "per_token", "per_byte", "raw"}, accuracies
+    from 0 to 1; None where there is none, or a damaged one."""
+    found = record.get("hellaswag")
+    found = found if isinstance(found, dict) else {}
+    score = {key: number(found.get(key)) for key in ("tasks", *ACCURACIES)}
+    whole = None not in score.values() and 0 < score["tasks"] < 1e9
+    if not whole or not all(0 <= score[key] <= 1 for key in ACCURACIES):
+        return None
+    return {"step": record["step"], **score}
+
+
 def parse_metrics(text):
     """Trace of a metrics.jsonl, given as text or lines. Records after a closing one mean that the run went on: only a
     last one is its end."""
@@ -443,6 +463,8 @@ def parse_metrics(text):
             row = {key: value for key, value in record.items() if key not in LOSSES or number(value) is not None}
             if not row.keys().isdisjoint(LOSSES):
                 trace.add(row)
+            if score := parse_score(record):
+                trace.add_score(score)
     bad += cut and line.endswith("\n")
     trace.notes += [f"{bad} unreadable line(s) of metrics.jsonl left out"] if bad else []
     trace.notes += [f"{unclear} router report(s) left out: no load of each expert of each layer"] if unclear else []
@@ -475,6 +497,9 @@ def read_run(path, keep_rows=True):
         log.notes = [*trace.notes, "read from log.txt: metrics.jsonl is missing or holds no step", *log.notes]
         trace = log
     trace.header, trace.parts, trace.code_hash = log.header, log.parts, log.code_hash
+    for line in read_text(path / "hellaswag.jsonl").splitlines():
+        if score := parse_score(parse_record(line) or {}):
+            trace.add_score(score)
     config = parse_object(text := read_text(path / "config.json"))
     trace.notes += ["config.json is no JSON object and was left out"] if text and not config else []
     return Run(path, source, trace, config)
@@ -630,6 +655,18 @@ def router_numbers(run):
             "dead": sum(layer["dead"] for layer in layers), "dropped": last["dropped"]}
 
 
+def accuracy(score, key):
+    """(accuracy, its standard error) in percent."""
+    p = score[key]
+    return 100 * p, 100 * math.sqrt(p * (1 - p) / score["tasks"])
+
+
+def accuracies(run):
+    """[(step, accuracy per token, its standard error)] of a run's HellaSwag scores."""
+    scores = sorted(run.trace.scores.values(), key=lambda score: score["step"])
+    return [(score["step"], *accuracy(score, "per_token")) for score in scores]
+
+
 def summarize(run):
     """Numbers of a run folder as a flat dict, None where unknown. `val_loss` and `val_bpb` are of one validation, that
     of the closing record or else the last. `tokens_per_s` without a closing record is the average so far."""
@@ -661,6 +698,7 @@ def summarize(run):
         "tokens_per_s": known.get("tokens_per_s", rate),
         **{key: known.get(key) for key in extra},
         "routers": router_numbers(run),
+        "hellaswag": max(run.trace.scores.values(), key=lambda s: s["step"], default=None),
         "torch": run.config.get("torch") or run.trace.header.get("torch"),
         "device": device_of(run),
         "notes": run.trace.notes,
@@ -773,7 +811,7 @@ def describe(run, target=None):
         "data_tokens": header.get("train_tokens"),
         "params_total": old["params_total"] or header.get("params_total"),
         "params_active": old["params_active"],
-        "routers": old["routers"],
+        **{key: old[key] for key in ("routers", "hellaswag")},
         **{key: header.get(key) for key in ("python", "cuda", "triton", "driver", "world_size", "date")},
         "torch": old["torch"],
         "gpus": old["device"],
@@ -942,6 +980,26 @@ def versions(samples):
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
+HARMLESS = {"only comments differ", "only seeds and names differ"}
+
+
+def what_differs(a, b):
+    """A few words on how the version of run b differs from that of run a: settings, definitions, seeds, comments."""
+    from records.sources import compare_parts
+
+    a, b = (run if any(run.trace.parts.values()) else load_one(run.path) for run in (a, b))
+    found = compare_parts(a.trace.parts, b.trace.parts)
+    names = [s["name"] for s in changed_config(a, b) + found["settings"]]
+    units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
+    if not names + units:
+        return next((note for note in found["notes"] if "text only" in note), "only comments differ")
+    names = [name for name in names if not re.search(r"seed|run_?id|run_?name", name, re.IGNORECASE)]
+    if not names + units:
+        return "only seeds and names differ"
+    names = [name.removeprefix("setting ") for name in [*names, *units]]
+    return "other " + ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def version_warning(groups, most=25):
     """How the code versions of a group differ, a sentence; only the first `most` are compared."""
     (first, its_samples), *others = list(groups.items())[:most]
@@ -1031,200 +1089,6 @@ def equal_points(groups, count=4):
         means = [resample(samples, x, grid).mean(0) for samples in groups] if grid else []
         found[x] = [{"at": at, "means": [float(mean[i]) for mean in means]} for i, at in enumerate(grid)]
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources: two texts -> what changed
-
-
-@dataclass
-class Source:
-    """A parsed file: values of its settings, its functions and classes as (syntax, text), what else it does."""
-
-    settings: dict[str, str] = field(default_factory=dict)
-    units: dict[str, tuple] = field(default_factory=dict)
-    problem: str | None = None
-
-
-def parse_source(text):
-    """Source of a Python text; `problem` says in a sentence why there is none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(text)
-            source, lines, rest = Source(), text.split("\n"), []
-            for node in tree.body:
-                if not read_unit(source, node, lines) and not read_setting(source, node):
-                    rest.append(node)
-            source.units["module level"] = (ast.dump(without_docstrings(ast.Module(rest, []))), "", rest)
-            return source
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        where = f" (line {error.lineno}: {error.msg})" if isinstance(error, SyntaxError) else ""
-        python = ".".join(sys.version.split(".")[:2])
-        return Source(problem=f"does not parse as Python {python}{where}: compared as text only")
-
-
-def without_docstrings(node):
-    """The node, its docstrings removed, in place."""
-    for child in ast.walk(node):
-        body = getattr(child, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-            child.body = body[1:]
-    return node
-
-
-def read_unit(source, node, lines, prefix=""):
-    """Take a function, or a class with its fields and methods, into `source`; False for anything else."""
-    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return False
-    name = prefix + node.name
-    text, start = lines[node.lineno - 1], node.body[0]
-    if isinstance(node, ast.ClassDef):
-        node.body = [child for child in node.body if not read_unit(source, child, lines, f"{name}.")
-                     and not read_setting(source, child, f"{name}.")]
-    else:  # the text of the body: other defaults are no other function
-        text = "\n".join([lines[start.lineno - 1][start.col_offset :], *lines[start.lineno : node.end_lineno]])
-        read_defaults(source, node, name)
-        name += "()"
-    while name in source.units:  # the same name again: overloads, or one definition for each case
-        name += "'"
-    source.units[name] = (ast.dump(without_docstrings(node)), text, node)
-    return True
-
-
-def read_defaults(source, node, name):
-    """Take the defaults of a function's arguments as settings, and out of its syntax."""
-    arguments = node.args
-    plain = [*arguments.posonlyargs, *arguments.args]
-    pairs = list(zip(plain[len(plain) - len(arguments.defaults) :], arguments.defaults, strict=True))
-    pairs += [(a, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is not None]
-    for argument, default in pairs:
-        source.settings[f"{name}({argument.arg})"] = ast.unparse(default)
-    arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
-
-
-def read_setting(source, node, prefix=""):
-    """Take `name = value`, also with a type, into the settings; False for anything else."""
-    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
-        return False
-    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-    if len(getattr(node, "targets", [target])) > 1:
-        return False
-    names = target.elts if isinstance(target, ast.Tuple) else [target]
-    values = node.value.elts if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) else [node.value]
-    if len(names) != len(values) or not all(isinstance(name, (ast.Name, ast.Attribute)) for name in names):
-        return False
-    for name, value in zip(names, values, strict=True):
-        flatten(source.settings, prefix + ast.unparse(name), value)
-    return True
-
-
-def flatten(settings, name, value, depth=0):
-    """Take a value; dictionaries entry by entry, calls keyword by keyword: PRESETS[cpu].width, optimizer.lr."""
-    if isinstance(value, ast.Dict) and depth < 5 and all(isinstance(key, ast.Constant) for key in value.keys):
-        for key, item in zip(value.keys, value.values, strict=True):
-            flatten(settings, f"{name}[{key.value}]", item, depth + 1)
-    elif isinstance(value, ast.Call) and value.keywords and depth < 5:
-        for keyword in value.keywords:
-            flatten(settings, f"{name}.{keyword.arg or '**'}", keyword.value, depth + 1)
-        if value.args or not depth:
-            settings[name] = ast.unparse(ast.Call(value.func, value.args, []))
-    else:
-        settings[name] = ast.unparse(value)
-
-
-def constants_of(node):
-    """(the shape of a syntax tree without its constants, the constants), both in the order of ast.walk."""
-    form, values = [], []
-    for child in ast.walk(node):
-        if isinstance(child, ast.Constant):
-            values.append(child.value)
-        fields = [] if isinstance(child, ast.Constant) else ast.iter_fields(child)
-        plain = [(name, value if isinstance(value, str) else len(value) if isinstance(value, list) else value is None)
-                 for name, value in fields]
-        form.append((type(child), plain))
-    return form, values
-
-
-def changed_constants(old, new):
-    """[(old, new)] if two pieces of syntax differ in constants only, else None."""
-    old, new = (ast.Module(n, []) if isinstance(n, list) else n for n in (old, new))
-    (form, before), (other, after) = constants_of(old), constants_of(new)
-    if form != other or len(before) != len(after):
-        return None
-    return [(a, b) for a, b in zip(before, after, strict=True) if (type(a), a) != (type(b), b)]
-
-
-def compare_parts(old, new):
-    """What changed between two {file name: text}: {"settings": [{"name", "a", "b"}], "units": [{"name", "change"}],
-    "notes": [sentence]}; a change is added, removed, changed, constants only, or comments only."""
-    found = {"settings": [], "units": [], "notes": []}
-    for part in dict.fromkeys([*old, *new]):
-        if old.get(part) == new.get(part):
-            continue
-        if part not in old or part not in new:
-            found["units"].append({"name": part, "change": "file removed" if part in old else "file added"})
-            continue
-        a, b = parse_source(old[part]), parse_source(new[part])
-        for which, source in (("A", a), ("B", b)):
-            found["notes"] += [f"{part} of {which} {source.problem}"] if source.problem else []
-        if not a.problem and not b.problem:
-            compare_sources(a, b, "" if part == "train_gpt.py" else f"{part}: ", found)
-    return found
-
-
-def compare_sources(a, b, prefix, found):
-    """Add what changed between two Sources to `found`."""
-    count = len(found["settings"]) + len(found["units"])
-    for name in dict.fromkeys([*a.settings, *b.settings]):
-        if (before := a.settings.get(name)) != (after := b.settings.get(name)):
-            found["settings"].append({"name": prefix + name, "a": before, "b": after})
-    for name in dict.fromkeys([*a.units, *b.units]):
-        if name not in a.units or name not in b.units:
-            found["units"].append({"name": prefix + name, "change": "added" if name in b.units else "removed"})
-            continue
-        (syntax, text, node), (other, its_text, its_node) = a.units[name], b.units[name]
-        if syntax != other:
-            pairs = changed_constants(node, its_node)
-            inside = f"{prefix}inside {name}"
-            found["settings"] += [{"name": inside, "a": repr(x), "b": repr(y)} for x, y in pairs or []]
-            found["units"].append({"name": prefix + name, "change": "constants only" if pairs else "changed"})
-        elif text != its_text:
-            found["units"].append({"name": prefix + name, "change": "comments only"})
-    found["settings"].sort(key=lambda setting: (setting["a"] is None) + 2 * (setting["b"] is None))
-    if len(found["settings"]) + len(found["units"]) == count:
-        found["notes"].append(f"{prefix}only comments and blank lines outside of functions differ")
-
-
-HARMLESS = {"only comments differ", "only seeds and names differ"}
-
-
-def what_differs(a, b):
-    """A few words on how the version of run b differs from that of run a: settings, definitions, seeds, comments."""
-    a, b = (run if any(run.trace.parts.values()) else load_one(run.path) for run in (a, b))
-    found = compare_parts(a.trace.parts, b.trace.parts)
-    names = [s["name"] for s in changed_config(a, b) + found["settings"]]
-    units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
-    if not names + units:
-        return next((note for note in found["notes"] if "text only" in note), "only comments differ")
-    names = [name for name in names if not re.search(r"seed|run_?id|run_?name", name, re.IGNORECASE)]
-    if not names + units:
-        return "only seeds and names differ"
-    names = [name.removeprefix("setting ") for name in [*names, *units]]
-    return "other " + ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def unified(old, new, names):
-    """Lines of the unified diff of two {file name: text}."""
-    lines = []
-    for part in dict.fromkeys([*old, *new]):
-        a, b = (parts.get(part, "").splitlines() for parts in (old, new))
-        if len(a) + len(b) > 50_000:
-            lines.append(f"{part}: {len(a)} and {len(b)} lines are too many for a text diff")
-        elif a != b:
-            lines += difflib.unified_diff(a, b, f"{names[0]}/{part}", f"{names[1]}/{part}", lineterm="")
-    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1355,6 +1219,74 @@ def check_time(match, samples, numbers):
     seconds += [g["mean_step_ms"] / 1000 for g in numbers if g["mean_step_ms"]] if unit == 1e-3 else []
     there = agrees(match[1], seconds, unit)
     return verdict("time", match[0], True if there else None, "" if there else "no run took that long")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Profiles: traces of torch.profiler -> what took how long. Times are in us, as in the traces.
+
+DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of what a GPU does
+
+
+def read_events(path):
+    """The events of a trace that have a duration. ValueError if it is damaged."""
+    try:
+        events = json.loads(path.read_bytes())["traceEvents"]
+        return [e for e in events if e.get("ph") == "X" and e["dur"] > 0 and e["ts"] + e["dur"] and e["name"] + ""]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = "cut off or damaged" if isinstance(error, ValueError) else "no trace of torch.profiler"
+        raise ValueError(f"'{path}' is {what}: profile again with --enable_profiling") from error
+
+
+def spans_of(events):
+    return [(e["ts"], e["ts"] + e["dur"]) for e in events]
+
+
+def covered(spans):
+    """Total length of the union of intervals."""
+    total, reach = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reach))
+        reach = max(reach, end)
+    return total
+
+
+def self_times(events):
+    """{name: [time without that of the events inside, calls]} of events that nest on each thread."""
+    found, threads = {}, {}
+    for e in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
+        stack = threads.setdefault((e.get("pid"), e.get("tid")), [])
+        while stack and stack[-1][1] <= e["ts"]:
+            stack.pop()
+        end = e["ts"] + e["dur"]
+        if stack:
+            name, its_end = stack[-1]
+            found[name][0] -= min(end, its_end) - e["ts"]
+        own = found.setdefault(e["name"], [0.0, 0])
+        own[:] = own[0] + e["dur"], own[1] + 1
+        stack.append((e["name"], end))
+    return found
+
+
+def trace_numbers(path):
+    """What a trace says. Operations are kernels, or on a CPU PyTorch's operators and gloo's; their
+    communication is that of NCCL and gloo. Idle is the share of the time from the first to the last
+    thing that a GPU did in which it did nothing; None without a GPU."""
+    events = read_events(path)
+    kernels = [e for e in events if e.get("cat") == "kernel"]
+    pool = kernels or [e for e in events if re.match("aten::|gloo:", e["name"]) or e.get("cat") == "cpu_op"]
+    steps = [e for e in events if e["name"].startswith("ProfilerStep")]
+    on_device = [e for e in steps if e.get("cat") == "gpu_user_annotation"]
+    steps = sorted(spans_of(on_device if kernels and on_device else [e for e in steps if e not in on_device]))
+    talk = [e["name"].startswith(("nccl", "gloo:")) for e in pool]
+    busy, work = (covered(spans_of(e for e, is_talk in zip(pool, talk, strict=True) if is_talk == which))
+                  for which in (True, False))
+    device = spans_of(e for e in events if e.get("cat") in DEVICE)
+    length = max(end for _, end in device) - min(device)[0] if device else 0
+    return {"trace": str(path), "steps": len(steps), "kind": "kernels" if kernels else "CPU operations",
+            "step_us": (steps[-1][1] - steps[0][0]) / len(steps) if steps else None,
+            "communication_us": busy, "beside_us": busy + work - covered(spans_of(pool)),
+            "idle": 1 - covered(device) / length if length else None,
+            "operations": sorted(([name, *own] for name, own in self_times(pool).items()), key=lambda o: -o[1])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1505,12 +1437,21 @@ def router_report(summaries):
     return [Table([heading for heading, _ in ROUTER_COLUMNS], rows)] if rows else []
 
 
+def hellaswag_report(summaries):
+    """[Table of the last HellaSwag score of each run]; [] without one."""
+    found = [(s["run_id"], s["hellaswag"]) for s in summaries if s["hellaswag"]]
+    rows = [[run_id, str(score["step"]), f"{score['tasks']:,}",
+             *("{:.1f} +- {:.1f} %".format(*accuracy(score, key)) for key in ACCURACIES)]
+            for run_id, score in found]
+    return [Table(["HellaSwag of", "step", "tasks", "per token", "per byte", "raw"], rows)] if rows else []
+
+
 def experiment_report(name, runs):
     """The report of an experiment."""
     summaries, names = [summarize(run) for run in runs], differing(runs)
     report = [f"{printable(name)}: {len(runs)} run(s), losses in nats/token"]
     report.append(Table([heading for heading, _ in COLUMNS], [[cell(s) for _, cell in COLUMNS] for s in summaries]))
-    report += router_report(summaries)
+    report += router_report(summaries) + hellaswag_report(summaries)
     report += filter(None, [format_mean(summaries)])
     report += [f"settings that differ between the runs: {printable(', '.join(names))}"] if names else []
     return report + [f"note on {printable(s['run_id'])}: {printable(note)}" for s in summaries for note in s["notes"]]
@@ -1711,16 +1652,19 @@ def loss_figure(runs, name):
 
 
 def series_figure(runs, name, panels):
-    """Figure with a panel for each (label, function of a run's rows -> [(step, value)]); None if nothing is logged."""
-    found = [[pairs(run.trace.rows) for run in runs] for _, pairs in panels]
+    """Figure with a panel for each (label, function of a run -> [(step, value)], or with errors as
+    [(step, value, error)]); None if nothing is logged."""
+    found = [[points_of(run) for run in runs] for _, points_of in panels]
     if not any(points for panel in found for points in panel):
         return None
     figure, axes = new_figure(len(panels), 4.4, 7 * len(panels))
     for ax, (label, _), panel in zip(axes, panels, found, strict=True):
         for run, points, colour in zip(runs, panel, colours_of(len(runs)), strict=True):
-            line = {"lw": 1.2, "color": colour, "label": label_of(run.path.name)}
-            ax.plot(*zip(*points, strict=True), **line) if points else None
-        ax.set(xlabel="step", ylabel=label, ylim=(0, None)) if ax.lines else not_logged(ax)
+            line = {"lw": 1.2, "color": colour, "label": label_of(run.path.name), "capsize": 2}
+            ax.errorbar(*zip(*points, strict=True), **line) if points else None
+        ax.set(xlabel="step", ylabel=label) if ax.lines else not_logged(ax)
+        if not any(len(point) > 2 for points in panel for point in points):
+            ax.set_ylim(0)
     if len(runs) <= 12:
         next(ax for ax in axes if ax.lines).legend(frameon=False, fontsize=8)
     figure.suptitle(label_of(name, 60), fontsize=12, fontweight="bold")
@@ -1780,10 +1724,13 @@ def figures_of(runs, name):
     """{file name: Figure} of an experiment, loss.png last; load.png is of the newest run (names of run folders begin
     with the time) that reports its routers."""
     routed = [run for run in runs if run.trace.routers]
-    schedule = [(label, lambda rows, key=key: curve(rows, key, "step"))
+    schedule = [(label, lambda run, key=key: curve(run.trace.rows, key, "step"))
                 for key, label in (("lr", "learning rate / its setting"), ("window", "attention window (tokens)"))]
-    found = {"step_time.png": series_figure(runs, name, [("ms per step", step_times)]),
+    times = [("ms per step", lambda run: step_times(run.trace.rows))]
+    scores = [("HellaSwag: accuracy per token (%)\nstandard errors; chance is 25 %", accuracies)]
+    found = {"step_time.png": series_figure(runs, name, times),
              "schedule.png": series_figure(runs, name, schedule),
+             "hellaswag.png": series_figure(runs, name, scores),
              "load.png": load_figure(routed[-1], name) if routed else None, "loss.png": loss_figure(runs, name)}
     return {file: figure for file, figure in found.items() if figure}
 
@@ -1877,6 +1824,7 @@ def show_runs(args):
         if len(found) > 1:
             counts = {status: sum(n["status"] == status for n in found) for status in {n["status"]: 0 for n in found}}
             report.append(f"{len(found)} files: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+        report += hellaswag_report(logs)
         others = [n for n in found if n["status"] == "not a log"]
         reasons = [f"not a log: {n['path']}{''.join(f' ({note})' for note in n['warnings'])}" for n in others]
         emit(report + [printable(reason) for reason in reasons[:20]], args)
@@ -1923,8 +1871,78 @@ def sizes_of(samples):
     return {key: summarize(samples[0].run)[key] for key in ("params_total", "params_active")}
 
 
+# Settings that runs must share for their tokens and steps to a loss to be compared.
+COMPARED = "eval_tokens", "eval_seq_len", "eval_window", "batch_tokens", "stage_ends", "seq_len", "mtp"
+
+
+def not_comparable(a, b):
+    """Why losses and steps of two of our runs cannot be compared, in words; "" if they can."""
+    data = [run.config.get("data") for run in (a, b)]
+    prints = [found.get("fingerprint") if isinstance(found, dict) else None for found in data]
+    if None in prints or prints[0] != prints[1]:
+        return "not the same data" if None not in prints else "no config.json that names the data"
+    x, y = settings_of(a), settings_of(b)
+    return ", ".join(f"{name} {x[name]} and {y[name]}" for name in COMPARED
+                     if name in x and name in y and x[name] != y[name])
+
+
+def reached(rows, loss):
+    """{"tokens", "step", "train_time_ms"} at which the validation loss came down to `loss`, linear
+    between the validations around it; None if it never did, or a record lacks one of them."""
+    above, keys = None, ("tokens", "step", "train_time_ms")
+    for row in rows:
+        if number(row.get("val_loss")) is None or any(number(row.get(key)) is None for key in keys):
+            continue
+        if row["val_loss"] <= loss:
+            above = above or row
+            fall = above["val_loss"] - row["val_loss"]
+            share = (above["val_loss"] - loss) / fall if fall else 1.0
+            return {key: above[key] + share * (row[key] - above[key]) for key in keys}
+        above = row if math.isfinite(row["val_loss"]) else above
+    return None
+
+
+def control_numbers(groups):
+    """Runs against the first one, the control, where each group is one of our runs: what each took to
+    the control's target loss or else last loss, its step time over the control's, and the ratio at
+    which they would break even. {"refused": why} if not comparable; None for other groups."""
+    samples = {name: found[0] for name, found in groups.items() if len(found) == 1}
+    if len(samples) < len(groups) or any(s.run.source != "metrics.jsonl" for s in samples.values()):
+        return None
+    (first, control), *others = samples.items()
+    for name, sample in others:
+        if why := not_comparable(control.run, sample.run):
+            return {"refused": f"{first} and {name}: {why}"}
+    loss = number(settings_of(control.run).get("target_loss")) or control.loss
+    found = [{"name": name, "reached": reached(s.rows, loss), "step_ms": s.time_s and 1000 * s.time_s / s.steps}
+             for name, s in samples.items()]
+    base = found[0]
+    for run in found:
+        both = base["reached"] and run["reached"] and run["reached"]["step"]
+        run["step_time_ratio"] = run["step_ms"] and base["step_ms"] and run["step_ms"] / base["step_ms"]
+        run["break_even_ratio"] = base["reached"]["step"] / run["reached"]["step"] if both else None
+    return {"loss": loss, "runs": found}
+
+
+def control_report(found):
+    """Table of what control_numbers found, or the sentence that says why there is none; [] for None."""
+    if not found:
+        return []
+    if "refused" in found:
+        return [f"no tokens, steps and seconds to a loss, as the runs are not comparable: {found['refused']}"]
+    rows = []
+    for run in found["runs"]:
+        at = run["reached"]
+        cells = [f"{at['tokens']:,.0f}", f"{at['step']:,.0f}", f"{at['train_time_ms'] / 1000:,.1f}"] if at else []
+        rows.append([run["name"], *(cells or ["not reached", "-", "-"]), show(run["step_time_ratio"], ".3f"),
+                     show(run["break_even_ratio"], ".3f")])
+    ratios = ["step time / first", "break-even at"]
+    return [Table([f"to val loss {found['loss']:.4f}", "tokens", "steps", "seconds", *ratios], rows)]
+
+
 def compare_numbers(groups, dropped):
-    """{"groups", "pairs", "stages", "equal"}: pairs are of the first group with each other one."""
+    """{"groups", "pairs", "stages", "equal", "control"}: pairs are of the first group with each
+    other one."""
     first, *others = groups
     pairs = []
     for name in others:
@@ -1935,7 +1953,7 @@ def compare_numbers(groups, dropped):
     return {"groups": [{"name": name, **group_numbers(samples), **sizes_of(samples),
                         "warnings": group_warnings(samples, dropped[name])} for name, samples in groups.items()],
             "pairs": pairs, "stages": {name: stage_medians(samples) for name, samples in groups.items()},
-            "equal": equal_points(list(groups.values()))}
+            "equal": equal_points(list(groups.values())), "control": control_numbers(groups)}
 
 
 def compare_report(groups, result):
@@ -1961,6 +1979,7 @@ def compare_report(groups, result):
     report.append(Table(["val loss at", *names, *(f"{name} - {names[0]}" for name in names[1:])], rows))
     if not result["equal"]["tokens"]:
         report.append("equal tokens: not all of these logs count their tokens")
+    report += control_report(result["control"])
     return report + [f"note on {printable(group['name'])}: {printable(text)}" for group in result["groups"]
                      for text in group["warnings"]]
 
@@ -1972,11 +1991,46 @@ def welch_cells(test, form):
     return [f"{test['difference']:{form}}", interval, f"{test['p_value']:.2g}", f"{test['cohens_d']:+.2f}"]
 
 
+def show_profile(args):
+    """What the traces of a run with --enable_profiling say: time of a step, communication beside
+    computation, the heaviest operations."""
+    run = Path(args.run)
+    folder = run / "profile" if (run / "profile").is_dir() else run
+    paths = sorted(folder.glob("trace_rank*.json"), key=natural)
+    if not paths:
+        raise FileNotFoundError(f"no trace_rank*.json in '{folder}': train with --enable_profiling, and name its run")
+    ranks = [trace_numbers(path) for path in paths]
+    memory = [str(path) for path in sorted(folder.glob("memory_rank*.pickle"), key=natural)]
+    if args.json:
+        print(strict_json({"ranks": ranks, "memory_snapshots": memory}))
+    else:
+        emit(profile_report(ranks, memory, args.top), args)
+    return 0
+
+
+def profile_report(ranks, memory, top):
+    report, first = [], ranks[0]
+    total = sum(us for _, us, _ in first["operations"]) or 1
+    rows = [[clip(name), f"{us / 1000:,.3f}", f"{100 * us / total:.1f} %", f"{calls:,}", f"{us / calls:,.1f}"]
+            for name, us, calls in first["operations"][:top]]
+    report.append(Table([f"{first['kind']}, {len(first['operations'])} kinds", "self ms", "share", "calls",
+                         "us a call"], rows))
+    for rank in ranks:
+        step = f"; {rank['step_us'] / 1000:,.1f} ms a step" if rank["step_us"] else ""
+        idle = f", device idle {percent(rank['idle'])}" if rank["idle"] is not None else ""
+        report.append(f"{rank['steps']} steps: communication {rank['communication_us'] / 1000:.1f} ms, "
+                      f"{rank['beside_us'] / 1000:.1f} ms of it beside computation{step}{idle}")
+        report.append(f"trace, for ui.perfetto.dev: {printable(rank['trace'])}")
+    return report + [f"memory snapshot, for pytorch.org/memory_viz: {printable(path)}" for path in memory]
+
+
 ENVIRONMENT = ("python", "torch", "cuda", "triton", "driver", "gpus", "world_size")
 
 
 def diff_runs(args):
     """What changed from run or group A to B."""
+    from records.sources import compare_parts, unified
+
     loaded = [load(expand([name])) for name in (args.a, args.b)]
     a, b = (load_one(next((run for run in runs if run.trace.parts), runs[0]).path) for runs in loaded)
     for run in (a, b):
@@ -2020,6 +2074,7 @@ def effect_of(old, new):
 
 def diff_report(result, no_text):
     report = [f"A: {printable(result['a'])}", f"B: {printable(result['b'])}"]
+    report += map(printable, result["blocks"])
     if result["settings"]:
         rows = [[s["name"], clip(s["a"]), clip(s["b"])] for s in result["settings"]]
         report.append(Table(["setting or constant", "A", "B"], rows))
@@ -2135,6 +2190,8 @@ def check_versions(samples):
 
 def check_sources(runs):
     """Every embedded source compiles; one for a newer Python than this one cannot be judged."""
+    from records.sources import parse_source
+
     found = {text: run for run in runs for text in run.trace.parts.values()}
     broken = [run for text, run in found.items() if parse_source(text).problem]
     newer = [run for run in broken if natural(run.trace.header.get("python", "")) > natural(sys.version)]
@@ -2152,6 +2209,8 @@ def complete_checks(samples, dropped):
 
 def extract_source(args):
     """Write the source inside a log; the other files of a source of several beside it."""
+    from records.sources import parse_source
+
     run = load_one(Path(args.log))
     if not run.trace.parts:
         if not os.path.exists(args.log):
@@ -2355,6 +2414,9 @@ def add_commands(command):
     sub.add_argument("a", metavar="A", help="a log, or a folder of runs")
     sub.add_argument("b", metavar="B", help="another one")
     flag(sub, "no-text", action="store_true", help="without the unified diff")
+    sub = command("profile", show_profile)
+    sub.add_argument("run", metavar="RUN", help="folder of a run, or of its traces")
+    sub.add_argument("--top", type=int, default=12, metavar="N", help="operations shown (default: 12)")
     sub = command("stats", show_stats)
     sub.add_argument("logs", **logs)
     sub.add_argument("--target", **target)

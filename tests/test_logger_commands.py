@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logger
+from records import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = settings(deadline=None, database=None, max_examples=30)
@@ -407,36 +408,36 @@ DIFFS = [  # change of the source, settings (name, A, B), units (name, change)
 
 @pytest.mark.parametrize(("edit", "expected", "units"), DIFFS)
 def test_diff_names_what_changed(edit, expected, units):
-    found = logger.compare_parts({"train_gpt.py": CODE}, {"train_gpt.py": change(*edit)})
+    found = sources.compare_parts({"train_gpt.py": CODE}, {"train_gpt.py": change(*edit)})
     assert [(s["name"], s["a"], s["b"]) for s in found["settings"]] == expected
     assert [(u["name"], u["change"]) for u in found["units"]] == units
     assert found["notes"] == ([] if expected or units else [OUTSIDE])
-    back = logger.compare_parts({"train_gpt.py": change(*edit)}, {"train_gpt.py": CODE})
+    back = sources.compare_parts({"train_gpt.py": change(*edit)}, {"train_gpt.py": CODE})
     assert {(s["name"], s["b"], s["a"]) for s in back["settings"]} == set(expected)
 
 
 def test_diff_of_other_files_and_other_languages():
     old = {"train_gpt.py": "x = (1\n", "kernels.py": "TILE = 1\n", "old.py": ""}
     new = {"train_gpt.py": "x = (2\n", "kernels.py": "TILE = 2\n", "new.py": ""}
-    found = logger.compare_parts(old, new)
+    found = sources.compare_parts(old, new)
     assert found["settings"] == [{"name": "kernels.py: TILE", "a": "1", "b": "2"}]
     assert [(u["name"], u["change"]) for u in found["units"]] == [("old.py", "file removed"), ("new.py", "file added")]
     assert len(found["notes"]) == 2 and all("compared as text only" in note for note in found["notes"])
-    assert "-x = (1" in logger.unified(old, new, "ab") and "+x = (2" in logger.unified(old, new, "ab")
+    assert "-x = (1" in sources.unified(old, new, "ab") and "+x = (2" in sources.unified(old, new, "ab")
 
 
 @QUICK
 @given(st.lists(st.sampled_from(CODE.splitlines()) | st.text(max_size=10), max_size=20).map("\n".join))
 def test_any_source_can_be_compared(text):
     for old, new in ((CODE, text), (text, CODE)):
-        found = logger.compare_parts({"a": old}, {"a": new})
+        found = sources.compare_parts({"a": old}, {"a": new})
         assert old == new or found["settings"] or found["units"] or found["notes"]
 
 
 @pytest.mark.parametrize("text", ["(" * 5000, "-" * 100_000 + "1", "x = '\0'", "[" * 300 + "]" * 300,
                                   "f(" * 90 + ")" * 90, "x" + " + x" * 900, "x" + ".x" * 900, "a = " * 900 + "1"])
 def test_hostile_sources_do_not_raise(text):
-    logger.compare_parts({"a": text}, {"a": CODE})
+    sources.compare_parts({"a": text}, {"a": CODE})
 
 
 def test_diff_command(tmp_path, capsys):
