@@ -45,6 +45,7 @@ import warnings
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from unicodedata import east_asian_width
 
 SEPARATOR = "=" * 100  # a line of exactly this; nvidia-smi's own rules are shorter and start with | or +
@@ -1222,71 +1223,86 @@ def check_time(match, samples, numbers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Profiles: traces of torch.profiler -> what took how long. Times are in us, as in the traces.
+# Profiles: traces of torch.profiler -> what took how long, in us as in the traces
 
-DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of what a GPU does
+class Event(NamedTuple):
+    """Something of a trace that took time. `kind`: cpu_op, kernel, gpu_memcpy, user_annotation, ..."""
+
+    name: str
+    kind: str
+    start: float
+    end: float
+    thread: str  # or stream of a GPU
 
 
 def read_events(path):
-    """The events of a trace that have a duration. ValueError if it is damaged."""
+    """Events of a trace that have a duration. ValueError if it is damaged."""
     try:
-        events = json.loads(path.read_bytes())["traceEvents"]
-        return [e for e in events if e.get("ph") == "X" and e["dur"] > 0 and e["ts"] + e["dur"] and e["name"] + ""]
+        found = json.loads(path.read_bytes())["traceEvents"]
+        found = [e for e in found if e.get("ph") == "X" and e.get("dur", 0) > 0]
+        return [Event(str(e["name"]), str(e.get("cat")), e["ts"], e["ts"] + e["dur"],
+                      f"{e.get('pid')} {e.get('tid')}") for e in found]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        what = "cut off or damaged" if isinstance(error, ValueError) else "no trace of torch.profiler"
-        raise ValueError(f"'{path}' is {what}: profile again with --enable_profiling") from error
+        cut = isinstance(error, ValueError)
+        what = "cut off or damaged" if cut else "no trace of torch.profiler"
+        raise ValueError(f"'{path}' is {what}: train again with --enable_profiling") from error
 
 
-def spans_of(events):
-    return [(e["ts"], e["ts"] + e["dur"]) for e in events]
-
-
-def covered(spans):
-    """Total length of the union of intervals."""
+def covered(events):
+    """Length of the union of the events' times."""
     total, reach = 0.0, -math.inf
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reach))
-        reach = max(reach, end)
+    for event in sorted(events, key=lambda e: e.start):
+        total += max(0.0, event.end - max(event.start, reach))
+        reach = max(reach, event.end)
     return total
 
 
+def length(events):
+    """Time from the first start to the last end."""
+    return max(e.end for e in events) - min(e.start for e in events)
+
+
 def self_times(events):
-    """{name: [time without that of the events inside, calls]} of events that nest on each thread."""
+    """{name: [time without that of the events inside, calls]}; on a thread events nest."""
     found, threads = {}, {}
-    for e in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
-        stack = threads.setdefault((e.get("pid"), e.get("tid")), [])
-        while stack and stack[-1][1] <= e["ts"]:
-            stack.pop()
-        end = e["ts"] + e["dur"]
-        if stack:
-            name, its_end = stack[-1]
-            found[name][0] -= min(end, its_end) - e["ts"]
-        own = found.setdefault(e["name"], [0.0, 0])
-        own[:] = own[0] + e["dur"], own[1] + 1
-        stack.append((e["name"], end))
+    for event in sorted(events, key=lambda e: (e.start, -e.end)):
+        open_ones = threads.setdefault(event.thread, [])
+        while open_ones and open_ones[-1].end <= event.start:
+            open_ones.pop()
+        if open_ones:
+            outer = open_ones[-1]
+            found[outer.name][0] -= min(outer.end, event.end) - event.start
+        own = found.setdefault(event.name, [0.0, 0])
+        own[0] += event.end - event.start
+        own[1] += 1
+        open_ones.append(event)
     return found
 
 
 def trace_numbers(path):
-    """What a trace says. Operations are kernels, or on a CPU PyTorch's operators and gloo's; their
-    communication is that of NCCL and gloo. Idle is the share of the time from the first to the last
-    thing that a GPU did in which it did nothing; None without a GPU."""
+    """What a trace says, times in us. Operations are a GPU's kernels, or else a CPU's operators and
+    what gloo does; communication is NCCL's and gloo's. Idle is the share of the time from the first
+    to the last thing on a GPU in which there is nothing on it; None without a GPU."""
     events = read_events(path)
-    kernels = [e for e in events if e.get("cat") == "kernel"]
-    pool = kernels or [e for e in events if re.match("aten::|gloo:", e["name"]) or e.get("cat") == "cpu_op"]
-    steps = [e for e in events if e["name"].startswith("ProfilerStep")]
-    on_device = [e for e in steps if e.get("cat") == "gpu_user_annotation"]
-    steps = sorted(spans_of(on_device if kernels and on_device else [e for e in steps if e not in on_device]))
-    talk = [e["name"].startswith(("nccl", "gloo:")) for e in pool]
-    busy, work = (covered(spans_of(e for e, is_talk in zip(pool, talk, strict=True) if is_talk == which))
-                  for which in (True, False))
-    device = spans_of(e for e in events if e.get("cat") in DEVICE)
-    length = max(end for _, end in device) - min(device)[0] if device else 0
-    return {"trace": str(path), "steps": len(steps), "kind": "kernels" if kernels else "CPU operations",
-            "step_us": (steps[-1][1] - steps[0][0]) / len(steps) if steps else None,
-            "communication_us": busy, "beside_us": busy + work - covered(spans_of(pool)),
-            "idle": 1 - covered(device) / length if length else None,
-            "operations": sorted(([name, *own] for name, own in self_times(pool).items()), key=lambda o: -o[1])}
+    device = [e for e in events if e.kind in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kernels = [e for e in device if e.kind == "kernel"]
+    on_cpu = [e for e in events if e.kind == "cpu_op" or e.name.startswith(("aten::", "gloo:"))]
+    pool = kernels or on_cpu
+    talk = [e for e in pool if e.name.startswith(("nccl", "gloo:"))]
+    work = [e for e in pool if e.name.startswith("aten::") or (kernels and not e.name.startswith("nccl"))]
+    steps = [e for e in events if e.name.startswith("ProfilerStep")]
+    steps = [e for e in steps if e.kind == "gpu_user_annotation"] or steps
+    operations = [[name, *own] for name, own in self_times(pool).items()]
+    return {
+        "trace": str(path),
+        "kind": "kernels" if kernels else "CPU operations",
+        "steps": len(steps),
+        "step_us": length(steps) / len(steps) if steps else None,
+        "communication_us": covered(talk),
+        "beside_us": covered(talk) + covered(work) - covered(talk + work),
+        "idle": 1 - covered(device) / length(device) if device else None,
+        "operations": sorted(operations, key=lambda own: -own[1]),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1659,12 +1675,12 @@ def series_figure(runs, name, panels):
         return None
     figure, axes = new_figure(len(panels), 4.4, 7 * len(panels))
     for ax, (label, _), panel in zip(axes, panels, found, strict=True):
+        bars = any(len(point) > 2 for points in panel for point in points)
+        look = {"lw": 1.2, "capsize": 2, "ms": 4, "marker": "o" if bars else ""}
         for run, points, colour in zip(runs, panel, colours_of(len(runs)), strict=True):
-            line = {"lw": 1.2, "color": colour, "label": label_of(run.path.name), "capsize": 2}
+            line = look | {"color": colour, "label": label_of(run.path.name)}
             ax.errorbar(*zip(*points, strict=True), **line) if points else None
-        ax.set(xlabel="step", ylabel=label) if ax.lines else not_logged(ax)
-        if not any(len(point) > 2 for points in panel for point in points):
-            ax.set_ylim(0)
+        ax.set(xlabel="step", ylabel=label, ylim=(None if bars else 0, None)) if ax.lines else not_logged(ax)
     if len(runs) <= 12:
         next(ax for ax in axes if ax.lines).legend(frameon=False, fontsize=8)
     figure.suptitle(label_of(name, 60), fontsize=12, fontweight="bold")
@@ -1871,73 +1887,78 @@ def sizes_of(samples):
     return {key: summarize(samples[0].run)[key] for key in ("params_total", "params_active")}
 
 
-# Settings that runs must share for their tokens and steps to a loss to be compared.
-COMPARED = "eval_tokens", "eval_seq_len", "eval_window", "batch_tokens", "stage_ends", "seq_len", "mtp"
+# Settings that runs must share for their steps to a loss to be compared
+COMPARED = ("eval_tokens", "eval_seq_len", "eval_window", "batch_tokens", "stage_ends", "seq_len", "mtp")
+SPENT = ("tokens", "step", "train_time_ms")  # what a loss costs
 
 
 def not_comparable(a, b):
     """Why losses and steps of two of our runs cannot be compared, in words; "" if they can."""
     data = [run.config.get("data") for run in (a, b)]
     prints = [found.get("fingerprint") if isinstance(found, dict) else None for found in data]
-    if None in prints or prints[0] != prints[1]:
-        return "not the same data" if None not in prints else "no config.json that names the data"
+    if None in prints:
+        return "no config.json says which data"
     x, y = settings_of(a), settings_of(b)
-    return ", ".join(f"{name} {x[name]} and {y[name]}" for name in COMPARED
-                     if name in x and name in y and x[name] != y[name])
+    same = [name for name in COMPARED if name in x and name in y]
+    differing = [f"{name} {x[name]} and {y[name]}" for name in same if x[name] != y[name]]
+    return ", ".join(["other data"] * (prints[0] != prints[1]) + differing)
 
 
 def reached(rows, loss):
-    """{"tokens", "step", "train_time_ms"} at which the validation loss came down to `loss`, linear
-    between the validations around it; None if it never did, or a record lacks one of them."""
-    above, keys = None, ("tokens", "step", "train_time_ms")
+    """Tokens, step and train_time_ms at which the validation loss came down to `loss`, in proportion
+    between the validations around it; None if it did not, or that is not logged."""
+    above = None
     for row in rows:
-        if number(row.get("val_loss")) is None or any(number(row.get(key)) is None for key in keys):
+        if None in [number(row.get(key)) for key in ("val_loss", *SPENT)]:
             continue
         if row["val_loss"] <= loss:
             above = above or row
             fall = above["val_loss"] - row["val_loss"]
-            share = (above["val_loss"] - loss) / fall if fall else 1.0
-            return {key: above[key] + share * (row[key] - above[key]) for key in keys}
+            share = (above["val_loss"] - loss) / fall if fall else 0
+            return {key: above[key] + share * (row[key] - above[key]) for key in SPENT}
         above = row if math.isfinite(row["val_loss"]) else above
     return None
 
 
 def control_numbers(groups):
-    """Runs against the first one, the control, where each group is one of our runs: what each took to
-    the control's target loss or else last loss, its step time over the control's, and the ratio at
-    which they would break even. {"refused": why} if not comparable; None for other groups."""
+    """Our runs against the first, the control: what each spent until the control's target loss, or
+    else its last one; its step time over the control's; and the ratio at which the two would break
+    even. {"refused": why} if they are not comparable; None unless each group is one of our runs."""
     samples = {name: found[0] for name, found in groups.items() if len(found) == 1}
     if len(samples) < len(groups) or any(s.run.source != "metrics.jsonl" for s in samples.values()):
         return None
-    (first, control), *others = samples.items()
-    for name, sample in others:
-        if why := not_comparable(control.run, sample.run):
+    first, *others = samples
+    control = samples[first]
+    for name in others:
+        if why := not_comparable(control.run, samples[name].run):
             return {"refused": f"{first} and {name}: {why}"}
     loss = number(settings_of(control.run).get("target_loss")) or control.loss
-    found = [{"name": name, "reached": reached(s.rows, loss), "step_ms": s.time_s and 1000 * s.time_s / s.steps}
-             for name, s in samples.items()]
-    base = found[0]
-    for run in found:
-        both = base["reached"] and run["reached"] and run["reached"]["step"]
-        run["step_time_ratio"] = run["step_ms"] and base["step_ms"] and run["step_ms"] / base["step_ms"]
-        run["break_even_ratio"] = base["reached"]["step"] / run["reached"]["step"] if both else None
+    spent = {name: reached(sample.rows, loss) for name, sample in samples.items()}
+    step_ms = {name: sample.time_s and sample.time_s / sample.steps for name, sample in samples.items()}
+    found = []
+    for name in samples:
+        both = spent[first] and spent[name] and spent[name]["step"]
+        found.append({
+            "name": name,
+            "reached": spent[name],
+            "step_time_ratio": step_ms[name] / step_ms[first] if step_ms[first] and step_ms[name] else None,
+            "break_even_ratio": spent[first]["step"] / spent[name]["step"] if both else None,
+        })
     return {"loss": loss, "runs": found}
 
 
 def control_report(found):
-    """Table of what control_numbers found, or the sentence that says why there is none; [] for None."""
-    if not found:
-        return []
-    if "refused" in found:
-        return [f"no tokens, steps and seconds to a loss, as the runs are not comparable: {found['refused']}"]
+    """[Table of what control_numbers found], or [why there is none]."""
+    if not found or "refused" in found:
+        return [f"tokens, steps and seconds to a loss: not comparable, {found['refused']}"] if found else []
     rows = []
     for run in found["runs"]:
         at = run["reached"]
-        cells = [f"{at['tokens']:,.0f}", f"{at['step']:,.0f}", f"{at['train_time_ms'] / 1000:,.1f}"] if at else []
-        rows.append([run["name"], *(cells or ["not reached", "-", "-"]), show(run["step_time_ratio"], ".3f"),
-                     show(run["break_even_ratio"], ".3f")])
-    ratios = ["step time / first", "break-even at"]
-    return [Table([f"to val loss {found['loss']:.4f}", "tokens", "steps", "seconds", *ratios], rows)]
+        spent = [f"{at['tokens']:,.0f}", f"{at['step']:,.0f}", f"{at['train_time_ms'] / 1000:,.1f}"] if at else []
+        ratios = [show(run[key], ".3f") for key in ("step_time_ratio", "break_even_ratio")]
+        rows.append([run["name"], *(spent or ["not reached", "-", "-"]), *ratios])
+    headings = [f"to val loss {found['loss']:.4f}", "tokens", "steps", "seconds", "step time ratio", "break-even"]
+    return [Table(headings, rows)]
 
 
 def compare_numbers(groups, dropped):
@@ -1992,36 +2013,40 @@ def welch_cells(test, form):
 
 
 def show_profile(args):
-    """What the traces of a run with --enable_profiling say: time of a step, communication beside
-    computation, the heaviest operations."""
+    """What the traces of a run with --enable_profiling say: the heaviest operations, the time of a
+    step, how much of the communication ran beside computation."""
     run = Path(args.run)
     folder = run / "profile" if (run / "profile").is_dir() else run
     paths = sorted(folder.glob("trace_rank*.json"), key=natural)
     if not paths:
-        raise FileNotFoundError(f"no trace_rank*.json in '{folder}': train with --enable_profiling, and name its run")
+        raise FileNotFoundError(f"no trace_rank*.json in '{folder}': name a run with --enable_profiling")
     ranks = [trace_numbers(path) for path in paths]
-    memory = [str(path) for path in sorted(folder.glob("memory_rank*.pickle"), key=natural)]
+    memory = sorted(map(str, folder.glob("memory_rank*.pickle")))
     if args.json:
         print(strict_json({"ranks": ranks, "memory_snapshots": memory}))
     else:
-        emit(profile_report(ranks, memory, args.top), args)
+        report = [operation_table(ranks[0], args.top), *map(profile_line, ranks)]
+        report += [f"trace, for ui.perfetto.dev: {printable(path)}" for path in paths]
+        emit(report + [f"memory snapshot, for pytorch.org/memory_viz: {printable(m)}" for m in memory], args)
     return 0
 
 
-def profile_report(ranks, memory, top):
-    report, first = [], ranks[0]
-    total = sum(us for _, us, _ in first["operations"]) or 1
-    rows = [[clip(name), f"{us / 1000:,.3f}", f"{100 * us / total:.1f} %", f"{calls:,}", f"{us / calls:,.1f}"]
-            for name, us, calls in first["operations"][:top]]
-    report.append(Table([f"{first['kind']}, {len(first['operations'])} kinds", "self ms", "share", "calls",
-                         "us a call"], rows))
-    for rank in ranks:
-        step = f"; {rank['step_us'] / 1000:,.1f} ms a step" if rank["step_us"] else ""
-        idle = f", device idle {percent(rank['idle'])}" if rank["idle"] is not None else ""
-        report.append(f"{rank['steps']} steps: communication {rank['communication_us'] / 1000:.1f} ms, "
-                      f"{rank['beside_us'] / 1000:.1f} ms of it beside computation{step}{idle}")
-        report.append(f"trace, for ui.perfetto.dev: {printable(rank['trace'])}")
-    return report + [f"memory snapshot, for pytorch.org/memory_viz: {printable(path)}" for path in memory]
+def operation_table(numbers, top):
+    """The heaviest operations of a trace as a Table; shares are of all of them."""
+    found = numbers["operations"]
+    total = sum(us for _, us, _ in found) or 1
+    rows = [[clip(name), f"{us / 1000:,.3f}", percent(us / total), f"{calls:,}", f"{us / calls:,.1f}"]
+            for name, us, calls in found[:top]]
+    title = f"{Path(numbers['trace']).stem}: the heaviest of {len(found)} {numbers['kind']}"
+    return Table(["name", "self ms", "share", "calls", "us a call"], rows, title)
+
+
+def profile_line(numbers):
+    """The steps of a trace in a sentence."""
+    ms = {key: show(numbers[key] and numbers[key] / 1000, ",.1f") for key in numbers if key.endswith("_us")}
+    idle = f", device idle {percent(numbers['idle'])}" if numbers["idle"] is not None else ""
+    return (f"{numbers['steps']} steps: communication {ms['communication_us']} ms, {ms['beside_us']} ms "
+            f"of it beside computation; {ms['step_us']} ms a step{idle}")
 
 
 ENVIRONMENT = ("python", "torch", "cuda", "triton", "driver", "gpus", "world_size")

@@ -172,10 +172,11 @@ def compare_blocks(a, b, part, name, file, found):
     compare_texts(a, b, f"{name} of {part}", file if name == "RECORD" else f"{file}{name}: ", found)
     changes = [unit["change"] for unit in found["units"][first:]]
     changed = changes.count("changed") + changes.count("constants only")
-    signs = [line[0] for line in difflib.ndiff(a.splitlines(), b.splitlines())]
+    lines = difflib.unified_diff(a.splitlines(), b.splitlines(), n=0, lineterm="")
+    signs = [line[0] for line in lines][2:]  # after the names of the files
     found["blocks"].append(
-        f"{title} differs: {changed} units changed, {changes.count('added')} added, "
-        f"{changes.count('removed')} removed; {signs.count('+')} lines added, {signs.count('-')} removed")
+        f"{title} differs: units {changed} changed, {changes.count('added')} added, "
+        f"{changes.count('removed')} removed; lines {signs.count('+')} added, {signs.count('-')} removed")
 
 
 def compare_texts(old, new, part, prefix, found):
