@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unicodedata import east_asian_width
 
-SEPARATOR = "=" * 100  # a line of exactly this; nvidia-smi's own rules are shorter and start with | or +
+SEPARATOR = "=" * 100  # a line of exactly this; nvidia-smi's rules are shorter, with | or + first
 BAR = SEPARATOR.encode()
 BLOCK = 1 << 20  # bytes read at a time, and the longest line
 MAX_SECTION = 4 << 20  # bytes kept of the source and of the text about the machine; public sources are below 200 KB
@@ -59,18 +59,18 @@ MAX_LAYERS = 100  # of a report: each is a panel of a figure
 STEP = re.compile(r"step:(\d{1,15})(?:/(\d{1,15}))?", re.ASCII)
 NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf))(ms|s)?", re.ASCII | re.IGNORECASE)
 DECIMAL = rb"(\d{1,15}(?:\.\d{0,15})?)"
-USUAL_STEP = re.compile(  # nearly every line of nearly every log; the others go through parse_step_line
-    rb"step:(\d{1,15})/(\d{1,15}) (?:(val_loss|train_loss):%b )?train_time:%b(m?)s step_avg:(?:nan|%b)ms"
+USUAL_STEP = re.compile(  # nearly every line of every log; the others go through parse_step_line
+    rb"step:(\d{1,15})/(\d{1,15}) (?:(val|train)_loss:%b )?train_time:%b(m?)s step_avg:(?:nan|%b)ms"
     % (DECIMAL, DECIMAL, DECIMAL))
-RECORDS = (b"step:", b"s:", b"peak memory", b"resumed after", b"\x1b")  # starts of all lines that are read
+RECORDS = (b"step:", b"s:", b"peak memory", b"resumed after", b"\x1b")  # lines that are read
 LLMC = re.compile(r"s:(\d{1,15}) (tel|trl):", re.ASCII)
 PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d{1,15}) MiB(?: reserved: (\d{1,15}) MiB)?", re.ASCII)
 RESUMED = re.compile(r"resumed after step (\d{1,15})", re.ASCII)
-PART = re.compile(rb"^-{40}\n# ([\w.-]{1,100})\n-{40}\n", re.MULTILINE)  # starts one more file of a source
+PART = re.compile(rb"^-{40}\n# ([\w.-]{1,100})\n-{40}\n", re.MULTILINE)  # one more file of a source
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-GPU = re.compile(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", re.MULTILINE)  # a device row of nvidia-smi's table
+GPU = re.compile(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", re.M)  # a device row of nvidia-smi
 GPU_LIST = re.compile(r"^GPU \d+: (.+?) \(UUID", re.MULTILINE)
-DATE = re.compile(r"^\w{3} (\w{3}) +(\d{1,2}) ([\d:]{8}) (?:[A-Z]{2,5} )?(\d{4})", re.MULTILINE | re.ASCII)
+DATE = re.compile(r"^\w{3} (\w{3}) +(\d{1,2}) ([\d:]{8}) (?:[A-Z]{2,5} )?(\d{4})", re.M | re.ASCII)
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "python": r"^Running python (\S+)",
@@ -85,11 +85,11 @@ FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "params_total": r"^\s*Total parameters: ([\d,]{1,24})",
     "settings": r"^Settings: (\{.{1,100000}\})$",
 }
-FACTS = {key: re.compile(form, re.ASCII | re.IGNORECASE | re.MULTILINE) for key, form in FACTS.items()}
+FACTS = {key: re.compile(form, re.ASCII | re.I | re.M) for key, form in FACTS.items()}
 LOSSES = ("train_loss", "val_loss")
 ACCURACIES = ("per_token", "per_byte", "raw")  # of HellaSwag: by what a loss is divided
 DEAD = 1 / 20  # an expert with less than this share of the mean load is dead, as in train_moe.py
-COMPLETED = ("done", "target")  # reached the last step, or stopped because the target loss was reached
+COMPLETED = ("done", "target")  # reached the last step or the target loss
 BACKWARD = "step numbers go back without a resume line; the later records are used"
 
 
@@ -110,7 +110,7 @@ class Trace:
     era: str = ""
     parts: dict[str, str] = field(default_factory=dict)
     code_hash: str | None = None
-    stage_ms: list[dict] = field(default_factory=list)  # for each trial {stage: ms of each of its steps}
+    stage_ms: list[dict] = field(default_factory=list)  # of each trial {stage: ms of each step}
     resets: int = 0  # falls of the clock: until record 21 the scripts set it back after 10 steps
     routers: list[dict] = field(default_factory=list)  # reports as of parse_routers, in order
     scores: dict[int, dict] = field(default_factory=dict)  # by step, as of parse_score
@@ -161,7 +161,7 @@ class Trace:
         if len(self.earlier) < MAX_TRIALS:
             self.earlier.append(self.rows)
         else:
-            self.note(f"more than {MAX_TRIALS} trials: the later ones but for the last were left out")
+            self.note(f"more than {MAX_TRIALS} trials: those before the last were left out")
         self.rows = []
 
     def thin(self):
@@ -209,7 +209,8 @@ def parse_step_line(line):
             key: value for key, value in parse_pairs(words[1:]).items() if key not in ("step", "iterations")}
     if LLMC.match(line):
         row = parse_pairs(words[1:])
-        row = {{"tel": "val_loss", "trl": "train_loss"}.get(key, key): value for key, value in row.items()}
+        names = {"tel": "val_loss", "trl": "train_loss"}
+        row = {names.get(key, key): value for key, value in row.items()}
         return {**row, "step": int(words[0][2:]), "iterations": None}
     return None
 
@@ -219,7 +220,7 @@ def usual_row(match):
     step, last, key, loss, time, milli, average = match.groups()
     row = {"step": int(step), "iterations": int(last)}
     if key:
-        row["val_loss" if key == b"val_loss" else "train_loss"] = float(loss)
+        row[f"{key.decode()}_loss"] = float(loss)
     row["train_time_ms"] = float(time) if milli else float(time) * 1000
     row["step_avg_ms"] = float(average or "nan")
     return row
@@ -322,7 +323,7 @@ def split_source(trace, source):
     trace.code_hash = hashlib.sha256(source.strip()).hexdigest()[:12] if source.strip() else None
     if len(source) == MAX_SECTION:
         trace.note(f"the source is longer than {MAX_SECTION >> 20} MiB: it was cut")
-    names, texts = ["train_gpt.py", *PART.findall(source)], re.split(PART.pattern, source, flags=re.M)[::2]
+    names, texts = ["train_gpt.py", *PART.findall(source)], PART.split(source)[::2]
     for name, text in zip(names, texts, strict=True):
         name = name if isinstance(name, str) else name.decode("ascii", "replace")
         trace.parts[name] = text.decode("utf-8", "replace").strip("\n") + "\n"
@@ -421,13 +422,13 @@ def parse_routers(record):
         load, layers = [array("d", shares) for shares in record["load"]], list(record["layers"])
     except (KeyError, TypeError, OverflowError):
         return None
-    whole = 0 < len(load) == len(layers) <= MAX_LAYERS and len({len(shares) for shares in load}) == 1
+    whole = 0 < len(load) == len(layers) <= MAX_LAYERS and len({*map(len, load)}) == 1
     whole = whole and all(type(i) is int and 0 <= i < 1000 for i in layers)
     if not whole or not all(min(shares, default=-1) >= 0 and 1e-9 < sum(shares) < 1e9 for shares in load):  # nor nan
         return None
     dropped = record.get("dropped") if isinstance(record.get("dropped"), list) else []
-    dropped = [share for share in map(number, dropped) if share is not None and math.isfinite(share)]
-    return {"step": record["step"], "layers": layers, "load": load, "dropped": max(dropped, default=None)}
+    dropped = max((x for x in map(number, dropped) if x is not None and math.isfinite(x)), default=None)
+    return {"step": record["step"], "layers": layers, "load": load, "dropped": dropped}
 
 
 def parse_score(record):
@@ -437,9 +438,8 @@ def parse_score(record):
     found = found if isinstance(found, dict) else {}
     score = {key: number(found.get(key)) for key in ("tasks", *ACCURACIES)}
     whole = None not in score.values() and 0 < score["tasks"] < 1e9
-    if not whole or not all(0 <= score[key] <= 1 for key in ACCURACIES):
-        return None
-    return {"step": record["step"], **score}
+    whole = whole and all(0 <= score[key] <= 1 for key in ACCURACIES)
+    return {"step": record["step"], **score} if whole else None
 
 
 def parse_metrics(text):
@@ -493,7 +493,8 @@ def read_run(path, keep_rows=True):
     if (path / "metrics.jsonl").is_file():
         with open(path / "metrics.jsonl", encoding="utf-8-sig", errors="replace") as file:
             trace = parse_metrics(iter(lambda: file.readline(BLOCK), ""))
-    source = "metrics.jsonl" if trace.rows or trace.end else "log.txt" if log.rows or log.end else None
+    source = "log.txt" if log.rows or log.end else None
+    source = "metrics.jsonl" if trace.rows or trace.end else source
     if source == "log.txt":
         log.notes = [*trace.notes, "read from log.txt: metrics.jsonl is missing or holds no step", *log.notes]
         trace = log
@@ -512,10 +513,6 @@ def read_log(path, keep_rows=True):
         return Run(path, path.name, parse_log(file, keep_rows), {})
 
 
-def is_run_folder(path):
-    return path.is_dir() and any((path / name).is_file() for name in ("metrics.jsonl", "log.txt", "config.json"))
-
-
 def find_logs(path):
     """Run folders and *.txt and *.log files in the folder `path` and below, in the order of their names."""
     if (path / "metrics.jsonl").is_file() or (path / "log.txt").is_file():
@@ -524,7 +521,7 @@ def find_logs(path):
     for entry in sorted(path.iterdir(), key=natural):
         if entry.is_dir() and not entry.is_symlink():
             found += find_logs(entry)
-        elif entry.suffix.lower() in (".txt", ".log") and entry.is_file() and entry.name != "logs.txt":
+        elif entry.suffix.lower() in (".txt", ".log") and entry.name != "logs.txt" and entry.is_file():
             found.append(entry)
     return found
 
@@ -600,10 +597,10 @@ def load_experiment(log_dir, name):
         known = [p.name for p in folders(log_dir)]
         listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
         raise FileNotFoundError(f"no experiment '{name}' in '{log_dir}'; available: {listed or 'none'}")
-    runs = [read_run(p) for p in folders(path) if is_run_folder(p)]
+    files = ("metrics.jsonl", "log.txt", "config.json")
+    runs = [read_run(p) for p in folders(path) if any((p / name).is_file() for name in files)]
     if not runs:
-        raise FileNotFoundError(f"no run in '{path}': expected folders that hold one of metrics.jsonl, log.txt, "
-                                "config.json")
+        raise FileNotFoundError(f"no run in '{path}': expected folders that hold one of {', '.join(files)}")
     return runs
 
 
@@ -675,7 +672,8 @@ def summarize(run):
     known = {key: value for key, value in end.items() if number(value) is not None}
     vals = [row for row in [*rows, known] if number(row.get("val_loss")) is not None]
     final = vals[-1] if vals else {}
-    best = min((v for v in vals if math.isfinite(v["val_loss"])), key=lambda v: v["val_loss"], default={})
+    good = [row for row in vals if math.isfinite(row["val_loss"])]
+    best = min(good, key=lambda row: row["val_loss"], default={})
     step, time_ms, tokens = (known.get(key, latest(rows, key)) for key in ("step", "train_time_ms", "tokens"))
     status = f"running or killed at step {step}" if rows else "no step logged"
     status = str(end.get("status", "ended")) if end else status
@@ -694,7 +692,7 @@ def summarize(run):
         "best_val_loss": best.get("val_loss"),
         "best_val_step": best.get("step", step if best else None),
         "train_time_ms": time_ms,
-        "step_avg_ms": latest(rows[-1:], "step_avg_ms") or (time_ms / step if time_ms and step else None),
+        "step_avg_ms": latest(rows[-1:], "step_avg_ms") or (step and time_ms and time_ms / step) or None,
         "tokens": tokens,
         "tokens_per_s": known.get("tokens_per_s", rate),
         **{key: known.get(key) for key in extra},
@@ -778,7 +776,7 @@ def crossing(rows, target):
     for row in rows:
         if (loss := number(row.get("val_loss"))) is not None and loss <= target:
             time_ms = number(row.get("train_time_ms"))
-            return {"step": row["step"], "train_time_s": None if time_ms is None else time_ms / 1000}
+            return {"step": row["step"], "train_time_s": time_ms and time_ms / 1000}
     return None
 
 
@@ -934,7 +932,7 @@ def welch(a, b, confidence=0.95):
             "confidence": confidence, "p_value": float(test.pvalue), "cohens_d": difference / pooled}
 
 
-SIGMA_RULE = 0.004  # track 3 takes sd = 0.0013 as known: z > 3 is (target - mean) * sqrt(n) >= 0.004
+SIGMA_RULE = 0.004  # track 3 knows the sd, 0.0013: z > 3 is (target - mean) * sqrt(n) >= 0.004
 LOSS_PER_STEP = 0.000045  # track 3's worth of a step: 100 steps are 0.0045 of loss
 
 
@@ -994,11 +992,12 @@ def what_differs(a, b):
     units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
     if not names + units:
         return next((note for note in found["notes"] if "text only" in note), "only comments differ")
-    names = [name for name in names if not re.search(r"seed|run_?id|run_?name", name, re.IGNORECASE)]
+    names = [name for name in names if not re.search(r"seed|run_?id|run_?name", name, re.I)]
     if not names + units:
         return "only seeds and names differ"
     names = [name.removeprefix("setting ") for name in [*names, *units]]
-    return "other " + ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"other {', '.join(names[:4])}{more}"
 
 
 def version_warning(groups, most=25):
@@ -1039,7 +1038,8 @@ def step_times(rows):
     """[(step, ms of that step)] from the clock's differences; none where the clock was set back."""
     timed = [(row["step"], row["train_time_ms"]) for row in rows if number(row.get("train_time_ms")) is not None]
     pairs = zip(timed, timed[1:], strict=False)
-    return [(b, (y - x) / (b - a)) for (a, x), (b, y) in pairs if b > a and y >= x and math.isfinite(y - x)]
+    pairs = [pair for pair in pairs if math.isfinite(pair[1][1] - pair[0][1])]
+    return [(b, (y - x) / (b - a)) for (a, x), (b, y) in pairs if b > a and y >= x]
 
 
 def stage_of(rows):
@@ -1086,9 +1086,10 @@ def equal_points(groups, count=4):
     found = {}
     for x in ("step", "tokens", "train_time_ms"):
         span = common_range(groups, x)
-        grid = [span[0] + (span[1] - span[0]) * i / count for i in range(1, count + 1)] if span else []
+        low, high = span or (0, 0)
+        grid = [low + (high - low) * i / count for i in range(1, count + 1)] if span else []
         means = [resample(samples, x, grid).mean(0) for samples in groups] if grid else []
-        found[x] = [{"at": at, "means": [float(mean[i]) for mean in means]} for i, at in enumerate(grid)]
+        found[x] = [{"at": at, "means": [*map(float, at_x)]} for at, *at_x in zip(grid, *means, strict=True)]
     return found
 
 
@@ -1289,7 +1290,8 @@ def trace_numbers(path):
     on_cpu = [e for e in events if e.kind == "cpu_op" or e.name.startswith(("aten::", "gloo:"))]
     pool = kernels or on_cpu
     talk = [e for e in pool if e.name.startswith(("nccl", "gloo:"))]
-    work = [e for e in pool if e.name.startswith("aten::") or (kernels and not e.name.startswith("nccl"))]
+    work = [e for e in pool if e.name.startswith("aten::")]
+    work = [e for e in kernels if not e.name.startswith("nccl")] if kernels else work
     steps = [e for e in events if e.name.startswith("ProfilerStep")]
     steps = [e for e in steps if e.kind == "gpu_user_annotation"] or steps
     operations = [[name, *own] for name, own in self_times(pool).items()]
@@ -1328,7 +1330,7 @@ class Table:
 
     def __post_init__(self):
         self.title, self.headings = printable(self.title), [*map(printable, self.headings)]
-        self.rows = [[printable("-" if cell is None else cell) for cell in row] for row in self.rows]
+        self.rows = [["-" if cell is None else printable(cell) for cell in row] for row in self.rows]
         columns = zip(*self.rows, strict=True) if self.rows else [[]] * len(self.headings)
         self.aligns = [">" if all(re.fullmatch(r"[-+\d.,/ e%]*|nan|inf", cell) for cell in column) else "<"
                        for column in columns]
@@ -1344,7 +1346,8 @@ class Table:
 
     def markdown(self):
         def line(cells):
-            return "| " + " | ".join(re.sub(r"([\\|<>`*_\[\]])", r"\\\1", cell) for cell in cells) + " |"
+            cells = (re.sub(r"([\\|<>`*_\[\]])", r"\\\1", cell) for cell in cells)
+            return f"| {' | '.join(cells)} |"
 
         rule = "|".join("--:" if align == ">" else "---" for align in self.aligns)
         return [*([f"**{self.title}**", ""] if self.title else []), line(self.headings), f"|{rule}|",
@@ -1367,7 +1370,8 @@ def plain(report):
     """Text of a report: a list of printable strings, Tables, and lists of lines, as of code."""
     lines = []
     for block in report:
-        lines += block.plain() if isinstance(block, Table) else [block] if isinstance(block, str) else block
+        block = block.plain() if isinstance(block, Table) else block
+        lines += [block] if isinstance(block, str) else block
     return "\n".join(lines)
 
 
@@ -1459,7 +1463,8 @@ def hellaswag_report(summaries):
     rows = [[run_id, str(score["step"]), f"{score['tasks']:,}",
              *("{:.1f} +- {:.1f} %".format(*accuracy(score, key)) for key in ACCURACIES)]
             for run_id, score in found]
-    return [Table(["HellaSwag of", "step", "tasks", "per token", "per byte", "raw"], rows)] if rows else []
+    headings = ["HellaSwag of", "step", "tasks", "per token", "per byte", "raw"]
+    return [Table(headings, rows)] if rows else []
 
 
 def experiment_report(name, runs):
@@ -1469,13 +1474,9 @@ def experiment_report(name, runs):
     report.append(Table([heading for heading, _ in COLUMNS], [[cell(s) for _, cell in COLUMNS] for s in summaries]))
     report += router_report(summaries) + hellaswag_report(summaries)
     report += filter(None, [format_mean(summaries)])
-    report += [f"settings that differ between the runs: {printable(', '.join(names))}"] if names else []
+    names = printable(", ".join(names))
+    report += [f"settings that differ between the runs: {names}"] if names else []
     return report + [f"note on {printable(s['run_id'])}: {printable(note)}" for s in summaries for note in s["notes"]]
-
-
-def format_report(name, runs):
-    """The report of an experiment as text."""
-    return plain(experiment_report(name, runs))
 
 
 def format_json(runs):
@@ -1531,7 +1532,7 @@ def run_table(found):
     """Many runs as a Table, a line each."""
     rows = [[n["path"], n["status"], show(n["trials"]), f"{show(n['steps'])}/{show(n['max_step'])}",
              show(n["final_val_loss"], ".4f"), show(n["best_val_loss"], ".4f"), show(n["train_time_s"], ",.1f"),
-             show(n["step_avg_ms"], ",.2f"), show(n["peak_allocated_mib"]), n["torch"], n["gpus"], n["code_hash"]]
+             show(n["step_avg_ms"], ",.2f"), n["peak_allocated_mib"], n["torch"], n["gpus"], n["code_hash"]]
             for n in found]
     headings = "run,status,trials,steps,val loss,best val,train s,ms/step,peak MiB,torch,hardware,code".split(",")
     return Table(headings, rows)
@@ -1585,7 +1586,7 @@ def loss_limits(runs):
     cuts = [next((i for i, (x, _) in enumerate(points) if x >= start), len(points) - 1) for points in curves]
     fallen = max(min(y for _, y in points[: i + 1]) for points, i in zip(curves, cuts, strict=True))
     late = sorted(y for points, i in zip(curves, cuts, strict=True) for _, y in points[i:])
-    low, top = min(late[0], fallen), late[int(0.995 * len(late))]  # a few spikes may leave the panel, too
+    low, top = min(late[0], fallen), late[int(0.995 * len(late))]  # a few spikes may leave, too
     high = max(fallen, min(top, low + max(2 * (fallen - low), 1.0)))
     pad = 0.05 * (high - low) or 0.05
     return low - pad, high + pad
@@ -1888,7 +1889,7 @@ def sizes_of(samples):
 
 
 # Settings that runs must share for their steps to a loss to be compared
-COMPARED = ("eval_tokens", "eval_seq_len", "eval_window", "batch_tokens", "stage_ends", "seq_len", "mtp")
+COMPARED = "eval_tokens eval_seq_len eval_window batch_tokens stage_ends seq_len mtp".split()
 SPENT = ("tokens", "step", "train_time_ms")  # what a loss costs
 
 
@@ -1934,14 +1935,14 @@ def control_numbers(groups):
             return {"refused": f"{first} and {name}: {why}"}
     loss = number(settings_of(control.run).get("target_loss")) or control.loss
     spent = {name: reached(sample.rows, loss) for name, sample in samples.items()}
-    step_ms = {name: sample.time_s and sample.time_s / sample.steps for name, sample in samples.items()}
     found = []
-    for name in samples:
+    for name, sample in samples.items():
         both = spent[first] and spent[name] and spent[name]["step"]
+        timed = control.time_s and sample.time_s
         found.append({
             "name": name,
             "reached": spent[name],
-            "step_time_ratio": step_ms[name] / step_ms[first] if step_ms[first] and step_ms[name] else None,
+            "step_time_ratio": timed and timed / sample.steps * control.steps / control.time_s,
             "break_even_ratio": spent[first]["step"] / spent[name]["step"] if both else None,
         })
     return {"loss": loss, "runs": found}
@@ -1949,8 +1950,10 @@ def control_numbers(groups):
 
 def control_report(found):
     """[Table of what control_numbers found], or [why there is none]."""
-    if not found or "refused" in found:
-        return [f"tokens, steps and seconds to a loss: not comparable, {found['refused']}"] if found else []
+    if not found:
+        return []
+    if "refused" in found:
+        return [f"tokens, steps and seconds to a loss: not comparable, {found['refused']}"]
     rows = []
     for run in found["runs"]:
         at = run["reached"]
@@ -1987,8 +1990,9 @@ def compare_report(groups, result):
     report.append(Table(["minus that of " + names[0], "difference", "95 % interval", "p (Welch)", "Cohen's d"], rows))
     for pair in result["pairs"]:
         rule = pair["sigma_rule"]
-        words = f"{rule['value']:+.4f}, {'passed' if rule['passed'] else 'not passed'} (>= {SIGMA_RULE})"
-        report.append(f"track 3's rule for {printable(pair['b'])} beating {printable(names[0])}: {words}")
+        words = f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"
+        a, b = map(printable, (names[0], pair["b"]))
+        report.append(f"track 3's rule for {b} beating {a}: {words}")
     stages = dict.fromkeys(stage for found in result["stages"].values() for stage in found)
     rows = [[stage, *(show(found.get(stage), ",.2f") for found in result["stages"].values())] for stage in stages]
     report.append(Table(["median ms of a step", *names], rows))
@@ -2005,6 +2009,10 @@ def compare_report(groups, result):
                      for text in group["warnings"]]
 
 
+def passed(test):
+    return "passed" if test["passed"] else "not passed"
+
+
 def welch_cells(test, form):
     if not test:
         return ["-", "-", "-", "-"]
@@ -2019,7 +2027,7 @@ def show_profile(args):
     folder = run / "profile" if (run / "profile").is_dir() else run
     paths = sorted(folder.glob("trace_rank*.json"), key=natural)
     if not paths:
-        raise FileNotFoundError(f"no trace_rank*.json in '{folder}': name a run with --enable_profiling")
+        raise FileNotFoundError(f"'{folder}' holds no trace_rank*.json: --enable_profiling writes it")
     ranks = [trace_numbers(path) for path in paths]
     memory = sorted(map(str, folder.glob("memory_rank*.pickle")))
     if args.json:
@@ -2035,7 +2043,7 @@ def operation_table(numbers, top):
     """The heaviest operations of a trace as a Table; shares are of all of them."""
     found = numbers["operations"]
     total = sum(us for _, us, _ in found) or 1
-    rows = [[clip(name), f"{us / 1000:,.3f}", percent(us / total), f"{calls:,}", f"{us / calls:,.1f}"]
+    rows = [[clip(name), f"{us / 1000:,.3f}", percent(us / total), calls, f"{us / calls:,.1f}"]
             for name, us, calls in found[:top]]
     title = f"{Path(numbers['trace']).stem}: the heaviest of {len(found)} {numbers['kind']}"
     return Table(["name", "self ms", "share", "calls", "us a call"], rows, title)
@@ -2043,10 +2051,11 @@ def operation_table(numbers, top):
 
 def profile_line(numbers):
     """The steps of a trace in a sentence."""
-    ms = {key: show(numbers[key] and numbers[key] / 1000, ",.1f") for key in numbers if key.endswith("_us")}
+    times = (numbers[key] for key in ("communication_us", "beside_us", "step_us"))
+    talk, beside, step = (show(us and us / 1000, ",.1f") for us in times)
     idle = f", device idle {percent(numbers['idle'])}" if numbers["idle"] is not None else ""
-    return (f"{numbers['steps']} steps: communication {ms['communication_us']} ms, {ms['beside_us']} ms "
-            f"of it beside computation; {ms['step_us']} ms a step{idle}")
+    return (f"{numbers['steps']} steps: communication {talk} ms, {beside} ms of it beside "
+            f"computation; {step} ms a step{idle}")
 
 
 ENVIRONMENT = ("python", "torch", "cuda", "triton", "driver", "gpus", "world_size")
@@ -2159,9 +2168,9 @@ def target_lines(test, n):
     p, alpha, rule = test["p_value"], test["alpha"], test["sigma_rule"]
     lines = ["no t-test: it needs two runs that are not equal" if p is None else
              f"one-sided t-test that the mean loss is below {test['target']}: p = {p:.2g}, "
-             f"{'passed' if test['passed'] else 'not passed'} (p < {alpha})",
-             f"track 3's rule with a fixed sd of 0.0013: (target - mean) * sqrt(n) = {rule['value']:+.4f}, "
-             f"{'passed' if rule['passed'] else 'not passed'} (>= {SIGMA_RULE})"]
+             f"{passed(test)} (p < {alpha})",
+             f"track 3's rule with a fixed sd of 0.0013: (target - mean) * sqrt(n) = "
+             f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"]
     if test["detectable_margin"] is not None:
         lines.append(f"{n} runs with this spread show a mean that is {test['detectable_margin']:.5f} below the target")
     if test["more_runs"]:
@@ -2184,7 +2193,9 @@ def verify_folder(args):
         groups.setdefault(str(sample.run.path.parent), []).append(sample)
     groups |= versions(samples)
     claims = check_claims(read_text(folder / "README.md")[:1_000_000], groups, args.target)
-    checks = [check_versions(samples), check_sources(runs), *complete_checks(samples, dropped)]
+    complete = verdict("runs", "complete runs", bool(samples), f"{len(samples)} complete")
+    others = [verdict("runs", name, None, why) for name, _, why in (s.partition(": ") for s in dropped[:20])]
+    checks = [check_versions(samples), check_sources(runs), complete, *others]
     bad = [c for c in claims + checks if c["verdict"] == "contradicted"]
     result = {"folder": str(folder), "runs": len(samples), "claims": claims, "checks": checks, "passed": not bad}
     if args.json:
@@ -2207,7 +2218,8 @@ def check_versions(samples):
     for name, group in folders.items():
         first, *others = [found[0].run for found in versions(group).values() if found[0].run.trace.code_hash] or [None]
         words = dict.fromkeys(what_differs(first, run) for run in others)
-        mixed += [f"{name}: {len(others) + 1} versions: {'; '.join(list(words)[:3])}"] if words else []
+        some = "; ".join(list(words)[:3])
+        mixed += [f"{name}: {len(others) + 1} versions: {some}"] if words else []
         mixed += [""] if words.keys() - HARMLESS else []
     fatal, mixed = "" in mixed, "; ".join(filter(None, mixed))
     return verdict("code", "one code version in each group", not fatal if samples else None, mixed)
@@ -2225,11 +2237,6 @@ def check_sources(runs):
     detail += f", for a newer Python than {sys.version.split()[0]}" if newer else ""
     return verdict("source", "the sources in the logs are whole Python files", truth,
                    detail if found else "no log holds a source")
-
-
-def complete_checks(samples, dropped):
-    return [verdict("runs", "complete runs", bool(samples) or False, f"{len(samples)} complete"),
-            *(verdict("runs", text.partition(":")[0], None, text.partition(": ")[2]) for text in dropped[:20])]
 
 
 def extract_source(args):
@@ -2270,7 +2277,8 @@ def export_records(args):
         raise ValueError(f"no log in {', '.join(args.logs)} holds a step")
     if args.wandb:
         return export_wandb(paths, args.wandb)
-    form = "json" if args.json else args.format or ("json" if str(args.output).endswith(".json") else "csv")
+    form = "json" if str(args.output).endswith(".json") else "csv"
+    form = "json" if args.json else args.format or form
     pieces = export_json(paths) if form == "json" else export_csv(paths, keys)
     if args.output:
         with open(args.output, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
@@ -2384,8 +2392,9 @@ def points_of(rows, most=400):
     """[[step, time_s, val_loss, train_loss]]: all validations, and about `most` of the other records with a loss."""
     rows = [row for row in rows if any(number(row.get(key)) is not None for key in LOSSES)]
     stride = max(1, len(rows) // most)
-    finite = [[number(row.get(key)) for key in ("train_time_ms", "val_loss", "train_loss")] for row in rows]
-    finite = [[v if v is not None and math.isfinite(v) else None for v in values] for values in finite]
+    keys = ("train_time_ms", "val_loss", "train_loss")
+    finite = [[number(row.get(key)) for key in keys] for row in rows]
+    finite = [[None if v is None or not math.isfinite(v) else v for v in values] for values in finite]
     points = [[row["step"], None if ms is None else ms / 1000, val, train]
               for row, (ms, val, train) in zip(rows, finite, strict=True)]
     return [point for i, point in enumerate(points) if point[2] is not None or i % stride == 0]
@@ -2399,13 +2408,13 @@ def flag(parser, name, **options):
 def build_parser():
     """Parser whose `command` is the function to call with its result; without a sub-command that of an experiment."""
     shown = argparse.ArgumentParser(add_help=False)
-    shown.add_argument("--json", action="store_true", help="print the numbers as JSON, draw nothing")
+    shown.add_argument("--json", action="store_true", help="print numbers as JSON, draw nothing")
     shown.add_argument("--markdown", action="store_true", help="print the report as Markdown")
     about, _, more = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=about, epilog=more, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(command=show_experiment)
-    parser.add_argument("--experiment_name", "--experiment-name", help="folder inside the log folder")
+    parser.add_argument("--experiment_name", "--experiment-name", help="folder in the log folder")
     flag(parser, "log-dir", default="logs", help="folder of all experiments (default: logs)")
     flag(parser, "images-dir", default="images", help="folder for plots (default: images)")
     parser.add_argument("--json", action="store_true", help='print {"runs": [...]} instead of the table, draw nothing')
@@ -2428,7 +2437,7 @@ def add_commands(command):
     target = {"type": float, "metavar": "LOSS", "help": "the loss to be reached"}
     sub = command("show", show_runs)
     sub.add_argument("logs", **logs)
-    sub.add_argument("--target", **{**target, "default": 3.28, "help": "loss whose crossing is shown (default: 3.28)"})
+    sub.add_argument("--target", **target | {"default": 3.28, "help": "loss to cross (default: 3.28)"})
     sub.add_argument("--strict", action="store_true", help="exit with 1 unless every file is a complete run")
     sub.add_argument("--plot", metavar="FILE", help="draw the experts' load of the last run that reports its routers")
     sub = command("compare", compare_groups)
@@ -2441,14 +2450,14 @@ def add_commands(command):
     flag(sub, "no-text", action="store_true", help="without the unified diff")
     sub = command("profile", show_profile)
     sub.add_argument("run", metavar="RUN", help="folder of a run, or of its traces")
-    sub.add_argument("--top", type=int, default=12, metavar="N", help="operations shown (default: 12)")
+    sub.add_argument("--top", type=int, default=12, metavar="N", help="operations (default: 12)")
     sub = command("stats", show_stats)
     sub.add_argument("logs", **logs)
     sub.add_argument("--target", **target)
     sub.add_argument("--alpha", type=float, default=0.01, help="p has to be below (default: 0.01)")
     sub = command("verify", verify_folder)
     sub.add_argument("folder", metavar="FOLDER", help="record folder with README.md and logs")
-    sub.add_argument("--target", **{**target, "default": 3.28, "help": "target of its p (default: 3.28)"})
+    sub.add_argument("--target", **target | {"default": 3.28, "help": "of its p (default: 3.28)"})
     sub = command("extract", extract_source)
     sub.add_argument("log", metavar="LOG")
     sub.add_argument("-o", "--output", metavar="FILE", help="file to write (default: the terminal)")
@@ -2456,11 +2465,11 @@ def add_commands(command):
     sub = command("export", export_records)
     sub.add_argument("logs", **logs)
     sub.add_argument("-o", "--output", metavar="FILE", help="file to write (default: the terminal)")
-    sub.add_argument("--format", choices=("csv", "json"), help="default: by the name of the file, else csv")
+    sub.add_argument("--format", choices=("csv", "json"), help="default: by the file's name, else csv")
     sub.add_argument("--wandb", metavar="PROJECT", help="upload to Weights & Biases instead")
     sub = command("board", show_board)
-    sub.add_argument("folders", nargs="+", metavar="FOLDER", help="record folders, or a folder of them")
-    sub.add_argument("--html", default="board.html", metavar="FILE", help="the page (default: board.html)")
+    sub.add_argument("folders", nargs="+", metavar="FOLDER", help="records, or a folder of them")
+    sub.add_argument("--html", default="board.html", metavar="FILE", help="default: board.html")
     sub.add_argument("--title", default="Leaderboard", help="its title")
 
 

@@ -69,7 +69,7 @@ def test_any_score_never_raises(values, step):
     text = lines({"step": 1, "val_loss": 2.0}, {"step": step, "hellaswag": values})
     run = logger.Run(logger.Path("run"), "metrics.jsonl", logger.parse_metrics(text), {})
     json.loads(logger.format_json([run]), parse_constant=pytest.fail)
-    assert logger.format_report("exp", [run]) and logger.screen(logger.describe(run))
+    assert logger.plain(logger.experiment_report("exp", [run])) and logger.screen(logger.describe(run))
 
 
 def test_reports_show_the_last_score_with_its_errors(tmp_path, capsys):

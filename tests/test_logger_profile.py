@@ -190,7 +190,7 @@ def error(capsys, *argv):
 
 
 def test_without_a_trace(tmp_path, capsys):
-    said = "no trace_rank*.json in '{}': name a run with --enable_profiling"
+    said = "'{}' holds no trace_rank*.json: --enable_profiling writes it"
     assert said.format(tmp_path / "none") in error(capsys, tmp_path / "none")
     (tmp_path / "profile").mkdir()
     assert said.format(tmp_path / "profile") in error(capsys, tmp_path)
