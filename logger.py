@@ -928,8 +928,9 @@ def welch(a, b, confidence=0.95):
     interval = test.confidence_interval(confidence)
     pooled = math.sqrt((statistics.variance(a) + statistics.variance(b)) / 2)
     difference = statistics.mean(a) - statistics.mean(b)
-    return {"difference": difference, "ci_low": float(interval.low), "ci_high": float(interval.high),
-            "confidence": confidence, "p_value": float(test.pvalue), "cohens_d": difference / pooled}
+    low, high, p = map(float, (*interval, test.pvalue))
+    return {"difference": difference, "ci_low": low, "ci_high": high, "confidence": confidence,
+            "p_value": p, "cohens_d": difference / pooled}
 
 
 SIGMA_RULE = 0.004  # track 3 knows the sd, 0.0013: z > 3 is (target - mean) * sqrt(n) >= 0.004
@@ -1121,20 +1122,21 @@ def check_claims(text, groups, target):
     numbers = [group_numbers(group) for group in groups.values()]
     found += [check_line(match[0], samples) for match in STEP_CLAIM.finditer(text)]
     text = STEP_CLAIM.sub(" ", text)
-    found += [claim for match in LIST_CLAIM.finditer(text) if (claim := check_list(match[1], samples))]
+    found += filter(None, (check_list(match[1], samples) for match in LIST_CLAIM.finditer(text)))
     lists = [[float(word) for word in re.findall(r"\d+\.\d+", match[1])] for match in LIST_CLAIM.finditer(text)]
     text = LIST_CLAIM.sub(" ", text)
     found += [check_p(match, groups, lists, target) for match in P_CLAIM.finditer(text) if 0 < float(match[2]) < 1]
     text = P_CLAIM.sub(" ", text)
     found += [check_n(match, numbers, len(samples)) for match in N_CLAIM.finditer(text)]
-    found += [claim for match in LOSS_CLAIM.finditer(text) if (claim := check_loss(match, text, samples, numbers))]
+    found += filter(None, (check_loss(m, text, samples, numbers) for m in LOSS_CLAIM.finditer(text)))
     found += [check_time(match, samples, numbers) for match in TIME_CLAIM.finditer(text)]
     return list({(claim["kind"], claim["claim"]): claim for claim in found}.values())
 
 
 def verdict(kind, claim, truth, detail=""):
     """`truth` is True, False or None: not checkable."""
-    return {"kind": kind, "claim": claim.strip()[:100], "verdict": VERDICTS[truth], "detail": detail}
+    word, claim = VERDICTS[truth], claim.strip()[:100]
+    return {"kind": kind, "claim": claim, "verdict": word, "detail": detail}
 
 
 def check_line(line, samples):
@@ -1240,12 +1242,10 @@ def read_events(path):
     """Events of a trace that have a duration. ValueError if it is damaged."""
     try:
         found = json.loads(path.read_bytes())["traceEvents"]
-        found = [e for e in found if e.get("ph") == "X" and e.get("dur", 0) > 0]
-        return [Event(str(e["name"]), str(e.get("cat")), e["ts"], e["ts"] + e["dur"],
-                      f"{e.get('pid')} {e.get('tid')}") for e in found]
+        return [Event(str(e["name"]), str(e.get("cat")), e["ts"], e["ts"] + e["dur"], f"{e.get('tid')}")
+                for e in found if e.get("ph") == "X" and e.get("dur", 0) > 0]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        cut = isinstance(error, ValueError)
-        what = "cut off or damaged" if cut else "no trace of torch.profiler"
+        what = "damaged, or cut off" if isinstance(error, ValueError) else "no trace of torch.profiler"
         raise ValueError(f"'{path}' is {what}: train again with --enable_profiling") from error
 
 
@@ -1281,9 +1281,8 @@ def self_times(events):
 
 
 def trace_numbers(path):
-    """What a trace says, times in us. Operations are a GPU's kernels, or else a CPU's operators and
-    what gloo does; communication is NCCL's and gloo's. Idle is the share of the time from the first
-    to the last thing on a GPU in which there is nothing on it; None without a GPU."""
+    """What a trace says. Operations: a GPU's kernels, or else a CPU's operators and what gloo does.
+    Idle: share of the time from the first to the last thing on a GPU with nothing on it, or None."""
     events = read_events(path)
     device = [e for e in events if e.kind in ("kernel", "gpu_memcpy", "gpu_memset")]
     kernels = [e for e in device if e.kind == "kernel"]
@@ -1330,7 +1329,7 @@ class Table:
 
     def __post_init__(self):
         self.title, self.headings = printable(self.title), [*map(printable, self.headings)]
-        self.rows = [["-" if cell is None else printable(cell) for cell in row] for row in self.rows]
+        self.rows = [["-" if x is None else printable(x) for x in row] for row in self.rows]
         columns = zip(*self.rows, strict=True) if self.rows else [[]] * len(self.headings)
         self.aligns = [">" if all(re.fullmatch(r"[-+\d.,/ e%]*|nan|inf", cell) for cell in column) else "<"
                        for column in columns]
@@ -1926,7 +1925,8 @@ def control_numbers(groups):
     else its last one; its step time over the control's; and the ratio at which the two would break
     even. {"refused": why} if they are not comparable; None unless each group is one of our runs."""
     samples = {name: found[0] for name, found in groups.items() if len(found) == 1}
-    if len(samples) < len(groups) or any(s.run.source != "metrics.jsonl" for s in samples.values()):
+    sources = {sample.run.source for sample in samples.values()}
+    if len(samples) < len(groups) or sources != {"metrics.jsonl"}:
         return None
     first, *others = samples
     control = samples[first]
@@ -2027,7 +2027,7 @@ def show_profile(args):
     folder = run / "profile" if (run / "profile").is_dir() else run
     paths = sorted(folder.glob("trace_rank*.json"), key=natural)
     if not paths:
-        raise FileNotFoundError(f"'{folder}' holds no trace_rank*.json: --enable_profiling writes it")
+        raise FileNotFoundError(f"'{folder}' holds no trace_rank*.json, as of --enable_profiling")
     ranks = [trace_numbers(path) for path in paths]
     memory = sorted(map(str, folder.glob("memory_rank*.pickle")))
     if args.json:
@@ -2205,7 +2205,8 @@ def verify_folder(args):
         order = sorted(claims, key=lambda c: list(VERDICTS.values()).index(c["verdict"]))
         rows = [[c["kind"], c["claim"], c["verdict"], c["detail"]] for c in order]
         report += [Table(["kind", "claim of the README", "verdict", "detail"], rows)] if rows else ["no claim found"]
-        counts = [f"{sum(c['verdict'] == word for c in claims)} {word}" for word in VERDICTS.values()]
+        said = [claim["verdict"] for claim in claims]
+        counts = [f"{said.count(word)} {word}" for word in VERDICTS.values()]
         emit([*report, f"{len(samples)} complete runs; claims: {', '.join(counts)}"], args)
     return 1 if bad else 0
 
@@ -2231,7 +2232,8 @@ def check_sources(runs):
 
     found = {text: run for run in runs for text in run.trace.parts.values()}
     broken = [run for text, run in found.items() if parse_source(text).problem]
-    newer = [run for run in broken if natural(run.trace.header.get("python", "")) > natural(sys.version)]
+    own = natural(sys.version)
+    newer = [run for run in broken if natural(run.trace.header.get("python", "")) > own]
     truth = None if not found or (newer and len(newer) == len(broken)) else not broken
     detail = f"not that of {', '.join(run.path.name for run in broken[:3])}" if broken else ""
     detail += f", for a newer Python than {sys.version.split()[0]}" if newer else ""
@@ -2394,7 +2396,7 @@ def points_of(rows, most=400):
     stride = max(1, len(rows) // most)
     keys = ("train_time_ms", "val_loss", "train_loss")
     finite = [[number(row.get(key)) for key in keys] for row in rows]
-    finite = [[None if v is None or not math.isfinite(v) else v for v in values] for values in finite]
+    finite = [[v if v is not None and math.isfinite(v) else None for v in row] for row in finite]
     points = [[row["step"], None if ms is None else ms / 1000, val, train]
               for row, (ms, val, train) in zip(rows, finite, strict=True)]
     return [point for i, point in enumerate(points) if point[2] is not None or i % stride == 0]
@@ -2437,7 +2439,7 @@ def add_commands(command):
     target = {"type": float, "metavar": "LOSS", "help": "the loss to be reached"}
     sub = command("show", show_runs)
     sub.add_argument("logs", **logs)
-    sub.add_argument("--target", **target | {"default": 3.28, "help": "loss to cross (default: 3.28)"})
+    sub.add_argument("--target", **target | {"default": 3.28, "help": "to cross (default: 3.28)"})
     sub.add_argument("--strict", action="store_true", help="exit with 1 unless every file is a complete run")
     sub.add_argument("--plot", metavar="FILE", help="draw the experts' load of the last run that reports its routers")
     sub = command("compare", compare_groups)
@@ -2465,7 +2467,7 @@ def add_commands(command):
     sub = command("export", export_records)
     sub.add_argument("logs", **logs)
     sub.add_argument("-o", "--output", metavar="FILE", help="file to write (default: the terminal)")
-    sub.add_argument("--format", choices=("csv", "json"), help="default: by the file's name, else csv")
+    sub.add_argument("--format", choices=("csv", "json"), help="default: by its name, else csv")
     sub.add_argument("--wandb", metavar="PROJECT", help="upload to Weights & Biases instead")
     sub = command("board", show_board)
     sub.add_argument("folders", nargs="+", metavar="FOLDER", help="records, or a folder of them")

@@ -190,14 +190,14 @@ def error(capsys, *argv):
 
 
 def test_without_a_trace(tmp_path, capsys):
-    said = "'{}' holds no trace_rank*.json: --enable_profiling writes it"
+    said = "'{}' holds no trace_rank*.json, as of --enable_profiling"
     assert said.format(tmp_path / "none") in error(capsys, tmp_path / "none")
     (tmp_path / "profile").mkdir()
     assert said.format(tmp_path / "profile") in error(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("text, what", [
-    (b"", "cut off or damaged"), (b'{"traceEvents": [{"ph": "X", "na', "cut off or damaged"), (b"\xff", "cut off"),
+    (b"", "damaged, or cut off"), (b'{"traceEvents": [{"ph": "X", "na', "damaged, or cut off"), (b"\xff", "damaged"),
     (b"[]", "no trace of torch.profiler"), (b"{}", "no trace of"), (b'{"traceEvents": 3}', "no trace of"),
     (b'{"traceEvents": [1]}', "no trace of"), (b'{"traceEvents": [{"ph": "X", "dur": "x"}]}', "no trace of"),
     (b'{"traceEvents": [{"ph": "X", "dur": 1, "name": "a"}]}', "no trace of"), (b"[" * 100_000, "no trace of"),
