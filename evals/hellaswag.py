@@ -463,7 +463,9 @@ def has_ended(run: Path) -> bool:
 def tokens_at(run: Path, step: int) -> int | None:
     """Training tokens of the first `step` steps, from the run's metrics: those of the last record until then, and its
     batch for each step since. None where no record says."""
-    records = [r for r in parse_objects((run / "metrics.jsonl").read_bytes()) if {"step", "tokens"} <= r.keys()]
+    path = run / "metrics.jsonl"
+    records = parse_objects(path.read_bytes()) if path.is_file() else []
+    records = [r for r in records if type(r.get("step")) is int and type(r.get("tokens")) is int]
     records = sorted((r for r in records if r["step"] <= step), key=lambda r: r["step"])
     if records and records[-1]["step"] == step:
         return records[-1]["tokens"]
