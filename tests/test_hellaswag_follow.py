@@ -208,7 +208,8 @@ def test_end_of_a_run(tmp_path, metrics, ended):
 @pytest.mark.parametrize("step, tokens", [(0, None), (1, None), (2, 200), (3, 300), (4, 400), (5, 600), (9, 1400)])
 def test_tokens_where_the_metrics_do_not_have_the_step(tmp_path, step, tokens):
     """The batch doubles after step 4; what a kill left and other objects do not count."""
-    rows = [{"step": 2, "tokens": 200, "batch_tokens": 100}, {"event": "resume", "step": 3}, {"step": None, "tokens": 1},
+    rows = [{"step": 2, "tokens": 200, "batch_tokens": 100}, {"event": "resume", "step": 3},
+            {"step": None, "tokens": 1},
             {"step": 4, "tokens": 400, "val_loss": 3.0}, {"step": 5, "tokens": 600, "batch_tokens": 200}]
     assert hellaswag.tokens_at(tmp_path, step) is None
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "tok')
