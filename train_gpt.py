@@ -234,8 +234,8 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
             len({layer.value_table for layer in layer_table(s)} - {None}) < s.value_embeds):
         bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} "
                    "value tables, needs it")
-    if len(s.softcap) != 3 or not s.softcap[2]:
-        bad.append(f"--softcap {s.softcap}: three numbers a,b,c, the last above 0; 0,0,1 is no cap")
+    if len(s.softcap) != 3 or not s.softcap[2] or (not s.softcap[0] and s.softcap != (0, 0, 1)):
+        bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
     if s.bigram == 1:
         bad.append("--bigram 1: a table needs 2 rows or more, one is for the starts of documents; 0 leaves it out")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
