@@ -1886,8 +1886,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     s = dataclasses.replace(s, **{name: value for name, (value, _) in auto.items()})
     notes = [f"preset {preset}: {'asked for' if given.get('preset') == preset else why}"]
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
-    problems += run_errors(s, given, hardware)
-    problems += [] if problems else hyperparameter_errors(s, given, hardware, world_size)
+    unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
+    problems += run_errors(s, given, hardware) + unfit
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     return s, hardware, notes
