@@ -2148,7 +2148,7 @@ class Loader:
         if self.table_key == (epoch, shard, longest):
             return
         following = (shard + 1) % len(self.corpus.train)  # read and checked while this one is in use
-        self.opened = {number: self._open(number) for number in (shard, following)}
+        self.opened = {number: self._open(number) for number in dict.fromkeys((shard, following))}
         self.tokens = self.opened[shard].result()
         rng = np.random.default_rng((self.s.seed, epoch, shard))
         offset = int(rng.integers(longest)) if epoch else 0
