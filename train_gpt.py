@@ -2712,8 +2712,6 @@ class Run:
         seconds = self.clock.stop() / 1000
         saved = self.save(step, optimizer) if self.status == "interrupted" or s.save_last else True
         self._end_record(step)
-        if s.enable_profiling and step - self.first_step < s.profile_start + s.profile_steps:
-            self.log.print("profile: incomplete, the run ended before its last step; lower --profile-start")
         if s.target_loss:
             reached = "reached" if self.status == "target" else "not reached"
             self.log.print(f"target loss {s.target_loss} {reached}: step {step}, {seconds:.2f} s")
@@ -2723,11 +2721,15 @@ class Run:
         if not saved:
             raise TrainingStopped(f"the last checkpoint could not be written to {self.log.folder}: free some space")
         if s.enable_profiling:
-            self._read_profile()
+            self._read_profile(step)
 
-    def _read_profile(self):
-        reader = Path(__file__).resolve().parent / "logger.py"
-        if self.log.main and reader.is_file():
+    def _read_profile(self, step: int):
+        s, reader = self.s, Path(__file__).resolve().parent / "logger.py"
+        if step - self.first_step < s.profile_start + s.profile_steps:
+            self.log.print("profile: incomplete, the run ended before its last step; lower --profile-start")
+        elif not reader.is_file():
+            self.log.print(f"traces, for ui.perfetto.dev: {self.log.folder / 'profile'}")
+        elif self.log.main:
             subprocess.call([sys.executable, str(reader), "profile", str(self.log.folder)])
         late = compiled_graphs() - self.warm_graphs
         if self.s.compile:
