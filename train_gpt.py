@@ -211,8 +211,8 @@ def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
     odd = s.width // max(1, s.head_dim) % 2 or (s.mup and width // max(1, head_dim) % 2)
     return {
         "attention": (auto_attention(s.num_layers, s.paired and not odd), f"for {s.num_layers} layers"),
-        "base_width": (s.mup and width, "the preset's width"),
-        "base_head_dim": (s.mup and head_dim, "the head_dim"),
+        "base_width": (width if s.mup else 0, "the preset's width"),
+        "base_head_dim": (head_dim if s.mup else 0, "the head_dim"),
     }
 
 
