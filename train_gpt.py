@@ -1702,6 +1702,10 @@ class Parser(argparse.ArgumentParser):
             message += f" (did you mean {close[0]}?)" if close else " (--help lists all flags)"
         self.exit(2, f"error: {message}\n")
 
+def dashed(argv: list[str]) -> list[str]:
+    """A command line whose flags have dashes for underscores: both are accepted."""
+    return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+
 def build_parser() -> Parser:
     """One flag per field of Settings."""
     def several(kind: type):
@@ -1788,9 +1792,7 @@ def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tupl
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, Hardware, list[str]]:
     """Command line -> settings with every `auto` resolved, hardware, and lines that explain the
     choices. Raises UserError with all that is wrong with the settings at once."""
-    words = sys.argv[1:] if argv is None else argv  # flags may have underscores for dashes
-    words = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in words]
-    given = vars(build_parser().parse_args(words))
+    given = vars(build_parser().parse_args(dashed(sys.argv[1:] if argv is None else argv)))
     hardware = detect_hardware(given.get("device", "auto"))
     size, why = choose_preset(hardware, world_size, given.get("data", "auto"))
     preset = wanted = given.get("preset", "auto")
@@ -1912,7 +1914,8 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         found = f"magic {header[0]}, version {header[1]}" if len(header) == 256 else "a truncated header"
         raise UserError(f"{path} is no token shard: {found}, expected {SHARD_MAGIC} and {SHARD_VERSION}; {redo}")
     count, size = int(header[2]), path.stat().st_size
-    if count < 1 or size != (said := HEADER_BYTES + 2 * count):
+    said = HEADER_BYTES + 2 * count
+    if count < 1 or size != said:
         raise UserError(f"{path} is damaged: {size} bytes, {said} by its header; {redo}")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
     if vocab_size and (top := int(tokens.max())) >= vocab_size:
