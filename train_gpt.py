@@ -47,7 +47,7 @@ import subprocess
 import sys
 import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,9 +62,7 @@ from torch import Tensor, nn
 # ║ RECORD: what a competitor changes                                                            ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Hyperparameters                                                                              │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌─ Hyperparameters ────────────────────────────────────────────────────────────────────────────┐
 # argparse is generated from the fields: name, type, default, and the comment as help. Its bracket
 # holds the allowed values, `per stage` where one value per stage of training may be given, and
 # `with` another setting, without which nothing reads this one. How and where a run runs (device,
@@ -76,60 +74,59 @@ floats = tuple[float, ...]
 @dataclass(frozen=True)
 class Hyperparameters:
     """What is computed. A resumed run must have the same."""
-
     seed: int = 0  # of the initial weights and of the order of shuffled data [>=0]
-    shuffle: bool = True  # shuffle the documents of a shard; the speedrun keeps the published order
+    shuffle: bool = True  # shuffle a shard's documents; the speedrun keeps their order
     long_docs: str = "split"  # past max_doc_len: further pieces, or skipped (29) [split|clip]
     # --- model
     num_layers: int = 12  # transformer layers [>0]
     width: int = 768  # model_dim: size of the residual stream, a multiple of head_dim [>0]
     head_dim: int = 128  # size of an attention head; num_heads = width / head_dim [>0]
     mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
-    attention: str = "auto"  # a letter per layer: L long window, S short, P short and paired, - none
-    paired: bool = True  # auto attention pairs heads in some layers: queries see both's keys (58)
+    attention: str = "auto"  # per layer: L long window, S short, P short and paired, - none
+    paired: bool = True  # auto attention has P layers: queries see keys of two heads (58)
     key_offset: bool = True  # in L layers half of a key is the previous token's (49)
-    xsa: bool = True  # remove from a head's output its part along the token's own value (82, 86)
-    value_embeds: int = 3  # value-embedding tables, each for an early and a late layer (14) [>=0]
-    value_gate: bool = True  # gate value embeddings by 12 dimensions of the layer's input (55)
-    skip: str = "single"  # early layers' outputs added to late ones (11, 45) [unet|single|none]
-    backout: bool = True  # subtract a learned share of the stream after 2/3 of the layers (40)
-    smear: bool = True  # a token's embedding takes up some of the previous token's, gated (34)
-    bigram: int = 0  # rows of a table of hashed token pairs, added to the embedding (62); 0 off [>=0]
-    attn_gate: bool = True  # gate each head's output by 12 dimensions of its input (28)
-    softcap: floats = (23.0, 5.0, 7.5)  # a,b,c of a*sigmoid((z+b)/c) of logits (54); 0,0,1: off [>=0]
-    rope_base: float = 1024.0  # slowest rotary frequency is 1 / this, in radians per token [>0]
-    attn_scale: float = 0.0  # factor on q.k, RMS-normed; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (20) [>=0]
+    xsa: bool = True  # free a head's output of its part along the token's value (82, 86)
+    value_embeds: int = 3  # value-embedding tables, each for two layers (14) [>=0]
+    value_gate: bool = True  # gate value embeddings by 12 dimensions of the input (55)
+    skip: str = "single"  # early outputs are added to late inputs (11, 45) [unet|single|none]
+    backout: bool = True  # subtract a learned share of the stream at 2/3 of the layers (40)
+    smear: bool = True  # an embedding takes up some of the previous token's, gated (34)
+    bigram: int = 0  # rows of an embedding of hashed token pairs (62); 0 off [>=0]
+    attn_gate: bool = True  # gate each head's output by 12 dimensions of the input (28)
+    softcap: floats = (23.0, 5.0, 7.5)  # logits: a*sigmoid((z+b)/c) (54); 0,0,1: off [>=0]
+    rope_base: float = 1024.0  # slowest rotary frequency: 1 / this, radians per token [>0]
+    attn_scale: float = 0.0  # on q.k; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (20) [>=0]
     # --- width transfer: rates tuned at a small width serve a large one (muP)
-    mup: bool = False  # scale learning rates, decay, epsilon and logits from base_width to width
-    base_width: int = 0  # width at which the rates were tuned; 0: the preset's [>=0; with mup]
+    mup: bool = False  # scale rates, decay, epsilon and logits from base_width to width
+    base_width: int = 0  # where the rates were tuned; 0: the preset's [>=0; with mup]
     base_head_dim: int = 0  # head_dim there; 0: the same [>=0; with mup]
-    mup_embedding: str = "constant"  # rate of tables; sqrt: / sqrt(growth) [constant|sqrt; with mup]
+    mup_embedding: str = "constant"  # tables; sqrt: / sqrt(growth) [constant|sqrt; with mup]
     # --- stages of training: one value per stage, or one for all
     iterations: int = 1695  # optimizer steps [>0]
     stage_ends: floats = (1.0,)  # where each stage ends, as a fraction of the iterations [>0]
     batch_tokens: ints = (393216,)  # tokens of a step, over all processes [>0; per stage]
     seq_len: ints = (49152,)  # tokens of a row, packed from whole documents [>0; per stage]
-    max_doc_len: ints = (0,)  # longest piece of a document, in tokens; 0: the row's [>=0; per stage]
-    window: ints = (1792,)  # long attention window, in tokens, at the stage's end [>0; per stage]
+    max_doc_len: ints = (0,)  # longest piece, in tokens; 0: seq_len [>=0; per stage]
+    window: ints = (1792,)  # long attention window at the end, tokens [>0; per stage]
     mtp: ints = (0,)  # further tokens to predict, weights 1/2, 1/4 .. (53) [>=0; per stage]
-    stage_lr: floats = (1.0,)  # factor on all learning rates in the stage [>0; per stage]
-    window_start: int = 128  # long window at step 0, tokens, grows linearly; 0: no growth [>=0]
-    window_step: int = 128  # windows are rounded up to a multiple of this, in tokens [>0]
+    stage_lr: floats = (1.0,)  # factor on all learning rates [>0; per stage]
+    window_start: int = 128  # long window at step 0, tokens, grows; 0: no growth [>=0]
+    window_step: int = 128  # windows are rounded up to a multiple of this, tokens [>0]
     # --- optimizer
     hidden_optimizer: str = "muon"  # of hidden matrices, those of attention and MLP [muon|adamw]
-    hidden_lr: float = 0.002  # their rate under AdamW [>=0; with hidden_optimizer adamw]
-    hidden_weight_decay: float = 0.1  # their decay there [>=0; with hidden_optimizer adamw]
-    muon_lr: float = 0.05  # their learning rate [>=0; with hidden_optimizer muon]
-    muon_momentum: float = 0.95  # Nesterov, after its warm-up [0..1; with hidden_optimizer muon]
-    momentum_start: float = 0.85  # at the first and last step [0..1; with hidden_optimizer muon]
+    hidden_lr: float = 0.002  # under AdamW [>=0; with hidden_optimizer adamw]
+    hidden_weight_decay: float = 0.1  # under AdamW [>=0; with hidden_optimizer adamw]
+    muon_lr: float = 0.05  # learning rate [>=0; with hidden_optimizer muon]
+    muon_momentum: float = 0.95  # Nesterov, at its peak [0..1; with hidden_optimizer muon]
+    momentum_start: float = 0.85  # at both ends [0..1; with hidden_optimizer muon]
     momentum_warmup: int = 300  # steps of its rise [>=0; with hidden_optimizer muon]
-    momentum_cooldown: int = 50  # last steps, of its fall [>=0; with hidden_optimizer muon]
-    muon_beta2: float = 0.95  # of NorMuon's variance; 0 off [0..1; with hidden_optimizer muon]
-    muon_weight_decay: float = 0.02  # their decay / peak rate [>=0; with hidden_optimizer muon]
-    orthogonalizer: str = "polar_express"  # its iteration [polar_express|newton_schulz; with hidden_optimizer muon]
-    adam_lr: float = 0.008  # base rate of all other parameters; factors in parameter_table [>=0]
+    momentum_cooldown: int = 50  # steps of its fall [>=0; with hidden_optimizer muon]
+    muon_beta2: float = 0.95  # NorMuon's; 0 off [0..1; with hidden_optimizer muon]
+    muon_weight_decay: float = 0.02  # / peak rate [>=0; with hidden_optimizer muon]
+    orthogonalizer: str = "polar_express"  # iteration [polar_express|newton_schulz; with hidden_optimizer muon]
+    adam_lr: float = 0.008  # of all other parameters, times parameter_table's factor [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
-    adam_weight_decay: float = 0.0  # decay / peak rate of embeddings and head; falls as rate^2 [>=0]
+    adam_weight_decay: float = 0.0  # / peak rate, of embeddings and head [>=0]
     cautious: bool = True  # decay only where update and weight have the same sign
     schedule: str = "linear"  # shape of the cool-down: linear, or 1 - sqrt [linear|wsd]
     warmup_steps: int = 0  # steps over which the learning rates rise [>=0]
@@ -262,7 +259,6 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
 
 class Stage(NamedTuple):
     """One row of the stage table: steps [start, end) of the run."""
-
     start: int
     end: int
     window_start: int  # long window at `start`
@@ -293,9 +289,7 @@ def stage_at(stages: list[Stage], step: int) -> Stage:
     """The stage of training step `step`; the last one for steps past the end."""
     return next((stage for stage in stages if step < stage.end), stages[-1])
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Attention                                                                                    │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌─ Attention ──────────────────────────────────────────────────────────────────────────────────┐
 # One rule says who sees whom; all backends apply it token by token, so that compiled, eager and
 # SDPA agree. (A window that exists only in the block lists of FlexAttention is silently ignored
 # wherever the kernel is not compiled.)
@@ -365,10 +359,7 @@ def attend(
         y = (q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
     return y.transpose(1, 2)
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Model                                                                                        │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Model ──────────────────────────────────────────────────────────────────────────────────────┐
 GATE_DIM = 12  # dimensions of the residual stream that gates read (28)
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
 IGNORE = -1  # target that has no loss
@@ -382,7 +373,6 @@ SCALARS = {
 
 class Layer(NamedTuple):
     """One row of the layer table."""
-
     attention: str  # L long window, S short window, P short window and paired heads, - none
     value_table: int | None  # value-embedding table that is mixed into v
     skip_from: int | None  # layer whose output is added to this one's input
@@ -430,7 +420,6 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class Positions(NamedTuple):
     """What a layer knows about the tokens' positions."""
-
     cos: Tensor  # of the rotary angles, (T, 1, K / 4)
     sin: Tensor
     follows_BT11: Tensor  # True where the token before belongs to the same document
@@ -456,7 +445,6 @@ class Attention(nn.Module):
 
     qkvo holds the four matrices in one shape, so that the optimizer can batch them; the output
     matrix is the transposed one and starts at zero."""
-
     def __init__(self, s: Settings, kind: str):
         super().__init__()
         self.num_heads, self.head_dim = s.num_heads, s.head_dim
@@ -508,7 +496,6 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """ReLU^2 feed-forward; both matrices are (hidden, model), so that they can be batched (27)."""
-
     def __init__(self, s: Settings, hidden: int):
         super().__init__()
         self.kernel, self.fp8 = "mlp" in s.kernels, s.fp8_mlp
@@ -522,7 +509,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """One layer: mix with skip connection and embedding, attention, MLP."""
-
     def __init__(self, s: Settings, layer: Layer):
         super().__init__()
         self.attn = Attention(s, layer.attention) if layer.attention != "-" else None
@@ -541,7 +527,6 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The language model, built in fp32 on the CPU from the seed alone; the optimizer casts it."""
-
     def __init__(self, s: Settings, vocab_size: int):
         super().__init__()
         torch.manual_seed(s.seed)
@@ -668,9 +653,7 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * seq_len
     return tokens * ((17 if s.compile else 34) * size * s.num_layers * s.width + scores)
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Optimizer                                                                                    │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
 # One class for one rank or many. Each gradient is packed, freed and reduced into the shard of the
 # rank that owns it as soon as it is complete in the last micro-step's backward pass; optimizer state
 # and fp32 master weights exist on the owner only (ZeRO-2); after the update the owner's weights are
@@ -680,7 +663,6 @@ FP32_PARAMETERS = ("scalars",)  # names of parameters that are not rounded to bf
 
 class Rule(NamedTuple):
     """One row of the parameter table."""
-
     pattern: str  # of the parameter names, a full match
     kind: str  # muon or adamw
     lr: float  # peak learning rate
@@ -695,22 +677,24 @@ def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
     parameters as in 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are
     stored as (hidden, model), which gives both the factor sqrt(mlp_ratio)."""
-    width, hidden = s.width, s.mlp_ratio * s.width
-    kind, lr, betas, decay = hidden_rule(s)
+    width, hidden, adam, eps = s.width, s.mlp_ratio * s.width, s.adam_lr, s.adam_eps
+    kind, lr, *rest = hidden_rule(s)
     mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
-    adam, table = s.adam_lr, ("sharded", "table", (width, 1), s.adam_eps)
-    slow, fast = (0.9, 0.99), (0.8, 0.95)
+    matrix = *rest, "sharded", "hidden"
+    fast, decay = (0.8, 0.95), s.adam_weight_decay
+    table = decay, "sharded", "table", (width, 1), eps
+    small = (0.9, 0.99), 0.0, "replicated"
     return [
-        Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, betas, decay, "sharded", "hidden", (width, width), s.adam_eps),
-        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, betas, decay, "sharded", "hidden", (hidden, width), s.adam_eps),
-        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, betas, decay, "sharded", "hidden", (width, hidden), s.adam_eps),
-        Rule(r"lm_head", "adamw", adam, fast, s.adam_weight_decay, "sharded", "output", (1, width), s.adam_eps),
-        Rule(r"embed\.weight", "adamw", 75 * adam, fast, s.adam_weight_decay, *table),
-        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, fast, s.adam_weight_decay, *table),
-        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), s.adam_weight_decay, *table),
-        Rule(r"gates", "adamw", adam, slow, 0.0, "replicated", "input", (s.num_heads, 1), s.adam_eps),
-        Rule(r"smear", "adamw", adam, slow, 0.0, "replicated", "fixed", eps=s.adam_eps),
-        Rule(r"scalars", "adamw", 5 * adam, slow, 0.0, "replicated", "fixed", eps=s.adam_eps),
+        Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, *matrix, (width, width), eps),
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps),
+        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps),
+        Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
+        Rule(r"embed\.weight", "adamw", 75 * adam, fast, *table),
+        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, fast, *table),
+        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), *table),
+        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
+        Rule(r"smear", "adamw", adam, *small, "fixed", eps=eps),
+        Rule(r"scalars", "adamw", 5 * adam, *small, "fixed", eps=eps),
     ]
 
 def hidden_rule(s: Settings) -> tuple[str, float, tuple[float, float], float]:
@@ -758,8 +742,7 @@ POLAR_EXPRESS = (
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's quintic (Jordan et al. 2024)
 
 def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype, kernel: bool = False) -> Tensor:
@@ -786,9 +769,8 @@ def normalize_variance(update: Tensor, variance: Tensor, new_share: Tensor) -> T
     return update * (before / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
 
 def muon_update(
-    master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor | None, lr: Tensor, weight_decay: Tensor,
-    mu: Tensor, new_share: Tensor, method: str, dtype: torch.dtype, cautious: bool, kernel: bool = False,
-):
+        master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor | None, lr: Tensor, weight_decay: Tensor,
+        mu: Tensor, new_share: Tensor, method: str, dtype: torch.dtype, cautious: bool, kernel: bool = False):
     """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon). lr (K, 1, 1); mu: momentum; variance None: no NorMuon."""
     grad = grad.float()
@@ -799,9 +781,8 @@ def muon_update(
     apply_update(master, update, lr, weight_decay, cautious)
 
 def adamw_update(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, weight_decay: Tensor,
-    new_share1: Tensor, new_share2: Tensor, correction1: Tensor, correction2: Tensor, eps: float, cautious: bool,
-):
+        master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, weight_decay: Tensor,
+        new_share1: Tensor, new_share2: Tensor, correction1: Tensor, correction2: Tensor, eps: float, cautious: bool):
     """One AdamW step on a flat shard, in place (Loshchilov & Hutter 2019, arXiv 1711.05101).
     new_share: 1 - beta; correction: 1 - beta^step."""
     grad = grad.float()
@@ -825,7 +806,6 @@ class Bank:
 
     `state` holds the own pieces, fp32: master (the weights) and the moments, each (collectives,
     *piece)."""
-
     def __init__(self, named: list[tuple[str, nn.Parameter]], rules: dict[str, Rule], s: Settings, world: World):
         self.params, self.s, self.world = dict(named), s, world
         name, first = named[0]
@@ -983,7 +963,6 @@ class Bank:
 
 class MuonAdamW:
     """The optimizer of a model: hooks that reduce gradients during backward, and the step."""
-
     def __init__(self, model: nn.Module, s: Settings, world: World):
         named = list(reversed(list(model.named_parameters())))  # about the order of backward
         rules = trained_rules(s, [name for name, _ in named])
@@ -1059,10 +1038,7 @@ def compile_model(model: GPT, s: Settings):
     for module, name in parts + [(block, "forward") for block in model.blocks]:
         setattr(module, name, compiled(getattr(module, name), s))
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Schedule                                                                                     │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
 def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
     """Factor on all learning rates at a step: warm-up, constant, cool-down to lr_floor; times the
     stage's. Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
@@ -1092,16 +1068,12 @@ def window_at(s: Settings, stages: list[Stage], step: int) -> int:
     window = stage.window_start + (stage.window - stage.window_start) * progress
     return math.ceil(window / s.window_step) * s.window_step
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Evaluation                                                                                   │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Evaluation ─────────────────────────────────────────────────────────────────────────────────┐
 class ValStream:
     """The fixed validation stream: the first N tokens of the val split, each once, cut into rows.
 
     What is predicted does not depend on the number of processes or on the batch size; a row's
     documents do not see each other, and a context is cut where a row starts."""
-
     def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
         shards = [open_shard(path, corpus.meta["vocab_size"]) for path in corpus.val]
         available = sum(map(len, shards)) - 1
@@ -1169,10 +1141,7 @@ def bits_per_byte(loss: float, meta: dict) -> float | None:
     known = split.get("bytes") and split.get("tokens")
     return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Training                                                                                     │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Training ───────────────────────────────────────────────────────────────────────────────────┐
 def train(run: Run):
     """The training: steps of micro-steps, and what is looked at, logged and saved on the way.
     Nothing but a log step, an evaluation or a checkpoint waits for the device."""
@@ -1273,9 +1242,8 @@ def small_shared_memory(device: str) -> bool:
 # --- x @ x.mT, of which one triangle is computed (record 27)
 
 def gram_kernel(
-    x, add, out, size, depth, stride_batch, stride_row, stride_depth, alpha, beta,
-    ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-):
+        x, add, out, size, depth, stride_batch, stride_row, stride_depth, alpha, beta,
+        ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
     """One tile on or above the diagonal of alpha * x @ x.T + beta * add, stored below it, too."""
     down, right = tl.program_id(0), tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -1312,8 +1280,7 @@ def fused_gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float)
     triton_kernel(gram_kernel)[(tiles, tiles, count)](
         x_KMN, out if add_KMM is None else add_KMM.contiguous(), out, size, depth,
         *x_KMN.stride(), alpha, beta, ADD=add_KMM is not None,
-        TILE=128, DEPTH=64, num_warps=8, num_stages=3,
-    )
+        TILE=128, DEPTH=64, num_warps=8, num_stages=3)
     return out
 
 def gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float, kernel: bool) -> Tensor:
@@ -1327,9 +1294,8 @@ def gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float, kerne
 # --- the MLP, fused (records 59, 87), or with its up-projection in FP8 (84)
 
 def product_relu2_kernel(
-    a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-):
+        a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr,
+        ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
     """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the
     former's result: a (rows, depth), b (cols, depth), all row-major. Tiles run down GROUP rows
     before they go right: b stays in the L2."""
@@ -1366,8 +1332,7 @@ def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]),)
     triton_kernel(product_relu2_kernel)[grid](
         a.contiguous(), b.contiguous(), out if post is None else post, out, rows, cols, depth,
-        BACKWARD=post is not None, **tile, num_warps=8, num_stages=3,
-    )
+        BACKWARD=post is not None, **tile, num_warps=8, num_stages=3)
     return out
 
 @operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
@@ -1424,9 +1389,8 @@ def fp8_product(a_NK: Tensor, b_MK: Tensor, scale_a: Tensor, scale_b: Tensor, fa
 # --- the loss without fp32 logits (record 60), and the head's products in FP8 (19)
 
 def loss_kernel(
-    logits, targets, losses, lses, rows, vocab, a, slope, shift,
-    CAPPED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr,
-):
+        logits, targets, losses, lses, rows, vocab, a, slope, shift,
+        CAPPED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each
     of its targets. Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them
     the running maximum."""
@@ -1452,10 +1416,9 @@ def loss_kernel(
         tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
 
 def loss_gradient_kernel(
-    logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
-    CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):
+        logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
+        CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
+        ROWS: tl.constexpr, COLS: tl.constexpr):
     """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows).
     grads: of the summed loss of each target."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -1499,8 +1462,7 @@ def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: b
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](
             logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
-            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=4096, num_warps=8,
-        )
+            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=4096, num_warps=8)
         return losses_KN, lse_N
     losses, lses = [], []
     for start in range(0, rows, LOSS_CHUNK):
@@ -1512,9 +1474,8 @@ def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: b
     return torch.cat(losses, dim=1), torch.cat(lses)
 
 def logit_gradient(
-    logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K: Tensor, unit: Tensor,
-    cap: list[float], dtype: torch.dtype, kernel: bool,
-) -> tuple[Tensor, Tensor]:
+        logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K: Tensor, unit: Tensor,
+        cap: list[float], dtype: torch.dtype, kernel: bool) -> tuple[Tensor, Tensor]:
     """Gradient of sum(grad_K * losses_K) by the uncapped logits / `unit`; and its transpose."""
     (rows, vocab), fp8 = logits_NV.shape, dtype.itemsize == 1
     out = logits_NV.new_empty(rows, vocab, dtype=dtype)
@@ -1523,8 +1484,7 @@ def logit_gradient(
         triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
             logits_NV, targets_KN.contiguous(), lse_N, grad_K.contiguous(), unit, out, out_t, rows,
             vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, TARGETS=len(targets_KN),
-            TRANSPOSED=fp8, ROWS=64, COLS=128, num_warps=8,
-        )
+            TRANSPOSED=fp8, ROWS=64, COLS=128, num_warps=8)
         return out, out_t if fp8 else out.T
     a, _, c = cap
     for start in range(0, rows, LOSS_CHUNK):
@@ -1623,10 +1583,7 @@ def head_losses(
 # stage_table, stage_at; layer_table, parameter_counts, flops_per_token, activation_bytes;
 # FLEX_BLOCK, ValStream, bits_per_byte; and train(run), which calls the methods of Run.
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Command line                                                                                 │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Command line ───────────────────────────────────────────────────────────────────────────────┐
 class UserError(ValueError):
     """Wrong input that one sentence explains; `main` prints it without a traceback."""
 
@@ -1636,38 +1593,37 @@ class TrainingStopped(RuntimeError):
 @dataclass(frozen=True)
 class RunSettings:
     """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
-
     # --- run
     preset: str = "auto"  # settings that flags override; auto: by hardware and data
-    experiment_name: str = Path(__file__).stem  # runs are written to LOG_DIR/EXPERIMENT_NAME/RUN_ID
+    experiment_name: str = Path(__file__).stem  # runs are in LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
-    resume: str = ""  # go on with the experiment's newest checkpoint (latest), this run or checkpoint
+    resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
     data: str = "auto"  # data set: the name of a folder under data/, or a path
     # --- evaluation
     eval_every: int = 125  # steps between evaluations; 0: only after the last step [>=0]
-    eval_tokens: int = 10485760  # first tokens of the validation split; 0: all of them [>=0]
+    eval_tokens: int = 10485760  # first tokens of the validation split; 0: all [>=0]
     eval_seq_len: int = 0  # longest context, in tokens; 0: that of the last stage [>=0]
     eval_window: int = 0  # long window, by YaRN (31 to 35); 0: as in training [>=0]
-    target_loss: float = 0.0  # stop at the first validation loss at or below, nats; 0 off [>=0]
+    target_loss: float = 0.0  # stop at a validation loss at or below, nats; 0 off [>=0]
     # --- checkpoints, logs, profiling
-    save_every: int = 0  # steps between checkpoints; 0: at the end, SIGINT and SIGTERM only [>=0]
+    save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
     save_last: bool = True  # write a checkpoint after the last step
     keep: int = 2  # checkpoints of a run that are kept [>0]
-    log_every: int = 10  # steps between console lines, when the loss is read from the device [>0]
-    wandb: bool = False  # mirror the metrics to Weights & Biases (WANDB_MODE=offline works)
+    log_every: int = 10  # steps between console lines; only these wait for the device [>0]
+    wandb: bool = False  # mirror the metrics to Weights & Biases (or WANDB_MODE=offline)
     enable_profiling: bool = False  # write a trace per process, for logger.py profile
     profile_start: int = 10  # first profiled step of this process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
     # --- hardware
     device: str = "auto"  # where to run [auto|cpu|cuda]
-    dtype: str = "auto"  # of activations and matrices; auto: bf16 where it is fast [auto|bf16|fp32]
-    backend: str = "auto"  # attention: FlexAttention, SDPA, the formula [auto|flex|sdpa|plain]
-    kernels: str = "auto"  # own Triton kernels, joined by +, of gram, mlp, loss; none; auto: all
+    dtype: str = "auto"  # of activations and matrices; bf16 where fast [auto|bf16|fp32]
+    backend: str = "auto"  # FlexAttention, SDPA, the formula [auto|flex|sdpa|plain]
+    kernels: str = "auto"  # own Triton kernels, of gram+mlp+loss; none; auto: all
     fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
-    fp8_mlp: bool = False  # MLP up-projections in FP8, forward only, while training (84)
+    fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
     compile: bool = True  # torch.compile of model and optimizer
     compile_unit: str = "auto"  # graph; per block reductions start early [auto|model|block]
-    micro_tokens: int = 49152  # most tokens of one forward and backward pass of a process [>0]
+    micro_tokens: int = 49152  # most tokens of one forward and backward pass [>0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
     @property
@@ -1682,7 +1638,8 @@ class Settings(RunSettings, Hyperparameters):
 def help_texts() -> dict[str, str]:
     """The comments of the fields of Settings, read from the source, by name."""
     source = inspect.getsource(Hyperparameters) + inspect.getsource(RunSettings)
-    return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, flags=re.MULTILINE))
+    texts = dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, flags=re.MULTILINE))
+    return texts | {"preset": f"{texts['preset']} [auto|{'|'.join(PRESETS)}]"}
 
 def bracket(name: str) -> list[str]:
     """The parts of the bracket that ends a comment: allowed values, `per stage`, `with ..`."""
@@ -1695,7 +1652,6 @@ def staged_settings() -> list[str]:
 
 class Parser(argparse.ArgumentParser):
     """argparse that reports one sentence, with the flag that was probably meant."""
-
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
@@ -1708,24 +1664,23 @@ def dashed(argv: list[str]) -> list[str]:
 
 def build_parser() -> Parser:
     """One flag per field of Settings."""
-    def several(kind: type):
+    def list_of(kind: type):
         def parse(text: str):
-            return tuple(kind(part) for part in text.split(","))
+            return tuple(map(kind, text.split(",")))
         parse.__name__ = f"{kind.__name__},{kind.__name__},.."  # for argparse's "invalid .. value"
         return parse
 
     layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=118)
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=layout)
-    kinds = {"int": int, "float": float, "str": str, "ints": several(int), "floats": several(float)}
+    kinds = {"int": int, "float": float, "str": str, "ints": list_of(int), "floats": list_of(float)}
     for field in dataclasses.fields(Settings):
-        text, default = help_texts()[field.name], field.default
-        text += f" [auto|{'|'.join(PRESETS)}]" if field.name == "preset" else ""
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        option = dict(dest=field.name, default=argparse.SUPPRESS, help=f"{text} (default: {shown})")
+        default, several = field.default, isinstance(field.default, tuple)
+        shown = ",".join(map(str, default)) if several else default
+        option = dict(default=argparse.SUPPRESS, help=f"{help_texts()[field.name]} (default: {shown})")
         if field.type == "bool":
             option["action"] = argparse.BooleanOptionalAction
         else:
-            option |= dict(type=kinds[field.type], metavar="X,X" if isinstance(default, tuple) else "X")
+            option |= dict(type=kinds[field.type], metavar="X,X" if several else "X")
         if field.name == "resume":
             option |= dict(nargs="?", const="latest")
         parser.add_argument("--" + field.name.replace("_", "-"), **option)
@@ -1733,7 +1688,6 @@ def build_parser() -> Parser:
 
 class Hardware(NamedTuple):
     """What this process may use, and why bf16 is fast on it or not."""
-
     device: str  # cuda or cpu
     name: str
     memory_gib: float  # of one GPU, or of the machine
@@ -1820,10 +1774,8 @@ def field_errors(s: Settings) -> list[str]:
         return 0 <= value <= 1 if spec == "0..1" else value in spec.split("|")
 
     bad = []
-    specs = {name: bracket(name)[0] for name in help_texts() if bracket(name)} | {
-        "preset": "|".join(["auto", *PRESETS])}
-    for name, spec in specs.items():
-        value = getattr(s, name)
+    for name in help_texts():
+        value, spec = getattr(s, name), "".join(bracket(name)[:1])
         values = value if isinstance(value, tuple) else (value,)
         if re.match(r">|0\.\.1|\w+\|", spec) and not all(allowed(v, spec) for v in values):
             bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}")
@@ -1860,6 +1812,8 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     odd = [f"--width {s.width}"] * (s.width % 16 > 0) + [f"--seq_len {n}" for n in s.seq_len if n % 16]
     lengths = *s.seq_len, s.eval_seq_len
     problems = [
+        (s.wandb and "wandb" not in sys.modules and not importlib.util.find_spec("wandb"),
+         "--wandb: Weights & Biases is not installed; pip install wandb"),
         (s.device == "cuda" and not cuda,
          "--device cuda: this machine has no usable CUDA device; leave the flag out"),
         (needs_cuda and not cuda,
@@ -1882,9 +1836,7 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     ]
     return [text for wrong, text in problems if wrong]
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Data                                                                                         │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌─ Data ───────────────────────────────────────────────────────────────────────────────────────┐
 # Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. A
 # document starts with the end-of-text token. Rows are packed from pieces: documents cut to
 # max_doc_len. Every process walks over all rows and reads the tokens of its own ones, so the order
@@ -1924,7 +1876,6 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
 
 class Corpus(NamedTuple):
     """A data set: its meta.json and the paths of its shards."""
-
     folder: Path
     meta: dict
     train: list[Path]
@@ -1944,28 +1895,26 @@ def open_corpus(name: str) -> Corpus:
     FileNotFoundError with the command that makes it, UserError if it is damaged."""
     folder = data_folder(name)
     repair, meta_path = repair_command(folder), folder / "meta.json"
-    paths = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
-    for split in paths:
-        if not paths[split]:
-            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair}")
+    shards = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.exists() else GPT2_META
-        said = {split: meta["splits"].get(split, {}).get("tokens") for split in paths}
+        said = {split: meta["splits"].get(split, {}).get("tokens") for split in shards}
         size, eot = int(meta["vocab_size"]), meta["eot"]
         if size < 1 or not (eot is None or 0 <= int(eot) < size):
             raise ValueError(f"vocab_size {size}, eot {eot}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{meta_path} cannot be read ({error!r}); make it again with {repair}") from error
-    for split, found in paths.items():
-        count = sum(len(open_shard(path)) for path in found)
+    for split, paths in shards.items():
+        if not paths:
+            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair}")
+        count = sum(len(open_shard(path)) for path in paths)
         if said[split] not in (None, count):
             raise UserError(f"{meta_path} says {said[split]} {split} tokens, the shards hold {count}; "
                             f"make them again with {repair}")
-    return Corpus(folder, meta | {"vocab_size": size, "eot": eot}, paths["train"], paths["val"])
+    return Corpus(folder, meta | {"vocab_size": size}, **shards)
 
 def piece_table(
-    tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int,
-) -> tuple[np.ndarray, np.ndarray]:
+        tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple[np.ndarray, np.ndarray]:
     """Start and length of each piece of a shard: documents cut to at most `max_len` tokens.
 
     The shard's last token is only a target. Without end-of-text tokens the shard is one document,
@@ -1995,18 +1944,19 @@ class Loader:
     A row starts with the start of a piece and is filled with further pieces; the last one is cut at
     the end of the row and its rest skipped (26: batches that start at a document's start train
     better). `position`: epoch, shard, and tokens of it, in the order of its pieces, used up."""
+    FIRST = {"epoch": 0, "shard": 0, "used": 0}
 
     def __init__(self, s: Settings, corpus: Corpus, world: World, position: dict | None = None, step: int = 0):
         self.s, self.corpus, self.world, self.stages = s, corpus, world, stage_table(s)
-        self.position = dict(position or {"epoch": 0, "shard": 0, "used": 0})
+        self.position = position or self.FIRST
         self.workers = ThreadPoolExecutor(2, "loader")  # for a batch, and the next shard's table
-        self.tables: dict[tuple, Future] = {}  # by epoch, shard, longest piece: this and the next one
+        self.table = functools.lru_cache(2)(functools.partial(self.workers.submit, self._make_table))
         self._prepare(step)
 
     def _prepare(self, step: int):
         """Starts to make the batch of a step; only one is being made at any time."""
         stage = stage_at(self.stages, step)
-        self.pending = self.workers.submit(lambda: (self.make_batch(stage), dict(self.position)))
+        self.pending = self.workers.submit(lambda: (self.make_batch(stage), self.position))
 
     def next(self, step: int) -> tuple[Tensor, dict]:
         """The batch of the next step on the device, and the position after it. Raises what went
@@ -2032,39 +1982,29 @@ class Loader:
     def _next_row(self, stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Tokens of the shard, starts and lengths of the pieces of the next row; where the pieces
         left do not fill a row, of the next shard, after the last one in a new epoch."""
+        longest = min(stage.max_doc_len or stage.seq_len, stage.seq_len)
+        epoch, shard, used = (self.position[key] for key in self.FIRST)
         for _ in range(len(self.corpus.train) + 2):
-            epoch, shard, used = (self.position[key] for key in ("epoch", "shard", "used"))
-            tokens, starts, lengths, ends = self._table(epoch, shard, stage)
+            turn, next_shard = divmod(shard + 1, len(self.corpus.train))
+            table = self.table(epoch, shard, longest)
+            self.table(epoch + turn, next_shard, longest)  # made, and checked, while this one is in use
+            tokens, starts, lengths, ends = table.result()
             first = np.searchsorted(ends, used, side="right")
             last = np.searchsorted(ends, used + stage.seq_len)
             if last < len(ends):
                 break
-            epoch, shard = self._following(epoch, shard)
-            self.position = {"epoch": epoch, "shard": shard, "used": 0}
+            epoch, shard, used = epoch + turn, next_shard, 0
         else:
             raise UserError(f"no shard of {self.corpus.folder} fills a row of {stage.seq_len} tokens: lower --seq_len")
         starts, lengths = starts[first:last + 1].copy(), lengths[first:last + 1].copy()
         starts[0] += used - (ends[first] - lengths[0])  # 0, unless max_doc_len has changed
         lengths[0] = ends[first] - used
         lengths[-1] -= lengths.sum() - stage.seq_len
-        self.position["used"] = int(ends[last])
+        self.position = {"epoch": epoch, "shard": shard, "used": int(ends[last])}
         return tokens, starts, lengths
 
-    def _following(self, epoch: int, shard: int) -> tuple[int, int]:
-        turn, following = divmod(shard + 1, len(self.corpus.train))
-        return epoch + turn, following
-
-    def _table(self, epoch: int, shard: int, stage: Stage) -> tuple[np.ndarray, ...]:
-        """Tokens of a shard, starts, lengths and ends of its pieces in the order of use. The next
-        shard's are made, and checked, while this one is in use."""
-        longest = min(stage.max_doc_len or stage.seq_len, stage.seq_len)
-        keys = (epoch, shard, longest), (*self._following(epoch, shard), longest)
-        if not self.tables.keys() >= set(keys):
-            known = self.tables
-            self.tables = {key: known.get(key) or self.workers.submit(self._make_table, *key) for key in keys}
-        return self.tables[keys[0]].result()
-
     def _make_table(self, epoch: int, shard: int, longest: int) -> tuple[np.ndarray, ...]:
+        """Tokens of a shard, starts, lengths and ends of its pieces in the order of use."""
         meta, clip = self.corpus.meta, self.s.long_docs == "clip"
         tokens = open_shard(self.corpus.train[shard], meta["vocab_size"])
         rng = np.random.default_rng((self.s.seed, epoch, shard))
@@ -2076,9 +2016,7 @@ class Loader:
     def close(self):
         self.workers.shutdown(cancel_futures=True)
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Checkpoints                                                                                  │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌─ Checkpoints ────────────────────────────────────────────────────────────────────────────────┐
 # RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json
 # (settings, position in the data, clock, tokenizer, sha256 of state.pt). It is written under another
 # name and renamed when complete.
@@ -2144,10 +2082,7 @@ def check_resumable(s: Settings, fingerprint: str, path: Path, meta: dict):
     if differing:
         raise UserError("\n  ".join([f"{path} has other settings; use them, or start without --resume:", *differing]))
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Clock, profiler, log files                                                                   │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Clock, profiler, log files ─────────────────────────────────────────────────────────────────┐
 # Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first counts.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
@@ -2185,7 +2120,6 @@ def compiled_graphs() -> int:
 class Clock:
     """Training time in ms as the public rules count it: the device is waited for at every start and
     stop; validation, checkpoints, profiles and warm-up lie outside."""
-
     def __init__(self, device: str):
         self.total_ms, self.started = 0.0, None
         self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -2212,21 +2146,19 @@ class Clock:
 def make_profiler(s: Settings, world: World, folder: Path):
     """torch.profiler over profile_steps steps of this process from profile_start on: a trace per
     rank, on CUDA a memory snapshot, too."""
-    cuda, kinds = s.device == "cuda", torch.profiler.ProfilerActivity
-
     def report(profiler):
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / f"trace_rank{world.rank}.json"))
-        if cuda:
+        if s.device == "cuda":
             torch.cuda.memory._dump_snapshot(str(folder / f"memory_rank{world.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    if cuda:
+    if s.device == "cuda":
         torch.cuda.memory._record_memory_history(max_entries=100_000)
-    first, activities = min(1, s.profile_start), [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
+    first = min(1, s.profile_start)
     plan = torch.profiler.schedule(
         wait=s.profile_start - first, warmup=first, active=s.profile_steps, repeat=1)
-    return torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=report)
+    return torch.profiler.profile(schedule=plan, on_trace_ready=report)
 
 def command_output(*command: str) -> str | None:
     """What a command prints, run in the script's folder; None where it fails or does not exist."""
@@ -2245,19 +2177,14 @@ def environment_text(hardware: Hardware) -> str:
 class RunLog:
     """The files of a run, written by rank 0 only: log.txt (public record format), metrics.jsonl,
     config.json; and wandb."""
-
     def __init__(self, folder: Path):
         self.main, self.folder, self.wandb = False, folder, None
 
     def open(self, s: Settings, hardware: Hardware, config: dict, resumed_at: int | None):
-        """On rank 0: opens the files, and writes their head or, in a resumed run, where it goes on."""
+        """On rank 0: writes the head of the files or, in a resumed run, where it goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.main, name, how = True, self.folder.name, dict(mode="a", encoding="utf-8", buffering=1)
-        self.text = open(self.folder / "log.txt", **how)  # noqa: SIM115 - open all the run long
-        self.metrics = open(self.folder / "metrics.jsonl", **how)  # noqa: SIM115
+        self.main, name = True, self.folder.name
         if s.wandb:
-            if not importlib.util.find_spec("wandb"):
-                raise UserError("--wandb: Weights & Biases is not installed; pip install wandb")
             import wandb
             self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=name, id=name,
                                     dir=str(self.folder), resume="allow", config=config)
@@ -2267,7 +2194,7 @@ class RunLog:
             return
         source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
         settings = json.dumps(config["settings"])  # the source knows only its defaults
-        self.text.write(f"{source}\n{bar}\n{environment_text(hardware)}\nSettings: {settings}\n{bar}\n")
+        self.line(f"{source}\n{bar}\n{environment_text(hardware)}\nSettings: {settings}\n{bar}")
         (self.folder / "config.json").write_text(json.dumps(config, indent=1))
 
     def print(self, text: str):
@@ -2275,40 +2202,30 @@ class RunLog:
         if self.main:
             print(text, flush=True)
 
-    def line(self, text: str):
-        """To log.txt."""
-        if self.main:
-            self._append(self.text, text)
+    def line(self, text: str, name: str = "log.txt"):
+        """To log.txt. A full disk costs lines of the logs, not the run."""
+        if not self.main:
+            return
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            self.print(f"warning: {self.folder / name}: {error.strerror}; training goes on")
 
     def metric(self, **values):
         """To metrics.jsonl and wandb."""
-        if self.main:
-            self._append(self.metrics, json.dumps(values))
-            if self.wandb is not None:
-                numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-                self.wandb.log(numbers, step=values["step"])
-
-    def _append(self, file, text: str):
-        """A full disk costs lines of the logs, not the run."""
-        try:
-            file.write(text + "\n")
-        except OSError as error:
-            self.print(f"warning: {file.name}: {error.strerror}; training goes on")
+        self.line(json.dumps(values), "metrics.jsonl")
+        if self.wandb is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            self.wandb.log(numbers, step=values["step"])
 
     def close(self):
-        for file in (self.text, self.metrics) if self.main else ():
-            with contextlib.suppress(OSError):  # a full disk, which was told
-                file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Run                                                                                          │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Run ────────────────────────────────────────────────────────────────────────────────────────┐
 class World(NamedTuple):
     """The place of this process among all."""
-
     rank: int = 0
     local_rank: int = 0
     size: int = 1
@@ -2330,7 +2247,6 @@ def on_rank_zero(world: World, function, *arguments):
 class Run:
     """What surrounds the training: data, log, clock, signals, checkpoints. `train` calls its methods
     from top to bottom. Every rank does the same."""
-
     def __init__(self, s: Settings, hardware: Hardware, world: World, notes: list[str]):
         self.s, self.hardware, self.world, self.notes = s, hardware, world, notes
         self.stages, self.clock, self.corpus = stage_table(s), Clock(s.device), open_corpus(s.data)
@@ -2339,16 +2255,18 @@ class Run:
         self.fingerprint = self.corpus.fingerprint()
         if on_rank_zero(world, lambda: self.fingerprint) != self.fingerprint:
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
-        self.checkpoint, self.meta = on_rank_zero(world, find_checkpoint, s) if s.resume else (None, None)
-        if self.meta:
+        self.checkpoint, self.meta = None, {}
+        if s.resume:
+            self.checkpoint, self.meta = on_rank_zero(world, find_checkpoint, s)
             check_resumable(s, self.fingerprint, self.checkpoint, self.meta)
+        self.first_step = self.logged_step = self.meta.get("step", 0)
+        self.clock.total_ms = self.logged_ms = self.meta.get("train_time_ms", 0.0)
+        self.position, self.val_loss = self.meta.get("position", Loader.FIRST), self.meta.get("val_loss")
         self.status = "done"  # or target, interrupted, nan
         self.over = False  # the target is reached, or all ranks know of a signal
-        self.stop_signal, self.val_loss, self.first_step_s = 0, None, None
+        self.stop_signal, self.first_step_s, self.profiler = 0, None, None
         self.compile_s, self.warm_graphs = 0.0, 0
         self.undo = contextlib.ExitStack()
-
-    # --- before the first step
 
     def open(self, model: nn.Module, optimizer):
         """Folder and files of the run, new or the checkpoint's; choices and derived numbers on the
@@ -2363,27 +2281,24 @@ class Run:
             "data": {"name": corpus.folder.name, "fingerprint": self.fingerprint, "meta": corpus.meta},
         }
         run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
-        folder = self.checkpoint and self.checkpoint.parent.parent
-        self.log = RunLog(folder or Path(s.log_dir) / s.experiment_name / run_id)
+        folder = Path(s.log_dir) / s.experiment_name / run_id
+        self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder)
         self.undo.callback(self.log.close)
-        on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, self.meta and self.meta["step"])
+        on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, self.meta.get("step"))
         self.log.print("\n".join([*self.notes, *self.summary(optimizer), f"run folder: {self.log.folder}"]))
         self.opened = time.perf_counter()
 
     def summary(self, optimizer) -> list[str]:
         """The derived numbers: data, parameters, layers, stages, memory."""
-        def named(row: NamedTuple) -> str:
-            return ", ".join(f"{name} {value}" for name, value in row._asdict().items())
-
         s, size = self.s, self.world.size
         kinds = [f"{n:,} {kind}" for kind, n in self.counts.items() if kind != "matmul"]
         lines = [f"data {self.corpus.folder}: vocabulary {self.vocab_size}", f"parameters: {', '.join(kinds)}"]
-        lines += [f"layer {i}: {named(layer)}" for i, layer in enumerate(layer_table(s))]
+        lines += [f"{i}: {layer}" for i, layer in enumerate(layer_table(s))]
         for i, t in enumerate(self.stages):
             rows = t.micro_rows(s, size)
             accumulation = t.batch_tokens // (t.seq_len * rows * size)
             mflops = flops_per_token(s, self.counts, t) / 1e6
-            lines.append(f"stage {i}: {named(t)}; {accumulation} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
+            lines.append(f"{i}: {t}: {accumulation} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
         memory = self.expected_memory(optimizer) / 2**30
         return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} validation "
                         f"tokens, about {memory:.2f} GiB per process"]
@@ -2408,15 +2323,13 @@ class Run:
     def start(self, optimizer) -> int:
         """The first step: 0, or where the checkpoint goes on, which is loaded now. Loader, profiler
         and signal handlers start. Collective."""
-        s, step, self.position, self.profiler = self.s, 0, {"epoch": 0, "shard": 0, "used": 0}, None
-        if self.meta:
+        s, step = self.s, self.first_step
+        if self.checkpoint:
             saved, path = {}, self.checkpoint / "state.pt"
             if self.world.rank == 0:
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             optimizer.load_state_dict(saved.get("optimizer", {}))
             torch.set_rng_state(on_rank_zero(self.world, lambda: saved["rng"]))
-            step, self.position, self.val_loss = (self.meta[k] for k in ("step", "position", "val_loss"))
-            self.clock.total_ms = self.meta["train_time_ms"]
             self.log.print(f"resumed {self.checkpoint} after step {step}")
         self.loader = Loader(s, self.corpus, self.world, self.position, step)
         self.undo.callback(self.loader.close)
@@ -2429,7 +2342,6 @@ class Run:
         gc.freeze()  # the collector's pauses are as long as a step (47)
         gc.disable()
         self.undo.callback(gc.enable)
-        self.first_step, self.logged_step, self.logged_ms = step, step, self.clock.total_ms
         return step
 
     def _on_signal(self, number: int, frame):
@@ -2439,8 +2351,6 @@ class Run:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.stop_signal = number
-
-    # --- while training
 
     def next_batch(self, step: int) -> Tensor:
         """The micro-steps of a step, (micro-steps, 3, B, T): inputs, targets, document numbers."""
@@ -2469,40 +2379,42 @@ class Run:
             dist.all_reduce(numbers)
         *values, stop = numbers.tolist()
         for done, loss in enumerate(values, start=step - len(values) + 1):
-            self._check_finite(loss, f"the loss of step {done} is {loss}", done)
-        if stop:
-            self.over, self.stop_signal = True, self.stop_signal or signal.SIGTERM
-            self.status = "interrupted" if step < self.s.iterations else "done"
+            self._stop_unless(math.isfinite(loss), f"the loss of step {done} is {loss}", done)
+        if stop and step < self.s.iterations:
+            self.status, self.over = "interrupted", True
+            self.stop_signal = self.stop_signal or signal.SIGTERM
         return values[-1]
 
-    def _check_finite(self, value: float, what: str, step: int):
+    def _stop_unless(self, finite: bool, what: str, step: int):
         """Ends logs and run. A checkpoint is written only after a look at losses and weights."""
-        if not math.isfinite(value):
+        if not finite:
             self.status = "nan"
             self._end_record(step)
             rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
             flags = ", ".join(f"--{n.replace('_', '-')}" for n in rates if n != "stage_lr")
-            raise TrainingStopped(f"{what}: stopped, the checkpoints before it are kept in {self.log.folder}; "
-                                  f"lower {flags}")
+            kept = f"stopped, the checkpoints before it are kept in {self.log.folder}"
+            raise TrainingStopped(f"{what}: {kept}; lower {flags}")
 
     def log_step(self, step: int, loss: float, **more):
-        """One line on the console and in log.txt, one object in metrics.jsonl."""
+        """A training loss to all logs, with what is known of the steps since the last one."""
         s, stage = self.s, stage_at(self.stages, step - 1)
         with self.clock.paused() as ms:
-            step_ms = (ms - self.logged_ms) / max(1, step - self.logged_step)
+            step_ms = (ms - self.logged_ms) / (step - self.logged_step)
+        self.logged_step, self.logged_ms = step, ms
         rate, flops = 1000 * stage.batch_tokens / step_ms, flops_per_token(s, self.counts, stage)
         mfu = model_flops_utilization(rate, flops, self.hardware.name, self.world.size)
         eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
         percent = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
-        self.log.print(f"step {step}/{s.iterations}  train loss {loss:.4f}  {step_ms:.1f} ms/step  "
-                       f"{rate:,.0f} tokens/s  MFU {percent}  ETA {eta}")
-        self._step_line(step, f"train_loss:{loss:.4f}", ms)
-        self.log.metric(step=step, train_loss=loss, **more, tokens=self.tokens_at(step), train_time_ms=ms,
-                        step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
-        self.logged_step, self.logged_ms = step, ms
+        console = f"  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s  MFU {percent}  ETA {eta}"
+        self._log_loss(step, "train", loss, ms, console, **more, step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
 
-    def _step_line(self, step: int, loss: str, ms: float):
-        self.log.line(f"step:{step}/{self.s.iterations} {loss} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
+    def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
+        """One line on the console and in log.txt, one object in metrics.jsonl."""
+        of, mean = f"{step}/{self.s.iterations}", ms / step
+        self.log.print(f"step {of}  {kind} loss {loss:.4f}{console}")
+        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{mean:.2f}ms")
+        more |= {"tokens": self.tokens_at(step), "train_time_ms": ms}
+        self.log.metric(step=step, **{f"{kind}_loss": loss}, **more)
 
     def tokens_at(self, step: int) -> int:
         """Training tokens used up by the first `step` steps."""
@@ -2510,13 +2422,11 @@ class Run:
 
     def log_validation(self, step: int, loss: float):
         """A validation loss to all logs. Raises TrainingStopped if it is not finite."""
-        self._check_finite(loss, f"the validation loss after step {step} is {loss}", step)
+        self._stop_unless(math.isfinite(loss), f"the validation loss after step {step} is {loss}", step)
         self.val_loss, ms, bpb = loss, self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
         bits = f", {bpb:.4f} bits per byte" if bpb else ""
-        self.log.print(f"step {step}/{self.s.iterations}  val loss {loss:.4f} nats per token{bits}"
-                       f"  train time {ms / 1000:.1f} s")
-        self._step_line(step, f"val_loss:{loss:.4f}", ms)
-        self.log.metric(step=step, val_loss=loss, val_bpb=bpb, tokens=self.tokens_at(step), train_time_ms=ms)
+        console = f" nats per token{bits}  train time {ms / 1000:.1f} s"
+        self._log_loss(step, "val", loss, ms, console, val_bpb=bpb)
         if self.s.target_loss and loss <= self.s.target_loss:
             self.status, self.over = "target", True
 
@@ -2525,21 +2435,18 @@ class Run:
         with self.clock.paused() as ms:
             state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
             meta = self.config | dict(position=self.position, train_time_ms=ms, val_loss=self.val_loss)
-            text, finite, saved = on_rank_zero(self.world, self._write, step, state, meta)
-            self._check_finite(finite, f"the weights after step {step} are not finite", step)
-            self.log.print(text)
-        return saved
-
-    def _write(self, step: int, state: dict, meta: dict) -> tuple[str, float, bool]:
-        if not all(weights.isfinite().all() for weights in state["optimizer"]["state"]["master"].values()):
-            return "", math.nan, False
-        try:
-            return f"checkpoint {write_checkpoint(self.log.folder, step, state, meta, self.s.keep)}", 0.0, True
-        except OSError as error:
-            kept = "training goes on, earlier checkpoints are intact: free some space"
-            return f"warning: {error}; {kept}", 0.0, False
-
-    # --- after the last step
+            weights = state["optimizer"]["state"]["master"].values()  # {} but on rank 0
+            finite = on_rank_zero(self.world, lambda: all(x.isfinite().all() for x in weights))
+            self._stop_unless(finite, f"the weights after step {step} are not finite", step)
+            arguments = self.log.folder, step, state, meta, self.s.keep
+            try:
+                path = on_rank_zero(self.world, write_checkpoint, *arguments)
+            except OSError as error:
+                kept = "training goes on, earlier checkpoints are intact: free some space"
+                self.log.print(f"warning: {error}; {kept}")
+                return False
+            self.log.print(f"checkpoint {path}")
+            return True
 
     def finish(self, step: int, optimizer):
         """Last checkpoint, end of the logs. Raises TrainingStopped if it could not be written."""

@@ -364,10 +364,12 @@ def test_what_torch_raises_on_a_full_disk_is_an_oserror(error, tmp_path, monkeyp
 def test_logs_on_a_full_disk_do_not_stop_training(tmp_path, monkeypatch, capsys):
     """log.txt and metrics.jsonl lie on the same disk as the checkpoints: what is trained must still be saved, or at
     least the end be a sentence."""
-    def init(self, *args, init=train_gpt.RunLog.__init__, **kwargs):
-        init(self, *args, **kwargs)
-        self.text = self.metrics = open("/dev/full", "a", buffering=1)  # noqa: SIM115
-    monkeypatch.setattr(train_gpt.RunLog, "__init__", init)
+    def start(self, *args, start=train_gpt.RunLog.open):
+        self.folder.mkdir(parents=True)
+        for name in ("log.txt", "metrics.jsonl"):
+            (self.folder / name).symlink_to("/dev/full")
+        start(self, *args)
+    monkeypatch.setattr(train_gpt.RunLog, "open", start)
     code = train_gpt.main(tiny(tmp_path))
     assert steps_saved(run_folder(tmp_path)) == [8] if code == 0 else "No space" in capsys.readouterr().err
 
