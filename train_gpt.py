@@ -2253,9 +2253,10 @@ class RunLog:
         self.text = open(self.folder / "log.txt", **how)  # noqa: SIM115 - open all the run long
         self.metrics = open(self.folder / "metrics.jsonl", **how)  # noqa: SIM115
         if s.wandb:
-            if not importlib.util.find_spec("wandb"):
-                raise UserError("--wandb: Weights & Biases is not installed; pip install wandb")
-            import wandb
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("--wandb: Weights & Biases is not installed; pip install wandb") from error
             self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=name, id=name,
                                     dir=str(self.folder), resume="allow", config=config)
         if resumed_at is not None:
