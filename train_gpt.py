@@ -283,6 +283,10 @@ class Stage(NamedTuple):
         most = max(1, s.micro_tokens // self.seq_len)
         return max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
 
+def staged_settings() -> list[str]:
+    """The settings that may have a value per stage, in the order of the fields of Stage."""
+    return [name for name in help_texts() if "per stage" in bracket(name)]
+
 def stage_table(s: Settings) -> list[Stage]:
     """The stages of a run; a single value of a staged setting holds for all of them."""
     columns = [getattr(s, name) for name in staged_settings()]
@@ -347,7 +351,8 @@ def flex_options(device: str) -> dict | None:
     """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory."""
     if not small_shared_memory(device):
         return None
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+    forward = {"BLOCK_M": 64, "BLOCK_N": 64}
+    return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
 def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
     """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a dense_mask
@@ -749,7 +754,7 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's quintic (Jordan et al. 2024)
 
-def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype, kernel: bool = False) -> Tensor:
+def orthogonalize(matrices, method: str, dtype, kernel=False) -> Tensor:
     """Nearest (semi-)orthogonal matrix of each of (K, rows, cols): singular values go to about 1."""
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
@@ -772,7 +777,7 @@ def normalize_variance(update, variance, new_share) -> Tensor:
 
 def muon_update(
         master, grad, momentum, variance, lr, weight_decay, mu, new_share,
-        method: str, dtype: torch.dtype, cautious: bool, kernel: bool = False):
+        method: str, dtype, cautious: bool, kernel=False):
     """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon). lr (K, 1, 1); mu: momentum; variance None: no NorMuon."""
     grad = grad.float()
@@ -816,8 +821,9 @@ class Bank:
         self.pieces = [(name, i) for name, p in named for i in range(len(self.cut(p)))]
         self.collectives = [self.pieces[k:k + n] for k in range(0, len(self.pieces), n)]
         self.mine = [k * n + (world.rank if n > 1 else 0) for k in range(len(self.collectives))]
-        rates = [rules[self.pieces[i][0]].lr if i < len(self.pieces) else 0.0 for i in self.mine]
-        self.lr = torch.tensor(rates, device=s.device).view(-1, *(1 for _ in self.shape))
+        lrs = [rules[name].lr for name, _ in self.pieces] + [0.0] * n
+        rates = torch.tensor([lrs[i] for i in self.mine], device=s.device)
+        self.lr = rates.view(-1, *(1 for _ in self.shape))
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.my_pieces({name: p.detach() for name, p in named})}
         for name, p in named:
@@ -983,9 +989,9 @@ class MuonAdamW:
     def step(self, scale: float, momentum: float):
         """Updates all parameters. `scale`: the schedule's factor on all learning rates; `momentum`:
         Muon's. Raises RuntimeError that names the parameters whose gradient never came."""
-        missing = sorted({name for bank in self.banks for needs in bank.waiting for name in needs})
+        missing = {name for bank in self.banks for needs in bank.waiting for name in needs}
         if missing:
-            raise RuntimeError(f"no gradient for {', '.join(missing)}: all must take part in the loss")
+            raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
         self.steps += 1
         for bank in self.banks:
             bank.step(scale, momentum, self.steps)
@@ -1028,6 +1034,11 @@ def compile_model(model: GPT, s: Settings):
     parts = [(model, "embedding"), (model, "masks"), (model, "losses")]
     for module, name in parts + [(block, "forward") for block in model.blocks]:
         setattr(module, name, compiled(getattr(module, name), s))
+
+def compiled_graphs() -> int:
+    """Number of graphs that torch.compile has made in this process."""
+    made = sys.modules.get("torch._dynamo.utils")
+    return made.counters["stats"]["unique_graphs"] if made else 0
 
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
 def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
@@ -1591,8 +1602,8 @@ def head_losses(
 # ║ SERVICE: what surrounds a run; the same text in train_gpt.py and train_moe.py                ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
 # Of RECORD it calls Hyperparameters, PRESETS, choose_preset, record_auto, hyperparameter_errors; Stage, stage_table,
-# stage_at, layer_table, parameter_counts, flops_per_token, expected_memory, model_flops_utilization, FLEX_BLOCK;
-# piece_table, pack_row, gather_rows, ValStream, bits_per_byte; and train(run), which calls the methods of Run.
+# stage_at, layer_table, FLEX_BLOCK, parameter_counts, flops_per_token, model_flops_utilization, expected_memory;
+# compiled_graphs, piece_table, pack_row, gather_rows, ValStream, bits_per_byte; and train, which calls Run's methods.
 
 # ┌─ Command line ───────────────────────────────────────────────────────────────────────────────┐
 class UserError(ValueError):
@@ -1655,10 +1666,6 @@ def bracket(name: str) -> list[str]:
     """The parts of the bracket that ends a comment: allowed values, `per stage`, `with ..`."""
     found = re.search(r"\[([^\]]+)\]$", help_texts()[name])
     return found[1].split("; ") if found else []
-
-def staged_settings() -> list[str]:
-    """The settings that may have a value per stage, in the order of the fields of Stage."""
-    return [name for name in help_texts() if "per stage" in bracket(name)]
 
 class Parser(argparse.ArgumentParser):
     """argparse that reports one sentence, with the flag that was probably meant."""
@@ -1818,7 +1825,7 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
          "--compile on a CPU needs a C++ compiler: install g++, or use --no-compile"),
         (unknown, f"--kernels {s.kernels}: {unknown} is none of {', '.join(KERNELS)}; or use none"),
         (s.kernels != "none" and not (triton and (s.dtype == "bf16" or not cuda)),
-         f"--kernels {s.kernels} needs Triton, CUDA (or TRITON_INTERPRET=1, to test), --dtype bf16: use none"),
+         f"--kernels {s.kernels} needs Triton, CUDA (or TRITON_INTERPRET=1), --dtype bf16: use none"),
         (fp8 and cuda and not hardware.fp8,
          f"--fp8_head, --fp8_mlp: {hardware.name} has no FP8 (compute capability 8.9): leave out"),
         (fp8 and odd,
@@ -1831,9 +1838,8 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     return [text for wrong, text in problems if wrong]
 
 # ┌─ Data ───────────────────────────────────────────────────────────────────────────────────────┐
-# Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. A
-# document starts with the end-of-text token. Every process walks over all rows and reads the tokens
-# of its own ones, so the order does not depend on the number of processes.
+# Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens; documents start with
+# the end-of-text token. Every process walks over all rows: their order is the same for any number of processes.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_META = {
@@ -1913,7 +1919,7 @@ class Loader:
     def __init__(self, s: Settings, corpus: Corpus, world: World, position=None, step=0):
         self.s, self.corpus, self.world, self.stages = s, corpus, world, stage_table(s)
         self.position = position or self.FIRST
-        self.workers = ThreadPoolExecutor(2, "loader")  # for a batch, and the next shard's table
+        self.workers = ThreadPoolExecutor(2, "loader")  # a batch, and the next shard's table
         self.table = functools.lru_cache(2)(functools.partial(self.workers.submit, self._make_table))
         self._prepare(step)
 
@@ -1948,7 +1954,7 @@ class Loader:
         for _ in range(len(self.corpus.train) + 2):
             turn, next_shard = divmod(shard + 1, len(self.corpus.train))
             table = self.table(epoch, shard, longest)
-            self.table(epoch + turn, next_shard, longest)  # made and checked while this one is in use
+            self.table(epoch + turn, next_shard, longest)  # made, checked while this is in use
             tokens, *pieces = table.result()
             if row := pack_row(*pieces, used, stage.seq_len):
                 starts, lengths, used = row
@@ -1992,12 +1998,12 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
             os.fsync(file.fileno())
         meta = meta | {"step": step, "sha256": file_hash(temporary / "state.pt")}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"could not write {final}: {str(error).splitlines()[0]}") from error
-    shutil.rmtree(final, ignore_errors=True)  # there only if a run went on from an earlier one
+    shutil.rmtree(final, ignore_errors=True)  # there if a run went back to an earlier one
     os.replace(temporary, final)
-    others = set(final.parent.glob("step_*[0-9]")) - {final}  # by age: a run may have gone back
+    others = set(final.parent.glob("step_*[0-9]")) - {final}  # by age, not by step
     for old in sorted(others, key=lambda path: -path.stat().st_mtime_ns)[keep - 1:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -2031,7 +2037,8 @@ def check_resumable(s: Settings, fingerprint: str, path: Path, meta: dict):
     differing = [f"{key}: {then.get(key)} in the checkpoint, {value} now"
                  for key, value in now.items() if then.get(key) != value]
     if differing:
-        raise UserError("\n  ".join([f"{path} has other settings; use them, or start without --resume:", *differing]))
+        first = f"{path} has other settings; use them, or start without --resume:"
+        raise UserError("\n  ".join([first, *differing]))
 
 # ┌─ Clock, profiler, log files ─────────────────────────────────────────────────────────────────┐
 def seconds_since_process_start() -> float:
@@ -2047,13 +2054,7 @@ def peak_memory_mib(device: str) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
     import resource  # not on Windows
     unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
-    return resident, resident
-
-def compiled_graphs() -> int:
-    """Number of graphs that torch.compile has made in this process."""
-    made = sys.modules.get("torch._dynamo.utils")
-    return made.counters["stats"]["unique_graphs"] if made else 0
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
 
 class Clock:
     """Training time in ms as the public rules count it: without validation, checkpoints, profiles, warm-up."""
@@ -2131,7 +2132,6 @@ class RunLog:
                   f"Settings: {json.dumps(config['settings'])}\n{bar}")  # the source knows only its defaults
 
     def print(self, text: str):
-        """To the console."""
         if self.main:
             print(text, flush=True)
 
