@@ -44,7 +44,7 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """Wrong input that one sentence explains; `main` prints it without a traceback and exits with 1."""
+    """Wrong input that one sentence explains; `main` prints it without a traceback."""
 
 
 # --- Settings -------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def embed(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
     return torch.stack([eos_ND, a_ND, symbol_ND, b_ND, equals_ND], dim=1) + w["position"]
 
 
-def attend(q_NQHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor) -> Tensor:
+def attention_sums(q_NQHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor) -> Tensor:
     """Causal attention of the last Q of T tokens, (N, Q, H, K), in fp32. As sums, which torch.compile fuses: with
     scaled_dot_product_attention a step takes 32 ms instead of 20, for so few tokens."""
     q, k, v = q_NQHK.float(), k_NTHK.float(), v_NTHK.float()
@@ -301,7 +301,7 @@ def layer(w: Weights, i: int, x_NTD: Tensor, s: Config, last: bool) -> Tensor:
         k, v = dense(x_NTD, matrices[1:3].flatten(0, 1), biases[1:3].flatten(), s).chunk(2, dim=-1)
     else:
         q, k, v = dense(x, matrices[:3].flatten(0, 1), biases[:3].flatten(), s).chunk(3, dim=-1)
-    y = attend(*(z.unflatten(-1, (s.heads, -1)) for z in (q, k, v)))
+    y = attention_sums(*(z.unflatten(-1, (s.heads, -1)) for z in (q, k, v)))
     y = dense(y.flatten(-2), matrices[3], biases[3], s)
     x = F.layer_norm(x + y.float(), (s.width,), w["norm"][i, 0], w["norm_bias"][i, 0])
     hidden = F.gelu(dense(x, w["mlp"][i, 0], w["up_bias"][i], s).float())
@@ -391,7 +391,7 @@ def score(w: Weights, rows_N3: Tensor, s: Config) -> Tensor:
     return torch.stack([losses_N, (z_NV.argmax(dim=-1) == targets_N).float()])
 
 
-def evaluate(score, w: Weights, equations: Tensor, s: Config) -> list[float]:
+def mean_scores(score, w: Weights, equations: Tensor, s: Config) -> list[float]:
     """Mean loss of some equations, and the share that is answered rightly."""
     size = min(EVAL_ROWS, len(equations))
     whole = F.pad(equations, (0, 0, 0, -len(equations) % size))  # equal shapes: one graph
@@ -529,7 +529,7 @@ def train(s: Config, notes: list[str]) -> int:
         copies = copy.deepcopy((weights, moments))
         do_step(*copies, train_set, *batch_at(s, len(train_set), 0), step_numbers(s, 0), s)
         for equations in (train_set, val_set):
-            evaluate(do_score, weights, equations, s)
+            mean_scores(do_score, weights, equations, s)
 
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -546,8 +546,8 @@ def train(s: Config, notes: list[str]) -> int:
         state["train_ms"] += 1000 * (time.perf_counter() - began)
         began = time.perf_counter()
         m = {"step": step}
-        m["train_loss"], m["train_acc"] = evaluate(do_score, weights, train_set, s)
-        m["val_loss"], m["val_acc"] = evaluate(do_score, weights, val_set, s)
+        m["train_loss"], m["train_acc"] = mean_scores(do_score, weights, train_set, s)
+        m["val_loss"], m["val_acc"] = mean_scores(do_score, weights, val_set, s)
         m["weight_norm"] = math.sqrt(sum(w.square().sum().item() for w in weights.values()))
         m["lr"] = s.lr * numbers[0].item()
         m["time_s"] = state["train_ms"] / 1000

@@ -179,7 +179,7 @@ def test_losses_and_accuracies_are_over_all_equations(rows, monkeypatch):
     monkeypatch.setattr(train_grokking, "EVAL_ROWS", rows)
     for some in train_grokking.make_equations(s):
         calls.clear()
-        found = train_grokking.evaluate(lambda *z: calls.append(z[1].shape) or train_grokking.score(*z), w, some, s)
+        found = train_grokking.mean_scores(lambda *z: calls.append(z[1].shape) or train_grokking.score(*z), w, some, s)
         assert calls == [(min(rows, 55), 3)] * -(-55 // rows)  # equal shapes: one graph
         z, target = train_grokking.logits(w, some[:, 0], some[:, 1], s), FIRST_NUMBER + some[:, 2]
         loss, accuracy = nn.functional.cross_entropy(z, target), (z.argmax(1) == target).double().mean()
@@ -387,7 +387,7 @@ def test_a_run_stops_a_tenth_after_the_accuracy_to_stop_at(tmp_path, monkeypatch
         return [1.0, 1.0 if len(seen) % 2 else 0.99 if len(seen) >= 20 else 0.1]  # training, validation, training ..
 
     seen = []
-    monkeypatch.setattr(train_grokking, "evaluate", scores)
+    monkeypatch.setattr(train_grokking, "mean_scores", scores)
     found = train(tmp_path, iterations=40, eval_every=1)
     assert found["total_steps"] == 11 and found["status"] == "target"
     assert found["milestones"] == {"train_99": 1, "val_50": 10, "val_95": 10, "val_99": 10, "gap": 9}
@@ -415,7 +415,7 @@ def test_the_step_and_the_evaluation_are_whole_graphs():
             for step in range(2):
                 loss = wrap(train_grokking.train_step)(w, moments, train, order, start,
                                                        train_grokking.step_numbers(s, step), s)
-            scores = train_grokking.evaluate(wrap(train_grokking.score), w, val, s)
+            scores = train_grokking.mean_scores(wrap(train_grokking.score), w, val, s)
         results.append([float(loss), *scores, w["mlp"], w["embedding"]])
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
