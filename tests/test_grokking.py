@@ -1,7 +1,6 @@
 """train_grokking.py: the equations, the model and its shortcuts, the updates, and runs that are resumed to the bit."""
 import dataclasses
 import json
-import math
 import signal
 
 import pytest
@@ -446,7 +445,8 @@ def test_compiled_training_needs_no_compiler_to_go_on(monkeypatch):
 
 def test_a_run_without_the_drawing_tool_is_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(train_grokking.subprocess, "call", lambda command: 1)
-    assert train(tmp_path, iterations=8, plot=True)["status"] == "done" and not list(tmp_path.glob("logs/x/*/curve.png"))
+    assert train(tmp_path, iterations=8, plot=True)["status"] == "done"
+    assert not list(tmp_path.glob("logs/x/*/curve.png"))
 
 
 def test_presets():
@@ -491,7 +491,8 @@ def test_settings_that_cannot_work(changes, words, tmp_path, fails):
 def test_several_faults_are_told_at_once(tmp_path, fails):
     fails(argv(tmp_path, lr=-1, train_fraction=2, heads=0), "3 setting(s)", "--lr -1.0", "--train_fraction 2.0",
           "--heads 0", lines=4)
-    fails(argv(tmp_path, prime=100, muon_lr=1, heads=5), "3 setting(s)", "97 and 101", "--heads 5", "--muon_lr", lines=4)
+    fails(argv(tmp_path, prime=100, muon_lr=1, heads=5), "3 setting(s)", "97 and 101", "--heads 5", "--muon_lr",
+          lines=4)
 
 
 def test_flags_that_do_not_exist_or_have_no_number(tmp_path, fails):
