@@ -3,7 +3,6 @@
 The sweep drives a stand-in for the trainer, a tiny script that writes the metrics.json which the real one would.
 """
 import csv
-import dataclasses
 import json
 import signal
 import subprocess
@@ -149,7 +148,7 @@ def write_run(folder, steps: list[int], **config):
     """metrics.json of a run that is evaluated at these steps; validation accuracy is 1 at the last, before it 0."""
     folder.mkdir(parents=True)
     metrics = [{"step": step, "train_acc": 1.0, "val_acc": float(step == steps[-1])} for step in steps]
-    settings = {**dataclasses.asdict(train_grokking.Config()), **config}
+    settings = {**vars(train_grokking.Config()), **config}
     (folder / "metrics.json").write_text(json.dumps(dict(
         config=settings, metrics=metrics, milestones=train_grokking.milestones(metrics), parameters=9, step_ms=2.0,
         status="target")))
