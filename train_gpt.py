@@ -1226,7 +1226,7 @@ def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     for rows, seq_len, mtp in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.zeros_like(tokens)
-        model(tokens, future_targets(tokens, docs, mtp), docs, window).sum().backward()
+        sum(model(tokens, future_targets(tokens, docs, mtp), docs, window)).backward()
         optimizer.step(scale=0.0, momentum=s.momentum_start)
     evaluate(model, run.stream, s, world, s.window_step, batches=1)
     optimizer.reset()
