@@ -121,7 +121,7 @@ class Hyperparameters:
     momentum_cooldown: int = 50  # steps of its fall [>=0; with hidden_optimizer muon]
     muon_beta2: float = 0.95  # NorMuon's; 0 off [0..1; with hidden_optimizer muon]
     muon_weight_decay: float = 0.02  # / peak rate [>=0; with hidden_optimizer muon]
-    orthogonalizer: str = "polar_express"  # iteration [polar_express|newton_schulz; with hidden_optimizer muon]
+    orthogonalizer: str = "polar_express"  # its iteration [polar_express|newton_schulz; with hidden_optimizer muon]
     adam_lr: float = 0.008  # of all else, times the factor in parameter_table [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
     adam_weight_decay: float = 0.0  # / peak rate, of embeddings and head [>=0]
@@ -1616,7 +1616,7 @@ class TrainingStopped(RuntimeError):
 class RunSettings:
     """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
     preset: str = "auto"  # settings that flags override; auto: by hardware and data
-    experiment_name: str = Path(__file__).stem  # runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
+    experiment_name: str = Path(__file__).stem  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
     resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
     data: str = "auto"  # data set: the name of a folder under data/, or a path
@@ -1628,11 +1628,11 @@ class RunSettings:
     target_loss: float = 0.0  # stop at a validation loss at or below, nats; 0 off [>=0]
     # --- checkpoints, logs, profiling
     save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
-    save_last: bool = True  # write a checkpoint after the last step
+    save_last: bool = True  # a checkpoint after the last step
     keep: int = 2  # checkpoints of a run that are kept [>0]
     log_every: int = 10  # steps between console lines, which wait for the device [>0]
     wandb: bool = False  # metrics to Weights & Biases, too (WANDB_MODE=offline works)
-    enable_profiling: bool = False  # write a trace per process, for logger.py profile
+    enable_profiling: bool = False  # a trace per process, for logger.py profile
     profile_start: int = 10  # first profiled step of this process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
     # --- hardware
@@ -1643,7 +1643,7 @@ class RunSettings:
     fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
     fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
     compile: bool = True  # torch.compile of model and optimizer
-    compile_unit: str = "auto"  # of a graph; by block they reduce early [auto|model|block]
+    compile_unit: str = "auto"  # one graph; per block reductions start early [auto|model|block]
     micro_tokens: int = 49152  # most tokens of one forward and backward pass [>0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
