@@ -21,7 +21,7 @@ FlexAttention, an FP8 head and own Triton kernels are compiled in; each has a pl
 Measured on 2 CPU cores only: nanoGPT's documented loss on Tiny Shakespeare characters in 7.0 s, imports included,
 against 77 s with its own configuration (n = 3 each, bench/cpu.py).
 Numbers in brackets name records of the public speedrun (github.com/KellerJordan/modded-nanogpt).
-Shape suffixes: B rows, T tokens of a row, D model_dim, H heads, K key dim of a head, V vocabulary.
+Shape suffixes of tensors: B rows, T tokens of a row, D model_dim, H heads, K key dim of a head, V vocabulary.
 """
 from __future__ import annotations
 
@@ -1088,8 +1088,8 @@ def piece_table(tokens, eot: int | None, max_len: int, clip: bool, offset: int) 
     return piece_starts, np.minimum(max_len, np.repeat(starts + lengths, counts) - piece_starts)
 
 def pack_row(starts, lengths, ends, used: int, seq_len: int) -> tuple | None:
-    """Starts and lengths of the next row's pieces, of those of a shard, of which `used` tokens are used up, and how
-    many are then; None if too few are left. `ends`: running sums of the lengths."""
+    """Starts and lengths of the next row's pieces, and tokens of the shard used up after it; None if too few are
+    left. Given: those of all pieces in order, their ends in tokens, and how many tokens are used up before."""
     first = np.searchsorted(ends, used, side="right")
     last = np.searchsorted(ends, used + seq_len)
     if last == len(ends):
@@ -1137,7 +1137,7 @@ class ValStream:
             batch[2] = np.cumsum(batch[0] == self.eot)
         return batch.reshape(3, count, self.seq_len)
 
-def set_window(model: nn.Module, s: Settings, *windows: int):
+def set_rotary(model: nn.Module, s: Settings, *windows: int):
     """Writes the model's rotary tables: YaRN's, where the second window is longer than the first."""
     tables = rotary_table(len(model.cos), s.head_dim, s.rope_base, *windows)
     torch._foreach_copy_((model.cos, model.sin), tables)
@@ -1149,13 +1149,13 @@ def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, b
     long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
     total = torch.zeros((), dtype=torch.float64, device=s.device)
     if s.eval_window > window:
-        set_window(model, s, window, s.eval_window)
+        set_rotary(model, s, window, s.eval_window)
     for start in range(0, stream.num_rows, rows * world.size)[:batches]:
         batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows))
         inputs, targets, docs = batch.to(s.device)
         total += model(inputs, targets[None], docs, long_window)[0]
     if s.eval_window > window:
-        set_window(model, s)
+        set_rotary(model, s)
     if world.size > 1:
         dist.all_reduce(total)
     return total.item() / stream.num_tokens
@@ -2279,7 +2279,7 @@ class Run:
         return batch
 
     def log_due(self, step: int) -> bool:
-        """After a step: the profiler's turn; whether to log it: each log_every-th, and alone after a signal."""
+        """After a step: the profiler's turn; whether to log it: each log_every-th, after a signal if alone."""
         if self.first_step_s is None:
             self.clock.wait()
             self.first_step_s = seconds_since_process_start()
