@@ -32,7 +32,6 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -46,9 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Settings                                                                                     │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==================== Settings ================================================================
 # argparse is generated from the fields: name, type, default, and the comment as help. The bracket
 # holds the allowed values and, after `with`, those of another setting without which nothing reads
 # this one. A resumed run must have the same values down to `preset`.
@@ -168,22 +165,11 @@ def help_texts() -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", inspect.getsource(Settings), flags=re.MULTILINE))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that reports one sentence, with the flag that was probably meant."""
-
-    def error(self, message: str):
-        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            known = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[1], known, n=1)
-            message += f" (did you mean {close[0]}?)" if close else " (--help lists all flags)"
-        self.exit(2, f"error: {message}\n")
-
-
 # differs from train_gpt.py: names of llm.c
-def build_parser() -> Parser:
+def build_parser() -> argparse.ArgumentParser:
     """A parser with a flag per field of `Settings`, with dashes or underscores, and the ALIASES."""
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    kinds = {"int": int, "float": float, "str": str}
+    text, kinds = __doc__.split("\n\n")[0], {"int": int, "float": float, "str": str}
+    parser = argparse.ArgumentParser(description=text, usage="%(prog)s [flags]", allow_abbrev=False)
     for field in dataclasses.fields(Settings):
         names = [field.name, ALIASES.get(field.name, field.name)]
         flags = dict.fromkeys(f"--{s}" for name in names for s in (name.replace("_", "-"), name))
@@ -202,12 +188,11 @@ def find_device(device: str) -> dict:
     if device != "cpu" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         return {"device": "cuda", "name": gpu.name, "bf16": gpu.major >= 8}
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, TypeError):
-        name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return {"device": "cpu", "name": name, "bf16": fast}
+    return {"device": "cpu", "name": found[1] if found else platform.machine(), "bf16": fast}
 
 
 # differs from train_gpt.py: other settings
@@ -215,7 +200,9 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, d
     """Command line -> settings with every `auto` resolved, and the hardware.
 
     Raises UserError with all that is wrong with the settings at once."""
-    given = vars(build_parser().parse_args(argv))
+    parser = build_parser()
+    known, unknown = parser.parse_known_args(argv)
+    given = vars(known)
     hardware = find_device(given.get("device", "auto"))
     preset = given.get("preset", "auto")
     if preset == "auto":
@@ -223,6 +210,9 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, d
         preset = "cpu" if hardware["device"] == "cpu" else "gpt2" if wide else "gpu"
     s = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
     problems = setting_errors(s, given)
+    for flag in unknown:
+        close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
+        problems.append(f"{flag}: unknown, " + (f"did you mean {close[0]}?" if close else "--help lists all flags"))
     if not problems:
         asked, s = s, resolved(s, given, hardware)
         problems = misfits(asked, s, world_size)
@@ -258,13 +248,15 @@ def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
 
 def setting_errors(s: Settings, given: dict) -> list[str]:
     """A sentence for each value outside the bracket of its comment, and for each given one that nothing would read."""
-    bad = [f"--seed {s.seed}: must be below 2^63"] if s.seed >= 2**63 else []
+    ranges = {">0": lambda x: 0 < x < 2**63, ">=0": lambda x: 0 <= x < 2**63, "0..1": lambda x: 0 <= x <= 1}
+    bad = []
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
         bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
     for name, text in help_texts().items():
         value = getattr(s, name)
         spec, *needs = text.rpartition("[")[2].removesuffix("]").split("; with ")
-        if text.endswith("]") and not isinstance(value, bool) and not is_allowed(value, spec):
+        allowed = ranges.get(spec, lambda x, spec=spec: isinstance(x, bool) or x in spec.split("|"))
+        if "[" in text and not allowed(value):
             bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}")
         for other, values in (need.split("=") for need in needs if name in given):
             if getattr(s, other) not in values.split("|"):
@@ -272,49 +264,42 @@ def setting_errors(s: Settings, given: dict) -> list[str]:
     return bad
 
 
-def is_allowed(value, spec: str) -> bool:
-    """Whether a value is one of those that a bracket allows."""
-    if spec in (">0", ">=0"):
-        return 0 < value < math.inf or (spec == ">=0" and value == 0)
-    return 0 <= value <= 1 if spec == "0..1" else value in spec.split("|")
-
-
 def misfits(asked: Settings, s: Settings, world_size: int) -> list[str]:
     """A sentence for each setting that does not fit the machine, another setting, or the number of processes."""
     rows, heads, kind = s.batch_tokens // s.seq_len, s.width // s.head_dim, s.model_type
-    cpu, compiler = s.device == "cpu", any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    cpu, moe = s.device == "cpu", kind == "moegpt"
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-    multiples = [("width", "head_dim"), ("batch_tokens", "seq_len")]
-    limits = [("min_lr", "max_lr"), ("warmup_steps", "iterations"), ("seq_len", "micro_tokens")]
-    limits += [("eval_seq_len", "max_doc_len")] if kind == "gpt" else []
-    limits += [("top_k", "num_experts"), ("dense_first", "num_layers")] if kind == "moegpt" else []
-
-    def both(a: str, b: str, relation: str) -> str:
-        return f"--{a} {getattr(s, a)} must {relation} --{b} {getattr(s, b)}"
-
-    bad = [both(a, b, "be a multiple of") for a, b in multiples if getattr(s, a) % getattr(s, b)]
-    bad += [both(a, b, "not be above") for a, b in limits if getattr(s, a) > getattr(s, b)]
-    checks = {
-        "--device cuda: this machine has no usable CUDA device": cpu and asked.device == "cuda",
-        f"--preset {s.preset} needs a CUDA device: use --preset cpu, or add --device cpu":
+    checks = {  # sentence about the settings in quotes -> whether it is true
+        "'device' needs a CUDA device, leave it out": cpu and asked.device == "cuda",
+        "'preset' needs a CUDA device: use cpu, or add --device cpu":
             cpu and s.preset != "cpu" and asked.device != "cpu",
-        "--compile on a CPU needs a C++ compiler: install g++, or use --no-compile":
+        "'compile' needs a C++ compiler: install g++, or use --no-compile":
             cpu and s.compile and not compiler,
-        f"--head_dim {s.head_dim} must be a multiple of 4": s.head_dim % 4,
-        f"--num_kv_heads {s.num_kv_heads} must divide the {heads} heads of queries": heads % s.num_kv_heads,
-        f"--mlp_ratio {s.mlp_ratio}: the hidden size would be 0": s.mlp_hidden < 1,
-        f"--mlp {s.mlp}: gpt has no gated MLP; use gelu or relu2": kind == "gpt" and s.gated,
-        f"--mlp {s.mlp}: ngpt has a gated MLP; use swiglu or geglu": kind == "ngpt" and not s.gated,
-        "--muon_momentum, --beta1, --beta2 must be below 1": 1 in (s.muon_momentum, s.beta1, s.beta2),
-        f"{world_size} processes cannot share the {rows} rows of a step (batch_tokens / seq_len): "
+        "'width' must be a multiple of 'head_dim'": s.width % s.head_dim,
+        "'head_dim' must be a multiple of 4": s.head_dim % 4,
+        f"'num_kv_heads' must divide the {heads} heads of queries": heads % s.num_kv_heads,
+        "'mlp_ratio' leaves no hidden unit": s.mlp_hidden < 1,
+        "'mlp': gpt has no gated MLP; use gelu or relu2": kind == "gpt" and s.gated,
+        "'mlp': ngpt has a gated MLP; use swiglu or geglu": kind == "ngpt" and not s.gated,
+        "'eval_seq_len': gpt has positions for 'max_doc_len' only; lower it":
+            kind == "gpt" and s.eval_seq_len > s.max_doc_len,
+        "'dense_first' must be less than 'num_layers'": moe and s.dense_first >= s.num_layers,
+        "'top_k' must not be above 'num_experts'": moe and s.top_k > s.num_experts,
+        "'min_lr' must not be above 'max_lr'": s.min_lr > s.max_lr,
+        "'beta1', 'beta2', 'muon_momentum' must be below 1": 1 in (s.beta1, s.beta2, s.muon_momentum),
+        "'warmup_steps' must be less than 'iterations'": s.warmup_steps >= s.iterations,
+        "'micro_tokens' must not be less than 'seq_len'": s.micro_tokens < s.seq_len,
+        "'batch_tokens' must be a multiple of 'seq_len'": s.batch_tokens % s.seq_len,
+        f"{world_size} processes cannot share the {rows} rows of a step ('batch_tokens' / 'seq_len'): "
         f"use {fits} processes": rows % world_size,
     }
-    return bad + [sentence for sentence, wrong in checks.items() if wrong]
+    shown = dataclasses.asdict(s) | {"device": asked.device}
+    return [re.sub(r"'(\w+)'", lambda name: f"--{name[1]} {shown[name[1]]}", sentence)
+            for sentence, wrong in checks.items() if wrong]
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Data                                                                                         │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==================== Data ====================================================================
 # Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. A
 # document starts with the end-of-text token. Rows are packed from pieces: documents cut to
 # max_doc_len. The order of the rows does not depend on the number of processes.
@@ -336,16 +321,13 @@ def repair_command(folder: Path) -> str:
     return f"python data/{folder.name if folder.name == 'shakespeare_char' else 'stdlib'}.py"
 
 
+# differs from train_gpt.py: one sentence
 def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
-    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header, a wrong length or (given `vocab_size`)
-    a token id that the vocabulary does not have."""
+    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header or length or, given `vocab_size`, token."""
     header, redo = np.fromfile(path, dtype="<i4", count=256), f"make it again with {repair_command(path.parent)}"
-    if len(header) < 256 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        found = "a truncated header" if len(header) < 256 else f"magic {header[0]}, version {header[1]}"
-        raise UserError(f"{path} is no token shard: {found}, expected {SHARD_MAGIC} and {SHARD_VERSION}; {redo}")
-    count, size = int(header[2]), path.stat().st_size
-    if count < 1 or size != HEADER_BYTES + 2 * count:
-        raise UserError(f"{path} is damaged: {size} bytes, {HEADER_BYTES + 2 * count} by its header; {redo}")
+    count, size = int(header[2]) if len(header) == 256 else 0, path.stat().st_size
+    if count < 1 or (*header[:2], size) != (SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES + 2 * count):
+        raise UserError(f"{path} is damaged, or no token shard of version {SHARD_VERSION}: {redo}")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
     if vocab_size and int(tokens.max()) >= vocab_size:
         raise UserError(f"{path} holds token id {int(tokens.max())}, the vocabulary has {vocab_size}; {redo}")
@@ -370,30 +352,23 @@ class Corpus(NamedTuple):
         return digest.hexdigest()[:16]
 
 
+# differs from train_gpt.py: checks less
 def open_corpus(name: str) -> Corpus:
-    """Finds and checks a data set; without meta.json it is taken for published FineWeb shards.
+    """Finds a data set; without meta.json it is taken for published FineWeb shards.
 
-    Raises FileNotFoundError with the command that makes it, UserError if it is damaged."""
+    Raises FileNotFoundError with the command that makes it, UserError if meta.json is damaged."""
     folder = data_folder(name)
     repair, meta_path = repair_command(folder), folder / "meta.json"
-    paths = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
-    for split in paths:
-        if not paths[split]:
-            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair}")
+    paths = [sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")]
+    if not all(paths):
+        raise FileNotFoundError(f"no train or val shards in {folder}; make them with: {repair}")
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.exists() else GPT2_META
-        said = {split: meta["splits"].get(split, {}).get("tokens") for split in paths}
-        meta = meta | {"vocab_size": int(meta["vocab_size"]), "eot": meta["eot"]}
-        if meta["vocab_size"] < 1 or not (meta["eot"] is None or 0 <= int(meta["eot"]) < meta["vocab_size"]):
+        if not 0 <= (meta["eot"] or 0) < meta["vocab_size"] or not isinstance(meta["splits"], dict):
             raise ValueError(f"vocab_size {meta['vocab_size']}, eot {meta['eot']}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{meta_path} cannot be read ({error!r}); make it again with {repair}") from error
-    for split, found in paths.items():
-        count = sum(len(open_shard(path)) for path in found)
-        if said[split] not in (None, count):
-            raise UserError(f"{meta_path} says {said[split]} {split} tokens, the shards hold {count}; "
-                            f"make them again with {repair}")
-    return Corpus(folder, meta, paths["train"], paths["val"])
+    return Corpus(folder, meta, *paths)
 
 
 def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple[np.ndarray, ...]:
@@ -420,8 +395,8 @@ def gather_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> 
 
 
 class Batches:
-    """Training batches, the same tokens at the same step as train_gpt.py's Loader. A row starts with the start of a piece
-    and is filled with further pieces; the last one is cut at the end of the row and its rest skipped. `place`: epoch,
+    """Training batches, the same tokens at the same step as train_gpt.py's Loader. A row starts with the start of a
+    piece and is filled with further ones; the last is cut at the end of the row and its rest skipped. `place`: epoch,
     shard, and tokens of that shard, in the order of its pieces, that are used up."""
 
     def __init__(self, s: Settings, corpus: Corpus, place: dict | None = None):
@@ -457,12 +432,12 @@ class Batches:
             self.open_pieces(self.place["epoch"] + epochs, shard)
         raise UserError(f"no shard of {self.corpus.folder} fills a row of {size} tokens: lower --seq_len")
 
-    def next(self, world: World) -> Tensor:
+    def next(self) -> Tensor:
         """This process's share of the next batch, (3, rows, T) int32 on the device. All walk over all rows."""
+        rank, size = place_among_all()
         rows = [self.next_row() for _ in range(self.s.batch_tokens // self.s.seq_len)]
-        share = len(rows) // world.size
-        own = rows[world.rank * share:(world.rank + 1) * share]
-        return torch.from_numpy(np.stack(own, axis=1)).to(self.s.device)
+        own = np.split(np.stack(rows, axis=1), size, axis=1)[rank]
+        return torch.from_numpy(own).to(self.s.device)
 
 
 class ValStream:
@@ -493,14 +468,13 @@ class ValStream:
         return batch.reshape(3, count, self.seq_len)
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Model                                                                                        │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==================== Model ===================================================================
 # Parameters are fp32; in bf16, GPT.forward runs under autocast. ngpt's scales and steps start at
 # the published values divided by a constant, which sets how fast AdamW moves them (section 2.5).
 
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
 NORM_EPS = 1e-5  # of LayerNorm and RMSNorm, GPT-2's
+RESIDUAL = ("out.weight", "down.weight")  # whose outputs are dimensions of the stream
 SCALES = ("qk_scale", "up_scale", "gate_scale", "logit_scale", "attn_step", "mlp_step")
 # differs from train_gpt.py: last parts of names
 FP32_PARAMETERS = (*SCALES, "router")  # evals/hellaswag.py does not round these to bf16
@@ -546,9 +520,11 @@ def attention_mask(docs_BT: Tensor, window: Tensor | int) -> Tensor:
 
 
 def make_norm(s: Settings) -> nn.Module:
+    """The normalization before a sublayer and the head; ngpt has none."""
     if s.model_type == "gpt":
         return nn.LayerNorm(s.width, NORM_EPS)
-    return nn.RMSNorm(s.width, NORM_EPS, elementwise_affine=s.norm_gain)
+    norm = nn.RMSNorm(s.width, NORM_EPS, elementwise_affine=s.norm_gain)
+    return nn.Identity() if s.model_type == "ngpt" else norm
 
 
 class SelfAttention(nn.Module):
@@ -623,8 +599,8 @@ class FineMixture(nn.Module):
         if s.compile:  # it reads how many tokens each expert has
             self.routed = torch.compiler.disable(self.routed)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Output, and the load-balancing loss (arXiv 2401.06066, eq. 12) of each row times its tokens, summed, fp32."""
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Output; `balance` becomes the load-balancing loss (arXiv 2401.06066, eq. 12) of each row times its tokens."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             scores_BTE = F.linear(x_BTD.float(), self.router).softmax(-1)
         gates_BTK, experts_BTK = scores_BTE.topk(self.top_k)
@@ -633,8 +609,8 @@ class FineMixture(nn.Module):
         # of each row, so that it depends on no micro-steps and processes; 1 where all experts have equal shares
         chosen_BTE = torch.zeros_like(scores_BTE).scatter(-1, experts_BTK, 1.0)
         share_BE = chosen_BTE.mean(1) * (len(self.experts) / self.top_k)
-        balance = (share_BE * scores_BTE.mean(1)).sum() * x_BTD.size(1)
-        return y if self.shared is None else y + self.shared(x_BTD), balance
+        self.balance = (share_BE * scores_BTE.mean(1)).sum() * x_BTD.size(1)
+        return y if self.shared is None else y + self.shared(x_BTD)
 
     def routed(self, x_ND: Tensor, choices: Tensor) -> Tensor:
         """Output of each expert that a token has chosen, (N, K, D). `choices`: (N * K,)."""
@@ -645,38 +621,27 @@ class FineMixture(nn.Module):
         return y[order.argsort()].unflatten(0, (-1, self.top_k))
 
 
-class NormedBlock(nn.Module):
-    """One pre-norm layer: attention, then MLP or mixture of experts, each added to the stream."""
+class TransformerLayer(nn.Module):
+    """Attention, then MLP or mixture of experts, each of the normalized stream and added to it. In ngpt the stream is a
+    point of the unit sphere, which each moves a learned part of the way to where it points, each dimension its own."""
 
-    def __init__(self, s: Settings, layer: int):
+    def __init__(self, s: Settings, number: int):
         super().__init__()
-        self.attn_norm, self.attn = make_norm(s), SelfAttention(s)
-        self.mlp_norm = make_norm(s)
-        self.mlp = FineMixture(s) if layer in s.mixture_layers else FeedForward(s, s.mlp_hidden)
+        self.attn = SelfAttention(s)
+        self.mlp = FineMixture(s) if number in s.mixture_layers else FeedForward(s, s.mlp_hidden)
+        self.attn_norm, self.mlp_norm = make_norm(s), make_norm(s)
+        self.attn_step = self.mlp_step = None
+        if s.model_type == "ngpt":
+            self.attn_step = nn.Parameter(torch.full((s.width,), s.width**-0.5))
+            self.mlp_step = nn.Parameter(torch.full((s.width,), s.width**-0.5))
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor | None, sin: Tensor | None):
-        """The stream, (B, T, D), and the load-balancing loss of a mixture, else 0."""
-        x = x + self.attn(self.attn_norm(x), mask, cos, sin)
-        y = self.mlp(self.mlp_norm(x))
-        y, balance = y if isinstance(y, tuple) else (y, 0.0)
-        return x + y, balance
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        x = self.add(x, self.attn(self.attn_norm(x), mask, cos, sin), self.attn_step)
+        return self.add(x, self.mlp(self.mlp_norm(x)), self.mlp_step)
 
-
-class UnitBlock(nn.Module):
-    """One layer of ngpt: the state is a point of the unit sphere, which attention and MLP each move a learned part of
-    the way to where they point, each dimension its own."""
-
-    def __init__(self, s: Settings, layer: int):
-        super().__init__()
-        self.attn, self.mlp = SelfAttention(s), FeedForward(s, s.mlp_hidden)
-        self.attn_step = nn.Parameter(torch.full((s.width,), s.width**-0.5))
-        self.mlp_step = nn.Parameter(torch.full((s.width,), s.width**-0.5))
-
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor):
-        x = self.move(x, self.attn(x, mask, cos, sin), self.attn_step)
-        return self.move(x, self.mlp(x), self.mlp_step), 0.0
-
-    def move(self, x: Tensor, y: Tensor, step_D: Tensor) -> Tensor:
+    def add(self, x: Tensor, y: Tensor, step_D: Tensor | None) -> Tensor:
+        if step_D is None:
+            return x + y
         step_D = (0.05 * x.size(-1) ** 0.5 * step_D).abs()
         return unit(x.float() + step_D * (unit(y) - x).float()).type_as(x)
 
@@ -694,9 +659,8 @@ class GPT(nn.Module):
         self.bf16, self.window = s.dtype == "bf16", s.window or longest
         self.embed = nn.Embedding(padded, s.width)
         self.positions = nn.Embedding(s.max_doc_len, s.width) if gpt else None
-        block = UnitBlock if ngpt else NormedBlock
-        self.blocks = nn.ModuleList(block(s, i) for i in range(s.num_layers))
-        self.norm = nn.Identity() if ngpt else make_norm(s)
+        self.blocks = nn.ModuleList(TransformerLayer(s, i) for i in range(s.num_layers))
+        self.norm = make_norm(s)
         self.lm_head = nn.Linear(s.width, padded, bias=False)
         if s.tied == "on":
             self.lm_head.weight = self.embed.weight
@@ -710,16 +674,16 @@ class GPT(nn.Module):
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, docs_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over the targets that are not IGNORE, in nats, and the load-balancing losses times
         tokens, summed over layers and rows, 0 without experts: 0-D fp32. Document numbers rise along a row."""
-        balance = [torch.zeros((), device=inputs_BT.device)]
         with torch.autocast(inputs_BT.device.type, torch.bfloat16, enabled=self.bf16):
-            logits_BTV = self.head(self.trunk(inputs_BT, docs_BT, self.window, balance))
+            logits_BTV = self.head(self.trunk(inputs_BT, docs_BT, self.window))
         logits_NV, targets_N = logits_BTV.flatten(0, 1).float(), targets_BT.flatten().long()
         loss = F.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=IGNORE)
-        return loss, sum(balance)
+        mixtures = [block.mlp for block in self.blocks if isinstance(block.mlp, FineMixture)]
+        return loss, sum((mixture.balance for mixture in mixtures), torch.zeros_like(loss))
 
     # differs from train_gpt.py: load-balancing loss
-    def trunk(self, inputs_BT: Tensor, docs_BT: Tensor, window: Tensor | int, balance: list | None = None) -> Tensor:
-        """Residual stream after the last layer, (B, T, D). Load-balancing losses are appended to `balance`."""
+    def trunk(self, inputs_BT: Tensor, docs_BT: Tensor, window: Tensor | int) -> Tensor:
+        """Residual stream after the last layer, (B, T, D)."""
         x = self.embed(inputs_BT)
         cos, sin = self.cos[:inputs_BT.size(1)], self.sin[:inputs_BT.size(1)]
         if self.positions is not None:
@@ -731,9 +695,7 @@ class GPT(nn.Module):
             cos, sin = self.cos[place], self.sin[place]
         mask = attention_mask(docs_BT, window)
         for block in self.blocks:
-            x, extra = block(x, mask, cos, sin)
-            if balance is not None:
-                balance.append(extra)
+            x = block(x, mask, cos, sin)
         return x
 
     # differs from train_gpt.py: no cap, a learned scale
@@ -751,16 +713,12 @@ def initialize(model: GPT, s: Settings):
     for name, p in model.named_parameters():
         if p.dim() > 1:
             std = s.width**-0.5 if s.model_type == "ngpt" else 0.02
-            std *= (2 * s.num_layers) ** -0.5 if writes(name) else 1.0
-            p.copy_((torch.randn(p.shape[::-1]).T if writes(name) else torch.randn(p.shape)) * std)
+            residual = name.endswith(RESIDUAL)
+            std *= (2 * s.num_layers) ** -0.5 if residual else 1.0
+            p.copy_((torch.randn(p.shape[::-1]).T if residual else torch.randn(p.shape)) * std)
         elif name.endswith("bias"):
             p.zero_()
     normalize_rows(model, s)
-
-
-def writes(name: str) -> bool:
-    """Whether a matrix is a residual projection, whose outputs are dimensions of the stream."""
-    return name.endswith(("out.weight", "down.weight"))
 
 
 @torch.no_grad()
@@ -768,12 +726,10 @@ def normalize_rows(model: GPT, s: Settings):
     """ngpt's constraint: all vectors of model_dim that matrices consist of have norm 1."""
     for name, p in model.named_parameters():
         if s.model_type == "ngpt" and p.dim() > 1:
-            p.copy_(unit(p.T).T if writes(name) else unit(p))
+            p.copy_(unit(p.T).T if name.endswith(RESIDUAL) else unit(p))
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Optimizer and schedule                                                                       │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==================== Optimizer and schedule ==================================================
 
 
 def make_optimizers(model: GPT, s: Settings) -> list[torch.optim.Optimizer]:
@@ -820,34 +776,86 @@ def set_rates(optimizers: list[torch.optim.Optimizer], s: Settings, step: int):
                 group["momentum"] = s.momentum_start + (s.muon_momentum - s.momentum_start) * warm
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Processes and checkpoints                                                                    │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ==================== Training ================================================================
 # RUN/checkpoints/step_000500/ holds state.pt (weights by name, optimizers, random state) and
 # meta.json (settings, place in the data, clock, tokenizer, sha256 of state.pt). Rank 0 writes it,
 # all read it: several machines need one log folder.
 
 
-class World(NamedTuple):
-    """Place of this process among all."""
-
-    rank: int = 0
-    local_rank: int = 0
-    size: int = 1
+def place_among_all() -> tuple[int, int]:
+    """Rank of this process, and the number of all."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join_processes(device: str) -> World:
-    """Joins the process group that torchrun announces in the environment; alone without it."""
-    if "RANK" not in os.environ:
-        return World()
-    world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and world.local_rank >= gpus:
-        raise UserError(f"this machine has fewer GPUs than processes: use --nproc_per_node={gpus}")
-    if device == "cuda":
-        torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return world
+def total(value: Tensor) -> Tensor:
+    """The sum over all processes. Collective."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def bits_per_byte(loss: float, meta: dict) -> float | None:
+    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
+    split = meta["splits"].get("val", {})
+    known = split.get("bytes") and split.get("tokens")
+    return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
+
+
+@dataclass
+class Run:
+    """How far a run is, and its files, which rank 0 writes: log.txt (public record format), metrics.jsonl, config.json.
+    """
+
+    s: Settings
+    config: dict  # what config.json and every checkpoint say
+    folder: Path
+    step: int = 0  # steps done
+    train_ms: float = 0.0  # they took, without validation and checkpoints
+    logged: tuple[int, float] = (0, 0.0)  # step and train_ms of the last log line
+    val_loss: float | None = None
+    status: str = "done"  # or interrupted, target; else what is not finite
+    signal: int = 0  # that has come
+
+    def catch(self, number: int, frame):
+        """A first signal: save and stop, several ranks together. The second one ends the process at once."""
+        signal.signal(number, signal.SIG_DFL)
+        self.signal = number
+
+    def print(self, text: str):
+        """To the console."""
+        if place_among_all()[0] == 0:
+            print(text, flush=True)
+
+    def write(self, text: str, file: str = "log.txt"):
+        """To a file. A full disk costs lines of the logs, not the run."""
+        try:
+            if place_among_all()[0] == 0:
+                with open(self.folder / file, "a", encoding="utf-8") as opened:
+                    opened.write(text + "\n")
+        except OSError as error:
+            self.print(f"warning: {self.folder / file}: {error.strerror}; training goes on")
+
+    def log(self, loss: str, text: str, **values):
+        """To all; to log.txt in the form of the public records."""
+        step, ms, at = self.step, self.train_ms, f"{self.step}/{self.s.iterations}"
+        self.print(f"step {at}  {loss.replace('_', ' ').replace(':', ' ')}  {text}")
+        self.write(f"step:{at} {loss} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
+        times = {"step": step, "tokens": step * self.s.batch_tokens, "train_time_ms": ms}
+        self.write(json.dumps(times | values), "metrics.jsonl")
+
+
+def new_run(s: Settings, config: dict) -> Run:
+    """A run with the heads of its files."""
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    run = Run(s, config, Path(s.log_dir, s.experiment_name, run_id))
+    if place_among_all()[0] == 0:
+        run.folder.mkdir(parents=True)
+        (run.folder / "config.json").write_text(json.dumps(config, indent=1))
+    bar, cuda = "=" * 100, torch.version.cuda
+    text = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__} compiled for CUDA {cuda}\n"
+    text += f"Running on {config['hardware']['name']}\nSettings: {json.dumps(config['settings'])}"
+    run.write(f"{Path(__file__).read_text(encoding='utf-8')}\n{bar}\n{text}\n{bar}")
+    return run
 
 
 def file_hash(path: Path) -> str:
@@ -902,160 +910,72 @@ def find_checkpoint(s: Settings) -> tuple[Path, dict]:
     raise UserError(f"all {len(found)} checkpoint(s) in {place} are damaged: start without --resume")
 
 
-def check_resumable(config: dict, path: Path, meta: dict):
-    """Raises UserError that names the settings, or data, in which a checkpoint differs from this run."""
-    if "optimizers" not in meta:
-        commit = (meta.get("git") or {}).get("commit")
-        raise UserError(f"{path} holds a sharded optimizer's state, of which this script has none: resume it with the "
-                        f"version that made it, commit {commit}, or start without --resume")
+def resumed_run(s: Settings, config: dict) -> tuple[Run, dict]:
+    """The run that --resume names, and the state of its checkpoint. Raises UserError that names the settings, or data,
+    in which the checkpoint differs from this run."""
+    path, meta = find_checkpoint(s)
     names = [field.name for field in dataclasses.fields(Settings)]
-    names = [*names[:names.index("preset")], "data"]
-    then, now = (c["settings"] | {"data": c["data"]["fingerprint"]} for c in (meta, config))
+    names = ["form", *names[:names.index("preset")], "data"]
+    then, now = (c["settings"] | {"form": c.get("form"), "data": c["data"]["fingerprint"]} for c in (meta, config))
     differing = [f"{name}: {then.get(name)} in the checkpoint, {now[name]} now"
                  for name in names if then.get(name) != now[name]]
     if differing:
         raise UserError("\n  ".join([f"{path} has other settings; use them, or start without --resume:", *differing]))
-
-
-def bits_per_byte(loss: float, meta: dict) -> float | None:
-    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
-    split = meta["splits"].get("val", {})
-    known = split.get("bytes") and split.get("tokens")
-    return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
-
-
-def command_output(*command: str) -> str | None:
-    """What a command prints, run in the script's folder; None where it fails or does not exist."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True,
-                              timeout=30).stdout.strip()
-
-
-def peak_memory_mib(device: str) -> tuple[int, int]:
-    """Peak allocated and reserved MiB of the GPU; on a CPU the process's peak resident memory, twice."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-    import resource  # not on Windows
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) >> 20
-    return resident, resident
-
-
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Training                                                                                     │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
-
-@dataclass
-class Run:
-    """How far a run is, and its files, which rank 0 writes: log.txt (public record format), metrics.jsonl, config.json.
-    """
-
-    s: Settings
-    world: World
-    config: dict  # what config.json and every checkpoint say
-    folder: Path
-    step: int = 0  # steps done
-    train_ms: float = 0.0  # they took, without validation and checkpoints
-    logged: tuple[int, float] = (0, 0.0)  # step and train_ms of the last log line
-    val_loss: float | None = None
-    status: str = "done"  # or interrupted, target, nan
-    problem: str = ""  # of nan
-    signal: int = 0  # that has come
-
-    def catch(self, number: int, frame):
-        """A first signal: save and stop, several ranks together. The second one ends the process at once."""
-        signal.signal(number, signal.SIG_DFL)
-        self.signal = number
-
-    def print(self, text: str):
-        """To the console."""
-        if self.world.rank == 0:
-            print(text, flush=True)
-
-    def line(self, text: str, file: str = "log.txt"):
-        """To a file. A full disk costs lines of the logs, not the run."""
-        if self.world.rank == 0:
-            try:
-                with open(self.folder / file, "a", encoding="utf-8") as opened:
-                    opened.write(text + "\n")
-            except OSError as error:
-                self.print(f"warning: {self.folder / file}: {error.strerror}; training goes on")
-
-    def metric(self, **values):
-        """To metrics.jsonl."""
-        self.line(json.dumps(values), "metrics.jsonl")
-
-
-def start_run(s: Settings, hardware: dict, world: World, corpus: Corpus) -> tuple[Run, dict]:
-    """A new run, or the one to resume with the state of its checkpoint, else {}."""
-    data = {"name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta}
-    config = {
-        "settings": dataclasses.asdict(s), "script": Path(__file__).name, "world_size": world.size,
-        "git": {"commit": command_output("git", "rev-parse", "HEAD")}, "torch": torch.__version__,
-        "hardware": hardware, "data": data,
-    }
-    if s.resume:
-        path, meta = find_checkpoint(s)
-        check_resumable(config, path, meta)
-        step, ms = meta["step"], meta["train_time_ms"]
-        run = Run(s, world, config, path.parent.parent, step, ms, (step, ms), meta["val_loss"])
-        run.line(f"resumed after step {step}")
-        run.metric(event="resume", step=step, config=config)
-        run.print(f"resumed {path} after step {step}")
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        return run, state | {"position": meta["position"]}
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    run = Run(s, world, config, Path(s.log_dir, s.experiment_name, run_id))
-    if world.rank == 0:
-        run.folder.mkdir(parents=True)
-        (run.folder / "config.json").write_text(json.dumps(config, indent=1))
-    bar = "=" * 100
-    text = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}"
-    text += f"\nRunning on {hardware['name']}\nSettings: {json.dumps(config['settings'])}"
-    run.line(f"{Path(__file__).read_text(encoding='utf-8')}\n{bar}\n{text}\n{bar}")
-    return run, {}
+    step, ms = meta["step"], meta["train_time_ms"]
+    run = Run(s, config, path.parent.parent, step, ms, (step, ms), meta["val_loss"])
+    run.write(f"resumed after step {step}")
+    run.write(json.dumps({"event": "resume", "step": step, "config": config}), "metrics.jsonl")
+    run.print(f"resumed {path} after step {step}")
+    return run, torch.load(path / "state.pt", map_location="cpu", weights_only=True) | {"place": meta["position"]}
 
 
 # differs from train_gpt.py: plain
-def train(s: Settings, hardware: dict, world: World) -> int:
+def train(s: Settings, hardware: dict) -> int:
     """One run, from its settings to its last checkpoint; returns the exit code. Every process does the same."""
+    rank, size = place_among_all()
     corpus = open_corpus(s.data)
     stream = ValStream(corpus, s.eval_tokens, s.eval_seq_len)
+    config = {
+        "settings": dataclasses.asdict(s), "script": Path(__file__).name, "world_size": size,
+        "torch": torch.__version__, "hardware": hardware, "form": "state of torch.optim",
+        "data": {"name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta},
+    }
+    run, saved = resumed_run(s, config) if s.resume else (new_run(s, config), {})
+    batches = Batches(s, corpus, saved.get("place"))
     model = GPT(s, corpus.meta["vocab_size"]).to(s.device)
     optimizers = make_optimizers(model, s)
-    run, saved = start_run(s, hardware, world, corpus)
-    batches = Batches(s, corpus, saved.get("position"))
     if saved:
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         torch.set_rng_state(saved["rng"])
     compiled = torch.compile(model, dynamic=False) if s.compile else model
-    trained = compiled
-    if world.size > 1:
-        trained = DistributedDataParallel(compiled, broadcast_buffers=False)
-    every, active = count_parameters(model, s)
-    run.print(f"{s.model_type}: {every:,} parameters, {active:,} of them for a token; preset {s.preset}, {s.data}, "
-              f"{hardware['name']}, {s.dtype}\nrun folder: {run.folder}")
+    trained = DistributedDataParallel(compiled, broadcast_buffers=False) if size > 1 else compiled
+    counts = {name: p.numel() for name, p in model.named_parameters()}
+    expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts
+    every, idle = sum(counts.values()), expert * (s.num_experts - s.top_k)
+    run.print(f"{s.model_type}: {every:,} parameters, {every - idle:,} of them for a token; {s.dtype} on "
+              f"{hardware['name']}, preset {s.preset}, data {s.data}\nrun folder: {run.folder}")
+    share = s.batch_tokens // s.seq_len // size
+    rows = max(n for n in range(1, share + 1) if share % n == 0 and n * s.seq_len <= s.micro_tokens)
     # Untimed: compiles, and orders the buckets of DistributedDataParallel as a resumed run has them.
-    rows = s.micro_tokens // s.seq_len
     sum(trained(*torch.zeros(3, rows, s.seq_len, dtype=torch.int32, device=s.device))).backward()
     model.zero_grad()
-    losses = torch.zeros(s.log_every, 2, device=s.device)  # of the steps since the last log line
+    losses = torch.zeros(s.log_every, device=s.device)  # of the steps since the last log line
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.catch)
 
     began = time.perf_counter()
     while run.step < s.iterations and run.status == "done":
         set_rates(optimizers, s, run.step)
-        micro_batches = batches.next(world).split(rows, dim=1)
+        micro_batches = batches.next().split(rows, dim=1)
         for i, (inputs, targets, docs) in enumerate(micro_batches):
-            alone = world.size == 1 or i == len(micro_batches) - 1
+            alone = size == 1 or i == len(micro_batches) - 1
             with contextlib.nullcontext() if alone else trained.no_sync():
                 loss, balance = trained(inputs, targets, docs)
                 mean = (loss + s.balance * balance) / s.batch_tokens
-                (mean * world.size).backward()  # the gradients of the processes are averaged
-            losses[run.step % s.log_every] += torch.stack((loss, balance)).detach() / s.batch_tokens
+                (mean * size).backward()  # the gradients of the processes are averaged
+            losses[run.step % s.log_every] += loss.detach() / s.batch_tokens
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
@@ -1066,139 +986,101 @@ def train(s: Settings, hardware: dict, world: World) -> int:
         last = run.step == s.iterations
         save = s.save_every and run.step % s.save_every == 0
         evaluate = last or s.eval_every and run.step % s.eval_every == 0
-        stop = run.signal and world.size == 1
-        if evaluate or save or stop or run.step % s.log_every == 0:
-            numbers = read_losses(run, losses)  # waits for the device
-            run.train_ms += 1000 * (time.perf_counter() - began)
-            report(run, *numbers, float(norm))
-            if evaluate and run.status != "nan":
+        if evaluate or save or run.signal and size == 1 or run.step % s.log_every == 0:
+            report(run, losses, norm.item(), began)
+            if evaluate and run.status in ("done", "interrupted"):
                 validate(run, compiled, stream)
             if save and not last and run.status == "done":
-                save_checkpoint(run, model, optimizers, batches)
+                save_checkpoint(run, model, optimizers, batches.place)
             began = time.perf_counter()
-    if run.status == "interrupted" or s.save_last and run.status != "nan":
-        save_checkpoint(run, model, optimizers, batches)
-    return finish(run, every, active)
+    if run.status == "interrupted" or s.save_last and run.status in ("done", "target"):
+        save_checkpoint(run, model, optimizers, batches.place)
+    return finish(run, every, every - idle)
 
 
-def count_parameters(model: GPT, s: Settings) -> tuple[int, int]:
-    """Number of parameters, and of those that a token meets."""
-    counts = {name: p.numel() for name, p in model.named_parameters()}
-    expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts
-    return sum(counts.values()), sum(counts.values()) - expert * (s.num_experts - s.top_k)
-
-
-def read_losses(run: Run, losses: Tensor) -> tuple[float, float]:
-    """Loss and load-balancing loss of the last step, or of the first one since the last call whose loss is not finite,
-    which ends the run; as does a stop signal of any rank. Collective."""
-    stop = torch.full_like(losses[:1], run.signal)
-    numbers = torch.cat((losses, stop))
-    if run.world.size > 1:
-        dist.all_reduce(numbers)
-    *rows, (stop, _) = numbers.tolist()
-    losses.zero_()
-    if stop and run.step < run.s.iterations:
-        run.status = "interrupted"
-    for done in range(run.logged[0], run.step):
-        loss, balance = rows[done % run.s.log_every]
-        if not math.isfinite(loss):
-            run.step, run.status, run.problem = done + 1, "nan", f"the loss of step {done + 1} is {loss}"
-            break
-    return loss, balance
-
-
-def report(run: Run, loss: float, balance: float, norm: float):
-    """One line on the console and in log.txt, one object in metrics.jsonl."""
+def report(run: Run, losses: Tensor, norm: float, began: float):
+    """Logs the last step; ends the run for a stop signal of any rank, and for a loss since the last call that is not
+    finite. Collective."""
     s, step, (step_before, ms_before) = run.s, run.step, run.logged
+    *values, stop = total(torch.cat((losses, torch.full_like(losses[:1], run.signal)))).tolist()
+    run.train_ms += 1000 * (time.perf_counter() - began)
+    losses.zero_()
+    for run.step in range(step_before + 1, step + 1):
+        loss = values[(run.step - 1) % s.log_every]
+        if not math.isfinite(loss):
+            run.status = f"the loss of step {run.step} is {loss}"
+            return
+    if stop and step < s.iterations:
+        run.status = "interrupted"
     step_ms = (run.train_ms - ms_before) / (step - step_before)
     speed = 1000 * s.batch_tokens / step_ms
     eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
-    times = f"{step_ms:.1f} ms/step  {speed:,.0f} tokens/s  ETA {eta}"
-    run.print(f"step {step}/{s.iterations}  train loss {loss:.4f}  {times}")
-    log_line(run, f"train_loss:{loss:.4f}")
-    run.metric(
-        step=step, train_loss=loss, lr=rate_scale(s, step - 1), seq_len=s.seq_len, window=s.window,
-        batch_tokens=s.batch_tokens, tokens=step * s.batch_tokens, train_time_ms=run.train_ms,
-        step_ms=step_ms, tokens_per_s=speed, grad_norm=norm,
-        balance=balance / len(s.mixture_layers) if s.mixture_layers else None,
+    run.log(
+        f"train_loss:{loss:.4f}", f"{step_ms:.1f} ms/step  {speed:,.0f} tokens/s  ETA {eta}",
+        train_loss=loss, lr=rate_scale(s, step - 1), seq_len=s.seq_len, window=s.window,
+        batch_tokens=s.batch_tokens, step_ms=step_ms, tokens_per_s=speed, grad_norm=norm,
     )
     run.logged = step, run.train_ms
-
-
-def log_line(run: Run, loss: str):
-    """A line of log.txt in the form of the public records."""
-    step, ms = run.step, run.train_ms
-    run.line(f"step:{step}/{run.s.iterations} {loss} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
 
 
 @torch.no_grad()
 def validate(run: Run, model: nn.Module, stream: ValStream):
     """Mean loss of the validation stream in nats per token, equal on all ranks, to `run` and all logs. Collective."""
-    s, step, world = run.s, run.step, run.world
-    rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
-    total = torch.zeros((), dtype=torch.float64, device=s.device)
-    for start in range(0, stream.num_rows, rows * world.size):
-        part = stream.rows(start + world.rank * rows, rows)
-        total += model(*torch.from_numpy(part).to(s.device))[0]
-    if world.size > 1:
-        dist.all_reduce(total)
-    loss = total.item() / stream.num_tokens
+    s, step, (rank, size) = run.s, run.step, place_among_all()
+    rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // size)))
+    summed = torch.zeros((), dtype=torch.float64, device=s.device)
+    for start in range(rank * rows, stream.num_rows + rank * rows, rows * size):
+        summed += model(*torch.from_numpy(stream.rows(start, rows)).to(s.device))[0]
+    loss = total(summed).item() / stream.num_tokens
     if not math.isfinite(loss):
-        run.status, run.problem = "nan", f"the validation loss after step {step} is {loss}"
+        run.status = f"the validation loss after step {step} is {loss}"
         return
     run.val_loss, bpb = loss, bits_per_byte(loss, run.config["data"]["meta"])
-    bits = f", {bpb:.4f} bits per byte" if bpb else ""
-    run.print(f"step {step}/{s.iterations}  val loss {loss:.4f} nats per token{bits}")
-    log_line(run, f"val_loss:{loss:.4f}")
-    tokens = step * s.batch_tokens
-    run.metric(step=step, val_loss=loss, val_bpb=bpb, tokens=tokens, train_time_ms=run.train_ms)
+    bits = f"{bpb:.4f} bits per byte" if bpb else "nats per token"
+    run.log(f"val_loss:{loss:.4f}", bits, val_loss=loss, val_bpb=bpb)
     if s.target_loss and loss <= s.target_loss:
         run.status = "target"
 
 
-def save_checkpoint(run: Run, model: GPT, optimizers: list, batches: Batches):
-    """Writes a checkpoint on rank 0. A full disk is a warning, but at the end an error."""
+def save_checkpoint(run: Run, model: GPT, optimizers: list, place: dict):
+    """Writes a checkpoint on rank 0. A full disk is a warning, but at the end of the run an error."""
     if not all(p.isfinite().all() for p in model.parameters()):
-        run.status, run.problem = "nan", f"the weights after step {run.step} are not finite"
-        return
-    state = {
-        "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "rng": torch.get_rng_state(),
-    }
-    meta = run.config | {
-        "position": batches.place, "train_time_ms": run.train_ms, "val_loss": run.val_loss,
-        "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
-    }
-    try:
-        if run.world.rank == 0:
+        run.status = f"a weight after step {run.step} is not finite"
+    elif place_among_all()[0] == 0:
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        state = {"model": model.state_dict(), "optimizers": states, "rng": torch.get_rng_state()}
+        meta = run.config | {"position": place, "train_time_ms": run.train_ms, "val_loss": run.val_loss}
+        try:
             path = write_checkpoint(run.folder, run.step, state, meta, run.s.keep)
             run.print(f"checkpoint {path}")
-    except OSError as error:
-        if run.status != "done" or run.step == run.s.iterations:
-            raise
-        run.print(f"warning: {error}; training goes on, earlier checkpoints are intact: free some space")
+        except OSError as error:
+            if run.status != "done" or run.step == run.s.iterations:
+                raise
+            run.print(f"warning: {error}; training goes on, earlier ones are intact: free some space")
 
 
-def finish(run: Run, every: int, active: int) -> int:
-    """The end of the logs, and the exit code. Raises UserError after a loss that was not finite."""
+def finish(run: Run, parameters: int, active: int) -> int:
+    """The end of the logs, and the exit code. Raises UserError where something was not finite."""
     s, ms, step, reached = run.s, run.train_ms, run.step, run.status == "target"
-    memory = peak_memory_mib(s.device)
-    run.metric(
-        event="end", status=run.status, step=step, iterations=s.iterations, val_loss=run.val_loss,
-        val_bpb=run.val_loss and bits_per_byte(run.val_loss, run.config["data"]["meta"]),
-        train_time_ms=ms, tokens_per_s=1000 * step * s.batch_tokens / ms if ms else None,
-        params_total=every, params_active=active, peak_memory_mib=memory[0],
-        target_step=step if reached else None, target_time_ms=ms if reached else None,
-    )
-    if run.status == "nan":
+    wrong = run.status not in ("done", "interrupted", "target")
+    memory = torch.cuda.max_memory_allocated() >> 20 if s.device == "cuda" else None
+    end = {
+        "event": "end", "status": "nan" if wrong else run.status, "step": step,
+        "iterations": s.iterations, "val_loss": run.val_loss, "train_time_ms": ms,
+        "val_bpb": run.val_loss and bits_per_byte(run.val_loss, run.config["data"]["meta"]),
+        "tokens_per_s": 1000 * step * s.batch_tokens / ms if ms else None,
+        "params_total": parameters, "params_active": active, "peak_memory_mib": memory,
+        "target_step": step if reached else None, "target_time_ms": ms if reached else None,
+    }
+    run.write(json.dumps(end), "metrics.jsonl")
+    if wrong:
         rates = "--max-lr" + " and --muon-lr" * (s.optimizer == "muon")
-        raise UserError(f"{run.problem}: stopped, the checkpoints before it are kept in {run.folder}; lower {rates}")
+        kept = f"the checkpoints before it are kept in {run.folder}"
+        raise UserError(f"{run.status}: stopped, {kept}; lower {rates}")
     if s.target_loss:
         result = "reached" if reached else "not reached"
         run.print(f"target loss {s.target_loss} {result}: step {step}, {ms / 1000:.2f} s")
-    text = "peak memory allocated: {} MiB reserved: {} MiB".format(*memory)
-    run.line(text)
-    run.print(f"{text}\nlog, metrics and checkpoints: {run.folder}")
+    run.print(f"log, metrics and checkpoints: {run.folder}")
     # SIGTERM: another rank got the signal
     return 128 + (run.signal or signal.SIGTERM) if run.status == "interrupted" else 0
 
@@ -1210,7 +1092,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s, hardware = parse_settings(argv, int(os.environ.get("WORLD_SIZE", 1)))
         torch.set_num_threads(s.threads or torch.get_num_threads())
-        code = train(s, hardware, join_processes(s.device))
+        if "RANK" in os.environ:
+            if s.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if s.device == "cuda" else "gloo")
+        code = train(s, hardware)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         memory = isinstance(error, torch.OutOfMemoryError)
         if os.environ.get("LOCAL_RANK", "0") == "0" or memory:  # what is wrong everywhere is said once a machine
