@@ -14,7 +14,7 @@ from baseline import (
     launch,
     logits,
     loss,
-    masters,
+    weights,
     packed,
     random_model,
     run,
@@ -186,9 +186,9 @@ def test_muon_is_torchs_up_to_bf16():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_rows_of_ngpts_matrices_have_norm_1_after_training(optimizer, tmp_path):
-    """Of fp32 masters after 8 steps; what embeds, reads or writes the stream are all of its matrices."""
+    """Of fp32 weights after 8 steps; what embeds, reads or writes the stream are all of its matrices."""
     folder = run(tmp_path, "ngpt", optimizer=optimizer)
-    weights, initial = masters(folder), state(GPT(settings("ngpt"), VOCAB))
+    weights, initial = weights(folder), state(GPT(settings("ngpt"), VOCAB))
     matrices = {name for name, p in weights.items() if p.dim() > 1}
     assert {name.split(".")[-1] for name in matrices} == {"weight", "lm_head", "q", "kv", "out", "up", "gate", "down"}
     for name, p in weights.items():
@@ -242,7 +242,7 @@ def test_training_learns(kind, whole):
 def test_validation_loss_is_that_of_the_saved_weights(kind, whole):
     folder = whole(kind)
     model = GPT(s := settings(kind), VOCAB)
-    model.load_state_dict(masters(folder))
+    model.load_state_dict(weights(folder))
     stream = tb.ValStream(tb.open_corpus(str(folder.parents[3] / "data")), s.eval_tokens, s.eval_seq_len)
     rows = torch.from_numpy(stream.rows(0, stream.num_rows))
     z, targets = logits(model, s, rows).flatten(0, 1), rows[1].flatten().long()
@@ -259,7 +259,7 @@ def test_micro_steps_do_not_change_the_result(kind, tmp_path):
     expected, folder = (run(tmp_path / str(size), model_type, micro_tokens=size, **changes) for size in (128, 32))
     for key, values in losses(expected).items():
         assert losses(folder)[key] == pytest.approx(values, rel=1e-5)
-    assert max(difference(masters(expected), masters(folder)).values()) < 1e-3
+    assert max(difference(weights(expected), weights(folder)).values()) < 1e-3
 
 
 def test_balance_spreads_the_load(tmp_path):
@@ -401,7 +401,7 @@ def test_two_ranks_train_as_one(kind, whole, two_ranks):
         for key, values in losses(folder).items():
             wanted = {step: value for step, value in losses(expected)[key].items() if step <= steps}
             assert values == pytest.approx(wanted, rel=1e-5)
-        assert max(difference(masters(expected, steps), masters(folder, steps)).values()) < 1e-3
+        assert max(difference(weights(expected, steps), weights(folder, steps)).values()) < 1e-3
         for name in ("grad_norm", "expert_load"):
             one, two = ([r[name] for r in records(f) if r.get(name) is not None] for f in (expected, folder))
             assert two == pytest.approx(one[:steps], rel=1e-4)
@@ -420,7 +420,7 @@ def test_one_rank_continues_what_two_have_begun(kind, tmp_path, whole, two_ranks
     assert tb.main([*argv, "--resume"]) == 0
     for key, values in losses(expected).items():
         assert losses(folder)[key] == pytest.approx(values, rel=1e-5)
-    assert max(difference(masters(expected), masters(folder)).values()) < 1e-3
+    assert max(difference(weights(expected), weights(folder)).values()) < 1e-3
 
 
 # --- compiled
@@ -529,7 +529,7 @@ def test_generate_continues_a_text_with_and_without_cache(kind, changes, texts, 
         written.append(out)
     assert written[0] == written[1] and len(written[0].rstrip("\n")) <= 4 + 24
     model = GPT(s := settings(kind, **changes), VOCAB)
-    model.load_state_dict(masters(folder))
+    model.load_state_dict(weights(folder))
     text = [CHARS.index(c) for c in "0123"]
     with torch.no_grad():
         for _ in range(24):
