@@ -248,7 +248,7 @@ def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
 
 def setting_errors(s: Settings, given: dict) -> list[str]:
     """A sentence for each value outside the bracket of its comment, and for each given one that nothing would read."""
-    ranges = {">0": lambda x: 0 < x < 2**63, ">=0": lambda x: 0 <= x < 2**63, "0..1": lambda x: 0 <= x <= 1}
+    ranges = {">0": lambda x: 0 < x < math.inf, ">=0": lambda x: 0 <= x < math.inf, "0..1": lambda x: 0 <= x <= 1}
     bad = []
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
         bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
@@ -288,6 +288,7 @@ def misfits(asked: Settings, s: Settings, world_size: int) -> list[str]:
         "'top_k' must not be above 'num_experts'": moe and s.top_k > s.num_experts,
         "'min_lr' must not be above 'max_lr'": s.min_lr > s.max_lr,
         "'beta1', 'beta2', 'muon_momentum' must be below 1": 1 in (s.beta1, s.beta2, s.muon_momentum),
+        "'seed' must be below 2^63": s.seed >= 2**63,
         "'warmup_steps' must be less than 'iterations'": s.warmup_steps >= s.iterations,
         "'micro_tokens' must not be less than 'seq_len'": s.micro_tokens < s.seq_len,
         "'batch_tokens' must be a multiple of 'seq_len'": s.batch_tokens % s.seq_len,

@@ -289,9 +289,27 @@ def weights(folder: Path, step: int = 8) -> dict[str, Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)["model"]
 
 
+def load_state(folder: Path, step: int) -> dict[str, Tensor]:
+    """All tensors and numbers of a checkpoint under one flat name each."""
+    def flatten(value, name: str) -> dict:
+        if isinstance(value, dict | list | tuple):
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            return {k: v for key, part in parts for k, v in flatten(part, f"{name}/{key}").items()}
+        return {name: torch.as_tensor(value)} if isinstance(value, Tensor | int | float) else {}
+
+    path = folder / "checkpoints" / f"step_{step:06d}" / "state.pt"
+    return flatten(torch.load(path, map_location="cpu", weights_only=True), "")
+
+
 def script_runs(world, command_lines: list[list[str]]) -> list[int]:
     """Runs of the script's loop, in a process that stands for one of torchrun's."""
     return [tb.train(*tb.parse_settings(argv, world.size)) for argv in command_lines]
+
+
+def shared_batches(world, data: str) -> list[Tensor]:
+    """The share of a process in 20 batches."""
+    batches = tb.Batches(settings("gpt"), tb.open_corpus(data))
+    return [batches.next() for _ in range(20)]
 
 
 def launch(argv: list[str], before: str = ""):
