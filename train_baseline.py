@@ -210,7 +210,7 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, d
         preset = "cpu" if hardware["device"] == "cpu" else "gpt2" if wide else "gpu"
     s = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
     problems = setting_errors(s, given)
-    for flag in unknown:
+    for flag in [word for word in unknown if word.startswith("-")] or unknown:
         close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
         problems.append(f"{flag}: unknown, " + (f"did you mean {close[0]}?" if close else "--help lists all flags"))
     if not problems:

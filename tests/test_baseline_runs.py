@@ -37,10 +37,12 @@ from helpers import (
 )
 from helpers import tiny as speedrun_flags
 from ranks import difference, run_ranks
+from test_hellaswag import GPT2, TASKS, Numbers, write_tasks
 
 import generate
 import train_baseline as tb
 import train_gpt
+from evals import hellaswag
 from train_baseline import GPT, Batches
 
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
@@ -551,6 +553,22 @@ def test_logger_reads_and_compares_the_logs(tmp_path, whole, capsys):
     assert logger.main(["diff", str(other), str(own)]) == 0
     out = capsys.readouterr().out
     assert "model_type" in out and "moegpt" in out
+
+
+@pytest.mark.parametrize("kind", ["gpt", "ngpt", "moegpt"])
+def test_hellaswag_scores_a_checkpoint(kind, tmp_path, monkeypatch):
+    """In fp32, and in bf16 in which nearly all choices are the same."""
+    monkeypatch.setattr(hellaswag, "load_tokenizer", lambda vocab: Numbers)
+    folder = run(tmp_path, kind, data=make_data(tmp_path / "data", **GPT2), eval_tokens=64, seq_len=64, iterations=2,
+                 warmup_steps=1)
+    scores = {}
+    for dtype in ("fp32", "bf16"):
+        output = tmp_path / f"{dtype}.json"
+        assert hellaswag.main(["--checkpoint", str(folder), "--input", str(write_tasks(tmp_path / "tasks", TASKS[:20])),
+                               "--device", "cpu", "--dtype", dtype, "--row-len", "32", "--output", str(output)]) == 0
+        scores[dtype] = json.loads(output.read_text())
+    assert scores["fp32"]["tasks"] == 20 and scores["fp32"]["script"] == "train_baseline.py"
+    assert abs(scores["fp32"]["per_token"] - scores["bf16"]["per_token"]) <= 0.2
 
 
 def test_generate_writes_no_more_than_gpt_has_positions(texts, capsys):

@@ -8,17 +8,13 @@ import pytest
 from ranks import run_ranks
 from test_hellaswag import GPT2, TASKS, Numbers, write_tasks
 
-import train_baseline
 import train_gpt
 import train_moe
 from evals import hellaswag
 
 RUN = dict(iterations=4, eval_every=0, eval_tokens=64, hellaswag_every=2, log_every=2, seq_len=64, max_doc_len=64)
 OF_SPEEDRUN = dict(momentum_warmup=1, momentum_cooldown=0, value_embeds=0)
-EXTRA = {train_gpt: OF_SPEEDRUN, train_moe: OF_SPEEDRUN | dict(num_experts=4), train_baseline: dict(warmup_steps=1)}
-# flags of helpers.TINY that train_baseline.py does not have, or refuses under AdamW
-OF_OTHERS = ("cooldown", "lr_floor", "muon_momentum", "value_embeds", "window", "window_start", "window_step",
-             "muon_lr", "adam_lr", "momentum_warmup", "momentum_cooldown")
+EXTRA = {train_gpt: OF_SPEEDRUN, train_moe: OF_SPEEDRUN | dict(num_experts=4)}
 
 
 @pytest.fixture(autouse=True)
@@ -32,10 +28,7 @@ def flags(tmp_path, script, **changes) -> list[str]:
     if not data.exists():
         helpers.make_data(data, **GPT2)
     given = dict(data=data, hellaswag_file=tmp_path / "tasks.jsonl") | RUN | EXTRA[script] | changes
-    if script is not train_baseline:
-        return helpers.tiny(tmp_path, **given)
-    given = {**helpers.TINY, "log_dir": tmp_path / "logs", "experiment_name": "x", **given}
-    return helpers.flags(**{name: value for name, value in given.items() if name not in OF_OTHERS})
+    return helpers.tiny(tmp_path, **given)
 
 
 def scores(tmp_path) -> list[dict]:
