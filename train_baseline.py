@@ -6,15 +6,14 @@
     torchrun --standalone --nproc_per_node=8 train_baseline.py --preset gpt2    # nanoGPT's GPT-2 124M
 
 The control of train_gpt.py: the same data, batches, validation and logs, but torch.optim's AdamW and Muon, autocast,
-DistributedDataParallel and clip_grad_norm_ where that has its own optimizer and kernels. The names of llm.c and nanoGPT
-are accepted: --max_steps --warmup_steps --max_lr --min_lr --total_batch_size --T.
+DistributedDataParallel and clip_grad_norm_ where that has its own optimizer and kernels. Not yet measured on a GPU.
 
 gpt: nanoGPT's GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases, tied head. moderngpt: pre-norm
 RMSNorm, RoPE, no biases, gated MLP, as in Llama. ngpt: Loshchilov et al. 2024, arXiv 2410.01131. moegpt: moderngpt with
 DeepSeekMoE's layers (Dai et al. 2024, arXiv 2401.06066). Documents are packed and never see each other.
 
-Not yet measured on a GPU. Shape suffixes: B rows, T tokens of a row, N = B * T, D model_dim, H heads, K key dim of a
-head or, of routing, choices of a token, E experts of a layer, V vocabulary.
+Shape suffixes: B rows, T tokens of a row, N = B * T, D model_dim, H heads, K key dim of a head or, of routing, choices
+of a token, E experts of a layer, V vocabulary.
 """
 from __future__ import annotations
 
@@ -34,6 +33,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -141,16 +141,18 @@ class Settings:
 
 # differs from train_gpt.py: the baselines
 PRESETS: dict[str, dict] = {
-    # two CPU cores: the size and the data of train_gpt.py's preset
-    "cpu": dict(
+    "cpu": dict(  # two cores: the size and the data of train_gpt.py's preset
         data="stdlib", num_layers=3, width=192, head_dim=48, iterations=360, batch_tokens=4096,
         seq_len=256, max_lr=4e-3, warmup_steps=36, momentum_warmup=30, eval_every=120,
         eval_tokens=131072, micro_tokens=8192, num_experts=8, top_k=2, num_shared=1, compile=False,
     ),
-    # GPT-2 124M on one 16 GB card
-    "gpu": dict(iterations=4000, batch_tokens=65536, micro_tokens=8192, warmup_steps=200, save_every=500),
-    # nanoGPT's and llm.c's GPT-2 124M: 10 B tokens of FineWeb, 8 GPUs
-    "gpt2": dict(data="fineweb10B", shuffle=False, iterations=19073, warmup_steps=715, micro_tokens=65536),
+    "gpu": dict(  # GPT-2 124M on one 16 GB card
+        iterations=4000, batch_tokens=65536, micro_tokens=8192, warmup_steps=200, save_every=500,
+        eval_tokens=262144,
+    ),
+    "gpt2": dict(  # nanoGPT's and llm.c's GPT-2 124M: 10 B tokens of FineWeb, 8 GPUs
+        data="fineweb10B", shuffle=False, iterations=19073, warmup_steps=715, micro_tokens=65536,
+    ),
 }
 ALIASES = {"iterations": "max_steps", "batch_tokens": "total_batch_size", "seq_len": "T"}
 
@@ -395,50 +397,38 @@ def gather_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> 
     return np.stack([tokens[index], tokens[index + 1], np.repeat(np.arange(len(starts)), lengths)]).astype(np.int32)
 
 
-class Batches:
-    """Training batches, the same tokens at the same step as train_gpt.py's Loader. A row starts with the start of a
-    piece and is filled with further ones; the last is cut at the end of the row and its rest skipped. `place`: epoch,
-    shard, and tokens of that shard, in the order of its pieces, that are used up."""
-
-    def __init__(self, s: Settings, corpus: Corpus, place: dict | None = None):
-        self.s, self.corpus = s, corpus
-        self.open_pieces(**place or {"epoch": 0, "shard": 0, "used": 0})
-
-    def open_pieces(self, epoch: int, shard: int, used: int = 0):
-        """Opens a shard and lists its pieces in the order of use."""
-        s, meta = self.s, self.corpus.meta
-        self.place = {"epoch": epoch, "shard": shard, "used": used}
-        self.tokens = open_shard(self.corpus.train[shard], meta["vocab_size"])
+def training_rows(s: Settings, corpus: Corpus, epoch: int = 0, shard: int = 0, used: int = 0) -> Iterator[tuple]:
+    """The rows of all training batches, (3, T) int32, those of train_gpt.py's Loader, and the place after each: epoch,
+    shard and its used tokens, in the order of its pieces. A row starts with a piece; its last is cut and skipped."""
+    idle = 0  # shards in turn without a row
+    while idle < len(corpus.train) + 2:
+        idle += 1
+        tokens = open_shard(corpus.train[shard], corpus.meta["vocab_size"])
         rng = np.random.default_rng((s.seed, epoch, shard))
         offset = int(rng.integers(s.max_doc_len)) if epoch else 0
         clip = s.long_docs == "clip"
-        starts, lengths = piece_table(self.tokens, meta["eot"], s.max_doc_len, clip, offset)
+        starts, lengths = piece_table(tokens, corpus.meta["eot"], s.max_doc_len, clip, offset)
         order = rng.permutation(len(starts)) if s.shuffle else slice(None)
-        self.starts, self.lengths = starts[order], lengths[order]
-        self.ends = np.cumsum(self.lengths)
+        starts, lengths = starts[order], lengths[order]
+        ends = np.cumsum(lengths)
+        first = np.searchsorted(ends, used, side="right")
+        while (last := np.searchsorted(ends, used + s.seq_len)) < len(ends):
+            sizes = lengths[first:last + 1].copy()
+            sizes[-1] -= sizes.sum() - s.seq_len
+            used, idle = int(ends[last]), 0
+            yield gather_rows(tokens, starts[first:last + 1], sizes), {"epoch": epoch, "shard": shard, "used": used}
+            first = last + 1
+        epochs, shard = divmod(shard + 1, len(corpus.train))
+        epoch, used = epoch + epochs, 0
+    raise UserError(f"no shard of {corpus.folder} fills a row of {s.seq_len} tokens: lower --seq_len")
 
-    def next_row(self) -> np.ndarray:
-        """Inputs, targets and piece numbers of the next row, (3, T) int32; of the next shard, and after the last one of
-        the first in a new epoch, where the pieces left do not fill a row."""
-        shards, size = len(self.corpus.train), self.s.seq_len
-        for _ in range(shards + 2):
-            first = np.searchsorted(self.ends, self.place["used"], side="right")
-            last = np.searchsorted(self.ends, self.place["used"] + size)
-            if last < len(self.ends):
-                lengths = self.lengths[first:last + 1].copy()
-                lengths[-1] -= lengths.sum() - size
-                self.place["used"] = int(self.ends[last])
-                return gather_rows(self.tokens, self.starts[first:last + 1], lengths)
-            epochs, shard = divmod(self.place["shard"] + 1, shards)
-            self.open_pieces(self.place["epoch"] + epochs, shard)
-        raise UserError(f"no shard of {self.corpus.folder} fills a row of {size} tokens: lower --seq_len")
 
-    def next(self) -> Tensor:
-        """This process's share of the next batch, (3, rows, T) int32 on the device. All walk over all rows."""
-        rank, size = place_among_all()
-        rows = [self.next_row() for _ in range(self.s.batch_tokens // self.s.seq_len)]
-        own = np.split(np.stack(rows, axis=1), size, axis=1)[rank]
-        return torch.from_numpy(own).to(self.s.device)
+def next_batch(rows: Iterator[tuple], s: Settings) -> tuple[Tensor, dict]:
+    """This process's share of the next batch, (3, rows, T) int32 on the device, and the place after the batch."""
+    rank, size = place_among_all()
+    taken = [next(rows) for _ in range(s.batch_tokens // s.seq_len)]
+    own = np.split(np.stack([row for row, _ in taken], axis=1), size, axis=1)[rank]
+    return torch.from_numpy(own).to(s.device), taken[-1][1]
 
 
 class ValStream:
@@ -492,8 +482,7 @@ def unit(x: Tensor) -> Tensor:
 
 # differs from train_gpt.py: rotates all dimensions
 def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, (length, 1, head_dim / 2) fp32, of frequencies base^(-2i / head_dim) in radians per token (RoFormer,
-    Su et al. 2021, arXiv 2104.09864)."""
+    """cos and sin, (length, 1, head_dim / 2) fp32, of RoPE (Su et al. 2021, arXiv 2104.09864)."""
     frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
     return angle.cos(), angle.sin()
@@ -529,8 +518,7 @@ def make_norm(s: Settings) -> nn.Module:
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention: with biases (gpt); with RoPE, fewer heads of keys and values, QK-norm; of unit queries and
-    keys with a learned scale (ngpt)."""
+    """Causal self-attention; in ngpt of unit queries and keys with a learned scale."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -588,8 +576,8 @@ class FeedForward(nn.Module):
 
 
 class FineMixture(nn.Module):
-    """DeepSeekMoE's layer: each token has `top_k` of many small experts, weighted by the router's softmax, and the
-    shared ones, which side by side are one MLP. Nothing is dropped."""
+    """DeepSeekMoE's layer: `top_k` of many small experts, weighted by the router's softmax, and the shared ones, which
+    side by side are one MLP."""
 
     def __init__(self, s: Settings):
         super().__init__()
@@ -708,8 +696,7 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def initialize(model: GPT, s: Settings):
-    """GPT-2's initial weights, 0.02, or 1 / sqrt(model_dim) in ngpt. Each layer adds two residual projections to the
-    stream, so theirs are smaller by the root of their number (Radford et al. 2019)."""
+    """GPT-2's initial weights: those of residual projections are smaller by the root of their number."""
     torch.manual_seed(s.seed)
     for name, p in model.named_parameters():
         if p.dim() > 1:
@@ -788,13 +775,6 @@ def place_among_all() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def total(value: Tensor) -> Tensor:
-    """The sum over all processes. Collective."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
 def bits_per_byte(loss: float, meta: dict) -> float | None:
     """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
     split = meta["splits"].get("val", {})
@@ -804,8 +784,7 @@ def bits_per_byte(loss: float, meta: dict) -> float | None:
 
 @dataclass
 class Run:
-    """How far a run is, and its files, which rank 0 writes: log.txt (public record format), metrics.jsonl, config.json.
-    """
+    """How far a run is, and its files, which rank 0 writes."""
 
     s: Settings
     config: dict  # what config.json and every checkpoint say
@@ -859,62 +838,25 @@ def new_run(s: Settings, config: dict) -> Run:
     return run
 
 
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int) -> Path:
-    """Writes a checkpoint, then removes all but the newest `keep`. Raises OSError and leaves nothing half-written when
-    the disk is full; earlier checkpoints stay."""
-    final = run_folder / "checkpoints" / f"step_{step:06d}"
-    temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        with open(temporary / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        meta = meta | {"step": step, "sha256": file_hash(temporary / "state.pt")}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"could not write {final}: {str(error).splitlines()[0]}") from error
-    shutil.rmtree(final, ignore_errors=True)  # there only if a run was resumed from an earlier checkpoint
-    os.replace(temporary, final)
-    others = [path for path in final.parent.glob("step_*[0-9]") if path != final]
-    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)  # not by step: a run may have gone back
-    for old in others[keep - 1:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
-
-
-def find_checkpoint(s: Settings) -> tuple[Path, dict]:
-    """The checkpoint that --resume names, and its meta.json. A damaged one is reported and the one before it is taken.
-    Raises FileNotFoundError if there is none at all, UserError if all are damaged."""
-    place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
-    found = [*place.glob("checkpoints/step_*[0-9]"), *place.glob("*/checkpoints/step_*[0-9]")]
+def find_state(place: Path) -> tuple[Path, dict]:
+    """The newest intact checkpoint at or in a place, and its meta.json. Raises FileNotFoundError without any."""
+    found = [path for depth in ("", "checkpoints/", "*/checkpoints/") for path in place.glob(f"{depth}step_*[0-9]")]
     if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
         found = [path for path in place.parent.glob("step_*[0-9]") if path.name <= place.name]
-    if not found:
-        raise FileNotFoundError(f"no checkpoint in {place}: start without --resume, or name a run's folder")
     for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             meta = json.loads((path / "meta.json").read_text())
-            if file_hash(path / "state.pt") == meta["sha256"]:
+            if hashlib.sha256((path / "state.pt").read_bytes()).hexdigest() == meta["sha256"]:
                 return path, meta
-            reason = "state.pt does not match its sha256"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = repr(error)
-        print(f"checkpoint {path} is damaged ({reason}); trying the one before it", flush=True)
-    raise UserError(f"all {len(found)} checkpoint(s) in {place} are damaged: start without --resume")
+        print(f"checkpoint {path} is damaged; trying the one before it", flush=True)
+    raise FileNotFoundError(f"no intact checkpoint in {place}: start without --resume, or name a run's folder")
 
 
 def resumed_run(s: Settings, config: dict) -> tuple[Run, dict]:
     """The run that --resume names, and the state of its checkpoint. Raises UserError that names the settings, or data,
     in which the checkpoint differs from this run."""
-    path, meta = find_checkpoint(s)
+    experiment = Path(s.log_dir, s.experiment_name)
+    path, meta = find_state(experiment if s.resume == "latest" else Path(s.resume))
     names = [field.name for field in dataclasses.fields(Settings)]
     names = ["form", *names[:names.index("preset")], "data"]
     then, now = (c["settings"] | {"form": c.get("form"), "data": c["data"]["fingerprint"]} for c in (meta, config))
@@ -942,7 +884,7 @@ def train(s: Settings, hardware: dict) -> int:
         "data": {"name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta},
     }
     run, saved = resumed_run(s, config) if s.resume else (new_run(s, config), {})
-    batches = Batches(s, corpus, saved.get("place"))
+    training = training_rows(s, corpus, **saved.get("place", {}))
     model = GPT(s, corpus.meta["vocab_size"]).to(s.device)
     optimizers = make_optimizers(model, s)
     if saved:
@@ -969,9 +911,9 @@ def train(s: Settings, hardware: dict) -> int:
     began = time.perf_counter()
     while run.step < s.iterations and run.status == "done":
         set_rates(optimizers, s, run.step)
-        micro_batches = batches.next().split(rows, dim=1)
-        for i, (inputs, targets, docs) in enumerate(micro_batches):
-            alone = size == 1 or i == len(micro_batches) - 1
+        batch, place = next_batch(training, s)
+        for i, (inputs, targets, docs) in enumerate(batch.split(rows, dim=1)):
+            alone = size == 1 or (i + 1) * rows == share
             with contextlib.nullcontext() if alone else trained.no_sync():
                 loss, balance = trained(inputs, targets, docs)
                 mean = (loss + s.balance * balance) / s.batch_tokens
@@ -992,10 +934,10 @@ def train(s: Settings, hardware: dict) -> int:
             if evaluate and run.status in ("done", "interrupted"):
                 validate(run, compiled, stream)
             if save and not last and run.status == "done":
-                save_checkpoint(run, model, optimizers, batches.place)
+                save_checkpoint(run, model, optimizers, place)
             began = time.perf_counter()
     if run.status == "interrupted" or s.save_last and run.status in ("done", "target"):
-        save_checkpoint(run, model, optimizers, batches.place)
+        save_checkpoint(run, model, optimizers, place)
     return finish(run, every, every - idle)
 
 
@@ -1003,7 +945,10 @@ def report(run: Run, losses: Tensor, norm: float, began: float):
     """Logs the last step; ends the run for a stop signal of any rank, and for a loss since the last call that is not
     finite. Collective."""
     s, step, (step_before, ms_before) = run.s, run.step, run.logged
-    *values, stop = total(torch.cat((losses, torch.full_like(losses[:1], run.signal)))).tolist()
+    numbers = torch.cat((losses, torch.full_like(losses[:1], run.signal)))
+    if dist.is_initialized():
+        dist.all_reduce(numbers)
+    *values, stop = numbers.tolist()
     run.train_ms += 1000 * (time.perf_counter() - began)
     losses.zero_()
     for run.step in range(step_before + 1, step + 1):
@@ -1032,7 +977,9 @@ def validate(run: Run, model: nn.Module, stream: ValStream):
     summed = torch.zeros((), dtype=torch.float64, device=s.device)
     for start in range(rank * rows, stream.num_rows + rank * rows, rows * size):
         summed += model(*torch.from_numpy(stream.rows(start, rows)).to(s.device))[0]
-    loss = total(summed).item() / stream.num_tokens
+    if size > 1:
+        dist.all_reduce(summed)
+    loss = summed.item() / stream.num_tokens
     if not math.isfinite(loss):
         run.status = f"the validation loss after step {step} is {loss}"
         return
@@ -1044,20 +991,37 @@ def validate(run: Run, model: nn.Module, stream: ValStream):
 
 
 def save_checkpoint(run: Run, model: GPT, optimizers: list, place: dict):
-    """Writes a checkpoint on rank 0. A full disk is a warning, but at the end of the run an error."""
+    """Writes a checkpoint on rank 0, under another name until it is complete, and keeps the newest ones. A full disk is
+    a warning, but at the end of the run an error."""
     if not all(p.isfinite().all() for p in model.parameters()):
         run.status = f"a weight after step {run.step} is not finite"
-    elif place_among_all()[0] == 0:
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        state = {"model": model.state_dict(), "optimizers": states, "rng": torch.get_rng_state()}
-        meta = run.config | {"position": place, "train_time_ms": run.train_ms, "val_loss": run.val_loss}
-        try:
-            path = write_checkpoint(run.folder, run.step, state, meta, run.s.keep)
-            run.print(f"checkpoint {path}")
-        except OSError as error:
-            if run.status != "done" or run.step == run.s.iterations:
-                raise
-            run.print(f"warning: {error}; training goes on, earlier ones are intact: free some space")
+    if place_among_all()[0] or run.status.endswith("finite"):
+        return
+    final = run.folder / "checkpoints" / f"step_{run.step:06d}"
+    part = final.with_suffix(".tmp")
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    state = {"model": model.state_dict(), "optimizers": states, "rng": torch.get_rng_state()}
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        with open(part / "state.pt", "wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+        meta = run.config | {
+            "step": run.step, "position": place, "train_time_ms": run.train_ms, "val_loss": run.val_loss,
+            "sha256": hashlib.sha256((part / "state.pt").read_bytes()).hexdigest(),
+        }
+        (part / "meta.json").write_text(json.dumps(meta, indent=1))
+        shutil.rmtree(final, ignore_errors=True)  # there if a run was resumed from an earlier one
+        os.replace(part, final)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        shutil.rmtree(part, ignore_errors=True)
+        text = f"could not write {final}: {str(error).splitlines()[0]}; earlier ones are intact: free some space"
+        if run.status != "done" or run.step == run.s.iterations:
+            raise UserError(text) from error
+        return run.print(f"warning: {text}; training goes on")
+    run.print(f"checkpoint {final}")
+    for old in sorted(final.parent.glob("step_*[0-9]"), key=os.path.getmtime)[:-run.s.keep]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def finish(run: Run, parameters: int, active: int) -> int:

@@ -308,8 +308,9 @@ def script_runs(world, command_lines: list[list[str]]) -> list[int]:
 
 def shared_batches(world, data: str) -> list[Tensor]:
     """The share of a process in 20 batches."""
-    batches = tb.Batches(settings("gpt"), tb.open_corpus(data))
-    return [batches.next() for _ in range(20)]
+    s = settings("gpt")
+    rows = tb.training_rows(s, tb.open_corpus(data))
+    return [tb.next_batch(rows, s)[0] for _ in range(20)]
 
 
 def launch(argv: list[str], before: str = ""):

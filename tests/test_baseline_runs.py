@@ -43,7 +43,7 @@ import generate
 import train_baseline as tb
 import train_gpt
 from evals import hellaswag
-from train_baseline import GPT, Batches
+from train_baseline import GPT
 
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
                                 reason="torch was built without gloo")
@@ -292,13 +292,13 @@ def test_resumed_run_continues_to_the_bit(kind, tmp_path, monkeypatch, whole):
     expected, calls = whole(kind), itertools.count(1)
     argv = tiny(tmp_path, model_type, data=expected.parents[3] / "data", **SAVES, **changes)
 
-    def next_batch(self, real=Batches.next):
+    def next_batch(*given, real=tb.next_batch):
         if next(calls) == 6:
             raise KeyboardInterrupt
-        return real(self)
+        return real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "next", next_batch)
+        patch.setattr(tb, "next_batch", next_batch)
         assert tb.main(argv) == 130
     folder = run_folder(tmp_path)
     assert steps_saved(folder) == [3]
@@ -457,11 +457,11 @@ def test_the_same_data_in_the_same_order_as_train_gpt(changes, tmp_path):
     other = train_gpt.parse_settings(speedrun_flags(tmp_path, batch_tokens=96, iterations=20, max_doc_len=16,
                                                     stage_ends=(1.0,), **changes), 1)[0]
     loader = train_gpt.Loader(other, train_gpt.open_corpus(data), train_gpt.World())
-    batches = Batches(own, tb.open_corpus(data))
+    rows = tb.training_rows(own, tb.open_corpus(data))
     for step in range(20):
         (expected,), position = loader.next(step)
-        found = batches.next()
-        assert torch.equal(found[:2], expected[:2]) and batches.place == position, step
+        found, place = tb.next_batch(rows, own)
+        assert torch.equal(found[:2], expected[:2]) and place == position, step
         assert torch.equal(found[2].diff(), expected[2].diff()), "documents begin at the same places of a row"
     loader.close()
 
@@ -469,9 +469,9 @@ def test_the_same_data_in_the_same_order_as_train_gpt(changes, tmp_path):
 @needs_gloo
 def test_processes_share_the_batch_of_one(tmp_path):
     data = str(make_data(tmp_path / "data"))
-    one, two = Batches(settings("gpt"), tb.open_corpus(data)), run_ranks(shared_batches, 2, tmp_path, data)
-    for step in range(20):
-        assert torch.equal(torch.cat([batches[step] for batches in two], dim=1), one.next())
+    one, two = shared_batches(None, data), run_ranks(shared_batches, 2, tmp_path, data)
+    for batch, parts in zip(one, zip(*two, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts, dim=1), batch) and parts[0].size(1) == 2
 
 
 def test_the_validation_stream_is_train_gpts(tmp_path):
