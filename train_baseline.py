@@ -31,6 +31,7 @@ import platform
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -775,6 +776,13 @@ def place_among_all() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def command_output(*command: str) -> str | None:
+    """What a command prints, run in the script's folder; None where it fails or does not exist."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True,
+                              timeout=30).stdout.strip()
+
+
 def bits_per_byte(loss: float, meta: dict) -> float | None:
     """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
     split = meta["splits"].get("val", {})
@@ -858,8 +866,9 @@ def resumed_run(s: Settings, config: dict) -> tuple[Run, dict]:
     experiment = Path(s.log_dir, s.experiment_name)
     path, meta = find_state(experiment if s.resume == "latest" else Path(s.resume))
     names = [field.name for field in dataclasses.fields(Settings)]
-    names = ["form", *names[:names.index("preset")], "data"]
-    then, now = (c["settings"] | {"form": c.get("form"), "data": c["data"]["fingerprint"]} for c in (meta, config))
+    names = ["optimizer_state", *names[:names.index("preset")], "data"]
+    then, now = (c["settings"] | {"optimizer_state": c.get("optimizer_state"), "data": c["data"]["fingerprint"]}
+                 for c in (meta, config))
     differing = [f"{name}: {then.get(name)} in the checkpoint, {now[name]} now"
                  for name in names if then.get(name) != now[name]]
     if differing:
@@ -880,7 +889,9 @@ def train(s: Settings, hardware: dict) -> int:
     stream = ValStream(corpus, s.eval_tokens, s.eval_seq_len)
     config = {
         "settings": dataclasses.asdict(s), "script": Path(__file__).name, "world_size": size,
-        "torch": torch.__version__, "hardware": hardware, "form": "state of torch.optim",
+        "git": {"commit": command_output("git", "rev-parse", "HEAD"),
+                "dirty": bool(command_output("git", "status", "--porcelain", "-uno"))},
+        "torch": torch.__version__, "hardware": hardware, "optimizer_state": "of torch.optim",
         "data": {"name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta},
     }
     run, saved = resumed_run(s, config) if s.resume else (new_run(s, config), {})
@@ -951,10 +962,10 @@ def report(run: Run, losses: Tensor, norm: float, began: float):
     *values, stop = numbers.tolist()
     run.train_ms += 1000 * (time.perf_counter() - began)
     losses.zero_()
-    for run.step in range(step_before + 1, step + 1):
-        loss = values[(run.step - 1) % s.log_every]
+    for done in range(step_before + 1, step + 1):
+        loss = values[(done - 1) % s.log_every]
         if not math.isfinite(loss):
-            run.status = f"the loss of step {run.step} is {loss}"
+            run.step, run.status = done, f"the loss of step {done} is {loss}"
             return
     if stop and step < s.iterations:
         run.status = "interrupted"

@@ -353,6 +353,47 @@ def test_a_run_is_not_resumed_with_other_settings(change, word, whole, capsys):
     assert word in said and "has other settings" in said and "Traceback" not in said
 
 
+def test_a_checkpoint_of_the_sharded_optimizer_is_refused(tmp_path, whole, capsys):
+    """Of before torch.optim: its meta.json does not know the kind of state."""
+    shutil.copytree(whole("gpt"), tmp_path / "logs" / "x" / "run")
+    for path in (tmp_path / "logs" / "x" / "run" / "checkpoints").iterdir():
+        meta = json.loads((path / "meta.json").read_text())
+        del meta["optimizer_state"]
+        (path / "meta.json").write_text(json.dumps(meta))
+    assert tb.main([*tiny(tmp_path, data=whole("gpt").parents[3] / "data", **SAVES), "--resume"]) == 1
+    assert "optimizer_state: None in the checkpoint, of torch.optim now" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, whole, capsys):
+    """A byte of the newest is changed: the run goes on from step 6 to the same end. Without any intact one it ends."""
+    folder, expected = tmp_path / "logs" / "x" / "run", whole("gpt")
+    shutil.copytree(expected, folder)
+    argv = [*tiny(tmp_path, data=expected.parents[3] / "data", **SAVES), "--resume"]
+    broken = folder / "checkpoints" / "step_000008" / "state.pt"
+    content = bytearray(broken.read_bytes())
+    content[len(content) // 2] ^= 1
+    broken.write_bytes(content)
+    assert tb.main(argv) == 0
+    assert "step_000008 is damaged; trying the one before" in capsys.readouterr().out
+    assert_same_state(load_state(folder, 8), load_state(expected, 8))
+    for path in (folder / "checkpoints").iterdir():
+        (path / "state.pt").unlink()
+    assert tb.main(argv) == 1 and "no intact checkpoint" in capsys.readouterr().err
+
+
+def test_only_the_newest_checkpoints_stay_and_a_full_disk_costs_none(tmp_path, monkeypatch, capsys):
+    """torch.save fails at step 6, the second of three times; training goes on."""
+    calls, save = itertools.count(1), torch.save
+    def full(state, file):
+        if next(calls) == 2:
+            raise RuntimeError("No space left on device")
+        save(state, file)
+    monkeypatch.setattr(torch, "save", full)
+    folder = run(tmp_path, **SAVES | {"keep": 1})
+    assert steps_saved(folder) == [8] and [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000008"]
+    assert "could not write" in (said := capsys.readouterr().out) and "training goes on" in said
+
+
 # --- several ranks
 
 
