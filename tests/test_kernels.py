@@ -604,7 +604,8 @@ def test_auto_takes_no_kernels_where_triton_is_missing(monkeypatch):
 @pytest.mark.parametrize("hardware, argv, words", [
     (FAST_H100, ["--kernels", "gram+nonsense"], ["--kernels gram+nonsense", "nonsense is none of gram, mlp, loss"]),
     (FAST_H100, ["--kernels", "mlp-loss"], ["mlp-loss is none of"]),
-    (CPU, ["--kernels", "gram"], ["--kernels gram", "CUDA device", "use none"]),
+    (CPU, ["--kernels", "gram"], ["--kernels gram", "needs Triton, CUDA", "use none"]),
+    (FAST_H100, ["--kernels", "gram", "--dtype", "fp32"], ["--kernels gram", "--dtype bf16", "use none"]),
     (A100, ["--fp8-head", "on"], ["--fp8_head", "A100", "8.9"]), (A100, ["--fp8-mlp"], ["--fp8_mlp", "A100", "8.9"]),
     (FAST_H100, ["--softcap", "23,5"], ["--softcap (23.0, 5.0)", "three numbers a,b,c"]),
     (FAST_H100, ["--softcap", "23,5,0"], ["--softcap (23.0, 5.0, 0.0)", "three numbers a,b,c"]),

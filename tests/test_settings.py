@@ -86,10 +86,6 @@ def test_every_field_has_a_comment_of_words():
 def test_help_lists_each_field_with_comment_and_default(field):
     shown = "".join(build_parser().format_help().split())  # lines are wrapped, at hyphens too
     default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-<<<<<<< HEAD
-=======
-    assert field.name != "preset" or f"[auto|{'|'.join(PRESETS)}]" in shown
->>>>>>> h-shrink
     assert f"--{field.name.replace('_', '-')}" in shown
     assert "".join(f"{help_texts()[field.name]} (default: {default})".split()) in shown
 
