@@ -283,9 +283,9 @@ def script_flags(corpus: Path, logs: Path, **changes) -> list[str]:
     return ["--data", str(corpus), "--log_dir", str(logs), *(f"--{name}={value}" for name, value in flags.items())]
 
 
-def launch(launcher: list[str], flags: list[str]) -> subprocess.Popen:
+def launch(launcher: list[str], flags: list[str], script: str = tg.__file__) -> subprocess.Popen:
     """`python -m torch.distributed.run LAUNCHER train_gpt.py FLAGS` in a process group of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", *launcher, tg.__file__, *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, script, *flags]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             start_new_session=True, env=environment | {"OMP_NUM_THREADS": "1"})

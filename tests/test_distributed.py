@@ -253,6 +253,39 @@ def test_script_resumes_on_another_number_of_processes(script):
     assert train == pytest.approx(expected_train, rel=1e-5) and val == pytest.approx(expected_val, rel=1e-5)
 
 
+SIGNALLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(tg.__file__).parent)!r})
+import train_gpt
+
+def step(self, *args, step=train_gpt.MuonAdamW.step, **kwargs):
+    step(self, *args, **kwargs)
+    if self.steps == 3 and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+
+train_gpt.MuonAdamW.step = step
+sys.exit(train_gpt.main())
+"""
+
+
+def test_signal_to_one_process_stops_all_and_they_go_on_to_the_bit(script, tmp_path):
+    """Rank 1 hears it in step 3; the next logged step, 4, tells rank 0, and both end with a checkpoint."""
+    (tmp_path / "signalled.py").write_text(SIGNALLED)
+    whole, logs, two = script("2"), tmp_path / "logs", ["--standalone", "--nproc_per_node=2"]
+    flags = script_flags(whole.parent / "chain", logs, log_every=2, save_every=0)
+    with pytest.raises(AssertionError, match="step_000004"):  # the exit code is not 0
+        finish([launch(two, flags, str(tmp_path / "signalled.py"))])
+    folder = run_folder(logs)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
+    assert '"status": "interrupted", "step": 4' in (folder / "metrics.jsonl").read_text()
+    finish([launch(two, [*flags, "--resume"])])
+    (train, val), (expected_train, expected_val) = metrics(logs), metrics(whole)
+    assert train == {step: expected_train[step] for step in (2, 4, 6)} and val == expected_val
+    one, other = (torch.load(run_folder(place) / "checkpoints/step_000006/state.pt", weights_only=True)["optimizer"]
+                  for place in (logs, whole))
+    assert max(difference(one["state"]["master"], other["state"]["master"]).values()) == 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
 def test_process_group_is_gone_before_python_ends():
     """torch.compile loads modules whose functions keep the process group of that moment as a default argument. A group

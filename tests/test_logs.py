@@ -165,11 +165,13 @@ def test_derived_numbers_are_printed(tmp_path, capsys):
     assert train_gpt.main(argv) == 0
     out = capsys.readouterr().out
     assert "parameters: 36,985 total, 36,985 active, 24,576 hidden, 8,192 embedding, 4,096 head, 121 small" in out
-    for i, skip in ((0, None), (1, 0)):
-        assert f"\n{i}: Layer(attention='{'LS'[i]}', value_table=0, skip_from={skip})\n" in out
-    for i, (row, count) in enumerate(((r"start=0, end=4, .+, lr=1.0", 1), (r"start=4, end=8, .+, lr=0.5", 2))):
-        line = rf"^{i}: Stage\({row}\): {count} micro-steps of 4 rows, [\d.]+ MFLOPs/token$"
-        assert re.search(line, out, flags=re.MULTILINE)
+    layers = ["0: Layer(attention='L', value_table=0, skip_from=None)",
+              "1: Layer(attention='S', value_table=0, skip_from=0)"]
+    assert "\n".join(["", *layers, ""]) in out
+    columns = "start={}, end={}, window_start=16, batch_tokens={}, seq_len=32, max_doc_len=32, window={}, mtp=0, lr={}"
+    first, second = (re.escape(columns.format(*row)) for row in ((0, 4, 128, 16, 1.0), (4, 8, 256, 32, 0.5)))
+    rest = r"micro-steps of 4 rows, [\d.]+ MFLOPs/token"
+    assert re.search(rf"^0: Stage\({first}\): 1 {rest}\n1: Stage\({second}\): 2 {rest}$", out, flags=re.MULTILINE)
     assert "1,536 training tokens, 300 validation tokens" in out
     assert re.search(r"step 8/8  train loss \d+\.\d{4}  [\d.]+ ms/step  [\d,]+ tokens/s  MFU n/a  ETA 00:00:00", out)
     assert re.search(r"val loss \d+\.\d{4} nats per token, \d+\.\d{4} bits per byte", out)
