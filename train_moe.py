@@ -44,7 +44,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +101,6 @@ class Hyperparameters:
     # --- mixture of experts
     num_experts: int = 8  # experts of a mixture layer; 0: none, the dense control [>=0]
     top_k: int = 2  # experts of a token [>0; with num_experts]
-    segments: int = 1  # parts of an expert; a token has top_k * segments of them [>0; with num_experts]
     num_shared: int = 0  # experts that serve all tokens, beside the chosen ones [>=0; with num_experts]
     expert_hidden: int = 0  # hidden size of an expert; 0: a token costs what it does in an MLP [>=0; with num_experts]
     moe_layers: str = "auto"  # a letter per layer: M mixture, D dense; auto: by the two below [with num_experts]
@@ -164,19 +162,9 @@ class Hyperparameters:
         return self.width // self.head_dim
 
     @property
-    def experts(self) -> int:
-        """Experts of a mixture."""
-        return self.num_experts * self.segments
-
-    @property
-    def choices(self) -> int:
-        """Experts of a token."""
-        return self.top_k * self.segments
-
-    @property
     def hidden(self) -> int:
-        """Hidden size of an expert: the MLP's, split among the active ones, as a multiple of 8."""
-        even = self.mlp_ratio * self.width / (self.choices + self.num_shared)
+        """Hidden size of an expert, by default the MLP's, split among the active ones."""
+        even = self.mlp_ratio * self.width / max(1, self.top_k + self.num_shared)
         return self.expert_hidden or max(8, round(even / 8) * 8)
 
     @property
@@ -193,11 +181,15 @@ class Hyperparameters:
 
     @property
     def gate_scale(self) -> float:
-        """Factor on gates. Normed ones are 1 / choices on average, a lone sigmoid starts at 1/2: a
+        """Factor on gates. Normed ones are 1 / top_k on average, a lone sigmoid starts at 1/2: a
         smaller gate is a smaller learning rate, as Muon's updates have one size."""
-        if self.route_norm and self.choices > 1:
-            return self.route_scale or float(self.choices)
-        return self.route_scale or (2.0 if self.router == "sigmoid_bias" else 1.0)
+        alone = 2.0 if self.router == "sigmoid_bias" else 1.0
+        return self.route_scale or (float(self.top_k) if self.normed else alone)
+
+    @property
+    def normed(self) -> bool:
+        """Whether gates sum to one; a lone one would be constant, its router learn nothing."""
+        return self.route_norm and self.top_k > 1
 
     @property
     def base(self) -> Hyperparameters:
@@ -257,7 +249,7 @@ PRESETS: dict[str, dict] = {
 MIXTURES: dict[str, dict] = {
     "mixtral": dict(num_experts=8, top_k=2, router="noisy_topk"),
     "deepseek": dict(
-        num_experts=32, top_k=3, segments=2, num_shared=2, router="sigmoid_bias", dense_first=1,
+        num_experts=64, top_k=6, num_shared=2, router="sigmoid_bias", dense_first=1,
     ),
     "speed": dict(
         num_experts=8, top_k=1, num_shared=1, router="sigmoid_bias", dense_first=2, dense_last=2,
@@ -265,7 +257,7 @@ MIXTURES: dict[str, dict] = {
 }
 # What a kind has otherwise at a size: 360 steps need a quicker bias.
 SIZED: dict[str, dict] = {
-    "deepseek-cpu": dict(num_experts=8, bias_rate=0.01, router_lr=0.001),
+    "deepseek-cpu": dict(num_experts=16, bias_rate=0.01, router_lr=0.001),
     "speed-cpu": dict(dense_first=1, dense_last=1, bias_rate=0.01),
 }
 PRESETS |= {
@@ -293,7 +285,7 @@ def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
         "attention": (auto_attention(s.num_layers, s.paired and not odd), f"for {s.num_layers} layers"),
         "base_width": (s.mup and width, "the preset's width"),
         "base_head_dim": (s.mup and head_dim, "the head_dim"),
-        "moe_layers": (auto_mixtures(s), f"M but for {s.dense_first} first and {s.dense_last} last"),
+        "moe_layers": (auto_mixtures(s), f"{s.top_k} of {s.num_experts} experts, of hidden size {s.hidden}"),
         "moe_impl": (auto_experts(s, hardware), "the fastest here"),
     }
 
@@ -348,19 +340,20 @@ def auto_experts(s: Settings, hardware: Hardware) -> str:
 
 def mixture_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     """A sentence for each setting of the mixture that does not fit another one, or the machine."""
-    bad = []
     if not s.num_experts:
-        return bad
+        return []
+    bad = []
     if len(s.moe_layers) != s.num_layers or set(s.moe_layers) - set("MD"):
         bad.append(f"--moe_layers {s.moe_layers}: one letter M or D for each of the {s.num_layers} layers")
     elif not s.mixtures:
         bad.append(f"--moe_layers {s.moe_layers}, --dense_first {s.dense_first}, --dense_last {s.dense_last}: "
                    "no mixture is left; use --num_experts 0 for the dense control")
-    elif "D" not in s.moe_layers and s.fp8_mlp and not s.num_shared:
-        bad.append("--fp8_mlp: has no effect, as neither dense MLP nor shared expert is left")
-    if {"expert_hidden", "mlp_ratio"} <= given.keys() and "D" not in s.moe_layers:
-        bad.append("--mlp_ratio: has no effect, as all layers are mixtures with --expert_hidden")
-    if s.choices > s.experts:
+    elif "D" not in s.moe_layers:
+        if {"expert_hidden", "mlp_ratio"} <= given.keys():
+            bad.append("--mlp_ratio: has no effect, as all layers are mixtures with --expert_hidden")
+        if s.fp8_mlp and not s.num_shared:
+            bad.append("--fp8_mlp: has no effect, as neither dense MLP nor shared expert is left")
+    if s.top_k > s.num_experts:
         bad.append(f"--top_k {s.top_k} must not be above --num_experts {s.num_experts}")
     if wrong := [size for size in (s.width, s.hidden) if size % 8]:
         bad.append(f"--width {s.width}, --expert_hidden {s.hidden}: grouped products need strides of 16 "
@@ -511,7 +504,7 @@ def attend(
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Experts                                                                                      │
+# │ Mixture of experts                                                                           │
 # └──────────────────────────────────────────────────────────────────────────────────────────────┘
 # A token's choice number n = token * K + k becomes row j of the rows sorted by expert, order[j] = n;
 # expert e has the rows from ends[e - 1] up to ends[e]. Shapes do not depend on how many those are.
@@ -803,9 +796,8 @@ fused_experts_backward.register_fake(lambda grad, *inputs: tuple(t.new_empty(t.s
 fused_experts.register_autograd(_experts_backward, setup_context=_experts_context)
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Routers                                                                                      │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# --- routers
+
 
 ROUTER_STD = 0.01  # of the routers' initial weights
 DROP_PARTS = 8  # parts of a row by which dropped choices are counted
@@ -859,7 +851,7 @@ class Router(NamedTuple):
     kind: str
     num_experts: int
     choices: int
-    norm: bool
+    normed: bool
     scale: float
     capacity: float
 
@@ -879,7 +871,7 @@ class Router(NamedTuple):
         top, experts = keys.topk(min(self.choices + 1, self.num_experts))
         experts = experts[:, :self.choices]
         gates = scores.gather(1, experts)
-        if self.norm and self.choices > 1:
+        if self.normed:
             gates = gates / gates.sum(-1, keepdim=True).clamp_min(1e-20)
         kept = self.kept(experts.view(*x_BTD.shape[:2], -1)) if self.capacity and training else None
         sums = None
@@ -926,10 +918,10 @@ class Mixture(nn.Module):
     def __init__(self, s: Settings):
         super().__init__()
         self.impl = s.moe_impl
-        self.router = Router(s.router, s.experts, s.choices, s.route_norm, s.gate_scale, s.capacity_factor)
-        up = uniform_matrix(s.experts, s.hidden, s.width).mT
+        self.router = Router(s.router, s.num_experts, s.top_k, s.normed, s.gate_scale, s.capacity_factor)
+        up = uniform_matrix(s.num_experts, s.hidden, s.width).mT
         self.experts_up = nn.Parameter(up.contiguous())  # (E, D, F)
-        self.experts_down = nn.Parameter(torch.zeros(s.experts, s.hidden, s.width))  # (E, F, D)
+        self.experts_down = nn.Parameter(torch.zeros(s.num_experts, s.hidden, s.width))  # (E, F, D)
         self.shared = MLP(s, s.num_shared * s.hidden) if s.num_shared else None  # side by side: one MLP
 
     def forward(self, x_BTD: Tensor, router: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
@@ -1162,8 +1154,12 @@ class GPT(nn.Module):
         self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
         if s.bigram:
             nn.init.zeros_(self.bigram.weight)
-        if s.mixtures:
-            self.add_routers(s)
+        if s.mixtures:  # noisy_topk starts even, by its noise; elsewhere ties would all go one way
+            routers = torch.zeros(len(s.mixtures), 2 * s.num_experts, s.width)
+            if s.router != "noisy_topk":
+                routers = torch.randn(len(s.mixtures), s.num_experts, s.width) * ROUTER_STD
+            self.routers, self.router_scale = nn.Parameter(routers), 1 / s.growth
+            self.register_buffer("router_bias", torch.zeros(len(s.mixtures), s.num_experts), persistent=False)
         a, b, c = s.softcap
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
         saturated = torch.zeros((), dtype=torch.int64)  # values that FP8 clipped
@@ -1172,17 +1168,6 @@ class GPT(nn.Module):
         cos, sin = rotary_table(longest, s.head_dim, s.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-
-    def add_routers(self, s: Settings):
-        """One parameter for all layers, fp32: (M, E, D). noisy_topk: (M, 2E, D), zero at first, as noise
-        makes chances even; elsewhere ties would all go one way."""
-        mixtures, experts = len(s.mixtures), s.experts
-        if s.router == "noisy_topk":
-            routers = torch.zeros(mixtures, 2 * experts, s.width)
-        else:
-            routers = torch.randn(mixtures, experts, s.width) * ROUTER_STD
-        self.routers, self.router_scale = nn.Parameter(routers), 1 / s.growth
-        self.register_buffer("router_bias", torch.zeros(mixtures, experts), persistent=False)
 
     # differs from train_gpt.py: noise in, sums out
     def forward(
@@ -1288,10 +1273,11 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     for name, p in model.named_parameters():
         kind = kinds.get(name.split(".")[0], "small")
         counts["experts" if ".experts_" in name else kind] += p.numel()
-    mixtures = [block.mlp for block in model.blocks if isinstance(block.mlp, Mixture)]
     idle = 0
-    for r in [mixture.router for mixture in mixtures]:
-        idle += counts["experts"] // len(mixtures) * (r.num_experts - r.choices) // r.num_experts
+    for block in model.blocks:
+        if isinstance(block.mlp, Mixture):
+            (num_experts, dim, hidden), choices = block.mlp.experts_up.shape, block.mlp.router.choices
+            idle += (num_experts - choices) * 2 * dim * hidden
     total = sum(counts.values())
     matmul = sum(counts[kind] for kind in ("hidden", "experts", "router", "head")) - idle
     return {"total": total, "active": total - idle, **counts, "matmul": matmul}
@@ -1318,8 +1304,8 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     about 5 blocks an expert."""
     size, mixtures = s.torch_dtype.itemsize, len(s.mixtures)
     scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * seq_len
-    activations = 34 * s.num_layers + 10 * s.choices * mixtures
-    copies = 5 * 2 * mixtures * s.experts * s.hidden * s.width if s.moe_impl == "bmm" else 0
+    activations = 34 * s.num_layers + 10 * s.top_k * mixtures
+    copies = 5 * 2 * mixtures * s.num_experts * s.hidden * s.width if s.moe_impl == "bmm" else 0
     return tokens * (activations * size * s.width / (1 + s.compile) + scores) + size * copies
 
 
@@ -1580,7 +1566,7 @@ class Bank:
     def my_experts(self) -> Tensor | None:
         """The number of the expert, counted through all layers, that each own piece (AdamW: each entry
         of it) belongs to; what belongs to none has the number past the last one. None: no experts."""
-        layers, count, numbers = self.s.mixtures, self.s.experts, {}
+        layers, count, numbers = self.s.mixtures, self.s.num_experts, {}
         if not any(".experts_" in name for name in self.params):
             return None
         for name, p in self.params.items():
@@ -1687,46 +1673,39 @@ class Bank:
         self.receive_weights()
 
 
-PENALTIES = ("importance", "load", "switch", "z")
+def penalty(name: str, weight: float, sums_MS: Tensor, num_experts: int) -> tuple[Tensor, str, Tensor]:
+    """What makes routers balance, by sums per token: its value in each layer, 1 where all experts are
+    equal, but for z; which of the sums it has a slope by; and weight * that slope.
 
-
-def penalties(sums_MS: Tensor, num_experts: int, names: Iterable[str] = PENALTIES) -> dict[str, Tensor]:
-    """What makes routers balance, of each layer, from sums per token; 1 where all experts are equal,
-    but for z. importance, load: 1 + CV^2 (Shazeer et al. 2017, arXiv 1701.06538); switch: E * sum_i
-    f_i P_i (Fedus et al. 2021, arXiv 2101.03961), f_i the share of all choices, without gradient; z:
-    mean squared log-sum-exp (Zoph et al. 2022, arXiv 2202.08906)."""
-    sums, values = named_sums(sums_MS, num_experts), {}
-    chosen = sums["chosen"] / sums["chosen"].sum(-1, keepdim=True)
-    for name in names:
-        if name == "z":
-            values[name] = sums["z"].squeeze(-1)
-        elif name == "switch":
-            values[name] = num_experts * (chosen * sums["importance"]).sum(-1)
-        else:
-            share = sums[name] / sums[name].sum(-1, keepdim=True)
-            values[name] = num_experts * share.square().sum(-1)
-    return values
+    importance, load: 1 + CV^2 (Shazeer et al. 2017, arXiv 1701.06538); switch: E * sum_i f_i P_i (Fedus
+    et al. 2021, arXiv 2101.03961), f_i the share of all choices, without gradient; z: mean squared
+    log-sum-exp (Zoph et al. 2022, arXiv 2202.08906)."""
+    sums = named_sums(sums_MS, num_experts)
+    if name == "z":
+        return sums["z"].squeeze(-1), "z", torch.full_like(sums["z"], weight)
+    if name == "switch":
+        chosen = sums["chosen"]
+        total = chosen.sum(-1, keepdim=True)
+        value = num_experts * (chosen / total * sums["importance"]).sum(-1)
+        return value, "importance", weight * num_experts * chosen / total
+    total = sums[name].sum(-1, keepdim=True)
+    share = sums[name] / total
+    square = share.square().sum(-1, keepdim=True)
+    slope = weight * 2 * num_experts / total * (share - square)
+    return num_experts * square.squeeze(-1), name, slope
 
 
 def balance_update(
     sums_MS: Tensor, bias_ME: Tensor, bias_step: Tensor, weights: dict[str, float], num_experts: int,
 ) -> tuple[Tensor, Tensor]:
-    """Slopes of the weighted penalties at a step's sums per token, (M, S), their gradient; and the
-    new selection bias (Wang et al. 2024, arXiv 2408.15664): a fixed step against each expert's over-
-    or underload, then centred."""
+    """Slopes of the weighted penalties at a step's sums per token, (M, S), and the new selection bias
+    (Wang et al. 2024, arXiv 2408.15664): a fixed step against each expert's over- or underload, then
+    centred."""
     slopes = torch.zeros_like(sums_MS)
-    sums, parts = (named_sums(tensor, num_experts) for tensor in (sums_MS, slopes))
-    chosen = sums["chosen"]
     for name, weight in weights.items():
-        if name == "z":
-            parts["z"] += weight
-        elif name == "switch":
-            parts["importance"] += weight * num_experts * chosen / chosen.sum(-1, keepdim=True)
-        else:
-            total = sums[name].sum(-1, keepdim=True)
-            share = sums[name] / total
-            excess = share - share.square().sum(-1, keepdim=True)
-            parts[name] += weight * 2 * num_experts / total * excess
+        _, by, slope = penalty(name, weight, sums_MS, num_experts)
+        named_sums(slopes, num_experts)[by].add_(slope)
+    chosen = named_sums(sums_MS, num_experts)["chosen"]
     bias = bias_ME + bias_step * torch.sign(chosen.mean(-1, keepdim=True) - chosen)
     return slopes, bias - bias.mean(-1, keepdim=True)
 
@@ -1741,7 +1720,7 @@ class Balance:
 
     def __init__(self, model: nn.Module, s: Settings, world: World):
         self.s, self.world, self.bias = s, world, model.router_bias
-        self.size = len(self.bias), sum(sum_sizes(s.experts).values())
+        self.size = len(self.bias), sum(sum_sizes(s.num_experts).values())
         self.update_function = compiled(balance_update, s)
         self.generator = torch.Generator(s.device)
         self.reset()
@@ -1752,12 +1731,12 @@ class Balance:
         self.in_flight = None
         self.report_sums, self.report_steps = torch.zeros_like(self.sums), 0
         self.bias.zero_()
-        self.slopes, _ = self.updated(torch.full_like(self.sums, 1 / self.s.experts), bias_step=0.0)
+        self.slopes, _ = self.updated(torch.full_like(self.sums, 1 / self.s.num_experts), bias_step=0.0)
 
     def updated(self, sums_MS: Tensor, bias_step: float) -> tuple[Tensor, Tensor]:
         """Slopes and bias after a step with these sums."""
         bias_step = torch.full((), bias_step, device=self.s.device)
-        return self.update_function(sums_MS, self.bias, bias_step, self.s.penalties, self.s.experts)
+        return self.update_function(sums_MS, self.bias, bias_step, self.s.penalties, self.s.num_experts)
 
     def noise(self, step: int, micro_step: int, rows: int, seq_len: int) -> Tensor | None:
         """Standard normal noise for noisy_topk, (B, M, T, E) fp32: each row's from a generator with its
@@ -1765,7 +1744,7 @@ class Balance:
         on the number of ranks or micro-steps, and a resumed run draws what it would have drawn."""
         if self.s.router != "noisy_topk":
             return None
-        noise = torch.empty(rows, self.size[0], seq_len, self.s.experts, device=self.s.device)
+        noise = torch.empty(rows, self.size[0], seq_len, self.s.num_experts, device=self.s.device)
         first = (micro_step * self.world.size + self.world.rank) * rows
         for row, out in enumerate(noise, start=first):
             key = hashlib.sha256(f"{self.s.seed} {step} {row}".encode()).digest()
@@ -1773,24 +1752,21 @@ class Balance:
             torch.randn(out.shape, generator=self.generator, device=out.device, out=out)
         return noise
 
-    def add(self, sums: Tensor, weight: float) -> Tensor:
-        """What a micro-step's sums add to its share of the loss. weight: 1 / tokens of the batch."""
+    def add(self, sums: Tensor, weight: float, last: bool) -> Tensor:
+        """What a micro-step's sums add to its share of the loss. weight: 1 / tokens of the batch. The
+        last one's start on their way to the other ranks, before the gradients do."""
         sums_MS = sums.view(self.size) * weight
         self.sums += sums_MS.detach()
-        return (self.slopes * sums_MS).sum()
-
-    def send(self):
-        """Starts to add up the sums of all ranks; before the last backward pass, whose gradients
-        would be in the way."""
-        if self.world.size > 1:
+        if last and self.world.size > 1:
             self.in_flight = dist.all_reduce(self.sums, async_op=True)
+        return (self.slopes * sums_MS).sum()
 
     def busy(self) -> Tensor:
         """Waits for the sums of all ranks. Which experts saw a token, and True: (M * E + 1,) bool."""
         if self.in_flight:
             self.in_flight.wait()
         self.in_flight = None
-        chosen = named_sums(self.sums, self.s.experts)["chosen"]
+        chosen = named_sums(self.sums, self.s.num_experts)["chosen"]
         return F.pad(chosen.flatten() > 0, (0, 1), value=True)
 
     def update(self, step: int):
@@ -1995,31 +1971,19 @@ def evaluate(
     return total.item() / stream.num_tokens
 
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Reports of the routers                                                                       │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
-
-def mixture_line(s: Settings) -> str:
-    """What the routers do, and how, in a line."""
-    shared = f" and {s.num_shared} shared" if s.num_shared else ""
-    return (f"mixture: layers {s.moe_layers}, {s.choices} of {s.experts} experts{shared} of hidden size "
-            f"{s.hidden}, router {s.router}, experts by {s.moe_impl}")
+# --- reports of the routers
 
 
 def router_report(sums_MS: Tensor, bias_ME: Tensor, s: Settings) -> dict[str, list]:
-    """Numbers of each mixture layer, from sums per token over some steps: share of the choices of
-    each expert (load); its entropy / log E, e^entropy (effective experts), largest / mean, CV =
-    standard deviation / mean; experts with less than 1/20 of an even share (dead); dropped share of
+    """Numbers of each mixture layer, from sums per token over some steps: each expert's share of the
+    choices (load), e^its entropy, largest / mean, standard deviation / mean (cv); dropped share of
     choices, in all and in each 1/8 of a row; entropy of the router's scores in nats, gap between last
-    choice and next, rms of logits; range of the selection bias; penalties."""
-    sums, even = named_sums(sums_MS, s.experts), 1 / s.experts
-    load, dropped = sums["chosen"] / s.choices, sums["dropped"] / s.choices
-    entropy = torch.special.entr(load).sum(-1)
+    choice and next, rms of logits; range of the bias; penalties; experts below 1/20 of the mean."""
+    sums, even = named_sums(sums_MS, s.num_experts), 1 / s.num_experts
+    load, dropped = sums["chosen"] / s.top_k, sums["dropped"] / s.top_k
     values = {
         "load": load,
-        "load_entropy": entropy / math.log(max(2, s.experts)),
-        "effective_experts": entropy.exp(),
+        "effective_experts": torch.special.entr(load).sum(-1).exp(),
         "max_over_mean": load.amax(-1) / even,
         "cv": load.std(-1, correction=0) / even,
         "dropped": dropped.sum(-1),
@@ -2030,8 +1994,8 @@ def router_report(sums_MS: Tensor, bias_ME: Tensor, s: Settings) -> dict[str, li
         "bias_min": bias_ME.amin(-1),
         "bias_max": bias_ME.amax(-1),
     }
-    losses = penalties(sums_MS, s.experts, s.penalties)
-    values |= {f"{name}_loss": value for name, value in losses.items()}
+    for name in s.penalties:
+        values[f"{name}_loss"], *_ = penalty(name, 1.0, sums_MS, s.num_experts)
     dead = [[e for e, share in enumerate(row) if share < even / 20] for row in load.tolist()]
     return {name: value.tolist() for name, value in values.items()} | {"dead": dead}
 
@@ -2041,17 +2005,17 @@ def router_lines(report: dict[str, list], s: Settings) -> list[str]:
     as limited to half more experts than a token has, or to a quarter of them."""
     effective, dead = report["effective_experts"], report["dead"]
     drops = f", dropped {100 * max(report['dropped']):.1f} %" if s.capacity_factor else ""
-    lines = [f"routers: effective experts {' '.join(f'{x:.1f}' for x in effective)} of {s.experts}, "
+    lines = [f"routers: effective experts {' '.join(f'{x:.1f}' for x in effective)} of {s.num_experts}, "
              f"max/mean {max(report['max_over_mean']):.2f}, CV {max(report['cv']):.2f}, "
              f"dead {sum(map(len, dead))}{drops}"]
     for layer, experts in zip(s.mixtures, dead, strict=True):
         if experts:
             lines.append(f"ALARM: layer {layer}: dead experts {', '.join(map(str, experts))}: "
                          "less than 1/20 of an even share of tokens")
-    limit = max(1.5 * s.choices, s.experts / 4)
+    limit = max(1.5 * s.top_k, s.num_experts / 4)
     for layer, x in zip(s.mixtures, effective, strict=True):
-        if x < limit < s.experts:
-            lines.append(f"ALARM: layer {layer}: collapse: {x:.1f} of {s.experts} experts are effectively used")
+        if x < limit < s.num_experts:
+            lines.append(f"ALARM: layer {layer}: collapse: {x:.1f} of {s.num_experts} experts are effectively used")
     return lines
 
 
@@ -2061,12 +2025,12 @@ def log_routers(run: Run, step: int, report: dict[str, list]):
     run.log.print("\n".join([line, *alarms]))
     for alarm in alarms:
         run.log.line(f"{alarm} (step {step})")
-    run.log.metric(event="routers", step=step, layers=s.mixtures, experts=s.experts, **report)
+    run.log.metric(event="routers", step=step, layers=s.mixtures, experts=s.num_experts, **report)
     if run.log.wandb is not None:
-        for name, values in report.items():
-            if isinstance(values[0], float):
-                layers = zip(s.mixtures, values, strict=True)
-                run.log.wandb.log({f"routers/{name}/layer{i}": value for i, value in layers}, step=step)
+        found = {name: zip(s.mixtures, row, strict=True) for name, row in report.items() if isinstance(row[0], float)}
+        numbers = {f"routers/{name}/layer{i}": value for name, row in found.items() for i, value in row}
+        run.log.wandb.log(numbers, step=step)
+
 
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
@@ -2085,7 +2049,6 @@ def train(run: Run):
     compile_model(model, s)
     window = torch.zeros((), dtype=torch.int32, device=s.device)
     run.open(model, optimizer)
-    run.log.print(mixture_line(s) if balance else "mixture: none, the dense control")
     if s.compile or s.device == "cuda":
         warm_up(run, model, optimizer, window)
     step = run.start(optimizer)  # 0, or the checkpoint's
@@ -2107,9 +2070,7 @@ def train(run: Run):
             losses_K, sums = values.split((len(weights), len(values) - len(weights)))
             loss = sum(w * loss for w, loss in zip(weights, losses_K, strict=True))
             if balance:
-                loss = loss + balance.add(sums, 1 / stage.batch_tokens)
-            if balance and optimizer.last_micro_step:
-                balance.send()
+                loss = loss + balance.add(sums, 1 / stage.batch_tokens, optimizer.last_micro_step)
             loss.backward()
             step_loss += losses_K[0].detach() / stage.batch_tokens
         scale = lr_scale(s, stages, step)
