@@ -102,22 +102,22 @@ class Hyperparameters:
     num_experts: int = 8  # experts of a mixture layer; 0: none, the dense control [>=0]
     top_k: int = 2  # experts of a token [>0; with num_experts]
     num_shared: int = 0  # experts that serve all tokens, beside the chosen ones [>=0; with num_experts]
-    expert_hidden: int = 0  # hidden size of an expert; 0: a token costs what it does in an MLP [>=0; with num_experts]
-    moe_layers: str = "auto"  # a letter per layer: M mixture, D dense; auto: by the two below [with num_experts]
+    expert_hidden: int = 0  # of one; 0: a token costs what it does in an MLP [>=0; with num_experts]
+    moe_layers: str = "auto"  # a letter per layer: M mixture, D dense; auto: by these two [with num_experts]
     dense_first: int = 0  # first layers that stay dense [>=0; with moe_layers auto]
     dense_last: int = 0  # last layers that stay dense [>=0; with moe_layers auto]
-    router: str = "noisy_topk"  # how to choose experts [noisy_topk|softmax_topk|sigmoid_bias; with num_experts]
+    router: str = "noisy_topk"  # how it chooses [noisy_topk|softmax_topk|sigmoid_bias; with num_experts]
     route_norm: bool = True  # a token's gates sum to route_scale, where there are several [with num_experts]
     route_scale: float = 0.0  # factor on gates; 0: their mean becomes 1 (gate_scale) [>=0; with num_experts]
     importance_coef: float = 0.01  # weight of CV^2 of summed gates [>=0; with router noisy_topk]
     load_coef: float = 0.01  # weight of CV^2 of expected tokens [>=0; with router noisy_topk]
-    aux_coef: float = 0.01  # weight of E * sum(share of tokens * mean score) [>=0; with router softmax_topk]
+    aux_coef: float = 0.01  # weight of E * sum(share * mean score) [>=0; with router softmax_topk]
     z_coef: float = 0.001  # weight of logits' mean log-sum-exp^2 [>=0; with router noisy_topk|softmax_topk]
     bias_rate: float = 0.001  # step of the bias against uneven load [>=0; with router sigmoid_bias]
     bias_cooldown: float = 0.15  # last fraction, in which it falls to 0 [0..1; with router sigmoid_bias]
-    capacity_factor: float = 0.0  # most choices of an expert / even share, in a row; 0: any [>=0; with num_experts]
-    moe_impl: str = "auto"  # product of experts [auto|grouped|bmm|loop|triton; with num_experts; free on resume]
-    router_every: int = 50  # least steps between reports of routers [>0; with num_experts; free on resume]
+    capacity_factor: float = 0.0  # most choices of an expert / even share; 0: any [>=0; with num_experts]
+    moe_impl: str = "auto"  # of experts' products [auto|grouped|bmm|loop|triton; with num_experts; free on resume]
+    router_every: int = 50  # least steps between their reports [>0; with num_experts; free on resume]
     # --- width transfer: rates tuned at a small width serve a large one (muP)
     mup: bool = False  # scale learning rates, decay, epsilon and logits from base_width to width
     base_width: int = 0  # width at which the rates were tuned; 0: the preset's [>=0; with mup]
@@ -183,13 +183,9 @@ class Hyperparameters:
     def gate_scale(self) -> float:
         """Factor on gates. Normed ones are 1 / top_k on average, a lone sigmoid starts at 1/2: a
         smaller gate is a smaller learning rate, as Muon's updates have one size."""
-        alone = 2.0 if self.router == "sigmoid_bias" else 1.0
-        return self.route_scale or (float(self.top_k) if self.normed else alone)
-
-    @property
-    def normed(self) -> bool:
-        """Whether gates sum to one; a lone one would be constant, its router learn nothing."""
-        return self.route_norm and self.top_k > 1
+        if self.route_norm and self.top_k > 1:
+            return self.route_scale or float(self.top_k)
+        return self.route_scale or (2.0 if self.router == "sigmoid_bias" else 1.0)
 
     @property
     def base(self) -> Hyperparameters:
@@ -851,7 +847,7 @@ class Router(NamedTuple):
     kind: str
     num_experts: int
     choices: int
-    normed: bool
+    norm: bool
     scale: float
     capacity: float
 
@@ -871,7 +867,7 @@ class Router(NamedTuple):
         top, experts = keys.topk(min(self.choices + 1, self.num_experts))
         experts = experts[:, :self.choices]
         gates = scores.gather(1, experts)
-        if self.normed:
+        if self.norm and self.choices > 1:  # a lone one would be constant: nothing to learn from
             gates = gates / gates.sum(-1, keepdim=True).clamp_min(1e-20)
         kept = self.kept(experts.view(*x_BTD.shape[:2], -1)) if self.capacity and training else None
         sums = None
@@ -918,7 +914,7 @@ class Mixture(nn.Module):
     def __init__(self, s: Settings):
         super().__init__()
         self.impl = s.moe_impl
-        self.router = Router(s.router, s.num_experts, s.top_k, s.normed, s.gate_scale, s.capacity_factor)
+        self.router = Router(s.router, s.num_experts, s.top_k, s.route_norm, s.gate_scale, s.capacity_factor)
         up = uniform_matrix(s.num_experts, s.hidden, s.width).mT
         self.experts_up = nn.Parameter(up.contiguous())  # (E, D, F)
         self.experts_down = nn.Parameter(torch.zeros(s.num_experts, s.hidden, s.width))  # (E, F, D)
