@@ -145,9 +145,13 @@ class Hyperparameters:
     momentum_cooldown: int = 50  # last steps, of its fall [>=0; with hidden_optimizer muon]
     muon_beta2: float = 0.95  # of NorMuon's variance; 0 off [0..1; with hidden_optimizer muon]
     muon_weight_decay: float = 0.02  # their decay / peak rate [>=0; with hidden_optimizer muon]
+<<<<<<< moe
     orthogonalizer: str = "polar_express"  # [polar_express|newton_schulz; with hidden_optimizer muon]
     expert_lr: float = 1.0  # factor on the rate of experts, which see fewer tokens [>0; with num_experts]
     router_lr: float = 0.005  # learning rate of the routers, AdamW [>=0; with num_experts]
+=======
+    orthogonalizer: str = "polar_express"  # its iteration [polar_express|newton_schulz; with hidden_optimizer muon]
+>>>>>>> gpt
     adam_lr: float = 0.008  # base rate of all other parameters; factors in parameter_table [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
     adam_weight_decay: float = 0.0  # decay / peak rate of embeddings and head; falls as rate^2 [>=0]
@@ -279,10 +283,15 @@ def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
     odd = s.width // max(1, s.head_dim) % 2 or (s.mup and width // max(1, head_dim) % 2)
     return {
         "attention": (auto_attention(s.num_layers, s.paired and not odd), f"for {s.num_layers} layers"),
+<<<<<<< moe
         "base_width": (s.mup and width, "the preset's width"),
         "base_head_dim": (s.mup and head_dim, "the head_dim"),
         "moe_layers": (auto_mixtures(s), f"{s.top_k} of {s.num_experts} experts, of hidden size {s.hidden}"),
         "moe_impl": (auto_experts(s, hardware), "the fastest here"),
+=======
+        "base_width": (width if s.mup else 0, "the preset's width"),
+        "base_head_dim": (head_dim if s.mup else 0, "the head_dim"),
+>>>>>>> gpt
     }
 
 
@@ -305,8 +314,8 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
             len({layer.value_table for layer in layer_table(s)} - {None}) < s.value_embeds):
         bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} "
                    "value tables, needs it")
-    if len(s.softcap) != 3 or not s.softcap[2]:
-        bad.append(f"--softcap {s.softcap}: three numbers a,b,c, the last above 0; 0,0,1 is no cap")
+    if len(s.softcap) != 3 or not s.softcap[2] or (not s.softcap[0] and s.softcap != (0, 0, 1)):
+        bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
     if s.bigram == 1:
         bad.append("--bigram 1: a table needs 2 rows or more, one is for the starts of documents; 0 leaves it out")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
@@ -2740,8 +2749,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, H
     s = dataclasses.replace(s, **{name: value for name, (value, _) in auto.items()})
     notes = [f"preset {preset}: {'asked for' if given.get('preset') == preset else why}"]
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
-    problems += run_errors(s, given, hardware)
-    problems += [] if problems else hyperparameter_errors(s, given, hardware, world_size)
+    unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
+    problems += run_errors(s, given, hardware) + unfit
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     return s, hardware, notes
@@ -3002,7 +3011,7 @@ class Loader:
         if self.table_key == (epoch, shard, longest):
             return
         following = (shard + 1) % len(self.corpus.train)  # read and checked while this one is in use
-        self.opened = {number: self._open(number) for number in (shard, following)}
+        self.opened = {number: self._open(number) for number in dict.fromkeys((shard, following))}
         self.tokens = self.opened[shard].result()
         rng = np.random.default_rng((self.s.seed, epoch, shard))
         offset = int(rng.integers(longest)) if epoch else 0
