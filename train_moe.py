@@ -118,6 +118,8 @@ class Hyperparameters:
     capacity_factor: float = 0.0  # most choices of an expert / even share; 0: any [>=0; with num_experts]
     moe_impl: str = "auto"  # of experts' products [auto|grouped|bmm|loop|triton; with num_experts; free on resume]
     router_every: int = 50  # least steps between their reports [>0; with num_experts; free on resume]
+    expert_lr: float = 1.0  # factor on their rate, as they see fewer tokens [>0; with num_experts]
+    router_lr: float = 0.005  # learning rate of the routers, AdamW [>=0; with num_experts]
     # --- width transfer: rates tuned at a small width serve a large one (muP)
     mup: bool = False  # scale learning rates, decay, epsilon and logits from base_width to width
     base_width: int = 0  # width at which the rates were tuned; 0: the preset's [>=0; with mup]
@@ -145,13 +147,7 @@ class Hyperparameters:
     momentum_cooldown: int = 50  # last steps, of its fall [>=0; with hidden_optimizer muon]
     muon_beta2: float = 0.95  # of NorMuon's variance; 0 off [0..1; with hidden_optimizer muon]
     muon_weight_decay: float = 0.02  # their decay / peak rate [>=0; with hidden_optimizer muon]
-<<<<<<< moe
-    orthogonalizer: str = "polar_express"  # [polar_express|newton_schulz; with hidden_optimizer muon]
-    expert_lr: float = 1.0  # factor on the rate of experts, which see fewer tokens [>0; with num_experts]
-    router_lr: float = 0.005  # learning rate of the routers, AdamW [>=0; with num_experts]
-=======
     orthogonalizer: str = "polar_express"  # its iteration [polar_express|newton_schulz; with hidden_optimizer muon]
->>>>>>> gpt
     adam_lr: float = 0.008  # base rate of all other parameters; factors in parameter_table [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
     adam_weight_decay: float = 0.0  # decay / peak rate of embeddings and head; falls as rate^2 [>=0]
@@ -283,15 +279,10 @@ def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
     odd = s.width // max(1, s.head_dim) % 2 or (s.mup and width // max(1, head_dim) % 2)
     return {
         "attention": (auto_attention(s.num_layers, s.paired and not odd), f"for {s.num_layers} layers"),
-<<<<<<< moe
-        "base_width": (s.mup and width, "the preset's width"),
-        "base_head_dim": (s.mup and head_dim, "the head_dim"),
-        "moe_layers": (auto_mixtures(s), f"{s.top_k} of {s.num_experts} experts, of hidden size {s.hidden}"),
-        "moe_impl": (auto_experts(s, hardware), "the fastest here"),
-=======
         "base_width": (width if s.mup else 0, "the preset's width"),
         "base_head_dim": (head_dim if s.mup else 0, "the head_dim"),
->>>>>>> gpt
+        "moe_layers": (auto_mixtures(s), f"{s.top_k} of {s.num_experts} experts, of hidden size {s.hidden}"),
+        "moe_impl": (auto_experts(s, hardware), "the fastest here"),
     }
 
 
