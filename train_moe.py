@@ -674,12 +674,13 @@ def expert_product_kernel(
             where = col * depth + down if BACKWARD else down.to(tl.int64) * cols + col
             right = tl.load(b + where, (col < cols) & (down < depth), 0.0)
             total = tl.dot(left, right, total, input_precision="ieee")
-        where, inside = target * cols + col, (row < end) & (col < cols)
+        inside = (row < end) & (col < cols)
         if BACKWARD and not SCATTER:
-            total *= 2 * tl.sqrt(tl.load(post + where, inside, 0.0).to(tl.float32))
+            before = tl.load(post + target * cols + col, inside, 0.0)
+            total *= 2 * tl.sqrt(before.to(tl.float32))
         elif not SCATTER:
             total = tl.maximum(total, 0.0) * total
-        tl.store(out + where, total.to(out.dtype.element_ty), inside)
+        tl.store(out + target * cols + col, total.to(out.dtype.element_ty), inside)
 
 
 def expert_weight_kernel(
@@ -706,8 +707,8 @@ def expert_weight_kernel(
         inside = (col < cols) & there[:, None]
         right = tl.load(b + right[:, None] * cols + col, inside, 0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
-    where, inside = (expert * rows + row) * cols + col, (row < rows) & (col < cols)
-    tl.store(out + where, total.to(out.dtype.element_ty), inside)
+    inside = (row < rows) & (col < cols)
+    tl.store(out + (expert * rows + row) * cols + col, total.to(out.dtype.element_ty), inside)
 
 
 def expert_tile(x: Tensor, num_stages: int) -> dict:
@@ -2097,19 +2098,21 @@ def train(run: Run):
     run.finish(step, optimizer)
 
 
-# differs from train_gpt.py: noise
+# differs from train_gpt.py: noise and sums of the routers
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     """Compiles and runs every shape of training and evaluation on random tokens, untimed, then
     restores: a rate of 0 changes no weight, and the moments are cleared."""
-    s, world = run.s, run.world
+    s, world, balance = run.s, run.world, optimizer.balance
     shapes = {(t.micro_rows(s, world.size), t.seq_len, t.mtp) for t in stage_table(s)}
     window.fill_(s.window_step)
     for rows, seq_len, mtp in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.zeros_like(tokens)
-        noise = optimizer.balance.noise(0, 0, rows, seq_len) if optimizer.balance else None
-        targets = future_targets(tokens, docs, mtp)
-        model(tokens, targets, docs, window, noise).sum().backward()
+        noise = balance.noise(0, 0, rows, seq_len) if balance else None
+        values = model(tokens, future_targets(tokens, docs, mtp), docs, window, noise)
+        if balance:
+            balance.add(values[1 + mtp:], 1 / tokens.numel(), last=True)
+        values.sum().backward()
         optimizer.step(scale=0.0, momentum=s.momentum_start)
     evaluate(model, run.stream, s, world, s.window_step, batches=1)
     optimizer.reset()

@@ -269,23 +269,23 @@ def test_warm_up_leaves_everything_as_it_was(router, tmp_path, monkeypatch):
     """Compiled for tracing only, with no C++ compiler needed: whole graphs of model, banks and balance."""
     compile_traced, seen = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_traced(f, backend="eager", **options))
-    monkeypatch.setattr(tm, "hardware_errors", lambda s, hardware: [])
+    monkeypatch.setattr(tm, "run_errors", lambda *_: [])
     update = tm.Balance.update
     monkeypatch.setattr(tm.Balance, "update", lambda self, step: (update(self, step), seen.append(
         (self.slopes.clone(), self.bias.clone(), self.report_sums.clone())))[0])
     states = []
-    for compiled in (False, True):
-        argv = moe_flags(tmp_path / str(compiled), router, compile=compiled)
-        s, hardware, notes = tm.parse_settings(argv, 1)
-        trainer = tm.Trainer(s, hardware, tm.World(), notes)
-        trainer.loader.close()
-        trainer.log.close()
-        balance = trainer.optimizer.balance
-        states.append({**{f"weights/{n}": p.detach() for n, p in trainer.model.named_parameters()},
-                       **{f"master/{n}": t for n, t in trainer.optimizer.state_dict()["state"]["master"].items()},
+
+    def start(run, optimizer):
+        balance = optimizer.balance
+        states.append({**{f"weights/{n}": p.detach() for bank in optimizer.banks for n, p in bank.params.items()},
+                       **{f"master/{n}": t for n, t in optimizer.state_dict()["state"]["master"].items()},
                        **{n: getattr(balance, n).clone() for n in ("sums", "bias", "slopes", "report_sums")},
-                       **{n: torch.tensor(getattr(balance, n)) for n in ("micro_steps", "report_steps")},
-                       "steps": torch.tensor(trainer.optimizer.steps)})
+                       **{n: torch.tensor(getattr(x, n)) for x, n in ((balance, "report_steps"), (optimizer, "steps"))}})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tm.Run, "start", start)
+    for compiled in (False, True):
+        assert tm.main(moe_flags(tmp_path / str(compiled), router, compile=compiled)) == 130
     assert_same_state(*states)
     (slopes, bias, sums), = seen  # one warm step, which did leave traces before they were cleared
     assert sums.any() and (bias.any() if router == "sigmoid_bias" else not torch.equal(slopes, states[0]["slopes"]))
