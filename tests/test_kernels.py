@@ -369,7 +369,7 @@ def test_clipped_values_are_counted_and_finite(kernel, device):
         head.weight[0, 0], head.x[0, 0] = math.inf, 1e4
     found, clipped = head.results(CAPS[0], kernel, fp8=True)
     assert clipped == 4 and all(result.isfinite().all() for result in found)
-    assert train_gpt.head_losses(head.x, head.weight, head.targets, None, False, fp8=False)[1] == 0
+    assert train_gpt.head_losses(head.x, head.weight, head.targets, NO_CAP, False, fp8=False)[1] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
