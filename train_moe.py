@@ -329,29 +329,31 @@ def mixture_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     """A sentence for each setting of the mixture that does not fit another one, or the machine."""
     if not s.num_experts:
         return []
-    bad = []
-    if len(s.moe_layers) != s.num_layers or set(s.moe_layers) - set("MD"):
-        bad.append(f"--moe_layers {s.moe_layers}: one letter M or D for each of the {s.num_layers} layers")
-    elif not s.mixtures:
-        bad.append(f"--moe_layers {s.moe_layers}, --dense_first {s.dense_first}, --dense_last {s.dense_last}: "
-                   "no mixture is left; use --num_experts 0 for the dense control")
-    elif "D" not in s.moe_layers:
-        if {"expert_hidden", "mlp_ratio"} <= given.keys():
-            bad.append("--mlp_ratio: has no effect, as all layers are mixtures with --expert_hidden")
-        if s.fp8_mlp and not s.num_shared:
-            bad.append("--fp8_mlp: has no effect, as neither dense MLP nor shared expert is left")
-    if s.top_k > s.num_experts:
-        bad.append(f"--top_k {s.top_k} must not be above --num_experts {s.num_experts}")
-    if wrong := [size for size in (s.width, s.hidden) if size % 8]:
-        bad.append(f"--width {s.width}, --expert_hidden {s.hidden}: grouped products need strides of 16 "
-                   f"bytes, that is multiples of 8; {wrong[0]} is none")
-    if s.fp8_mlp and s.num_shared * s.hidden % 16:
-        bad.append(f"--fp8_mlp: {s.num_shared} shared experts of hidden size {s.hidden} are no multiple of 16")
-    if s.moe_impl == "grouped" and s.dtype == "fp32" and s.compile:
-        bad.append("--moe_impl grouped: torch compiles it in bf16 only: use bmm, loop or --no-compile")
-    if s.moe_impl == "triton" and not triton_usable(hardware):
-        bad.append("--moe_impl triton needs Triton and a CUDA device (or TRITON_INTERPRET=1, to test): use auto")
-    return bad
+    here = hardware.device == "cuda" or os.environ.get("TRITON_INTERPRET")
+    letters = len(s.moe_layers) == s.num_layers and set(s.moe_layers) <= set("MD")
+    dense = "D" in s.moe_layers
+    problems = [
+        (not letters,
+         f"--moe_layers {s.moe_layers}: one letter M or D for each of the {s.num_layers} layers"),
+        (letters and not s.mixtures,
+         f"--moe_layers {s.moe_layers}, --dense_first {s.dense_first}, --dense_last {s.dense_last}: "
+         "no mixture is left; use --num_experts 0 for the dense control"),
+        (s.fp8_mlp and not dense and not s.num_shared,
+         "--fp8_mlp: has no effect, as neither dense MLP nor shared expert is left"),
+        ({"expert_hidden", "mlp_ratio"} <= given.keys() and not dense,
+         "--mlp_ratio: has no effect, as all layers are mixtures with --expert_hidden"),
+        (s.top_k > s.num_experts,
+         f"--top_k {s.top_k} must not be above --num_experts {s.num_experts}"),
+        (s.width % 8 or s.hidden % 8,
+         f"--width {s.width}, --expert_hidden {s.hidden}: strides must be 16 bytes, multiples of 8"),
+        (s.fp8_mlp and s.num_shared * s.hidden % 16,
+         f"--fp8_mlp: {s.num_shared} shared experts of size {s.hidden} are no multiple of 16"),
+        (s.moe_impl == "grouped" and s.dtype == "fp32" and s.compile,
+         "--moe_impl grouped: torch compiles it in bf16 only: use bmm, loop or --no-compile"),
+        (s.moe_impl == "triton" and not (here and importlib.util.find_spec("triton")),
+         "--moe_impl triton needs Triton and CUDA (or TRITON_INTERPRET=1, to test): use auto"),
+    ]
+    return [text for wrong, text in problems if wrong]
 
 def stage_errors(s: Settings, world_size: int) -> list[str]:
     """A sentence for each stage whose batch does not split into whole rows, equally for all."""

@@ -105,13 +105,13 @@ def all_scenarios(world: tm.World, routers: tuple[str, ...]) -> dict:
     return {router: training_scenario(world, router) for router in routers} | {"idle": idle_scenario(world)}
 
 
-def script_runs(world: tm.World, command_lines: list[list[str]]) -> list[int]:
+def script_runs(world: tm.World, command_lines: list[list[str]]) -> list[str]:
     """Runs of the script, with this process in the place of one of torchrun's."""
-    codes = []
+    ends = []
     for argv in command_lines:
         s, hardware, notes = tm.parse_settings(argv, world.size)
         run = tm.Run(s, hardware, world, notes)
         with run.undo:
             tm.train(run)
-        codes.append(run.exit_code())
-    return codes
+        ends.append(run.status)
+    return ends

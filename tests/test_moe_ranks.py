@@ -194,7 +194,7 @@ def two_ranks(tmp_path_factory, whole):
         command_lines += [moe_flags(folder, router, data=one.parents[2] / "data") for folder in (new, old)]
         command_lines[-1].append("--resume")
         found[router] = new, old
-    assert run_ranks(script_runs, 2, base, command_lines) == [[0] * 4] * 2
+    assert run_ranks(script_runs, 2, base, command_lines) == [["done"] * 4] * 2
     return {router: [run_folder(folder) for folder in folders] for router, folders in found.items()}
 
 
