@@ -533,24 +533,35 @@ def arrange(experts_NK: Tensor, num_experts: int, impl: str) -> Grouping:
     quarter = -(-len(g.order_R) // (64 * num_experts))
     return pad_groups(g, 16 * quarter if impl == "bmm" else LOOP_ROWS)
 
-def rows_at(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x, zeros for padding, of which there is some where more are asked for than x has."""
-    if len(index) <= len(x):
-        return x[index]
-    rows = x[index.clamp_max(len(x) - 1)]
-    return torch.where((index < len(x))[:, None], rows, 0)
-
-class Permute(torch.autograd.Function):
-    """Rows of x in another order; backward gathers them by the inverse order: no atomics."""
+class Spread(torch.autograd.Function):
+    """Rows of the tokens, sorted: (R, D). Backward gathers and adds up a token's: no atomics."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows_at(x, order)
+    def forward(ctx, x_ND: Tensor, order_R: Tensor, inverse_R: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        ctx.choices = choices
+        return x_ND[(order_R // choices).clamp_max(len(x_ND) - 1)]  # padding: any row
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor):
+        (inverse,) = ctx.saved_tensors
+        return grad_RD[inverse].unflatten(0, (-1, ctx.choices)).sum(1), None, None, None
+
+class Collect(torch.autograd.Function):
+    """Sorted rows in the order of the choices, (N * K, D): a permutation, and backward its inverse."""
+
+    @staticmethod
+    def forward(ctx, y_RD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(order_R)
+        return y_RD[inverse_R]
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return rows_at(grad, *ctx.saved_tensors), None, None
+        (order,) = ctx.saved_tensors
+        if len(order) == len(grad):
+            return grad[order], None, None
+        rows = grad[order.clamp_max(len(grad) - 1)]
+        return torch.where((order < len(grad))[:, None], rows, 0), None, None
 
 @expert_operator("nanospeedrun_train_moe::loop", schema="(Tensor x, Tensor weight, Tensor ends) -> Tensor")
 def loop_product(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor):
@@ -598,11 +609,10 @@ def expert_mlp(x_ND: Tensor, up_EDF: Tensor, down_EFD: Tensor, experts_NK: Tenso
     if impl == "triton":
         y, _ = fused_experts(x_ND, up_EDF, down_EFD, g.order_R, g.ends_E, choices)
         return y.unflatten(0, (-1, choices))
-    x = x_ND[:, None].expand(-1, choices, -1).flatten(0, 1)
-    x_RD = Permute.apply(x, g.order_R, g.inverse_R)
+    x_RD = Spread.apply(x_ND, g.order_R, g.inverse_R, choices)
     post_RF = expert_product(x_RD, up_EDF, g, impl).relu().square()
     y_RD = expert_product(post_RF, down_EFD, g, impl)
-    return Permute.apply(y_RD, g.inverse_R, g.order_R).unflatten(0, (-1, choices))
+    return Collect.apply(y_RD, g.order_R, g.inverse_R).unflatten(0, (-1, choices))
 
 # --- the same, fused: gather, ReLU^2 and scatter inside the products
 

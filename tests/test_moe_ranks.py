@@ -280,7 +280,7 @@ def test_warm_up_leaves_everything_as_it_was(router, tmp_path, monkeypatch):
         states.append({**{f"weights/{n}": p.detach() for bank in optimizer.banks for n, p in bank.params.items()},
                        **{f"master/{n}": t for n, t in optimizer.state_dict()["state"]["master"].items()},
                        **{n: getattr(balance, n).clone() for n in ("sums", "bias", "slopes", "report_sums")},
-                       **{n: torch.tensor(getattr(x, n)) for x, n in ((balance, "report_steps"), (optimizer, "steps"))}})
+                       "report_steps": torch.tensor(balance.report_steps), "steps": torch.tensor(optimizer.steps)})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tm.Run, "start", start)

@@ -137,7 +137,8 @@ VALUES = {"moe_layers": "MD", "router": "sigmoid_bias", "moe_impl": "bmm", "rout
 def test_without_experts_each_flag_of_the_mixture_is_refused(name, monkeypatch):
     value = VALUES.get(name, "1")
     said = problems("--num-experts", "0", f"--{name}", *[value] * (value is not None), monkeypatch=monkeypatch)
-    other = {"aux_coef": "--router softmax_topk"} | dict.fromkeys(("bias_rate", "bias_cooldown"), "--router sigmoid_bias")
+    sigmoid = dict.fromkeys(("bias_rate", "bias_cooldown"), "--router sigmoid_bias")
+    other = {"aux_coef": "--router softmax_topk"} | sigmoid
     assert f"--{name}: has no effect without {other.get(name, '--num_experts')}" in said
     assert said.startswith("1 setting(s)")
 

@@ -59,7 +59,7 @@ def test_a_fixed_hidden_size_does_not_grow_even_if_it_is_the_width():
 
 @pytest.mark.parametrize("hidden", [0, FIXED])
 def test_the_fans_are_those_of_the_matrices(hidden):
-    """Outputs and inputs, in the products: an expert's up-projection is stored (inputs, outputs), a shared one's not."""
+    """Outputs, inputs: an expert's up-projection is stored (inputs, outputs), a shared one's is not."""
     s = scaled(64, expert_hidden=hidden)
     rules = {tail(name): rule.fans for name, rule in tm.match_rules(tm.parameter_table(s), names_of(s, tm)).items()}
     shapes = {tail(name): tuple(p.shape[-2:]) for name, p in GPT(s, VOCAB).named_parameters()}
