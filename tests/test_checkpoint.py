@@ -287,6 +287,19 @@ def test_all_checkpoints_damaged_is_one_sentence(damage, two_checkpoints):
         find_checkpoint(s)
 
 
+def test_no_cap_as_earlier_versions_wrote_it_is_refused_by_name(tmp_path, monkeypatch, capsys):
+    """--softcap 0 is now 0,0,1."""
+    folder = interrupted(tmp_path, monkeypatch, softcap=(0, 0, 1))
+    path = folder / "checkpoints" / "step_000003" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"settings": meta["settings"] | {"softcap": [0.0], "hellaswag_every": 0}}))
+    capsys.readouterr()
+    assert train_gpt.main([*tiny(tmp_path, softcap=(0, 0, 1)), "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert "softcap: [0.0] in the checkpoint, [0.0, 0.0, 1.0] now" in error
+    assert error.count("in the checkpoint") == 1
+
+
 def test_no_checkpoint_is_one_sentence(tmp_path, capsys):
     assert train_gpt.main([*tiny(tmp_path), "--resume"]) == 1
     error = capsys.readouterr().err
@@ -362,14 +375,17 @@ def test_what_torch_raises_on_a_full_disk_is_an_oserror(error, tmp_path, monkeyp
 
 
 def test_logs_on_a_full_disk_do_not_stop_training(tmp_path, monkeypatch, capsys):
-    """log.txt and metrics.jsonl lie on the same disk as the checkpoints: what is trained must still be saved, or at
-    least the end be a sentence."""
-    def init(self, *args, init=train_gpt.RunLog.__init__, **kwargs):
-        init(self, *args, **kwargs)
-        self.text = self.metrics = open("/dev/full", "a", buffering=1)  # noqa: SIM115
-    monkeypatch.setattr(train_gpt.RunLog, "__init__", init)
-    code = train_gpt.main(tiny(tmp_path))
-    assert steps_saved(run_folder(tmp_path)) == [8] if code == 0 else "No space" in capsys.readouterr().err
+    """log.txt and metrics.jsonl may lie on another disk than the checkpoints: what is trained is saved."""
+    def start(self, *args, start=train_gpt.RunLog.open):
+        self.folder.mkdir(parents=True)
+        for name in ("log.txt", "metrics.jsonl"):
+            (self.folder / name).symlink_to("/dev/full")
+        start(self, *args)
+    monkeypatch.setattr(train_gpt.RunLog, "open", start)
+    assert train_gpt.main(tiny(tmp_path)) == 0
+    out, error = capsys.readouterr()
+    assert "log.txt: No space left on device; training goes on" in out and not error
+    assert steps_saved(run_folder(tmp_path)) == [8]
 
 
 @pytest.mark.parametrize("where", ["torch.save", "train_gpt.file_hash", "os.replace"])
