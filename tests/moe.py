@@ -63,6 +63,11 @@ def all_penalties(sums: torch.Tensor, num_experts: int) -> dict[str, torch.Tenso
     return {name: tm.penalty(name, 1.0, sums, num_experts)[0] for name in names}
 
 
+def sum_size(num_experts: int) -> int:
+    """Length of a router's sums: three by expert, dropped choices in 8 parts of a row, four more."""
+    return 3 * num_experts + 8 + 4
+
+
 def layer_sums(model: GPT, s: Settings, batch: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
     """The routers' sums of a batch per token, (M, S)."""
     inputs, targets, docs = batch

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from moe import ROUTERS, all_penalties
+from moe import ROUTERS, all_penalties, sum_size
 from moe_ranks import EXPERTS, MIXTURES, backward, build, feed, random_gradients, settings, train
 from ranks import ROWS, SEQ_LEN, parameters, random_batch
 
@@ -212,7 +212,7 @@ def test_bias_goes_against_the_load_centred_and_slower_at_the_end():
 def random_sums(seed: int = 0) -> torch.Tensor:
     """Sums per token as a router might have them."""
     random = torch.Generator().manual_seed(seed)
-    sums = torch.rand(MIXTURES, sum(tm.sum_sizes(EXPERTS).values()), generator=random) + 0.05
+    sums = torch.rand(MIXTURES, sum_size(EXPERTS), generator=random) + 0.05
     chosen = tm.named_sums(sums, EXPERTS)["chosen"]
     chosen *= 2 / chosen.sum(-1, keepdim=True)
     return sums

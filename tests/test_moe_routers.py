@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import make_data
-from moe import ROUTERS, all_penalties, settings
+from moe import ROUTERS, all_penalties, settings, sum_size
 
 import train_moe as tm
 from train_moe import Balance, Router, World
@@ -234,10 +234,10 @@ def test_descending_the_penalties_balances_a_router(kind):
 @pytest.mark.parametrize("kind", ROUTERS)
 @pytest.mark.parametrize("capacity", [0.0, 0.5])
 def test_sums_equal_slow_references(kind, capacity):
-    """Each of sum_sizes, token by token."""
+    """Each of named_sums, token by token."""
     routing, _, (x, weight, bias, noise) = routed(kind, capacity=capacity, scale=3.0)
     found, tokens = tm.named_sums(routing.sums_S, E), ROWS * T
-    assert {name: len(value) for name, value in found.items()} == tm.sum_sizes(E)
+    assert routing.sums_S.shape == (sum_size(E),)
     logits = x.flatten(0, 1) @ weight[:E].T
     noisy, keys = logits, logits.softmax(1)
     if kind == "noisy_topk":
@@ -310,7 +310,7 @@ def test_capacity_of_an_even_share_drops_nothing_of_an_even_row():
 
 def test_bias_moves_against_the_load_and_is_centred():
     chosen = torch.tensor([[0.9, 0.1, 0.25, 0.25, 0.1, 0.1, 0.1, 0.2], [0.25] * 8])  # the mean is 0.25
-    sums = torch.nn.functional.pad(chosen, (0, sum(tm.sum_sizes(E).values()) - E), value=0.1)
+    sums = torch.nn.functional.pad(chosen, (0, sum_size(E) - E), value=0.1)
     before = torch.arange(2.0 * E).view(2, E) * 0.01
     before -= before.mean(1, keepdim=True)
     slopes, bias = tm.balance_update(sums, before, torch.tensor(0.02), {}, E)
@@ -359,7 +359,7 @@ def test_bias_balances_a_router():
 def report_of(load: list[list[float]], **changes) -> tuple[dict, tuple[str, list[str]]]:
     """Report and lines for given shares of the choices."""
     s = settings(num_experts=E, num_layers=3, attention="LLL", moe_layers="MDM", **changes)
-    sums = torch.full((2, sum(tm.sum_sizes(E).values())), 0.1)
+    sums = torch.full((2, sum_size(E)), 0.1)
     sums[:, :E] = torch.tensor(load) * s.top_k
     report = tm.router_report(sums, torch.linspace(-1, 1, 2 * E).view(2, E), s)
     line, *alarms = tm.router_lines(report, s)
