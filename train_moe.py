@@ -752,10 +752,10 @@ DROP_PARTS = 8  # parts of a row by which dropped choices are counted
 NOISE_FLOOR = 0.01  # least std of noisy_topk's noise: chance_of_choice divides by it
 
 def named_sums(sums: Tensor, num_experts: int) -> dict[str, Tensor]:
-    """What a router sums over tokens, the last axis, by name. By expert: how often it was chosen, its gates (noisy_topk)
-    or share of the scores, its chance to be chosen under another noise (noisy_topk, else 0). Choices dropped in each
-    part of the row. Entropy of the scores, key of the last choice less that of the next, squared log-sum-exp and mean
-    square of the logits."""
+    """What a router sums over tokens, the last axis, by name. By expert: how often it was chosen, its gates
+    (noisy_topk) or share of the scores, its chance to be chosen under another noise (noisy_topk, else 0). Choices
+    dropped in each part of the row. Entropy of the scores, key of the last choice less that of the next, squared
+    log-sum-exp and mean square of the logits."""
     sizes = {"chosen": num_experts, "importance": num_experts, "load": num_experts,
              "dropped": DROP_PARTS, "entropy": 1, "margin": 1, "z": 1, "logit": 1}
     return dict(zip(sizes, sums.split(list(sizes.values()), dim=-1), strict=True))
@@ -1565,8 +1565,8 @@ def penalty(name: str, weight: float, sums_MS, num_experts: int) -> tuple:
     return num_experts * square.squeeze(-1), name, slope
 
 def balance_update(sums_MS, bias_ME, bias_step, weights: dict[str, float], num_experts: int) -> tuple:
-    """Slopes of the weighted penalties at a step's sums per token, (M, S), and the new selection bias (Wang et al. 2024,
-    arXiv 2408.15664): a fixed step against each expert's over- or underload, then centred."""
+    """Slopes of the weighted penalties at a step's sums per token, (M, S), and the new selection bias (Wang et al.
+    2024, arXiv 2408.15664): a fixed step against each expert's over- or underload, then centred."""
     slopes = torch.zeros_like(sums_MS)
     for name, weight in weights.items():
         _, by, slope = penalty(name, weight, sums_MS, num_experts)
@@ -1603,8 +1603,8 @@ class Balance:
             sums_MS, self.bias, bias_step, self.s.penalties, self.s.num_experts)
 
     def noise(self, step: int, micro_step: int, rows: int, seq_len: int) -> Tensor | None:
-        """Standard normal noise for noisy_topk, (B, M, T, E) fp32: each row's from a generator with its own seed, made of
-        the run's, the step and the row's number in the batch. So it does not depend on the number of ranks or
+        """Standard normal noise for noisy_topk, (B, M, T, E) fp32: each row's from a generator with its own seed, made
+        of the run's, the step and the row's number in the batch. So it does not depend on the number of ranks or
         micro-steps, and a resumed run draws what it would have drawn."""
         if self.s.router != "noisy_topk":
             return None
