@@ -207,8 +207,6 @@ def not_cacheable(script: ModuleType, model: nn.Module) -> str | None:
             return f"the attention of {script.__name__}.py has none"
         if block.attn is not None and (type(block.attn) is not script.Attention or layer.attention not in "LSP"):
             return f"layer {i} is {type(block.attn).__name__} of kind {layer.attention!r}"
-        if getattr(getattr(block.mlp, "router", None), "forced", False):
-            return f"layer {i} takes experts in turn, by a token's place (force_balance)"
     return None
 
 

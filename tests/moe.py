@@ -22,7 +22,7 @@ def settings(**changes) -> Settings:
     settings may be bare."""
     given = {**TINY, **MIXTURE, "attention": "LL", "backend": "sdpa", "compile_unit": "model", "eval_seq_len": 32,
              "kernels": "none", "fp8_head": "off", "moe_impl": "loop", **changes}
-    staged = (*tm.STAGED, "stage_ends")
+    staged = (*tm.staged_settings(), "stage_ends")
     s = Settings(**{k: (v,) if k in staged and not isinstance(v, tuple) else v for k, v in given.items()})
     return dataclasses.replace(s, moe_layers=s.moe_layers if s.moe_layers != "auto" else tm.auto_mixtures(s))
 
@@ -49,12 +49,23 @@ def random_batch(rows: int = 4, seq_len: int = 32, seed: int = 0) -> torch.Tenso
 
 def random_noise(s: Settings, rows: int = 4, seq_len: int = 32, seed: int = 0) -> torch.Tensor | None:
     """A batch's noise, for the router that takes it."""
-    shape, random = (rows, len(s.mixtures), seq_len, s.experts), torch.Generator().manual_seed(seed)
+    shape, random = (rows, len(s.mixtures), seq_len, s.num_experts), torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=random) if s.router == "noisy_topk" else None
 
 
 def window(length: int = 32) -> torch.Tensor:
     return torch.tensor(length, dtype=torch.int32)
+
+
+def all_penalties(sums: torch.Tensor, num_experts: int) -> dict[str, torch.Tensor]:
+    """The value of each penalty in each layer, from sums per token."""
+    names = "importance", "load", "switch", "z"
+    return {name: tm.penalty(name, 1.0, sums, num_experts)[0] for name in names}
+
+
+def sum_size(num_experts: int) -> int:
+    """Length of a router's sums: three by expert, dropped choices in 8 parts of a row, four more."""
+    return 3 * num_experts + 8 + 4
 
 
 def layer_sums(model: GPT, s: Settings, batch: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 
 import ranks
 import torch
@@ -30,13 +29,15 @@ build = functools.partial(ranks.build, script=tm)
 
 
 def backward(model: tm.GPT, optimizer: tm.MuonAdamW, batch: torch.Tensor, micro_steps: int = 1) -> float:
-    """The trainer's micro-steps over this rank's rows of a global batch, shared as by the loader; its mean loss."""
-    trainer = SimpleNamespace(model=model, optimizer=optimizer, window=torch.tensor(8, dtype=torch.int32))
-    world, tokens = optimizer.world, batch[0].numel()
+    """The micro-steps of `train` over this rank's rows of a global batch, shared as by the loader; its mean loss."""
+    world, balance, weight = optimizer.world, optimizer.balance, 1 / batch[0].numel()
     parts, total = batch.chunk(micro_steps * world.size, dim=1)[world.rank::world.size], 0.0
     for i, (inputs, targets, docs) in enumerate(parts):
         optimizer.last_micro_step = i == len(parts) - 1
-        total += tm.Trainer.micro_step(trainer, inputs, targets, docs, [1 / tokens]).item() / tokens
+        noise = balance.noise(optimizer.steps, i, *inputs.shape)
+        loss, *_ = values = model(inputs, targets[None], docs, torch.tensor(8, dtype=torch.int32), noise)
+        (weight * loss + balance.add(values[1:], weight, optimizer.last_micro_step)).backward()
+        total += weight * loss.item()
     return total
 
 
@@ -48,10 +49,11 @@ def feed(model: tm.GPT, optimizer: tm.MuonAdamW, gradients: dict[str, torch.Tens
     """A backward pass that gives the parameters exactly these gradients, and routers that chose so often."""
     optimizer.last_micro_step = True
     sum((p.float() * gradients[name]).sum() for name, p in model.named_parameters()).backward()
-    size = optimizer.balance.s.experts
-    optimizer.balance.sums += 1 / size
+    balance, size = optimizer.balance, optimizer.balance.s.num_experts
+    sums = torch.full(balance.size, 1 / size)
     if chosen is not None:
-        tm.named_sums(optimizer.balance.sums, size)["chosen"].copy_(chosen)
+        tm.named_sums(sums, size)["chosen"].copy_(chosen)
+    balance.add(sums, 1.0, last=True)
 
 
 def random_gradients(model: tm.GPT, step: int) -> dict[str, torch.Tensor]:
@@ -103,10 +105,13 @@ def all_scenarios(world: tm.World, routers: tuple[str, ...]) -> dict:
     return {router: training_scenario(world, router) for router in routers} | {"idle": idle_scenario(world)}
 
 
-def script_runs(world: tm.World, command_lines: list[list[str]]) -> list[int]:
-    """Runs of the script's trainer, with this process in the place of one of torchrun's."""
-    codes = []
+def script_runs(world: tm.World, command_lines: list[list[str]]) -> list[str]:
+    """Runs of the script, with this process in the place of one of torchrun's."""
+    ends = []
     for argv in command_lines:
         s, hardware, notes = tm.parse_settings(argv, world.size)
-        codes.append(tm.Trainer(s, hardware, world, notes).run())
-    return codes
+        run = tm.Run(s, hardware, world, notes)
+        with run.undo:
+            tm.train(run)
+        ends.append(run.status)
+    return ends

@@ -20,7 +20,7 @@ KINDS = {
     "top-1": dict(router="noisy_topk", top_k=1),
     "softmax_topk": dict(router="softmax_topk", route_norm=False, route_scale=2.5),
     "sigmoid_bias": dict(router="sigmoid_bias"),
-    "shared, fine": dict(router="sigmoid_bias", num_shared=2, segments=2, moe_layers="DMMM"),
+    "shared, fine": dict(router="sigmoid_bias", num_shared=2, num_experts=8, top_k=4, moe_layers="DMMM"),
     "capacity": dict(router="noisy_topk", capacity_factor=0.25),
     "all experts": dict(router="softmax_topk", top_k=4, moe_layers="MDDD"),
     "from a GPU": dict(router="sigmoid_bias", moe_impl="triton", dtype="bf16", compile=True, kernels="gram+mlp"),
@@ -83,13 +83,6 @@ def test_the_comparison_above_would_notice(change):
     with torch.set_grad_enabled(change == "capacity"):
         found = full_logits(model, random_noise(s, 1, TOKENS.numel()) if change == "noise" else None)
     assert (found - expected).abs().max() > 0.05
-
-
-def test_experts_in_turn_are_served_without_cache(tmp_path, capsys):
-    options = ["--checkpoint", save_random(tmp_path, settings(**DEEP, force_balance=True)), "--max-tokens", 30]
-    code, text, err = run(capsys, *options)
-    assert code == 0 and "no cache, as layer 0 takes experts in turn" in err
-    assert text == run(capsys, *options, "--no-cache")[1]
 
 
 def test_the_dense_control_has_no_bias_to_read(tmp_path, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from moe import ROUTERS
+from moe import ROUTERS, all_penalties, sum_size
 from moe_ranks import EXPERTS, MIXTURES, backward, build, feed, random_gradients, settings, train
 from ranks import ROWS, SEQ_LEN, parameters, random_batch
 
@@ -58,7 +58,7 @@ def test_learning_rate_factor_is_that_of_one_expert():
                                     ({"expert_hidden": 16, "num_shared": 4, "expert_lr": 0.5}, 0.25, 2)):
         s = settings(muon_lr=0.01, **changes)
         _, optimizer = build(s)
-        rates = {name: bank.lr[i].item() for bank in optimizer.banks for i, (name, _) in enumerate(bank.slots)}
+        rates = {name: bank.lr[i].item() for bank in optimizer.banks for i, (name, _) in enumerate(bank.pieces)}
         assert rates[UP] == rates[DOWN] == pytest.approx(0.01 * math.sqrt(expert))
         assert rates["blocks.1.mlp.up"] == pytest.approx(0.02) and rates["blocks.0.attn.qkvo"] == pytest.approx(0.01)
         if s.num_shared:
@@ -79,22 +79,23 @@ def test_state_of_the_experts_has_the_leading_dimension():
 
 @pytest.mark.parametrize("hidden", [64, 32])  # 32: experts and the matrices of attention have one shape, and one bank
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
-def test_slots_are_layers_times_experts_shared_by_the_ranks(size, hidden):
+def test_pieces_are_layers_times_experts_shared_by_the_ranks(size, hidden):
     """Every matrix has one owner, also where their number does not divide or is below that of the ranks."""
     s, held = settings(expert_hidden=hidden), []
     for rank in range(size):
         model, optimizer = build(s, tm.World(rank, rank, size))
         banks = {id(bank): bank for bank in (bank_of(optimizer, UP), bank_of(optimizer, DOWN))}
         for bank in banks.values():
-            assert len(bank.state["master"]) == len(bank.experts) == -(-len(bank.slots) // size)
-            for own, number, lr, weights in zip(bank.own, bank.experts.flatten(), bank.lr.flatten(),
+            assert len(bank.state["master"]) == len(bank.experts) == -(-len(bank.pieces) // size)
+            for mine, number, lr, weights in zip(bank.mine, bank.experts.flatten(), bank.lr.flatten(),
                                                 bank.state["master"], strict=True):
-                name, i = bank.slots[own] if own < len(bank.slots) else ("", 0)
+                name, i = bank.pieces[mine] if mine < len(bank.pieces) else ("", 0)
                 expert = ".experts_" in name
                 if name:
                     held.append((name, i))
                     assert torch.equal(weights, bank.cut(bank.params[name].detach())[i])
-                assert number == (LAYERS.index(int(name[7])) * EXPERTS + i if expert else MIXTURES * EXPERTS)
+                owner = LAYERS.index(int(name[7])) * EXPERTS + i if expert else MIXTURES * EXPERTS
+                assert number == (owner if name else 0)  # what pads a bank never moves
                 assert lr == pytest.approx(s.muon_lr * (math.sqrt(hidden / 32) if expert else 1) if name else 0.0)
     experts = {(f"blocks.{layer}.mlp.experts_{kind}", e) for layer in LAYERS for kind in ("up", "down")
                for e in range(EXPERTS)}
@@ -211,7 +212,7 @@ def test_bias_goes_against_the_load_centred_and_slower_at_the_end():
 def random_sums(seed: int = 0) -> torch.Tensor:
     """Sums per token as a router might have them."""
     random = torch.Generator().manual_seed(seed)
-    sums = torch.rand(MIXTURES, sum(tm.sum_sizes(EXPERTS).values()), generator=random) + 0.05
+    sums = torch.rand(MIXTURES, sum_size(EXPERTS), generator=random) + 0.05
     chosen = tm.named_sums(sums, EXPERTS)["chosen"]
     chosen *= 2 / chosen.sum(-1, keepdim=True)
     return sums
@@ -228,7 +229,7 @@ def textbook(sums: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_penalties_are_those_of_the_papers():
     sums = random_sums()
-    named, found = tm.named_sums(sums.double(), EXPERTS), tm.penalties(sums, EXPERTS)
+    named, found = tm.named_sums(sums.double(), EXPERTS), all_penalties(sums, EXPERTS)
     for name in ("importance", "load"):
         values = named[name].numpy()
         np.testing.assert_allclose(found[name], 1 + (values.std(1) / values.mean(1)) ** 2, rtol=1e-5)
@@ -244,7 +245,7 @@ def test_penalties_are_1_where_even_and_largest_where_collapsed():
         part = tm.named_sums(collapsed, EXPERTS)[name]
         part.zero_()[:, :2] = value / 2
     for sums, value in ((even, 1.0), (collapsed, EXPERTS / 2)):
-        penalties = tm.penalties(sums, EXPERTS)
+        penalties = all_penalties(sums, EXPERTS)
         for name in ("importance", "load", "switch"):
             assert penalties[name].tolist() == pytest.approx([value] * MIXTURES)
 
@@ -260,9 +261,9 @@ def test_penalties_of_a_batch_from_its_logits(norm):
     for kind, z in (("softmax_topk", clean), ("noisy_topk", clean + noise[0].double().numpy() * spread)):
         noisy, (p, order) = kind == "noisy_topk", (np.exp(z), np.argsort(-z, axis=1)[:, :2])
         p /= p.sum(1, keepdims=True)
-        router = tm.Router(kind, EXPERTS, 2, norm, 1.0, 0.0, False)
+        router = tm.Router(kind, EXPERTS, 2, norm, 1.0, 0.0)
         sums = router(x, weight[:None if noisy else EXPERTS], torch.zeros(EXPERTS), noise if noisy else None).sums_S
-        found = {name: value.item() for name, value in tm.penalties(sums[None] / 300, EXPERTS).items()}
+        found = {name: value.item() for name, value in all_penalties(sums[None] / 300, EXPERTS).items()}
         gates = np.zeros_like(p)
         np.put_along_axis(gates, order, np.take_along_axis(p, order, 1), 1)
         gates /= gates.sum(1, keepdims=True) if norm else 1
@@ -289,7 +290,7 @@ def test_slopes_are_the_gradient_of_the_penalties(coefficients):
 def router_gradients(model: tm.GPT, optimizer: tm.MuonAdamW, penalty, step: int = 0) -> torch.Tensor:
     """Gradient of `penalty`, of the sums per token of a batch, by the router weights."""
     inputs, targets, docs = random_batch(step)
-    noise = [x for x in (optimizer.balance.noise(optimizer.steps, ROWS, SEQ_LEN),) if x is not None]
+    noise = [x for x in (optimizer.balance.noise(optimizer.steps, 0, ROWS, SEQ_LEN),) if x is not None]
     values = model(inputs, targets[None], docs, torch.tensor(8, dtype=torch.int32), *noise)
     sums = values[1:].view(optimizer.balance.size) / inputs.numel()
     return torch.autograd.grad(penalty(sums), model.routers)[0]
@@ -307,7 +308,6 @@ def test_slopes_of_the_same_batch_have_the_gradient_of_the_exact_penalties(route
     exact = router_gradients(model, optimizer, lambda sums: sum(
         weight * textbook(sums)[names[name]].sum() for name, weight in COEFFICIENTS[router].items()))
     backward(model, optimizer, random_batch(0))
-    balance.gather()
     balance.update(0)
     found = router_gradients(model, optimizer, lambda sums: (balance.slopes * sums).sum())
     torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-5 * exact.abs().max().item())
@@ -331,10 +331,10 @@ def test_what_is_reported_is_the_cross_entropy_alone(router):
     """By hand from the logits; and the penalties do reach the gradients."""
     gradients = []
     for weight in (0.0, 50.0):
-        names = {name for name, routers in tm.ROUTER_SETTINGS.items() if name.endswith("_coef") and router in routers}
-        model, optimizer = build(settings(router=router, **dict.fromkeys(names, weight)))
+        coefficients = dict.fromkeys(("importance_coef", "load_coef", "aux_coef", "z_coef"), weight)
+        model, optimizer = build(settings(router=router, **coefficients))
         inputs, targets, docs = random_batch(0)
-        noise = optimizer.balance.noise(0, ROWS, SEQ_LEN)
+        noise = optimizer.balance.noise(0, 0, ROWS, SEQ_LEN)
         hidden = model.trunk(inputs, docs, torch.tensor(8, dtype=torch.int32), noise)
         expected = F.cross_entropy(model.head(hidden).flatten(0, 1).float(), targets.flatten().long())
         assert backward(model, optimizer, random_batch(0)) == pytest.approx(expected.item(), rel=1e-5)
@@ -370,7 +370,7 @@ def test_micro_steps_give_the_sums_noise_and_gradients_of_one_batch(micro_steps,
 def test_noise_is_another_in_each_step_row_layer_and_run():
     def drawn(step: int, rank: int = 0, size: int = 1, **changes) -> torch.Tensor:
         _, optimizer = build(settings(**changes), tm.World(rank, rank, size))
-        return optimizer.balance.noise(step, 4, SEQ_LEN)
+        return optimizer.balance.noise(step, 0, 4, SEQ_LEN)
     noise = drawn(3)
     assert noise.shape == (4, MIXTURES, SEQ_LEN, EXPERTS) and abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
     assert torch.equal(noise, drawn(3)) and len(noise.unique()) == noise.numel()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import VOCAB
 from moe import ROUTERS, random_batch, random_noise, settings, window
-from test_mup import BASE, HIDDEN, effects, rates, standard
+from test_mup import BASE, HIDDEN, effects, names_of, rates, standard
 from test_mup import scaled as dense
 
 import train_gpt
@@ -34,39 +34,53 @@ def tail(name: str) -> str:
     return next((known for known in NAMES if name.endswith(known) and ("shared" in name) == ("shared" in known)), name)
 
 
-# --- which axes grow
+def growths(s: tm.Settings) -> dict[str, tuple[float, float]]:
+    """By how much the table's fan-out and fan-in of each parameter grow from the base width."""
+    now, then = (tm.match_rules(tm.parameter_table(x), names_of(s, tm)) for x in (s, s.base))
+    return {tail(name): tuple(a / b for a, b in zip(now[name].fans, then[name].fans, strict=True)) for name in now}
+
+
+# --- what grows
 
 
 @pytest.mark.parametrize("num_experts", [8, 64, 32])
 def test_as_many_experts_as_the_width_or_the_base_width_do_not_grow(num_experts):
-    found = GPT(scaled(64, num_experts=num_experts), VOCAB).inf_shapes
-    wide = {tail(name): x.wide for name, x in found.items()}
-    assert found["routers"].shape == (1, 2 * num_experts, 64) and wide["routers"] == (False, False, True)
-    assert wide["experts_up"] == wide["experts_down"] == (False, True, True)
-    assert wide["shared.up"] == wide["shared.down"] == (True, True)
+    s = scaled(64, num_experts=num_experts)
+    found = growths(s)
+    assert GPT(s, VOCAB).routers.shape == (1, 2 * num_experts, 64) and found["routers"] == (1, 2)
+    assert [found[name] for name in EXPERTS] == [(2, 2)] * 4
 
 
 def test_a_fixed_hidden_size_does_not_grow_even_if_it_is_the_width():
     for hidden in (FIXED, 32, 64):
-        found = {tail(name): x for name, x in GPT(scaled(64, expert_hidden=hidden), VOCAB).inf_shapes.items()}
-        assert [found[name].wide for name in EXPERTS] == [
-            (False, True, False), (False, False, True), (False, True), (False, True)]
-        assert [found[name].growth for name in EXPERTS] == [(1, 2), (2, 1), (1, 2), (2, 1)]
+        found = growths(scaled(64, expert_hidden=hidden))
+        assert [found[name] for name in EXPERTS] == [(1, 2), (2, 1), (1, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("hidden", [0, FIXED])
+def test_the_fans_are_those_of_the_matrices(hidden):
+    """Outputs, inputs: an expert's up-projection is stored (inputs, outputs), a shared one's is not."""
+    s = scaled(64, expert_hidden=hidden)
+    rules = {tail(name): rule.fans for name, rule in tm.match_rules(tm.parameter_table(s), names_of(s, tm)).items()}
+    shapes = {tail(name): tuple(p.shape[-2:]) for name, p in GPT(s, VOCAB).named_parameters()}
+    assert rules["shared.up"] == shapes["shared.up"]
+    assert [rules[name] for name in ("experts_up", "experts_down", "shared.down")] == [
+        shapes[name][::-1] for name in ("experts_up", "experts_down", "shared.down")]
 
 
 # --- the factors
 
 
 def theory(m: float, optimizer: str, fixed: bool) -> dict[str, dict[str, float]]:
-    """lr, decay, multiplier and eps that differ from 1. Experts are hidden matrices, batched. With a hidden size that
+    """lr, decay and eps that differ from 1. Experts are hidden matrices, batched. With a hidden size that
     stays, an up-projection has more inputs than before for an output, a down-projection fewer: under Muon factors
-    sqrt(fan_out / fan_in), under AdamW rate / growth of the fan-in. A router's product is divided by m."""
+    sqrt(fan_out / fan_in), under AdamW rate / growth of the fan-in. A router's product is divided by m elsewhere."""
     hidden = {} if optimizer == "muon" else dict(lr=1 / m, decay=m, eps=1 / m)
     up, down = hidden, hidden
     if fixed:
         up, down = (dict(lr=m**-0.5), dict(lr=m**0.5)) if optimizer == "muon" else (hidden, dict(eps=1 / m))
     return {"experts_up": up, "experts_down": down, "shared.up": up, "shared.down": down, "qkvo": hidden,
-            "mlp.up": hidden, "mlp.down": hidden, "routers": dict(multiplier=1 / m, eps=1 / m)}
+            "mlp.up": hidden, "mlp.down": hidden, "routers": dict(eps=1 / m)}
 
 
 def base_rates(optimizer: str, fixed: bool) -> dict[str, float]:
@@ -87,11 +101,10 @@ def test_factors_and_rates_are_those_of_the_theory(m, optimizer, fixed, router):
     s = scaled(m * BASE, hidden_optimizer=optimizer, expert_hidden=FIXED * fixed, router=router)
     model = GPT(s, VOCAB)
     expected, first = theory(m, optimizer, fixed), base_rates(optimizer, fixed)
-    found = {tail(name): (model.scaling[name], *rest) for name, rest in rates(model, s, tm).items()}
+    found = {tail(name): rest for name, rest in rates(model, s, tm).items()}
     assert found.keys() >= expected.keys() == first.keys()
     for name, factors in expected.items():
-        f, lr, decay, eps = found[name]
-        assert f.lr == pytest.approx(factors.get("lr", 1)) and f.multiplier == factors.get("multiplier", 1), name
+        lr, decay, eps = found[name]
         assert lr == pytest.approx(first[name] * factors.get("lr", 1)), name
         if optimizer == "adamw":
             assert decay == pytest.approx((0.0 if name == "routers" else 0.1) * factors.get("decay", 1)), name
@@ -111,9 +124,10 @@ def test_a_step_takes_the_same_share_of_the_weights_at_every_width():
 def test_epsilon_follows_the_gradient_of_an_up_projection_to_a_fixed_size():
     """An expert's hidden unit, one of as many as before, reaches the whole of the stream: its gradient stays, and with
     it that of the matrix. (That of a hidden matrix shrinks with 1 / m, as each of its m times as many outputs.)"""
-    scaling = GPT(scaled(64, expert_hidden=FIXED, hidden_optimizer="adamw"), VOCAB).scaling
-    assert {tail(name): f.eps for name, f in scaling.items() if tail(name) in EXPERTS} == {
-        "experts_up": 1, "experts_down": 0.5, "shared.up": 1, "shared.down": 0.5}
+    s = scaled(64, expert_hidden=FIXED, hidden_optimizer="adamw")
+    rules = tm.trained_rules(s, names_of(s, tm))
+    assert {tail(name): rule.eps for name, rule in rules.items() if tail(name) in EXPERTS} == {
+        "experts_up": 1e-8, "experts_down": 0.5e-8, "shared.up": 1e-8, "shared.down": 0.5e-8}
 
 
 # --- initial weights
@@ -122,7 +136,7 @@ def test_epsilon_follows_the_gradient_of_an_up_projection_to_a_fixed_size():
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("hidden", [0, FIXED, 24])
 @pytest.mark.parametrize("m", [1, 2, 4])
-def test_reported_std_is_that_of_the_weights(m, hidden, router):
+def test_std_of_the_initial_weights(m, hidden, router):
     """0.5 / sqrt(fan_in), whatever the hidden size. Routers keep theirs, 0 with noise."""
     model, plain = GPT(scaled(m * BASE, expert_hidden=hidden, router=router), VOCAB), 0.5 / math.sqrt(m * BASE)
     expected = dict.fromkeys(("experts_up", "shared.up", "qkvo", "mlp.up"), plain) | {
@@ -131,7 +145,6 @@ def test_reported_std_is_that_of_the_weights(m, hidden, router):
         if tail(name) not in NAMES:
             continue
         wanted, weights = expected.get(tail(name), 0.0), p.detach()[p.detach() != 0]
-        assert model.scaling[name].std == pytest.approx(wanted), name
         assert (len(weights) > 0) == (wanted > 0), name
         assert not len(weights) or weights.std().item() == pytest.approx(wanted, rel=0.12 if p.numel() < 999 else 0.05)
 
@@ -176,10 +189,12 @@ def test_a_routers_multiplier_divides_its_product(router):
 
 def test_without_experts_factors_are_those_of_train_gpt():
     s = dense(64)
-    mine = GPT(tm.Settings(**dataclasses.asdict(s), num_experts=0, moe_layers="DD"), VOCAB)
+    mixed = tm.Settings(**dataclasses.asdict(s), num_experts=0, moe_layers="DD")
+    mine = GPT(mixed, VOCAB)
     its = train_gpt.GPT(s, VOCAB)
-    assert {name: tuple(f) for name, f in mine.scaling.items()} == {name: tuple(f) for name, f in its.scaling.items()}
-    assert mine.cap == its.cap != s.cap
+    rules, theirs = (script.trained_rules(x, names_of(s)) for script, x in ((tm, mixed), (train_gpt, s)))
+    assert {name: tuple(rule) for name, rule in rules.items()} == {name: tuple(rule) for name, rule in theirs.items()}
+    assert mine.cap == its.cap != s.softcap
 
 
 # --- Muon's update
