@@ -124,7 +124,7 @@ def test_tokens_are_counted_over_stages_of_different_batches(tmp_path):
 
 def test_config_holds_all_that_makes_the_run(run):
     config = json.loads((run / "config.json").read_text())
-    names = {field.name for field in train_gpt.dataclasses.fields(train_gpt.Settings)}
+    names = {field.name for field in train_gpt.fields(train_gpt.Settings)}
     assert config["settings"].keys() == names and config["settings"]["muon_lr"] == 0.02
     assert "auto" not in config["settings"].values()
     assert config["git"].keys() == {"commit", "dirty"} and config["world_size"] == 1
