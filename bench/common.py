@@ -30,8 +30,7 @@ FACTS = ("date", "command", "data", "hardware", "torch", "commit", "trainer")  #
 NOT_FINITE = re.compile(r"(nan|inf|not finite).*: stopped")  # a trainer's words
 
 
-# --------------------------------------------------------------------------------------------------
-# Records
+# --- Records
 
 
 def key_of(*parts) -> str:
@@ -80,8 +79,7 @@ def write_json(path: Path, value: dict, indent: int = 2) -> None:
     os.replace(temporary, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Runs
+# --- Runs
 
 
 def run_command(command: list[str], children: set) -> str:
@@ -187,8 +185,7 @@ def stop_group(child: subprocess.Popen, patience_s: float = 0) -> None:
             child.wait(seconds)
 
 
-# --------------------------------------------------------------------------------------------------
-# Sweeps that decide by the losses so far what to run next
+# --- Sweeps that decide by the losses so far what to run next
 #
 # A sweep has plan(found) -> {point: number of seeds}, job(point, seed), collect(runs) -> found,
 # order(item), by which (point, seed) are sorted, and distance(point) from where the best is
@@ -242,8 +239,7 @@ def unfinished(sweep, found: Found) -> list[str]:
     return [said] if left else []
 
 
-# --------------------------------------------------------------------------------------------------
-# Statistics
+# --- Statistics
 
 
 class Effect(NamedTuple):
@@ -303,8 +299,7 @@ def mean_sd(values: Iterable[float]) -> str:
     return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
-# --------------------------------------------------------------------------------------------------
-# Report
+# --- Report
 
 
 def markdown(head: list[str], rows: list[list]) -> str:
@@ -348,8 +343,7 @@ def panels(width: float, height: float, rows: int = 1, columns: int = 1, **optio
     return figure, figure.subplots(rows, columns, **options)
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# --- Command line
 
 
 def make_parser(doc: str, script: str = "") -> argparse.ArgumentParser:
