@@ -122,10 +122,11 @@ def record(job, script: Path, measure: Callable[[], dict], may_diverge: bool = F
 
 def about(config: dict, fingerprint: str | None = None) -> dict:
     """Where a run ran, from its config.json. RuntimeError: its data are others than expected."""
-    data, git = config["data"], config["git"]
+    data = config["data"]
     if fingerprint not in (None, data["fingerprint"]):
         raise RuntimeError(f"the data have changed: fingerprint {data['fingerprint']}, at the start "
                            f"of this call {fingerprint}")
+    git = config["git"]
     changes = " with changes" if git["dirty"] else ""
     return {"torch": config["torch"],
             "hardware": f"{config['hardware']['name']}, {os.cpu_count()} CPU cores",
