@@ -16,7 +16,6 @@ import argparse
 import difflib
 import shlex
 import sys
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -192,24 +191,15 @@ def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
 # --- Runs
 
 
-def step_ms(events: list[dict], config: dict) -> float:
-    """ms per step over a whole run: the median of each stage, without its first step, weighted by
-    the stage's length."""
-    times = [event["step_ms"] for event in events if "step_ms" in event]
-    steps = config["settings"]["iterations"]
-    ends = [0, *(round(end * steps) for end in config["settings"]["stage_ends"])]
-    return sum((b - a) * median(times[a + 1:b]) for a, b in pairwise(ends)) / steps
-
-
 def measure(job: Job, children: set) -> dict:
     """The loss, or the step time beside the proxy's."""
     def train(change: str) -> tuple[list[dict], dict]:
         return common.train(TRAINER, job.flags(change), job.seed, children)
 
-    found = {"proxy_ms": step_ms(*train(""))} if job.kind == "time" else {}
+    found = {"proxy_ms": common.step_ms(*train(""))} if job.kind == "time" else {}
     events, config = train(job.change)
     if job.kind == "time":
-        found["ms"] = step_ms(events, config)
+        found["ms"] = common.step_ms(events, config)
     else:
         names = ("val_loss", "val_bpb", "params_total", "train_time_ms")
         found |= {name: events[-1][name] for name in names}

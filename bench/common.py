@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from datetime import date
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -132,6 +133,15 @@ def about(config: dict, fingerprint: str | None = None) -> dict:
             "hardware": f"{config['hardware']['name']}, {os.cpu_count()} CPU cores",
             "commit": (git["commit"] or "unknown")[:10] + changes,
             "data": f"{data['name']}, fingerprint {data['fingerprint']}"}
+
+
+def step_ms(events: list[dict], config: dict) -> float:
+    """ms per step over a whole run: the median of each stage, without its first step, weighted by
+    the stage's length."""
+    times = [event["step_ms"] for event in events if "step_ms" in event]
+    steps = config["settings"]["iterations"]
+    ends = [0, *(round(end * steps) for end in config["settings"]["stage_ends"])]
+    return sum((b - a) * median(times[a + 1:b]) for a, b in pairwise(ends)) / steps
 
 
 def tokens_of(events: list[dict]) -> int:

@@ -236,7 +236,7 @@ def test_step_time_is_the_mean_of_the_stages_medians():
     times = [99, 2, 4, 9, 99, 10, 99, 1, 1, 2]  # stages of 4, 2 and 4 steps, whose medians are 4, 10 and 1
     events = [{"event": "start"}, *({"step_ms": ms} for ms in times), {"val_loss": 1.0}]
     config = {"settings": {"iterations": 10, "stage_ends": [0.4, 0.6, 1.0]}}
-    assert ablate.step_ms(events, config) == pytest.approx((4 * 4 + 2 * 10 + 4 * 1) / 10)
+    assert common.step_ms(events, config) == pytest.approx((4 * 4 + 2 * 10 + 4 * 1) / 10)
 
 
 # Results
