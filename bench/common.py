@@ -367,12 +367,14 @@ def make_parser(doc: str, script: str = "") -> argparse.ArgumentParser:
     return parser
 
 
-def add_sweep_options(parser: argparse.ArgumentParser, place: str, seeds: int | None = 3) -> None:
+def add_sweep_options(parser: argparse.ArgumentParser, place: str, seeds: int | None = 3,
+                      quick: bool = True) -> None:
     """The options of every sweep; `place` names its folder under records/."""
     add = parser.add_argument
     add("--seeds", type=int, default=seeds, help="runs of each (default: %(default)s)")
     add("--jobs", type=int, default=1, help="runs at the same time (default: 1)")
-    add("--quick", action="store_true", help="allow fewer seeds, to try it out")
+    if quick:
+        add("--quick", action="store_true", help="allow fewer seeds, to try it out")
     add("--list", action="store_true", help="print the plan and its time, and run nothing")
     add("--out", type=Path, metavar="DIR", help="folder of the results; name it to go on another "
         f"day (default: records/DATE_{place})")
@@ -380,10 +382,10 @@ def add_sweep_options(parser: argparse.ArgumentParser, place: str, seeds: int | 
 
 def check_counts(args: argparse.Namespace, seeds: int = 3, quick: int = 1, **least: int) -> None:
     """Raises ValueError for too few seeds, jobs and other numbers."""
-    low = quick if args.quick else seeds
+    low = quick if getattr(args, "quick", False) else seeds
     if args.seeds < low:
-        raise ValueError(f"--seeds must be at least {low}, got {args.seeds}; fewer than {seeds} "
-                         "need --quick")
+        hint = f"; fewer than {seeds} need --quick" if seeds > quick else ""
+        raise ValueError(f"--seeds must be at least {low}, got {args.seeds}{hint}")
     for name, number in ({"jobs": 1} | least).items():
         if getattr(args, name) < number:
             given = getattr(args, name)
