@@ -464,7 +464,7 @@ def exit_code(failed: int) -> int:
 
 
 def command_line(script: str, parse: Callable, work: Callable[[argparse.Namespace, str], int],
-                 argv: list[str] | None) -> int:
+                 argv: list[str] | None, resumes: bool = True) -> int:
     """Exit code of work(arguments, command); errors in one sentence."""
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -473,7 +473,7 @@ def command_line(script: str, parse: Callable, work: Callable[[argparse.Namespac
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on", file=sys.stderr)
+        print("error: interrupted" + "; the same command goes on" * resumes, file=sys.stderr)
         return 130
 
 

@@ -351,7 +351,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return common.command_line("cpu", parse_args, benchmark, argv)
+    return common.command_line("cpu", parse_args, benchmark, argv, resumes=False)
 
 
 if __name__ == "__main__":
