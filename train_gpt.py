@@ -10,16 +10,19 @@ Needs a data set: `python data/stdlib.py` (no download) or `python data/cached_f
 The number of processes does not change the training: same global batch, same order of tokens, same losses but for
 rounding.
 
+Three parts. RECORD is what a competitor changes: hyperparameters, model, optimizer, schedule, and the loop, `train`.
+KERNELS has its fast forms, SERVICE all that surrounds a run: command line, data, checkpoints, logs, clock, processes.
+
 Model: that of the public speedrun up to its record 28, with the later techniques that are plain tensor operations
-(README has the checklist): RMSNorm without parameters, QK-norm, half-truncated RoPE, ReLU^2, value embeddings, a skip
+(docs/techniques.md): RMSNorm without parameters, QK-norm, half-truncated RoPE, ReLU^2, value embeddings, a skip
 connection and backout, gates, smear, key offset, paired heads, soft-capped logits, several predicted tokens, sliding
 windows that grow. Optimizer: Muon for the hidden matrices, AdamW for the rest, sharded as in ZeRO-2. On a Hopper GPU
 FlexAttention, an FP8 head and own Triton kernels are compiled in; each has a plain form and a flag that selects it.
 
 Measured on 2 CPU cores (AMD EPYC, torch 2.13.0): `--preset cpu` ends at 1.130 +- 0.034 nats per byte of the standard
-library after 100 to 108 s of wall-clock time (n = 4); nanoGPT's documented loss on Tiny Shakespeare characters is
-reached in 7.0 s, imports included, against 77 s with its own configuration (n = 3 each, bench/cpu.py).
-Not yet measured on a GPU.
+library (n = 4); nanoGPT's documented loss on Tiny Shakespeare characters is reached in 7.0 s, imports included, against
+77 s with its own configuration (n = 3 each, bench/cpu.py). Not measured on a GPU.
+Numbers in brackets name records of the public speedrun (github.com/KellerJordan/modded-nanogpt).
 Shape suffixes: B rows, T tokens of a row, D model_dim, H heads, K key dim of a head, V vocabulary.
 """
 from __future__ import annotations
@@ -37,14 +40,11 @@ import json
 import math
 import os
 import platform
-import queue
 import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,18 +58,1639 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Settings                                                                                                           │
-# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-# argparse is generated from the fields below: name, type, default, and the comment as help text, whose last bracket
-# holds the allowed values. `ints` and `floats` have one value per stage of training, or one for all stages.
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ RECORD: what a competitor changes                                                            ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Hyperparameters                                                                              │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# argparse is generated from the fields: name, type, default, and the comment as help. Its bracket
+# holds the allowed values, `per stage` where one value per stage of training may be given, and
+# `with` another setting, without which nothing reads this one. How and where a run runs (device,
+# dtype, kernels, evaluation, logs) is in RunSettings, in SERVICE; an object of Settings has both.
 
 ints = tuple[int, ...]
 floats = tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What is computed. A resumed run must have the same."""
+
+    seed: int = 0  # of the initial weights and of the order of shuffled data [>=0]
+    shuffle: bool = True  # shuffle the documents of a shard; the speedrun keeps the published order
+    long_docs: str = "split"  # past max_doc_len: further pieces, or skipped (29) [split|clip]
+    # --- model
+    num_layers: int = 12  # transformer layers [>0]
+    width: int = 768  # model_dim: size of the residual stream, a multiple of head_dim [>0]
+    head_dim: int = 128  # size of an attention head; num_heads = width / head_dim [>0]
+    mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
+    attention: str = "auto"  # a letter per layer: L long window, S short, P short and paired, - none
+    paired: bool = True  # auto attention pairs heads in some layers: queries see both's keys (58)
+    key_offset: bool = True  # in L layers half of a key is the previous token's (49)
+    xsa: bool = True  # remove from a head's output its part along the token's own value (82, 86)
+    value_embeds: int = 3  # value-embedding tables, each for an early and a late layer (14) [>=0]
+    value_gate: bool = True  # gate value embeddings by 12 dimensions of the layer's input (55)
+    skip: str = "single"  # early layers' outputs added to late ones (11, 45) [unet|single|none]
+    backout: bool = True  # subtract a learned share of the stream after 2/3 of the layers (40)
+    smear: bool = True  # a token's embedding takes up some of the previous token's, gated (34)
+    bigram: int = 0  # rows of a table of hashed token pairs, added to the embedding (62); 0 off [>=0]
+    attn_gate: bool = True  # gate each head's output by 12 dimensions of its input (28)
+    softcap: floats = (23.0, 5.0, 7.5)  # a,b,c of a*sigmoid((z+b)/c) of logits (54); 0,0,1: off [>=0]
+    rope_base: float = 1024.0  # slowest rotary frequency is 1 / this, in radians per token [>0]
+    attn_scale: float = 0.0  # factor on q.k, RMS-normed; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (20) [>=0]
+    # --- width transfer: rates tuned at a small width serve a large one (muP)
+    mup: bool = False  # scale learning rates, decay, epsilon and logits from base_width to width
+    base_width: int = 0  # width at which the rates were tuned; 0: the preset's [>=0; with mup]
+    base_head_dim: int = 0  # head_dim there; 0: the same [>=0; with mup]
+    mup_embedding: str = "constant"  # rate of tables; sqrt: / sqrt(growth) [constant|sqrt; with mup]
+    # --- stages of training: one value per stage, or one for all
+    iterations: int = 1695  # optimizer steps [>0]
+    stage_ends: floats = (1.0,)  # where each stage ends, as a fraction of the iterations [>0]
+    batch_tokens: ints = (393216,)  # tokens of a step, over all processes [>0; per stage]
+    seq_len: ints = (49152,)  # tokens of a row, packed from whole documents [>0; per stage]
+    max_doc_len: ints = (0,)  # longest piece of a document, in tokens; 0: the row's [>=0; per stage]
+    window: ints = (1792,)  # long attention window, in tokens, at the stage's end [>0; per stage]
+    mtp: ints = (0,)  # further tokens to predict, weights 1/2, 1/4 .. (53) [>=0; per stage]
+    stage_lr: floats = (1.0,)  # factor on all learning rates in the stage [>0; per stage]
+    window_start: int = 128  # long window at step 0, tokens, grows linearly; 0: no growth [>=0]
+    window_step: int = 128  # windows are rounded up to a multiple of this, in tokens [>0]
+    # --- optimizer
+    hidden_optimizer: str = "muon"  # of hidden matrices, those of attention and MLP [muon|adamw]
+    hidden_lr: float = 0.002  # their rate under AdamW [>=0; with hidden_optimizer adamw]
+    hidden_weight_decay: float = 0.1  # their decay there [>=0; with hidden_optimizer adamw]
+    muon_lr: float = 0.05  # their learning rate [>=0; with hidden_optimizer muon]
+    muon_momentum: float = 0.95  # Nesterov, after its warm-up [0..1; with hidden_optimizer muon]
+    momentum_start: float = 0.85  # at the first and last step [0..1; with hidden_optimizer muon]
+    momentum_warmup: int = 300  # steps of its rise [>=0; with hidden_optimizer muon]
+    momentum_cooldown: int = 50  # last steps, of its fall [>=0; with hidden_optimizer muon]
+    muon_beta2: float = 0.95  # of NorMuon's variance; 0 off [0..1; with hidden_optimizer muon]
+    muon_weight_decay: float = 0.02  # their decay / peak rate [>=0; with hidden_optimizer muon]
+    orthogonalizer: str = "polar_express"  # [polar_express|newton_schulz; with hidden_optimizer muon]
+    adam_lr: float = 0.008  # base rate of all other parameters; factors in parameter_table [>=0]
+    adam_eps: float = 1e-10  # AdamW's epsilon [>0]
+    adam_weight_decay: float = 0.0  # decay / peak rate of embeddings and head; falls as rate^2 [>=0]
+    cautious: bool = True  # decay only where update and weight have the same sign
+    schedule: str = "linear"  # shape of the cool-down: linear, or 1 - sqrt [linear|wsd]
+    warmup_steps: int = 0  # steps over which the learning rates rise [>=0]
+    cooldown: float = 0.45  # last fraction of the iterations, in which they fall [0..1]
+    lr_floor: float = 0.1  # learning rate at the end / its peak [0..1]
+
+    @property
+    def num_heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def base(self) -> Hyperparameters:
+        """The settings at the base width, whose learning rates these are."""
+        if not self.mup:
+            return self
+        sizes = dict(width=self.base_width, head_dim=self.base_head_dim)
+        return dataclasses.replace(self, mup=False, **sizes)
+
+    @property
+    def growth(self) -> float:
+        """Width relative to the base width; the logits of a wider model are divided by it."""
+        return self.width / self.base.width
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on q.k. Under --mup it goes with 1 / head_dim, as q and k align (TP-V)."""
+        if self.mup:
+            return self.base.softmax_scale * (self.base_head_dim / self.head_dim)
+        return self.attn_scale or 1.36 / math.sqrt(self.head_dim)
+
+
+PRESETS: dict[str, dict] = {
+    # two CPU cores, under two minutes: bytes of the Python standard library (records/LOG.md)
+    "cpu": dict(
+        data="stdlib", num_layers=3, width=192, head_dim=48, value_embeds=1, iterations=360,
+        batch_tokens=(4096,), seq_len=(256,), max_doc_len=(256,), window=(256,), window_start=64,
+        window_step=32, micro_tokens=8192, softcap=(30.0, 0.0, 7.5), paired=False, key_offset=False,
+        xsa=False, skip="unet", backout=False, muon_lr=0.06, muon_momentum=0.9, momentum_warmup=30,
+        momentum_cooldown=20, cooldown=0.6, lr_floor=0.0, eval_every=120, eval_tokens=131072,
+        compile=False,
+    ),
+    # the GPT-2-small shape on one 16 GB card; 24 GB and more: --micro-tokens 16384
+    "gpu": dict(
+        iterations=4000, batch_tokens=(65536,), seq_len=(8192,), max_doc_len=(2048,),
+        window=(1024,), window_start=256, micro_tokens=8192, muon_lr=0.025, adam_lr=0.004,
+        eval_every=250, eval_tokens=262144, save_every=500,
+    ),
+    # the 8xH100 track, 3.28 on FineWeb: stages of record 89, more steps, as it has more techniques
+    "speedrun": dict(
+        data="fineweb10B", shuffle=False, iterations=1800, stage_ends=(1 / 3, 2 / 3, 1.0),
+        batch_tokens=(131072, 262144, 393216), seq_len=(16384, 32768, 49152),
+        max_doc_len=(896, 2048, 2048), window=(384, 896, 1408), stage_lr=(1.0, 1.52, 1.73),
+        mtp=(2, 1, 0), muon_lr=0.023, adam_weight_decay=0.005, cooldown=0.6, lr_floor=0.15,
+        target_loss=3.28, save_last=False,
+    ),
+    # the GPT-2-medium track: 2.92 on FineWeb
+    "medium": dict(
+        data="fineweb10B", shuffle=False, num_layers=16, width=1024, iterations=5960,
+        batch_tokens=(524288,), seq_len=(65536,), window=(3456,), muon_lr=0.025, adam_lr=0.004,
+        cooldown=0.7, target_loss=2.92, micro_tokens=65536,
+    ),
+}
+
+
+def auto_attention(num_layers: int, paired: bool) -> str:
+    """Long windows in the first, the last and a layer at a third (20); from 12 layers on no
+    attention in layer 7/12 (17); paired heads in every third of the others (58 has 4 of 11)."""
+    long = {0, num_layers // 3, num_layers - 1}
+    none = 7 * num_layers // 12 if num_layers >= 12 else None
+    letters = ["L" if i in long else "P" if paired and i % 3 == 2 else "S" for i in range(num_layers)]
+    return "".join("-" if i == none else letter for i, letter in enumerate(letters))
+
+
+def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
+    """What `auto`, or 0, means: setting -> value and the reason for it."""
+    width = PRESETS.get(s.preset, {}).get("width", 768) if s.mup and not s.base_width else s.base_width
+    head_dim = s.base_head_dim or s.head_dim
+    odd = s.width // max(1, s.head_dim) % 2 or (s.mup and width // max(1, head_dim) % 2)
+    return {
+        "attention": (auto_attention(s.num_layers, s.paired and not odd), f"for {s.num_layers} layers"),
+        "base_width": (s.mup and width, "the preset's width"),
+        "base_head_dim": (s.mup and head_dim, "the head_dim"),
+    }
+
+
+def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_size: int) -> list[str]:
+    """A sentence for each setting of the model that does not fit another one."""
+    bad = []
+    for prefix in ("", "base_") if s.mup else ("",):
+        width, head_dim = getattr(s, f"{prefix}width"), getattr(s, f"{prefix}head_dim")
+        if width % head_dim or head_dim % 4 or width < GATE_DIM:
+            bad.append(f"--{prefix}width {width} must be a multiple of --{prefix}head_dim {head_dim}, "
+                       f"that one of 4, and not below {GATE_DIM}")
+    if 2 * s.value_embeds > s.num_layers:
+        bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
+    if len(s.attention) != s.num_layers or set(s.attention) - set("LSP-"):
+        bad.append(f"--attention {s.attention}: one letter L, S, P or - for each of the {s.num_layers} layers")
+    elif "P" in s.attention and (odd := [x.num_heads for x in (s, s.base) if x.num_heads % 2]):
+        bad.append(f"--attention {s.attention}: P layers pair heads, and there are {odd[0]}; use --no-paired")
+    elif set(s.attention) == {"-"} or (
+            len({layer.value_table for layer in layer_table(s)} - {None}) < s.value_embeds):
+        bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} "
+                   "value tables, needs it")
+    if len(s.softcap) != 3 or not s.softcap[2]:
+        bad.append(f"--softcap {s.softcap}: three numbers a,b,c, the last above 0; 0,0,1 is no cap")
+    if s.bigram == 1:
+        bad.append("--bigram 1: a table needs 2 rows or more, one is for the starts of documents; 0 leaves it out")
+    if s.muon_beta2 == 1 or s.muon_momentum == 1:
+        bad.append("--muon_beta2 and --muon_momentum must be below 1: at 1 nothing new is ever averaged in")
+    if s.warmup_steps >= s.iterations:
+        bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
+    return bad + stage_errors(s, world_size)
+
+
+def stage_errors(s: Settings, world_size: int) -> list[str]:
+    """A sentence for each stage whose batch does not split into whole rows, equally for all."""
+    count = len(s.stage_ends)
+    bad = [f"--{name} has {len(getattr(s, name))} values, --stage_ends {count}"
+           for name in staged_settings() if len(getattr(s, name)) not in (1, count)]
+    if s.stage_ends[-1] != 1.0 or list(s.stage_ends) != sorted(set(s.stage_ends)):
+        bad.append(f"--stage_ends {s.stage_ends}: must rise and end with 1.0")
+    for t in [] if bad else stage_table(s):
+        rows = t.batch_tokens // t.seq_len
+        if t.batch_tokens % t.seq_len:
+            bad.append(f"--batch_tokens {t.batch_tokens} must be a multiple of --seq_len {t.seq_len}")
+        elif rows % world_size:
+            fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+            bad.append(f"{world_size} processes cannot share the {rows} rows of a step (batch_tokens "
+                       f"{t.batch_tokens} / seq_len {t.seq_len}): use {fits} processes")
+        elif t.seq_len > s.micro_tokens:
+            bad.append(f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {t.seq_len} tokens")
+        elif t.mtp >= t.seq_len:
+            bad.append(f"--mtp {t.mtp} must be less than --seq_len {t.seq_len}")
+    return bad
+
+
+class Stage(NamedTuple):
+    """One row of the stage table: steps [start, end) of the run."""
+
+    start: int
+    end: int
+    window_start: int  # long window at `start`
+    batch_tokens: int
+    seq_len: int
+    max_doc_len: int
+    window: int  # long window at `end`
+    mtp: int  # further future tokens
+    lr: float
+
+    def micro_rows(self, s: Settings, world_size: int) -> int:
+        """Rows of one forward pass: the most that fit into micro_tokens and divide the share of a process."""
+        rows = self.batch_tokens // self.seq_len // world_size
+        most = max(1, s.micro_tokens // self.seq_len)
+        return max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
+
+
+def stage_table(s: Settings) -> list[Stage]:
+    """The stages of a run; a single value of a staged setting holds for all of them."""
+    columns = [getattr(s, name) for name in staged_settings()]
+    columns = [c * len(s.stage_ends) if len(c) == 1 else c for c in columns]
+    stages: list[Stage] = []
+    for end, *row in zip(s.stage_ends, *columns, strict=True):
+        start, window = (stages[-1].end, stages[-1].window) if stages else (0, s.window_start or s.window[0])
+        stages.append(Stage(start, round(end * s.iterations), window, *row))
+    return stages
+
+
+def stage_at(stages: list[Stage], step: int) -> Stage:
+    """The stage of training step `step`; the last one for steps past the end."""
+    return next((stage for stage in stages if step < stage.end), stages[-1])
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Attention                                                                                    │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# One rule says who sees whom; all backends apply it token by token, so that compiled, eager and
+# SDPA agree. (A window that exists only in the block lists of FlexAttention is silently ignored
+# wherever the kernel is not compiled.)
+
+FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
+
+
+def visible(query: Tensor, key: Tensor, query_doc: Tensor, key_doc: Tensor, window: Tensor) -> Tensor:
+    """True where a query may look at a key: causal, same document, inside the window."""
+    return (query >= key) & (query - key < window) & (query_doc == key_doc)
+
+
+def dense_mask(docs_BT: Tensor, window: Tensor, copies: int = 1) -> Tensor:
+    """The rule for all pairs, (B, 1, T, T) bool; each token `copies` times."""
+    position = torch.arange(docs_BT.size(1), device=docs_BT.device).repeat_interleave(copies)
+    docs = docs_BT.repeat_interleave(copies, dim=1)
+    return visible(position[:, None], position, docs[:, None, :, None], docs[:, None, None, :], window)
+
+
+def block_mask(docs_BT: Tensor, window: Tensor, copies: int = 1):
+    """The rule as a FlexAttention BlockMask, nearest blocks first, without looking at T x T pairs.
+
+    Document numbers only rise along a row, so the first and last number of a block tell whether two
+    blocks share a document (a pair of tokens may), or consist of one and the same (every pair does:
+    no mask is needed inside)."""
+    from torch.nn.attention.flex_attention import BlockMask
+    span = FLEX_BLOCK // copies  # tokens of a block
+    docs = docs_BT.unflatten(1, (-1, span))
+    first, last = docs[..., 0], docs[..., -1]
+    block = torch.arange(first.size(1), device=docs_BT.device)
+    ahead = (block[:, None] - block) * span  # distance of two blocks' first tokens
+    meets = last[:, None, :] >= first[:, :, None]
+    some = (ahead >= 0) & (ahead - (span - 1) < window) & meets
+    same = first[:, None, :] == last[:, :, None]
+    full = (ahead > 0) & (ahead + (span - 1) < window) & same
+
+    def listed(flags: Tensor) -> tuple[Tensor, Tensor]:  # counts (B, 1, n), indices (B, 1, n, n)
+        order = flags.flip(-1).int().argsort(dim=-1, descending=True, stable=True)
+        nearest_first = (flags.size(-1) - 1 - order).to(torch.int32)
+        return flags.sum(-1, dtype=torch.int32)[:, None], nearest_first[:, None].contiguous()
+
+    def mask_mod(b, h, query, key):
+        query, key = query // copies, key // copies
+        return visible(query, key, docs_BT[b, query], docs_BT[b, key], window)
+
+    length = copies * docs_BT.size(1)
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~full), *listed(full),
+        BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod, seq_lengths=(length, length))
+
+
+def flex_options(device: str) -> dict | None:
+    """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory."""
+    if not small_shared_memory(device):
+        return None
+    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+
+
+def attend(
+    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float, backend: str, options: dict | None = None,
+) -> Tensor:
+    """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a
+    dense_mask SDPA or the formula itself, which in bf16 on a CPU takes 0.25 to 0.64 of SDPA's time
+    (records/LOG.md, 2026-11-20)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    if backend == "flex":
+        from torch.nn.attention.flex_attention import flex_attention
+        y = flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
+    elif backend == "sdpa":
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        y = (q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+    return y.transpose(1, 2)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Model                                                                                        │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+
+GATE_DIM = 12  # dimensions of the residual stream that gates read (28)
+HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
+IGNORE = -1  # target that has no loss
+# Learned scalars of a layer and their initial values: weights of the residual stream, of the
+# embedding (added in again at every layer), of the skip connection, of the values, of the value
+# embedding (11, 14, 15), of the output where the last layer's is freed of it (40).
+SCALARS = {
+    "residual": 1.0, "embedding": 0.0, "skip": 1.0,
+    "value": 0.5, "value_embed": 0.5, "backout": 0.5,
+}
+
+
+class Layer(NamedTuple):
+    """One row of the layer table."""
+
+    attention: str  # L long window, S short window, P short window and paired heads, - none
+    value_table: int | None  # value-embedding table that is mixed into v
+    skip_from: int | None  # layer whose output is added to this one's input
+
+
+def layer_table(s: Settings) -> list[Layer]:
+    """The topology of the model. Value tables serve the first and again the last layers (17);
+    `unet` adds the output of layer i to layer n-1-i (11), `single` of layer n/4 to n/2 (45)."""
+    n, tables = s.num_layers, s.value_embeds
+    layers = []
+    for i, attention in enumerate(s.attention):
+        value = i if i < tables else i - (n - tables) if i >= n - tables else None
+        skips = {"unet": n - 1 - i if n - 1 - i < i else None, "single": n // 4 if i == n // 2 > 1 else None}
+        layers.append(Layer(attention, value if attention != "-" else None, skips.get(s.skip)))
+    return layers
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last axis, without parameters."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def short_window(window, step: int):
+    """Half of a long window, an int or int tensor, rounded up to `step` tokens."""
+    return -(-window // (2 * step)) * step
+
+
+def rotary_table(length: int, head_dim: int, base: float, window: int = 1, longer: int = 1) -> tuple[Tensor, Tensor]:
+    """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, radians per token.
+
+    For a `longer` window than that of training, YaRN (Peng et al. 2023, arXiv 2309.00071):
+    frequencies that turn less than once in the window are slowed down by the ratio of the two,
+    those that turn 32 times stay. (Without its temperature: queries and keys are normed.)"""
+    frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
+    if longer > window:
+        kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) * window / longer)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of
+    their position, in fp32; the other half carries content regardless of position (17)."""
+    a, a_still, b, b_still = x_BTHK.chunk(4, dim=-1)
+    a, b = a.float(), b.float()
+    turned_a = (a * cos + b * sin).type_as(x_BTHK)
+    turned_b = (b * cos - a * sin).type_as(x_BTHK)
+    return torch.cat((turned_a, a_still, turned_b, b_still), dim=-1)
+
+
+class Positions(NamedTuple):
+    """What a layer knows about the tokens' positions."""
+
+    cos: Tensor  # of the rotary angles, (T, 1, K / 4)
+    sin: Tensor
+    follows_BT11: Tensor  # True where the token before belongs to the same document
+
+
+def without_component(y: Tensor, direction: Tensor) -> Tensor:
+    """y minus its projection on `direction`, along the last axis."""
+    unit = F.normalize(direction, dim=-1)
+    return y - (y * unit).sum(-1, keepdim=True) * unit
+
+
+def pair(x_BTHK: Tensor) -> Tensor:
+    """(B, T, H, K) -> (B, 2T, H/2, K), head h and head h + H/2 of a token one after the other; a view
+    if the tokens are contiguous. Each query sees the keys of both heads in a short window. (58 orders
+    the two heads of a token, and halves the window, so that the cost stays; here it doubles.)"""
+    return x_BTHK.unflatten(2, (2, -1)).flatten(1, 2)
+
+
+def uniform_matrix(*shape: int) -> Tensor:
+    """Initial weights, uniform with standard deviation 0.5 / sqrt(fan_in), the last axis."""
+    bound = math.sqrt(3) * 0.5 * shape[-1] ** -0.5
+    return torch.empty(shape).uniform_(-bound, bound)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate.
+
+    qkvo holds the four matrices in one shape, so that the optimizer can batch them; the output
+    matrix is the transposed one and starts at zero."""
+
+    def __init__(self, s: Settings, kind: str):
+        super().__init__()
+        self.num_heads, self.head_dim = s.num_heads, s.head_dim
+        self.gated, self.value_gated = s.attn_gate, s.value_gate
+        self.scale, self.backend, self.options = s.softmax_scale, s.backend, flex_options(s.device)
+        self.offset, self.paired, self.xsa = s.key_offset and kind == "L", kind == "P", s.xsa
+        qkv, out = uniform_matrix(3, s.width, s.width), torch.zeros(1, s.width, s.width)
+        self.qkvo = nn.Parameter(torch.cat((qkv, out)))
+
+    def forward(
+        self, x_BTD: Tensor, value_BTD: Tensor | None, mask, at: Positions, scalars: dict, gates: Tensor | None,
+    ) -> Tensor:
+        q, k, v, value_BTHK, gate = self.project(x_BTD, value_BTD, at, scalars, gates)
+        q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
+        y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(value_BTHK.shape)
+        y = without_component(y, value_BTHK) if self.xsa else y
+        _, out = self.qkvo.split((3, 1))
+        return (y if gate is None else y * gate).flatten(2) @ out[0]
+
+    def project(
+        self, x_BTD: Tensor, value_BTD: Tensor | None, at: Positions, scalars: dict, gates: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v of each position, (B, T, H, K), and for its output v again and its gate, (B, T, H, 1)."""
+        qkv, _ = self.qkvo.split((3, 1))
+        heads = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3 * self.num_heads, self.head_dim))
+        qk, v = heads.split((2 * self.num_heads, self.num_heads), dim=2)
+        q, k = (rotate(x, at.cos, at.sin) for x in norm(qk).chunk(2, dim=2))
+        k = self.offset_keys(k, at.follows_BT11)
+        out_gate = value_gate = None
+        if gates is not None:
+            both = torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gates.flatten(0, 1)))
+            out_gate, value_gate = both.unflatten(-1, (2, self.num_heads, 1)).unbind(2)
+        if value_BTD is not None:
+            weight = scalars["value_embed"] * (2 * value_gate if self.value_gated else 1)
+            v = scalars["value"] * v + weight * value_BTD.view_as(v)
+        return q, k, v, v, out_gate if self.gated else None
+
+    def offset_keys(self, k_BTHK: Tensor, follows_BT11: Tensor) -> Tensor:
+        """Partial key offset: the unrotated half of a key is that of the token before, if it is of
+        the same document. A query that looks for a content finds what came after it: one layer can
+        do induction (49)."""
+        if not self.offset:
+            return k_BTHK
+        shifted = torch.cat((k_BTHK[:, :1], k_BTHK[:, :-1]), dim=1)
+        previous = torch.where(follows_BT11, shifted, k_BTHK)
+        a, _, b, _ = k_BTHK.chunk(4, dim=-1)
+        _, a_still, _, b_still = previous.chunk(4, dim=-1)
+        return torch.cat((a, a_still, b, b_still), dim=-1)
+
+
+class MLP(nn.Module):
+    """ReLU^2 feed-forward; both matrices are (hidden, model), so that they can be batched (27)."""
+
+    def __init__(self, s: Settings, hidden: int):
+        super().__init__()
+        self.kernel, self.fp8 = "mlp" in s.kernels, s.fp8_mlp
+        self.up = nn.Parameter(uniform_matrix(hidden, s.width))
+        self.down = nn.Parameter(torch.zeros(hidden, s.width))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        fp8 = self.fp8 and torch.is_grad_enabled()  # evaluation is exact
+        x_ND = x_BTD.flatten(0, 1)
+        return mlp_relu2(x_ND, self.up, self.down, self.kernel, fp8).view_as(x_BTD)
+
+
+class Block(nn.Module):
+    """One layer: mix with skip connection and embedding, attention, MLP."""
+
+    def __init__(self, s: Settings, layer: Layer):
+        super().__init__()
+        self.attn = Attention(s, layer.attention) if layer.attention != "-" else None
+        self.mlp = MLP(s, s.mlp_ratio * s.width)
+
+    def forward(
+        self, x_BTD: Tensor, x0_BTD: Tensor, skip_BTD: Tensor | None, value_BTD: Tensor | None, mask, at: Positions,
+        scalars_S: Tensor, gates: Tensor | None,
+    ) -> Tensor:
+        scalars = dict(zip(SCALARS, scalars_S, strict=True))
+        x = x_BTD if skip_BTD is None else x_BTD + scalars["skip"] * skip_BTD
+        x = scalars["residual"] * x + scalars["embedding"] * x0_BTD
+        if self.attn is not None:
+            x = x + self.attn(norm(x), value_BTD, mask, at, scalars, gates)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The language model, built in fp32 on the CPU from the seed alone; the optimizer casts it."""
+
+    def __init__(self, s: Settings, vocab_size: int):
+        super().__init__()
+        torch.manual_seed(s.seed)
+        self.layers, self.window_step, self.flex = layer_table(s), s.window_step, s.backend == "flex"
+        self.loss_kernel, self.fp8_head = "loss" in s.kernels, s.fp8_head == "on"
+        padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
+        self.embed = nn.Embedding(padded, s.width)
+        self.value_embeds = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeds))
+        self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, its weight
+        self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
+        self.bigram = nn.Embedding(s.bigram, s.width) if s.bigram else None
+        gates = torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM)  # of outputs, of value embeddings
+        gated = s.attn_gate or (s.value_embeds and s.value_gate)
+        self.gates = nn.Parameter(gates) if gated else None
+        self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
+        self.backout = 2 * s.num_layers // 3 - 1 if s.backout and s.num_layers > 2 else None  # layer
+        self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
+        if s.bigram:
+            nn.init.zeros_(self.bigram.weight)
+        a, b, c = s.softcap
+        self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
+        saturated = torch.zeros((), dtype=torch.int64)  # values that FP8 clipped
+        self.register_buffer("saturated", saturated, persistent=False)
+        longest = max([stage.seq_len for stage in stage_table(s)] + [s.eval_seq_len])
+        cos, sin = rotary_table(longest, s.head_dim, s.rope_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, inputs_BT: Tensor, targets_KBT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
+        """Cross-entropies with the targets k of `future_targets`, each summed over those that are not
+        IGNORE, in nats, (K,) fp32. `window`: int32 0-D tensor, tokens of the long window; document
+        numbers rise along a row."""
+        return self.losses(self.trunk(inputs_BT, docs_BT, window), targets_KBT)
+
+    def trunk(self, inputs_BT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
+        """Residual stream after the last layer, (B, T, D)."""
+        follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
+        x = x0 = self.embedding(inputs_BT, follows)
+        values = [table(inputs_BT) for table in self.value_embeds]
+        masks = self.masks(docs_BT, window)
+        length = inputs_BT.size(1)
+        at = Positions(self.cos[:length], self.sin[:length], follows[..., None])
+        scalars = self.scalars.type_as(x).unbind(0)
+        gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
+        outputs: list[Tensor] = []
+        for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
+            skip = outputs[layer.skip_from] if layer.skip_from is not None else None
+            value = values[layer.value_table] if layer.value_table is not None else None
+            x = block(x, x0, skip, value, masks.get(layer.attention), at, scalars[i], gates[i])
+            outputs.append(x)
+        return x if self.backout is None else x - scalars[self.backout][-1] * outputs[self.backout]
+
+    def masks(self, docs_BT: Tensor, window: Tensor) -> dict:
+        """The mask of each kind of layer, made once per forward pass. A short window is half a long one."""
+        half = torch.minimum(short_window(window, self.window_step), window)
+        make = block_mask if self.flex else dense_mask
+        options = {"L": (window, 1), "S": (half, 1), "P": (half, 2)}
+        kinds = {layer.attention for layer in self.layers} - {"-"}
+        return {kind: make(docs_BT, *options[kind]) for kind in sorted(kinds)}
+
+    def embedding(self, inputs_BT: Tensor, follows_BT1: Tensor) -> Tensor:
+        """Normed token embeddings, with hashed pairs of tokens; each takes up some of the previous
+        token's, gated, if that is of the same document (34)."""
+        x = self.embed(inputs_BT)
+        if self.bigram is not None:
+            x = x + self.bigram(bigram_rows(inputs_BT, follows_BT1[..., 0], self.bigram.num_embeddings))
+        if self.smear is not None:
+            gate, weight = self.smear.split((GATE_DIM, 1))
+            previous = torch.cat((x[:, :1], x[:, :-1]), dim=1) * follows_BT1
+            x = x + weight * torch.sigmoid(F.linear(x[..., :GATE_DIM], gate[None])) * previous
+        return norm(x)
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """Logits, exact."""
+        return cap_logits(F.linear(norm(x_BTD), self.lm_head), self.cap)
+
+    def losses(self, x_BTD: Tensor, targets_KBT: Tensor) -> Tensor:
+        fp8 = self.fp8_head and torch.is_grad_enabled()  # evaluation is exact
+        x_ND, targets_KN = norm(x_BTD).flatten(0, 1), targets_KBT.flatten(1)
+        losses, saturated = head_losses(x_ND, self.lm_head, targets_KN, self.cap, self.loss_kernel, fp8)
+        if fp8:
+            self.saturated += saturated
+        return losses
+
+
+def bigram_rows(inputs_BT: Tensor, follows_BT: Tensor, rows: int) -> Tensor:
+    """Row of the bigram table for a token and the one before it; 0 at the start of a document."""
+    pairs = (inputs_BT[:, 1:] * 40503) ^ (inputs_BT[:, :-1] * 27644)  # below 2^31 for GPT-2 tokens
+    return F.pad(1 + pairs % (rows - 1), (1, 0)) * follows_BT
+
+
+def future_targets(targets_BT: Tensor, docs_BT: Tensor, count: int) -> Tensor:
+    """Targets and those of the `count` tokens after them, (1 + count, B, T); IGNORE past the document."""
+    rows = [targets_BT]
+    for k in range(1, count + 1):
+        same = docs_BT[:, k:] == docs_BT[:, :-k]
+        rows.append(F.pad(targets_BT[:, k:].where(same, IGNORE), (0, k), value=IGNORE))
+    return torch.stack(rows)
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Number of parameters by kind; `matmul`: that multiply a token (for FLOPs), `active`: it meets."""
+    kinds = {"embed": "embedding", "value_embeds": "embedding", "blocks": "hidden", "lm_head": "head"}
+    counts = dict.fromkeys(("hidden", "embedding", "head", "small"), 0)
+    for name, p in model.named_parameters():
+        counts[kinds.get(name.split(".")[0], "small")] += p.numel()
+    total = sum(counts.values())
+    return {"total": total, "active": total, **counts, "matmul": counts["hidden"] + counts["head"]}
+
+
+def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
+    """FLOPs of forward and backward per token: 6 per matmul parameter, and 12 * model_dim per visible
+    key of each attention layer (q.k and weighted sum, 2 FLOPs each, times 3). Keys: the average over
+    a causal row cut at the stage's final window and at max_doc_len; shorter documents do not count."""
+    length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
+    long = math.ceil(stage.window / s.window_step) * s.window_step
+    short = min(short_window(long, s.window_step), long)
+    for layer in layer_table(s):
+        window = min({"L": long, "-": 0}.get(layer.attention, short), length)
+        keys += (window - window * (window - 1) / (2 * length)) * (2 if layer.attention == "P" else 1)
+    return 6.0 * counts["matmul"] + 12.0 * s.width * keys
+
+
+def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
+    """Bytes of the tokens of a forward pass, estimated: 34 activations a layer and dimension (half if
+    compiled, by the 34 GiB of the public records at 49,152 tokens) and, but for FlexAttention, a row
+    of scores."""
+    size = s.torch_dtype.itemsize
+    scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * seq_len
+    return tokens * ((17 if s.compile else 34) * size * s.num_layers * s.width + scores)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Optimizer                                                                                    │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# One class for one rank or many. Each gradient is packed, freed and reduced into the shard of the
+# rank that owns it as soon as it is complete in the last micro-step's backward pass; optimizer state
+# and fp32 master weights exist on the owner only (ZeRO-2); after the update the owner's weights are
+# gathered by all. Small parameters are all-reduced and updated by every rank.
+
+FP32_PARAMETERS = ("scalars",)  # names of parameters that are not rounded to bf16
+
+
+class Rule(NamedTuple):
+    """One row of the parameter table."""
+
+    pattern: str  # of the parameter names, a full match
+    kind: str  # muon or adamw
+    lr: float  # peak learning rate
+    betas: tuple[float, float]  # of adamw; of muon: unused (scheduled momentum), NorMuon's beta
+    weight_decay: float  # per unit of the peak learning rate
+    comm: str  # sharded: its owner updates it; replicated: every rank does
+    role: str  # what grows with the width: hidden, input, output, fixed; table: input, looked up
+    fans: tuple[int, int] = (1, 1)  # fan_out and fan_in, 1 where they do not grow with the width
+    eps: float = 0.0  # of adamw
+
+
+def parameter_table(s: Settings) -> list[Rule]:
+    """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
+    parameters as in 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are
+    stored as (hidden, model), which gives both the factor sqrt(mlp_ratio)."""
+    width, hidden = s.width, s.mlp_ratio * s.width
+    kind, lr, betas, decay = hidden_rule(s)
+    mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
+    adam, table = s.adam_lr, ("sharded", "table", (width, 1), s.adam_eps)
+    slow, fast = (0.9, 0.99), (0.8, 0.95)
+    return [
+        Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, betas, decay, "sharded", "hidden", (width, width), s.adam_eps),
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, betas, decay, "sharded", "hidden", (hidden, width), s.adam_eps),
+        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, betas, decay, "sharded", "hidden", (width, hidden), s.adam_eps),
+        Rule(r"lm_head", "adamw", adam, fast, s.adam_weight_decay, "sharded", "output", (1, width), s.adam_eps),
+        Rule(r"embed\.weight", "adamw", 75 * adam, fast, s.adam_weight_decay, *table),
+        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, fast, s.adam_weight_decay, *table),
+        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), s.adam_weight_decay, *table),
+        Rule(r"gates", "adamw", adam, slow, 0.0, "replicated", "input", (s.num_heads, 1), s.adam_eps),
+        Rule(r"smear", "adamw", adam, slow, 0.0, "replicated", "fixed", eps=s.adam_eps),
+        Rule(r"scalars", "adamw", 5 * adam, slow, 0.0, "replicated", "fixed", eps=s.adam_eps),
+    ]
+
+
+def hidden_rule(s: Settings) -> tuple[str, float, tuple[float, float], float]:
+    """Optimizer, learning rate, betas and weight decay of the hidden matrices."""
+    if s.hidden_optimizer == "adamw":
+        return "adamw", s.hidden_lr, (0.9, 0.95), s.hidden_weight_decay
+    return "muon", s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
+
+
+def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
+    """Parameter name -> its row of the table. Every parameter must match exactly one."""
+    matches = {name: [rule for rule in table if re.fullmatch(rule.pattern, name)] for name in names}
+    wrong = {name: [rule.pattern for rule in rules] for name, rules in matches.items() if len(rules) != 1}
+    assert not wrong, f"parameter_table must cover each parameter exactly once, but: {wrong}"
+    return {name: rules[0] for name, rules in matches.items()}
+
+
+def trained_rules(s: Settings, names: list[str]) -> dict[str, Rule]:
+    """How each parameter is trained at the model's width: by name, its row at the base width, with
+    what --mup changes (transferred)."""
+    base, wide = (match_rules(parameter_table(settings), names) for settings in (s.base, s))
+    return {name: transferred(wide[name], base[name], s.mup_embedding) for name in names}
+
+
+def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
+    """The rule of the base width, serving at another one: muP (Tensor Programs V, TP-V: Yang et al.
+    2022, arXiv 2203.03466), as a condition on spectral norms, which covers Muon (2310.17813).
+
+    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is
+      that of any width, and nothing changes while that ratio stays.
+    - Output: its product is divided by the growth of fan_in (GPT.cap), all else stays (TP-V, 8).
+    - AdamW: the entries of an update have one size and add up over the fan-in. A table's rate is
+      constant; disputed: / sqrt(growth) (2506.15025), which fails the coordinate check by design.
+    - Weight decay: rate * decay stays (2510.19093; disputed in 2512.05620). Epsilon: as the
+      gradients, which shrink as the fan-out grows, or by the output's divisor (TP-V, B.3)."""
+    out, into = (now / then for now, then in zip(rule.fans, base.fans, strict=True))
+    if rule.role == "output":
+        return base._replace(eps=base.eps / into)
+    factor = (out / into) ** 0.5 if rule.kind == "muon" else 1 / into
+    if rule.role == "table" and embedding == "sqrt":
+        factor = out**-0.5
+    return base._replace(lr=base.lr * factor, weight_decay=base.weight_decay / factor, eps=base.eps / out)
+
+
+# Minimax-optimal quintic steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932; 5 steps,
+# safety 2e-2, cushion 2).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's quintic (Jordan et al. 2024)
+
+
+def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype, kernel: bool = False) -> Tensor:
+    """Nearest (semi-)orthogonal matrix of each of (K, rows, cols), approximately: singular values
+    go to about 1."""
+    tall = matrices.size(-2) > matrices.size(-1)
+    x = matrices.mT if tall else matrices
+    slack, steps = (1.02, POLAR_EXPRESS) if method == "polar_express" else (1.0, NEWTON_SCHULZ)
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * slack + 1e-7)).to(dtype)
+    for a, b, c in steps:
+        square = gram(x, None, 1.0, 0.0, kernel)
+        x = torch.baddbmm(x, gram(square, square, c, b, kernel), x, beta=a)
+    return x.mT if tall else x
+
+
+def normalize_variance(update: Tensor, variance: Tensor, new_share: Tensor) -> Tensor:
+    """NorMuon (Li et al. 2025, arXiv 2510.05491): divides each row (of a wide matrix: each column) of
+    the update by the running root-mean-square of its entries, then restores the matrix's norm. No
+    bias correction is needed: a common factor cancels. `variance`: (K, rows, 1) or (K, 1, cols),
+    updated in place."""
+    before = update.norm(dim=(-2, -1), keepdim=True)
+    along = -1 if variance.size(-1) == 1 else -2
+    variance.lerp_(update.square().mean(dim=along, keepdim=True), new_share)
+    update = update * variance.clamp_min(1e-10).rsqrt()
+    return update * (before / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+
+
+def muon_update(
+    master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor | None, lr: Tensor, weight_decay: Tensor,
+    mu: Tensor, new_share: Tensor, method: str, dtype: torch.dtype, cautious: bool, kernel: bool = False,
+):
+    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). lr (K, 1, 1); mu: momentum; variance None: no NorMuon."""
+    grad = grad.float()
+    momentum.lerp_(grad, 1 - mu)
+    update = orthogonalize(torch.lerp(grad, momentum, mu), method, dtype, kernel).float()
+    if variance is not None:
+        update = normalize_variance(update, variance, new_share)
+    apply_update(master, update, lr, weight_decay, cautious)
+
+
+def adamw_update(
+    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, weight_decay: Tensor,
+    new_share1: Tensor, new_share2: Tensor, correction1: Tensor, correction2: Tensor, eps: float, cautious: bool,
+):
+    """One AdamW step on a flat shard, in place (Loshchilov & Hutter 2019, arXiv 1711.05101).
+    new_share: 1 - beta; correction: 1 - beta^step."""
+    grad = grad.float()
+    exp_avg.lerp_(grad, new_share1)
+    exp_avg_sq.lerp_(grad.square(), new_share2)
+    update = exp_avg / correction1 / ((exp_avg_sq / correction2).sqrt() + eps)
+    apply_update(master, update, lr, weight_decay, cautious)
+
+
+def apply_update(master: Tensor, update: Tensor, lr: Tensor, weight_decay: Tensor, cautious: bool):
+    """master -= lr * (update + decay * master), the decay only where it and the update agree in sign
+    if `cautious` (Chen et al. 2025, arXiv 2510.12402)."""
+    decay = weight_decay * master
+    master.sub_(lr * (update + (decay * (update * master >= 0) if cautious else decay)))
+
+
+class Bank:
+    """Parameters that one call updates, cut into pieces of one shape.
+
+        pieces       p0  p1  p2 | p3  p4  p5 | p6  ..   a matrix each for Muon; AdamW: 1/ranks, flat
+        collectives  one for every `owners` pieces: gradients are reduced, weights gathered, by it
+        mine         in each the piece that this rank updates: its rank-th
+
+    `state` holds the own pieces, fp32: master (the weights) and the moments, each (collectives,
+    *piece)."""
+
+    def __init__(self, named: list[tuple[str, nn.Parameter]], rules: dict[str, Rule], s: Settings, world: World):
+        self.params, self.s, self.world = dict(named), s, world
+        name, first = named[0]
+        self.rule, self.muon = rules[name], rules[name].kind == "muon"
+        self.owners = n = world.size if self.rule.comm == "sharded" else 1
+        self.shape = tuple(first.shape[-2:]) if self.muon else (-(-first.numel() // n),)
+        self.pieces = [(name, i) for name, p in named for i in range(len(self.cut(p)))]
+        self.collectives = [self.pieces[k:k + n] for k in range(0, len(self.pieces), n)]
+        self.mine = [k * n + (world.rank if n > 1 else 0) for k in range(len(self.collectives))]
+        rates = [rules[self.pieces[i][0]].lr if i < len(self.pieces) else 0.0 for i in self.mine]
+        self.lr = torch.tensor(rates, device=s.device).view(-1, *(1 for _ in self.shape))
+        self.update_function = compiled(muon_update if self.muon else adamw_update, s)
+        self.state = {"master": self.my_pieces({name: p.detach() for name, p in named})}
+        for name, p in named:
+            p.data = p.data.to(s.device, torch.float32 if name in FP32_PARAMETERS else s.torch_dtype)
+        # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
+        dtype = first.dtype if world.size > 1 else torch.float32
+        self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
+        self.in_flight: list[tuple] = []  # (work, tensors it uses): all must live until the wait
+        names = ("decay", "mu", "share1", "share2", "c1", "c2")
+        self.hyper = {key: torch.zeros((), device=s.device) for key in names}
+        self.expect()
+        self.reset()
+
+    def reset(self):
+        """Zero moments, as before the first step."""
+        master = self.state["master"]
+        for key in ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]:
+            self.state[key] = torch.zeros_like(master)
+        if self.muon and self.s.muon_beta2:
+            rows, cols = self.shape
+            self.state["variance"] = torch.zeros_like(master[..., :1] if rows >= cols else master[:, :1])
+
+    def cut(self, tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A whole tensor as pieces, (number, *piece), padded with zeros where it does not divide."""
+        shape = shape or self.shape
+        short = -tensor.numel() % math.prod(shape)
+        return (F.pad(tensor.flatten(), (0, short)) if short else tensor.flatten()).view(-1, *shape)
+
+    def expect(self):
+        """Before a backward pass: names of the parameters whose gradients each collective waits for."""
+        self.waiting = [{name for name, _ in pieces} for pieces in self.collectives]
+        self.arrived: dict[str, Tensor] = {}
+
+    def receive(self, name: str, grad: Tensor):
+        """A parameter's gradient is complete: starts each collective that now has all it needs, and
+        frees what no other one needs."""
+        self.arrived[name] = self.cut(grad)
+        for k, needs in enumerate(self.waiting):
+            if name in needs:
+                needs.remove(name)
+                if not needs:
+                    self.reduce(k)
+        needed = {name for k, needs in enumerate(self.waiting) if needs for name, _ in self.collectives[k]}
+        self.arrived = {name: pieces for name, pieces in self.arrived.items() if name in needed}
+
+    def reduce(self, k: int):
+        """Sums the gradients of collective k into the owners' shards, asynchronously."""
+        pieces = [self.arrived[name][i] for name, i in self.collectives[k]]
+        if self.owners == 1:
+            self.grad[k] = pieces[0]
+            if self.world.size > 1:
+                self.in_flight.append((dist.all_reduce(self.grad[k], async_op=True), None))
+            return
+        pieces += [torch.zeros_like(pieces[0])] * (self.owners - len(pieces))
+        packed = torch.cat(pieces).to(self.grad.dtype)  # gloo takes no stacked tensor
+        work = dist.reduce_scatter_tensor(self.grad[k], packed, async_op=True)
+        self.in_flight.append((work, packed))
+
+    def step(self, scale: float, mu: float, step: int):
+        """Waits for the own gradients, updates the own pieces and sends them off, asynchronously."""
+        for work, _ in self.in_flight:
+            work.wait()
+        self.in_flight, state, h = [], self.state, self.hyper
+        self.expect()
+        self.set_hyper(scale, mu, step)
+        common = state["master"], self.grad
+        lr, s = self.lr * scale, self.s
+        if self.muon:
+            self.update_function(
+                *common, state["momentum"], state.get("variance"), lr, h["decay"], h["mu"], h["share2"],
+                s.orthogonalizer, s.torch_dtype, s.cautious, "gram" in s.kernels)
+        else:
+            self.update_function(
+                *common, state["exp_avg"], state["exp_avg_sq"], lr, h["decay"], h["share1"], h["share2"],
+                h["c1"], h["c2"], self.rule.eps, s.cautious)
+        self.send_weights()
+
+    def set_hyper(self, scale: float, mu: float, step: int):
+        """Fills the scalars, which live on the device: a new value compiles nothing. The decay is
+        scaled twice, here and by the rate: it falls as lr^2."""
+        beta1, beta2 = self.rule.betas
+        values = dict(
+            decay=self.rule.weight_decay * scale, mu=mu, share1=1 - beta1, share2=1 - beta2,
+            c1=1 - beta1**step, c2=1 - beta2**step)
+        for key, value in values.items():
+            self.hyper[key].fill_(value)
+
+    def send_weights(self):
+        """Starts to gather the new weights of all owners."""
+        if self.owners == 1:
+            return
+        dtype = next(iter(self.params.values())).dtype
+        for piece in self.state["master"]:
+            sent = piece.to(dtype)
+            received = torch.empty(self.owners, *self.shape, dtype=dtype, device=sent.device)
+            work = dist.all_gather_into_tensor(received.flatten(0, 1), sent, async_op=True)
+            self.in_flight.append((work, sent, received))
+
+    def receive_weights(self):
+        """Writes the weights of all owners into the parameters."""
+        for work, *_ in self.in_flight:
+            work.wait()
+        received = [pieces for *_, pieces in self.in_flight]
+        whole = self.join(torch.cat(received) if received else self.state["master"])
+        self.in_flight = []
+        torch._foreach_copy_([p.data for p in self.params.values()], list(whole.values()))
+
+    def join(self, pieces: Tensor) -> dict[str, Tensor]:
+        """Pieces of all owners in order -> parameter name: whole tensor (views where possible)."""
+        whole, start, size = {}, 0, math.prod(self.shape)
+        for name, p in self.params.items():
+            end = start + -(-p.numel() // size)
+            part, start = pieces[start:end], end
+            same = part.shape[1:] == self.shape
+            whole[name] = part.flatten()[:p.numel()].view_as(p) if same else part
+        return whole
+
+    def full(self, key: str) -> dict[str, Tensor]:
+        """State `key` of all parameters by name, whole, on the CPU of rank 0; {} elsewhere. Collective."""
+        pieces = self.state[key]
+        if self.owners > 1:
+            gathered = torch.empty(self.owners, *pieces.shape, device=pieces.device)
+            dist.all_gather_into_tensor(gathered.flatten(0, 1), pieces)
+            pieces = gathered.transpose(0, 1).flatten(0, 1)
+        if self.world.rank:
+            return {}
+        return {name: t.to("cpu", copy=True) for name, t in self.join(pieces).items()}
+
+    def my_pieces(self, whole: dict[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+        """The own pieces of whole tensors by name, fp32 on the device; zero where there are fewer
+        pieces than ranks."""
+        pieces = torch.cat([self.cut(whole[name], shape) for name in self.params])
+        missing = len(self.collectives) * self.owners - len(pieces)
+        pieces = F.pad(pieces, [0, 0] * (pieces.dim() - 1) + [0, missing])
+        return pieces[self.mine].to(self.s.device, torch.float32).contiguous()
+
+    def load(self, saved: dict[str, dict[str, Tensor]]):
+        """State as `full` gave it to rank 0, one tensor at a time to all ranks. Collective."""
+        for key, old in self.state.items():
+            whole = {n: on_rank_zero(self.world, lambda k=key, n=n: saved[k][n].clone()) for n in self.params}
+            self.state[key] = self.my_pieces(whole, tuple(old.shape[1:]))
+        self.send_weights()
+        self.receive_weights()
+
+
+class MuonAdamW:
+    """The optimizer of a model: hooks that reduce gradients during backward, and the step."""
+
+    def __init__(self, model: nn.Module, s: Settings, world: World):
+        named = list(reversed(list(model.named_parameters())))  # about the order of backward
+        rules = trained_rules(s, [name for name, _ in named])
+        groups: dict[tuple, list] = {}  # Muon: matrices of one shape and decay; AdamW: each for itself
+        for name, p in named:
+            alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
+            groups.setdefault(alike, []).append((name, p))
+        self.steps, self.last_micro_step, self.world = 0, True, world
+        self.banks = [Bank(group, rules, s, world) for group in groups.values()]
+        self.sums: dict[str, Tensor] = {}  # fp32 gradient sums of earlier micro-steps
+        for bank in self.banks:
+            for name, p in bank.params.items():
+                p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name, bank))
+
+    def _on_gradient(self, name: str, bank: Bank, p: nn.Parameter):
+        """Runs inside backward when a parameter's gradient is complete. Micro-steps are summed in fp32."""
+        grad, p.grad = p.grad, None
+        if name in self.sums:
+            grad = self.sums.pop(name).add_(grad)
+        if self.last_micro_step:
+            bank.receive(name, grad)
+        else:
+            self.sums[name] = grad.float()
+
+    def step(self, scale: float, momentum: float):
+        """Updates all parameters. `scale`: the schedule's factor on all learning rates; `momentum`:
+        Muon's. Raises RuntimeError that names the parameters whose gradient never came."""
+        missing = sorted({name for bank in self.banks for needs in bank.waiting for name in needs})
+        if missing:
+            raise RuntimeError(f"no gradient for {', '.join(missing)}: every parameter must take part in the loss")
+        self.steps += 1
+        for bank in self.banks:
+            bank.step(scale, momentum, self.steps)
+        for bank in self.banks:
+            bank.receive_weights()
+
+    def reset(self):
+        """As before the first step, with the weights at hand."""
+        self.steps = 0
+        for bank in self.banks:
+            bank.reset()
+
+    def state_dict(self) -> dict:
+        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor}}}, tensors on rank 0 only.
+        Collective."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for bank in self.banks:
+            for key in bank.state:
+                state.setdefault(key, {}).update(bank.full(key))
+        return {"steps": self.steps, "state": state}
+
+    def load_state_dict(self, saved: dict):
+        """Restores what state_dict gave, on any number of ranks (`saved` counts on rank 0), and the
+        model's weights. Collective."""
+        self.steps = on_rank_zero(self.world, lambda: saved["steps"])
+        for bank in self.banks:
+            bank.load(saved.get("state", {}))
+
+
+def compiled(function, s: Settings):
+    """torch.compile with static shapes and whole graphs, or the function itself."""
+    if not s.compile:
+        return function
+    torch._dynamo.config.recompile_limit = 256  # counted per function: all blocks and banks share one
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def compile_model(model: GPT, s: Settings):
+    """One graph; or one per block: then the gradients of a block are complete, and their reduction
+    starts, while earlier blocks are still in backward. A single graph hands over all at its end."""
+    if s.compile_unit == "model":
+        model.forward = compiled(model.forward, s)
+        return
+    parts = [(model, "embedding"), (model, "masks"), (model, "losses")]
+    for module, name in parts + [(block, "forward") for block in model.blocks]:
+        setattr(module, name, compiled(getattr(module, name), s))
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Schedule                                                                                     │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
+    """Factor on all learning rates at a step: warm-up, constant, cool-down to lr_floor; times the
+    stage's. Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
+    left = min(1.0, (s.iterations - step) / max(1, s.cooldown * s.iterations))
+    left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
+    warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
+    return stage_at(stages, step).lr * warm * (s.lr_floor + (1 - s.lr_floor) * left)
+
+
+def momentum_at(s: Settings, step: int) -> float:
+    """Muon's momentum: up over momentum_warmup steps, down again over the last momentum_cooldown."""
+    rise = step / max(1, s.momentum_warmup)
+    fall = (s.iterations - step) / max(1, s.momentum_cooldown)
+    return s.momentum_start + (s.muon_momentum - s.momentum_start) * min(1.0, rise, fall)
+
+
+def future_weights(stages: list[Stage], step: int) -> list[float]:
+    """Weights of the next-token loss and of those of further tokens: 1, 1/2, 1/4 ..; the last one
+    fades to 0 over its stage (multi-token prediction, Gloeckle et al. 2024, arXiv 2404.19737, here
+    without further heads: 53)."""
+    stage = stage_at(stages, step)
+    fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
+    return [0.5**k * (fade if k == stage.mtp > 0 else 1.0) for k in range(stage.mtp + 1)]
+
+
+def window_at(s: Settings, stages: list[Stage], step: int) -> int:
+    """Long attention window of a step in tokens: linear within its stage, rounded up (13)."""
+    stage = stage_at(stages, step)
+    progress = min(1.0, (step - stage.start) / max(1, stage.end - stage.start))
+    window = stage.window_start + (stage.window - stage.window_start) * progress
+    return math.ceil(window / s.window_step) * s.window_step
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Evaluation                                                                                   │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+@contextlib.contextmanager
+def stretched(model: nn.Module, s: Settings, window: int):
+    """The model with YaRN's frequencies, where the evaluation window is longer than in training."""
+    if s.eval_window <= window:
+        yield
+        return
+    tables = model.cos, model.sin
+    kept = [table.clone() for table in tables]
+    longer = rotary_table(len(model.cos), s.head_dim, s.rope_base, window, s.eval_window)
+    torch._foreach_copy_(tables, longer)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(tables, kept)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, stream: ValStream, s: Settings, world: World, window: int, batches: int | None = None,
+) -> float:
+    """Mean loss of the validation stream (or its first `batches`) in nats per token, equal on all
+    ranks. Collective."""
+    rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
+    long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
+    total = torch.zeros((), dtype=torch.float64, device=s.device)
+    with stretched(model, s, window):
+        for start in range(0, stream.num_rows, rows * world.size)[:batches]:
+            batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows)).to(s.device)
+            inputs, targets, docs = batch
+            total += model(inputs, targets[None], docs, long_window)[0]
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total.item() / stream.num_tokens
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Training                                                                                     │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+def train(run: Run):
+    """The training: steps of micro-steps, and what is looked at, logged and saved on the way.
+    Nothing but a log step, an evaluation or a checkpoint waits for the device."""
+    s, world, stages = run.s, run.world, stage_table(run.s)
+    model = GPT(s, run.vocab_size).to(s.device)
+    optimizer = MuonAdamW(model, s, world)
+    compile_model(model, s)
+    window = torch.zeros((), dtype=torch.int32, device=s.device)
+    run.open(model, optimizer)
+    if s.compile or s.device == "cuda":
+        warm_up(run, model, optimizer, window)
+    step = run.start(optimizer)  # 0, or the checkpoint's
+    losses = []  # of the steps since the last log line, on the device
+
+    run.clock.start()
+    while step < s.iterations and not run.over:
+        # --- a batch, by micro-steps: forward, backward; the last one's gradients are reduced
+        stage = stage_at(stages, step)
+        micro_steps = run.next_batch(step)
+        window.fill_(window_at(s, stages, step))
+        weights = [w / stage.batch_tokens for w in future_weights(stages, step)]
+        step_loss = torch.zeros((), device=s.device)
+        for i, (inputs_BT, targets_BT, docs_BT) in enumerate(micro_steps):
+            optimizer.last_micro_step = i == len(micro_steps) - 1
+            targets_KBT = future_targets(targets_BT, docs_BT, stage.mtp)
+            losses_K = model(inputs_BT, targets_KBT, docs_BT, window)
+            sum(w * loss for w, loss in zip(weights, losses_K, strict=True)).backward()
+            step_loss += losses_K[0].detach() / stage.batch_tokens
+        scale = lr_scale(s, stages, step)
+        optimizer.step(scale, momentum_at(s, step))
+        losses.append(step_loss)
+        step += 1
+        run.after_step(step)
+
+        # --- log, evaluation, checkpoint
+        last, save = step == s.iterations, run.due(step, s.save_every)
+        if last or save or step % s.log_every == 0 or run.stopped_alone:
+            train_loss = run.read_losses(losses, step)  # raises if one is not finite
+            losses.clear()
+            run.log_step(
+                step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
+                batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
+        if last or run.due(step, s.eval_every):
+            with run.clock.paused():
+                val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
+                run.log_validation(step, val_loss)
+        if save and not last and not run.over:
+            run.save(step, optimizer)
+    run.finish(step, optimizer)
+
+
+def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
+    """Compiles and runs every shape of training and evaluation on random tokens, untimed, then
+    restores: a rate of 0 changes no weight, and the moments are cleared."""
+    s, world = run.s, run.world
+    shapes = {(t.micro_rows(s, world.size), t.seq_len, t.mtp) for t in stage_table(s)}
+    window.fill_(s.window_step)
+    for rows, seq_len, mtp in sorted(shapes):
+        tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
+        docs = torch.zeros_like(tokens)
+        model(tokens, future_targets(tokens, docs, mtp), docs, window).sum().backward()
+        optimizer.step(scale=0.0, momentum=s.momentum_start)
+    evaluate(model, run.stream, s, world, s.window_step, batches=1)
+    optimizer.reset()
+    model.saturated.zero_()
+    run.warmed_up()
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ KERNELS: the fast forms beside their references; the same text in both scripts               ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
+# Each has a plain form, which the tests compare it with, forward and backward, and which takes its
+# place where --kernels or --fp8_head do not name it. To torch.compile an operator is one node.
+
+KERNELS = ("gram", "mlp", "loss")
+OPERATORS = "nanospeedrun_" + re.sub(r"\W", "_", Path(__file__).stem)  # namespace
+FP8_INPUT_MARGIN = 1.01  # RMS-normed values are at most sqrt(model_dim), but for rounding
+LOSS_CHUNK = 4096  # rows of logits that the plain form holds in fp32
+tl = None  # triton.language, from the first kernel on
+
+
+@functools.cache
+def triton_kernel(function):
+    """The function compiled by Triton, which is imported only now."""
+    import triton
+    globals()["tl"] = triton.language
+    return triton.jit(function)
+
+
+def operator(signature: str):
+    """A decorator that registers a torch operator, such as `gram(Tensor x) -> Tensor`."""
+    name, _, rest = signature.partition("(")
+    return torch.library.custom_op(f"{OPERATORS}::{name}", mutates_args=(), schema="(" + rest)
+
+
+@functools.cache
+def small_shared_memory(device: str) -> bool:
+    """Whether a kernel has less than 160 KB: consumer cards (100 KB), not A100 or H100."""
+    if device != "cuda":
+        return False
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 << 10
+
+
+# --- x @ x.mT, of which one triangle is computed (record 27)
+
+
+def gram_kernel(
+    x, add, out, size, depth, stride_batch, stride_row, stride_depth, alpha, beta,
+    ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):
+    """One tile on or above the diagonal of alpha * x @ x.T + beta * add, stored below it, too."""
+    down, right = tl.program_id(0), tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    if down <= right:
+        row = down * TILE + tl.arange(0, TILE)
+        col = right * TILE + tl.arange(0, TILE)
+        k = tl.arange(0, DEPTH)
+        x += batch * stride_batch
+        total = tl.zeros((TILE, TILE), dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            at = (start + k) * stride_depth
+            deep = start + k < depth
+            inside = (row < size)[:, None] & deep[None, :]
+            left = tl.load(x + row[:, None] * stride_row + at[None, :], inside, 0.0)
+            inside = (col < size)[None, :] & deep[:, None]
+            above = tl.load(x + col[None, :] * stride_row + at[:, None], inside, 0.0)
+            total = tl.dot(left, above, total, input_precision="ieee")
+        total *= alpha
+        corner = batch * size * size
+        where = corner + row[:, None] * size + col[None, :]
+        inside = (row < size)[:, None] & (col < size)[None, :]
+        if ADD:
+            total += beta * tl.load(add + where, inside, 0.0).to(tl.float32)
+        total = total.to(out.dtype.element_ty)
+        tl.store(out + where, total, inside)
+        mirrored = corner + col[None, :] * size + row[:, None]
+        tl.store(out + mirrored, total, inside & (down < right))
+
+
+@operator("gram(Tensor x, Tensor? add, float alpha, float beta) -> Tensor")
+def fused_gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float):
+    count, size, depth = x_KMN.shape
+    out = x_KMN.new_empty(count, size, size)
+    tiles = -(-size // 128)
+    triton_kernel(gram_kernel)[(tiles, tiles, count)](
+        x_KMN, out if add_KMM is None else add_KMM.contiguous(), out, size, depth,
+        *x_KMN.stride(), alpha, beta, ADD=add_KMM is not None,
+        TILE=128, DEPTH=64, num_warps=8, num_stages=3,
+    )
+    return out
+
+
+def gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float, kernel: bool) -> Tensor:
+    """alpha * x @ x.mT + beta * add, (K, M, M), `add` symmetric."""
+    if kernel:
+        return fused_gram(x_KMN, add_KMM, alpha, beta)
+    if add_KMM is None:
+        return x_KMN @ x_KMN.mT if alpha == 1 else alpha * (x_KMN @ x_KMN.mT)
+    return torch.baddbmm(add_KMM, x_KMN, x_KMN.mT, beta=beta, alpha=alpha)
+
+
+# --- the MLP, fused (records 59, 87), or with its up-projection in FP8 (84)
+
+
+def product_relu2_kernel(
+    a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):
+    """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the
+    former's result: a (rows, depth), b (cols, depth), all row-major. Tiles run down GROUP rows
+    before they go right: b stays in the L2."""
+    tiles_down, tiles_right = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
+    group = tl.program_id(0) // (GROUP * tiles_right)
+    within = tl.program_id(0) % (GROUP * tiles_right)
+    height = min(tiles_down - group * GROUP, GROUP)
+    row = (group * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
+    row = row.to(tl.int64)[:, None]
+    col = ((within // height) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
+    k = tl.arange(0, DEPTH)
+    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(0, depth, DEPTH):
+        deep = start + k < depth
+        inside = (row < rows) & deep[None, :]
+        left = tl.load(a + row * depth + (start + k)[None, :], inside, 0.0)
+        inside = (col < cols) & deep[:, None]
+        right = tl.load(b + col * depth + (start + k)[:, None], inside, 0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    where, inside = row * cols + col, (row < rows) & (col < cols)
+    if BACKWARD:
+        total *= 2 * tl.sqrt(tl.load(post + where, inside, 0.0).to(tl.float32))
+    else:
+        total = tl.maximum(total, 0.0) * total
+    tl.store(out + where, total.to(out.dtype.element_ty), inside)
+
+
+def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
+    """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root
+    gives the pre-activations back."""
+    (rows, depth), cols = a.shape, b.size(0)
+    out = a.new_empty(rows, cols)
+    small = small_shared_memory(a.device.type)
+    tile = dict(ROWS=128, COLS=128 if small else 256, DEPTH=32 if small else 64, GROUP=8)
+    grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]),)
+    triton_kernel(product_relu2_kernel)[grid](
+        a.contiguous(), b.contiguous(), out if post is None else post, out, rows, cols, depth,
+        BACKWARD=post is not None, **tile, num_warps=8, num_stages=3,
+    )
+    return out
+
+
+@operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
+def fused_mlp(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor):
+    post_NF = product_relu2(x_ND, up_FD)
+    return post_NF @ down_FD, post_NF
+
+
+@operator("mlp_backward(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor post) -> (Tensor, Tensor, Tensor)")
+def fused_mlp_backward(grad_ND: Tensor, x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, post_NF: Tensor):
+    pre_grad_NF = product_relu2(grad_ND, down_FD, post_NF)
+    return pre_grad_NF @ up_FD, pre_grad_NF.T @ x_ND, post_NF.T @ grad_ND
+
+
+def _mlp_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+fused_mlp.register_autograd(
+    lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors), setup_context=_mlp_context)
+
+
+@operator("quantized_linear(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor x_scale, Tensor w_scale) -> Tensor")
+def quantized_linear(x_ND: Tensor, weight_FD: Tensor, xq_ND: Tensor, wq_FD: Tensor, x_scale: Tensor, w_scale: Tensor):
+    return fp8_product(xq_ND, wq_FD, x_scale, w_scale, fast=True).to(x_ND.dtype)
+
+
+def _quantized_backward(ctx, grad: Tensor):
+    x, weight = ctx.saved_tensors
+    return grad @ weight, grad.T @ x, *[None] * 4
+
+
+quantized_linear.register_autograd(
+    _quantized_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+
+
+def mlp_relu2(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, kernel: bool, fp8: bool) -> Tensor:
+    """relu(x @ up.T)^2 @ down, (N, D): plain, fused, or with the up-projection in FP8."""
+    if kernel and not fp8:
+        return fused_mlp(x_ND, up_FD, down_FD)[0]
+    return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
+
+
+def fp8_linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
+    """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact. Quantized
+    outside the operator, so that torch.compile can fuse it with what comes before."""
+    exact = [t.detach().float() for t in (x_ND, weight_FD)]
+    scales = [t.abs().amax().clamp_min(1e-12) / 448 for t in exact]
+    return quantized_linear(x_ND, weight_FD, *map(to_fp8, exact, scales), *scales)
+
+
+def to_fp8(x: Tensor, scale, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+    """x / scale, clipped: on a GPU the cast turns what is out of range into NaN or infinity."""
+    limit = torch.finfo(dtype).max
+    return (x / scale).clamp(-limit, limit).to(dtype)
+
+
+def fp8_product(a_NK: Tensor, b_MK: Tensor, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Tensor:
+    """(a * scale_a) @ (b * scale_b).T, fp8, row-major -> (N, M) bf16. `fast`: shorter sums."""
+    return torch._scaled_mm(
+        a_NK, b_MK.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+# --- the loss without fp32 logits (record 60), and the head's products in FP8 (19)
+
+
+def loss_kernel(
+    logits, targets, losses, lses, rows, vocab, a, slope, shift,
+    CAPPED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr,
+):
+    """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each
+    of its targets. Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them
+    the running maximum."""
+    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    peak = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab, BLOCK):
+        inside = start + col < vocab
+        z = tl.load(logits + row * vocab + start + col, inside, 0.0).to(tl.float32)
+        z = tl.where(inside, a * tl.sigmoid(slope * z + shift) if CAPPED else slope * z, -1e30)
+        if not CAPPED:
+            higher = tl.maximum(peak, z)
+            total *= tl.exp(peak - higher)
+            peak = higher
+        total += tl.exp(z - peak)  # 1 in an empty lane, where exp(peak - top) cancels it
+    top = tl.max(peak, 0)
+    lse = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
+    tl.store(lses + row, lse)
+    for k in tl.static_range(TARGETS):
+        target = tl.load(targets + k * rows + row)
+        z = tl.load(logits + row * vocab + target, target >= 0, 0.0).to(tl.float32)
+        z = a * tl.sigmoid(slope * z + shift) if CAPPED else slope * z
+        tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
+
+
+def loss_gradient_kernel(
+    logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
+    CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):
+    """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows).
+    grads: of the summed loss of each target."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (row < rows)[:, None] & (col < vocab)[None, :]
+    where = row.to(tl.int64)[:, None] * vocab + col[None, :]
+    z = tl.load(logits + where, inside, 0.0).to(tl.float32)
+    share = tl.sigmoid(slope * z + shift) if CAPPED else z
+    z = a * share if CAPPED else slope * z
+    weight, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    for k in tl.static_range(TARGETS):
+        target = tl.load(targets + k * rows + row, row < rows, -1)
+        grad = tl.where(target >= 0, tl.load(grads + k) / tl.load(unit), 0.0)
+        weight += grad
+        hit += tl.where(col[None, :] == target[:, None], grad[:, None], 0.0)
+    lse = tl.load(lses + row, row < rows, 0.0)
+    result = weight[:, None] * tl.exp(z - lse[:, None]) - hit
+    result *= z * (slope - slope * share) if CAPPED else slope
+    result = result.to(out.dtype.element_ty)
+    tl.store(out + where, result, inside)
+    if TRANSPOSED:
+        tl.store(out_t + col.to(tl.int64)[None, :] * rows + row[:, None], result, inside)
+
+
+def cap_logits(z: Tensor, cap: tuple[float, ...]) -> Tensor:
+    """a * sigmoid((z + b) / c), with b = 0 but for a constant a/2 * tanh(z / 2c) (records 9, 18,
+    19, 54); no cap, if a is 0: z / c."""
+    a, b, c = cap
+    return a * torch.sigmoid((z + b) / c) if a else z / c
+
+
+def cap_arguments(cap: list[float]) -> tuple[float, float, float]:
+    """a, slope and shift of a * sigmoid(slope * z + shift)."""
+    a, b, c = cap
+    return a, 1 / c, b / c
+
+
+def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropies of capped logits, (K, N), 0 where the target is IGNORE, and log-sum-exps,
+    (N,), both fp32."""
+    (rows, vocab), count = logits_NV.shape, len(targets_KN)
+    if kernel:
+        lse_N = logits_NV.new_empty(rows, dtype=torch.float32)
+        losses_KN = lse_N.new_empty(count, rows)
+        triton_kernel(loss_kernel)[(rows,)](
+            logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
+            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=4096, num_warps=8,
+        )
+        return losses_KN, lse_N
+    losses, lses = [], []
+    for start in range(0, rows, LOSS_CHUNK):
+        part = slice(start, start + LOSS_CHUNK)
+        z, target = cap_logits(logits_NV[part].float(), cap), targets_KN[:, part]
+        lses.append(z.logsumexp(-1))
+        hit = z.gather(1, target.clamp_min(0).long().T).T
+        losses.append((lses[-1] - hit) * (target != IGNORE))
+    return torch.cat(losses, dim=1), torch.cat(lses)
+
+
+def logit_gradient(
+    logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K: Tensor, unit: Tensor,
+    cap: list[float], dtype: torch.dtype, kernel: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of sum(grad_K * losses_K) by the uncapped logits / `unit`; and its transpose."""
+    (rows, vocab), fp8 = logits_NV.shape, dtype.itemsize == 1
+    out = logits_NV.new_empty(rows, vocab, dtype=dtype)
+    if kernel:
+        out_t = out.new_empty(vocab, rows) if fp8 else out
+        triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
+            logits_NV, targets_KN.contiguous(), lse_N, grad_K.contiguous(), unit, out, out_t, rows,
+            vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, TARGETS=len(targets_KN),
+            TRANSPOSED=fp8, ROWS=64, COLS=128, num_warps=8,
+        )
+        return out, out_t if fp8 else out.T
+    a, _, c = cap
+    for start in range(0, rows, LOSS_CHUNK):
+        part = slice(start, start + LOSS_CHUNK)
+        z, target = cap_logits(logits_NV[part].float(), cap), targets_KN[:, part]
+        weight = grad_K[:, None] * (target != IGNORE)
+        gradient = (z - lse_N[part, None]).exp() * weight.sum(0)[:, None]
+        gradient.scatter_add_(1, target.clamp_min(0).long().T, -weight.T)
+        gradient *= z * (1 - z / a) / c if a else 1 / c
+        out[part] = (gradient / unit).to(dtype)
+    return out, out.T.contiguous() if fp8 else out.T
+
+
+def head_scales(model_dim: int) -> tuple[float, float]:
+    """e4m3 scales of the head's RMS-normed inputs, at most sqrt(model_dim), and of its weights:
+    powers of two, so that only the cast rounds. Weights up to 448 / 256 = 1.75 fit."""
+    largest = FP8_INPUT_MARGIN * math.sqrt(model_dim)
+    return 2.0 ** math.ceil(math.log2(largest / 448)), 2.0**-8
+
+
+@operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, float[] cap, bool kernel) -> "
+          "(Tensor, Tensor, Tensor)")
+def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, cap, kernel):
+    """Losses (K,), logits and log-sum-exps. xq and wq: x and weight in FP8, or they themselves."""
+    if xq_ND.dtype.itemsize == 1:
+        scales = [torch.full((), s, device=x_ND.device) for s in head_scales(x_ND.size(1))]
+        logits_NV = fp8_product(xq_ND, wq_VD, *scales, fast=True)
+    else:
+        logits_NV = F.linear(xq_ND, wq_VD)
+    losses_KN, lse_N = loss_rows(logits_NV, targets_KN, cap, kernel)
+    return losses_KN.sum(1), logits_NV, lse_N
+
+
+@operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor logits, Tensor lse, float[] cap, "
+          "bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
+def fused_head_backward(grad_K, xq_ND, wq_VD, targets_KN, logits_NV, lse_N, cap, kernel, dtype):
+    """Gradients of x and weight. FP8: a token's loss being a sum over its targets, a logit's
+    gradient is at most sum |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the
+    units go into the products' scales."""
+    rest = logits_NV, targets_KN, lse_N, grad_K
+    if xq_ND.dtype.itemsize > 1:
+        one = torch.ones_like(grad_K[0])
+        gradient, transposed = logit_gradient(*rest, one, cap, logits_NV.dtype, kernel)
+        return gradient @ wq_VD, transposed @ xq_ND
+    steepest = (cap[0] / 4 or 1.0) / cap[2]
+    unit = grad_K.abs().sum().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
+    gradient, transposed = logit_gradient(*rest, unit, cap, torch.float8_e5m2, kernel)
+    x_scale, w_scale = (torch.full((), s, device=unit.device) for s in head_scales(xq_ND.size(1)))
+    x_grad = fp8_product(gradient, wq_VD.T.contiguous(), unit, w_scale, fast=False)
+    w_grad = fp8_product(transposed, xq_ND.T.contiguous(), unit, x_scale, fast=False)
+    return x_grad.to(dtype), w_grad.to(dtype)
+
+
+def _head_backward(ctx, grad_K: Tensor, *_):
+    gradients = fused_head_backward(grad_K, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
+    return (*gradients, *[None] * 5)
+
+
+def _head_context(ctx, inputs, output):
+    x, _, xq, wq, targets, ctx.cap, ctx.kernel = inputs
+    ctx.save_for_backward(xq, wq, targets, *output[1:])
+    ctx.dtype = x.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _head_fake(x, weight, xq, wq, targets, cap, kernel):
+    logits = torch.bfloat16 if xq.dtype.itemsize == 1 else x.dtype
+    losses = x.new_empty(len(targets), dtype=torch.float32)
+    return losses, x.new_empty(len(x), len(weight), dtype=logits), losses.new_empty(len(x))
+
+
+fused_head.register_autograd(_head_backward, setup_context=_head_context)
+fused_head.register_fake(_head_fake)
+fused_head_backward.register_fake(
+    lambda grad, xq, wq, *rest: tuple(torch.empty_like(t, dtype=rest[-1]) for t in (xq, wq)))
+fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(len(x), len(up))))
+fused_mlp_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
+quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
+fused_gram.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
+
+
+def head_losses(
+    x_ND: Tensor, weight_VD: Tensor, targets_KN: Tensor, cap: tuple[float, ...], kernel: bool, fp8: bool,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies of capped logits x @ weight.T with each row of targets, summed, (K,) fp32 in
+    nats, IGNORE left out; and how many values FP8 clipped, int64. Their gradients come from
+    outside, so the weights of several predicted tokens need nothing here."""
+    clipped = targets_KN.new_zeros((), dtype=torch.int64)
+    if not kernel and not fp8:
+        logits = cap_logits(F.linear(x_ND, weight_VD), cap).float()
+        losses = [F.cross_entropy(logits, t.long(), reduction="sum", ignore_index=IGNORE) for t in targets_KN]
+        return torch.stack(losses), clipped
+    x, weight = x_ND.detach(), weight_VD.detach()
+    if fp8:
+        x_scale, w_scale = head_scales(x.size(1))
+        clipped = (x.abs() > 448 * x_scale).sum() + (weight.abs() > 448 * w_scale).sum()
+        x, weight = to_fp8(x, x_scale), to_fp8(weight, w_scale)
+    return fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap), kernel)[0], clipped
+
+
+# ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
+# ║ SERVICE: what surrounds a run; the same text in train_gpt.py and train_moe.py                ║
+# ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
+# Of RECORD it calls: Hyperparameters, PRESETS, record_auto, hyperparameter_errors; stage_table, stage_at
+# and Stage; layer_table, parameter_counts, flops_per_token, activation_bytes; FLEX_BLOCK, IGNORE;
+# and train(run), which calls the methods of Run.
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Command line                                                                                 │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
 class UserError(ValueError):
-    """Wrong input that one sentence explains; `main` prints it without a traceback and exits with 1."""
+    """Wrong input that one sentence explains; `main` prints it without a traceback, exit code 1."""
 
 
 class TrainingStopped(RuntimeError):
@@ -77,181 +1698,69 @@ class TrainingStopped(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that shapes a run."""
+class RunSettings:
+    """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
 
     # --- run
-    preset: str = "auto"  # group of settings, each overridden by its own flag [auto|cpu|gpu|speedrun|medium]
-    experiment_name: str = "train_gpt"  # runs are written to LOG_DIR/EXPERIMENT_NAME/RUN_ID
+    preset: str = "auto"  # group of settings, each overridden by its flag; auto: by hardware and data
+    experiment_name: str = Path(__file__).stem  # runs are written to LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
-    seed: int = 0  # of the initial weights and of the order of shuffled data [>=0]
-    resume: str = ""  # continue the newest checkpoint of the experiment (latest), or this run or checkpoint folder
-    # --- data
+    resume: str = ""  # go on with the experiment's newest checkpoint (latest), or with this run or checkpoint
     data: str = "auto"  # data set: the name of a folder under data/, or a path
-    shuffle: bool = True  # shuffle the documents of a shard (the speedrun's rules want the published order)
-    long_docs: str = "split"  # tokens of a document past max_doc_len: further pieces, or skipped [split|clip]
-    # --- model
-    num_layers: int = 12  # transformer layers [>0]
-    width: int = 768  # model_dim: size of the residual stream, a multiple of head_dim [>0]
-    head_dim: int = 128  # size of an attention head; num_heads = width / head_dim [>0]
-    mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
-    attention: str = "auto"  # per layer: L long window, S short, P short with paired heads, - none; auto_attention
-    paired: bool = True  # auto_attention pairs the heads of some layers: each query sees both heads' keys (record 58)
-    key_offset: bool = True  # in L layers the unrotated half of a key is the previous token's (record 49)
-    xsa: bool = True  # remove from a head's output its component along the token's own value (records 82, 86)
-    value_embeds: int = 3  # value-embedding tables, each shared by one of the first and one of the last layers [>=0]
-    value_gate: bool = True  # gate each head's value embedding by 12 dimensions of the layer's input (record 55)
-    skip: str = "single"  # outputs of early layers added to late ones: unet record 11, single 45 [unet|single|none]
-    backout: bool = True  # subtract a learned share of the stream after 2/3 of the layers from the last (record 40)
-    smear: bool = True  # each token's embedding takes up some of the previous token's, gated (record 34)
-    bigram: int = 0  # rows of a table of hashed token pairs, added to the embedding (record 62); 0 off [>=0]
-    attn_gate: bool = True  # gate each head's output by 12 dimensions of its input (record 28)
-    softcap: floats = (23.0, 5.0, 7.5)  # a,b,c: logits are a*sigmoid((z+b)/c) (54; 30,0,7.5: 19 to 53); 0 off [>=0]
-    rope_base: float = 1024.0  # slowest rotary frequency is 1 / this, in radians per token [>0]
-    attn_scale: float = 0.0  # factor on q.k, both RMS-normed; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (record 20) [>=0]
-    # --- width transfer: rates tuned at a small width serve a large one (muP)
-    mup: bool = False  # scale learning rates, weight decay and logits from base_width to width
-    base_width: int = 0  # width at which the rates were tuned; 0: the preset's [>=0]
-    base_head_dim: int = 0  # head_dim there; 0: the same [>=0]
-    mup_embedding: str = "constant"  # rates of embedding tables; disputed: / sqrt(width/base_width) [constant|sqrt]
-    mup_report: bool = False  # print how --mup scales each parameter, and end
-    coord_check: bool = False  # check that activations do not depend on the width, and end (bench/coord_check.py)
-    # --- stages of training: one value per stage, or one for all
-    iterations: int = 1695  # optimizer steps [>0]
-    stage_ends: floats = (1.0,)  # where each stage ends, as a fraction of the iterations [>0]
-    batch_tokens: ints = (393216,)  # tokens of one optimizer step, over all processes [>0]
-    seq_len: ints = (49152,)  # tokens of a row: documents are packed into rows, and never see each other [>0]
-    max_doc_len: ints = (0,)  # longest piece of a document, in tokens; 0: the row is the only limit [>=0]
-    window: ints = (1792,)  # long attention window at the end of the stage, in tokens; short ones have half [>0]
-    window_start: int = 128  # long window at step 0, it grows linearly; 0: start with the first stage's window [>=0]
-    window_step: int = 128  # windows are rounded up to a multiple of this, in tokens [>0]
-    mtp: ints = (0,)  # further future tokens to predict, weights 1/2, 1/4 .., the last fades to 0 (record 53) [>=0]
-    stage_lr: floats = (1.0,)  # factor on all learning rates in the stage [>0]
-    # --- optimizer
-    hidden_optimizer: str = "muon"  # of hidden matrices, those of attention and MLP [muon|adamw]
-    hidden_lr: float = 0.002  # learning rate of hidden matrices, AdamW [>=0]
-    hidden_weight_decay: float = 0.1  # its decay / peak rate, decoupled, falls with the rate's square [>=0]
-    muon_lr: float = 0.05  # learning rate of hidden matrices, Muon [>=0]
-    muon_momentum: float = 0.95  # Nesterov momentum after its warm-up [0..1]
-    momentum_start: float = 0.85  # momentum at step 0 and at the last step [0..1]
-    momentum_warmup: int = 300  # steps over which the momentum rises [>=0]
-    momentum_cooldown: int = 50  # last steps over which it falls back [>=0]
-    muon_beta2: float = 0.95  # decay of NorMuon's running variance of update rows; 0 off [0..1]
-    muon_weight_decay: float = 0.02  # decay / peak rate, decoupled, falls with the rate's square; hidden matrices [>=0]
-    orthogonalizer: str = "polar_express"  # iteration that orthogonalizes updates [polar_express|newton_schulz]
-    adam_lr: float = 0.008  # base learning rate of all other parameters; factors in parameter_table [>=0]
-    adam_eps: float = 1e-10  # AdamW's epsilon [>0]
-    adam_weight_decay: float = 0.0  # the same for embeddings and head [>=0]
-    cautious: bool = True  # decay only where update and weight have the same sign
-    schedule: str = "linear"  # shape of the cool-down: linear, or 1 - sqrt (warm-up, stable, decay) [linear|wsd]
-    warmup_steps: int = 0  # learning-rate warm-up, in steps [>=0]
-    cooldown: float = 0.45  # last fraction of the iterations, in which the learning rate falls [0..1]
-    lr_floor: float = 0.1  # learning rate at the end / its peak [0..1]
     # --- evaluation
     eval_every: int = 125  # steps between evaluations; 0: only after the last step [>=0]
     eval_tokens: int = 10485760  # first tokens of the validation split; 0: all of them [>=0]
-    eval_seq_len: int = 0  # longest context in evaluation, in tokens; 0: seq_len of the last stage [>=0]
-    eval_window: int = 0  # long attention window in evaluation, by YaRN (records 31 to 35); 0: as in training [>=0]
-    target_loss: float = 0.0  # stop at the first validation loss at or below this, nats per token; 0 off [>=0]
-    hellaswag_every: int = 0  # steps between HellaSwag scores (GPT-2 vocabulary, evals/hellaswag.py); 0: none [>=0]
-    hellaswag_tasks: int = 0  # tasks of it, evenly spread over the file; 0: all [>=0]
-    hellaswag_file: str = ""  # their file; empty: where python evals/hellaswag.py --download puts it
+    eval_seq_len: int = 0  # longest context in evaluation, in tokens; 0: that of the last stage [>=0]
+    eval_window: int = 0  # long window in evaluation, by YaRN (31 to 35); 0: as in training [>=0]
+    target_loss: float = 0.0  # stop at the first validation loss at or below this, nats; 0 off [>=0]
     # --- checkpoints, logs, profiling
-    save_every: int = 0  # steps between checkpoints; 0: only after the last step and on SIGINT or SIGTERM [>=0]
+    save_every: int = 0  # steps between checkpoints; 0: only at the end and on SIGINT or SIGTERM [>=0]
     save_last: bool = True  # write a checkpoint after the last step
     keep: int = 2  # checkpoints of a run that are kept [>0]
     log_every: int = 10  # steps between console lines; the loss is read from the device only then [>0]
     wandb: bool = False  # mirror the metrics to Weights & Biases (WANDB_MODE=offline works)
-    enable_profiling: bool = False  # write a trace per process (ui.perfetto.dev) and print the heaviest operations
+    enable_profiling: bool = False  # write a trace per process; logger.py profile reads them
     profile_start: int = 10  # first profiled step of this process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
     # --- hardware
     device: str = "auto"  # where to run [auto|cpu|cuda]
-    dtype: str = "auto"  # of activations and matrices; auto: bf16 where the hardware is fast at it [auto|bf16|fp32]
-    backend: str = "auto"  # attention; auto: flex compiled on CUDA, plain on a CPU in bf16 [auto|flex|sdpa|plain]
-    kernels: str = "auto"  # own Triton kernels, joined by +, of gram, mlp, loss; none; auto: all in bf16 on CUDA
-    fp8_head: str = "auto"  # LM head in FP8 while training; auto: from compute capability 8.9 [auto|on|off]
-    fp8_mlp: bool = False  # MLP up-projections in FP8, forward only, while training (record 84)
+    dtype: str = "auto"  # of activations and matrices; auto: bf16 where that is fast [auto|bf16|fp32]
+    backend: str = "auto"  # of attention: FlexAttention, SDPA or the formula [auto|flex|sdpa|plain]
+    kernels: str = "auto"  # own Triton kernels, joined by +, of gram, mlp, loss; none; auto: all on CUDA in bf16
+    fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
+    fp8_mlp: bool = False  # MLP up-projections in FP8, forward only, while training (84)
     compile: bool = True  # torch.compile of model and optimizer
-    compile_unit: str = "auto"  # one graph, or one per block, which lets reductions start early [auto|model|block]
+    compile_unit: str = "auto"  # a graph, or one per block: reductions start early [auto|model|block]
     micro_tokens: int = 49152  # most tokens of one forward and backward pass of a process [>0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
-
-    @property
-    def num_heads(self) -> int:
-        return self.width // self.head_dim
-
-    @property
-    def base(self) -> Settings:
-        """Those of the model at the base width, whose rates these are."""
-        return self if not self.mup else dataclasses.replace(
-            self, mup=False, width=self.base_width, head_dim=self.base_head_dim)
-
-    @property
-    def scale(self) -> float:
-        """Factor on q.k. From a base on it goes with 1 / head_dim, not its root: learned q and k align (TP-V)."""
-        if self.mup:
-            return self.base.scale * (self.base_head_dim / self.head_dim)
-        return self.attn_scale or 1.36 / math.sqrt(self.head_dim)
-
-    @property
-    def cap(self) -> tuple[float, ...] | None:
-        return self.softcap if self.softcap[0] else None
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
 
-PRESETS: dict[str, dict] = {
-    # two CPU cores, under two minutes: bytes of the Python standard library (records/LOG.md has what else was tried)
-    "cpu": dict(
-        data="stdlib", num_layers=3, width=192, head_dim=48, value_embeds=1, iterations=360, batch_tokens=(4096,),
-        seq_len=(256,), max_doc_len=(256,), window=(256,), window_start=64, window_step=32, micro_tokens=8192,
-        softcap=(30.0, 0.0, 7.5), paired=False, key_offset=False, xsa=False, skip="unet", backout=False, muon_lr=0.06,
-        muon_momentum=0.9, momentum_warmup=30, momentum_cooldown=20, cooldown=0.6, lr_floor=0.0, eval_every=120,
-        eval_tokens=131072, compile=False,
-    ),
-    # the GPT-2-small shape on one 16 GB card; 24 GB and more: --micro-tokens 16384
-    "gpu": dict(
-        iterations=4000, batch_tokens=(65536,), seq_len=(8192,), max_doc_len=(2048,), window=(1024,), window_start=256,
-        micro_tokens=8192, muon_lr=0.025, adam_lr=0.004, eval_every=250, eval_tokens=262144, save_every=500,
-    ),
-    # the 8xH100 track: 3.28 on FineWeb; stages as in record 89, with more steps: some of its techniques are left out
-    "speedrun": dict(
-        data="fineweb10B", shuffle=False, iterations=1800, stage_ends=(1 / 3, 2 / 3, 1.0),
-        batch_tokens=(131072, 262144, 393216), seq_len=(16384, 32768, 49152), max_doc_len=(896, 2048, 2048),
-        window=(384, 896, 1408), stage_lr=(1.0, 1.52, 1.73), mtp=(2, 1, 0), muon_lr=0.023, adam_weight_decay=0.005,
-        cooldown=0.6, lr_floor=0.15, target_loss=3.28, save_last=False,
-    ),
-    # the GPT-2-medium track: 2.92 on FineWeb
-    "medium": dict(
-        data="fineweb10B", shuffle=False, num_layers=16, width=1024, iterations=5960, batch_tokens=(524288,),
-        seq_len=(65536,), window=(3456,), muon_lr=0.025, adam_lr=0.004, cooldown=0.7, target_loss=2.92,
-        micro_tokens=65536,
-    ),
-}
-# Settings that a resumed run may change: they do not alter what is computed, or only its rounding.
-RESUME_MAY_CHANGE = {
-    "preset", "experiment_name", "log_dir", "resume", "data", "eval_every", "eval_tokens", "eval_seq_len",
-    "eval_window", "target_loss", "hellaswag_every", "hellaswag_tasks", "hellaswag_file", "save_every", "save_last",
-    "keep", "log_every", "wandb", "enable_profiling", "profile_start", "profile_steps", "device", "dtype", "backend",
-    "kernels", "fp8_head", "fp8_mlp", "compile", "compile_unit", "micro_tokens", "threads", "mup_report", "coord_check",
-}
-
-
-# Settings that only one value of another one reads.
-READ_WITH = {name: ("mup", True) for name in ("base_width", "base_head_dim", "mup_embedding", "mup_report")}
-READ_WITH |= {name: ("hidden_optimizer", "adamw") for name in ("hidden_lr", "hidden_weight_decay")}
-READ_WITH |= {name: ("hidden_optimizer", "muon") for name in (
-    "muon_lr", "muon_momentum", "momentum_start", "momentum_warmup", "momentum_cooldown", "muon_beta2",
-    "muon_weight_decay", "orthogonalizer")}
+@dataclass(frozen=True)
+class Settings(RunSettings, Hyperparameters):
+    """Everything that shapes a run."""
 
 
 @functools.cache
 def help_texts() -> dict[str, str]:
-    """Comments of the fields of `Settings`, read from the source: field name -> text."""
-    return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", inspect.getsource(Settings), flags=re.MULTILINE))
+    """The comments of the fields of Settings, read from the source: field name -> text."""
+    source = inspect.getsource(Hyperparameters) + inspect.getsource(RunSettings)
+    return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, flags=re.MULTILINE))
+
+
+def bracket(name: str) -> list[str]:
+    """The parts of the bracket that ends a field's comment: allowed values, `per stage`, `with ..`."""
+    found = re.search(r"\[([^\]]+)\]$", help_texts()[name])
+    return found[1].split("; ") if found else []
+
+
+@functools.cache
+def staged_settings() -> tuple[str, ...]:
+    """The settings that may have one value per stage, in the order of the fields of Stage."""
+    return tuple(name for name in help_texts() if "per stage" in bracket(name))
 
 
 class Parser(argparse.ArgumentParser):
@@ -265,41 +1774,34 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
-class Switch(argparse.BooleanOptionalAction):
-    """--x and --no-x, the latter with an underscore too."""
-
-    def __init__(self, option_strings, dest, **options):
-        super().__init__(option_strings, dest, **options)
-        self.option_strings = [*self.option_strings, f"--no_{dest}"]
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith(("--no-", "--no_")))
-
-
 def build_parser() -> Parser:
-    """One flag per field of `Settings`, with dashes or underscores."""
+    """One flag per field of Settings."""
     def values(kind: type):
         def parse(text: str):
             return tuple(kind(part) for part in text.split(","))
         parse.__name__ = f"{kind.__name__},{kind.__name__},.."  # argparse: "invalid int,int,.. value"
         return parse
 
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118))
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118)
     kinds = {"int": int, "float": float, "str": str, "ints": values(int), "floats": values(float)}
-    texts = help_texts()
     for field in dataclasses.fields(Settings):
-        flags = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])
+        text = help_texts()[field.name] + (f" [auto|{'|'.join(PRESETS)}]" if field.name == "preset" else "")
         shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        option = dict(dest=field.name, default=argparse.SUPPRESS, help=f"{texts[field.name]} (default: {shown})")
+        option = dict(dest=field.name, default=argparse.SUPPRESS, help=f"{text} (default: {shown})")
         if field.type == "bool":
-            option["action"] = Switch
+            option["action"] = argparse.BooleanOptionalAction
         else:
             option.update(type=kinds[field.type], metavar={"ints": "N,N", "floats": "X,X"}.get(field.type, "X"))
         if field.name == "resume":
             option.update(nargs="?", const="latest")
-        parser.add_argument(*flags, **option)
+        parser.add_argument("--" + field.name.replace("_", "-"), **option)
     return parser
+
+
+def dashed(argv: list[str]) -> list[str]:
+    """A command line whose flags have dashes for underscores: both are accepted."""
+    return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
 
 class Hardware(NamedTuple):
@@ -332,7 +1834,7 @@ def detect_hardware(device: str = "auto") -> Hardware:
 
 
 def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple[str, str]:
-    """Preset for `auto`, by hardware and data, and the reason for it."""
+    """The preset for `auto`, by hardware and data, and the reason for it."""
     if hardware.device == "cpu":
         return "cpu", "no CUDA device"
     folder = data_folder("fineweb10B" if data == "auto" else data)
@@ -342,51 +1844,53 @@ def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple[str, 
     return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
 
 
+def find_preset(name: str, size: str) -> str:
+    """The full name of a preset: `auto`, KIND and KIND-auto get the size that suits the hardware."""
+    kind = name.removesuffix("auto").removesuffix("-")
+    full = f"{kind}-{size}" if kind else size
+    return full if name not in PRESETS and full in PRESETS else name
+
+
+def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tuple]:
+    """What `auto`, or 0, means: setting -> value and the reason for it."""
+    cuda = hardware.device == "cuda"
+    bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
+    fallback = "plain" if not cuda and bf16 and not s.compile else "sdpa"
+    triton = cuda and bf16 and hardware.bf16 and importlib.util.find_spec("triton")
+    fp8 = hardware.fp8 and bf16 and not any(size % 16 for size in (s.width, *s.seq_len))
+    fineweb = data_folder("fineweb10B").is_dir()
+    return {
+        "device": (hardware.device, hardware.name),
+        "dtype": ("bf16" if bf16 else "fp32", hardware.why),
+        "backend": ("flex" if cuda and s.compile else fallback, "the fastest here"),
+        "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA and bf16"),
+        "fp8_head": ("on" if fp8 else "off", "it needs FP8 products and multiples of 16"),
+        "compile_unit": ("model" if world_size == 1 else "block", f"{world_size} process(es)"),
+        "data": ("fineweb10B" if fineweb else "stdlib", "if data/fineweb10B is there, it"),
+        "eval_seq_len": (s.seq_len[-1], "seq_len of the last stage"),
+    }
+
+
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, Hardware, list[str]]:
     """Command line -> settings with every `auto` resolved, the hardware, and lines that explain the choices.
 
     Raises UserError with all that is wrong with the settings at once."""
-    given = vars(build_parser().parse_args(argv))
+    given = vars(build_parser().parse_args(dashed(sys.argv[1:] if argv is None else argv)))
     hardware = detect_hardware(given.get("device", "auto"))
-    preset, why = given.get("preset", "auto"), "asked for"
-    if preset == "auto":
-        preset, why = choose_preset(hardware, world_size, given.get("data", "auto"))
-    values = PRESETS.get(preset, {})
-    s = Settings(**{**values, **given, "preset": preset})
-    if s.mup:
-        s = dataclasses.replace(s, base_width=s.base_width or values.get("width", Settings.width),
-                                base_head_dim=s.base_head_dim or s.head_dim)
-    dtype = s.dtype if s.dtype != "auto" else ("bf16" if hardware.bf16 else "fp32")
-    fallback = "plain" if hardware.device == "cpu" and dtype == "bf16" and not s.compile else "sdpa"
-    kernel = "flex" if hardware.device == "cuda" and s.compile else fallback
-    fp8 = hardware.fp8 and dtype == "bf16" and not any(size % 16 for size in (s.width, *s.seq_len))
-    even_heads = not any(x.width // max(1, x.head_dim) % 2 for x in (s, s.base))
+    size, why = choose_preset(hardware, world_size, given.get("data", "auto"))
+    preset = find_preset(given.get("preset", "auto"), size)
+    s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     problems = field_errors(s) + unread_errors(s, given)
-    s = dataclasses.replace(  # the checks see what `auto` means
-        s, backend=s.backend if s.backend != "auto" else kernel,
-        attention=s.attention if s.attention != "auto" else auto_attention(s.num_layers, s.paired and even_heads),
-        kernels=s.kernels if s.kernels != "auto" else fast_kernels(hardware, dtype),
-        fp8_head=s.fp8_head if s.fp8_head != "auto" else "on" if fp8 else "off")
-    problems += hardware_errors(s, hardware) + ([] if problems else shape_errors(s, world_size))
+    auto = run_auto(s, hardware, world_size) | record_auto(s, hardware)
+    auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
+    s = dataclasses.replace(s, **{name: value for name, (value, _) in auto.items()})
+    notes = [f"preset {preset}: {'asked for' if given.get('preset') == preset else why}"]
+    notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
+    problems += run_errors(s, given, hardware)
+    problems += [] if problems else hyperparameter_errors(s, given, hardware, world_size)
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
-    unit = s.compile_unit if s.compile_unit != "auto" else ("model" if world_size == 1 else "block")
-    data = s.data if s.data != "auto" else ("fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib")
-    notes = [f"preset {preset}: {why}", f"device {hardware.device}: {hardware.name}",
-             f"dtype {dtype}: " + (hardware.why if s.dtype == "auto" else "asked for"),
-             f"attention {s.backend}, " + (f"compiled by {unit}" if s.compile else "not compiled"),
-             f"Triton kernels: {s.kernels}; FP8 head {s.fp8_head}, FP8 MLP {'on' if s.fp8_mlp else 'off'}"]
-    if s.mup:
-        notes.append(f"muP: rates of width {s.base_width} serve width {s.width}; --mup-report lists what is scaled")
-    s = dataclasses.replace(s, device=hardware.device, dtype=dtype, compile_unit=unit, data=data,
-                            eval_seq_len=s.eval_seq_len or stage_table(s)[-1].seq_len)
     return s, hardware, notes
-
-
-def fast_kernels(hardware: Hardware, dtype: str) -> str:
-    """The Triton kernels that `auto` takes: all, where Triton is there and bf16 is fast on the GPU."""
-    usable = hardware.device == "cuda" and hardware.bf16 and dtype == "bf16" and importlib.util.find_spec("triton")
-    return "+".join(KERNELS) if usable else "none"
 
 
 def field_errors(s: Settings) -> list[str]:
@@ -397,10 +1901,13 @@ def field_errors(s: Settings) -> list[str]:
         return 0 <= value <= 1 if spec == "0..1" else value in spec.split("|")
 
     bad = []
-    for name, text in help_texts().items():
-        value, spec = getattr(s, name), re.search(r"\[(\S+)\]$", text)
-        if spec and not all(allowed(v, spec[1]) for v in (value if isinstance(value, tuple) else (value,))):
-            bad.append(f"--{name} {value}: must be {spec[1].replace('|', ' or ').replace('..', ' to ')}")
+    for name in help_texts():
+        value, spec = getattr(s, name), next(iter(bracket(name)), "")
+        values = value if isinstance(value, tuple) else (value,)
+        if re.match(r">|0\.\.1|\w+\|", spec) and not all(allowed(v, spec) for v in values):
+            bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}")
+    if s.preset not in PRESETS:
+        bad.append(f"--preset {s.preset}: must be auto or {' or '.join(PRESETS)}")
     if s.seed >= 2**63:
         bad.append(f"--seed {s.seed}: must be below 2^63")
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
@@ -408,141 +1915,70 @@ def field_errors(s: Settings) -> list[str]:
     return bad
 
 
+def unread_without(s: Settings, name: str) -> str:
+    """The setting without which nothing reads this one, if it is not set so; else nothing."""
+    for condition in bracket(name):
+        if condition.startswith("with "):
+            _, other, *values = condition.split()
+            value = getattr(s, other)
+            read = value in values[0].split("|") if values else value
+            return unread_without(s, other) if read else " ".join([f"--{other}", *values]).replace("|", " or ")
+    return ""
+
+
 def unread_errors(s: Settings, given: dict) -> list[str]:
     """A sentence for each given setting that nothing would read, as it belongs to another choice."""
-    bad = [f"--{name}: has no effect without --{other}" + (f" {value}" if isinstance(value, str) else "")
-           for name, (other, value) in READ_WITH.items()
-           if given.get(name, False) is not False and getattr(s, other) != value]
-    bad += [f"--{name}: has no effect without --hellaswag_every" for name in ("hellaswag_tasks", "hellaswag_file")
-            if name in given and not s.hellaswag_every]
+    unread = {name: unread_without(s, name) for name, value in given.items() if value is not False}
+    bad = [f"--{name}: has no effect without {other}" for name, other in unread.items() if other]
     if "gram" in given.get("kernels", "") and s.hidden_optimizer == "adamw":
         bad.append(f"--kernels {s.kernels}: gram has no effect without --hidden_optimizer muon")
     return bad
 
 
-def hardware_errors(s: Settings, hardware: Hardware) -> list[str]:
-    """Settings that this machine cannot serve."""
+def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
+    """A sentence for each setting that this machine cannot serve."""
     bad, cuda = [], hardware.device == "cuda"
     if s.device == "cuda" and not cuda:
         bad.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
-    if not s.preset.endswith("cpu") and s.device != "cpu" and not cuda:
+    if s.preset in PRESETS and not s.preset.endswith("cpu") and given.get("device") != "cpu" and not cuda:
         bad.append(f"--preset {s.preset} needs a CUDA device, there is none: use --preset cpu, or add --device cpu")
     if s.compile and not cuda and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         bad.append("--compile on a CPU needs a C++ compiler and there is none: install g++, or use --no-compile")
     if wrong := set(s.kernels.split("+")) - {*KERNELS, "none"}:
         bad.append(f"--kernels {s.kernels}: {', '.join(sorted(wrong))} is none of {', '.join(KERNELS)}; or use none")
-    triton = importlib.util.find_spec("triton") and (cuda or os.environ.get("TRITON_INTERPRET"))
-    if s.kernels != "none" and not triton:
+    if s.kernels != "none" and not triton_usable(hardware):
         bad.append(f"--kernels {s.kernels} needs Triton and a CUDA device (or TRITON_INTERPRET=1, to test): use none")
     if cuda and s.kernels != "none" and s.dtype == "fp32":
         bad.append(f"--kernels {s.kernels} --dtype fp32: the tiles fit shared memory in bf16 only: use none")
-    if cuda and not hardware.fp8 and (s.fp8_head == "on" or s.fp8_mlp):
+    fp8 = s.fp8_head == "on" or s.fp8_mlp
+    if cuda and fp8 and not hardware.fp8:
         bad.append(f"--fp8_head, --fp8_mlp: {hardware.name} has no FP8 products (compute capability 8.9): leave out")
+    for name, size in [("width", s.width), *(("seq_len", length) for length in s.seq_len)]:
+        if fp8 and size % 16:
+            bad.append(f"--{name} {size}: FP8 products need a multiple of 16; or use --fp8_head off --no-fp8_mlp")
     if s.backend == "flex" and not (cuda and s.compile):
         bad.append("--backend flex trains only compiled and on a CUDA device (no CPU backward in torch): use sdpa")
+    if s.backend == "flex" and any(length % FLEX_BLOCK for length in (*s.seq_len, s.eval_seq_len)):
+        bad.append(f"--seq_len {s.seq_len}, --eval_seq_len {s.eval_seq_len}: flex needs multiples of {FLEX_BLOCK}")
     return bad
 
 
-def shape_errors(s: Settings, world_size: int) -> list[str]:
-    """Settings that do not fit each other: model shape, stages, rows per process."""
-    bad = []
-    for prefix in ("", "base_") if s.mup else ("",):
-        width, head_dim = getattr(s, f"{prefix}width"), getattr(s, f"{prefix}head_dim")
-        if width % head_dim or head_dim % 4 or width < GATE_DIM:
-            bad.append(f"--{prefix}width {width} must be a multiple of --{prefix}head_dim {head_dim}, that one of 4, "
-                       f"and not below {GATE_DIM}")
-    if 2 * s.value_embeds > s.num_layers:
-        bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
-    if len(s.attention) != s.num_layers or set(s.attention) - set("LSP-"):
-        bad.append(f"--attention {s.attention}: one letter L, S, P or - for each of the {s.num_layers} layers")
-    elif "P" in s.attention and (odd := next((x.num_heads for x in (s, s.base) if x.num_heads % 2), 0)):
-        bad.append(f"--attention {s.attention}: P layers pair heads, and there are {odd}; use --no-paired")
-    elif set(s.attention) == {"-"} or len({layer.value_table for layer in layer_table(s)} - {None}) < s.value_embeds:
-        bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} value tables, needs it")
-    if s.cap and (len(s.cap) != 3 or not s.cap[2]):
-        bad.append(f"--softcap {s.softcap}: three numbers a,b,c, the first and last above 0; or 0, no cap")
-    if s.width % 16 and (s.fp8_head == "on" or s.fp8_mlp):
-        bad.append(f"--width {s.width}: FP8 products need a multiple of 16; or use --fp8_head off --no-fp8_mlp")
-    if s.bigram == 1:
-        bad.append("--bigram 1: a table needs 2 rows or more, one is for the starts of documents; 0 leaves it out")
-    if s.muon_beta2 == 1 or s.muon_momentum == 1:
-        bad.append("--muon_beta2 and --muon_momentum must be below 1: at 1 nothing new is ever averaged in")
-    if s.warmup_steps >= s.iterations:
-        bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
-    wrong = [f"--{name} has {len(getattr(s, name))} values, --stage_ends {len(s.stage_ends)}" for name in STAGED
-             if len(getattr(s, name)) not in (1, len(s.stage_ends))]
-    if s.stage_ends[-1] != 1.0 or list(s.stage_ends) != sorted(set(s.stage_ends)):
-        wrong.append(f"--stage_ends {s.stage_ends}: must rise and end with 1.0")
-    return bad + (wrong or [line for stage in stage_table(s) for line in row_errors(s, stage, world_size)])
+def triton_usable(hardware: Hardware) -> bool:
+    """Whether Triton is there, and a GPU, or its interpreter."""
+    there = importlib.util.find_spec("triton") is not None
+    return there and (hardware.device == "cuda" or bool(os.environ.get("TRITON_INTERPRET")))
 
 
-def row_errors(s: Settings, stage: Stage, world_size: int) -> list[str]:
-    """A stage's batch must split into whole rows, the same number for every process."""
-    rows = stage.batch_tokens // stage.seq_len
-    if stage.batch_tokens % stage.seq_len:
-        return [f"--batch_tokens {stage.batch_tokens} must be a multiple of --seq_len {stage.seq_len}"]
-    if rows % world_size:
-        fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
-        return [f"{world_size} processes cannot share the {rows} rows of a step (batch_tokens {stage.batch_tokens} / "
-                f"seq_len {stage.seq_len}): use {fits} processes"]
-    if stage.seq_len > s.micro_tokens:
-        return [f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {stage.seq_len} tokens"]
-    if s.backend == "flex" and (stage.seq_len % FLEX_BLOCK or s.eval_seq_len % FLEX_BLOCK):
-        return [f"--seq_len {stage.seq_len}, --eval_seq_len {s.eval_seq_len}: flex needs multiples of {FLEX_BLOCK}"]
-    if stage.seq_len % 16 and (s.fp8_head == "on" or s.fp8_mlp):
-        return [f"--seq_len {stage.seq_len}: FP8 products need a multiple of 16; or use --fp8_head off --no-fp8_mlp"]
-    if stage.mtp >= stage.seq_len:
-        return [f"--mtp {stage.mtp} must be less than --seq_len {stage.seq_len}"]
-    return []
-
-
-STAGED = ("batch_tokens", "seq_len", "max_doc_len", "window", "mtp", "stage_lr")
-
-
-class Stage(NamedTuple):
-    """One row of the stage table: steps [start, end) of the run."""
-
-    start: int
-    end: int
-    window_start: int  # long window at `start`
-    batch_tokens: int
-    seq_len: int
-    max_doc_len: int
-    window: int  # long window at `end`
-    mtp: int  # further future tokens
-    lr: float
-
-    def micro_rows(self, s: Settings, world_size: int) -> int:
-        """Rows of one forward pass of a process: the most that fit into micro_tokens and divide its share."""
-        rows = self.batch_tokens // self.seq_len // world_size
-        return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * self.seq_len <= s.micro_tokens))
-
-
-def stage_table(s: Settings) -> list[Stage]:
-    """The stages of a run; a single value of a staged setting holds for all of them."""
-    columns = [values * len(s.stage_ends) if len(values) == 1 else values for values in (getattr(s, n) for n in STAGED)]
-    stages, start, window_start = [], 0, s.window_start or s.window[0]
-    for end, *row in zip(s.stage_ends, *columns, strict=True):
-        stages.append(Stage(start, round(end * s.iterations), window_start, *row))
-        start, window_start = stages[-1].end, stages[-1].window
-    return stages
-
-
-def stage_at(stages: list[Stage], step: int) -> Stage:
-    """The stage that training step `step` belongs to; the last one for steps past the end."""
-    return next((stage for stage in stages if step < stage.end), stages[-1])
-
-
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Data                                                                                                               │
-# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-# Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. A document starts with
-# the end-of-text token. Rows are packed from pieces: documents cut to max_doc_len. Every process computes the same
-# sequence of rows and reads the tokens of its own ones, so the order does not depend on the number of processes.
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Data                                                                                         │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. A
+# document starts with the end-of-text token. Rows are packed from pieces: documents cut to
+# max_doc_len. Every process computes the same sequence of rows and reads the tokens of its own ones,
+# so the order does not depend on the number of processes.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_META = {"tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 50257, "eot": 50256, "splits": {}}
-IGNORE = -1  # target that has no loss
 
 
 def data_folder(name: str) -> Path:
@@ -558,9 +1994,10 @@ def repair_command(folder: Path) -> str:
 
 
 def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
-    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header, a wrong length or (given `vocab_size`)
-    a token id that the vocabulary does not have."""
-    header, redo = np.fromfile(path, dtype="<i4", count=256), f"make it again with {repair_command(path.parent)}"
+    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header, a wrong length or (given
+    `vocab_size`) a token id that the vocabulary does not have."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    redo = f"make it again with {repair_command(path.parent)}"
     if len(header) < 256 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
         found = "a truncated header" if len(header) < 256 else f"magic {header[0]}, version {header[1]}"
         raise UserError(f"{path} is no token shard: {found}, expected {SHARD_MAGIC} and {SHARD_VERSION}; {redo}")
@@ -592,7 +2029,7 @@ class Corpus(NamedTuple):
 
 
 def open_corpus(name: str) -> Corpus:
-    """Finds and checks a data set; without meta.json it is taken for published FineWeb shards.
+    """A data set, found and checked; without meta.json it is taken for published FineWeb shards.
 
     Raises FileNotFoundError with the command that makes it, UserError if it is damaged."""
     folder = data_folder(name)
@@ -620,8 +2057,8 @@ def open_corpus(name: str) -> Corpus:
 def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple[np.ndarray, ...]:
     """Start and length of each piece of a shard: documents cut to at most `max_len` tokens.
 
-    The shard's last token is only a target. Without end-of-text tokens the shard is one document, cut from `offset`
-    on, so that every epoch cuts elsewhere. `clip` keeps only the first piece of a document (record 29)."""
+    The shard's last token is only a target. Without end-of-text tokens the shard is one document, cut
+    from `offset` on, so that every epoch cuts elsewhere. `clip` keeps only the first piece (29)."""
     last = len(tokens) - 1
     starts = np.flatnonzero(tokens[:last] == eot) if eot is not None else np.array([min(offset, last)])
     if eot is not None and (not len(starts) or starts[0]):
@@ -637,68 +2074,55 @@ def gather_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> 
     """Inputs, targets (the true next tokens, also at the end of a piece) and piece numbers: (3, total) int32."""
     begins = np.cumsum(lengths) - lengths
     index = np.repeat(starts - begins, lengths) + np.arange(lengths.sum())
-    return np.stack([tokens[index], tokens[index + 1], np.repeat(np.arange(len(starts)), lengths)]).astype(np.int32)
+    pieces = np.repeat(np.arange(len(starts)), lengths)
+    return np.stack([tokens[index], tokens[index + 1], pieces]).astype(np.int32)
 
 
 class Loader:
-    """Training batches of one process, prepared by a background thread, at an exact and restorable position.
+    """The training batches of one process, each prepared in the background while the one before it is
+    in use, at an exact and restorable position.
 
-    A row starts with the start of a piece and is filled with further pieces; the last one is cut at the end of the
-    row and its rest skipped (record 26: batches that start at a document's start train better). `position`: epoch,
-    shard, and tokens of that shard, in the order of its pieces, that are used up."""
+    A row starts with the start of a piece and is filled with further pieces; the last one is cut at
+    the end of the row and its rest skipped (26: batches that start at a document's start train
+    better). `position`: epoch, shard, and tokens of that shard, in the order of its pieces, used up."""
 
     def __init__(self, s: Settings, corpus: Corpus, world: World, position: dict | None = None, step: int = 0):
-        self.s, self.corpus, self.world, self.stages, self.step = s, corpus, world, stage_table(s), step
+        self.s, self.corpus, self.world, self.stages = s, corpus, world, stage_table(s)
         self.position = dict(position or {"epoch": 0, "shard": 0, "used": 0})
-        self.table_key, self.ready, self.stop = None, queue.Queue(maxsize=4), threading.Event()
-        self.opener, self.opened = ThreadPoolExecutor(1, "shards"), {}
-        self.staging: list = [None] * 3  # pinned buffers, each with the event of the copy out of it
-        self.thread = threading.Thread(target=self._produce, daemon=True, name="loader")
-        self.thread.start()
+        self.table_key: tuple = ()  # epoch, shard and longest piece of the table of pieces
+        self.opened: dict[int, Future] = {}
+        self.workers = ThreadPoolExecutor(2, "loader")  # for a batch and for the next shard
+        self._prepare(step)
 
-    def _produce(self):
-        """Background thread: (tokens, position after them) of each step in order, or the error that ended it."""
-        try:
-            for step in range(self.step, self.s.iterations):
-                if not self._hand_over((self.make_batch(stage_at(self.stages, step)), dict(self.position))):
-                    return
-        except Exception as error:  # noqa: BLE001 - raised again in the training thread, by next()
-            self._hand_over(error)
+    def _prepare(self, step: int):
+        """Starts to make the batch of a step; only one is being made at any time."""
+        stage = stage_at(self.stages, step)
+        self.pending = self.workers.submit(lambda: (self.make_batch(stage), dict(self.position)))
 
-    def _hand_over(self, item) -> bool:
-        """Waits for room; False if the loader was closed meanwhile."""
-        while not self.stop.is_set():
-            with contextlib.suppress(queue.Full):
-                self.ready.put(item, timeout=0.1)
-                return True
-        return False
+    def next(self, step: int) -> tuple[Tensor, dict]:
+        """The batch of the next training step on the device, and the position after it. Raises what
+        went wrong in the background."""
+        batch, position = self.pending.result()
+        if step + 1 < self.s.iterations:
+            self._prepare(step + 1)
+        return batch.to(self.s.device, non_blocking=True), position
 
-    def _load_table(self, stage: Stage):
-        """Opens the shard of the current position and lists its pieces, none longer than a row, in the order of use."""
-        epoch, shard, eot = self.position["epoch"], self.position["shard"], self.corpus.meta["eot"]
-        longest = min(stage.max_doc_len or stage.seq_len, stage.seq_len)
-        key = (epoch, shard, longest)
-        if key == self.table_key:
-            return
-        if self.table_key is None or self.table_key[1] != shard:
-            both = dict.fromkeys((shard, (shard + 1) % len(self.corpus.train)))
-            self.opened = {number: self._open(number) for number in both}
-            self.tokens = self.opened[shard].result()
-        rng = np.random.default_rng((self.s.seed, epoch, shard))
-        offset = int(rng.integers(longest)) if epoch else 0
-        starts, lengths = piece_table(self.tokens, eot, longest, self.s.long_docs == "clip", offset)
-        order = rng.permutation(len(starts)) if self.s.shuffle else slice(None)
-        self.starts, self.lengths, self.table_key = starts[order], lengths[order], key
-        self.ends = np.cumsum(self.lengths)
-
-    def _open(self, shard: int) -> Future:
-        """A shard being opened: the next one is read and checked while this one is in use, so no batch waits for it."""
-        vocab_size = self.corpus.meta["vocab_size"]
-        return self.opened.get(shard) or self.opener.submit(open_shard, self.corpus.train[shard], vocab_size)
+    def make_batch(self, stage: Stage) -> Tensor:
+        """This process's part of the next batch, (micro-steps, 3, rows, T) int32: inputs, targets,
+        document numbers. All processes walk over all rows; each gathers its own."""
+        micro_rows, rows = stage.micro_rows(self.s, self.world.size), []
+        for row in range(stage.batch_tokens // stage.seq_len):
+            tokens, starts, lengths = self._next_row(stage)
+            if row // micro_rows % self.world.size == self.world.rank:
+                rows.append(gather_rows(tokens, starts, lengths))
+        batch = np.concatenate(rows, axis=1).reshape(3, -1, micro_rows, stage.seq_len)
+        batch = torch.from_numpy(np.ascontiguousarray(batch.swapaxes(0, 1)))
+        # pinned anew: the allocator gives memory out again only when the copy from it is done
+        return batch if self.s.device == "cpu" else batch.pin_memory()
 
     def _next_row(self, stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens of the shard, starts and lengths of the pieces of the next row; on to the next shard, and after the
-        last one to the first again in a new epoch, where the pieces left do not fill a row."""
+        """Tokens of the shard, starts and lengths of the pieces of the next row; where the pieces left
+        do not fill a row, of the next shard, after the last one of the first in a new epoch."""
         for _ in range(len(self.corpus.train) + 2):
             self._load_table(stage)
             used = self.position["used"]
@@ -711,59 +2135,43 @@ class Loader:
         else:
             raise UserError(f"no shard of {self.corpus.folder} fills a row of {stage.seq_len} tokens: lower --seq_len")
         starts, lengths = self.starts[first:last + 1].copy(), self.lengths[first:last + 1].copy()
-        starts[0] += used - (self.ends[first] - lengths[0])  # 0, unless the longest piece has changed within this one
+        starts[0] += used - (self.ends[first] - lengths[0])  # 0, unless the longest piece has just changed
         lengths[0] = self.ends[first] - used
         lengths[-1] -= lengths.sum() - stage.seq_len
         self.position["used"] = int(self.ends[last])
         return self.tokens, starts, lengths
 
-    def make_batch(self, stage: Stage) -> Tensor:
-        """This process's part of the next batch, (micro-steps, 3, rows, T) int32: inputs, targets, document numbers.
-        All processes walk over all rows; each gathers its own."""
-        micro_rows, own = stage.micro_rows(self.s, self.world.size), {}
-        for row in range(stage.batch_tokens // stage.seq_len):
-            tokens, starts, lengths = self._next_row(stage)
-            if row // micro_rows % self.world.size == self.world.rank:
-                visit = self.position["epoch"], self.position["shard"]
-                own.setdefault(visit, (tokens, [], []))  # the rows of one shard are gathered together
-                own[visit][1].append(starts)
-                own[visit][2].append(lengths)
-        parts = [gather_rows(tokens, np.concatenate(a), np.concatenate(b)) for tokens, a, b in own.values()]
-        batch = np.concatenate(parts, axis=1).reshape(3, -1, micro_rows, stage.seq_len).swapaxes(0, 1)
-        return torch.from_numpy(np.ascontiguousarray(batch))
+    def _load_table(self, stage: Stage):
+        """Opens the shard of the current position and lists its pieces in the order of use."""
+        epoch, shard = self.position["epoch"], self.position["shard"]
+        longest = min(stage.max_doc_len or stage.seq_len, stage.seq_len)
+        if self.table_key == (epoch, shard, longest):
+            return
+        following = (shard + 1) % len(self.corpus.train)  # read and checked while this one is in use
+        self.opened = {number: self._open(number) for number in (shard, following)}
+        self.tokens = self.opened[shard].result()
+        rng = np.random.default_rng((self.s.seed, epoch, shard))
+        offset = int(rng.integers(longest)) if epoch else 0
+        clip = self.s.long_docs == "clip"
+        starts, lengths = piece_table(self.tokens, self.corpus.meta["eot"], longest, clip, offset)
+        order = rng.permutation(len(starts)) if self.s.shuffle else slice(None)
+        self.starts, self.lengths = starts[order], lengths[order]
+        self.ends = np.cumsum(self.lengths)
+        self.table_key = (epoch, shard, longest)
 
-    def next(self, step: int) -> tuple[Tensor, dict]:
-        """Batch of training step `step` on the device, and the position after it. Raises what the thread raised."""
-        item = self.ready.get()
-        if isinstance(item, Exception):
-            raise item
-        return item if self.s.device == "cpu" else (self._to_device(step, item[0]), item[1])
-
-    def _to_device(self, step: int, tokens: Tensor) -> Tensor:
-        """One asynchronous copy from pinned memory. A buffer is refilled only after the copy out of it is done, which
-        its event says: refilling without asking races with copies queued behind a long backward pass."""
-        slot = step % len(self.staging)
-        if self.staging[slot] is None or self.staging[slot][0].shape != tokens.shape:
-            self.staging[slot] = (torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True), torch.cuda.Event())
-        buffer, copied = self.staging[slot]
-        assert buffer.is_pinned(), "a copy from pageable memory would wait for the device"
-        copied.synchronize()
-        buffer.copy_(tokens)
-        on_device = buffer.to(self.s.device, non_blocking=True)
-        copied.record()
-        return on_device
+    def _open(self, shard: int) -> Future:
+        path, vocab_size = self.corpus.train[shard], self.corpus.meta["vocab_size"]
+        return self.opened.get(shard) or self.workers.submit(open_shard, path, vocab_size)
 
     def close(self):
-        self.stop.set()
-        self.thread.join()
-        self.opener.shutdown()
+        self.workers.shutdown(cancel_futures=True)
 
 
 class ValStream:
-    """The fixed validation stream: the first N tokens of the val split, each once, cut into rows of `seq_len`.
+    """The fixed validation stream: the first N tokens of the val split, each once, cut into rows.
 
-    What is predicted does not depend on the number of processes or on the batch size; a row's documents do not see
-    each other, and a context is cut where a row starts."""
+    What is predicted does not depend on the number of processes or on the batch size; a row's
+    documents do not see each other, and a context is cut where a row starts."""
 
     def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
         shards = [open_shard(path, corpus.meta["vocab_size"]) for path in corpus.val]
@@ -776,1380 +2184,25 @@ class ValStream:
         self.tokens = shards[0] if len(shards[0]) > self.num_tokens else np.concatenate(shards)
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        """Rows [first, first + count) as (3, count, T) int32: inputs, targets, documents; padded with target IGNORE."""
+        """Rows [first, first + count) as (3, count, T) int32: inputs, targets, documents; padded with
+        target IGNORE."""
         batch = np.zeros((3, count * self.seq_len), dtype=np.int32)
         batch[1] = IGNORE
         start = first * self.seq_len
         size = max(0, min(count * self.seq_len, self.num_tokens - start))
-        batch[0, :size], batch[1, :size] = self.tokens[start:start + size], self.tokens[start + 1:start + size + 1]
+        batch[0, :size] = self.tokens[start:start + size]
+        batch[1, :size] = self.tokens[start + 1:start + size + 1]
         if self.eot is not None:
             batch[2] = np.cumsum(batch[0] == self.eot)
         return batch.reshape(3, count, self.seq_len)
 
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Attention                                                                                                          │
-# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-# One rule says who sees whom; all backends apply it token by token, so that compiled, eager and SDPA agree. (A window
-# that exists only in the block lists of FlexAttention is silently ignored wherever the kernel is not compiled.)
-
-FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
-
-
-def visible(query: Tensor, key: Tensor, query_doc: Tensor, key_doc: Tensor, window: Tensor) -> Tensor:
-    """True where a query position may look at a key position: causal, same document, inside the window."""
-    return (query >= key) & (query - key < window) & (query_doc == key_doc)
-
-
-def dense_mask(docs_BT: Tensor, window: Tensor, copies: int = 1) -> Tensor:
-    """The rule for all pairs: (B, 1, T, T) bool, for scaled_dot_product_attention; each token `copies` times."""
-    position = torch.arange(docs_BT.size(1), device=docs_BT.device).repeat_interleave(copies)
-    docs = docs_BT.repeat_interleave(copies, dim=1)
-    return visible(position[:, None], position, docs[:, None, :, None], docs[:, None, None, :], window)
-
-
-def block_mask(docs_BT: Tensor, window: Tensor, copies: int = 1):
-    """The rule as a FlexAttention BlockMask, nearest blocks first, made without looking at T x T pairs.
-
-    Document numbers only rise along a row, so the first and last number of a block tell whether two blocks share a
-    document (a pair of tokens may), or consist of one and the same (every pair does: no mask is needed inside)."""
-    from torch.nn.attention.flex_attention import BlockMask
-    span = FLEX_BLOCK // copies  # tokens of a block
-    docs = docs_BT.unflatten(1, (-1, span))
-    first, last = docs[..., 0], docs[..., -1]
-    block = torch.arange(first.size(1), device=docs_BT.device)
-    ahead = (block[:, None] - block) * span  # distance of two blocks' first tokens
-    some = (ahead >= 0) & (ahead - (span - 1) < window) & (last[:, None, :] >= first[:, :, None])
-    full = (ahead > 0) & (ahead + (span - 1) < window) & (first[:, None, :] == last[:, :, None])
-
-    def listed(flags: Tensor) -> tuple[Tensor, Tensor]:  # counts (B, 1, blocks), indices (B, 1, blocks, blocks)
-        nearest_first = flags.size(-1) - 1 - flags.flip(-1).int().argsort(dim=-1, descending=True, stable=True)
-        return flags.sum(-1, dtype=torch.int32)[:, None], nearest_first.to(torch.int32)[:, None].contiguous()
-
-    def mask_mod(b, h, query, key):
-        query, key = query // copies, key // copies
-        return visible(query, key, docs_BT[b, query], docs_BT[b, key], window)
-
-    length = copies * docs_BT.size(1)
-    return BlockMask.from_kv_blocks(*listed(some & ~full), *listed(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod,
-                                    seq_lengths=(length, length))
-
-
-@functools.cache
-def small_shared_memory(device: str) -> bool:
-    """Whether a kernel has less than 160 KB of shared memory: on consumer cards (100 KB), not on A100 or H100."""
-    return device == "cuda" and torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 << 10
-
-
-def flex_options(device: str) -> dict | None:
-    """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory at head_dim 128."""
-    if not small_shared_memory(device):
-        return None
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
-
-
-def attend(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float, backend: str,
-           options: dict | None = None) -> Tensor:
-    """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a dense_mask SDPA or the
-    formula itself, which in bf16 on a CPU takes 0.25 to 0.64 of the time of SDPA (records/LOG.md, 2026-11-20)."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    if backend == "flex":
-        from torch.nn.attention.flex_attention import flex_attention
-        return flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options).transpose(1, 2)
-    if backend == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-    return ((q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v).transpose(1, 2)
-
-
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Model                                                                                                              │
-# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-
-# --- Triton kernels and FP8. Each has a plain form here, which is its reference in the tests and takes its place where
-# --kernels or --fp8_head do not name it. The registered operators hide them from torch.compile as one node each.
-
-KERNELS = ("gram", "mlp", "loss")
-OPERATORS = "nanospeedrun_" + re.sub(r"\W", "_", Path(__file__).stem)  # namespace
-FP8_INPUT_MARGIN = 1.01  # RMS-normed values are at most sqrt(model_dim), but for rounding
-LOSS_CHUNK = 4096  # rows of logits that the plain form holds in fp32
-tl = None  # triton.language, from the first kernel on
-
-
-@functools.cache
-def triton_kernel(function):
-    """The function compiled by Triton, which is imported only now."""
-    import triton
-    globals()["tl"] = triton.language
-    return triton.jit(function)
-
-
-def operator(signature: str):
-    """Registers a function as a torch operator, e.g. `gram(Tensor x) -> Tensor`."""
-    name, _, rest = signature.partition("(")
-    return torch.library.custom_op(f"{OPERATORS}::{name}", mutates_args=(), schema="(" + rest)
-
-
-def product_relu2_kernel(a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
-                         COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
-    """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the former's result: a
-    (rows, depth), b (cols, depth), all row-major. Tiles run down GROUP rows before they go right: b stays in the L2."""
-    tiles_down, tiles_right = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
-    group, within = tl.program_id(0) // (GROUP * tiles_right), tl.program_id(0) % (GROUP * tiles_right)
-    height = min(tiles_down - group * GROUP, GROUP)
-    row = ((group * GROUP + within % height) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    col = ((within // height) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
-    k = tl.arange(0, DEPTH)
-    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for start in range(0, depth, DEPTH):
-        left = tl.load(a + row * depth + (start + k)[None, :], (row < rows) & (start + k < depth)[None, :], 0.0)
-        right = tl.load(b + col * depth + (start + k)[:, None], (col < cols) & (start + k < depth)[:, None], 0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    where, inside = row * cols + col, (row < rows) & (col < cols)
-    if BACKWARD:
-        total *= 2 * tl.sqrt(tl.load(post + where, inside, 0.0).to(tl.float32))
-    else:
-        total = tl.maximum(total, 0.0) * total
-    tl.store(out + where, total.to(out.dtype.element_ty), inside)
-
-
-def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
-    """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative: the fused MLP (record 59; without the
-    pre-activations, which the square root gives back: 87)."""
-    (rows, depth), cols, out = a.shape, b.size(0), a.new_empty(a.size(0), b.size(0))
-    tile = dict(ROWS=128, COLS=128, DEPTH=32, GROUP=8) if small_shared_memory(a.device.type) else dict(
-        ROWS=128, COLS=256, DEPTH=64, GROUP=8)
-    grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]),)
-    triton_kernel(product_relu2_kernel)[grid](
-        a.contiguous(), b.contiguous(), out if post is None else post, out, rows, cols, depth,
-        BACKWARD=post is not None, **tile, num_warps=8, num_stages=3)
-    return out
-
-
-@operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
-def fused_mlp(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor):
-    post_NF = product_relu2(x_ND, up_FD)
-    return post_NF @ down_FD, post_NF
-
-
-@operator("mlp_backward(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor post) -> (Tensor, Tensor, Tensor)")
-def fused_mlp_backward(grad_ND: Tensor, x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, post_NF: Tensor):
-    pre_grad_NF = product_relu2(grad_ND, down_FD, post_NF)
-    return pre_grad_NF @ up_FD, pre_grad_NF.T @ x_ND, post_NF.T @ grad_ND
-
-
-@operator("quantized_linear(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor x_scale, Tensor w_scale) -> Tensor")
-def quantized_linear(x_ND: Tensor, weight_FD: Tensor, xq_ND: Tensor, wq_FD: Tensor, x_scale: Tensor, w_scale: Tensor):
-    return fp8_product(xq_ND, wq_FD, x_scale, w_scale, fast=True).to(x_ND.dtype)
-
-
-fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(x.size(0), up.size(0))))
-fused_mlp_backward.register_fake(lambda grad, x, up, down, post: tuple(map(torch.empty_like, (x, up, down))))
-quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(x.size(0), weight.size(0)))
-fused_mlp.register_autograd(
-    lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: (ctx.save_for_backward(*inputs, output[1]),
-                                               ctx.set_materialize_grads(False)))
-quantized_linear.register_autograd(
-    lambda ctx, grad: (grad @ ctx.saved_tensors[1], grad.T @ ctx.saved_tensors[0], *[None] * 4),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
-
-
-def mlp_relu2(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, kernel: bool, fp8: bool) -> Tensor:
-    """relu(x @ up.T)^2 @ down, (N, D): plain, by the fused Triton kernel, or with the up-projection in FP8."""
-    if kernel and not fp8:
-        return fused_mlp(x_ND, up_FD, down_FD)[0]
-    return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
-
-
-def fp8_linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
-    """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact (record 84). Quantized outside
-    the operator, so that torch.compile can fuse it with what comes before."""
-    exact = [t.detach().float() for t in (x_ND, weight_FD)]
-    scales = [t.abs().amax().clamp_min(1e-12) / 448 for t in exact]
-    return quantized_linear(x_ND, weight_FD, *map(to_fp8, exact, scales), *scales)
-
-
-def to_fp8(x: Tensor, scale, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
-    """x / scale, clipped: on a GPU the cast turns what is out of range into NaN or infinity."""
-    limit = torch.finfo(dtype).max
-    return (x / scale).clamp(-limit, limit).to(dtype)
-
-
-def fp8_product(a_NK: Tensor, b_MK: Tensor, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Tensor:
-    """(a * scale_a) @ (b * scale_b).T, both fp8 and row-major -> (N, M) bf16. `fast`: sums with fewer bits."""
-    return torch._scaled_mm(a_NK, b_MK.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16,
-                            use_fast_accum=fast)
-
-
-def cap_logits(z: Tensor, cap: tuple[float, ...] | None) -> Tensor:
-    """a * sigmoid((z + b) / c), or with b = 0 a/2 * tanh(z / 2c) but for a constant (records 9, 18, 19, 54); no cap, if
-    a is 0: z / c."""
-    if cap is None:
-        return z
-    a, b, c = cap
-    return a * torch.sigmoid((z + b) / c) if a else z / c
-
-
-def width_free(cap: tuple[float, ...] | None, multiplier: float) -> tuple[float, ...] | None:
-    """The cap that takes in z what `cap` takes in multiplier * z. It stands after the product with the head, and so the
-    head's multiplier costs nothing, needs no kernel, and scales FP8 gradients with it."""
-    a, b, c = cap or (0.0, 0.0, 1.0)
-    return cap if multiplier == 1 else (a, b / multiplier, c / multiplier)
-
-
-def loss_kernel(logits, targets, losses, lses, rows, vocab, a, slope, shift, CAPPED: tl.constexpr,
-                TARGETS: tl.constexpr, BLOCK: tl.constexpr):
-    """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets.
-    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum."""
-    row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    peak, total = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32), tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab, BLOCK):
-        z = tl.load(logits + row * vocab + start + col, start + col < vocab, 0.0).to(tl.float32)
-        z = tl.where(start + col < vocab, a * tl.sigmoid(slope * z + shift) if CAPPED else slope * z, -1e30)
-        if not CAPPED:
-            higher = tl.maximum(peak, z)
-            total *= tl.exp(peak - higher)
-            peak = higher
-        total += tl.exp(z - peak)  # 1 for each column that an empty lane does not have: exp(peak - top) cancels it
-    top = tl.max(peak, 0)
-    lse = top + tl.log(tl.sum(total * tl.exp(peak - top), 0))
-    tl.store(lses + row, lse)
-    for k in tl.static_range(TARGETS):
-        target = tl.load(targets + k * rows + row)
-        z = tl.load(logits + row * vocab + target, target >= 0, 0.0).to(tl.float32)
-        z = a * tl.sigmoid(slope * z + shift) if CAPPED else slope * z
-        tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
-
-
-def loss_gradient_kernel(logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
-                         CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr,
-                         COLS: tl.constexpr):
-    """One tile of the logits' gradient / unit, stored as rows and for FP8 as columns, too: (rows, vocab) and
-    (vocab, rows). grads: of the summed loss of each target."""
-    row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    inside, where = (row < rows)[:, None] & (col < vocab)[None, :], row.to(tl.int64)[:, None] * vocab + col[None, :]
-    z = tl.load(logits + where, inside, 0.0).to(tl.float32)
-    share = tl.sigmoid(slope * z + shift) if CAPPED else z
-    z = a * share if CAPPED else slope * z
-    weight, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
-    for k in tl.static_range(TARGETS):
-        target = tl.load(targets + k * rows + row, row < rows, -1)
-        grad = tl.where(target >= 0, tl.load(grads + k) / tl.load(unit), 0.0)
-        weight += grad
-        hit += tl.where(col[None, :] == target[:, None], grad[:, None], 0.0)
-    lse = tl.load(lses + row, row < rows, 0.0)
-    result = weight[:, None] * tl.exp(z - lse[:, None]) - hit
-    result = (result * z * (slope - slope * share) if CAPPED else result * slope).to(out.dtype.element_ty)
-    tl.store(out + where, result, inside)
-    if TRANSPOSED:
-        tl.store(out_t + col.to(tl.int64)[None, :] * rows + row[:, None], result, inside)
-
-
-def cap_arguments(cap: list[float]) -> tuple[float, float, float]:
-    """a, slope and shift of a * sigmoid(slope * z + shift), or without a cap of slope * z."""
-    return (cap[0], 1 / cap[2], cap[1] / cap[2]) if cap else (0.0, 1.0, 0.0)
-
-
-def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: bool) -> tuple[Tensor, Tensor]:
-    """Cross-entropies of capped logits, (K, N), 0 where the target is IGNORE, and log-sum-exps, (N,), fp32."""
-    (rows, vocab), (count, _) = logits_NV.shape, targets_KN.shape
-    if kernel:
-        lse_N = logits_NV.new_empty(rows, dtype=torch.float32)
-        losses_KN = lse_N.new_empty(count, rows)
-        triton_kernel(loss_kernel)[(rows,)](logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab,
-                                            *cap_arguments(cap), CAPPED=any(cap[:1]), TARGETS=count, BLOCK=4096,
-                                            num_warps=8)
-        return losses_KN, lse_N
-    losses, lses = [], []
-    for z, target in zip(logits_NV.split(LOSS_CHUNK), targets_KN.split(LOSS_CHUNK, dim=1), strict=True):
-        z = cap_logits(z.float(), cap or None)
-        lses.append(z.logsumexp(-1))
-        losses.append((lses[-1] - z.gather(1, target.clamp_min(0).long().T).T) * (target != IGNORE))
-    return torch.cat(losses, dim=1), torch.cat(lses)
-
-
-def logit_gradient(logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K: Tensor, unit: Tensor, cap: list[float],
-                   dtype: torch.dtype, kernel: bool) -> tuple[Tensor, Tensor]:
-    """Gradient of sum(grad_K * losses_K) by the uncapped logits, in multiples of `unit`; and its transpose."""
-    (rows, vocab), fp8 = logits_NV.shape, dtype.itemsize == 1
-    if kernel:
-        out = logits_NV.new_empty(rows, vocab, dtype=dtype)
-        out_t = out.new_empty(vocab, rows) if fp8 else out
-        triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
-            logits_NV, targets_KN.contiguous(), lse_N, grad_K.contiguous(), unit, out, out_t, rows, vocab,
-            *cap_arguments(cap), CAPPED=any(cap[:1]), TARGETS=len(targets_KN), TRANSPOSED=fp8, ROWS=64, COLS=128,
-            num_warps=8)
-        return out, out_t if fp8 else out.T
-    parts = []
-    for z, target, lse in zip(logits_NV.split(LOSS_CHUNK), targets_KN.split(LOSS_CHUNK, dim=1), lse_N.split(LOSS_CHUNK),
-                              strict=True):
-        z, weight = cap_logits(z.float(), cap or None), grad_K[:, None] * (target != IGNORE)
-        gradient = (z - lse[:, None]).exp() * weight.sum(0)[:, None]
-        gradient.scatter_add_(1, target.clamp_min(0).long().T, -weight.T)
-        if cap:
-            gradient *= z * (1 - z / cap[0]) / cap[2] if cap[0] else 1 / cap[2]
-        parts.append((gradient / unit).to(dtype))
-    out = torch.cat(parts)
-    return out, out.T.contiguous() if fp8 else out.T
-
-
-def head_scales(model_dim: int) -> tuple[float, float]:
-    """e4m3 scales of the head's RMS-normed inputs, at most sqrt(model_dim), and of its weights: powers of two, so that
-    only the cast rounds. Weights up to 448 / 256 = 1.75 fit (records 28 and 89: 0.875 and 1.6)."""
-    return 2.0 ** math.ceil(math.log2(FP8_INPUT_MARGIN * math.sqrt(model_dim) / 448)), 2.0**-8
-
-
-@operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, float[] cap, bool kernel) -> "
-          "(Tensor, Tensor, Tensor)")
-def fused_head(x_ND: Tensor, weight_VD: Tensor, xq_ND: Tensor, wq_VD: Tensor, targets_KN: Tensor, cap: list[float],
-               kernel: bool):
-    """Losses (K,), logits and log-sum-exps. xq and wq are x and weight in FP8, or they themselves."""
-    if xq_ND.dtype.itemsize == 1:
-        scales = [torch.full((), scale, device=x_ND.device) for scale in head_scales(x_ND.size(1))]
-        logits_NV = fp8_product(xq_ND, wq_VD, *scales, fast=True)
-    else:
-        logits_NV = F.linear(xq_ND, wq_VD)
-    losses_KN, lse_N = loss_rows(logits_NV, targets_KN, cap, kernel)
-    return losses_KN.sum(1), logits_NV, lse_N
-
-
-@operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor logits, Tensor lse, float[] cap, "
-          "bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
-def fused_head_backward(grad_K: Tensor, xq_ND: Tensor, wq_VD: Tensor, targets_KN: Tensor, logits_NV: Tensor,
-                        lse_N: Tensor, cap: list[float], kernel: bool, dtype: torch.dtype):
-    """Gradients of x and weight. FP8: a token's loss being a sum over its targets, the gradient of a logit is at most
-    sum |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the units go into the products' scales."""
-    fp8 = xq_ND.dtype.itemsize == 1
-    if not fp8:
-        gradient, transposed = logit_gradient(logits_NV, targets_KN, lse_N, grad_K, torch.ones_like(grad_K[0]), cap,
-                                              logits_NV.dtype, kernel)
-        return gradient @ wq_VD, transposed @ xq_ND
-    steepest = (cap[0] / 4 or 1.0) / cap[2] if cap else 1.0
-    unit = grad_K.abs().sum().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
-    gradient, transposed = logit_gradient(logits_NV, targets_KN, lse_N, grad_K, unit, cap, torch.float8_e5m2, kernel)
-    x_scale, w_scale = (torch.full((), scale, device=unit.device) for scale in head_scales(xq_ND.size(1)))
-    return (fp8_product(gradient, wq_VD.T.contiguous(), unit, w_scale, fast=False).to(dtype),
-            fp8_product(transposed, xq_ND.T.contiguous(), unit, x_scale, fast=False).to(dtype))
-
-
-def _head_backward(ctx, grad_K: Tensor, *_):
-    gradients = fused_head_backward(grad_K, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
-    return (*gradients, *[None] * 5)
-
-
-def _head_context(ctx, inputs, output):
-    x, _, xq, wq, targets, ctx.cap, ctx.kernel = inputs
-    ctx.save_for_backward(xq, wq, targets, *output[1:])
-    ctx.dtype = x.dtype
-    ctx.set_materialize_grads(False)
-
-
-fused_head.register_autograd(_head_backward, setup_context=_head_context)
-
-
-@fused_head.register_fake
-def _(x, weight, xq, wq, targets, cap, kernel):
-    logits = torch.bfloat16 if xq.dtype.itemsize == 1 else x.dtype
-    return (x.new_empty(len(targets), dtype=torch.float32), x.new_empty(len(x), len(weight), dtype=logits),
-            x.new_empty(len(x), dtype=torch.float32))
-
-
-@fused_head_backward.register_fake
-def _(grad, xq, wq, targets, logits, lse, cap, kernel, dtype):
-    return torch.empty_like(xq, dtype=dtype), torch.empty_like(wq, dtype=dtype)
-
-
-def head_losses(x_ND: Tensor, weight_VD: Tensor, targets_KN: Tensor, cap: tuple[float, ...] | None, kernel: bool,
-                fp8: bool) -> tuple[Tensor, Tensor]:
-    """Cross-entropies of capped logits x @ weight.T with each row of targets, summed, (K,) fp32 in nats, IGNORE left
-    out; and the number of values that FP8 clipped, int64. Plain, or without fp32 logits by the Triton kernels (record
-    60), with the products in FP8 (19). Their gradients come from outside, so multi-token weights need nothing here."""
-    if not kernel and not fp8:
-        logits = cap_logits(F.linear(x_ND, weight_VD), cap).float()
-        losses = [F.cross_entropy(logits, t.long(), reduction="sum", ignore_index=IGNORE) for t in targets_KN]
-        return torch.stack(losses), targets_KN.new_zeros((), dtype=torch.int64)
-    x, weight, clipped = x_ND.detach(), weight_VD.detach(), targets_KN.new_zeros((), dtype=torch.int64)
-    if fp8:
-        scales = head_scales(x.size(1))
-        clipped = (x.abs() > 448 * scales[0]).sum() + (weight.abs() > 448 * scales[1]).sum()
-        x, weight = to_fp8(x, scales[0]), to_fp8(weight, scales[1])
-    return fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap or ()), kernel)[0], clipped
-
-
-# --- layers
-
-GATE_DIM = 12  # dimensions of the residual stream that gates read (record 28)
-HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
-# Learned scalars of a layer and their initial values: weights of the residual stream, of the embedding (added in again
-# at every layer), of the skip connection, of the values, of the value embedding (records 11, 14, 15), of the output
-# where the last layer's is freed of it (record 40).
-SCALARS = {"residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_embed": 0.5, "backout": 0.5}
-
-
-class Layer(NamedTuple):
-    """One row of the layer table."""
-
-    attention: str  # L long window, S short window, P short window and paired heads, - none
-    value_table: int | None  # value-embedding table that is mixed into v
-    skip_from: int | None  # layer whose output is added to this one's input
-
-
-def auto_attention(num_layers: int, paired: bool) -> str:
-    """Long windows in the first, the last and a layer at a third (record 20); from 12 layers on no attention in layer
-    7/12 (record 17); paired heads in every third of the others (record 58 has 4 such layers of 11)."""
-    long, none = {0, num_layers // 3, num_layers - 1}, 7 * num_layers // 12 if num_layers >= 12 else None
-    return "".join("-" if i == none else "L" if i in long else "P" if paired and i % 3 == 2 else "S"
-                   for i in range(num_layers))
-
-
-def layer_table(s: Settings) -> list[Layer]:
-    """Topology of the model. Value tables serve the first and again the last layers (record 17); `unet` adds the
-    output of layer i to layer n-1-i (record 11), `single` that of layer n/4 to layer n/2 (record 45)."""
-    n, tables, table = s.num_layers, s.value_embeds, []
-    for i, attention in enumerate(s.attention):
-        value = i if i < tables else i - (n - tables) if i >= n - tables else None
-        skip = {"unet": n - 1 - i if n - 1 - i < i else None, "single": n // 4 if i == n // 2 > 1 else None}.get(s.skip)
-        table.append(Layer(attention, value if attention != "-" else None, skip))
-    return table
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last axis, without parameters."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
-def short_window(window, step: int):
-    """Half of a long window, an int or int tensor, rounded up to `step` tokens."""
-    return -(-window // (2 * step)) * step
-
-
-def rotary_table(length: int, head_dim: int, base: float, window: int = 1, longer: int = 1) -> tuple[Tensor, Tensor]:
-    """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, in radians per token. For a `longer`
-    window than that of training, YaRN (Peng et al. 2023, arXiv 2309.00071): frequencies that turn less than once in
-    the window are slowed down by the ratio of the two, those that turn 32 times stay, the others lie between. (Without
-    its temperature: queries and keys are normed.)"""
-    frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
-    if longer > window:
-        kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
-        frequency = frequency * (kept + (1 - kept) * window / longer)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of their position, in
-    fp32; the other half stands still and carries content regardless of position (record 17)."""
-    a, a_still, b, b_still = x_BTHK.chunk(4, dim=-1)
-    a, b = a.float(), b.float()
-    turned = (a * cos + b * sin).type_as(x_BTHK), (b * cos - a * sin).type_as(x_BTHK)
-    return torch.cat((turned[0], a_still, turned[1], b_still), dim=-1)
-
-
-class Place(NamedTuple):
-    """What a layer knows about the tokens' positions."""
-
-    cos: Tensor  # of the rotary angles, (T, 1, K / 4)
-    sin: Tensor
-    follows_BT11: Tensor  # True where the token before belongs to the same document
-
-
-def without_component(y: Tensor, direction: Tensor) -> Tensor:
-    """y minus its projection on `direction`, along the last axis."""
-    unit = F.normalize(direction, dim=-1)
-    return y - (y * unit).sum(-1, keepdim=True) * unit
-
-
-def pair(x_BTHK: Tensor) -> Tensor:
-    """(B, T, H, K) -> (B, 2T, H/2, K), head h and head h + H/2 of a token one after the other; a view if the tokens are
-    contiguous. Each query sees the keys of both heads in a short window. (Record 58 orders the two heads of a token,
-    and halves the window, so that the cost stays that of a short layer; here it doubles.)"""
-    return x_BTHK.unflatten(2, (2, -1)).flatten(1, 2)
-
-
-def uniform(*shape: int) -> Tensor:
-    """Uniform with standard deviation 0.5 / sqrt(fan_in), the fan-in being the last axis."""
-    bound = math.sqrt(3) * 0.5 * shape[-1] ** -0.5
-    return torch.empty(shape).uniform_(-bound, bound)
-
-
-class Attention(nn.Module):
-    """Causal self-attention of one layer: QK-norm, RoPE, key offset, value embedding, paired heads, output gate.
-
-    qkvo holds the four matrices in one shape, so that the optimizer can batch them; the output matrix is the
-    transposed one and starts at zero."""
-
-    def __init__(self, s: Settings, kind: str):
-        super().__init__()
-        self.num_heads, self.head_dim, self.gated, self.value_gated = s.num_heads, s.head_dim, s.attn_gate, s.value_gate
-        self.scale, self.backend, self.options = s.scale, s.backend, flex_options(s.device)
-        self.offset, self.paired, self.xsa = s.key_offset and kind == "L", kind == "P", s.xsa
-        self.qkvo = nn.Parameter(torch.cat((uniform(3, s.width, s.width), torch.zeros(1, s.width, s.width))))
-
-    def forward(self, x_BTD: Tensor, value_BTD: Tensor | None, mask, place: Place, scalars: dict, gates: Tensor | None):
-        q, k, v, (own, gate) = self.project(x_BTD, value_BTD, place, scalars, gates)
-        q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
-        y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(own.shape)
-        y = without_component(y, own) if self.xsa else y
-        _, out = self.qkvo.split((3, 1))
-        return (y if gate is None else y * gate).flatten(2) @ out[0]
-
-    def project(self, x_BTD: Tensor, value_BTD: Tensor | None, place: Place, scalars: dict, gates: Tensor | None):
-        """q, k, v of each position, (B, T, H, K), and what its output needs: its v and its gate, (B, T, H, 1) or None.
-        """
-        qkv, _ = self.qkvo.split((3, 1))
-        qk, v = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3 * self.num_heads, self.head_dim)).split(
-            (2 * self.num_heads, self.num_heads), dim=2)
-        q, k = (rotate(x, place.cos, place.sin) for x in norm(qk).chunk(2, dim=2))
-        k = self.offset_keys(k, place.follows_BT11)
-        out_gate = value_gate = None
-        if gates is not None:
-            both = torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gates.flatten(0, 1)))
-            out_gate, value_gate = both.unflatten(-1, (2, self.num_heads, 1)).unbind(2)
-        if value_BTD is not None:
-            weight = scalars["value_embed"] * (2 * value_gate if self.value_gated else 1)
-            v = scalars["value"] * v + weight * value_BTD.view_as(v)
-        return q, k, v, (v, out_gate if self.gated else None)
-
-    def offset_keys(self, k_BTHK: Tensor, follows_BT11: Tensor) -> Tensor:
-        """Partial key offset: the unrotated half of a key is that of the token before, if it is of the same document.
-        A query that looks for a content finds what came after it: one layer can do induction (record 49)."""
-        if not self.offset:
-            return k_BTHK
-        previous = torch.where(follows_BT11, torch.cat((k_BTHK[:, :1], k_BTHK[:, :-1]), dim=1), k_BTHK)
-        (a, _, b, _), (_, a_still, _, b_still) = k_BTHK.chunk(4, dim=-1), previous.chunk(4, dim=-1)
-        return torch.cat((a, a_still, b, b_still), dim=-1)
-
-
-class MLP(nn.Module):
-    """ReLU^2 feed-forward; both matrices are (hidden, model), so that the optimizer can batch them (record 27)."""
-
-    def __init__(self, s: Settings, hidden: int):
-        super().__init__()
-        self.kernel, self.fp8 = "mlp" in s.kernels, s.fp8_mlp
-        self.up = nn.Parameter(uniform(hidden, s.width))
-        self.down = nn.Parameter(torch.zeros(hidden, s.width))
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        fp8 = self.fp8 and torch.is_grad_enabled()  # evaluation is exact
-        return mlp_relu2(x_BTD.flatten(0, 1), self.up, self.down, self.kernel, fp8).view_as(x_BTD)
-
-
-class Block(nn.Module):
-    """One layer: mix with skip connection and embedding, attention, MLP."""
-
-    def __init__(self, s: Settings, layer: Layer):
-        super().__init__()
-        self.attn = Attention(s, layer.attention) if layer.attention != "-" else None
-        self.mlp = MLP(s, s.mlp_ratio * s.width)
-
-    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, skip_BTD: Tensor | None, value_BTD: Tensor | None, mask,
-                place: Place, scalars_S: Tensor, gates: Tensor | None) -> Tensor:
-        scalars = dict(zip(SCALARS, scalars_S, strict=True))
-        x = x_BTD if skip_BTD is None else x_BTD + scalars["skip"] * skip_BTD
-        x = scalars["residual"] * x + scalars["embedding"] * x0_BTD
-        if self.attn is not None:
-            x = x + self.attn(norm(x), value_BTD, mask, place, scalars, gates)
-        return x + self.mlp(norm(x))
-
-
-class GPT(nn.Module):
-    """The language model. Built in fp32 on the CPU from the seed alone; the optimizer casts it to its dtype."""
-
-    def __init__(self, s: Settings, vocab_size: int):
-        super().__init__()
-        torch.manual_seed(s.seed)
-        self.layers, self.window_step, self.flex = layer_table(s), s.window_step, s.backend == "flex"
-        self.loss_kernel, self.fp8_head = "loss" in s.kernels, s.fp8_head == "on"
-        padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
-        self.embed = nn.Embedding(padded, s.width)
-        self.value_embeds = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeds))
-        self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, and its weight
-        self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
-        self.bigram = nn.Embedding(s.bigram, s.width) if s.bigram else None
-        gates = torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM)  # of head outputs, of value embeddings
-        self.gates = nn.Parameter(gates) if s.attn_gate or (s.value_embeds and s.value_gate) else None
-        self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
-        self.backout = 2 * s.num_layers // 3 - 1 if s.backout and s.num_layers > 2 else None  # layer
-        self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
-        if s.bigram:
-            nn.init.zeros_(self.bigram.weight)
-        self.register_buffer("saturated", torch.zeros((), dtype=torch.int64), persistent=False)  # clipped FP8 values
-        longest = max([stage.seq_len for stage in stage_table(s)] + [s.eval_seq_len])
-        for name, table in zip(("cos", "sin"), rotary_table(longest, s.head_dim, s.rope_base), strict=True):
-            self.register_buffer(name, table, persistent=False)
-        self.inf_shapes = inf_shapes(self, s, vocab_size)
-        self.rules, self.scaling = scaled_rules(self.inf_shapes, s)
-        self.cap = width_free(s.cap, self.scaling["lm_head"].multiplier)
-
-    def forward(self, inputs_BT: Tensor, targets_KBT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
-        """Cross-entropies with the targets k of `future_targets`, each summed over those that are not IGNORE, in nats,
-        (K,) fp32. `window`: int32 0-D tensor, tokens of the long window; document numbers rise along a row."""
-        return self.losses(self.trunk(inputs_BT, docs_BT, window), targets_KBT)
-
-    def trunk(self, inputs_BT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
-        """Residual stream after the last layer, (B, T, D)."""
-        follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
-        x = x0 = self.embedding(inputs_BT, follows)
-        values = [table(inputs_BT) for table in self.value_embeds]
-        masks = self.masks(docs_BT, window)
-        place = Place(self.cos[:inputs_BT.size(1)], self.sin[:inputs_BT.size(1)], follows[..., None])
-        scalars, outputs = self.scalars.type_as(x).unbind(0), []
-        gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
-        for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
-            skip = outputs[layer.skip_from] if layer.skip_from is not None else None
-            value = values[layer.value_table] if layer.value_table is not None else None
-            x = block(x, x0, skip, value, masks.get(layer.attention), place, scalars[i], gates[i])
-            outputs.append(x)
-        return x if self.backout is None else x - scalars[self.backout][-1] * outputs[self.backout]
-
-    def masks(self, docs_BT: Tensor, window: Tensor) -> dict:
-        """Mask of each kind of layer, made once per forward pass. A short window is half a long one."""
-        half = torch.minimum(short_window(window, self.window_step), window)
-        make, kinds = block_mask if self.flex else dense_mask, {layer.attention for layer in self.layers}
-        options = {"L": (window, 1), "S": (half, 1), "P": (half, 2)}
-        return {kind: make(docs_BT, *options[kind]) for kind in sorted(kinds - {"-"})}
-
-    def embedding(self, inputs_BT: Tensor, follows_BT1: Tensor) -> Tensor:
-        """Normed token embeddings, with hashed pairs of tokens; each takes up some of the previous token's, gated, if
-        that is of the same document (record 34)."""
-        x = self.embed(inputs_BT)
-        if self.bigram is not None:
-            x = x + self.bigram(bigram_rows(inputs_BT, follows_BT1[..., 0], self.bigram.num_embeddings))
-        if self.smear is not None:
-            gate, weight = self.smear.split((GATE_DIM, 1))
-            previous = torch.cat((x[:, :1], x[:, :-1]), dim=1) * follows_BT1
-            x = x + weight * torch.sigmoid(F.linear(x[..., :GATE_DIM], gate[None])) * previous
-        return norm(x)
-
-    def head(self, x_BTD: Tensor) -> Tensor:
-        """Logits, exact."""
-        return cap_logits(F.linear(norm(x_BTD), self.lm_head), self.cap)
-
-    def losses(self, x_BTD: Tensor, targets_KBT: Tensor) -> Tensor:
-        fp8 = self.fp8_head and torch.is_grad_enabled()  # evaluation is exact
-        losses, saturated = head_losses(norm(x_BTD).flatten(0, 1), self.lm_head, targets_KBT.flatten(1), self.cap,
-                                        self.loss_kernel, fp8)
-        if fp8:
-            self.saturated += saturated
-        return losses
-
-
-def bigram_rows(inputs_BT: Tensor, follows_BT: Tensor, rows: int) -> Tensor:
-    """Row of the bigram table for each token and the one before it; 0 at the start of a document."""
-    pairs = (inputs_BT[:, 1:] * 40503) ^ (inputs_BT[:, :-1] * 27644)  # below 2^31 for tokens below 50,304
-    return F.pad(1 + pairs % (rows - 1), (1, 0)) * follows_BT
-
-
-def future_targets(targets_BT: Tensor, docs_BT: Tensor, count: int) -> Tensor:
-    """Targets and those of the `count` tokens after them, (1 + count, B, T); IGNORE past the end of the document."""
-    rows = [targets_BT]
-    for k in range(1, count + 1):
-        same = docs_BT[:, k:] == docs_BT[:, :-k]
-        rows.append(F.pad(targets_BT[:, k:].where(same, IGNORE), (0, k), value=IGNORE))
-    return torch.stack(rows)
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Number of parameters by kind; `matmul`: those that multiply a token (for FLOPs), `active`: that it meets."""
-    kinds = {"embed": "embedding", "value_embeds": "embedding", "blocks": "hidden", "lm_head": "head"}
-    counts = dict.fromkeys(("hidden", "embedding", "head", "small"), 0)
-    for name, p in model.named_parameters():
-        counts[kinds.get(name.split(".")[0], "small")] += p.numel()
-    total = sum(counts.values())
-    return counts | {"total": total, "active": total, "matmul": counts["hidden"] + counts["head"]}
-
-
-def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
-    """FLOPs of forward and backward per token: 6 per matmul parameter, and 12 * model_dim per visible key of each
-    attention layer (q.k and weighted sum, 2 FLOPs each, times 3). Keys: the average over a causal row cut at the window
-    and at max_doc_len, taken at the stage's final window; shorter documents are not subtracted."""
-    length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
-    long = math.ceil(stage.window / s.window_step) * s.window_step
-    short = short_window(long, s.window_step)
-    for layer in layer_table(s):
-        window = min({"L": long, "-": 0}.get(layer.attention, min(short, long)), length)
-        keys += (window - window * (window - 1) / (2 * length)) * (2 if layer.attention == "P" else 1)
-    return 6.0 * counts["matmul"] + 12.0 * s.width * keys
-
-
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Optimizer                                                                                                          │
-# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-# One class for one rank or many. Each gradient is packed, freed and reduced into the shard of the rank that owns it as
-# soon as it is complete in the last micro-step's backward pass; optimizer state and fp32 master weights exist on the
-# owner only (ZeRO-2); after the update the owner's weights are gathered by all. Small parameters are all-reduced and
-# updated by every rank.
-
-
-FP32_PARAMETERS = ("scalars",)  # names of parameters that are not rounded to bf16
-
-
-class World(NamedTuple):
-    """Place of this process among all."""
-
-    rank: int = 0
-    local_rank: int = 0
-    size: int = 1
-
-
-class Rule(NamedTuple):
-    """One row of the parameter table."""
-
-    pattern: str  # of the parameter names, a full match
-    kind: str  # muon or adamw
-    lr: float  # peak learning rate
-    betas: tuple[float, float]  # of adamw; of muon: unused (scheduled momentum), beta2 of the variance
-    weight_decay: float  # per unit of the peak learning rate
-    comm: str  # sharded: its owner updates it; replicated: every rank does
-    form: str = "vector"  # a key of FORMS
-    std: float = 0.0  # of the initial weights, of a matrix times sqrt(fan_in)
-    eps: float = 0.0  # of adamw
-
-
-def parameter_table(s: Settings) -> list[Rule]:
-    """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small parameters as in
-    record 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are stored as (hidden, model),
-    which gives both the factor sqrt(mlp_ratio)."""
-    kind, lr, betas, hidden_decay = hidden_rule(s)
-    mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
-    adam, decay = s.adam_lr, s.adam_weight_decay
-    return [
-        Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, betas, hidden_decay, "sharded", "matrix", 0.5),
-        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, betas, hidden_decay, "sharded", "matrix", 0.5),
-        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, betas, hidden_decay, "sharded", "transposed"),
-        Rule(r"lm_head", "adamw", adam, (0.8, 0.95), decay, "sharded", "readout"),
-        Rule(r"embed\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded", "table", 1.0),
-        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, (0.8, 0.95), decay, "sharded", "table", 1.0),
-        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), decay, "sharded", "table"),
-        Rule(r"gates", "adamw", adam, (0.9, 0.99), 0.0, "replicated", "matrix"),
-        Rule(r"smear", "adamw", adam, (0.9, 0.99), 0.0, "replicated"),
-        Rule(r"scalars", "adamw", 5 * adam, (0.9, 0.99), 0.0, "replicated"),
-    ]
-
-
-def hidden_rule(s: Settings) -> tuple[str, float, tuple[float, float], float]:
-    """Optimizer, learning rate, betas and weight decay of the hidden matrices."""
-    if s.hidden_optimizer == "adamw":
-        return "adamw", s.hidden_lr, (0.9, 0.95), s.hidden_weight_decay
-    return "muon", s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
-
-
-def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
-    """Parameter name -> its row of the table. Every parameter must match exactly one."""
-    matches = {name: [rule for rule in table if re.fullmatch(rule.pattern, name)] for name in names}
-    wrong = {name: [rule.pattern for rule in rules] for name, rules in matches.items() if len(rules) != 1}
-    assert not wrong, f"parameter_table must cover each parameter exactly once, but: {wrong}"
-    return {name: rules[0] for name, rules in matches.items()}
-
-
-# --- width transfer (muP). A model's shapes at base_width and at another width tell which axes of each parameter grow
-# with it. From that, and from how the parameter is used and trained, follow a few floats, all 1 at base_width. Theory
-# and most rules: Tensor Programs V, TP-V (Yang et al. 2022, arXiv 2203.03466); as a condition on spectral norms, which
-# covers Muon: Yang, Simon, Bernstein 2023, arXiv 2310.17813. Neither derives anything for depth, batch or duration.
-
-# Axes (fan_out, fan_in) of a parameter by its form; those before them, of banks and experts, are a batch.
-FORMS = {
-    "matrix": (-2, -1), "transposed": (-1, -2),
-    "table": (-1, -2),  # its rows are looked up
-    "readout": (-2, -1),  # a matrix whose product is multiplied by Scaling.multiplier
-    "vector": (None, None),
-}
-
-
-class InfShape(NamedTuple):
-    """Shape of a parameter, and which of its axes grow with the width."""
-
-    shape: tuple[int, ...]
-    base: tuple[int, ...]  # shape at the base width
-    wide: tuple[bool, ...]  # of each axis: does it grow?
-    form: str
-
-    def fans(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """fan_out, fan_in of this parameter where it has that shape; 1, 1 of a vector."""
-        return tuple(1 if axis is None else shape[axis] for axis in FORMS[self.form])
-
-    @property
-    def growth(self) -> tuple[float, float]:
-        """Of fan_out and fan_in, relative to the base."""
-        return tuple(now / then for now, then in zip(self.fans(self.shape), self.fans(self.base), strict=True))
-
-    @property
-    def role(self) -> str:
-        """hidden: width to width, output: width to fixed, input: fixed to width, or fixed."""
-        wide_out, wide_in = (axis is not None and self.wide[axis] for axis in FORMS[self.form])
-        return "hidden" if wide_out and wide_in else "output" if wide_in else "input" if any(self.wide) else "fixed"
-
-
-class Scaling(NamedTuple):
-    """What --mup makes of a parameter; std is absolute, all others are factors on the standard parametrization."""
-
-    std: float  # standard deviation of the initial weights
-    lr: float = 1.0
-    multiplier: float = 1.0  # on the product with it
-    decay: float = 1.0
-    eps: float = 1.0
-    fp8: float = 1.0  # on the scale of the gradient of its product, where that is in FP8
-    reason: str = "does not grow with the width"
-
-
-def compare_shapes(shapes: dict[str, tuple], base: dict[str, tuple], delta: dict[str, tuple],
-                   forms: dict[str, str]) -> dict[str, InfShape]:
-    """An InfShape by parameter name. An axis grows if models of two widths, `base` and `delta`, differ in it."""
-    found = {}
-    for name, shape in shapes.items():
-        wide = tuple(then != later for then, later in zip(base[name], delta[name], strict=True))
-        same = [now == then for now, then, grows in zip(shape, base[name], wide, strict=True) if not grows]
-        assert all(same), f"{name}: {shape} differs from {base[name]} in an axis that does not grow with the width"
-        found[name] = InfShape(tuple(shape), tuple(base[name]), wide, forms[name])
-    return found
-
-
-def scale_parameter(shape: InfShape, rule: Rule, sqrt_tables: bool = False) -> Scaling:
-    """The rules, m being the growth of the fan-in. `rule` is the parameter's at the base width.
-
-    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width,
-      and nothing changes while that ratio stays (2310.17813).
-    - AdamW, hidden: an update's entries have one size and add up over the fan-in: rate / m (TP-V, table 8).
-    - Readout: multiplier 1 / m, all else constant (ibid.). Equivalent to std / m and rate / m (lemma J.1), but the
-      weights keep the size that FP8's scale expects.
-    - Input: constant (ibid.). Disputed for embedding tables: rate / sqrt(m), for AdamW by Hayou, Liu 2025, arXiv
-      2506.15025; it fails the coordinate check by design.
-    - Initial weights: as they are drawn, with 1 / sqrt(fan_in), a constant, or 0. (2310.17813 makes those of a matrix
-      to a fixed size smaller; its output would then start at 0 in the limit.)
-    - Weight decay: rate * decay is kept, by most accounts (Kosson et al. 2025, arXiv 2510.19093; disputed by Qiu et al.
-      2025, arXiv 2512.05620).
-    - AdamW's epsilon: as the gradients, which shrink as the fan-out grows, or by a readout's multiplier (TP-V, B.3).
-    """
-    fan_in, (grown_out, grown_in) = shape.fans(shape.shape)[1], shape.growth
-    std = rule.std * (fan_in**-0.5 if rule.form in ("matrix", "transposed") else 1.0)
-    eps = 1 / (grown_in if rule.form == "readout" else grown_out)
-    if shape.role == "fixed":
-        return Scaling(std)
-    if rule.kind == "muon":
-        return Scaling(std, lr=(grown_out / grown_in) ** 0.5, decay=(grown_in / grown_out) ** 0.5,
-                       reason="Muon: sqrt(fan_out / fan_in)")
-    if rule.form == "readout":
-        fp8 = 1 / grown_in if rule.pattern == "lm_head" else 1.0
-        return Scaling(std, multiplier=1 / grown_in, eps=eps, fp8=fp8, reason="TP-V: logits / m")
-    if shape.role == "input":
-        table = sqrt_tables and rule.form == "table"
-        lr, reason = (grown_out**-0.5, "2506.15025: / sqrt(m)") if table else (1.0, "TP-V: input, constant")
-        return Scaling(std, lr=lr, decay=1 / lr, eps=eps, reason=reason)
-    return Scaling(std, lr=1 / grown_in, decay=grown_in, eps=eps, reason="TP-V: rate / m")
-
-
-def model_shapes(s: Settings, vocab_size: int) -> dict[str, tuple]:
-    """Parameter name -> shape, of a model without weights."""
-    with torch.random.fork_rng(devices=()), torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in GPT(s, vocab_size).named_parameters()}
-
-
-def inf_shapes(model: nn.Module, s: Settings, vocab_size: int) -> dict[str, InfShape]:
-    """Those of a model's parameters, by name; without --mup no axis grows."""
-    base = delta = shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if s.mup:
-        widths = s.base_width, 64 * s.base_width  # far apart: some sizes are rounded
-        base, delta = (model_shapes(dataclasses.replace(s.base, width=width), vocab_size) for width in widths)
-    forms = {name: rule.form for name, rule in match_rules(parameter_table(s.base), list(shapes)).items()}
-    return compare_shapes(shapes, base, delta, forms)
-
-
-def scaled_rules(shapes: dict[str, InfShape], s: Settings) -> tuple[dict[str, Rule], dict[str, Scaling]]:
-    """How each parameter is trained at the model's width, and what --mup changes in that, by name."""
-    rules, scaling = match_rules(parameter_table(s.base), list(shapes)), {}
-    for name, rule in rules.items():
-        f = scaling[name] = scale_parameter(shapes[name], rule, s.mup_embedding == "sqrt")
-        rules[name] = rule._replace(lr=rule.lr * f.lr, weight_decay=rule.weight_decay * f.decay, eps=s.adam_eps * f.eps)
-    return rules, scaling
-
-
-def mup_report(s: Settings, vocab_size: int) -> str:
-    """The table of --mup-report: what is scaled and why, parameters of equal rows together."""
-    with torch.device("meta"):
-        model = GPT(s, vocab_size)
-    rows = {}
-    for name, x in model.inf_shapes.items():
-        f, fans = model.scaling[name], x.fans(x.shape)
-        shape = " x ".join(f"{size}{'*' if wide else ''}" for size, wide in zip(x.shape, x.wide, strict=True))
-        sizes = ("-" if x.form in ("vector", "table") else str(fans[1]),
-                 "-" if x.form == "vector" else f"{f.std:.4g}")
-        factors = (f"{factor:.4g}" for factor in (f.lr, f.multiplier, f.decay, f.eps, f.fp8))
-        rows.setdefault((re.sub(r"\.\d+\.", ".*.", name), x.role, shape, *sizes, model.rules[name].kind, *factors,
-                        f.reason))
-    head = ("parameter", "role", "shape (* grows)", "fan-in", "init std", "optimizer", "lr x", "multiplier", "decay x",
-            "eps x", "FP8 gradient x", "reason")
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-             for row in (head, *rows)]
-    return "\n".join([f"muP from width {s.base_width} to {s.width}, m = {s.width / s.base_width:g}; "
-                      f"attention scale {s.scale:.4g} at head_dim {s.head_dim}", *lines])
-
-
-# Minimax-optimal quintic steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932; 5 steps, safety 2e-2, cushion 2).
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's quintic (Jordan et al. 2024)
-
-
-def gram_kernel(x, add, out, size, depth, stride_batch, stride_row, stride_depth, alpha, beta, ADD: tl.constexpr,
-                TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """One tile on or above the diagonal of alpha * x @ x.T + beta * add, which is stored below it, too."""
-    down, right, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    if down <= right:
-        row, col, k = down * TILE + tl.arange(0, TILE), right * TILE + tl.arange(0, TILE), tl.arange(0, DEPTH)
-        x += batch * stride_batch
-        total = tl.zeros((TILE, TILE), dtype=tl.float32)
-        for start in range(0, depth, DEPTH):
-            left = tl.load(x + row[:, None] * stride_row + (start + k)[None, :] * stride_depth,
-                           (row < size)[:, None] & (start + k < depth)[None, :], 0.0)
-            above = tl.load(x + col[None, :] * stride_row + (start + k)[:, None] * stride_depth,
-                            (col < size)[None, :] & (start + k < depth)[:, None], 0.0)
-            total = tl.dot(left, above, total, input_precision="ieee")
-        where = batch * size * size + row[:, None] * size + col[None, :]
-        inside = (row < size)[:, None] & (col < size)[None, :]
-        total *= alpha
-        if ADD:
-            total += beta * tl.load(add + where, inside, 0.0).to(tl.float32)
-        total = total.to(out.dtype.element_ty)
-        tl.store(out + where, total, inside)
-        mirrored = batch * size * size + col[None, :] * size + row[:, None]
-        tl.store(out + mirrored, total, inside & (down < right))
-
-
-@operator("gram(Tensor x, Tensor? add, float alpha, float beta) -> Tensor")
-def fused_gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float):
-    count, size, depth = x_KMN.shape
-    out, tiles = x_KMN.new_empty(count, size, size), -(-size // 128)
-    triton_kernel(gram_kernel)[(tiles, tiles, count)](
-        x_KMN, out if add_KMM is None else add_KMM.contiguous(), out, size, depth, *x_KMN.stride(), alpha, beta,
-        ADD=add_KMM is not None, TILE=128, DEPTH=64, num_warps=8, num_stages=3)
-    return out
-
-
-fused_gram.register_fake(lambda x, add, alpha, beta: x.new_empty(x.size(0), x.size(1), x.size(1)))
-
-
-def gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float, kernel: bool) -> Tensor:
-    """alpha * x @ x.mT + beta * add, `add` symmetric: the kernel computes one triangle (record 27)."""
-    if kernel:
-        return fused_gram(x_KMN, add_KMM, alpha, beta)
-    if add_KMM is None:
-        return x_KMN @ x_KMN.mT if alpha == 1 else alpha * (x_KMN @ x_KMN.mT)
-    return torch.baddbmm(add_KMM, x_KMN, x_KMN.mT, beta=beta, alpha=alpha)
-
-
-def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype, kernel: bool = False) -> Tensor:
-    """Nearest (semi-)orthogonal matrix of each of (K, rows, cols), approximately: singular values go to about 1."""
-    tall = matrices.size(-2) > matrices.size(-1)
-    x = matrices.mT if tall else matrices
-    slack, steps = (1.02, POLAR_EXPRESS) if method == "polar_express" else (1.0, NEWTON_SCHULZ)
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) * slack + 1e-7)).to(dtype)
-    for a, b, c in steps:
-        square = gram(x, None, 1.0, 0.0, kernel)
-        x = torch.baddbmm(x, gram(square, square, c, b, kernel), x, beta=a)
-    return x.mT if tall else x
-
-
-def normalize_variance(update: Tensor, variance: Tensor, new_share: Tensor) -> Tensor:
-    """NorMuon (Li et al. 2025, arXiv 2510.05491): divides each row (of a wide matrix: each column) of the update by the
-    running root-mean-square of its entries, then restores the matrix's norm. No bias correction is needed: a common
-    factor cancels. `variance`: (K, rows, 1) or (K, 1, cols), updated in place."""
-    before = update.norm(dim=(-2, -1), keepdim=True)
-    variance.lerp_(update.square().mean(dim=-1 if variance.size(-1) == 1 else -2, keepdim=True), new_share)
-    update = update * variance.clamp_min(1e-10).rsqrt()
-    return update * (before / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-
-
-def muon_update(master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor | None, lr: Tensor,
-                weight_decay: Tensor, mu: Tensor, new_share: Tensor, method: str, dtype: torch.dtype, cautious: bool,
-                kernel: bool = False):
-    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-    lr (K, 1, 1); mu: momentum; variance None: without NorMuon."""
-    grad = grad.float()
-    momentum.lerp_(grad, 1 - mu)
-    update = orthogonalize(torch.lerp(grad, momentum, mu), method, dtype, kernel).float()
-    if variance is not None:
-        update = normalize_variance(update, variance, new_share)
-    apply_update(master, update, lr, weight_decay, cautious)
-
-
-def adamw_update(master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, weight_decay: Tensor,
-                 new_share1: Tensor, new_share2: Tensor, correction1: Tensor, correction2: Tensor, eps: float,
-                 cautious: bool):
-    """One AdamW step on a flat shard, in place (Loshchilov & Hutter 2019, arXiv 1711.05101). new_share: 1 - beta;
-    correction: 1 - beta^step."""
-    grad = grad.float()
-    exp_avg.lerp_(grad, new_share1)
-    exp_avg_sq.lerp_(grad.square(), new_share2)
-    update = exp_avg / correction1 / ((exp_avg_sq / correction2).sqrt() + eps)
-    apply_update(master, update, lr, weight_decay, cautious)
-
-
-def apply_update(master: Tensor, update: Tensor, lr: Tensor, weight_decay: Tensor, cautious: bool):
-    """master -= lr * (update + decay * master), the decay only where it and the update agree in sign if `cautious`
-    (Chen et al. 2025, arXiv 2510.12402)."""
-    decay = weight_decay * master
-    master.sub_(lr * (update + (decay * (update * master >= 0) if cautious else decay)))
-
-
-class Bank:
-    """Parameters that one call updates, cut into slots of one shape: a matrix each for Muon, 1/ranks of a flat
-    parameter for AdamW. Slot k * owners + r belongs to rank r; the slots of one k, a round, travel in one collective.
-
-    `state` holds the own slots, fp32: master (the weights) and the moments, each (rounds, *slot)."""
-
-    def __init__(self, named: list[tuple[str, nn.Parameter]], rules: dict[str, Rule], s: Settings, world: World):
-        self.params, self.s, self.world = dict(named), s, world
-        self.rule, first = rules[named[0][0]], named[0][1]
-        self.owners = world.size if self.rule.comm == "sharded" else 1
-        self.muon = self.rule.kind == "muon"
-        self.slot_shape = tuple(first.shape[-2:]) if self.muon else (-(-first.numel() // self.owners),)
-        self.slots = [(name, i) for name, p in named for i in range(len(self.cut(p)))]
-        self.rounds = [self.slots[k:k + self.owners] for k in range(0, len(self.slots), self.owners)]
-        self.own = [k * self.owners + (world.rank if self.owners > 1 else 0) for k in range(len(self.rounds))]
-        self.lr = torch.tensor([rules[self.slots[i][0]].lr if i < len(self.slots) else 0.0 for i in self.own],
-                               device=s.device).view(-1, *(1 for _ in self.slot_shape))
-        self.update_function = compiled(muon_update if self.muon else adamw_update, s)
-        self.state = {"master": self.own_slots({name: p.detach() for name, p in named})}
-        for name, p in named:
-            p.data = p.data.to(s.device, torch.float32 if name in FP32_PARAMETERS else s.torch_dtype)
-        # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
-        self.grad = torch.zeros_like(self.state["master"], dtype=first.dtype if world.size > 1 else torch.float32)
-        self.in_flight: list[tuple] = []  # (work, tensors it uses): all must live until the wait
-        self.hyper = {key: torch.zeros((), device=s.device) for key in ("decay", "mu", "share1", "share2", "c1", "c2")}
-        self.expect()
-        self.reset()
-
-    def reset(self):
-        """Zero moments, as before the first step."""
-        master = self.state["master"]
-        moments = ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]
-        self.state |= {key: torch.zeros_like(master) for key in moments}
-        if self.muon and self.s.muon_beta2:
-            rows_longer = self.slot_shape[0] >= self.slot_shape[1]
-            self.state["variance"] = torch.zeros_like(master[..., :1] if rows_longer else master[:, :1])
-
-    def cut(self, tensor: Tensor, slot_shape: tuple[int, ...] | None = None) -> Tensor:
-        """A whole tensor as slots, (number, *slot), padded with zeros where it does not divide."""
-        shape = slot_shape or self.slot_shape
-        short = -tensor.numel() % math.prod(shape)
-        return (F.pad(tensor.flatten(), (0, short)) if short else tensor.flatten()).view(-1, *shape)
-
-    def expect(self):
-        """Before a backward pass: the names of the parameters whose gradients each round waits for."""
-        self.waiting = [{name for name, _ in slots} for slots in self.rounds]
-        self.arrived: dict[str, Tensor] = {}
-
-    def receive(self, name: str, grad: Tensor):
-        """A parameter's gradient is complete: reduces every round that now has all it needs, and frees what no other
-        round needs."""
-        self.arrived[name] = self.cut(grad)
-        for k, needs in enumerate(self.waiting):
-            if name in needs:
-                needs.remove(name)
-                if not needs:
-                    self.reduce(k)
-        unfinished = {name for k, slots in enumerate(self.rounds) if self.waiting[k] for name, _ in slots}
-        self.arrived = {name: slots for name, slots in self.arrived.items() if name in unfinished}
-
-    def reduce(self, k: int):
-        """Sums a round's gradients over the ranks into the owners' shards, asynchronously."""
-        pieces = [self.arrived[name][i] for name, i in self.rounds[k]]
-        if self.owners == 1:
-            self.grad[k] = pieces[0]
-            if self.world.size > 1:
-                self.in_flight.append((dist.all_reduce(self.grad[k], async_op=True), None))
-            return
-        pieces += [torch.zeros_like(pieces[0])] * (self.owners - len(pieces))
-        packed = torch.cat(pieces).to(self.grad.dtype)  # one after the other: gloo takes no stacked tensor
-        work = dist.reduce_scatter_tensor(self.grad[k], packed, async_op=True)
-        self.in_flight.append((work, packed))
-
-    def step(self, scale: float, mu: float, step: int):
-        """Waits for the own gradients, updates the own slots and sends them off, asynchronously."""
-        for work, _ in self.in_flight:
-            work.wait()
-        self.in_flight, state, h = [], self.state, self.hyper
-        self.expect()
-        beta1, beta2 = self.rule.betas  # the decay is scaled twice, here and by the rate: it falls as lr^2
-        values = dict(decay=self.rule.weight_decay * scale, mu=mu, share1=1 - beta1, share2=1 - beta2,
-                      c1=1 - beta1**step, c2=1 - beta2**step)
-        for key, value in values.items():
-            h[key].fill_(value)
-        common = state["master"], self.grad
-        if self.muon:
-            self.update_function(*common, state["momentum"], state.get("variance"), self.lr * scale, h["decay"],
-                                 h["mu"], h["share2"], self.s.orthogonalizer, self.s.torch_dtype, self.s.cautious,
-                                 "gram" in self.s.kernels)
-        else:
-            self.update_function(*common, state["exp_avg"], state["exp_avg_sq"], self.lr * scale, h["decay"],
-                                 h["share1"], h["share2"], h["c1"], h["c2"], self.rule.eps, self.s.cautious)
-        self.send_weights()
-
-    def send_weights(self):
-        """Starts to gather the new weights of all owners, one collective a round."""
-        if self.owners == 1:
-            return
-        dtype = next(iter(self.params.values())).dtype
-        for own in self.state["master"]:
-            sent = own.to(dtype)
-            received = torch.empty(self.owners, *self.slot_shape, dtype=dtype, device=sent.device)
-            work = dist.all_gather_into_tensor(received.flatten(0, 1), sent, async_op=True)
-            self.in_flight.append((work, sent, received))
-
-    def receive_weights(self):
-        """Writes the weights of all owners into the parameters."""
-        for work, *_ in self.in_flight:
-            work.wait()
-        slots = torch.cat([received for *_, received in self.in_flight]) if self.in_flight else self.state["master"]
-        self.in_flight = []
-        torch._foreach_copy_([p.data for p in self.params.values()], list(self.join(slots).values()))
-
-    def join(self, slots: Tensor) -> dict[str, Tensor]:
-        """Slots of all owners in order -> parameter name: whole tensor (views where possible)."""
-        whole, start, slot_numel = {}, 0, math.prod(self.slot_shape)
-        for name, p in self.params.items():
-            count = -(-p.numel() // slot_numel)
-            part, start = slots[start:start + count], start + count
-            same = part.shape[1:] == self.slot_shape
-            whole[name] = part.flatten()[:p.numel()].view_as(p) if same else part
-        return whole
-
-    def full(self, key: str) -> dict[str, Tensor]:
-        """State `key` of all parameters by name, whole, on the CPU of rank 0; {} elsewhere. Collective."""
-        own = self.state[key]
-        if self.owners > 1:
-            gathered = torch.empty(self.owners, *own.shape, device=own.device)
-            dist.all_gather_into_tensor(gathered.flatten(0, 1), own)
-            own = gathered.transpose(0, 1).flatten(0, 1)
-        return {} if self.world.rank else {name: t.to("cpu", copy=True) for name, t in self.join(own).items()}
-
-    def own_slots(self, whole: dict[str, Tensor], slot_shape: tuple[int, ...] | None = None) -> Tensor:
-        """The own slots of whole tensors by name, fp32 on the device; zero where there are fewer slots than ranks."""
-        slots = torch.cat([self.cut(whole[name], slot_shape) for name in self.params])
-        missing = len(self.rounds) * self.owners - len(slots)
-        slots = F.pad(slots, [0, 0] * (slots.dim() - 1) + [0, missing])
-        return slots[self.own].to(self.s.device, torch.float32).contiguous()
-
-    def load(self, saved: dict[str, dict[str, Tensor]]):
-        """State as `full` gave it to rank 0, one tensor at a time to all ranks. Collective."""
-        for key, old in self.state.items():
-            whole = {n: on_rank_zero(self.world, lambda k=key, n=n: saved[k][n].clone()) for n in self.params}
-            self.state[key] = self.own_slots(whole, tuple(old.shape[1:]))
-        self.send_weights()
-        self.receive_weights()
-
-
-class MuonAdamW:
-    """The optimizer of a model: hooks that reduce gradients during backward, and the step over all banks."""
-
-    def __init__(self, model: nn.Module, s: Settings, world: World):
-        named = list(reversed(list(model.named_parameters())))  # about the order in which backward completes them
-        rules, unknown = model.rules, {name for name, _ in named} - model.rules.keys()
-        assert not unknown, f"parameters that came after the model's construction: {unknown}"
-        groups: dict[tuple, list] = {}  # Muon: matrices of one shape and decay together; AdamW: each for itself
-        for name, p in named:
-            alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
-            groups.setdefault(alike, []).append((name, p))
-        self.steps, self.last_micro_step, self.world = 0, True, world
-        self.banks = [Bank(group, rules, s, world) for group in groups.values()]
-        self.sums: dict[str, Tensor] = {}  # fp32 gradient sums of earlier micro-steps
-        for bank in self.banks:
-            for name, p in bank.params.items():
-                p.register_post_accumulate_grad_hook(lambda p, name=name, bank=bank: self._on_gradient(name, p, bank))
-
-    def _on_gradient(self, name: str, p: nn.Parameter, bank: Bank):
-        """Runs inside backward when a parameter's gradient is complete. Micro-steps are summed in fp32."""
-        grad, p.grad = p.grad, None
-        if name in self.sums:
-            grad = self.sums.pop(name).add_(grad)
-        if self.last_micro_step:
-            bank.receive(name, grad)
-        else:
-            self.sums[name] = grad.float()
-
-    def step(self, scale: float, momentum: float):
-        """Updates all parameters. `scale`: the schedule's factor on all learning rates; `momentum`: Muon's.
-
-        Raises RuntimeError that names the parameters whose gradient never came."""
-        missing = sorted({name for bank in self.banks for needs in bank.waiting for name in needs})
-        if missing:
-            raise RuntimeError(f"no gradient for {', '.join(missing)}: every parameter must take part in the loss")
-        self.steps += 1
-        for bank in self.banks:
-            bank.step(scale, momentum, self.steps)
-        for bank in self.banks:
-            bank.receive_weights()
-
-    def reset(self):
-        """As before the first step, with the weights at hand."""
-        self.steps = 0
-        for bank in self.banks:
-            bank.reset()
-
-    def state_dict(self) -> dict:
-        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor}}}, tensors on rank 0 only. Collective."""
-        state: dict[str, dict[str, Tensor]] = {}
-        for bank in self.banks:
-            for key in bank.state:
-                state.setdefault(key, {}).update(bank.full(key))
-        return {"steps": self.steps, "state": state}
-
-    def load_state_dict(self, saved: dict):
-        """Restores what state_dict gave, on any number of ranks (`saved` counts on rank 0), and the model's weights."""
-        self.steps = on_rank_zero(self.world, lambda: saved["steps"])
-        for bank in self.banks:
-            bank.load(saved.get("state", {}))
-
-
-def compiled(function, s: Settings):
-    """torch.compile with static shapes and whole graphs, or the function itself."""
-    if not s.compile:
-        return function
-    torch._dynamo.config.recompile_limit = 256  # counted per function, and all blocks and banks share theirs
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
-def compiled_graphs() -> int:
-    """Graphs that torch.compile has made in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
-
-
-def compile_model(model: GPT, s: Settings):
-    """One graph; or one per block: then the gradients of a block are complete, and their reduction starts, while
-    earlier blocks are still in their backward pass. A single graph hands over all gradients at its end."""
-    if s.compile_unit == "model":
-        model.forward = compiled(model.forward, s)
-        return
-    parts = [(model, "embedding"), (model, "masks"), (model, "losses")]
-    for module, name in parts + [(block, "forward") for block in model.blocks]:
-        setattr(module, name, compiled(getattr(module, name), s))
-
-
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Schedule                                                                                                           │
-# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-
-
-def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
-    """Factor on all learning rates at training step `step`: warm-up, constant, cool-down to lr_floor; times the
-    stage's. Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
-    left = min(1.0, (s.iterations - step) / max(1, s.cooldown * s.iterations))
-    left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
-    warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
-    return stage_at(stages, step).lr * warm * (s.lr_floor + (1 - s.lr_floor) * left)
-
-
-def momentum_at(s: Settings, step: int) -> float:
-    """Muon's momentum: up over momentum_warmup steps, down again over the last momentum_cooldown."""
-    part = min(1.0, step / max(1, s.momentum_warmup), (s.iterations - step) / max(1, s.momentum_cooldown))
-    return s.momentum_start + (s.muon_momentum - s.momentum_start) * part
-
-
-def future_weights(stages: list[Stage], step: int) -> list[float]:
-    """Weights of the next-token loss and of those of further tokens: 1, 1/2, 1/4 ..; the last one fades to 0 over its
-    stage (multi-token prediction, Gloeckle et al. 2024, arXiv 2404.19737, here without further heads: record 53)."""
-    stage = stage_at(stages, step)
-    fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
-    return [0.5**k * (fade if k == stage.mtp > 0 else 1.0) for k in range(stage.mtp + 1)]
-
-
-def window_at(s: Settings, stages: list[Stage], step: int) -> int:
-    """Long attention window of a step in tokens: linear within its stage, rounded up to window_step (record 13)."""
-    stage = stage_at(stages, step)
-    progress = min(1.0, (step - stage.start) / max(1, stage.end - stage.start))
-    window = stage.window_start + (stage.window - stage.window_start) * progress
-    return math.ceil(window / s.window_step) * s.window_step
-
-
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Evaluation                                                                                                         │
-# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-
-
-@contextlib.contextmanager
-def stretched(model: nn.Module, s: Settings, window: int):
-    """The model with YaRN's frequencies, for an evaluation window longer than the one it was trained with."""
-    tables = model.cos, model.sin
-    kept = [table.clone() for table in tables]
-    for table, values in zip(tables, rotary_table(len(kept[0]), s.head_dim, s.rope_base, window, s.eval_window),
-                             strict=True):
-        table.copy_(values)
-    try:
-        yield
-    finally:
-        for table, values in zip(tables, kept, strict=True):
-            table.copy_(values)
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, stream: ValStream, s: Settings, world: World, window: int,
-             batches: int | None = None) -> float:
-    """Mean loss of the validation stream (or its first `batches`) in nats per token, equal on all ranks. Collective."""
-    rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
-    long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
-    total = torch.zeros((), dtype=torch.float64, device=s.device)
-    with stretched(model, s, window) if s.eval_window > window else contextlib.nullcontext():
-        for start in range(0, stream.num_rows, rows * world.size)[:batches]:
-            inputs, targets, docs = torch.from_numpy(stream.rows(start + world.rank * rows, rows)).to(s.device)
-            total += model(inputs, targets[None], docs, long_window)[0]
-    if world.size > 1:
-        dist.all_reduce(total)
-    return total.item() / stream.num_tokens
-
-
-class HellaSwag:
-    """Periodic scores by evals/hellaswag.py, imported only here; ranks share its rows. A text has at most some 200
-    tokens, so the window is that of the step. Raises UserError where the model cannot be scored."""
-
-    def __init__(self, s: Settings, meta: dict, world: World):
-        try:
-            from evals import hellaswag as tool
-        except ImportError as error:
-            raise UserError(f"--hellaswag_every: {error}; evals/, data/ and generate.py belong beside this script") \
-                from error
-        self.tool, self.s, self.world = tool, s, world
-        self.row_len = min(s.eval_seq_len, 256 if s.device == "cpu" else 1024)  # dense masks grow with its square
-        if reason := tool.does_not_apply(meta):
-            raise UserError(f"--hellaswag_every: {reason}")
-        try:
-            tasks = tool.read_tasks(Path(s.hellaswag_file or tool.FILE), s.hellaswag_tasks)
-            self.packed = tool.pack(tasks, self.row_len)
-        except (ValueError, RuntimeError) as error:  # a damaged file; a text longer than a row; no tokenizer
-            raise UserError(f"--hellaswag_every: {str(error).replace('--row-len', '--eval_seq_len')}") from error
-
-    def losses(self, model: nn.Module, window: int, batches: int | None = None) -> Tensor:
-        """Of all endings, (tasks, 4), equal on all ranks, or of the first batches of rows. Collective."""
-        trunk = compiled(model.trunk, self.s) if self.s.compile_unit == "model" else model.trunk
-        rows = max(1, self.s.micro_tokens // self.row_len)
-        losses = self.tool.ending_losses(trunk, model.head, self.packed, window, rows, self.s.device, self.world.rank,
-                                         self.world.size, batches)
-        if self.world.size > 1:
-            dist.all_reduce(losses)
-        return losses
-
-    def score(self, model: nn.Module, window: int):
-        """Accuracies. Raises RuntimeError if a loss is not finite. Collective."""
-        return self.tool.score(self.losses(model, window), self.packed)
-
-
-def bits_per_byte(loss: float, meta: dict) -> float | None:
-    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
-    split = meta["splits"].get("val", {})
-    known = split.get("bytes") and split.get("tokens")
-    return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
-
-
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Checkpoint                                                                                                         │
-# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-# RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json (settings, position
-# in the data, clock, tokenizer, sha256 of state.pt). It is written under another name and renamed when complete.
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Checkpoints                                                                                  │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json
+# (settings, position in the data, clock, tokenizer, sha256 of state.pt). It is written under another
+# name and renamed when complete.
 
 
 def file_hash(path: Path) -> str:
@@ -2158,8 +2211,8 @@ def file_hash(path: Path) -> str:
 
 
 def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int) -> Path:
-    """Writes a checkpoint, then removes all but the newest `keep`. Raises OSError and leaves nothing half-written when
-    the disk is full; earlier checkpoints stay."""
+    """The checkpoint that was written; then all but the newest `keep` are removed. Raises OSError and
+    leaves nothing half-written when the disk is full; earlier checkpoints stay."""
     final = run_folder / "checkpoints" / f"step_{step:06d}"
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -2174,18 +2227,18 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"could not write {final}: {str(error).splitlines()[0]}") from error
-    shutil.rmtree(final, ignore_errors=True)  # there only if a run was resumed from an earlier checkpoint
+    shutil.rmtree(final, ignore_errors=True)  # there only if a run went on from an earlier checkpoint
     os.replace(temporary, final)
     others = [path for path in final.parent.glob("step_*[0-9]") if path != final]
-    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)  # not by step: a run may have gone back
+    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)  # a run may have gone back
     for old in others[keep - 1:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def find_checkpoint(s: Settings) -> tuple[Path, dict]:
-    """The checkpoint that --resume names, and its meta.json. A damaged one is reported and the one before it is taken.
-    Raises FileNotFoundError if there is none at all, UserError if all are damaged."""
+    """The checkpoint that --resume names, and its meta.json. A damaged one is reported and the one
+    before it is taken. Raises FileNotFoundError if there is none, UserError if all are damaged."""
     place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
     found = [*place.glob("checkpoints/step_*[0-9]"), *place.glob("*/checkpoints/step_*[0-9]")]
     if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
@@ -2205,13 +2258,126 @@ def find_checkpoint(s: Settings) -> tuple[Path, dict]:
 
 
 def check_resumable(s: Settings, fingerprint: str, path: Path, meta: dict):
-    """Raises UserError that names the settings, or data, in which a checkpoint differs from this run."""
-    now = json.loads(json.dumps(dataclasses.asdict(s))) | {"data_fingerprint": fingerprint}
+    """Raises UserError that names the hyperparameters, or data, in which a checkpoint differs."""
+    names = [field.name for field in dataclasses.fields(Hyperparameters)]
+    compared = {name: getattr(s, name) for name in names if "free on resume" not in bracket(name)}
+    now = json.loads(json.dumps(compared)) | {"data_fingerprint": fingerprint}
     then = meta["settings"] | {"data_fingerprint": meta["data"]["fingerprint"]}
-    differing = [f"{key}: {then.get(key)} in the checkpoint, {value} now" for key, value in now.items()
-                 if key not in RESUME_MAY_CHANGE and then.get(key) != value]
+    differing = [f"{key}: {then.get(key)} in the checkpoint, {value} now"
+                 for key, value in now.items() if then.get(key) != value]
     if differing:
         raise UserError("\n  ".join([f"{path} has other settings; use them, or start without --resume:", *differing]))
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Measuring                                                                                    │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+
+# Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first match counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
+    "H100": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+    "A40": 150e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+
+
+def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: int) -> float | None:
+    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count); None where the peak is
+    unknown (CPUs). The optimizer does not count, and fp8 products count against the bf16 peak."""
+    peak = next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)), None)
+    return tokens_per_s * flops / (peak * count) if peak else None
+
+
+def bits_per_byte(loss: float, meta: dict) -> float | None:
+    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
+    split = meta["splits"].get("val", {})
+    known = split.get("bytes") and split.get("tokens")
+    return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
+
+
+def seconds_since_process_start() -> float:
+    """Age of this process, imports included; on systems without /proc, its CPU time stands in."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.process_time()
+
+
+def peak_memory_mib(device: str) -> tuple[int, int]:
+    """Peak allocated and reserved MiB of the GPU; on a CPU the process's peak resident memory, twice."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
+    return resident, resident
+
+
+def compiled_graphs() -> int:
+    """Number of graphs that torch.compile has made in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+
+
+class Clock:
+    """Training time in ms as the public rules count it: the device is waited for at every start and
+    stop; validation, checkpoints, profiles and warm-up lie outside."""
+
+    def __init__(self, device: str):
+        self.total_ms, self.started = 0.0, None
+        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def start(self):
+        self.wait()
+        self.started = time.perf_counter()
+
+    def stop(self) -> float:
+        self.wait()
+        if self.started is not None:
+            self.total_ms += 1000 * (time.perf_counter() - self.started)
+        self.started = None
+        return self.total_ms
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that does not count."""
+        running = self.started is not None
+        self.stop()
+        yield
+        if running:
+            self.start()
+
+
+def make_profiler(s: Settings, world: World, folder: Path):
+    """torch.profiler over profile_steps steps of this process from profile_start on: a trace per rank,
+    on CUDA a memory snapshot, too."""
+    cuda, kinds = s.device == "cuda", torch.profiler.ProfilerActivity
+
+    def report(profiler):
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"trace_rank{world.rank}.json"))
+        if cuda:
+            torch.cuda.memory._dump_snapshot(str(folder / f"memory_rank{world.rank}.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    if cuda:
+        torch.cuda.memory._record_memory_history(max_entries=100_000)
+    warmup = min(1, s.profile_start)
+    plan = torch.profiler.schedule(wait=s.profile_start - warmup, warmup=warmup, active=s.profile_steps, repeat=1)
+    activities = [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
+    return torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=report)
+
+
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Run                                                                                          │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+
+
+class World(NamedTuple):
+    """The place of this process among all."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
 
 
 def on_rank_zero(world: World, function, *arguments):
@@ -2229,28 +2395,12 @@ def on_rank_zero(world: World, function, *arguments):
     return answer[0]
 
 
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Logging                                                                                                            │
-# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-
-# Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first match counts.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
-              "H800": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "A40": 150e12,
-              "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-
-def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: int) -> float | None:
-    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count); None where the peak is unknown (CPUs).
-    FLOPs as in flops_per_token: the optimizer does not count, and fp8 products count against the bf16 peak."""
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)), None)
-    return tokens_per_s * flops / (peak * count) if peak else None
-
-
 def command_output(*command: str) -> str | None:
     """What a command prints, run in the script's folder; None where it fails or does not exist."""
+    here = Path(__file__).resolve().parent
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True,
-                              timeout=30).stdout.strip()
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=30)
+        return done.stdout.strip()
 
 
 def environment_text(hardware: Hardware) -> str:
@@ -2259,46 +2409,24 @@ def environment_text(hardware: Hardware) -> str:
               f"{torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
     if hardware.device == "cuda":
         device = command_output("nvidia-smi") or hardware.name
-    return "\n".join([f"Running Python {sys.version}",
-                      f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}", device])
-
-
-def seconds_since_process_start() -> float:
-    """Age of this process, imports included; on systems without /proc, its CPU time stands in."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    return time.process_time()
-
-
-def peak_memory_mib(device: str) -> tuple[int, int]:
-    """Peak allocated and reserved MiB of the GPU; on a CPU the process's peak resident memory, twice."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-    import resource  # not on Windows
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) >> 20
-    return resident, resident
+    versions = f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}"
+    return "\n".join([f"Running Python {sys.version}", versions, device])
 
 
 class RunLog:
-    """Files of a run, written by rank 0 only: log.txt (public record format), metrics.jsonl, config.json, wandb."""
+    """The files of a run, written by rank 0 only: log.txt (public record format), metrics.jsonl, config.json, wandb."""
 
     def __init__(self, folder: Path):
         self.main, self.folder, self.wandb = False, folder, None
 
     def open(self, s: Settings, hardware: Hardware, config: dict, resumed_at: int | None):
         """On rank 0: opens the files, and writes their head or, in a resumed run, where it went on."""
-        folder, self.main = self.folder, True
-        folder.mkdir(parents=True, exist_ok=True)
-        self.text = open(folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open all the run long
-        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.text, self.metrics = (  # open all the run long
+            open(self.folder / name, "a", encoding="utf-8", buffering=1) for name in ("log.txt", "metrics.jsonl"))
+        self.main = True
         if s.wandb:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError("--wandb: Weights & Biases is not installed; pip install wandb") from error
-            self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=folder.name, id=folder.name,
-                                    dir=str(folder), resume="allow", config=config)
+            self.wandb = self._start_wandb(s, config)
         if resumed_at is not None:
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config)
@@ -2306,7 +2434,16 @@ class RunLog:
         source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
         settings = json.dumps(config["settings"])  # of the command line: the source knows only its defaults
         self.text.write(f"{source}\n{bar}\n{environment_text(hardware)}\nSettings: {settings}\n{bar}\n")
-        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        (self.folder / "config.json").write_text(json.dumps(config, indent=1))
+
+    def _start_wandb(self, s: Settings, config: dict):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb: Weights & Biases is not installed; pip install wandb") from error
+        name = self.folder.name
+        return wandb.init(project="nanospeedrun", group=s.experiment_name, name=name, id=name,
+                          dir=str(self.folder), resume="allow", config=config)
 
     def print(self, text: str):
         """To the console."""
@@ -2318,19 +2455,20 @@ class RunLog:
         if self.main:
             self._append(self.text, text)
 
+    def metric(self, **values):
+        """To metrics.jsonl and wandb."""
+        if self.main:
+            self._append(self.metrics, json.dumps(values))
+            if self.wandb is not None:
+                numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+                self.wandb.log(numbers, step=values["step"])
+
     def _append(self, file, text: str):
         """A full disk costs lines of the logs, not the run."""
         try:
             file.write(text + "\n")
         except OSError as error:
             self.print(f"warning: {file.name}: {error.strerror}; training goes on")
-
-    def metric(self, **values):
-        """To metrics.jsonl and wandb."""
-        if self.main:
-            self._append(self.metrics, json.dumps(values))
-            if self.wandb is not None:
-                self.wandb.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=values["step"])
 
     def close(self):
         if self.main:
@@ -2341,139 +2479,69 @@ class RunLog:
                 self.wandb.finish()
 
 
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Total length of the union of intervals."""
-    total, reach = 0.0, -math.inf
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reach))
-        reach = max(reach, end)
-    return total
-
-
-def communication_overlap(trace: dict) -> str:
-    """From a Chrome trace: time in collectives and how much of it ran beside computation. On a GPU both are kernels; on
-    a CPU collectives are gloo's operations, on threads of their own, and computation is the other operators."""
-    events = [e for e in trace["traceEvents"] if e.get("ph") == "X" and e.get("dur")]
-    pool = [e for e in events if e.get("cat") == "kernel"] or [e for e in events if re.match("aten::|gloo:", e["name"])]
-    spans: dict[bool, list] = {True: [], False: []}
-    for e in pool:
-        spans[e["name"].startswith(("nccl", "gloo:"))].append((e["ts"], e["ts"] + e["dur"]))
-    busy = covered(spans[True])
-    beside = busy + covered(spans[False]) - covered(spans[True] + spans[False])
-    return f"communication {busy / 1e3:.1f} ms, {beside / 1e3:.1f} ms of it beside computation"
-
-
-def make_profiler(s: Settings, world: World, folder: Path, say):
-    """torch.profiler over steps [profile_start, profile_start + profile_steps) of this process: a trace per rank for
-    ui.perfetto.dev, a table of the heaviest operations, on CUDA a memory snapshot."""
-    cuda, kinds = s.device == "cuda", torch.profiler.ProfilerActivity
-
-    def report(profiler):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"trace_rank{world.rank}.json"
-        profiler.export_chrome_trace(str(path))
-        order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-        say(profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=40))
-        say(f"{s.profile_steps} steps: {communication_overlap(json.loads(path.read_text()))}")
-        say(f"trace, for ui.perfetto.dev: {path}")
-        if cuda:
-            torch.cuda.memory._dump_snapshot(str(folder / f"memory_rank{world.rank}.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
-            say(f"memory snapshot, for pytorch.org/memory_viz: {folder}/memory_rank{world.rank}.pickle")
-
-    if cuda:
-        torch.cuda.memory._record_memory_history(max_entries=100_000)
-    warmup = min(1, s.profile_start)
-    plan = torch.profiler.schedule(wait=s.profile_start - warmup, warmup=warmup, active=s.profile_steps, repeat=1)
-    activities = [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
-    return torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=report)
-
-
-# ┌────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Main                                                                                                               │
-# └────────────────────────────────────────────────────────────────────────────────────────────────────────────────────┘
-
-
-class Clock:
-    """Training time in ms as the public rules count it: the device is waited for at every start and stop; validation,
-    checkpoints, profiles and warm-up lie outside."""
-
-    def __init__(self, device: str):
-        self.total_ms, self.started, self.wait = 0.0, None, torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    def start(self):
-        self.wait()
-        self.started = time.perf_counter()
-
-    def stop(self) -> float:
-        self.wait()
-        if self.started is not None:
-            self.total_ms += 1000 * (time.perf_counter() - self.started)
-        self.started = None
-        return self.total_ms
-
-
-class Trainer:
-    """One run: builds everything from the settings, then `run` trains. Every rank does the same."""
+class Run:
+    """What surrounds the training: data, log, clock, signals, checkpoints. `train` calls its methods
+    from top to bottom. Every rank does the same."""
 
     def __init__(self, s: Settings, hardware: Hardware, world: World, notes: list[str]):
-        self.s, self.hardware, self.world, self.stages = s, hardware, world, stage_table(s)
+        self.s, self.hardware, self.world, self.notes = s, hardware, world, notes
+        self.stages, self.clock = stage_table(s), Clock(s.device)
         self.corpus = open_corpus(s.data)
+        self.vocab_size = self.corpus.meta["vocab_size"]
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
-        self.hellaswag = HellaSwag(s, self.corpus.meta, world) if s.hellaswag_every else None
         self.fingerprint = self.corpus.fingerprint()
         if on_rank_zero(world, lambda: self.fingerprint) != self.fingerprint:
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
-        path, meta = on_rank_zero(world, find_checkpoint, s) if s.resume else (None, None)
-        if path:
-            check_resumable(s, self.fingerprint, path, meta)
-        self.model = GPT(s, self.corpus.meta["vocab_size"]).to(s.device)
-        self.counts = parameter_counts(self.model)
-        self.optimizer = MuonAdamW(self.model, s, world)
-        compile_model(self.model, s)
-        self.window = torch.zeros((), dtype=torch.int32, device=s.device)
-        self.losses = torch.zeros(s.log_every, device=s.device)
-        self.stop_signal, self.status, self.val_loss, self.first_step_s = 0, "done", None, None
-        self.compile_s, self.warm_graphs, self.clock = 0.0, 0, Clock(s.device)
-        self._open_log(path, meta, notes)
-        if s.compile or s.device == "cuda":
-            self.warm_up()
-        self.start_step, self.position, self.epoch = 0, None, 0
-        if path:
-            self.start_step, self.position, self.clock.total_ms = meta["step"], meta["position"], meta["train_time_ms"]
-            self.epoch, self.val_loss = self.position["epoch"], meta["val_loss"]
-            saved = {}
-            if world.rank == 0:
-                saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-            self.optimizer.load_state_dict(saved.get("optimizer", {}))
-            torch.set_rng_state(on_rank_zero(world, lambda: saved["rng"]))
-            self.log.print(f"resumed {path} after step {self.start_step}")
-        self.loader = Loader(s, self.corpus, world, self.position, self.start_step)
+        self.checkpoint, self.meta = on_rank_zero(world, find_checkpoint, s) if s.resume else (None, None)
+        if self.meta:
+            check_resumable(s, self.fingerprint, self.checkpoint, self.meta)
+        self.status, self.stop_signal, self.val_loss = "done", 0, None
+        self.first_step_s, self.compile_s, self.warm_graphs = None, 0.0, 0
+        self.undo = contextlib.ExitStack()
 
-    def _open_log(self, path: Path | None, meta: dict | None, notes: list[str]):
-        """Folder and files of the run, new or the checkpoint's; choices and derived numbers to the console."""
-        git = command_output("git", "rev-parse", "HEAD"), command_output("git", "status", "--porcelain", "-uno")
+    @property
+    def over(self) -> bool:
+        """Whether the target is reached, or all ranks know of a signal."""
+        return self.status != "done"
+
+    @property
+    def stopped_alone(self) -> bool:
+        """Whether a signal came; with several ranks the next log step tells all of them."""
+        return self.stop_signal and self.world.size == 1
+
+    def due(self, step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    # --- before the first step
+
+    def open(self, model: nn.Module, optimizer):
+        """Folder and files of the run, new or the checkpoint's; choices and derived numbers on the console."""
+        s, meta = self.s, self.corpus.meta
+        self.counts = parameter_counts(model)
+        commit, changes = command_output("git", "rev-parse", "HEAD"), command_output("git", "status", "--porcelain", "-uno")
         self.config = {
-            "settings": dataclasses.asdict(self.s), "script": Path(__file__).name, "world_size": self.world.size,
-            "git": {"commit": git[0], "dirty": None if git[1] is None else bool(git[1])}, "torch": torch.__version__,
-            "hardware": self.hardware._asdict(),
-            "data": {"name": self.corpus.folder.name, "fingerprint": self.fingerprint, "meta": self.corpus.meta},
+            "settings": dataclasses.asdict(s), "script": Path(__file__).name, "world_size": self.world.size,
+            "git": {"commit": commit, "dirty": None if changes is None else bool(changes)},
+            "torch": torch.__version__, "hardware": self.hardware._asdict(),
+            "data": {"name": self.corpus.folder.name, "fingerprint": self.fingerprint, "meta": meta},
         }
         run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
-        folder = path.parent.parent if path else Path(self.s.log_dir) / self.s.experiment_name / run_id
-        self.log = RunLog(folder)
-        on_rank_zero(self.world, self.log.open, self.s, self.hardware, self.config, meta and meta["step"])
-        self.log.print("\n".join(notes + self.summary() + [f"run folder: {folder}"]))
+        folder = self.checkpoint and self.checkpoint.parent.parent
+        self.log = RunLog(folder or Path(s.log_dir) / s.experiment_name / run_id)
+        self.undo.callback(self.log.close)
+        on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, self.meta and self.meta["step"])
+        self.log.print("\n".join([*self.notes, *self.summary(optimizer), f"run folder: {self.log.folder}"]))
+        self.opened = time.perf_counter()
 
-    def summary(self) -> list[str]:
-        """The derived numbers that are printed before training: data, parameters, layers, stages, memory."""
-        s, kinds = self.s, ("total", "hidden", "embedding", "head", "small")
-        lines = [f"data {self.corpus.folder}: vocabulary {self.corpus.meta['vocab_size']}",
-                 "parameters: " + ", ".join(f"{self.counts[kind]:,} {kind}" for kind in kinds),
-                 "layer  attention  value table  skip from"]
-        for i, layer in enumerate(self.model.layers):
-            cells = ["-" if cell is None else cell for cell in layer]
-            lines.append(f"{i:>5}  {cells[0]:>9}  {cells[1]:>11}  {cells[2]:>9}")
+    def summary(self, optimizer) -> list[str]:
+        """The derived numbers: data, parameters, layers, stages, memory."""
+        s, counts = self.s, {kind: n for kind, n in self.counts.items() if kind != "matmul"}
+        lines = [f"data {self.corpus.folder}: vocabulary {self.vocab_size}",
+                 "parameters: " + ", ".join(f"{n:,} {kind}" for kind, n in counts.items())]
+        layers = layer_table(s)
+        heads = ["layer", *(name.replace("_", " ") for name in layers[0]._fields)]
+        for cells in [heads, *([i, *layer] for i, layer in enumerate(layers))]:
+            lines.append("  ".join(f"{'-' if c is None else c:>{len(h)}}" for h, c in zip(heads, cells, strict=True)))
         lines.append("        steps  tokens/step  rows x seq_len  accumulation     window  targets  lr x  MFLOPs/token")
         for t in self.stages:
             rows = t.micro_rows(s, self.world.size)
@@ -2481,161 +2549,120 @@ class Trainer:
             steps, shape, windows = f"{t.start}-{t.end}", f"{rows} x {t.seq_len}", f"{t.window_start}-{t.window}"
             lines.append(f"{steps:>13}  {t.batch_tokens:>11,}  {shape:>14}  {accumulation:>12}  {windows:>9}"
                          f"  {t.mtp + 1:>7}  {t.lr:4.2f}  {flops_per_token(s, self.counts, t) / 1e6:>12.1f}")
-        return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} validation "
-                        f"tokens, about {self.expected_memory() / 2**30:.2f} GiB per process"]
+        tokens, memory = self.tokens_at(s.iterations), self.expected_memory(optimizer) / 2**30
+        return [*lines, f"{tokens:,} training tokens, {self.stream.num_tokens:,} validation tokens, "
+                        f"about {memory:.2f} GiB per process"]
 
-    def expected_memory(self) -> float:
-        """Bytes per process, a rough estimate: weights, own masters and moments, gradients, and for each token of a
-        micro-step 34 activations a layer and dimension (half if compiled, by the 34 GiB of the public records at 49,152
-        tokens), the logits (three times in fp32, or twice in bf16), and, but for FlexAttention, a row of scores."""
+    def expected_memory(self, optimizer) -> float:
+        """Bytes per process, a rough estimate: weights, own masters and moments, gradients, and of a
+        micro-step the activations and the logits (three times in fp32, or twice in bf16)."""
         s, total, size = self.s, self.counts["total"], self.s.torch_dtype.itemsize
-        stage = max(self.stages, key=lambda t: t.micro_rows(s, self.world.size) * t.seq_len)
-        tokens = stage.micro_rows(s, self.world.size) * stage.seq_len
-        own = sum(4 * t.numel() for bank in self.optimizer.banks for t in [*bank.state.values(), bank.grad])
-        sums = 4 * total if tokens * self.world.size < stage.batch_tokens else 0
-        scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * stage.seq_len
-        logits = (4 if "loss" in s.kernels else 12) * self.model.lm_head.size(0)
-        activations = (17 if s.compile else 34) * size * s.num_layers * s.width + logits
-        return own + sums + 2 * size * total + tokens * (activations + scores)
+        tokens, t = max((t.micro_rows(s, self.world.size) * t.seq_len, t) for t in self.stages)
+        mine = sum(4 * x.numel() for bank in optimizer.banks for x in [*bank.state.values(), bank.grad])
+        sums = 4 * total if tokens * self.world.size < t.batch_tokens else 0
+        logits = (4 if "loss" in s.kernels else 12) * self.vocab_size * tokens
+        return mine + sums + 2 * size * total + logits + activation_bytes(s, tokens, t.seq_len)
 
-    def warm_up(self):
-        """Compiles and runs every shape of training and evaluation on random tokens, untimed, then restores: a rate of
-        0 changes no weight, and the moments are cleared. The compile time is printed."""
-        began, s = time.perf_counter(), self.s
-        for rows, seq_len, mtp in sorted({(t.micro_rows(s, self.world.size), t.seq_len, t.mtp) for t in self.stages}):
-            tokens = torch.randint(self.corpus.meta["vocab_size"], (rows, seq_len), dtype=torch.int32, device=s.device)
-            self.window.fill_(s.window_step)
-            docs = torch.zeros_like(tokens)
-            self.micro_step(tokens, tokens, docs, [1.0] * (1 + mtp))
-            self.optimizer.step(scale=0.0, momentum=s.momentum_start)
-        evaluate(self.model, self.stream, s, self.world, s.window_step, batches=1)
-        if self.hellaswag:
-            self.hellaswag.losses(self.model, s.window_step, batches=1)
-        self.optimizer.reset()
-        self.model.saturated.zero_()
+    def warmed_up(self):
+        """Notes what compiling took."""
         self.clock.wait()
-        self.compile_s, self.warm_graphs = time.perf_counter() - began, compiled_graphs()
+        self.compile_s, self.warm_graphs = time.perf_counter() - self.opened, compiled_graphs()
         self.log.print(f"kernels warm after {self.compile_s:.1f} s, {self.warm_graphs} graphs compiled")
 
-    def run(self) -> int:
-        """Trains to the end, the target loss or a signal; returns the exit code."""
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        profiler = None
-        if self.s.enable_profiling:
-            profiler = make_profiler(self.s, self.world, self.log.folder / "profile", self.log.print)
+    def start(self, optimizer) -> int:
+        """The first step: 0, or where the checkpoint goes on, which is loaded now. Loader, profiler and
+        signal handlers start. Collective."""
+        s, meta = self.s, self.meta or {"step": 0, "position": None}
+        self.position = meta["position"]
+        self.epoch = self.position["epoch"] if self.position else 0
+        if self.meta:
+            saved = {}
+            if self.world.rank == 0:
+                path = self.checkpoint / "state.pt"
+                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            optimizer.load_state_dict(saved.get("optimizer", {}))
+            torch.set_rng_state(on_rank_zero(self.world, lambda: saved["rng"]))
+            self.clock.total_ms, self.val_loss = meta["train_time_ms"], meta["val_loss"]
+            self.log.print(f"resumed {self.checkpoint} after step {meta['step']}")
+        self.loader = Loader(s, self.corpus, self.world, self.position, meta["step"])
+        self.undo.callback(self.loader.close)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        self.profiler = make_profiler(s, self.world, self.log.folder / "profile") if s.enable_profiling else None
+        if self.profiler:
+            self.undo.enter_context(self.profiler)
         gc.collect()
-        gc.freeze()  # the collector's pauses are as long as a step (record 47)
+        gc.freeze()  # the collector's pauses are as long as a step (47)
         gc.disable()
-        try:
-            with profiler or contextlib.nullcontext():
-                return self._finish(self._loop(profiler))
-        finally:
-            gc.enable()
-            self.loader.close()
-            self.log.close()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        self.undo.callback(gc.enable)
+        self.first_step = self.logged_step = meta["step"]
+        self.logged_ms = self.clock.total_ms
+        return meta["step"]
 
     def _on_signal(self, number: int, frame):
-        """First signal: save and stop after this step (several ranks: after the next logged one, together). The second
-        ends the process at once."""
+        """First signal: save and stop after this step (several ranks: after the next logged one). The
+        second ends the process at once."""
         if self.stop_signal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.stop_signal = number
 
-    def _loop(self, profiler) -> int:
-        """The training loop; returns the number of steps done."""
-        s, step, stop = self.s, self.start_step, False
-        self.clock.start()
-        self.logged_step, self.logged_ms = step, self.clock.total_ms
-        while step < s.iterations and not stop:
-            self.train_step(step)
-            step += 1
-            if self.first_step_s is None:
-                self.clock.wait()
-                self.first_step_s = seconds_since_process_start()
-            if profiler:
-                self.clock.stop()
-                profiler.step()
-                self.clock.start()
-            save = s.save_every and step % s.save_every == 0 and step < s.iterations
-            if save or step % s.log_every == 0 or step == s.iterations or (self.stop_signal and self.world.size == 1):
-                stop = self.log_step(step)
-            if self.hellaswag and (step == s.iterations or step % s.hellaswag_every == 0):
-                self.answer(step)
-            if step == s.iterations or (s.eval_every and step % s.eval_every == 0):
-                self.validate(step)
-                if s.target_loss and self.val_loss <= s.target_loss:
-                    self.status = "target"
-                    break
-            if save and not stop:
-                self.save(step)
-        if stop and step < s.iterations and self.status != "target":
-            self.status = "interrupted"
-        self.clock.stop()
-        return step
+    # --- while training
 
-    def train_step(self, step: int):
-        """Forward and backward over the micro-steps of one batch, then the optimizer. Nothing waits for the device."""
-        stage = stage_at(self.stages, step)
-        micro_steps, self.position = self.loader.next(step)
-        self.window.fill_(window_at(self.s, self.stages, step))
-        weights = [w / stage.batch_tokens for w in future_weights(self.stages, step)]
-        for i, (inputs, targets, docs) in enumerate(micro_steps):
-            self.optimizer.last_micro_step = i == len(micro_steps) - 1
-            loss = self.micro_step(inputs, targets, docs, weights)
-            self.losses[step % self.s.log_every] += loss / stage.batch_tokens
-        self.optimizer.step(lr_scale(self.s, self.stages, step), momentum_at(self.s, step))
+    def next_batch(self, step: int) -> Tensor:
+        """The micro-steps of a step, (micro-steps, 3, B, T): inputs, targets, document numbers."""
+        batch, self.position = self.loader.next(step)
         if self.position["epoch"] != self.epoch:
             self.epoch = self.position["epoch"]
             self.log.print(f"step {step + 1}: all training data used, epoch {self.epoch + 1} begins")
+        return batch
 
-    def micro_step(self, inputs: Tensor, targets: Tensor, docs: Tensor, weights: list[float]) -> Tensor:
-        """Forward and backward of some rows, (B, T); their summed next-token loss."""
-        losses = self.model(inputs, future_targets(targets, docs, len(weights) - 1), docs, self.window)
-        sum(w * loss for w, loss in zip(weights, losses, strict=True)).backward()
-        return losses[0].detach()
+    def after_step(self, step: int):
+        """Notes when the first step ended; the profiler's turn."""
+        if self.first_step_s is None:
+            self.clock.wait()
+            self.first_step_s = seconds_since_process_start()
+        if self.profiler:
+            with self.clock.paused():
+                self.profiler.step()
 
-    def log_step(self, step: int) -> bool:
-        """Reads the losses since the last call, checks and reports them; waits for the device. True if any rank got a
-        stop signal. Raises TrainingStopped at the first loss that is not finite."""
-        numbers = F.pad(self.losses, (0, 1), value=float(self.stop_signal))
+    def read_losses(self, losses: list[Tensor], step: int) -> float:
+        """The newest of the losses of the steps up to this one; waits for the device. Tells all ranks
+        of a signal. Raises TrainingStopped at the first that is not finite. Collective."""
+        numbers = F.pad(torch.stack(losses), (0, 1), value=float(self.stop_signal))
         if self.world.size > 1:
             dist.all_reduce(numbers)
-        *losses, stop = numbers.tolist()
-        self.losses.zero_()
-        for done in range(self.logged_step, step):
-            loss = losses[done % self.s.log_every]
+        *values, stop = numbers.tolist()
+        for done, loss in enumerate(values, start=step - len(values) + 1):
             if not math.isfinite(loss):
-                self._stop_not_finite(f"the loss of step {done + 1} is {loss}", done + 1)
-        self._report(step, losses[(step - 1) % self.s.log_every])
+                self._not_finite(f"the loss of step {done} is {loss}", done)
         if stop:
-            self.stop_signal = self.stop_signal or signal.SIGTERM  # another rank got it
-        return stop > 0
+            self.status, self.stop_signal = "interrupted", self.stop_signal or signal.SIGTERM
+        return values[-1]
 
-    def _stop_not_finite(self, what: str, step: int):
-        """Ends the logs and the run. Checkpoints are written only after a look at losses and weights: all are good."""
+    def _not_finite(self, what: str, step: int):
+        """Ends the logs and the run. A checkpoint is written only after a look at losses and weights: all are good."""
         self.status = "nan"
         self._end_record(step)
-        raise TrainingStopped(f"{what}: stopped, the checkpoints before it are kept in {self.log.folder}; "
-                              f"lower --{'muon' if self.s.hidden_optimizer == 'muon' else 'hidden'}-lr and --adam-lr")
+        rates = [name for name in help_texts() if name.endswith("_lr") and not unread_without(self.s, name)]
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in rates if name != "stage_lr")
+        raise TrainingStopped(f"{what}: stopped, the checkpoints before it are kept in {self.log.folder}; lower {flags}")
 
-    def _report(self, step: int, loss: float):
+    def log_step(self, step: int, loss: float, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
-        s, stage, ms = self.s, stage_at(self.stages, step - 1), self.clock.stop()
-        self.clock.start()
+        s, stage = self.s, stage_at(self.stages, step - 1)
+        with self.clock.paused():
+            ms = self.clock.total_ms
         step_ms = (ms - self.logged_ms) / max(1, step - self.logged_step)
         rate = 1000 * stage.batch_tokens / step_ms
-        mfu = model_flops_utilization(rate, flops_per_token(s, self.counts, stage), self.hardware.name, self.world.size)
+        flops = flops_per_token(s, self.counts, stage)
+        mfu = model_flops_utilization(rate, flops, self.hardware.name, self.world.size)
         eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
         self.log.print(f"step {step}/{s.iterations}  train loss {loss:.4f}  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s"
                        f"  MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}  ETA {eta}")
         self._step_line(step, f"train_loss:{loss:.4f}", ms)
-        self.log.metric(step=step, train_loss=loss, lr=lr_scale(s, self.stages, step - 1), seq_len=stage.seq_len,
-                        window=window_at(s, self.stages, step - 1), batch_tokens=stage.batch_tokens,
-                        tokens=self.tokens_at(step), train_time_ms=ms, step_ms=step_ms, tokens_per_s=rate, mfu=mfu,
-                        fp8_clipped=int(self.model.saturated))
+        self.log.metric(step=step, train_loss=loss, **more, tokens=self.tokens_at(step),
+                        train_time_ms=ms, step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
         self.logged_step, self.logged_ms = step, ms
 
     def _step_line(self, step: int, loss: str, ms: float):
@@ -2645,94 +2672,89 @@ class Trainer:
         """Training tokens used up by the first `step` steps."""
         return sum((min(step, t.end) - t.start) * t.batch_tokens for t in self.stages if step > t.start)
 
-    def validate(self, step: int):
-        """Validation loss, outside the clock, to `val_loss` and all logs. Raises TrainingStopped if not finite."""
-        ms, window = self.clock.stop(), window_at(self.s, self.stages, step)
-        loss = evaluate(self.model, self.stream, self.s, self.world, window)
+    def log_validation(self, step: int, loss: float):
+        """A validation loss to all logs. Raises TrainingStopped if it is not finite."""
         if not math.isfinite(loss):
-            self._stop_not_finite(f"the validation loss after step {step} is {loss}", step)
-        self.val_loss = loss
+            self._not_finite(f"the validation loss after step {step} is {loss}", step)
+        self.val_loss, ms = loss, self.clock.total_ms
         bpb = bits_per_byte(loss, self.corpus.meta)
         self.log.print(f"step {step}/{self.s.iterations}  val loss {loss:.4f} nats per token"
                        + (f", {bpb:.4f} bits per byte" if bpb else "") + f"  train time {ms / 1000:.1f} s")
         self._step_line(step, f"val_loss:{loss:.4f}", ms)
         self.log.metric(step=step, val_loss=loss, val_bpb=bpb, tokens=self.tokens_at(step), train_time_ms=ms)
-        self.clock.start()
+        if self.s.target_loss and loss <= self.s.target_loss:
+            self.status = "target"
 
-    def answer(self, step: int):
-        """HellaSwag, outside the clock, to the console and metrics.jsonl."""
-        ms = self.clock.stop()
-        try:
-            score = self.hellaswag.score(self.model, window_at(self.s, self.stages, step))
-        except RuntimeError as error:
-            self._stop_not_finite(f"{error}; this is after step {step}", step)
-        self.log.print(f"step {step}/{self.s.iterations}  HellaSwag, {score}")
-        self.log.metric(step=step, hellaswag=score._asdict(), hellaswag_per_token=score.per_token,
-                        hellaswag_errors=score.standard_errors, tokens=self.tokens_at(step), train_time_ms=ms)
-        self.clock.start()
-
-    def save(self, step: int) -> bool:
-        """Writes a checkpoint, outside the clock; False, and a warning, if that failed."""
-        ms = self.clock.stop()
-        state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
-        meta = self.config | {"position": self.position, "train_time_ms": ms, "val_loss": self.val_loss}
-
-        def write() -> tuple[str, bool | None]:
-            if not all(weights.isfinite().all() for weights in state["optimizer"]["state"]["master"].values()):
-                return "", None
-            try:
-                return f"checkpoint {write_checkpoint(self.log.folder, step, state, meta, self.s.keep)}", True
-            except OSError as error:
-                return f"warning: {error}; training goes on, earlier checkpoints are intact: free some space", False
-
-        text, saved = on_rank_zero(self.world, write)
-        if saved is None:
-            self._stop_not_finite(f"the weights after step {step} are not finite", step)
-        self.log.print(text)
-        self.clock.start()
+    def save(self, step: int, optimizer) -> bool:
+        """Writes a checkpoint, outside the clock; False, and a warning, if that failed. Collective."""
+        with self.clock.paused():
+            state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+            meta = self.config | {"position": self.position, "train_time_ms": self.clock.total_ms, "val_loss": self.val_loss}
+            text, saved = on_rank_zero(self.world, self._write, step, state, meta)
+            if saved is None:
+                self._not_finite(f"the weights after step {step} are not finite", step)
+            self.log.print(text)
         return saved
 
-    def _finish(self, step: int) -> int:
-        """Last checkpoint, end of the logs, exit code."""
-        saved = self.save(step) if self.status == "interrupted" or self.s.save_last else True
+    def _write(self, step: int, state: dict, meta: dict) -> tuple[str, bool | None]:
+        if not all(weights.isfinite().all() for weights in state["optimizer"]["state"]["master"].values()):
+            return "", None
+        try:
+            return f"checkpoint {write_checkpoint(self.log.folder, step, state, meta, self.s.keep)}", True
+        except OSError as error:
+            return f"warning: {error}; training goes on, earlier checkpoints are intact: free some space", False
+
+    # --- after the last step
+
+    def finish(self, step: int, optimizer):
+        """Last checkpoint, end of the logs. Raises TrainingStopped if that checkpoint could not be written."""
+        s, self.status = self.s, "done" if self.status == "interrupted" and step == self.s.iterations else self.status
+        seconds = self.clock.stop() / 1000
+        saved = self.save(step, optimizer) if self.status == "interrupted" or s.save_last else True
         self._end_record(step)
-        if self.s.enable_profiling and step - self.start_step < self.s.profile_start + self.s.profile_steps:
+        if s.enable_profiling and step - self.first_step < s.profile_start + s.profile_steps:
             self.log.print("profile: incomplete, the run ended before its last step; lower --profile-start")
-        if self.s.target_loss:
+        if s.target_loss:
             reached = "reached" if self.status == "target" else "not reached"
-            seconds = self.clock.total_ms / 1000
-            self.log.print(f"target loss {self.s.target_loss} {reached}: step {step}, {seconds:.2f} s")
-        memory = "peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory_mib(self.s.device))
-        self.log.print(memory)
+            self.log.print(f"target loss {s.target_loss} {reached}: step {step}, {seconds:.2f} s")
+        memory = "peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory_mib(s.device))
         self.log.line(memory)
-        self.log.print(f"log, metrics and checkpoints: {self.log.folder}")
+        self.log.print(f"{memory}\nlog, metrics and checkpoints: {self.log.folder}")
         if not saved:
             raise TrainingStopped(f"the last checkpoint could not be written to {self.log.folder}: free some space")
-        if self.s.enable_profiling and self.s.compile:
-            late = compiled_graphs() - self.warm_graphs
+        if s.enable_profiling:
+            self._read_profile()
+
+    def _read_profile(self):
+        reader = Path(__file__).resolve().parent / "logger.py"
+        if self.log.main and reader.is_file():
+            subprocess.call([sys.executable, str(reader), "profile", str(self.log.folder)])
+        late = compiled_graphs() - self.warm_graphs
+        if self.s.compile:
             self.log.print(f"graphs compiled after the warm-up: {late}")
             assert not late, "a graph was compiled after the warm-up, inside the training time"
-        return 128 + self.stop_signal if self.status == "interrupted" else 0
 
     def _end_record(self, step: int):
         """The last object of metrics.jsonl."""
-        ms, reached = self.clock.stop(), self.status == "target"
-        bpb = self.val_loss and bits_per_byte(self.val_loss, self.corpus.meta)
-        self.log.metric(event="end", status=self.status, step=step, iterations=self.s.iterations,
-                        val_loss=self.val_loss, val_bpb=bpb, train_time_ms=ms,
-                        tokens_per_s=1000 * self.tokens_at(step) / ms if ms else None,
-                        params_total=self.counts["total"], params_active=self.counts["active"],
-                        peak_memory_mib=peak_memory_mib(self.s.device)[0], first_step_s=self.first_step_s,
-                        compile_s=self.compile_s,
-                        target_step=step if reached else None, target_time_ms=ms if reached else None)
+        ms, tokens, reached = self.clock.stop(), self.tokens_at(step), self.status == "target"
+        self.log.metric(
+            event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=self.val_loss,
+            val_bpb=self.val_loss and bits_per_byte(self.val_loss, self.corpus.meta), train_time_ms=ms,
+            tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.counts["total"],
+            params_active=self.counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
+            first_step_s=self.first_step_s, compile_s=self.compile_s,
+            target_step=step if reached else None, target_time_ms=ms if reached else None)
+
+    def exit_code(self) -> int:
+        return 128 + self.stop_signal if self.status == "interrupted" else 0
 
 
 def start_processes(device: str) -> World:
     """Joins the process group that torchrun announces in the environment; alone without it."""
     if "RANK" not in os.environ:
         return World()
-    world = World(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]))
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # 2.13 renames collectives, 2.11 has the old
+    world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # 2.13 renames collectives
     import torch._dynamo  # noqa: F401 - imported later it would keep the group alive past destroy_process_group
     if device == "cpu":
         dist.init_process_group("gloo")
@@ -2745,38 +2767,16 @@ def start_processes(device: str) -> World:
     return world
 
 
-def check_width(s: Settings, argv: list[str]) -> int:
-    """--mup-report, then --coord-check, which is a program of its own; its exit code."""
-    if "RANK" in os.environ:
-        raise UserError("--mup-report and --coord-check run in one process: use python instead of torchrun")
-    if s.mup_report:
-        there = data_folder(s.data).is_dir()
-        if not there:
-            print(f"{data_folder(s.data)} is not there: with GPT-2's vocabulary")
-        print(mup_report(s, (open_corpus(s.data).meta if there else GPT2_META)["vocab_size"]), flush=True)
-    return coordinate_check(argv) if s.coord_check else 0
-
-
-def coordinate_check(argv: list[str]) -> int:
-    """bench/coord_check.py with the settings of a command line; its exit code."""
-    script = Path(__file__).resolve()
-    tool, other = script.parent / "bench" / "coord_check.py", r"--(no.)?(coord.check|mup.report)"
-    if not tool.is_file():
-        raise FileNotFoundError(f"--coord-check: {tool} is missing; copy it there from the project")
-    command = [tool, "--script", str(script), "--", *(flag for flag in argv if not re.fullmatch(other, flag))]
-    print("python", shlex.join(map(str, command)), flush=True)
-    return subprocess.call([sys.executable, *command])
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
-    code = 1
+    code, run = 1, None
     try:
-        s, hardware, notes = parse_settings(argv, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1)
+        s, hardware, notes = parse_settings(argv, int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1)
         torch.set_num_threads(s.threads or torch.get_num_threads())
-        if s.mup_report or s.coord_check:
-            return check_width(s, sys.argv[1:] if argv is None else argv)
-        code = Trainer(s, hardware, start_processes(s.device), notes).run()
+        run = Run(s, hardware, start_processes(s.device), notes)
+        with run.undo:
+            train(run)
+        code = run.exit_code()
     except (UserError, OSError, TrainingStopped, torch.OutOfMemoryError) as error:
         memory = isinstance(error, torch.OutOfMemoryError)
         hint = "; use a smaller --micro-tokens, and --seq-len if that is as large" if memory else ""
