@@ -436,6 +436,15 @@ def refuse_own(given: Iterable[str], own: dict[str, str]) -> None:
         raise ValueError(f"--{name.replace('_', '-')} after --: every run gets its own{instead}")
 
 
+def given(script, flags: Iterable[str]) -> dict:
+    """What a command line of a trainer, a module, sets itself: name -> value. Exits where it is wrong."""
+    def dashed(flag: str) -> str:
+        name, equals, value = flag.partition("=")
+        return name.replace("_", "-") + equals + value if flag.startswith("--") else flag
+
+    return vars(script.build_parser().parse_args([*map(dashed, flags)]))
+
+
 def parsed(script, flags: Iterable[str], what: str = ""):
     """Settings of a run of a trainer, a module. Raises ValueError with one line."""
     try:

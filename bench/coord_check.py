@@ -3,7 +3,7 @@
     python bench/coord_check.py                                              # a small model with every technique
     python bench/coord_check.py --out records/coord -- --preset cpu --hidden-optimizer adamw
     python bench/coord_check.py --script train_moe.py -- --preset speed-cpu
-    python train_gpt.py --preset cpu --coord-check                           # the settings of a run
+    python bench/coord_check.py --report -- --preset gpu --width 1024 --base-width 256   # what --mup scales, and why
 
 Flags after ` -- ` are the script's, and those it would choose itself if there are none. Models of several widths and
 seeds train a few steps on one fixed batch, with --mup and, shown beside it but never judged, without; in fp32, at the
@@ -27,13 +27,13 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
-import json
+import re
 import shlex
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -41,11 +41,15 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench import common  # noqa: E402 - after the path
+
 # Without ` -- `: every technique, enough heads in the narrowest model, and rates at which tables and matrices change
 # activations about equally, so that neither hides what is wrong with the other.
-SMALL = ("--preset cpu --device cpu --num-layers 4 --width 64 --head-dim 16 --value-embeds 1 --softcap 23,5,7.5 "
-         "--paired --key-offset --xsa --skip single --backout --adam-lr 0.002").split()
+SMALL = """--preset cpu --device cpu --num-layers 4 --width 64 --head-dim 16 --value-embeds 1 --softcap 23,5,7.5
+--paired --key-offset --xsa --skip single --backout --adam-lr 0.002""".split()
 ROWS, VOCAB = 2, 256  # of the batch; bytes
+GPT2_VOCAB = 50257
 LIMIT, LIMITS = 0.15, {"attention logits": 0.25}  # of |slope|; query and key start to align, at any width
 NOT_JUDGED = {"router logits": "initial weights of a readout that are not 0 give logits that fall with the root of the "
                                "width (TP-V, table 8); judged is what the learned part of the weights gives"}
@@ -55,8 +59,7 @@ SIZE, CHANGE = "mean |x|", "change"
 MUP, STANDARD = "--mup", "standard"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings
+# --- Settings
 
 
 def load_script(path: Path) -> ModuleType:
@@ -70,14 +73,14 @@ def load_script(path: Path) -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    if not hasattr(module, "scale_parameter"):
+    if not hasattr(module, "trained_rules"):
         raise ValueError(f"--script {path}: it does not know --mup; use train_gpt.py or train_moe.py")
     return module
 
 
 def settings_at_hand(script: ModuleType, flags: list[str]):
     """Settings of a command line, and the base width if it names one, else 0."""
-    base_width = vars(script.build_parser().parse_args(flags)).get("base_width", 0)
+    base_width = common.given(script, flags).get("base_width", 0)
     return script.parse_settings([*flags, "--mup"], world_size=1)[0], base_width
 
 
@@ -95,16 +98,17 @@ def resized(script: ModuleType, s, length: int, **changes):
     """The settings in fp32 and plain torch, for rows of `length` tokens; `changes`: width, base_width, mup, seed.
 
     Raises ValueError where they do not fit."""
-    fixed = dict(dtype="fp32", compile=False, kernels="none", fp8_head="off", fp8_mlp=False, backend="sdpa",
-                 stage_ends=(1.0,), stage_lr=(1.0,), mtp=(0,), seq_len=(length,), max_doc_len=(length,),
-                 batch_tokens=(ROWS * length,), micro_tokens=ROWS * length, eval_seq_len=length,
-                 window=(length,), window_start=0, window_step=length // 4)
+    fixed = dict(
+        dtype="fp32", compile=False, kernels="none", fp8_head="off", fp8_mlp=False, backend="sdpa",
+        stage_ends=(1.0,), stage_lr=(1.0,), mtp=(0,), seq_len=(length,), max_doc_len=(length,),
+        batch_tokens=(ROWS * length,), micro_tokens=ROWS * length, eval_seq_len=length,
+        window=(length,), window_start=0, window_step=length // 4)
     if hasattr(s, "moe_impl"):
         fixed["moe_impl"] = "loop"
     s = dataclasses.replace(s, **fixed, **changes)
     if ROWS * (length + 1) > len(__doc__):
         raise ValueError(f"width {s.width}: the text is too short for rows of {length} tokens; use smaller --widths")
-    if problems := script.shape_errors(s, 1):
+    if problems := script.hyperparameter_errors(s, {}, script.detect_hardware(s.device), 1):
         raise ValueError(f"width {s.width} cannot work: {'; '.join(problems)}")
     return s
 
@@ -117,8 +121,84 @@ def text_batch(length: int, device: str) -> tuple[torch.Tensor, ...]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.zeros_like(tokens[:, 1:])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Measurement
+# --- What --mup scales: a model at the base width beside one that is much wider
+
+
+class Axes(NamedTuple):
+    """Shape of a parameter, and which of its axes grow with the width."""
+
+    shape: tuple[int, ...]
+    wide: tuple[bool, ...]
+
+    def __str__(self) -> str:
+        return " x ".join(f"{size}{'*' if wide else ''}" for size, wide in zip(self.shape, self.wide, strict=True))
+
+
+def model_shapes(script: ModuleType, s, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape, of a model without weights."""
+    with torch.random.fork_rng(devices=()), torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in script.GPT(s, vocab_size).named_parameters()}
+
+
+def parameter_axes(script: ModuleType, s, vocab_size: int) -> dict[str, Axes]:
+    """An axis grows if models of the base width and 64 times that (some sizes are rounded) differ in it."""
+    far = dataclasses.replace(s.base, width=64 * s.base.width)
+    now, base, wide = (model_shapes(script, x, vocab_size) for x in (s, s.base, far))
+    return {name: Axes(shape, tuple(a != b for a, b in zip(base[name], wide[name], strict=True)))
+            for name, shape in now.items()}
+
+
+def reason(rule, s) -> str:
+    """Where a rule's factors come from: Tensor Programs V (TP-V, arXiv 2203.03466) or the numbered paper."""
+    if rule.role in ("input", "table"):
+        sqrt = rule.role == "table" and s.mup_embedding == "sqrt"
+        return "2506.15025: / sqrt(m)" if sqrt else "TP-V: input, constant"
+    hidden = "2310.17813: Muon, sqrt(fan_out / fan_in)" if rule.kind == "muon" else "TP-V: rate / m"
+    return {"hidden": hidden, "output": "TP-V: logits / m"}.get(rule.role, "does not grow with the width")
+
+
+def initial_std(p: torch.Tensor) -> str:
+    """Standard deviation of the weights that are drawn; of a constant there is none."""
+    drawn = p.detach()[p.detach() != 0]
+    return f"{drawn.std():.2g}" if drawn.numel() > 1 and drawn.min() < drawn.max() else "-"
+
+
+def factors(rule, base, wide) -> list[str]:
+    """Of learning rate, product, decay and epsilon, relative to the base width's; - of what is not there."""
+    product = base.fans[1] / wide.fans[1] if rule.role == "output" else 1.0
+    pairs = [(rule.lr, base.lr), (product, 1.0), (rule.weight_decay, base.weight_decay),
+             (rule.eps, base.eps if rule.kind == "adamw" else 0.0)]
+    return [f"{a / b:.4g}" if b else "-" for a, b in pairs]
+
+
+def report(script: ModuleType, s, vocab_size: int) -> str:
+    """The table of --report: what is scaled and why, parameters of equal rows together."""
+    model = dict(script.GPT(s, vocab_size).named_parameters())
+    names, axes, rows = list(model), parameter_axes(script, s, vocab_size), {}
+    rules = script.trained_rules(s, names)
+    wide, base = (script.match_rules(script.parameter_table(x), names) for x in (s, s.base))
+    for name, rule in rules.items():
+        key = re.sub(r"\.\d+\.", ".*.", name), rule.role, str(axes[name])
+        if key not in rows:
+            fan_in = str(wide[name].fans[1]) if rule.role in ("hidden", "output") else "-"
+            std = "-" if rule.role == "fixed" else initial_std(model[name])
+            rows[key] = [*key, fan_in, std, rule.kind, *factors(rule, base[name], wide[name]), reason(rule, s)]
+    head = ["parameter", "role", "shape (* grows)", "fan-in", "init std", "optimizer", "lr x", "multiplier", "decay x",
+            "eps x", "reason"]
+    return (f"muP from width {s.base.width} to {s.width}, m = {s.growth:g}; attention scale {s.softmax_scale:.4g} "
+            f"at head_dim {s.head_dim}\n{common.aligned([head, *rows.values()])}")
+
+
+def print_report(script: ModuleType, s) -> int:
+    """The table, with the vocabulary of the run's data if they are there."""
+    there = script.data_folder(s.data).is_dir()
+    if not there:
+        print(f"{script.data_folder(s.data)} is not there: with GPT-2's vocabulary")
+    print(report(script, s, script.open_corpus(s.data).meta["vocab_size"] if there else GPT2_VOCAB))
+    return 0
+
+
+# --- Measurement
 
 
 class Site(NamedTuple):
@@ -159,7 +239,7 @@ def recorded(script: ModuleType, model, s):
         look_at_block(block, i, hook, keep)
     replace("attend", lambda original: looking_attend(original, lambda x: keep("attention logits", x, layer[0])))
     replace("head_losses", lambda original: looking_head(original, keep))
-    replace("cap_logits", lambda original: looking_cap(original, s.cap, keep))
+    replace("cap_logits", lambda original: looking_cap(original, s.softcap, keep))
     try:
         yield found
     finally:
@@ -219,9 +299,9 @@ def looking_head(original, keep):
 def looking_cap(original, cap, keep):
     """The model's cap has the head's multiplier in it: what it is to the settings' makes of z what that would take."""
     def cap_logits(z, own):
-        keep("logits", z * ((cap[2] if cap else 1.0) / (own[2] if own else 1.0)))
+        keep("logits", z * (cap[2] / own[2]))
         capped = original(z, own)
-        if cap:
+        if cap[0]:
             keep("capped logits", capped)
         return capped
     return cap_logits
@@ -237,22 +317,24 @@ class Trace(NamedTuple):
     losses: list[float]  # before the first step .. after the last one
 
 
+def forward(model, optimizer, batch: tuple[torch.Tensor, ...], window: torch.Tensor) -> torch.Tensor:
+    """The summed loss of a micro-step, as in the script's `train`."""
+    inputs, targets, docs = batch
+    return model(inputs, targets[None], docs, window).sum()
+
+
 def train(script: ModuleType, s, steps: int) -> Trace:
     """A model's first steps, at the full learning rates and with the momentum of a run's start."""
     model, length = script.GPT(s, VOCAB), s.seq_len[0]
     optimizer = script.MuonAdamW(model, s, script.World())
     model.to(s.device)
-    if getattr(optimizer, "balance", None):  # the routers' noise is part of the fixed batch
-        noise = optimizer.balance.noise(0, ROWS, length)
-        optimizer.balance.noise = lambda *_: noise
-    batch = text_batch(length, s.device)
-    run = SimpleNamespace(model=model, optimizer=optimizer,
-                          window=torch.tensor(length, dtype=torch.int32, device=s.device))
+    batch, window = text_batch(length, s.device), torch.tensor(length, dtype=torch.int32, device=s.device)
     first, sizes, losses = {}, {}, []
     with recorded(script, model, s) as found:
         for step in range(steps + 1):
-            loss = script.Trainer.micro_step(run, *batch, [1 / (ROWS * length)])
-            losses.append(loss.item() / (ROWS * length))
+            loss = forward(model, optimizer, batch, window) / (ROWS * length)
+            loss.backward()
+            losses.append(loss.item())
             first = first or dict(found)
             for site, x in found.items():
                 sizes[site, SIZE, step] = x.abs().mean().item()
@@ -285,8 +367,7 @@ def measure(script: ModuleType, s, widths: list[int], seeds: Iterable[int], step
     return {key: np.array([sizes[key] for sizes in traces]).reshape(len(widths), -1) for key in traces[0]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Verdict
+# --- Verdict
 
 
 class Fit(NamedTuple):
@@ -383,8 +464,7 @@ def judge(script: ModuleType, s, widths: list[int], seeds: int, max_seeds: int, 
     return {key: np.concatenate((values, added[key]), axis=1) for key, values in sizes.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Report
+# --- Result
 
 SITES = ["value embedding", "bigram embedding", "embedding", "query before norm", "key before norm", "value",
          "attention logits", "attention output", "MLP hidden", "MLP output", "router logits",
@@ -403,7 +483,6 @@ class Check(NamedTuple):
     flags: list[str]
     about: str  # the models, in a line
     widths: list[int]
-    base_width: int
     steps: int
     sizes: dict[str, Sizes]  # by parametrization
 
@@ -450,17 +529,6 @@ def table(check: Check) -> list[list[str]]:
     return rows
 
 
-def aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-                     for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-
-
 def summary(check: Check) -> tuple[list[str], list[str]]:
     """What was run, and the failing sites, in lines."""
     head = [f"{check.script} {shlex.join(check.flags)}".rstrip(), check.about,
@@ -471,61 +539,37 @@ def summary(check: Check) -> tuple[list[str], list[str]]:
                   for line in failing(check.lines(MUP))]
 
 
-def as_json(check: Check) -> dict:
-    """All numbers: every step, judged or not, and the sizes by width and seed."""
-    def record(which: str, key: tuple[Site, str, int], sizes: np.ndarray) -> dict:
-        site, statistic, step = key
-        found = fit(check.widths, sizes)
-        slope = None if found is None or found.problem else {"slope": found.slope, "error": found.error}
-        return {"parametrization": which, "site": site.name, "layer": site.layer, "statistic": statistic, "step": step,
-                "judged": (which == MUP and step in judged_steps(check.steps) and found is not None
-                           and site.name not in NOT_JUDGED),
-                "limit": LIMITS.get(site.name, LIMIT), **(slope or {"slope": None, "error": None}),
-                "problem": found.problem if found else "always 0",
-                "sizes": [[size if np.isfinite(size) else str(size) for size in row] for row in sizes.tolist()]}
-
-    return {"script": check.script, "flags": check.flags, "about": check.about, "widths": check.widths,
-            "base_width": check.base_width, "steps": check.steps, "torch": torch.__version__,
-            "seeds": {which: number_of_seeds(sizes) for which, sizes in check.sizes.items()},
-            "passed": not failing(check.lines(MUP)), "verdict": check.verdict,
-            "failing": [str(line.site) for line in failing(check.lines(MUP))],
-            "lines": [record(which, *item) for which, sizes in check.sizes.items() for item in sizes.items()]}
-
-
 def plot(check: Check, path: Path) -> None:
     """A row for each kind of site, its worst layer: size and change by width, --mup beside standard, a line a step."""
-    from matplotlib.figure import Figure
-
-    names, steps, lines = check.names, sorted(judged_steps(check.steps)), check.lines(MUP)
-    figure = Figure(figsize=(12, 1 + 1.25 * len(names)), layout="constrained")
-    grid = figure.subplots(len(names), 4, sharex=True, squeeze=False)
+    names, lines = check.names, check.lines(MUP)
+    figure, grid = common.panels(12, 1 + 1.25 * len(names), len(names), 4, sharex=True, squeeze=False)
     for name, row in zip(names, grid, strict=True):
-        for statistic, panels in zip((SIZE, CHANGE), (row[:2], row[2:]), strict=True):
+        for statistic, pair in ((SIZE, row[:2]), (CHANGE, row[2:])):
             line = worst([line for line in lines if line.site.name == name and line.statistic == statistic])
-            draw(panels, check, line.site if line else Site(name), statistic, steps)
-    for axes, which, statistic in zip(grid[0], (MUP, STANDARD) * 2, ("mean |x|",) * 2 + ("change",) * 2, strict=True):
-        axes.set_title(f"{which}: {statistic}", fontsize=10)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(steps), fontsize=9,
-                  title="step" if len(steps) > 1 else None)
-    figure.supxlabel("width", fontsize=9)
-    figure.supylabel("log2 of the statistic", fontsize=9)
+            draw(pair, check, line.site if line else Site(name), statistic)
+    titles = [f"{which}: {statistic}" for statistic in (SIZE, CHANGE) for which in (MUP, STANDARD)]
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=10)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, title="step")
+    figure.supxlabel("width")
+    figure.supylabel("log2 of the statistic")
     figure.savefig(path, dpi=110)
 
 
-def draw(panels, check: Check, site: Site, statistic: str, steps: list[int]) -> None:
+def draw(panels, check: Check, site: Site, statistic: str) -> None:
     """A site's panels, --mup and standard, on one scale of two octaves or more: geometric means over the seeds."""
-    drawn = []
+    drawn: list[float] = []
     for axes, which in zip(panels, (MUP, STANDARD), strict=True):
-        for color, step in zip(("tab:gray", "tab:blue", "tab:green", "tab:red"), steps, strict=False):
-            sizes = check.sizes[which].get((site, statistic, step), np.zeros((len(check.widths), 1)))
-            shown = np.isfinite(sizes).all() and sizes.all()
-            means = np.log2(sizes).mean(1) if shown else np.full(len(sizes), np.nan)
-            axes.plot(np.log2(check.widths), means, "o-", markersize=3, color=color, label=str(step))
-            drawn += means[np.isfinite(means)].tolist()
-        axes.set_xticks(np.log2(check.widths), list(map(str, check.widths)))
+        for step in sorted(judged_steps(check.steps)):
+            sizes = check.sizes[which].get((site, statistic, step))
+            if sizes is not None and np.isfinite(sizes).all() and sizes.all():
+                means = np.log2(sizes).mean(1)
+                axes.plot(np.log2(check.widths), means, "o-", markersize=3, label=str(step))
+                drawn += means.tolist()
+        axes.set_xticks(np.log2(check.widths), [*map(str, check.widths)])
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.3)
-    low, high = (min(drawn), max(drawn)) if drawn else (-1.0, 1.0)
+    low, high = min(drawn, default=-1.0), max(drawn, default=1.0)
     margin = max(0.1 * (high - low), 1 - (high - low) / 2)
     for axes in panels:
         axes.set_ylim(low - margin, high + margin)
@@ -534,18 +578,17 @@ def draw(panels, check: Check, site: Site, statistic: str, steps: list[int]) -> 
 
 
 def write_report(check: Check, out: Path) -> None:
-    """coord_check.json, .md and .png in `out`."""
+    """coord_check.md and .png in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "coord_check.json").write_text(json.dumps(as_json(check), indent=1) + "\n")
     head, bad = summary(check)
-    text = ["# Coordinate check", *head, markdown(table(check)), *(["Failing:", *bad] if bad else []), check.verdict,
-            "![mean size and change of each site by width](coord_check.png)"]
+    first, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table(check)]
+    text = ["# Coordinate check", *head, common.markdown(first, rows), *(["Failing:", *bad] if bad else []),
+            check.verdict, "![mean size and change of each site by width](coord_check.png)"]
     (out / "coord_check.md").write_text("\n\n".join(text) + "\n")
     plot(check, out / "coord_check.png")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# --- Command line
 
 
 def widths_of(text: str) -> list[int]:
@@ -555,24 +598,22 @@ def widths_of(text: str) -> list[int]:
     return sorted({int(part) for part in text.split(",")})
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s [options] [-- flags of the script]", allow_abbrev=False)
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE",
-                        help="train_gpt.py or train_moe.py (default: train_gpt.py)")
-    parser.add_argument("--widths", type=widths_of, metavar="N,N,..", help="at least three multiples of the head_dim "
-                        "(default: from the smallest, 64 or more, that has four heads, doubled up to 512)")
-    parser.add_argument("--seeds", type=int, default=2, help="models of each width, at first (default: 2)")
-    parser.add_argument("--max-seeds", "--max_seeds", type=int, metavar="N",
-                        help="models of each width, where the verdict needs them (default: 16, or --seeds)")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps (default: 6)")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="folder for coord_check.json, .md and .png (default: print the table only)")
-    parser.add_argument("flags", nargs="*", help="after --: flags of the script; its own choice without any")
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = common.make_parser(__doc__, "the script")
+    add = parser.add_argument
+    add("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE",
+        help="train_gpt.py or train_moe.py (default: train_gpt.py)")
+    add("--report", action="store_true", help="print what --mup scales at these settings and why; train nothing")
+    add("--widths", type=widths_of, metavar="N,N,..", help="at least three multiples of the head_dim "
+        "(default: from the smallest, 64 or more, that has four heads, doubled up to 512)")
+    add("--seeds", type=int, default=2, help="models of each width, at first (default: 2)")
+    add("--max-seeds", "--max_seeds", type=int, metavar="N",
+        help="models of each width, where the verdict needs them (default: 16, or --seeds)")
+    add("--steps", type=int, default=6, help="optimizer steps (default: 6)")
+    add("--out", type=Path, metavar="DIR", help="folder for coord_check.md and .png (default: print the table only)")
     args = parser.parse_args(argv)
     args.max_seeds = max(16, args.seeds) if args.max_seeds is None else args.max_seeds
-    if "--" not in (sys.argv[1:] if argv is None else argv):
-        args.flags = SMALL
+    args.flags = args.flags if "--" in argv else SMALL
     return args
 
 
@@ -591,13 +632,15 @@ def check_args(args: argparse.Namespace, s, widths: list[int]) -> None:
         raise ValueError(f"--widths: {wrong[0]} is no multiple of the head_dim, {s.head_dim}")
 
 
-def coord_check(args: argparse.Namespace) -> int:
-    """Runs the check, prints and writes its report; the exit code."""
+def coord_check(args: argparse.Namespace, _command: str) -> int:
+    """Runs the check, prints and writes its report; the exit code: 0 PASS, 1 FAIL."""
     script = load_script(args.script)
     s, base_width = settings_at_hand(script, args.flags)
+    torch.set_num_threads(s.threads or torch.get_num_threads())
+    if args.report:
+        return print_report(script, s)
     widths = args.widths or default_widths(s)
     check_args(args, s, widths)
-    torch.set_num_threads(s.threads or torch.get_num_threads())
     s = dataclasses.replace(s, base_width=base_width or widths[0])
 
     def say(line: str):
@@ -608,25 +651,18 @@ def coord_check(args: argparse.Namespace) -> int:
     about = (f"{s.num_layers} layers ({s.attention}), head_dim {s.head_dim}, widths {', '.join(map(str, widths))}, "
              f"base width {s.base_width}, hidden matrices by {s.hidden_optimizer}, {args.steps} steps, "
              f"seeds: {number_of_seeds(sizes[MUP])} ({STANDARD}: {number_of_seeds(standard)})")
-    check = Check(args.script.name, args.flags, about, widths, s.base_width, args.steps, sizes)
+    check = Check(args.script.name, args.flags, about, widths, args.steps, sizes)
     if args.out:
         write_report(check, args.out)
     head, bad = summary(check)
-    print("\n".join([*head, "", aligned(table(check)), "", *(["failing:", *bad] if bad else []), check.verdict]))
+    failing = ["failing:", *bad] if bad else []
+    print("\n".join([*head, "", common.aligned(table(check)), "", *failing, check.verdict]))
     return 1 if bad else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line -> exit code: 0 PASS, 1 FAIL or what the user can repair, in one sentence."""
-    try:
-        return coord_check(parse_args(argv))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    return common.command_line("coord_check", parse_args, coord_check, argv, resumes=False)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.start(main)

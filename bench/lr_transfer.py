@@ -210,10 +210,10 @@ def peak_rates(s) -> dict[str, float]:
     return {f"--{name.replace('_', '-')}": getattr(s, name) for name in names}
 
 
-def refuse_flags(parser, args: argparse.Namespace) -> None:
+def refuse_flags(script, args: argparse.Namespace) -> None:
     """Raises ValueError for flags that the sweep sets itself, and for --mup-flags that are none."""
-    common.refuse_own(vars(parser.parse_args(args.flags)), OWN)
-    special = vars(parser.parse_args(shlex.split(args.mup_flags))).keys()
+    common.refuse_own(common.given(script, args.flags), OWN)
+    special = common.given(script, shlex.split(args.mup_flags)).keys()
     if others := sorted(special - {"mup_embedding", "base_head_dim"}):
         name = others[0].replace("_", "-")
         raise ValueError(f"--mup-flags: --{name} is none of --mup-embedding, --base-head-dim")
@@ -223,8 +223,8 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     """Checks the flags of all runs of the grid. Raises ValueError for flags that the trainer refuses, FileNotFoundError
     where the data set is missing."""
     t = load(args.script)
-    refuse_flags(t.build_parser(), args)
-    proxy = "preset" not in vars(t.build_parser().parse_args(args.flags))
+    refuse_flags(t, args)
+    proxy = "preset" not in common.given(t, args.flags)
     shared, base = (*ALWAYS, *(PROXY if proxy else []), *args.flags), args.widths[0]
     tuned = {}
     for name in args.optimizers:

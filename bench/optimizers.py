@@ -180,7 +180,7 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     FileNotFoundError where the data set is missing."""
     import train_baseline as t  # not above: --help needs no torch
 
-    given = vars(t.build_parser().parse_args(args.flags))
+    given = common.given(t, args.flags)
     common.refuse_own(given, OWN)
     corpus = t.open_corpus(args.data)
     proxy = [] if "preset" in given else proxy_flags(corpus.meta["vocab_size"])
