@@ -4,6 +4,7 @@
     python logger.py show LOG...                   # a screen per run: status, versions, losses, time, memory
     python logger.py compare A B [C...]            # groups of runs: means, Welch's t-test, equal steps and time, a plot
     python logger.py diff A B                      # what changed: settings, functions, text, environment, effect
+    python logger.py profile RUN                   # time of a step, overlap, heaviest operations of its traces
     python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; how many runs are missing
     python logger.py verify FOLDER                 # does a record folder hold what its README claims
     python logger.py extract LOG -o train_gpt.py   # the source inside a log, ready to run
@@ -18,6 +19,7 @@ is not complete) or an input could not be used, said in one line of `error: ...`
 A run is a public log (source, ====, machine, ====, step lines; llm.c's `s:1 trl:3.2` lines) or a folder of ours with
     metrics.jsonl  one object a line: training steps, validations, {"event": "resume"}, a closing {"event": "end"};
                    of mixtures of experts {"event": "routers"}: the load of each expert since the report before
+    hellaswag.jsonl  scores of evals/hellaswag.py --follow, an object a line
     log.txt        the public format, read where metrics.jsonl is missing or holds no step
     config.json    settings, git commit, data, hardware and torch version
 Runs may be in progress, killed or damaged: what can be read is shown, what was left out is named in a note. Files are
@@ -28,9 +30,7 @@ function of the parsed arguments. Losses are in nats/token; times are in ms wher
 """
 
 import argparse
-import ast
 import csv
-import difflib
 import functools
 import glob
 import hashlib
@@ -45,9 +45,10 @@ import warnings
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from unicodedata import east_asian_width
 
-SEPARATOR = "=" * 100  # a line of exactly this; nvidia-smi's own rules are shorter and start with | or +
+SEPARATOR = "=" * 100  # a line of exactly this; nvidia-smi's rules are shorter, with | or + first
 BAR = SEPARATOR.encode()
 BLOCK = 1 << 20  # bytes read at a time, and the longest line
 MAX_SECTION = 4 << 20  # bytes kept of the source and of the text about the machine; public sources are below 200 KB
@@ -58,18 +59,18 @@ MAX_LAYERS = 100  # of a report: each is a panel of a figure
 STEP = re.compile(r"step:(\d{1,15})(?:/(\d{1,15}))?", re.ASCII)
 NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf))(ms|s)?", re.ASCII | re.IGNORECASE)
 DECIMAL = rb"(\d{1,15}(?:\.\d{0,15})?)"
-USUAL_STEP = re.compile(  # nearly every line of nearly every log; the others go through parse_step_line
-    rb"step:(\d{1,15})/(\d{1,15}) (?:(val_loss|train_loss):%b )?train_time:%b(m?)s step_avg:(?:nan|%b)ms"
+USUAL_STEP = re.compile(  # nearly every line of every log; the others go through parse_step_line
+    rb"step:(\d{1,15})/(\d{1,15}) (?:(val|train)_loss:%b )?train_time:%b(m?)s step_avg:(?:nan|%b)ms"
     % (DECIMAL, DECIMAL, DECIMAL))
-RECORDS = (b"step:", b"s:", b"peak memory", b"resumed after", b"\x1b")  # starts of all lines that are read
+RECORDS = (b"step:", b"s:", b"peak memory", b"resumed after", b"\x1b")  # lines that are read
 LLMC = re.compile(r"s:(\d{1,15}) (tel|trl):", re.ASCII)
 PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d{1,15}) MiB(?: reserved: (\d{1,15}) MiB)?", re.ASCII)
 RESUMED = re.compile(r"resumed after step (\d{1,15})", re.ASCII)
-PART = re.compile(rb"^-{40}\n# ([\w.-]{1,100})\n-{40}\n", re.MULTILINE)  # starts one more file of a source
+PART = re.compile(rb"^-{40}\n# ([\w.-]{1,100})\n-{40}\n", re.MULTILINE)  # one more file of a source
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-GPU = re.compile(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", re.MULTILINE)  # a device row of nvidia-smi's table
+GPU = re.compile(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", re.M)  # a device row of nvidia-smi
 GPU_LIST = re.compile(r"^GPU \d+: (.+?) \(UUID", re.MULTILINE)
-DATE = re.compile(r"^\w{3} (\w{3}) +(\d{1,2}) ([\d:]{8}) (?:[A-Z]{2,5} )?(\d{4})", re.MULTILINE | re.ASCII)
+DATE = re.compile(r"^\w{3} (\w{3}) +(\d{1,2}) ([\d:]{8}) (?:[A-Z]{2,5} )?(\d{4})", re.M | re.ASCII)
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "python": r"^Running python (\S+)",
@@ -84,10 +85,11 @@ FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "params_total": r"^\s*Total parameters: ([\d,]{1,24})",
     "settings": r"^Settings: (\{.{1,100000}\})$",
 }
-FACTS = {key: re.compile(form, re.ASCII | re.IGNORECASE | re.MULTILINE) for key, form in FACTS.items()}
+FACTS = {key: re.compile(form, re.ASCII | re.I | re.M) for key, form in FACTS.items()}
 LOSSES = ("train_loss", "val_loss")
+ACCURACIES = ("per_token", "per_byte", "raw")  # of HellaSwag: by what a loss is divided
 DEAD = 1 / 20  # an expert with less than this share of the mean load is dead, as in train_moe.py
-COMPLETED = ("done", "target")  # reached the last step, or stopped because the target loss was reached
+COMPLETED = ("done", "target")  # reached the last step or the target loss
 BACKWARD = "step numbers go back without a resume line; the later records are used"
 
 
@@ -108,9 +110,10 @@ class Trace:
     era: str = ""
     parts: dict[str, str] = field(default_factory=dict)
     code_hash: str | None = None
-    stage_ms: list[dict] = field(default_factory=list)  # for each trial {stage: ms of each of its steps}
+    stage_ms: list[dict] = field(default_factory=list)  # of each trial {stage: ms of each step}
     resets: int = 0  # falls of the clock: until record 21 the scripts set it back after 10 steps
     routers: list[dict] = field(default_factory=list)  # reports as of parse_routers, in order
+    scores: dict[int, dict] = field(default_factory=dict)  # by step, as of parse_score
 
     @property
     def trials(self):
@@ -123,6 +126,7 @@ class Trace:
         """Drop the records after `step`: the run was continued from there."""
         self.rows = [row for row in self.rows if row["step"] <= step]
         self.routers = [report for report in self.routers if report["step"] <= step]
+        self.scores = {at: score for at, score in self.scores.items() if at <= step}
 
     def add(self, row, trials=False):
         """Append a record. One whose step goes back replaces those it repeats, or starts the next of several `trials`:
@@ -148,11 +152,16 @@ class Trace:
             self.routers = self.routers[::2]  # MAX_REPORTS is even: the last one stays
             self.note(f"more than {MAX_REPORTS} reports of the routers: not all of them were kept")
 
+    def add_score(self, score):
+        """Take a HellaSwag score. Of a step that of the most tasks counts, of these the last."""
+        if score["tasks"] >= self.scores.get(score["step"], score)["tasks"]:
+            self.scores[score["step"]] = score
+
     def next_trial(self):
         if len(self.earlier) < MAX_TRIALS:
             self.earlier.append(self.rows)
         else:
-            self.note(f"more than {MAX_TRIALS} trials: the later ones but for the last were left out")
+            self.note(f"more than {MAX_TRIALS} trials: those before the last were left out")
         self.rows = []
 
     def thin(self):
@@ -200,7 +209,8 @@ def parse_step_line(line):
             key: value for key, value in parse_pairs(words[1:]).items() if key not in ("step", "iterations")}
     if LLMC.match(line):
         row = parse_pairs(words[1:])
-        row = {{"tel": "val_loss", "trl": "train_loss"}.get(key, key): value for key, value in row.items()}
+        names = {"tel": "val_loss", "trl": "train_loss"}
+        row = {names.get(key, key): value for key, value in row.items()}
         return {**row, "step": int(words[0][2:]), "iterations": None}
     return None
 
@@ -210,7 +220,7 @@ def usual_row(match):
     step, last, key, loss, time, milli, average = match.groups()
     row = {"step": int(step), "iterations": int(last)}
     if key:
-        row["val_loss" if key == b"val_loss" else "train_loss"] = float(loss)
+        row[f"{key.decode()}_loss"] = float(loss)
     row["train_time_ms"] = float(time) if milli else float(time) * 1000
     row["step_avg_ms"] = float(average or "nan")
     return row
@@ -313,7 +323,7 @@ def split_source(trace, source):
     trace.code_hash = hashlib.sha256(source.strip()).hexdigest()[:12] if source.strip() else None
     if len(source) == MAX_SECTION:
         trace.note(f"the source is longer than {MAX_SECTION >> 20} MiB: it was cut")
-    names, texts = ["train_gpt.py", *PART.findall(source)], re.split(PART.pattern, source, flags=re.M)[::2]
+    names, texts = ["train_gpt.py", *PART.findall(source)], PART.split(source)[::2]
     for name, text in zip(names, texts, strict=True):
         name = name if isinstance(name, str) else name.decode("ascii", "replace")
         trace.parts[name] = text.decode("utf-8", "replace").strip("\n") + "\n"
@@ -412,13 +422,24 @@ def parse_routers(record):
         load, layers = [array("d", shares) for shares in record["load"]], list(record["layers"])
     except (KeyError, TypeError, OverflowError):
         return None
-    whole = 0 < len(load) == len(layers) <= MAX_LAYERS and len({len(shares) for shares in load}) == 1
+    whole = 0 < len(load) == len(layers) <= MAX_LAYERS and len({*map(len, load)}) == 1
     whole = whole and all(type(i) is int and 0 <= i < 1000 for i in layers)
     if not whole or not all(min(shares, default=-1) >= 0 and 1e-9 < sum(shares) < 1e9 for shares in load):  # nor nan
         return None
     dropped = record.get("dropped") if isinstance(record.get("dropped"), list) else []
-    dropped = [share for share in map(number, dropped) if share is not None and math.isfinite(share)]
-    return {"step": record["step"], "layers": layers, "load": load, "dropped": max(dropped, default=None)}
+    dropped = max((x for x in map(number, dropped) if x is not None and math.isfinite(x)), default=None)
+    return {"step": record["step"], "layers": layers, "load": load, "dropped": dropped}
+
+
+def parse_score(record):
+    """The HellaSwag score in a record: {"step", "tasks", "per_token", "per_byte", "raw"}, accuracies
+    from 0 to 1; None where there is none, or a damaged one."""
+    found = record.get("hellaswag")
+    found = found if isinstance(found, dict) else {}
+    score = {key: number(found.get(key)) for key in ("tasks", *ACCURACIES)}
+    whole = None not in score.values() and 0 < score["tasks"] < 1e9
+    whole = whole and all(0 <= score[key] <= 1 for key in ACCURACIES)
+    return {"step": record["step"], **score} if whole else None
 
 
 def parse_metrics(text):
@@ -443,6 +464,8 @@ def parse_metrics(text):
             row = {key: value for key, value in record.items() if key not in LOSSES or number(value) is not None}
             if not row.keys().isdisjoint(LOSSES):
                 trace.add(row)
+            if score := parse_score(record):
+                trace.add_score(score)
     bad += cut and line.endswith("\n")
     trace.notes += [f"{bad} unreadable line(s) of metrics.jsonl left out"] if bad else []
     trace.notes += [f"{unclear} router report(s) left out: no load of each expert of each layer"] if unclear else []
@@ -470,11 +493,15 @@ def read_run(path, keep_rows=True):
     if (path / "metrics.jsonl").is_file():
         with open(path / "metrics.jsonl", encoding="utf-8-sig", errors="replace") as file:
             trace = parse_metrics(iter(lambda: file.readline(BLOCK), ""))
-    source = "metrics.jsonl" if trace.rows or trace.end else "log.txt" if log.rows or log.end else None
+    source = "log.txt" if log.rows or log.end else None
+    source = "metrics.jsonl" if trace.rows or trace.end else source
     if source == "log.txt":
         log.notes = [*trace.notes, "read from log.txt: metrics.jsonl is missing or holds no step", *log.notes]
         trace = log
     trace.header, trace.parts, trace.code_hash = log.header, log.parts, log.code_hash
+    for line in read_text(path / "hellaswag.jsonl").splitlines():
+        if score := parse_score(parse_record(line) or {}):
+            trace.add_score(score)
     config = parse_object(text := read_text(path / "config.json"))
     trace.notes += ["config.json is no JSON object and was left out"] if text and not config else []
     return Run(path, source, trace, config)
@@ -486,10 +513,6 @@ def read_log(path, keep_rows=True):
         return Run(path, path.name, parse_log(file, keep_rows), {})
 
 
-def is_run_folder(path):
-    return path.is_dir() and any((path / name).is_file() for name in ("metrics.jsonl", "log.txt", "config.json"))
-
-
 def find_logs(path):
     """Run folders and *.txt and *.log files in the folder `path` and below, in the order of their names."""
     if (path / "metrics.jsonl").is_file() or (path / "log.txt").is_file():
@@ -498,7 +521,7 @@ def find_logs(path):
     for entry in sorted(path.iterdir(), key=natural):
         if entry.is_dir() and not entry.is_symlink():
             found += find_logs(entry)
-        elif entry.suffix.lower() in (".txt", ".log") and entry.is_file() and entry.name != "logs.txt":
+        elif entry.suffix.lower() in (".txt", ".log") and entry.name != "logs.txt" and entry.is_file():
             found.append(entry)
     return found
 
@@ -574,10 +597,10 @@ def load_experiment(log_dir, name):
         known = [p.name for p in folders(log_dir)]
         listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
         raise FileNotFoundError(f"no experiment '{name}' in '{log_dir}'; available: {listed or 'none'}")
-    runs = [read_run(p) for p in folders(path) if is_run_folder(p)]
+    files = ("metrics.jsonl", "log.txt", "config.json")
+    runs = [read_run(p) for p in folders(path) if any((p / name).is_file() for name in files)]
     if not runs:
-        raise FileNotFoundError(f"no run in '{path}': expected folders that hold one of metrics.jsonl, log.txt, "
-                                "config.json")
+        raise FileNotFoundError(f"no run in '{path}': expected folders that hold one of {', '.join(files)}")
     return runs
 
 
@@ -630,6 +653,18 @@ def router_numbers(run):
             "dead": sum(layer["dead"] for layer in layers), "dropped": last["dropped"]}
 
 
+def accuracy(score, key):
+    """(accuracy, its standard error) in percent."""
+    p = score[key]
+    return 100 * p, 100 * math.sqrt(p * (1 - p) / score["tasks"])
+
+
+def accuracies(run):
+    """[(step, accuracy per token, its standard error)] of a run's HellaSwag scores."""
+    scores = sorted(run.trace.scores.values(), key=lambda score: score["step"])
+    return [(score["step"], *accuracy(score, "per_token")) for score in scores]
+
+
 def summarize(run):
     """Numbers of a run folder as a flat dict, None where unknown. `val_loss` and `val_bpb` are of one validation, that
     of the closing record or else the last. `tokens_per_s` without a closing record is the average so far."""
@@ -637,7 +672,8 @@ def summarize(run):
     known = {key: value for key, value in end.items() if number(value) is not None}
     vals = [row for row in [*rows, known] if number(row.get("val_loss")) is not None]
     final = vals[-1] if vals else {}
-    best = min((v for v in vals if math.isfinite(v["val_loss"])), key=lambda v: v["val_loss"], default={})
+    good = [row for row in vals if math.isfinite(row["val_loss"])]
+    best = min(good, key=lambda row: row["val_loss"], default={})
     step, time_ms, tokens = (known.get(key, latest(rows, key)) for key in ("step", "train_time_ms", "tokens"))
     status = f"running or killed at step {step}" if rows else "no step logged"
     status = str(end.get("status", "ended")) if end else status
@@ -656,11 +692,12 @@ def summarize(run):
         "best_val_loss": best.get("val_loss"),
         "best_val_step": best.get("step", step if best else None),
         "train_time_ms": time_ms,
-        "step_avg_ms": latest(rows[-1:], "step_avg_ms") or (time_ms / step if time_ms and step else None),
+        "step_avg_ms": latest(rows[-1:], "step_avg_ms") or (step and time_ms and time_ms / step) or None,
         "tokens": tokens,
         "tokens_per_s": known.get("tokens_per_s", rate),
         **{key: known.get(key) for key in extra},
         "routers": router_numbers(run),
+        "hellaswag": max(run.trace.scores.values(), key=lambda s: s["step"], default=None),
         "torch": run.config.get("torch") or run.trace.header.get("torch"),
         "device": device_of(run),
         "notes": run.trace.notes,
@@ -739,7 +776,7 @@ def crossing(rows, target):
     for row in rows:
         if (loss := number(row.get("val_loss"))) is not None and loss <= target:
             time_ms = number(row.get("train_time_ms"))
-            return {"step": row["step"], "train_time_s": None if time_ms is None else time_ms / 1000}
+            return {"step": row["step"], "train_time_s": time_ms and time_ms / 1000}
     return None
 
 
@@ -773,7 +810,7 @@ def describe(run, target=None):
         "data_tokens": header.get("train_tokens"),
         "params_total": old["params_total"] or header.get("params_total"),
         "params_active": old["params_active"],
-        "routers": old["routers"],
+        **{key: old[key] for key in ("routers", "hellaswag")},
         **{key: header.get(key) for key in ("python", "cuda", "triton", "driver", "world_size", "date")},
         "torch": old["torch"],
         "gpus": old["device"],
@@ -891,11 +928,12 @@ def welch(a, b, confidence=0.95):
     interval = test.confidence_interval(confidence)
     pooled = math.sqrt((statistics.variance(a) + statistics.variance(b)) / 2)
     difference = statistics.mean(a) - statistics.mean(b)
-    return {"difference": difference, "ci_low": float(interval.low), "ci_high": float(interval.high),
-            "confidence": confidence, "p_value": float(test.pvalue), "cohens_d": difference / pooled}
+    low, high, p = map(float, (*interval, test.pvalue))
+    return {"difference": difference, "ci_low": low, "ci_high": high, "confidence": confidence,
+            "p_value": p, "cohens_d": difference / pooled}
 
 
-SIGMA_RULE = 0.004  # track 3 takes sd = 0.0013 as known: z > 3 is (target - mean) * sqrt(n) >= 0.004
+SIGMA_RULE = 0.004  # track 3 knows the sd, 0.0013: z > 3 is (target - mean) * sqrt(n) >= 0.004
 LOSS_PER_STEP = 0.000045  # track 3's worth of a step: 100 steps are 0.0045 of loss
 
 
@@ -942,6 +980,27 @@ def versions(samples):
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
+HARMLESS = {"only comments differ", "only seeds and names differ"}
+
+
+def what_differs(a, b):
+    """A few words on how the version of run b differs from that of run a: settings, definitions, seeds, comments."""
+    from records.sources import compare_parts
+
+    a, b = (run if any(run.trace.parts.values()) else load_one(run.path) for run in (a, b))
+    found = compare_parts(a.trace.parts, b.trace.parts)
+    names = [s["name"] for s in changed_config(a, b) + found["settings"]]
+    units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
+    if not names + units:
+        return next((note for note in found["notes"] if "text only" in note), "only comments differ")
+    names = [name for name in names if not re.search(r"seed|run_?id|run_?name", name, re.I)]
+    if not names + units:
+        return "only seeds and names differ"
+    names = [name.removeprefix("setting ") for name in [*names, *units]]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"other {', '.join(names[:4])}{more}"
+
+
 def version_warning(groups, most=25):
     """How the code versions of a group differ, a sentence; only the first `most` are compared."""
     (first, its_samples), *others = list(groups.items())[:most]
@@ -980,7 +1039,8 @@ def step_times(rows):
     """[(step, ms of that step)] from the clock's differences; none where the clock was set back."""
     timed = [(row["step"], row["train_time_ms"]) for row in rows if number(row.get("train_time_ms")) is not None]
     pairs = zip(timed, timed[1:], strict=False)
-    return [(b, (y - x) / (b - a)) for (a, x), (b, y) in pairs if b > a and y >= x and math.isfinite(y - x)]
+    pairs = [pair for pair in pairs if math.isfinite(pair[1][1] - pair[0][1])]
+    return [(b, (y - x) / (b - a)) for (a, x), (b, y) in pairs if b > a and y >= x]
 
 
 def stage_of(rows):
@@ -1027,204 +1087,11 @@ def equal_points(groups, count=4):
     found = {}
     for x in ("step", "tokens", "train_time_ms"):
         span = common_range(groups, x)
-        grid = [span[0] + (span[1] - span[0]) * i / count for i in range(1, count + 1)] if span else []
+        low, high = span or (0, 0)
+        grid = [low + (high - low) * i / count for i in range(1, count + 1)] if span else []
         means = [resample(samples, x, grid).mean(0) for samples in groups] if grid else []
-        found[x] = [{"at": at, "means": [float(mean[i]) for mean in means]} for i, at in enumerate(grid)]
+        found[x] = [{"at": at, "means": [*map(float, at_x)]} for at, *at_x in zip(grid, *means, strict=True)]
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources: two texts -> what changed
-
-
-@dataclass
-class Source:
-    """A parsed file: values of its settings, its functions and classes as (syntax, text), what else it does."""
-
-    settings: dict[str, str] = field(default_factory=dict)
-    units: dict[str, tuple] = field(default_factory=dict)
-    problem: str | None = None
-
-
-def parse_source(text):
-    """Source of a Python text; `problem` says in a sentence why there is none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(text)
-            source, lines, rest = Source(), text.split("\n"), []
-            for node in tree.body:
-                if not read_unit(source, node, lines) and not read_setting(source, node):
-                    rest.append(node)
-            source.units["module level"] = (ast.dump(without_docstrings(ast.Module(rest, []))), "", rest)
-            return source
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        where = f" (line {error.lineno}: {error.msg})" if isinstance(error, SyntaxError) else ""
-        python = ".".join(sys.version.split(".")[:2])
-        return Source(problem=f"does not parse as Python {python}{where}: compared as text only")
-
-
-def without_docstrings(node):
-    """The node, its docstrings removed, in place."""
-    for child in ast.walk(node):
-        body = getattr(child, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-            child.body = body[1:]
-    return node
-
-
-def read_unit(source, node, lines, prefix=""):
-    """Take a function, or a class with its fields and methods, into `source`; False for anything else."""
-    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return False
-    name = prefix + node.name
-    text, start = lines[node.lineno - 1], node.body[0]
-    if isinstance(node, ast.ClassDef):
-        node.body = [child for child in node.body if not read_unit(source, child, lines, f"{name}.")
-                     and not read_setting(source, child, f"{name}.")]
-    else:  # the text of the body: other defaults are no other function
-        text = "\n".join([lines[start.lineno - 1][start.col_offset :], *lines[start.lineno : node.end_lineno]])
-        read_defaults(source, node, name)
-        name += "()"
-    while name in source.units:  # the same name again: overloads, or one definition for each case
-        name += "'"
-    source.units[name] = (ast.dump(without_docstrings(node)), text, node)
-    return True
-
-
-def read_defaults(source, node, name):
-    """Take the defaults of a function's arguments as settings, and out of its syntax."""
-    arguments = node.args
-    plain = [*arguments.posonlyargs, *arguments.args]
-    pairs = list(zip(plain[len(plain) - len(arguments.defaults) :], arguments.defaults, strict=True))
-    pairs += [(a, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d is not None]
-    for argument, default in pairs:
-        source.settings[f"{name}({argument.arg})"] = ast.unparse(default)
-    arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
-
-
-def read_setting(source, node, prefix=""):
-    """Take `name = value`, also with a type, into the settings; False for anything else."""
-    if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
-        return False
-    target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-    if len(getattr(node, "targets", [target])) > 1:
-        return False
-    names = target.elts if isinstance(target, ast.Tuple) else [target]
-    values = node.value.elts if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) else [node.value]
-    if len(names) != len(values) or not all(isinstance(name, (ast.Name, ast.Attribute)) for name in names):
-        return False
-    for name, value in zip(names, values, strict=True):
-        flatten(source.settings, prefix + ast.unparse(name), value)
-    return True
-
-
-def flatten(settings, name, value, depth=0):
-    """Take a value; dictionaries entry by entry, calls keyword by keyword: PRESETS[cpu].width, optimizer.lr."""
-    if isinstance(value, ast.Dict) and depth < 5 and all(isinstance(key, ast.Constant) for key in value.keys):
-        for key, item in zip(value.keys, value.values, strict=True):
-            flatten(settings, f"{name}[{key.value}]", item, depth + 1)
-    elif isinstance(value, ast.Call) and value.keywords and depth < 5:
-        for keyword in value.keywords:
-            flatten(settings, f"{name}.{keyword.arg or '**'}", keyword.value, depth + 1)
-        if value.args or not depth:
-            settings[name] = ast.unparse(ast.Call(value.func, value.args, []))
-    else:
-        settings[name] = ast.unparse(value)
-
-
-def constants_of(node):
-    """(the shape of a syntax tree without its constants, the constants), both in the order of ast.walk."""
-    form, values = [], []
-    for child in ast.walk(node):
-        if isinstance(child, ast.Constant):
-            values.append(child.value)
-        fields = [] if isinstance(child, ast.Constant) else ast.iter_fields(child)
-        plain = [(name, value if isinstance(value, str) else len(value) if isinstance(value, list) else value is None)
-                 for name, value in fields]
-        form.append((type(child), plain))
-    return form, values
-
-
-def changed_constants(old, new):
-    """[(old, new)] if two pieces of syntax differ in constants only, else None."""
-    old, new = (ast.Module(n, []) if isinstance(n, list) else n for n in (old, new))
-    (form, before), (other, after) = constants_of(old), constants_of(new)
-    if form != other or len(before) != len(after):
-        return None
-    return [(a, b) for a, b in zip(before, after, strict=True) if (type(a), a) != (type(b), b)]
-
-
-def compare_parts(old, new):
-    """What changed between two {file name: text}: {"settings": [{"name", "a", "b"}], "units": [{"name", "change"}],
-    "notes": [sentence]}; a change is added, removed, changed, constants only, or comments only."""
-    found = {"settings": [], "units": [], "notes": []}
-    for part in dict.fromkeys([*old, *new]):
-        if old.get(part) == new.get(part):
-            continue
-        if part not in old or part not in new:
-            found["units"].append({"name": part, "change": "file removed" if part in old else "file added"})
-            continue
-        a, b = parse_source(old[part]), parse_source(new[part])
-        for which, source in (("A", a), ("B", b)):
-            found["notes"] += [f"{part} of {which} {source.problem}"] if source.problem else []
-        if not a.problem and not b.problem:
-            compare_sources(a, b, "" if part == "train_gpt.py" else f"{part}: ", found)
-    return found
-
-
-def compare_sources(a, b, prefix, found):
-    """Add what changed between two Sources to `found`."""
-    count = len(found["settings"]) + len(found["units"])
-    for name in dict.fromkeys([*a.settings, *b.settings]):
-        if (before := a.settings.get(name)) != (after := b.settings.get(name)):
-            found["settings"].append({"name": prefix + name, "a": before, "b": after})
-    for name in dict.fromkeys([*a.units, *b.units]):
-        if name not in a.units or name not in b.units:
-            found["units"].append({"name": prefix + name, "change": "added" if name in b.units else "removed"})
-            continue
-        (syntax, text, node), (other, its_text, its_node) = a.units[name], b.units[name]
-        if syntax != other:
-            pairs = changed_constants(node, its_node)
-            inside = f"{prefix}inside {name}"
-            found["settings"] += [{"name": inside, "a": repr(x), "b": repr(y)} for x, y in pairs or []]
-            found["units"].append({"name": prefix + name, "change": "constants only" if pairs else "changed"})
-        elif text != its_text:
-            found["units"].append({"name": prefix + name, "change": "comments only"})
-    found["settings"].sort(key=lambda setting: (setting["a"] is None) + 2 * (setting["b"] is None))
-    if len(found["settings"]) + len(found["units"]) == count:
-        found["notes"].append(f"{prefix}only comments and blank lines outside of functions differ")
-
-
-HARMLESS = {"only comments differ", "only seeds and names differ"}
-
-
-def what_differs(a, b):
-    """A few words on how the version of run b differs from that of run a: settings, definitions, seeds, comments."""
-    a, b = (run if any(run.trace.parts.values()) else load_one(run.path) for run in (a, b))
-    found = compare_parts(a.trace.parts, b.trace.parts)
-    names = [s["name"] for s in changed_config(a, b) + found["settings"]]
-    units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
-    if not names + units:
-        return next((note for note in found["notes"] if "text only" in note), "only comments differ")
-    names = [name for name in names if not re.search(r"seed|run_?id|run_?name", name, re.IGNORECASE)]
-    if not names + units:
-        return "only seeds and names differ"
-    names = [name.removeprefix("setting ") for name in [*names, *units]]
-    return "other " + ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def unified(old, new, names):
-    """Lines of the unified diff of two {file name: text}."""
-    lines = []
-    for part in dict.fromkeys([*old, *new]):
-        a, b = (parts.get(part, "").splitlines() for parts in (old, new))
-        if len(a) + len(b) > 50_000:
-            lines.append(f"{part}: {len(a)} and {len(b)} lines are too many for a text diff")
-        elif a != b:
-            lines += difflib.unified_diff(a, b, f"{names[0]}/{part}", f"{names[1]}/{part}", lineterm="")
-    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1255,20 +1122,21 @@ def check_claims(text, groups, target):
     numbers = [group_numbers(group) for group in groups.values()]
     found += [check_line(match[0], samples) for match in STEP_CLAIM.finditer(text)]
     text = STEP_CLAIM.sub(" ", text)
-    found += [claim for match in LIST_CLAIM.finditer(text) if (claim := check_list(match[1], samples))]
+    found += filter(None, (check_list(match[1], samples) for match in LIST_CLAIM.finditer(text)))
     lists = [[float(word) for word in re.findall(r"\d+\.\d+", match[1])] for match in LIST_CLAIM.finditer(text)]
     text = LIST_CLAIM.sub(" ", text)
     found += [check_p(match, groups, lists, target) for match in P_CLAIM.finditer(text) if 0 < float(match[2]) < 1]
     text = P_CLAIM.sub(" ", text)
     found += [check_n(match, numbers, len(samples)) for match in N_CLAIM.finditer(text)]
-    found += [claim for match in LOSS_CLAIM.finditer(text) if (claim := check_loss(match, text, samples, numbers))]
+    found += filter(None, (check_loss(m, text, samples, numbers) for m in LOSS_CLAIM.finditer(text)))
     found += [check_time(match, samples, numbers) for match in TIME_CLAIM.finditer(text)]
     return list({(claim["kind"], claim["claim"]): claim for claim in found}.values())
 
 
 def verdict(kind, claim, truth, detail=""):
     """`truth` is True, False or None: not checkable."""
-    return {"kind": kind, "claim": claim.strip()[:100], "verdict": VERDICTS[truth], "detail": detail}
+    word, claim = VERDICTS[truth], claim.strip()[:100]
+    return {"kind": kind, "claim": claim, "verdict": word, "detail": detail}
 
 
 def check_line(line, samples):
@@ -1358,6 +1226,87 @@ def check_time(match, samples, numbers):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Profiles: traces of torch.profiler -> what took how long, in us as in the traces
+
+class Event(NamedTuple):
+    """Something of a trace that took time. `kind`: cpu_op, kernel, gpu_memcpy, user_annotation, ..."""
+
+    name: str
+    kind: str
+    start: float
+    end: float
+    thread: str  # or stream of a GPU
+
+
+def read_events(path):
+    """Events of a trace that have a duration. ValueError if it is damaged."""
+    try:
+        found = json.loads(path.read_bytes())["traceEvents"]
+        return [Event(str(e["name"]), str(e.get("cat")), e["ts"], e["ts"] + e["dur"], f"{e.get('tid')}")
+                for e in found if e.get("ph") == "X" and e.get("dur", 0) > 0]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = "damaged, or cut off" if isinstance(error, ValueError) else "no trace of torch.profiler"
+        raise ValueError(f"'{path}' is {what}: train again with --enable_profiling") from error
+
+
+def covered(events):
+    """Length of the union of the events' times."""
+    total, reach = 0.0, -math.inf
+    for event in sorted(events, key=lambda e: e.start):
+        total += max(0.0, event.end - max(event.start, reach))
+        reach = max(reach, event.end)
+    return total
+
+
+def length(events):
+    """Time from the first start to the last end."""
+    return max(e.end for e in events) - min(e.start for e in events)
+
+
+def self_times(events):
+    """{name: [time without that of the events inside, calls]}; on a thread events nest."""
+    found, threads = {}, {}
+    for event in sorted(events, key=lambda e: (e.start, -e.end)):
+        open_ones = threads.setdefault(event.thread, [])
+        while open_ones and open_ones[-1].end <= event.start:
+            open_ones.pop()
+        if open_ones:
+            outer = open_ones[-1]
+            found[outer.name][0] -= min(outer.end, event.end) - event.start
+        own = found.setdefault(event.name, [0.0, 0])
+        own[0] += event.end - event.start
+        own[1] += 1
+        open_ones.append(event)
+    return found
+
+
+def trace_numbers(path):
+    """What a trace says. Operations: a GPU's kernels, or else a CPU's operators and what gloo does.
+    Idle: share of the time from the first to the last thing on a GPU with nothing on it, or None."""
+    events = read_events(path)
+    device = [e for e in events if e.kind in ("kernel", "gpu_memcpy", "gpu_memset")]
+    kernels = [e for e in device if e.kind == "kernel"]
+    on_cpu = [e for e in events if e.kind == "cpu_op" or e.name.startswith(("aten::", "gloo:"))]
+    pool = kernels or on_cpu
+    talk = [e for e in pool if e.name.startswith(("nccl", "gloo:"))]
+    work = [e for e in pool if e.name.startswith("aten::")]
+    work = [e for e in kernels if not e.name.startswith("nccl")] if kernels else work
+    steps = [e for e in events if e.name.startswith("ProfilerStep")]
+    steps = [e for e in steps if e.kind == "gpu_user_annotation"] or steps
+    operations = [[name, *own] for name, own in self_times(pool).items()]
+    return {
+        "trace": str(path),
+        "kind": "kernels" if kernels else "CPU operations",
+        "steps": len(steps),
+        "step_us": length(steps) / len(steps) if steps else None,
+        "communication_us": covered(talk),
+        "beside_us": covered(talk) + covered(work) - covered(talk + work),
+        "idle": 1 - covered(device) / length(device) if device else None,
+        "operations": sorted(operations, key=lambda own: -own[1]),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Presenting: reports of strings and Tables -> text, Markdown, terminal
 
 
@@ -1380,7 +1329,7 @@ class Table:
 
     def __post_init__(self):
         self.title, self.headings = printable(self.title), [*map(printable, self.headings)]
-        self.rows = [[printable("-" if cell is None else cell) for cell in row] for row in self.rows]
+        self.rows = [["-" if x is None else printable(x) for x in row] for row in self.rows]
         columns = zip(*self.rows, strict=True) if self.rows else [[]] * len(self.headings)
         self.aligns = [">" if all(re.fullmatch(r"[-+\d.,/ e%]*|nan|inf", cell) for cell in column) else "<"
                        for column in columns]
@@ -1396,7 +1345,8 @@ class Table:
 
     def markdown(self):
         def line(cells):
-            return "| " + " | ".join(re.sub(r"([\\|<>`*_\[\]])", r"\\\1", cell) for cell in cells) + " |"
+            cells = (re.sub(r"([\\|<>`*_\[\]])", r"\\\1", cell) for cell in cells)
+            return f"| {' | '.join(cells)} |"
 
         rule = "|".join("--:" if align == ">" else "---" for align in self.aligns)
         return [*([f"**{self.title}**", ""] if self.title else []), line(self.headings), f"|{rule}|",
@@ -1419,7 +1369,8 @@ def plain(report):
     """Text of a report: a list of printable strings, Tables, and lists of lines, as of code."""
     lines = []
     for block in report:
-        lines += block.plain() if isinstance(block, Table) else [block] if isinstance(block, str) else block
+        block = block.plain() if isinstance(block, Table) else block
+        lines += [block] if isinstance(block, str) else block
     return "\n".join(lines)
 
 
@@ -1505,20 +1456,26 @@ def router_report(summaries):
     return [Table([heading for heading, _ in ROUTER_COLUMNS], rows)] if rows else []
 
 
+def hellaswag_report(summaries):
+    """[Table of the last HellaSwag score of each run]; [] without one."""
+    found = [(s["run_id"], s["hellaswag"]) for s in summaries if s["hellaswag"]]
+    rows = [[run_id, str(score["step"]), f"{score['tasks']:,}",
+             *("{:.1f} +- {:.1f} %".format(*accuracy(score, key)) for key in ACCURACIES)]
+            for run_id, score in found]
+    headings = ["HellaSwag of", "step", "tasks", "per token", "per byte", "raw"]
+    return [Table(headings, rows)] if rows else []
+
+
 def experiment_report(name, runs):
     """The report of an experiment."""
     summaries, names = [summarize(run) for run in runs], differing(runs)
     report = [f"{printable(name)}: {len(runs)} run(s), losses in nats/token"]
     report.append(Table([heading for heading, _ in COLUMNS], [[cell(s) for _, cell in COLUMNS] for s in summaries]))
-    report += router_report(summaries)
+    report += router_report(summaries) + hellaswag_report(summaries)
     report += filter(None, [format_mean(summaries)])
-    report += [f"settings that differ between the runs: {printable(', '.join(names))}"] if names else []
+    names = printable(", ".join(names))
+    report += [f"settings that differ between the runs: {names}"] if names else []
     return report + [f"note on {printable(s['run_id'])}: {printable(note)}" for s in summaries for note in s["notes"]]
-
-
-def format_report(name, runs):
-    """The report of an experiment as text."""
-    return plain(experiment_report(name, runs))
 
 
 def format_json(runs):
@@ -1574,7 +1531,7 @@ def run_table(found):
     """Many runs as a Table, a line each."""
     rows = [[n["path"], n["status"], show(n["trials"]), f"{show(n['steps'])}/{show(n['max_step'])}",
              show(n["final_val_loss"], ".4f"), show(n["best_val_loss"], ".4f"), show(n["train_time_s"], ",.1f"),
-             show(n["step_avg_ms"], ",.2f"), show(n["peak_allocated_mib"]), n["torch"], n["gpus"], n["code_hash"]]
+             show(n["step_avg_ms"], ",.2f"), n["peak_allocated_mib"], n["torch"], n["gpus"], n["code_hash"]]
             for n in found]
     headings = "run,status,trials,steps,val loss,best val,train s,ms/step,peak MiB,torch,hardware,code".split(",")
     return Table(headings, rows)
@@ -1628,7 +1585,7 @@ def loss_limits(runs):
     cuts = [next((i for i, (x, _) in enumerate(points) if x >= start), len(points) - 1) for points in curves]
     fallen = max(min(y for _, y in points[: i + 1]) for points, i in zip(curves, cuts, strict=True))
     late = sorted(y for points, i in zip(curves, cuts, strict=True) for _, y in points[i:])
-    low, top = min(late[0], fallen), late[int(0.995 * len(late))]  # a few spikes may leave the panel, too
+    low, top = min(late[0], fallen), late[int(0.995 * len(late))]  # a few spikes may leave, too
     high = max(fallen, min(top, low + max(2 * (fallen - low), 1.0)))
     pad = 0.05 * (high - low) or 0.05
     return low - pad, high + pad
@@ -1711,16 +1668,19 @@ def loss_figure(runs, name):
 
 
 def series_figure(runs, name, panels):
-    """Figure with a panel for each (label, function of a run's rows -> [(step, value)]); None if nothing is logged."""
-    found = [[pairs(run.trace.rows) for run in runs] for _, pairs in panels]
+    """Figure with a panel for each (label, function of a run -> [(step, value)], or with errors as
+    [(step, value, error)]); None if nothing is logged."""
+    found = [[points_of(run) for run in runs] for _, points_of in panels]
     if not any(points for panel in found for points in panel):
         return None
     figure, axes = new_figure(len(panels), 4.4, 7 * len(panels))
     for ax, (label, _), panel in zip(axes, panels, found, strict=True):
+        bars = any(len(point) > 2 for points in panel for point in points)
+        look = {"lw": 1.2, "capsize": 2, "ms": 4, "marker": "o" if bars else ""}
         for run, points, colour in zip(runs, panel, colours_of(len(runs)), strict=True):
-            line = {"lw": 1.2, "color": colour, "label": label_of(run.path.name)}
-            ax.plot(*zip(*points, strict=True), **line) if points else None
-        ax.set(xlabel="step", ylabel=label, ylim=(0, None)) if ax.lines else not_logged(ax)
+            line = look | {"color": colour, "label": label_of(run.path.name)}
+            ax.errorbar(*zip(*points, strict=True), **line) if points else None
+        ax.set(xlabel="step", ylabel=label, ylim=(None if bars else 0, None)) if ax.lines else not_logged(ax)
     if len(runs) <= 12:
         next(ax for ax in axes if ax.lines).legend(frameon=False, fontsize=8)
     figure.suptitle(label_of(name, 60), fontsize=12, fontweight="bold")
@@ -1780,10 +1740,13 @@ def figures_of(runs, name):
     """{file name: Figure} of an experiment, loss.png last; load.png is of the newest run (names of run folders begin
     with the time) that reports its routers."""
     routed = [run for run in runs if run.trace.routers]
-    schedule = [(label, lambda rows, key=key: curve(rows, key, "step"))
+    schedule = [(label, lambda run, key=key: curve(run.trace.rows, key, "step"))
                 for key, label in (("lr", "learning rate / its setting"), ("window", "attention window (tokens)"))]
-    found = {"step_time.png": series_figure(runs, name, [("ms per step", step_times)]),
+    times = [("ms per step", lambda run: step_times(run.trace.rows))]
+    scores = [("HellaSwag: accuracy per token (%)\nstandard errors; chance is 25 %", accuracies)]
+    found = {"step_time.png": series_figure(runs, name, times),
              "schedule.png": series_figure(runs, name, schedule),
+             "hellaswag.png": series_figure(runs, name, scores),
              "load.png": load_figure(routed[-1], name) if routed else None, "loss.png": loss_figure(runs, name)}
     return {file: figure for file, figure in found.items() if figure}
 
@@ -1877,6 +1840,7 @@ def show_runs(args):
         if len(found) > 1:
             counts = {status: sum(n["status"] == status for n in found) for status in {n["status"]: 0 for n in found}}
             report.append(f"{len(found)} files: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+        report += hellaswag_report(logs)
         others = [n for n in found if n["status"] == "not a log"]
         reasons = [f"not a log: {n['path']}{''.join(f' ({note})' for note in n['warnings'])}" for n in others]
         emit(report + [printable(reason) for reason in reasons[:20]], args)
@@ -1923,8 +1887,86 @@ def sizes_of(samples):
     return {key: summarize(samples[0].run)[key] for key in ("params_total", "params_active")}
 
 
+# Settings that runs must share for their steps to a loss to be compared
+COMPARED = "eval_tokens eval_seq_len eval_window batch_tokens stage_ends seq_len mtp".split()
+SPENT = ("tokens", "step", "train_time_ms")  # what a loss costs
+
+
+def not_comparable(a, b):
+    """Why losses and steps of two of our runs cannot be compared, in words; "" if they can."""
+    data = [run.config.get("data") for run in (a, b)]
+    prints = [found.get("fingerprint") if isinstance(found, dict) else None for found in data]
+    if None in prints:
+        return "no config.json says which data"
+    x, y = settings_of(a), settings_of(b)
+    same = [name for name in COMPARED if name in x and name in y]
+    differing = [f"{name} {x[name]} and {y[name]}" for name in same if x[name] != y[name]]
+    return ", ".join(["other data"] * (prints[0] != prints[1]) + differing)
+
+
+def reached(rows, loss):
+    """Tokens, step and train_time_ms at which the validation loss came down to `loss`, in proportion
+    between the validations around it; None if it did not, or that is not logged."""
+    above = None
+    for row in rows:
+        if None in [number(row.get(key)) for key in ("val_loss", *SPENT)]:
+            continue
+        if row["val_loss"] <= loss:
+            above = above or row
+            fall = above["val_loss"] - row["val_loss"]
+            share = (above["val_loss"] - loss) / fall if fall else 0
+            return {key: above[key] + share * (row[key] - above[key]) for key in SPENT}
+        above = row if math.isfinite(row["val_loss"]) else above
+    return None
+
+
+def control_numbers(groups):
+    """Our runs against the first, the control: what each spent until the control's target loss, or
+    else its last one; its step time over the control's; and the ratio at which the two would break
+    even. {"refused": why} if they are not comparable; None unless each group is one of our runs."""
+    samples = {name: found[0] for name, found in groups.items() if len(found) == 1}
+    sources = {sample.run.source for sample in samples.values()}
+    if len(samples) < len(groups) or sources != {"metrics.jsonl"}:
+        return None
+    first, *others = samples
+    control = samples[first]
+    for name in others:
+        if why := not_comparable(control.run, samples[name].run):
+            return {"refused": f"{first} and {name}: {why}"}
+    loss = number(settings_of(control.run).get("target_loss")) or control.loss
+    spent = {name: reached(sample.rows, loss) for name, sample in samples.items()}
+    found = []
+    for name, sample in samples.items():
+        both = spent[first] and spent[name] and spent[name]["step"]
+        timed = control.time_s and sample.time_s
+        found.append({
+            "name": name,
+            "reached": spent[name],
+            "step_time_ratio": timed and timed / sample.steps * control.steps / control.time_s,
+            "break_even_ratio": spent[first]["step"] / spent[name]["step"] if both else None,
+        })
+    return {"loss": loss, "runs": found}
+
+
+def control_report(found):
+    """[Table of what control_numbers found], or [why there is none]."""
+    if not found:
+        return []
+    if "refused" in found:
+        return [f"tokens, steps and seconds to a loss: not comparable, {found['refused']}"]
+    rows = []
+    for run in found["runs"]:
+        at = run["reached"]
+        spent = [f"{at['tokens']:,.0f}", f"{at['step']:,.0f}", f"{at['train_time_ms'] / 1000:,.1f}"] if at else []
+        ratios = [show(run[key], ".3f") for key in ("step_time_ratio", "break_even_ratio")]
+        rows.append([run["name"], *(spent or ["not reached", "-", "-"]), *ratios])
+    headings = [f"to val loss {found['loss']:.4f}", "tokens", "steps", "seconds", "step time ratio", "break-even"]
+    return [Table(headings, rows)]
+
+
 def compare_numbers(groups, dropped):
-    """{"groups", "pairs", "stages", "equal"}: pairs are of the first group with each other one."""
+    """{"groups", "pairs", "stages", "equal", "control"}: pairs are of the first group with each
+    other one."""
     first, *others = groups
     pairs = []
     for name in others:
@@ -1935,7 +1977,7 @@ def compare_numbers(groups, dropped):
     return {"groups": [{"name": name, **group_numbers(samples), **sizes_of(samples),
                         "warnings": group_warnings(samples, dropped[name])} for name, samples in groups.items()],
             "pairs": pairs, "stages": {name: stage_medians(samples) for name, samples in groups.items()},
-            "equal": equal_points(list(groups.values()))}
+            "equal": equal_points(list(groups.values())), "control": control_numbers(groups)}
 
 
 def compare_report(groups, result):
@@ -1948,8 +1990,9 @@ def compare_report(groups, result):
     report.append(Table(["minus that of " + names[0], "difference", "95 % interval", "p (Welch)", "Cohen's d"], rows))
     for pair in result["pairs"]:
         rule = pair["sigma_rule"]
-        words = f"{rule['value']:+.4f}, {'passed' if rule['passed'] else 'not passed'} (>= {SIGMA_RULE})"
-        report.append(f"track 3's rule for {printable(pair['b'])} beating {printable(names[0])}: {words}")
+        words = f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"
+        a, b = map(printable, (names[0], pair["b"]))
+        report.append(f"track 3's rule for {b} beating {a}: {words}")
     stages = dict.fromkeys(stage for found in result["stages"].values() for stage in found)
     rows = [[stage, *(show(found.get(stage), ",.2f") for found in result["stages"].values())] for stage in stages]
     report.append(Table(["median ms of a step", *names], rows))
@@ -1961,8 +2004,13 @@ def compare_report(groups, result):
     report.append(Table(["val loss at", *names, *(f"{name} - {names[0]}" for name in names[1:])], rows))
     if not result["equal"]["tokens"]:
         report.append("equal tokens: not all of these logs count their tokens")
+    report += control_report(result["control"])
     return report + [f"note on {printable(group['name'])}: {printable(text)}" for group in result["groups"]
                      for text in group["warnings"]]
+
+
+def passed(test):
+    return "passed" if test["passed"] else "not passed"
 
 
 def welch_cells(test, form):
@@ -1972,11 +2020,51 @@ def welch_cells(test, form):
     return [f"{test['difference']:{form}}", interval, f"{test['p_value']:.2g}", f"{test['cohens_d']:+.2f}"]
 
 
+def show_profile(args):
+    """What the traces of a run with --enable_profiling say: the heaviest operations, the time of a
+    step, how much of the communication ran beside computation."""
+    run = Path(args.run)
+    folder = run / "profile" if (run / "profile").is_dir() else run
+    paths = sorted(folder.glob("trace_rank*.json"), key=natural)
+    if not paths:
+        raise FileNotFoundError(f"'{folder}' holds no trace_rank*.json, as of --enable_profiling")
+    ranks = [trace_numbers(path) for path in paths]
+    memory = sorted(map(str, folder.glob("memory_rank*.pickle")))
+    if args.json:
+        print(strict_json({"ranks": ranks, "memory_snapshots": memory}))
+    else:
+        report = [operation_table(ranks[0], args.top), *map(profile_line, ranks)]
+        report += [f"trace, for ui.perfetto.dev: {printable(path)}" for path in paths]
+        emit(report + [f"memory snapshot, for pytorch.org/memory_viz: {printable(m)}" for m in memory], args)
+    return 0
+
+
+def operation_table(numbers, top):
+    """The heaviest operations of a trace as a Table; shares are of all of them."""
+    found = numbers["operations"]
+    total = sum(us for _, us, _ in found) or 1
+    rows = [[clip(name), f"{us / 1000:,.3f}", percent(us / total), calls, f"{us / calls:,.1f}"]
+            for name, us, calls in found[:top]]
+    title = f"{Path(numbers['trace']).stem}: the heaviest of {len(found)} {numbers['kind']}"
+    return Table(["name", "self ms", "share", "calls", "us a call"], rows, title)
+
+
+def profile_line(numbers):
+    """The steps of a trace in a sentence."""
+    times = (numbers[key] for key in ("communication_us", "beside_us", "step_us"))
+    talk, beside, step = (show(us and us / 1000, ",.1f") for us in times)
+    idle = f", device idle {percent(numbers['idle'])}" if numbers["idle"] is not None else ""
+    return (f"{numbers['steps']} steps: communication {talk} ms, {beside} ms of it beside "
+            f"computation; {step} ms a step{idle}")
+
+
 ENVIRONMENT = ("python", "torch", "cuda", "triton", "driver", "gpus", "world_size")
 
 
 def diff_runs(args):
     """What changed from run or group A to B."""
+    from records.sources import compare_parts, unified
+
     loaded = [load(expand([name])) for name in (args.a, args.b)]
     a, b = (load_one(next((run for run in runs if run.trace.parts), runs[0]).path) for runs in loaded)
     for run in (a, b):
@@ -2020,6 +2108,7 @@ def effect_of(old, new):
 
 def diff_report(result, no_text):
     report = [f"A: {printable(result['a'])}", f"B: {printable(result['b'])}"]
+    report += map(printable, result["blocks"])
     if result["settings"]:
         rows = [[s["name"], clip(s["a"]), clip(s["b"])] for s in result["settings"]]
         report.append(Table(["setting or constant", "A", "B"], rows))
@@ -2079,9 +2168,9 @@ def target_lines(test, n):
     p, alpha, rule = test["p_value"], test["alpha"], test["sigma_rule"]
     lines = ["no t-test: it needs two runs that are not equal" if p is None else
              f"one-sided t-test that the mean loss is below {test['target']}: p = {p:.2g}, "
-             f"{'passed' if test['passed'] else 'not passed'} (p < {alpha})",
-             f"track 3's rule with a fixed sd of 0.0013: (target - mean) * sqrt(n) = {rule['value']:+.4f}, "
-             f"{'passed' if rule['passed'] else 'not passed'} (>= {SIGMA_RULE})"]
+             f"{passed(test)} (p < {alpha})",
+             f"track 3's rule with a fixed sd of 0.0013: (target - mean) * sqrt(n) = "
+             f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"]
     if test["detectable_margin"] is not None:
         lines.append(f"{n} runs with this spread show a mean that is {test['detectable_margin']:.5f} below the target")
     if test["more_runs"]:
@@ -2104,7 +2193,9 @@ def verify_folder(args):
         groups.setdefault(str(sample.run.path.parent), []).append(sample)
     groups |= versions(samples)
     claims = check_claims(read_text(folder / "README.md")[:1_000_000], groups, args.target)
-    checks = [check_versions(samples), check_sources(runs), *complete_checks(samples, dropped)]
+    complete = verdict("runs", "complete runs", bool(samples), f"{len(samples)} complete")
+    others = [verdict("runs", name, None, why) for name, _, why in (s.partition(": ") for s in dropped[:20])]
+    checks = [check_versions(samples), check_sources(runs), complete, *others]
     bad = [c for c in claims + checks if c["verdict"] == "contradicted"]
     result = {"folder": str(folder), "runs": len(samples), "claims": claims, "checks": checks, "passed": not bad}
     if args.json:
@@ -2114,7 +2205,8 @@ def verify_folder(args):
         order = sorted(claims, key=lambda c: list(VERDICTS.values()).index(c["verdict"]))
         rows = [[c["kind"], c["claim"], c["verdict"], c["detail"]] for c in order]
         report += [Table(["kind", "claim of the README", "verdict", "detail"], rows)] if rows else ["no claim found"]
-        counts = [f"{sum(c['verdict'] == word for c in claims)} {word}" for word in VERDICTS.values()]
+        said = [claim["verdict"] for claim in claims]
+        counts = [f"{said.count(word)} {word}" for word in VERDICTS.values()]
         emit([*report, f"{len(samples)} complete runs; claims: {', '.join(counts)}"], args)
     return 1 if bad else 0
 
@@ -2127,7 +2219,8 @@ def check_versions(samples):
     for name, group in folders.items():
         first, *others = [found[0].run for found in versions(group).values() if found[0].run.trace.code_hash] or [None]
         words = dict.fromkeys(what_differs(first, run) for run in others)
-        mixed += [f"{name}: {len(others) + 1} versions: {'; '.join(list(words)[:3])}"] if words else []
+        some = "; ".join(list(words)[:3])
+        mixed += [f"{name}: {len(others) + 1} versions: {some}"] if words else []
         mixed += [""] if words.keys() - HARMLESS else []
     fatal, mixed = "" in mixed, "; ".join(filter(None, mixed))
     return verdict("code", "one code version in each group", not fatal if samples else None, mixed)
@@ -2135,9 +2228,12 @@ def check_versions(samples):
 
 def check_sources(runs):
     """Every embedded source compiles; one for a newer Python than this one cannot be judged."""
+    from records.sources import parse_source
+
     found = {text: run for run in runs for text in run.trace.parts.values()}
     broken = [run for text, run in found.items() if parse_source(text).problem]
-    newer = [run for run in broken if natural(run.trace.header.get("python", "")) > natural(sys.version)]
+    own = natural(sys.version)
+    newer = [run for run in broken if natural(run.trace.header.get("python", "")) > own]
     truth = None if not found or (newer and len(newer) == len(broken)) else not broken
     detail = f"not that of {', '.join(run.path.name for run in broken[:3])}" if broken else ""
     detail += f", for a newer Python than {sys.version.split()[0]}" if newer else ""
@@ -2145,13 +2241,10 @@ def check_sources(runs):
                    detail if found else "no log holds a source")
 
 
-def complete_checks(samples, dropped):
-    return [verdict("runs", "complete runs", bool(samples) or False, f"{len(samples)} complete"),
-            *(verdict("runs", text.partition(":")[0], None, text.partition(": ")[2]) for text in dropped[:20])]
-
-
 def extract_source(args):
     """Write the source inside a log; the other files of a source of several beside it."""
+    from records.sources import parse_source
+
     run = load_one(Path(args.log))
     if not run.trace.parts:
         if not os.path.exists(args.log):
@@ -2186,7 +2279,8 @@ def export_records(args):
         raise ValueError(f"no log in {', '.join(args.logs)} holds a step")
     if args.wandb:
         return export_wandb(paths, args.wandb)
-    form = "json" if args.json else args.format or ("json" if str(args.output).endswith(".json") else "csv")
+    form = "json" if str(args.output).endswith(".json") else "csv"
+    form = "json" if args.json else args.format or form
     pieces = export_json(paths) if form == "json" else export_csv(paths, keys)
     if args.output:
         with open(args.output, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
@@ -2300,8 +2394,9 @@ def points_of(rows, most=400):
     """[[step, time_s, val_loss, train_loss]]: all validations, and about `most` of the other records with a loss."""
     rows = [row for row in rows if any(number(row.get(key)) is not None for key in LOSSES)]
     stride = max(1, len(rows) // most)
-    finite = [[number(row.get(key)) for key in ("train_time_ms", "val_loss", "train_loss")] for row in rows]
-    finite = [[v if v is not None and math.isfinite(v) else None for v in values] for values in finite]
+    keys = ("train_time_ms", "val_loss", "train_loss")
+    finite = [[number(row.get(key)) for key in keys] for row in rows]
+    finite = [[v if v is not None and math.isfinite(v) else None for v in row] for row in finite]
     points = [[row["step"], None if ms is None else ms / 1000, val, train]
               for row, (ms, val, train) in zip(rows, finite, strict=True)]
     return [point for i, point in enumerate(points) if point[2] is not None or i % stride == 0]
@@ -2315,13 +2410,13 @@ def flag(parser, name, **options):
 def build_parser():
     """Parser whose `command` is the function to call with its result; without a sub-command that of an experiment."""
     shown = argparse.ArgumentParser(add_help=False)
-    shown.add_argument("--json", action="store_true", help="print the numbers as JSON, draw nothing")
+    shown.add_argument("--json", action="store_true", help="print numbers as JSON, draw nothing")
     shown.add_argument("--markdown", action="store_true", help="print the report as Markdown")
     about, _, more = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=about, epilog=more, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(command=show_experiment)
-    parser.add_argument("--experiment_name", "--experiment-name", help="folder inside the log folder")
+    parser.add_argument("--experiment_name", "--experiment-name", help="folder in the log folder")
     flag(parser, "log-dir", default="logs", help="folder of all experiments (default: logs)")
     flag(parser, "images-dir", default="images", help="folder for plots (default: images)")
     parser.add_argument("--json", action="store_true", help='print {"runs": [...]} instead of the table, draw nothing')
@@ -2344,7 +2439,7 @@ def add_commands(command):
     target = {"type": float, "metavar": "LOSS", "help": "the loss to be reached"}
     sub = command("show", show_runs)
     sub.add_argument("logs", **logs)
-    sub.add_argument("--target", **{**target, "default": 3.28, "help": "loss whose crossing is shown (default: 3.28)"})
+    sub.add_argument("--target", **target | {"default": 3.28, "help": "to cross (default: 3.28)"})
     sub.add_argument("--strict", action="store_true", help="exit with 1 unless every file is a complete run")
     sub.add_argument("--plot", metavar="FILE", help="draw the experts' load of the last run that reports its routers")
     sub = command("compare", compare_groups)
@@ -2355,13 +2450,16 @@ def add_commands(command):
     sub.add_argument("a", metavar="A", help="a log, or a folder of runs")
     sub.add_argument("b", metavar="B", help="another one")
     flag(sub, "no-text", action="store_true", help="without the unified diff")
+    sub = command("profile", show_profile)
+    sub.add_argument("run", metavar="RUN", help="folder of a run, or of its traces")
+    sub.add_argument("--top", type=int, default=12, metavar="N", help="operations (default: 12)")
     sub = command("stats", show_stats)
     sub.add_argument("logs", **logs)
     sub.add_argument("--target", **target)
     sub.add_argument("--alpha", type=float, default=0.01, help="p has to be below (default: 0.01)")
     sub = command("verify", verify_folder)
     sub.add_argument("folder", metavar="FOLDER", help="record folder with README.md and logs")
-    sub.add_argument("--target", **{**target, "default": 3.28, "help": "target of its p (default: 3.28)"})
+    sub.add_argument("--target", **target | {"default": 3.28, "help": "of its p (default: 3.28)"})
     sub = command("extract", extract_source)
     sub.add_argument("log", metavar="LOG")
     sub.add_argument("-o", "--output", metavar="FILE", help="file to write (default: the terminal)")
@@ -2369,11 +2467,11 @@ def add_commands(command):
     sub = command("export", export_records)
     sub.add_argument("logs", **logs)
     sub.add_argument("-o", "--output", metavar="FILE", help="file to write (default: the terminal)")
-    sub.add_argument("--format", choices=("csv", "json"), help="default: by the name of the file, else csv")
+    sub.add_argument("--format", choices=("csv", "json"), help="default: by its name, else csv")
     sub.add_argument("--wandb", metavar="PROJECT", help="upload to Weights & Biases instead")
     sub = command("board", show_board)
-    sub.add_argument("folders", nargs="+", metavar="FOLDER", help="record folders, or a folder of them")
-    sub.add_argument("--html", default="board.html", metavar="FILE", help="the page (default: board.html)")
+    sub.add_argument("folders", nargs="+", metavar="FOLDER", help="records, or a folder of them")
+    sub.add_argument("--html", default="board.html", metavar="FILE", help="default: board.html")
     sub.add_argument("--title", default="Leaderboard", help="its title")
 
 

@@ -73,7 +73,6 @@ from torch import Tensor, nn
 ints = tuple[int, ...]
 floats = tuple[float, ...]
 
-
 @dataclass(frozen=True)
 class Hyperparameters:
     """What is computed. A resumed run must have the same."""
@@ -127,7 +126,7 @@ class Hyperparameters:
     momentum_cooldown: int = 50  # last steps, of its fall [>=0; with hidden_optimizer muon]
     muon_beta2: float = 0.95  # of NorMuon's variance; 0 off [0..1; with hidden_optimizer muon]
     muon_weight_decay: float = 0.02  # their decay / peak rate [>=0; with hidden_optimizer muon]
-    orthogonalizer: str = "polar_express"  # [polar_express|newton_schulz; with hidden_optimizer muon]
+    orthogonalizer: str = "polar_express"  # its iteration [polar_express|newton_schulz; with hidden_optimizer muon]
     adam_lr: float = 0.008  # base rate of all other parameters; factors in parameter_table [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
     adam_weight_decay: float = 0.0  # decay / peak rate of embeddings and head; falls as rate^2 [>=0]
@@ -161,7 +160,6 @@ class Hyperparameters:
             return self.base.softmax_scale * (self.base_head_dim / self.head_dim)
         return self.attn_scale or 1.36 / math.sqrt(self.head_dim)
 
-
 PRESETS: dict[str, dict] = {
     # two CPU cores, under two minutes: bytes of the Python standard library (records/LOG.md)
     "cpu": dict(
@@ -194,7 +192,6 @@ PRESETS: dict[str, dict] = {
     ),
 }
 
-
 def auto_attention(num_layers: int, paired: bool) -> str:
     """Long windows in the first, the last and a layer at a third (20); from 12 layers on no
     attention in layer 7/12 (17); paired heads in every third of the others (58 has 4 of 11)."""
@@ -203,7 +200,6 @@ def auto_attention(num_layers: int, paired: bool) -> str:
     letters = ["L" if i in long else "P" if paired and i % 3 == 2 else "S" for i in range(num_layers)]
     return "".join("-" if i == none else letter for i, letter in enumerate(letters))
 
-
 def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
     """What `auto`, or 0, means: setting -> value and the reason for it."""
     width = PRESETS.get(s.preset, {}).get("width", 768) if s.mup and not s.base_width else s.base_width
@@ -211,10 +207,9 @@ def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
     odd = s.width // max(1, s.head_dim) % 2 or (s.mup and width // max(1, head_dim) % 2)
     return {
         "attention": (auto_attention(s.num_layers, s.paired and not odd), f"for {s.num_layers} layers"),
-        "base_width": (s.mup and width, "the preset's width"),
-        "base_head_dim": (s.mup and head_dim, "the head_dim"),
+        "base_width": (width if s.mup else 0, "the preset's width"),
+        "base_head_dim": (head_dim if s.mup else 0, "the head_dim"),
     }
-
 
 def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_size: int) -> list[str]:
     """A sentence for each setting of the model that does not fit another one."""
@@ -234,8 +229,8 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
             len({layer.value_table for layer in layer_table(s)} - {None}) < s.value_embeds):
         bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} "
                    "value tables, needs it")
-    if len(s.softcap) != 3 or not s.softcap[2]:
-        bad.append(f"--softcap {s.softcap}: three numbers a,b,c, the last above 0; 0,0,1 is no cap")
+    if len(s.softcap) != 3 or not s.softcap[2] or (not s.softcap[0] and s.softcap != (0, 0, 1)):
+        bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
     if s.bigram == 1:
         bad.append("--bigram 1: a table needs 2 rows or more, one is for the starts of documents; 0 leaves it out")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
@@ -243,7 +238,6 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
     if s.warmup_steps >= s.iterations:
         bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
     return bad + stage_errors(s, world_size)
-
 
 def stage_errors(s: Settings, world_size: int) -> list[str]:
     """A sentence for each stage whose batch does not split into whole rows, equally for all."""
@@ -266,7 +260,6 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
             bad.append(f"--mtp {t.mtp} must be less than --seq_len {t.seq_len}")
     return bad
 
-
 class Stage(NamedTuple):
     """One row of the stage table: steps [start, end) of the run."""
 
@@ -286,7 +279,6 @@ class Stage(NamedTuple):
         most = max(1, s.micro_tokens // self.seq_len)
         return max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
 
-
 def stage_table(s: Settings) -> list[Stage]:
     """The stages of a run; a single value of a staged setting holds for all of them."""
     columns = [getattr(s, name) for name in staged_settings()]
@@ -297,11 +289,9 @@ def stage_table(s: Settings) -> list[Stage]:
         stages.append(Stage(start, round(end * s.iterations), window, *row))
     return stages
 
-
 def stage_at(stages: list[Stage], step: int) -> Stage:
     """The stage of training step `step`; the last one for steps past the end."""
     return next((stage for stage in stages if step < stage.end), stages[-1])
-
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Attention                                                                                    │
@@ -312,18 +302,15 @@ def stage_at(stages: list[Stage], step: int) -> Stage:
 
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
 
-
 def visible(query: Tensor, key: Tensor, query_doc: Tensor, key_doc: Tensor, window: Tensor) -> Tensor:
     """True where a query may look at a key: causal, same document, inside the window."""
     return (query >= key) & (query - key < window) & (query_doc == key_doc)
-
 
 def dense_mask(docs_BT: Tensor, window: Tensor, copies: int = 1) -> Tensor:
     """The rule for all pairs, (B, 1, T, T) bool; each token `copies` times."""
     position = torch.arange(docs_BT.size(1), device=docs_BT.device).repeat_interleave(copies)
     docs = docs_BT.repeat_interleave(copies, dim=1)
     return visible(position[:, None], position, docs[:, None, :, None], docs[:, None, None, :], window)
-
 
 def block_mask(docs_BT: Tensor, window: Tensor, copies: int = 1):
     """The rule as a FlexAttention BlockMask, nearest blocks first, without looking at T x T pairs.
@@ -356,13 +343,11 @@ def block_mask(docs_BT: Tensor, window: Tensor, copies: int = 1):
         *listed(some & ~full), *listed(full),
         BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod, seq_lengths=(length, length))
 
-
 def flex_options(device: str) -> dict | None:
     """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory."""
     if not small_shared_memory(device):
         return None
     return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
-
 
 def attend(
     q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float, backend: str, options: dict | None = None,
@@ -380,7 +365,6 @@ def attend(
         y = (q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
     return y.transpose(1, 2)
 
-
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Model                                                                                        │
 # └──────────────────────────────────────────────────────────────────────────────────────────────┘
@@ -396,14 +380,12 @@ SCALARS = {
     "value": 0.5, "value_embed": 0.5, "backout": 0.5,
 }
 
-
 class Layer(NamedTuple):
     """One row of the layer table."""
 
     attention: str  # L long window, S short window, P short window and paired heads, - none
     value_table: int | None  # value-embedding table that is mixed into v
     skip_from: int | None  # layer whose output is added to this one's input
-
 
 def layer_table(s: Settings) -> list[Layer]:
     """The topology of the model. Value tables serve the first and again the last layers (17);
@@ -416,16 +398,13 @@ def layer_table(s: Settings) -> list[Layer]:
         layers.append(Layer(attention, value if attention != "-" else None, skips.get(s.skip)))
     return layers
 
-
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last axis, without parameters."""
     return F.rms_norm(x, (x.size(-1),))
 
-
 def short_window(window, step: int):
     """Half of a long window, an int or int tensor, rounded up to `step` tokens."""
     return -(-window // (2 * step)) * step
-
 
 def rotary_table(length: int, head_dim: int, base: float, window: int = 1, longer: int = 1) -> tuple[Tensor, Tensor]:
     """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, radians per token.
@@ -440,7 +419,6 @@ def rotary_table(length: int, head_dim: int, base: float, window: int = 1, longe
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
     return angle.cos(), angle.sin()
 
-
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of
     their position, in fp32; the other half carries content regardless of position (17)."""
@@ -450,7 +428,6 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned_b = (b * cos - a * sin).type_as(x_BTHK)
     return torch.cat((turned_a, a_still, turned_b, b_still), dim=-1)
 
-
 class Positions(NamedTuple):
     """What a layer knows about the tokens' positions."""
 
@@ -458,12 +435,10 @@ class Positions(NamedTuple):
     sin: Tensor
     follows_BT11: Tensor  # True where the token before belongs to the same document
 
-
 def without_component(y: Tensor, direction: Tensor) -> Tensor:
     """y minus its projection on `direction`, along the last axis."""
     unit = F.normalize(direction, dim=-1)
     return y - (y * unit).sum(-1, keepdim=True) * unit
-
 
 def pair(x_BTHK: Tensor) -> Tensor:
     """(B, T, H, K) -> (B, 2T, H/2, K), head h and head h + H/2 of a token one after the other; a view
@@ -471,12 +446,10 @@ def pair(x_BTHK: Tensor) -> Tensor:
     the two heads of a token, and halves the window, so that the cost stays; here it doubles.)"""
     return x_BTHK.unflatten(2, (2, -1)).flatten(1, 2)
 
-
 def uniform_matrix(*shape: int) -> Tensor:
     """Initial weights, uniform with standard deviation 0.5 / sqrt(fan_in), the last axis."""
     bound = math.sqrt(3) * 0.5 * shape[-1] ** -0.5
     return torch.empty(shape).uniform_(-bound, bound)
-
 
 class Attention(nn.Module):
     """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate.
@@ -533,7 +506,6 @@ class Attention(nn.Module):
         _, a_still, _, b_still = previous.chunk(4, dim=-1)
         return torch.cat((a, a_still, b, b_still), dim=-1)
 
-
 class MLP(nn.Module):
     """ReLU^2 feed-forward; both matrices are (hidden, model), so that they can be batched (27)."""
 
@@ -547,7 +519,6 @@ class MLP(nn.Module):
         fp8 = self.fp8 and torch.is_grad_enabled()  # evaluation is exact
         x_ND = x_BTD.flatten(0, 1)
         return mlp_relu2(x_ND, self.up, self.down, self.kernel, fp8).view_as(x_BTD)
-
 
 class Block(nn.Module):
     """One layer: mix with skip connection and embedding, attention, MLP."""
@@ -567,7 +538,6 @@ class Block(nn.Module):
         if self.attn is not None:
             x = x + self.attn(norm(x), value_BTD, mask, at, scalars, gates)
         return x + self.mlp(norm(x))
-
 
 class GPT(nn.Module):
     """The language model, built in fp32 on the CPU from the seed alone; the optimizer casts it."""
@@ -656,12 +626,10 @@ class GPT(nn.Module):
             self.saturated += saturated
         return losses
 
-
 def bigram_rows(inputs_BT: Tensor, follows_BT: Tensor, rows: int) -> Tensor:
     """Row of the bigram table for a token and the one before it; 0 at the start of a document."""
     pairs = (inputs_BT[:, 1:] * 40503) ^ (inputs_BT[:, :-1] * 27644)  # below 2^31 for GPT-2 tokens
     return F.pad(1 + pairs % (rows - 1), (1, 0)) * follows_BT
-
 
 def future_targets(targets_BT: Tensor, docs_BT: Tensor, count: int) -> Tensor:
     """Targets and those of the `count` tokens after them, (1 + count, B, T); IGNORE past the document."""
@@ -671,7 +639,6 @@ def future_targets(targets_BT: Tensor, docs_BT: Tensor, count: int) -> Tensor:
         rows.append(F.pad(targets_BT[:, k:].where(same, IGNORE), (0, k), value=IGNORE))
     return torch.stack(rows)
 
-
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Number of parameters by kind; `matmul`: that multiply a token (for FLOPs), `active`: it meets."""
     kinds = {"embed": "embedding", "value_embeds": "embedding", "blocks": "hidden", "lm_head": "head"}
@@ -680,7 +647,6 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
         counts[kinds.get(name.split(".")[0], "small")] += p.numel()
     total = sum(counts.values())
     return {"total": total, "active": total, **counts, "matmul": counts["hidden"] + counts["head"]}
-
 
 def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
     """FLOPs of forward and backward per token: 6 per matmul parameter, and 12 * model_dim per visible
@@ -694,7 +660,6 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
         keys += (window - window * (window - 1) / (2 * length)) * (2 if layer.attention == "P" else 1)
     return 6.0 * counts["matmul"] + 12.0 * s.width * keys
 
-
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     """Bytes of the tokens of a forward pass, estimated: 34 activations a layer and dimension (half if
     compiled, by the 34 GiB of the public records at 49,152 tokens) and, but for FlexAttention, a row
@@ -702,7 +667,6 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     size = s.torch_dtype.itemsize
     scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * seq_len
     return tokens * ((17 if s.compile else 34) * size * s.num_layers * s.width + scores)
-
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Optimizer                                                                                    │
@@ -713,7 +677,6 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
 # gathered by all. Small parameters are all-reduced and updated by every rank.
 
 FP32_PARAMETERS = ("scalars",)  # names of parameters that are not rounded to bf16
-
 
 class Rule(NamedTuple):
     """One row of the parameter table."""
@@ -727,7 +690,6 @@ class Rule(NamedTuple):
     role: str  # what grows with the width: hidden, input, output, fixed; table: input, looked up
     fans: tuple[int, int] = (1, 1)  # fan_out and fan_in, 1 where they do not grow with the width
     eps: float = 0.0  # of adamw
-
 
 def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
@@ -751,13 +713,11 @@ def parameter_table(s: Settings) -> list[Rule]:
         Rule(r"scalars", "adamw", 5 * adam, slow, 0.0, "replicated", "fixed", eps=s.adam_eps),
     ]
 
-
 def hidden_rule(s: Settings) -> tuple[str, float, tuple[float, float], float]:
     """Optimizer, learning rate, betas and weight decay of the hidden matrices."""
     if s.hidden_optimizer == "adamw":
         return "adamw", s.hidden_lr, (0.9, 0.95), s.hidden_weight_decay
     return "muon", s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
-
 
 def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
     """Parameter name -> its row of the table. Every parameter must match exactly one."""
@@ -766,13 +726,11 @@ def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
     assert not wrong, f"parameter_table must cover each parameter exactly once, but: {wrong}"
     return {name: rules[0] for name, rules in matches.items()}
 
-
 def trained_rules(s: Settings, names: list[str]) -> dict[str, Rule]:
     """How each parameter is trained at the model's width: by name, its row at the base width, with
     what --mup changes (transferred)."""
     base, wide = (match_rules(parameter_table(settings), names) for settings in (s.base, s))
     return {name: transferred(wide[name], base[name], s.mup_embedding) for name in names}
-
 
 def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
     """The rule of the base width, serving at another one: muP (Tensor Programs V, TP-V: Yang et al.
@@ -793,7 +751,6 @@ def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
         factor = out**-0.5
     return base._replace(lr=base.lr * factor, weight_decay=base.weight_decay / factor, eps=base.eps / out)
 
-
 # Minimax-optimal quintic steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932; 5 steps,
 # safety 2e-2, cushion 2).
 POLAR_EXPRESS = (
@@ -804,7 +761,6 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's quintic (Jordan et al. 2024)
-
 
 def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype, kernel: bool = False) -> Tensor:
     """Nearest (semi-)orthogonal matrix of each of (K, rows, cols), approximately: singular values
@@ -818,7 +774,6 @@ def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype, kernel: boo
         x = torch.baddbmm(x, gram(square, square, c, b, kernel), x, beta=a)
     return x.mT if tall else x
 
-
 def normalize_variance(update: Tensor, variance: Tensor, new_share: Tensor) -> Tensor:
     """NorMuon (Li et al. 2025, arXiv 2510.05491): divides each row (of a wide matrix: each column) of
     the update by the running root-mean-square of its entries, then restores the matrix's norm. No
@@ -829,7 +784,6 @@ def normalize_variance(update: Tensor, variance: Tensor, new_share: Tensor) -> T
     variance.lerp_(update.square().mean(dim=along, keepdim=True), new_share)
     update = update * variance.clamp_min(1e-10).rsqrt()
     return update * (before / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-
 
 def muon_update(
     master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor | None, lr: Tensor, weight_decay: Tensor,
@@ -844,7 +798,6 @@ def muon_update(
         update = normalize_variance(update, variance, new_share)
     apply_update(master, update, lr, weight_decay, cautious)
 
-
 def adamw_update(
     master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, weight_decay: Tensor,
     new_share1: Tensor, new_share2: Tensor, correction1: Tensor, correction2: Tensor, eps: float, cautious: bool,
@@ -857,13 +810,11 @@ def adamw_update(
     update = exp_avg / correction1 / ((exp_avg_sq / correction2).sqrt() + eps)
     apply_update(master, update, lr, weight_decay, cautious)
 
-
 def apply_update(master: Tensor, update: Tensor, lr: Tensor, weight_decay: Tensor, cautious: bool):
     """master -= lr * (update + decay * master), the decay only where it and the update agree in sign
     if `cautious` (Chen et al. 2025, arXiv 2510.12402)."""
     decay = weight_decay * master
     master.sub_(lr * (update + (decay * (update * master >= 0) if cautious else decay)))
-
 
 class Bank:
     """Parameters that one call updates, cut into pieces of one shape.
@@ -1030,7 +981,6 @@ class Bank:
         self.send_weights()
         self.receive_weights()
 
-
 class MuonAdamW:
     """The optimizer of a model: hooks that reduce gradients during backward, and the step."""
 
@@ -1092,14 +1042,12 @@ class MuonAdamW:
         for bank in self.banks:
             bank.load(saved.get("state", {}))
 
-
 def compiled(function, s: Settings):
     """torch.compile with static shapes and whole graphs, or the function itself."""
     if not s.compile:
         return function
     torch._dynamo.config.recompile_limit = 256  # counted per function: all blocks and banks share one
     return torch.compile(function, dynamic=False, fullgraph=True)
-
 
 def compile_model(model: GPT, s: Settings):
     """One graph; or one per block: then the gradients of a block are complete, and their reduction
@@ -1111,11 +1059,9 @@ def compile_model(model: GPT, s: Settings):
     for module, name in parts + [(block, "forward") for block in model.blocks]:
         setattr(module, name, compiled(getattr(module, name), s))
 
-
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Schedule                                                                                     │
 # └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
 
 def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
     """Factor on all learning rates at a step: warm-up, constant, cool-down to lr_floor; times the
@@ -1125,13 +1071,11 @@ def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
     return stage_at(stages, step).lr * warm * (s.lr_floor + (1 - s.lr_floor) * left)
 
-
 def momentum_at(s: Settings, step: int) -> float:
     """Muon's momentum: up over momentum_warmup steps, down again over the last momentum_cooldown."""
     rise = step / max(1, s.momentum_warmup)
     fall = (s.iterations - step) / max(1, s.momentum_cooldown)
     return s.momentum_start + (s.muon_momentum - s.momentum_start) * min(1.0, rise, fall)
-
 
 def future_weights(stages: list[Stage], step: int) -> list[float]:
     """Weights of the next-token loss and of those of further tokens: 1, 1/2, 1/4 ..; the last one
@@ -1141,7 +1085,6 @@ def future_weights(stages: list[Stage], step: int) -> list[float]:
     fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
     return [0.5**k * (fade if k == stage.mtp > 0 else 1.0) for k in range(stage.mtp + 1)]
 
-
 def window_at(s: Settings, stages: list[Stage], step: int) -> int:
     """Long attention window of a step in tokens: linear within its stage, rounded up (13)."""
     stage = stage_at(stages, step)
@@ -1149,11 +1092,42 @@ def window_at(s: Settings, stages: list[Stage], step: int) -> int:
     window = stage.window_start + (stage.window - stage.window_start) * progress
     return math.ceil(window / s.window_step) * s.window_step
 
-
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Evaluation                                                                                   │
 # └──────────────────────────────────────────────────────────────────────────────────────────────┘
 
+class ValStream:
+    """The fixed validation stream: the first N tokens of the val split, each once, cut into rows.
+
+    What is predicted does not depend on the number of processes or on the batch size; a row's
+    documents do not see each other, and a context is cut where a row starts."""
+
+    def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
+        shards = [open_shard(path, corpus.meta["vocab_size"]) for path in corpus.val]
+        available = sum(map(len, shards)) - 1
+        self.num_tokens, self.seq_len = num_tokens or available, seq_len
+        self.eot = corpus.meta["eot"]
+        if not 0 < self.num_tokens <= available:
+            more = f"make more with {repair_command(corpus.folder)}"
+            repair = "use --eval_tokens 0 for all" if available else more
+            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} "
+                            f"validation tokens; {repair}")
+        self.num_rows = -(-self.num_tokens // seq_len)
+        enough = len(shards[0]) > self.num_tokens
+        self.tokens = shards[0] if enough else np.concatenate(shards)
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Rows [first, first + count) as (3, count, T) int32: inputs, targets, documents; padded
+        with target IGNORE."""
+        batch = np.zeros((3, count * self.seq_len), dtype=np.int32)
+        batch[1] = IGNORE
+        start = first * self.seq_len
+        size = max(0, min(count * self.seq_len, self.num_tokens - start))
+        batch[0, :size] = self.tokens[start:start + size]
+        batch[1, :size] = self.tokens[start + 1:start + size + 1]
+        if self.eot is not None:
+            batch[2] = np.cumsum(batch[0] == self.eot)
+        return batch.reshape(3, count, self.seq_len)
 
 @contextlib.contextmanager
 def stretched(model: nn.Module, s: Settings, window: int):
@@ -1169,7 +1143,6 @@ def stretched(model: nn.Module, s: Settings, window: int):
         yield
     finally:
         torch._foreach_copy_(tables, kept)
-
 
 @torch.no_grad()
 def evaluate(
@@ -1189,11 +1162,16 @@ def evaluate(
         dist.all_reduce(total)
     return total.item() / stream.num_tokens
 
+def bits_per_byte(loss: float, meta: dict) -> float | None:
+    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None
+    where not known."""
+    split = meta["splits"].get("val", {})
+    known = split.get("bytes") and split.get("tokens")
+    return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Training                                                                                     │
 # └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
 
 def train(run: Run):
     """The training: steps of micro-steps, and what is looked at, logged and saved on the way.
@@ -1227,24 +1205,23 @@ def train(run: Run):
         optimizer.step(scale, momentum_at(s, step))
         losses.append(step_loss)
         step += 1
-        run.after_step(step)
 
         # --- log, evaluation, checkpoint
-        last, save = step == s.iterations, run.due(step, s.save_every)
-        if last or save or step % s.log_every == 0 or run.stopped_alone:
+        last = step == s.iterations
+        save = s.save_every and step % s.save_every == 0
+        if run.log_due(step) or last or save:
             train_loss = run.read_losses(losses, step)  # raises if one is not finite
             losses.clear()
             run.log_step(
                 step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
                 batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
-        if last or run.due(step, s.eval_every):
+        if last or (s.eval_every and step % s.eval_every == 0):
             with run.clock.paused():
                 val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
                 run.log_validation(step, val_loss)
         if save and not last and not run.over:
             run.save(step, optimizer)
     run.finish(step, optimizer)
-
 
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     """Compiles and runs every shape of training and evaluation on random tokens, untimed, then
@@ -1262,7 +1239,6 @@ def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     model.saturated.zero_()
     run.warmed_up()
 
-
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ KERNELS: the fast forms beside their references; the same text in both scripts               ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
@@ -1275,7 +1251,6 @@ FP8_INPUT_MARGIN = 1.01  # RMS-normed values are at most sqrt(model_dim), but fo
 LOSS_CHUNK = 4096  # rows of logits that the plain form holds in fp32
 tl = None  # triton.language, from the first kernel on
 
-
 @functools.cache
 def triton_kernel(function):
     """The function compiled by Triton, which is imported only now."""
@@ -1283,12 +1258,10 @@ def triton_kernel(function):
     globals()["tl"] = triton.language
     return triton.jit(function)
 
-
 def operator(signature: str):
     """A decorator that registers a torch operator, such as `gram(Tensor x) -> Tensor`."""
     name, _, rest = signature.partition("(")
     return torch.library.custom_op(f"{OPERATORS}::{name}", mutates_args=(), schema="(" + rest)
-
 
 @functools.cache
 def small_shared_memory(device: str) -> bool:
@@ -1297,9 +1270,7 @@ def small_shared_memory(device: str) -> bool:
         return False
     return torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 << 10
 
-
 # --- x @ x.mT, of which one triangle is computed (record 27)
-
 
 def gram_kernel(
     x, add, out, size, depth, stride_batch, stride_row, stride_depth, alpha, beta,
@@ -1333,7 +1304,6 @@ def gram_kernel(
         mirrored = corner + col[None, :] * size + row[:, None]
         tl.store(out + mirrored, total, inside & (down < right))
 
-
 @operator("gram(Tensor x, Tensor? add, float alpha, float beta) -> Tensor")
 def fused_gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float):
     count, size, depth = x_KMN.shape
@@ -1346,7 +1316,6 @@ def fused_gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float)
     )
     return out
 
-
 def gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float, kernel: bool) -> Tensor:
     """alpha * x @ x.mT + beta * add, (K, M, M), `add` symmetric."""
     if kernel:
@@ -1355,9 +1324,7 @@ def gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float, kerne
         return x_KMN @ x_KMN.mT if alpha == 1 else alpha * (x_KMN @ x_KMN.mT)
     return torch.baddbmm(add_KMM, x_KMN, x_KMN.mT, beta=beta, alpha=alpha)
 
-
 # --- the MLP, fused (records 59, 87), or with its up-projection in FP8 (84)
-
 
 def product_relu2_kernel(
     a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr,
@@ -1389,7 +1356,6 @@ def product_relu2_kernel(
         total = tl.maximum(total, 0.0) * total
     tl.store(out + where, total.to(out.dtype.element_ty), inside)
 
-
 def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root
     gives the pre-activations back."""
@@ -1404,48 +1370,39 @@ def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     )
     return out
 
-
 @operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
 def fused_mlp(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor):
     post_NF = product_relu2(x_ND, up_FD)
     return post_NF @ down_FD, post_NF
-
 
 @operator("mlp_backward(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor post) -> (Tensor, Tensor, Tensor)")
 def fused_mlp_backward(grad_ND: Tensor, x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, post_NF: Tensor):
     pre_grad_NF = product_relu2(grad_ND, down_FD, post_NF)
     return pre_grad_NF @ up_FD, pre_grad_NF.T @ x_ND, post_NF.T @ grad_ND
 
-
 def _mlp_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs, output[1])
     ctx.set_materialize_grads(False)
 
-
 fused_mlp.register_autograd(
     lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors), setup_context=_mlp_context)
-
 
 @operator("quantized_linear(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor x_scale, Tensor w_scale) -> Tensor")
 def quantized_linear(x_ND: Tensor, weight_FD: Tensor, xq_ND: Tensor, wq_FD: Tensor, x_scale: Tensor, w_scale: Tensor):
     return fp8_product(xq_ND, wq_FD, x_scale, w_scale, fast=True).to(x_ND.dtype)
 
-
 def _quantized_backward(ctx, grad: Tensor):
     x, weight = ctx.saved_tensors
     return grad @ weight, grad.T @ x, *[None] * 4
 
-
 quantized_linear.register_autograd(
     _quantized_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
-
 
 def mlp_relu2(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, kernel: bool, fp8: bool) -> Tensor:
     """relu(x @ up.T)^2 @ down, (N, D): plain, fused, or with the up-projection in FP8."""
     if kernel and not fp8:
         return fused_mlp(x_ND, up_FD, down_FD)[0]
     return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
-
 
 def fp8_linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
     """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact. Quantized
@@ -1454,21 +1411,17 @@ def fp8_linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
     scales = [t.abs().amax().clamp_min(1e-12) / 448 for t in exact]
     return quantized_linear(x_ND, weight_FD, *map(to_fp8, exact, scales), *scales)
 
-
 def to_fp8(x: Tensor, scale, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
     """x / scale, clipped: on a GPU the cast turns what is out of range into NaN or infinity."""
     limit = torch.finfo(dtype).max
     return (x / scale).clamp(-limit, limit).to(dtype)
-
 
 def fp8_product(a_NK: Tensor, b_MK: Tensor, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Tensor:
     """(a * scale_a) @ (b * scale_b).T, fp8, row-major -> (N, M) bf16. `fast`: shorter sums."""
     return torch._scaled_mm(
         a_NK, b_MK.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
 
-
 # --- the loss without fp32 logits (record 60), and the head's products in FP8 (19)
-
 
 def loss_kernel(
     logits, targets, losses, lses, rows, vocab, a, slope, shift,
@@ -1498,7 +1451,6 @@ def loss_kernel(
         z = a * tl.sigmoid(slope * z + shift) if CAPPED else slope * z
         tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
 
-
 def loss_gradient_kernel(
     logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
     CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -1527,19 +1479,16 @@ def loss_gradient_kernel(
     if TRANSPOSED:
         tl.store(out_t + col.to(tl.int64)[None, :] * rows + row[:, None], result, inside)
 
-
 def cap_logits(z: Tensor, cap: tuple[float, ...]) -> Tensor:
     """a * sigmoid((z + b) / c), with b = 0 but for a constant a/2 * tanh(z / 2c) (records 9, 18,
     19, 54); no cap, if a is 0: z / c."""
     a, b, c = cap
     return a * torch.sigmoid((z + b) / c) if a else z / c
 
-
 def cap_arguments(cap: list[float]) -> tuple[float, float, float]:
     """a, slope and shift of a * sigmoid(slope * z + shift)."""
     a, b, c = cap
     return a, 1 / c, b / c
-
 
 def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: bool) -> tuple[Tensor, Tensor]:
     """Cross-entropies of capped logits, (K, N), 0 where the target is IGNORE, and log-sum-exps,
@@ -1561,7 +1510,6 @@ def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: b
         hit = z.gather(1, target.clamp_min(0).long().T).T
         losses.append((lses[-1] - hit) * (target != IGNORE))
     return torch.cat(losses, dim=1), torch.cat(lses)
-
 
 def logit_gradient(
     logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K: Tensor, unit: Tensor,
@@ -1589,13 +1537,11 @@ def logit_gradient(
         out[part] = (gradient / unit).to(dtype)
     return out, out.T.contiguous() if fp8 else out.T
 
-
 def head_scales(model_dim: int) -> tuple[float, float]:
     """e4m3 scales of the head's RMS-normed inputs, at most sqrt(model_dim), and of its weights:
     powers of two, so that only the cast rounds. Weights up to 448 / 256 = 1.75 fit."""
     largest = FP8_INPUT_MARGIN * math.sqrt(model_dim)
     return 2.0 ** math.ceil(math.log2(largest / 448)), 2.0**-8
-
 
 @operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, float[] cap, bool kernel) -> "
           "(Tensor, Tensor, Tensor)")
@@ -1608,7 +1554,6 @@ def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, cap, kernel):
         logits_NV = F.linear(xq_ND, wq_VD)
     losses_KN, lse_N = loss_rows(logits_NV, targets_KN, cap, kernel)
     return losses_KN.sum(1), logits_NV, lse_N
-
 
 @operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor logits, Tensor lse, float[] cap, "
           "bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
@@ -1629,11 +1574,9 @@ def fused_head_backward(grad_K, xq_ND, wq_VD, targets_KN, logits_NV, lse_N, cap,
     w_grad = fp8_product(transposed, xq_ND.T.contiguous(), unit, x_scale, fast=False)
     return x_grad.to(dtype), w_grad.to(dtype)
 
-
 def _head_backward(ctx, grad_K: Tensor, *_):
     gradients = fused_head_backward(grad_K, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
     return (*gradients, *[None] * 5)
-
 
 def _head_context(ctx, inputs, output):
     x, _, xq, wq, targets, ctx.cap, ctx.kernel = inputs
@@ -1641,12 +1584,10 @@ def _head_context(ctx, inputs, output):
     ctx.dtype = x.dtype
     ctx.set_materialize_grads(False)
 
-
 def _head_fake(x, weight, xq, wq, targets, cap, kernel):
     logits = torch.bfloat16 if xq.dtype.itemsize == 1 else x.dtype
     losses = x.new_empty(len(targets), dtype=torch.float32)
     return losses, x.new_empty(len(x), len(weight), dtype=logits), losses.new_empty(len(x))
-
 
 fused_head.register_autograd(_head_backward, setup_context=_head_context)
 fused_head.register_fake(_head_fake)
@@ -1656,7 +1597,6 @@ fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(le
 fused_mlp_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
 quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 fused_gram.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
-
 
 def head_losses(
     x_ND: Tensor, weight_VD: Tensor, targets_KN: Tensor, cap: tuple[float, ...], kernel: bool, fp8: bool,
@@ -1676,61 +1616,57 @@ def head_losses(
         x, weight = to_fp8(x, x_scale), to_fp8(weight, w_scale)
     return fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap), kernel)[0], clipped
 
-
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ SERVICE: what surrounds a run; the same text in train_gpt.py and train_moe.py                ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
-# Of RECORD it calls: Hyperparameters, PRESETS, record_auto, hyperparameter_errors; stage_table, stage_at
-# and Stage; layer_table, parameter_counts, flops_per_token, activation_bytes; FLEX_BLOCK, IGNORE;
-# and train(run), which calls the methods of Run.
+# Of RECORD it calls Hyperparameters, PRESETS, record_auto, hyperparameter_errors; Stage,
+# stage_table, stage_at; layer_table, parameter_counts, flops_per_token, activation_bytes;
+# FLEX_BLOCK, ValStream, bits_per_byte; and train(run), which calls the methods of Run.
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Command line                                                                                 │
 # └──────────────────────────────────────────────────────────────────────────────────────────────┘
 
-
 class UserError(ValueError):
-    """Wrong input that one sentence explains; `main` prints it without a traceback, exit code 1."""
-
+    """Wrong input that one sentence explains; `main` prints it without a traceback."""
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on (NaN loss, no space for the last checkpoint); what was saved before stays usable."""
-
+    """Training cannot go on (NaN, no space for the last checkpoint); what was saved stays usable."""
 
 @dataclass(frozen=True)
 class RunSettings:
     """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
 
     # --- run
-    preset: str = "auto"  # group of settings, each overridden by its flag; auto: by hardware and data
+    preset: str = "auto"  # settings that flags override; auto: by hardware and data
     experiment_name: str = Path(__file__).stem  # runs are written to LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
-    resume: str = ""  # go on with the experiment's newest checkpoint (latest), or with this run or checkpoint
+    resume: str = ""  # go on with the experiment's newest checkpoint (latest), this run or checkpoint
     data: str = "auto"  # data set: the name of a folder under data/, or a path
     # --- evaluation
     eval_every: int = 125  # steps between evaluations; 0: only after the last step [>=0]
     eval_tokens: int = 10485760  # first tokens of the validation split; 0: all of them [>=0]
-    eval_seq_len: int = 0  # longest context in evaluation, in tokens; 0: that of the last stage [>=0]
-    eval_window: int = 0  # long window in evaluation, by YaRN (31 to 35); 0: as in training [>=0]
-    target_loss: float = 0.0  # stop at the first validation loss at or below this, nats; 0 off [>=0]
+    eval_seq_len: int = 0  # longest context, in tokens; 0: that of the last stage [>=0]
+    eval_window: int = 0  # long window, by YaRN (31 to 35); 0: as in training [>=0]
+    target_loss: float = 0.0  # stop at the first validation loss at or below, nats; 0 off [>=0]
     # --- checkpoints, logs, profiling
-    save_every: int = 0  # steps between checkpoints; 0: only at the end and on SIGINT or SIGTERM [>=0]
+    save_every: int = 0  # steps between checkpoints; 0: at the end, SIGINT and SIGTERM only [>=0]
     save_last: bool = True  # write a checkpoint after the last step
     keep: int = 2  # checkpoints of a run that are kept [>0]
-    log_every: int = 10  # steps between console lines; the loss is read from the device only then [>0]
+    log_every: int = 10  # steps between console lines, when the loss is read from the device [>0]
     wandb: bool = False  # mirror the metrics to Weights & Biases (WANDB_MODE=offline works)
-    enable_profiling: bool = False  # write a trace per process; logger.py profile reads them
+    enable_profiling: bool = False  # write a trace per process, for logger.py profile
     profile_start: int = 10  # first profiled step of this process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
     # --- hardware
     device: str = "auto"  # where to run [auto|cpu|cuda]
-    dtype: str = "auto"  # of activations and matrices; auto: bf16 where that is fast [auto|bf16|fp32]
-    backend: str = "auto"  # of attention: FlexAttention, SDPA or the formula [auto|flex|sdpa|plain]
-    kernels: str = "auto"  # own Triton kernels, joined by +, of gram, mlp, loss; none; auto: all on CUDA in bf16
+    dtype: str = "auto"  # of activations and matrices; auto: bf16 where it is fast [auto|bf16|fp32]
+    backend: str = "auto"  # attention: FlexAttention, SDPA, the formula [auto|flex|sdpa|plain]
+    kernels: str = "auto"  # own Triton kernels, joined by +, of gram, mlp, loss; none; auto: all
     fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
     fp8_mlp: bool = False  # MLP up-projections in FP8, forward only, while training (84)
     compile: bool = True  # torch.compile of model and optimizer
-    compile_unit: str = "auto"  # a graph, or one per block: reductions start early [auto|model|block]
+    compile_unit: str = "auto"  # graph; per block reductions start early [auto|model|block]
     micro_tokens: int = 49152  # most tokens of one forward and backward pass of a process [>0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
@@ -1738,71 +1674,58 @@ class RunSettings:
     def torch_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
-
 @dataclass(frozen=True)
 class Settings(RunSettings, Hyperparameters):
     """Everything that shapes a run."""
 
-
 @functools.cache
 def help_texts() -> dict[str, str]:
-    """The comments of the fields of Settings, read from the source: field name -> text."""
+    """The comments of the fields of Settings, read from the source, by name."""
     source = inspect.getsource(Hyperparameters) + inspect.getsource(RunSettings)
     return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, flags=re.MULTILINE))
 
-
 def bracket(name: str) -> list[str]:
-    """The parts of the bracket that ends a field's comment: allowed values, `per stage`, `with ..`."""
+    """The parts of the bracket that ends a comment: allowed values, `per stage`, `with ..`."""
     found = re.search(r"\[([^\]]+)\]$", help_texts()[name])
     return found[1].split("; ") if found else []
 
-
-@functools.cache
-def staged_settings() -> tuple[str, ...]:
-    """The settings that may have one value per stage, in the order of the fields of Stage."""
-    return tuple(name for name in help_texts() if "per stage" in bracket(name))
-
+def staged_settings() -> list[str]:
+    """The settings that may have a value per stage, in the order of the fields of Stage."""
+    return [name for name in help_texts() if "per stage" in bracket(name)]
 
 class Parser(argparse.ArgumentParser):
     """argparse that reports one sentence, with the flag that was probably meant."""
 
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            known = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[1], known, n=1)
+            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
             message += f" (did you mean {close[0]}?)" if close else " (--help lists all flags)"
         self.exit(2, f"error: {message}\n")
 
-
 def build_parser() -> Parser:
     """One flag per field of Settings."""
-    def values(kind: type):
+    def several(kind: type):
         def parse(text: str):
             return tuple(kind(part) for part in text.split(","))
-        parse.__name__ = f"{kind.__name__},{kind.__name__},.."  # argparse: "invalid int,int,.. value"
+        parse.__name__ = f"{kind.__name__},{kind.__name__},.."  # for argparse's "invalid .. value"
         return parse
 
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118)
-    kinds = {"int": int, "float": float, "str": str, "ints": values(int), "floats": values(float)}
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=118)
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=layout)
+    kinds = {"int": int, "float": float, "str": str, "ints": several(int), "floats": several(float)}
     for field in dataclasses.fields(Settings):
-        text = help_texts()[field.name] + (f" [auto|{'|'.join(PRESETS)}]" if field.name == "preset" else "")
-        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text, default = help_texts()[field.name], field.default
+        text += f" [auto|{'|'.join(PRESETS)}]" if field.name == "preset" else ""
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
         option = dict(dest=field.name, default=argparse.SUPPRESS, help=f"{text} (default: {shown})")
         if field.type == "bool":
             option["action"] = argparse.BooleanOptionalAction
         else:
-            option.update(type=kinds[field.type], metavar={"ints": "N,N", "floats": "X,X"}.get(field.type, "X"))
+            option |= dict(type=kinds[field.type], metavar="X,X" if isinstance(default, tuple) else "X")
         if field.name == "resume":
-            option.update(nargs="?", const="latest")
+            option |= dict(nargs="?", const="latest")
         parser.add_argument("--" + field.name.replace("_", "-"), **option)
     return parser
-
-
-def dashed(argv: list[str]) -> list[str]:
-    """A command line whose flags have dashes for underscores: both are accepted."""
-    return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-
 
 class Hardware(NamedTuple):
     """What this process may use, and why bf16 is fast on it or not."""
@@ -1815,41 +1738,33 @@ class Hardware(NamedTuple):
     fp8: bool = False  # has FP8 matrix products
     capability: tuple[int, int] = (0, 0)  # of a GPU: its generation
 
-
 def detect_hardware(device: str = "auto") -> Hardware:
     """The first GPU if there is one and `device` allows it, else the CPU."""
     if device != "cpu" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        fast, capability = gpu.major >= 8, (gpu.major, gpu.minor)
+        capability, fast = (gpu.major, gpu.minor), gpu.major >= 8
         why = f"compute capability {gpu.major}.{gpu.minor} {'>=' if fast else '<'} 8.0"
-        return Hardware("cuda", gpu.name, gpu.total_memory / 2**30, fast, why, capability >= (8, 9), capability)
+        memory = gpu.total_memory / 2**30
+        return Hardware("cuda", gpu.name, memory, fast, why, capability >= (8, 9), capability)
     probes = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
     found = [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]
-    why = f"the CPU has {' and '.join(found)}" if found else "the CPU has neither AVX512-BF16 nor AMX"
+    why = f"the CPU has {' and '.join(found) or 'neither AVX512-BF16 nor AMX'}"
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, AttributeError):
         name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Hardware("cpu", name, memory, bool(found), why)
 
-
 def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple[str, str]:
     """The preset for `auto`, by hardware and data, and the reason for it."""
     if hardware.device == "cpu":
         return "cpu", "no CUDA device"
     folder = data_folder("fineweb10B" if data == "auto" else data)
+    fineweb = folder.name.startswith("fineweb") and folder.is_dir()
     gpus = f"{world_size} process(es) on {hardware.name} of {hardware.memory_gib:.0f} GiB"
-    if world_size >= 8 and hardware.memory_gib >= 70 and folder.name.startswith("fineweb") and folder.is_dir():
+    if world_size >= 8 and hardware.memory_gib >= 70 and fineweb:
         return "speedrun", f"{gpus}, and {folder.name} is there"
     return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
-
-
-def find_preset(name: str, size: str) -> str:
-    """The full name of a preset: `auto`, KIND and KIND-auto get the size that suits the hardware."""
-    kind = name.removesuffix("auto").removesuffix("-")
-    full = f"{kind}-{size}" if kind else size
-    return full if name not in PRESETS and full in PRESETS else name
-
 
 def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tuple]:
     """What `auto`, or 0, means: setting -> value and the reason for it."""
@@ -1866,32 +1781,34 @@ def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tupl
         "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA and bf16"),
         "fp8_head": ("on" if fp8 else "off", "it needs FP8 products and multiples of 16"),
         "compile_unit": ("model" if world_size == 1 else "block", f"{world_size} process(es)"),
-        "data": ("fineweb10B" if fineweb else "stdlib", "if data/fineweb10B is there, it"),
-        "eval_seq_len": (s.seq_len[-1], "seq_len of the last stage"),
+        "data": ("fineweb10B" if fineweb else "stdlib", "fineweb10B where it is there"),
+        "eval_seq_len": (s.seq_len[-1], "that of the last stage"),
     }
 
-
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, Hardware, list[str]]:
-    """Command line -> settings with every `auto` resolved, the hardware, and lines that explain the choices.
-
-    Raises UserError with all that is wrong with the settings at once."""
-    given = vars(build_parser().parse_args(dashed(sys.argv[1:] if argv is None else argv)))
+    """Command line -> settings with every `auto` resolved, hardware, and lines that explain the
+    choices. Raises UserError with all that is wrong with the settings at once."""
+    words = sys.argv[1:] if argv is None else argv  # flags may have underscores for dashes
+    words = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in words]
+    given = vars(build_parser().parse_args(words))
     hardware = detect_hardware(given.get("device", "auto"))
     size, why = choose_preset(hardware, world_size, given.get("data", "auto"))
-    preset = find_preset(given.get("preset", "auto"), size)
+    preset = wanted = given.get("preset", "auto")
+    if preset not in PRESETS:  # auto, KIND or KIND-auto
+        full = "-".join([*preset.removesuffix("auto").removesuffix("-").split(), size])
+        preset = full if full in PRESETS else preset
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     problems = field_errors(s) + unread_errors(s, given)
     auto = run_auto(s, hardware, world_size) | record_auto(s, hardware)
     auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
     s = dataclasses.replace(s, **{name: value for name, (value, _) in auto.items()})
-    notes = [f"preset {preset}: {'asked for' if given.get('preset') == preset else why}"]
+    notes = [f"preset {preset}: {'asked for' if wanted == preset else why}"]
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
-    problems += run_errors(s, given, hardware)
-    problems += [] if problems else hyperparameter_errors(s, given, hardware, world_size)
+    unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
+    problems += run_errors(s, given, hardware) + unfit
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     return s, hardware, notes
-
 
 def field_errors(s: Settings) -> list[str]:
     """A sentence for each field whose value is outside the bracket of its comment."""
@@ -1901,90 +1818,84 @@ def field_errors(s: Settings) -> list[str]:
         return 0 <= value <= 1 if spec == "0..1" else value in spec.split("|")
 
     bad = []
-    for name in help_texts():
-        value, spec = getattr(s, name), next(iter(bracket(name)), "")
+    specs = {name: bracket(name)[0] for name in help_texts() if bracket(name)} | {
+        "preset": "|".join(["auto", *PRESETS])}
+    for name, spec in specs.items():
+        value = getattr(s, name)
         values = value if isinstance(value, tuple) else (value,)
         if re.match(r">|0\.\.1|\w+\|", spec) and not all(allowed(v, spec) for v in values):
             bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}")
-    if s.preset not in PRESETS:
-        bad.append(f"--preset {s.preset}: must be auto or {' or '.join(PRESETS)}")
     if s.seed >= 2**63:
         bad.append(f"--seed {s.seed}: must be below 2^63")
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
         bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
     return bad
 
-
 def unread_without(s: Settings, name: str) -> str:
     """The setting without which nothing reads this one, if it is not set so; else nothing."""
-    for condition in bracket(name):
-        if condition.startswith("with "):
-            _, other, *values = condition.split()
-            value = getattr(s, other)
-            read = value in values[0].split("|") if values else value
-            return unread_without(s, other) if read else " ".join([f"--{other}", *values]).replace("|", " or ")
+    conditions = [part.split() for part in bracket(name) if part.startswith("with ")]
+    for _, other, *values in conditions:
+        value = getattr(s, other)
+        if value in values[0].split("|") if values else value:
+            return unread_without(s, other)
+        return " ".join([f"--{other}", *values]).replace("|", " or ")
     return ""
-
 
 def unread_errors(s: Settings, given: dict) -> list[str]:
     """A sentence for each given setting that nothing would read, as it belongs to another choice."""
     unread = {name: unread_without(s, name) for name, value in given.items() if value is not False}
-    bad = [f"--{name}: has no effect without {other}" for name, other in unread.items() if other]
     if "gram" in given.get("kernels", "") and s.hidden_optimizer == "adamw":
-        bad.append(f"--kernels {s.kernels}: gram has no effect without --hidden_optimizer muon")
-    return bad
-
+        unread[f"kernels {s.kernels}: gram"] = "--hidden_optimizer muon"
+    return [f"--{name}: has no effect without {other}" for name, other in unread.items() if other]
 
 def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     """A sentence for each setting that this machine cannot serve."""
-    bad, cuda = [], hardware.device == "cuda"
-    if s.device == "cuda" and not cuda:
-        bad.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
-    if s.preset in PRESETS and not s.preset.endswith("cpu") and given.get("device") != "cpu" and not cuda:
-        bad.append(f"--preset {s.preset} needs a CUDA device, there is none: use --preset cpu, or add --device cpu")
-    if s.compile and not cuda and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        bad.append("--compile on a CPU needs a C++ compiler and there is none: install g++, or use --no-compile")
-    if wrong := set(s.kernels.split("+")) - {*KERNELS, "none"}:
-        bad.append(f"--kernels {s.kernels}: {', '.join(sorted(wrong))} is none of {', '.join(KERNELS)}; or use none")
-    if s.kernels != "none" and not triton_usable(hardware):
-        bad.append(f"--kernels {s.kernels} needs Triton and a CUDA device (or TRITON_INTERPRET=1, to test): use none")
-    if cuda and s.kernels != "none" and s.dtype == "fp32":
-        bad.append(f"--kernels {s.kernels} --dtype fp32: the tiles fit shared memory in bf16 only: use none")
-    fp8 = s.fp8_head == "on" or s.fp8_mlp
-    if cuda and fp8 and not hardware.fp8:
-        bad.append(f"--fp8_head, --fp8_mlp: {hardware.name} has no FP8 products (compute capability 8.9): leave out")
-    for name, size in [("width", s.width), *(("seq_len", length) for length in s.seq_len)]:
-        if fp8 and size % 16:
-            bad.append(f"--{name} {size}: FP8 products need a multiple of 16; or use --fp8_head off --no-fp8_mlp")
-    if s.backend == "flex" and not (cuda and s.compile):
-        bad.append("--backend flex trains only compiled and on a CUDA device (no CPU backward in torch): use sdpa")
-    if s.backend == "flex" and any(length % FLEX_BLOCK for length in (*s.seq_len, s.eval_seq_len)):
-        bad.append(f"--seq_len {s.seq_len}, --eval_seq_len {s.eval_seq_len}: flex needs multiples of {FLEX_BLOCK}")
-    return bad
-
-
-def triton_usable(hardware: Hardware) -> bool:
-    """Whether Triton is there, and a GPU, or its interpreter."""
-    there = importlib.util.find_spec("triton") is not None
-    return there and (hardware.device == "cuda" or bool(os.environ.get("TRITON_INTERPRET")))
-
+    cuda, fp8 = hardware.device == "cuda", s.fp8_head == "on" or s.fp8_mlp
+    compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    needs_cuda = s.preset in PRESETS and not s.preset.endswith("cpu") and given.get("device") != "cpu"
+    unknown = ", ".join(sorted(set(s.kernels.split("+")) - {*KERNELS, "none"}))
+    triton = importlib.util.find_spec("triton") and (cuda or os.environ.get("TRITON_INTERPRET"))
+    odd = [f"--width {s.width}"] * (s.width % 16 > 0) + [f"--seq_len {n}" for n in s.seq_len if n % 16]
+    lengths = *s.seq_len, s.eval_seq_len
+    problems = [
+        (s.device == "cuda" and not cuda,
+         "--device cuda: this machine has no usable CUDA device; leave the flag out"),
+        (needs_cuda and not cuda,
+         f"--preset {s.preset} needs a CUDA device, there is none: use --preset cpu, or add --device cpu"),
+        (s.compile and not cuda and not compiler,
+         "--compile on a CPU needs a C++ compiler and there is none: install g++, or use --no-compile"),
+        (unknown, f"--kernels {s.kernels}: {unknown} is none of {', '.join(KERNELS)}; or use none"),
+        (s.kernels != "none" and not triton,
+         f"--kernels {s.kernels} needs Triton and a CUDA device (or TRITON_INTERPRET=1, to test): use none"),
+        (s.kernels != "none" and cuda and s.dtype == "fp32",
+         f"--kernels {s.kernels} --dtype fp32: the tiles fit shared memory in bf16 only: use none"),
+        (fp8 and cuda and not hardware.fp8,
+         f"--fp8_head, --fp8_mlp: {hardware.name} has no FP8 products (compute capability 8.9): leave out"),
+        (fp8 and odd,
+         f"{', '.join(odd)}: FP8 products need a multiple of 16; or use --fp8_head off --no-fp8_mlp"),
+        (s.backend == "flex" and not (cuda and s.compile),
+         "--backend flex trains only compiled and on a CUDA device (no CPU backward in torch): use sdpa"),
+        (s.backend == "flex" and any(n % FLEX_BLOCK for n in lengths),
+         f"--seq_len, --eval_seq_len {lengths}: flex needs multiples of {FLEX_BLOCK}"),
+    ]
+    return [text for wrong, text in problems if wrong]
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Data                                                                                         │
 # └──────────────────────────────────────────────────────────────────────────────────────────────┘
 # Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. A
 # document starts with the end-of-text token. Rows are packed from pieces: documents cut to
-# max_doc_len. Every process computes the same sequence of rows and reads the tokens of its own ones,
-# so the order does not depend on the number of processes.
+# max_doc_len. Every process walks over all rows and reads the tokens of its own ones, so the order
+# does not depend on the number of processes.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-GPT2_META = {"tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 50257, "eot": 50256, "splits": {}}
-
+GPT2_TOKENIZER = {"kind": "tiktoken", "name": "gpt2"}
+GPT2_META = {"tokenizer": GPT2_TOKENIZER, "vocab_size": 50257, "eot": 50256, "splits": {}}
 
 def data_folder(name: str) -> Path:
     """A data set by the name of its folder under data/, or by path."""
-    return Path(name) if os.sep in name or Path(name).is_dir() else Path(__file__).resolve().parent / "data" / name
-
+    given = os.sep in name or Path(name).is_dir()
+    return Path(name) if given else Path(__file__).resolve().parent / "data" / name
 
 def repair_command(folder: Path) -> str:
     """The command that makes the data set of that name."""
@@ -1992,23 +1903,21 @@ def repair_command(folder: Path) -> str:
         return "python data/cached_fineweb.py 9"
     return f"python data/{folder.name if folder.name == 'shakespeare_char' else 'stdlib'}.py"
 
-
 def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
-    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header, a wrong length or (given
-    `vocab_size`) a token id that the vocabulary does not have."""
+    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header, a wrong length or
+    (given `vocab_size`) a token id that the vocabulary does not have."""
     header = np.fromfile(path, dtype="<i4", count=256)
     redo = f"make it again with {repair_command(path.parent)}"
     if len(header) < 256 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
-        found = "a truncated header" if len(header) < 256 else f"magic {header[0]}, version {header[1]}"
+        found = f"magic {header[0]}, version {header[1]}" if len(header) == 256 else "a truncated header"
         raise UserError(f"{path} is no token shard: {found}, expected {SHARD_MAGIC} and {SHARD_VERSION}; {redo}")
     count, size = int(header[2]), path.stat().st_size
-    if count < 1 or size != HEADER_BYTES + 2 * count:
-        raise UserError(f"{path} is damaged: {size} bytes, {HEADER_BYTES + 2 * count} by its header; {redo}")
+    if count < 1 or size != (said := HEADER_BYTES + 2 * count):
+        raise UserError(f"{path} is damaged: {size} bytes, {said} by its header; {redo}")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
-    if vocab_size and int(tokens.max()) >= vocab_size:
-        raise UserError(f"{path} holds token id {int(tokens.max())}, the vocabulary has {vocab_size}; {redo}")
+    if vocab_size and (top := int(tokens.max())) >= vocab_size:
+        raise UserError(f"{path} holds token id {top}, the vocabulary has {vocab_size}; {redo}")
     return tokens
-
 
 class Corpus(NamedTuple):
     """A data set: its meta.json and the paths of its shards."""
@@ -2027,11 +1936,9 @@ class Corpus(NamedTuple):
                 digest.update(file.read(65536))
         return digest.hexdigest()[:16]
 
-
 def open_corpus(name: str) -> Corpus:
-    """A data set, found and checked; without meta.json it is taken for published FineWeb shards.
-
-    Raises FileNotFoundError with the command that makes it, UserError if it is damaged."""
+    """A data set, checked; without meta.json it is taken for published FineWeb shards. Raises
+    FileNotFoundError with the command that makes it, UserError if it is damaged."""
     folder = data_folder(name)
     repair, meta_path = repair_command(folder), folder / "meta.json"
     paths = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
@@ -2041,9 +1948,9 @@ def open_corpus(name: str) -> Corpus:
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.exists() else GPT2_META
         said = {split: meta["splits"].get(split, {}).get("tokens") for split in paths}
-        meta = meta | {"vocab_size": int(meta["vocab_size"]), "eot": meta["eot"]}
-        if meta["vocab_size"] < 1 or not (meta["eot"] is None or 0 <= int(meta["eot"]) < meta["vocab_size"]):
-            raise ValueError(f"vocab_size {meta['vocab_size']}, eot {meta['eot']}")
+        size, eot = int(meta["vocab_size"]), meta["eot"]
+        if size < 1 or not (eot is None or 0 <= int(eot) < size):
+            raise ValueError(f"vocab_size {size}, eot {eot}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{meta_path} cannot be read ({error!r}); make it again with {repair}") from error
     for split, found in paths.items():
@@ -2051,16 +1958,17 @@ def open_corpus(name: str) -> Corpus:
         if said[split] not in (None, count):
             raise UserError(f"{meta_path} says {said[split]} {split} tokens, the shards hold {count}; "
                             f"make them again with {repair}")
-    return Corpus(folder, meta, paths["train"], paths["val"])
+    return Corpus(folder, meta | {"vocab_size": size, "eot": eot}, paths["train"], paths["val"])
 
-
-def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple[np.ndarray, ...]:
+def piece_table(
+    tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """Start and length of each piece of a shard: documents cut to at most `max_len` tokens.
 
-    The shard's last token is only a target. Without end-of-text tokens the shard is one document, cut
-    from `offset` on, so that every epoch cuts elsewhere. `clip` keeps only the first piece (29)."""
+    The shard's last token is only a target. Without end-of-text tokens the shard is one document,
+    cut from `offset` on, so that every epoch cuts elsewhere. `clip` keeps first pieces only (29)."""
     last = len(tokens) - 1
-    starts = np.flatnonzero(tokens[:last] == eot) if eot is not None else np.array([min(offset, last)])
+    starts = np.array([min(offset, last)]) if eot is None else np.flatnonzero(tokens[:last] == eot)
     if eot is not None and (not len(starts) or starts[0]):
         starts = np.insert(starts, 0, 0)
     lengths = np.diff(np.append(starts, last))
@@ -2069,29 +1977,27 @@ def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, o
     piece_starts = np.repeat(starts, counts) + within * max_len
     return piece_starts, np.minimum(max_len, np.repeat(starts + lengths, counts) - piece_starts)
 
-
 def gather_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Inputs, targets (the true next tokens, also at the end of a piece) and piece numbers: (3, total) int32."""
+    """Inputs, targets (the true next tokens, also at the end of a piece) and piece numbers, (3,
+    total) int32."""
     begins = np.cumsum(lengths) - lengths
     index = np.repeat(starts - begins, lengths) + np.arange(lengths.sum())
     pieces = np.repeat(np.arange(len(starts)), lengths)
     return np.stack([tokens[index], tokens[index + 1], pieces]).astype(np.int32)
 
-
 class Loader:
-    """The training batches of one process, each prepared in the background while the one before it is
-    in use, at an exact and restorable position.
+    """The training batches of one process, each prepared in the background while the one before it
+    is in use, at an exact and restorable position.
 
     A row starts with the start of a piece and is filled with further pieces; the last one is cut at
     the end of the row and its rest skipped (26: batches that start at a document's start train
-    better). `position`: epoch, shard, and tokens of that shard, in the order of its pieces, used up."""
+    better). `position`: epoch, shard, and tokens of it, in the order of its pieces, used up."""
 
     def __init__(self, s: Settings, corpus: Corpus, world: World, position: dict | None = None, step: int = 0):
         self.s, self.corpus, self.world, self.stages = s, corpus, world, stage_table(s)
         self.position = dict(position or {"epoch": 0, "shard": 0, "used": 0})
-        self.table_key: tuple = ()  # epoch, shard and longest piece of the table of pieces
-        self.opened: dict[int, Future] = {}
-        self.workers = ThreadPoolExecutor(2, "loader")  # for a batch and for the next shard
+        self.workers = ThreadPoolExecutor(2, "loader")  # for a batch, and the next shard's table
+        self.tables: dict[tuple, Future] = {}  # by epoch, shard, longest piece: this and the next one
         self._prepare(step)
 
     def _prepare(self, step: int):
@@ -2100,8 +2006,8 @@ class Loader:
         self.pending = self.workers.submit(lambda: (self.make_batch(stage), dict(self.position)))
 
     def next(self, step: int) -> tuple[Tensor, dict]:
-        """The batch of the next training step on the device, and the position after it. Raises what
-        went wrong in the background."""
+        """The batch of the next step on the device, and the position after it. Raises what went
+        wrong in the background."""
         batch, position = self.pending.result()
         if step + 1 < self.s.iterations:
             self._prepare(step + 1)
@@ -2109,7 +2015,7 @@ class Loader:
 
     def make_batch(self, stage: Stage) -> Tensor:
         """This process's part of the next batch, (micro-steps, 3, rows, T) int32: inputs, targets,
-        document numbers. All processes walk over all rows; each gathers its own."""
+        document numbers."""
         micro_rows, rows = stage.micro_rows(self.s, self.world.size), []
         for row in range(stage.batch_tokens // stage.seq_len):
             tokens, starts, lengths = self._next_row(stage)
@@ -2121,81 +2027,51 @@ class Loader:
         return batch if self.s.device == "cpu" else batch.pin_memory()
 
     def _next_row(self, stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens of the shard, starts and lengths of the pieces of the next row; where the pieces left
-        do not fill a row, of the next shard, after the last one of the first in a new epoch."""
+        """Tokens of the shard, starts and lengths of the pieces of the next row; where the pieces
+        left do not fill a row, of the next shard, after the last one in a new epoch."""
         for _ in range(len(self.corpus.train) + 2):
-            self._load_table(stage)
-            used = self.position["used"]
-            first = np.searchsorted(self.ends, used, side="right")
-            last = np.searchsorted(self.ends, used + stage.seq_len)
-            if last < len(self.ends):
+            epoch, shard, used = (self.position[key] for key in ("epoch", "shard", "used"))
+            tokens, starts, lengths, ends = self._table(epoch, shard, stage)
+            first = np.searchsorted(ends, used, side="right")
+            last = np.searchsorted(ends, used + stage.seq_len)
+            if last < len(ends):
                 break
-            turn, shard = divmod(self.position["shard"] + 1, len(self.corpus.train))
-            self.position = {"epoch": self.position["epoch"] + turn, "shard": shard, "used": 0}
+            epoch, shard = self._following(epoch, shard)
+            self.position = {"epoch": epoch, "shard": shard, "used": 0}
         else:
             raise UserError(f"no shard of {self.corpus.folder} fills a row of {stage.seq_len} tokens: lower --seq_len")
-        starts, lengths = self.starts[first:last + 1].copy(), self.lengths[first:last + 1].copy()
-        starts[0] += used - (self.ends[first] - lengths[0])  # 0, unless the longest piece has just changed
-        lengths[0] = self.ends[first] - used
+        starts, lengths = starts[first:last + 1].copy(), lengths[first:last + 1].copy()
+        starts[0] += used - (ends[first] - lengths[0])  # 0, unless max_doc_len has changed
+        lengths[0] = ends[first] - used
         lengths[-1] -= lengths.sum() - stage.seq_len
-        self.position["used"] = int(self.ends[last])
-        return self.tokens, starts, lengths
+        self.position["used"] = int(ends[last])
+        return tokens, starts, lengths
 
-    def _load_table(self, stage: Stage):
-        """Opens the shard of the current position and lists its pieces in the order of use."""
-        epoch, shard = self.position["epoch"], self.position["shard"]
+    def _following(self, epoch: int, shard: int) -> tuple[int, int]:
+        turn, following = divmod(shard + 1, len(self.corpus.train))
+        return epoch + turn, following
+
+    def _table(self, epoch: int, shard: int, stage: Stage) -> tuple[np.ndarray, ...]:
+        """Tokens of a shard, starts, lengths and ends of its pieces in the order of use. The next
+        shard's are made, and checked, while this one is in use."""
         longest = min(stage.max_doc_len or stage.seq_len, stage.seq_len)
-        if self.table_key == (epoch, shard, longest):
-            return
-        following = (shard + 1) % len(self.corpus.train)  # read and checked while this one is in use
-        self.opened = {number: self._open(number) for number in (shard, following)}
-        self.tokens = self.opened[shard].result()
+        keys = (epoch, shard, longest), (*self._following(epoch, shard), longest)
+        if not self.tables.keys() >= set(keys):
+            known = self.tables
+            self.tables = {key: known.get(key) or self.workers.submit(self._make_table, *key) for key in keys}
+        return self.tables[keys[0]].result()
+
+    def _make_table(self, epoch: int, shard: int, longest: int) -> tuple[np.ndarray, ...]:
+        meta, clip = self.corpus.meta, self.s.long_docs == "clip"
+        tokens = open_shard(self.corpus.train[shard], meta["vocab_size"])
         rng = np.random.default_rng((self.s.seed, epoch, shard))
         offset = int(rng.integers(longest)) if epoch else 0
-        clip = self.s.long_docs == "clip"
-        starts, lengths = piece_table(self.tokens, self.corpus.meta["eot"], longest, clip, offset)
+        starts, lengths = piece_table(tokens, meta["eot"], longest, clip, offset)
         order = rng.permutation(len(starts)) if self.s.shuffle else slice(None)
-        self.starts, self.lengths = starts[order], lengths[order]
-        self.ends = np.cumsum(self.lengths)
-        self.table_key = (epoch, shard, longest)
-
-    def _open(self, shard: int) -> Future:
-        path, vocab_size = self.corpus.train[shard], self.corpus.meta["vocab_size"]
-        return self.opened.get(shard) or self.workers.submit(open_shard, path, vocab_size)
+        return tokens, starts[order], lengths[order], np.cumsum(lengths[order])
 
     def close(self):
         self.workers.shutdown(cancel_futures=True)
-
-
-class ValStream:
-    """The fixed validation stream: the first N tokens of the val split, each once, cut into rows.
-
-    What is predicted does not depend on the number of processes or on the batch size; a row's
-    documents do not see each other, and a context is cut where a row starts."""
-
-    def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
-        shards = [open_shard(path, corpus.meta["vocab_size"]) for path in corpus.val]
-        available = sum(map(len, shards)) - 1
-        self.num_tokens, self.eot, self.seq_len = num_tokens or available, corpus.meta["eot"], seq_len
-        if not 0 < self.num_tokens <= available:
-            repair = "use --eval_tokens 0 for all" if available else f"make more with {repair_command(corpus.folder)}"
-            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} validation tokens; {repair}")
-        self.num_rows = -(-self.num_tokens // seq_len)
-        self.tokens = shards[0] if len(shards[0]) > self.num_tokens else np.concatenate(shards)
-
-    def rows(self, first: int, count: int) -> np.ndarray:
-        """Rows [first, first + count) as (3, count, T) int32: inputs, targets, documents; padded with
-        target IGNORE."""
-        batch = np.zeros((3, count * self.seq_len), dtype=np.int32)
-        batch[1] = IGNORE
-        start = first * self.seq_len
-        size = max(0, min(count * self.seq_len, self.num_tokens - start))
-        batch[0, :size] = self.tokens[start:start + size]
-        batch[1, :size] = self.tokens[start + 1:start + size + 1]
-        if self.eot is not None:
-            batch[2] = np.cumsum(batch[0] == self.eot)
-        return batch.reshape(3, count, self.seq_len)
-
 
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
 # │ Checkpoints                                                                                  │
@@ -2204,15 +2080,13 @@ class ValStream:
 # (settings, position in the data, clock, tokenizer, sha256 of state.pt). It is written under another
 # name and renamed when complete.
 
-
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-
 def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int) -> Path:
-    """The checkpoint that was written; then all but the newest `keep` are removed. Raises OSError and
-    leaves nothing half-written when the disk is full; earlier checkpoints stay."""
+    """The checkpoint, written; then all but the newest `keep` are removed. Raises OSError and leaves
+    nothing half-written when the disk is full; earlier checkpoints stay."""
     final = run_folder / "checkpoints" / f"step_{step:06d}"
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -2227,7 +2101,7 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"could not write {final}: {str(error).splitlines()[0]}") from error
-    shutil.rmtree(final, ignore_errors=True)  # there only if a run went on from an earlier checkpoint
+    shutil.rmtree(final, ignore_errors=True)  # there only if a run went on from an earlier one
     os.replace(temporary, final)
     others = [path for path in final.parent.glob("step_*[0-9]") if path != final]
     others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)  # a run may have gone back
@@ -2235,12 +2109,12 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
-
 def find_checkpoint(s: Settings) -> tuple[Path, dict]:
     """The checkpoint that --resume names, and its meta.json. A damaged one is reported and the one
-    before it is taken. Raises FileNotFoundError if there is none, UserError if all are damaged."""
+    before it taken. Raises FileNotFoundError if there is none, UserError if all are damaged."""
     place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
-    found = [*place.glob("checkpoints/step_*[0-9]"), *place.glob("*/checkpoints/step_*[0-9]")]
+    patterns = "checkpoints/step_*[0-9]", "*/checkpoints/step_*[0-9]"
+    found = [path for pattern in patterns for path in place.glob(pattern)]
     if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
         found = [path for path in place.parent.glob("step_*[0-9]") if path.name <= place.name]
     if not found:
@@ -2256,7 +2130,6 @@ def find_checkpoint(s: Settings) -> tuple[Path, dict]:
         print(f"checkpoint {path} is damaged ({reason}); trying the one before it", flush=True)
     raise UserError(f"all {len(found)} checkpoint(s) in {place} are damaged: start without --resume")
 
-
 def check_resumable(s: Settings, fingerprint: str, path: Path, meta: dict):
     """Raises UserError that names the hyperparameters, or data, in which a checkpoint differs."""
     names = [field.name for field in dataclasses.fields(Hyperparameters)]
@@ -2268,43 +2141,32 @@ def check_resumable(s: Settings, fingerprint: str, path: Path, meta: dict):
     if differing:
         raise UserError("\n  ".join([f"{path} has other settings; use them, or start without --resume:", *differing]))
 
-
 # ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Measuring                                                                                    │
+# │ Clock, profiler, log files                                                                   │
 # └──────────────────────────────────────────────────────────────────────────────────────────────┘
 
-# Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first match counts.
+# Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first counts.
 PEAK_FLOPS = {
     "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
     "H100": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
     "A40": 150e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }
 
-
 def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: int) -> float | None:
-    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count); None where the peak is
+    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count); None where that is
     unknown (CPUs). The optimizer does not count, and fp8 products count against the bf16 peak."""
-    peak = next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)), None)
-    return tokens_per_s * flops / (peak * count) if peak else None
-
-
-def bits_per_byte(loss: float, meta: dict) -> float | None:
-    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
-    split = meta["splits"].get("val", {})
-    known = split.get("bytes") and split.get("tokens")
-    return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
-
+    peaks = [peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)]
+    return tokens_per_s * flops / (peaks[0] * count) if peaks else None
 
 def seconds_since_process_start() -> float:
-    """Age of this process, imports included; on systems without /proc, its CPU time stands in."""
+    """Age of this process, imports included; without /proc its CPU time stands in."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return time.process_time()
 
-
 def peak_memory_mib(device: str) -> tuple[int, int]:
-    """Peak allocated and reserved MiB of the GPU; on a CPU the process's peak resident memory, twice."""
+    """Peak allocated and reserved MiB of the GPU; on a CPU peak resident memory, twice."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
     import resource  # not on Windows
@@ -2312,11 +2174,10 @@ def peak_memory_mib(device: str) -> tuple[int, int]:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
     return resident, resident
 
-
 def compiled_graphs() -> int:
     """Number of graphs that torch.compile has made in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
-
+    made = sys.modules.get("torch._dynamo.utils")
+    return made.counters["stats"]["unique_graphs"] if made else 0
 
 class Clock:
     """Training time in ms as the public rules count it: the device is waited for at every start and
@@ -2339,17 +2200,15 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self):
-        """Time that does not count."""
+        """Time that does not count; the time until then, in ms."""
         running = self.started is not None
-        self.stop()
-        yield
+        yield self.stop()
         if running:
             self.start()
 
-
 def make_profiler(s: Settings, world: World, folder: Path):
-    """torch.profiler over profile_steps steps of this process from profile_start on: a trace per rank,
-    on CUDA a memory snapshot, too."""
+    """torch.profiler over profile_steps steps of this process from profile_start on: a trace per
+    rank, on CUDA a memory snapshot, too."""
     cuda, kinds = s.device == "cuda", torch.profiler.ProfilerActivity
 
     def report(profiler):
@@ -2361,89 +2220,52 @@ def make_profiler(s: Settings, world: World, folder: Path):
 
     if cuda:
         torch.cuda.memory._record_memory_history(max_entries=100_000)
-    warmup = min(1, s.profile_start)
-    plan = torch.profiler.schedule(wait=s.profile_start - warmup, warmup=warmup, active=s.profile_steps, repeat=1)
-    activities = [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
+    first, activities = min(1, s.profile_start), [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
+    plan = torch.profiler.schedule(
+        wait=s.profile_start - first, warmup=first, active=s.profile_steps, repeat=1)
     return torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=report)
-
-
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Run                                                                                          │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
-
-class World(NamedTuple):
-    """The place of this process among all."""
-
-    rank: int = 0
-    local_rank: int = 0
-    size: int = 1
-
-
-def on_rank_zero(world: World, function, *arguments):
-    """What `function` returns on rank 0, on all ranks; what it raises there, everywhere. Collective."""
-    answer: list = [None, None]
-    if world.rank == 0:
-        try:
-            answer[0] = function(*arguments)
-        except Exception as error:  # noqa: BLE001 - raised again below, on all ranks
-            answer[1] = error
-    if world.size > 1:
-        dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
 
 def command_output(*command: str) -> str | None:
     """What a command prints, run in the script's folder; None where it fails or does not exist."""
-    here = Path(__file__).resolve().parent
+    options = dict(cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=30)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=30)
-        return done.stdout.strip()
-
+        return subprocess.run(command, check=True, **options).stdout.strip()
 
 def environment_text(hardware: Hardware) -> str:
     """Versions and devices, as the public logs give them."""
-    device = (f"Running on CPU: {hardware.name}, {torch.get_num_threads()} threads, {hardware.memory_gib:.1f} GiB, "
-              f"{torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
-    if hardware.device == "cuda":
-        device = command_output("nvidia-smi") or hardware.name
+    cpu = (f"Running on CPU: {hardware.name}, {torch.get_num_threads()} threads, "
+           f"{hardware.memory_gib:.1f} GiB, {torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
+    gpu = hardware.device == "cuda" and (command_output("nvidia-smi") or hardware.name)
     versions = f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}"
-    return "\n".join([f"Running Python {sys.version}", versions, device])
-
+    return "\n".join([f"Running Python {sys.version}", versions, gpu or cpu])
 
 class RunLog:
-    """The files of a run, written by rank 0 only: log.txt (public record format), metrics.jsonl, config.json, wandb."""
+    """The files of a run, written by rank 0 only: log.txt (public record format), metrics.jsonl,
+    config.json; and wandb."""
 
     def __init__(self, folder: Path):
         self.main, self.folder, self.wandb = False, folder, None
 
     def open(self, s: Settings, hardware: Hardware, config: dict, resumed_at: int | None):
-        """On rank 0: opens the files, and writes their head or, in a resumed run, where it went on."""
+        """On rank 0: opens the files, and writes their head or, in a resumed run, where it goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.text, self.metrics = (  # open all the run long
-            open(self.folder / name, "a", encoding="utf-8", buffering=1) for name in ("log.txt", "metrics.jsonl"))
-        self.main = True
+        self.main, name, how = True, self.folder.name, dict(mode="a", encoding="utf-8", buffering=1)
+        self.text = open(self.folder / "log.txt", **how)  # noqa: SIM115 - open all the run long
+        self.metrics = open(self.folder / "metrics.jsonl", **how)  # noqa: SIM115
         if s.wandb:
-            self.wandb = self._start_wandb(s, config)
+            if not importlib.util.find_spec("wandb"):
+                raise UserError("--wandb: Weights & Biases is not installed; pip install wandb")
+            import wandb
+            self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=name, id=name,
+                                    dir=str(self.folder), resume="allow", config=config)
         if resumed_at is not None:
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config)
             return
         source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
-        settings = json.dumps(config["settings"])  # of the command line: the source knows only its defaults
+        settings = json.dumps(config["settings"])  # the source knows only its defaults
         self.text.write(f"{source}\n{bar}\n{environment_text(hardware)}\nSettings: {settings}\n{bar}\n")
         (self.folder / "config.json").write_text(json.dumps(config, indent=1))
-
-    def _start_wandb(self, s: Settings, config: dict):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--wandb: Weights & Biases is not installed; pip install wandb") from error
-        name = self.folder.name
-        return wandb.init(project="nanospeedrun", group=s.experiment_name, name=name, id=name,
-                          dir=str(self.folder), resume="allow", config=config)
 
     def print(self, text: str):
         """To the console."""
@@ -2471,13 +2293,36 @@ class RunLog:
             self.print(f"warning: {file.name}: {error.strerror}; training goes on")
 
     def close(self):
-        if self.main:
-            for file in (self.text, self.metrics):
-                with contextlib.suppress(OSError):  # lines that a full disk did not take, and that were told
-                    file.close()
-            if self.wandb is not None:
-                self.wandb.finish()
+        for file in (self.text, self.metrics) if self.main else ():
+            with contextlib.suppress(OSError):  # a full disk, which was told
+                file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
+# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
+# │ Run                                                                                          │
+# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+
+class World(NamedTuple):
+    """The place of this process among all."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+def on_rank_zero(world: World, function, *arguments):
+    """What `function` returns on rank 0, everywhere; as what it raises there. Collective."""
+    answer: list = [None, None]
+    if world.rank == 0:
+        try:
+            answer[0] = function(*arguments)
+        except Exception as error:  # noqa: BLE001 - raised again below, on all ranks
+            answer[1] = error
+    if world.size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 class Run:
     """What surrounds the training: data, log, clock, signals, checkpoints. `train` calls its methods
@@ -2485,8 +2330,7 @@ class Run:
 
     def __init__(self, s: Settings, hardware: Hardware, world: World, notes: list[str]):
         self.s, self.hardware, self.world, self.notes = s, hardware, world, notes
-        self.stages, self.clock = stage_table(s), Clock(s.device)
-        self.corpus = open_corpus(s.data)
+        self.stages, self.clock, self.corpus = stage_table(s), Clock(s.device), open_corpus(s.data)
         self.vocab_size = self.corpus.meta["vocab_size"]
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
         self.fingerprint = self.corpus.fingerprint()
@@ -2495,35 +2339,25 @@ class Run:
         self.checkpoint, self.meta = on_rank_zero(world, find_checkpoint, s) if s.resume else (None, None)
         if self.meta:
             check_resumable(s, self.fingerprint, self.checkpoint, self.meta)
-        self.status, self.stop_signal, self.val_loss = "done", 0, None
-        self.first_step_s, self.compile_s, self.warm_graphs = None, 0.0, 0
+        self.status = "done"  # or target, interrupted, nan
+        self.over = False  # the target is reached, or all ranks know of a signal
+        self.stop_signal, self.val_loss, self.first_step_s = 0, None, None
+        self.compile_s, self.warm_graphs = 0.0, 0
         self.undo = contextlib.ExitStack()
-
-    @property
-    def over(self) -> bool:
-        """Whether the target is reached, or all ranks know of a signal."""
-        return self.status != "done"
-
-    @property
-    def stopped_alone(self) -> bool:
-        """Whether a signal came; with several ranks the next log step tells all of them."""
-        return self.stop_signal and self.world.size == 1
-
-    def due(self, step: int, every: int) -> bool:
-        return every > 0 and step % every == 0
 
     # --- before the first step
 
     def open(self, model: nn.Module, optimizer):
-        """Folder and files of the run, new or the checkpoint's; choices and derived numbers on the console."""
-        s, meta = self.s, self.corpus.meta
-        self.counts = parameter_counts(model)
-        commit, changes = command_output("git", "rev-parse", "HEAD"), command_output("git", "status", "--porcelain", "-uno")
+        """Folder and files of the run, new or the checkpoint's; choices and derived numbers on the
+        console. Collective."""
+        s, corpus, self.counts = self.s, self.corpus, parameter_counts(model)
+        commit = command_output("git", "rev-parse", "HEAD")
+        changes = command_output("git", "status", "--porcelain", "-uno")
         self.config = {
             "settings": dataclasses.asdict(s), "script": Path(__file__).name, "world_size": self.world.size,
             "git": {"commit": commit, "dirty": None if changes is None else bool(changes)},
             "torch": torch.__version__, "hardware": self.hardware._asdict(),
-            "data": {"name": self.corpus.folder.name, "fingerprint": self.fingerprint, "meta": meta},
+            "data": {"name": corpus.folder.name, "fingerprint": self.fingerprint, "meta": corpus.meta},
         }
         run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
         folder = self.checkpoint and self.checkpoint.parent.parent
@@ -2535,33 +2369,32 @@ class Run:
 
     def summary(self, optimizer) -> list[str]:
         """The derived numbers: data, parameters, layers, stages, memory."""
-        s, counts = self.s, {kind: n for kind, n in self.counts.items() if kind != "matmul"}
-        lines = [f"data {self.corpus.folder}: vocabulary {self.vocab_size}",
-                 "parameters: " + ", ".join(f"{n:,} {kind}" for kind, n in counts.items())]
-        layers = layer_table(s)
-        heads = ["layer", *(name.replace("_", " ") for name in layers[0]._fields)]
-        for cells in [heads, *([i, *layer] for i, layer in enumerate(layers))]:
-            lines.append("  ".join(f"{'-' if c is None else c:>{len(h)}}" for h, c in zip(heads, cells, strict=True)))
-        lines.append("        steps  tokens/step  rows x seq_len  accumulation     window  targets  lr x  MFLOPs/token")
-        for t in self.stages:
-            rows = t.micro_rows(s, self.world.size)
-            accumulation = t.batch_tokens // (t.seq_len * rows * self.world.size)
-            steps, shape, windows = f"{t.start}-{t.end}", f"{rows} x {t.seq_len}", f"{t.window_start}-{t.window}"
-            lines.append(f"{steps:>13}  {t.batch_tokens:>11,}  {shape:>14}  {accumulation:>12}  {windows:>9}"
-                         f"  {t.mtp + 1:>7}  {t.lr:4.2f}  {flops_per_token(s, self.counts, t) / 1e6:>12.1f}")
-        tokens, memory = self.tokens_at(s.iterations), self.expected_memory(optimizer) / 2**30
-        return [*lines, f"{tokens:,} training tokens, {self.stream.num_tokens:,} validation tokens, "
-                        f"about {memory:.2f} GiB per process"]
+        def named(row: NamedTuple) -> str:
+            return ", ".join(f"{name} {value}" for name, value in row._asdict().items())
+
+        s, size = self.s, self.world.size
+        kinds = [f"{n:,} {kind}" for kind, n in self.counts.items() if kind != "matmul"]
+        lines = [f"data {self.corpus.folder}: vocabulary {self.vocab_size}", f"parameters: {', '.join(kinds)}"]
+        lines += [f"layer {i}: {named(layer)}" for i, layer in enumerate(layer_table(s))]
+        for i, t in enumerate(self.stages):
+            rows = t.micro_rows(s, size)
+            accumulation = t.batch_tokens // (t.seq_len * rows * size)
+            mflops = flops_per_token(s, self.counts, t) / 1e6
+            lines.append(f"stage {i}: {named(t)}; {accumulation} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
+        memory = self.expected_memory(optimizer) / 2**30
+        return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} validation "
+                        f"tokens, about {memory:.2f} GiB per process"]
 
     def expected_memory(self, optimizer) -> float:
         """Bytes per process, a rough estimate: weights, own masters and moments, gradients, and of a
         micro-step the activations and the logits (three times in fp32, or twice in bf16)."""
         s, total, size = self.s, self.counts["total"], self.s.torch_dtype.itemsize
         tokens, t = max((t.micro_rows(s, self.world.size) * t.seq_len, t) for t in self.stages)
-        mine = sum(4 * x.numel() for bank in optimizer.banks for x in [*bank.state.values(), bank.grad])
+        states = [x for bank in optimizer.banks for x in [*bank.state.values(), bank.grad]]
         sums = 4 * total if tokens * self.world.size < t.batch_tokens else 0
         logits = (4 if "loss" in s.kernels else 12) * self.vocab_size * tokens
-        return mine + sums + 2 * size * total + logits + activation_bytes(s, tokens, t.seq_len)
+        weights = sum(4 * x.numel() for x in states) + 2 * size * total
+        return weights + sums + logits + activation_bytes(s, tokens, t.seq_len)
 
     def warmed_up(self):
         """Notes what compiling took."""
@@ -2570,38 +2403,35 @@ class Run:
         self.log.print(f"kernels warm after {self.compile_s:.1f} s, {self.warm_graphs} graphs compiled")
 
     def start(self, optimizer) -> int:
-        """The first step: 0, or where the checkpoint goes on, which is loaded now. Loader, profiler and
-        signal handlers start. Collective."""
-        s, meta = self.s, self.meta or {"step": 0, "position": None}
-        self.position = meta["position"]
-        self.epoch = self.position["epoch"] if self.position else 0
+        """The first step: 0, or where the checkpoint goes on, which is loaded now. Loader, profiler
+        and signal handlers start. Collective."""
+        s, step, self.position, self.profiler = self.s, 0, {"epoch": 0, "shard": 0, "used": 0}, None
         if self.meta:
-            saved = {}
+            saved, path = {}, self.checkpoint / "state.pt"
             if self.world.rank == 0:
-                path = self.checkpoint / "state.pt"
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             optimizer.load_state_dict(saved.get("optimizer", {}))
             torch.set_rng_state(on_rank_zero(self.world, lambda: saved["rng"]))
-            self.clock.total_ms, self.val_loss = meta["train_time_ms"], meta["val_loss"]
-            self.log.print(f"resumed {self.checkpoint} after step {meta['step']}")
-        self.loader = Loader(s, self.corpus, self.world, self.position, meta["step"])
+            step, self.position, self.val_loss = (self.meta[k] for k in ("step", "position", "val_loss"))
+            self.clock.total_ms = self.meta["train_time_ms"]
+            self.log.print(f"resumed {self.checkpoint} after step {step}")
+        self.loader = Loader(s, self.corpus, self.world, self.position, step)
         self.undo.callback(self.loader.close)
         for number in (signal.SIGINT, signal.SIGTERM):
             self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
-        self.profiler = make_profiler(s, self.world, self.log.folder / "profile") if s.enable_profiling else None
-        if self.profiler:
-            self.undo.enter_context(self.profiler)
+        if s.enable_profiling:
+            profiler = make_profiler(s, self.world, self.log.folder / "profile")
+            self.profiler = self.undo.enter_context(profiler)
         gc.collect()
         gc.freeze()  # the collector's pauses are as long as a step (47)
         gc.disable()
         self.undo.callback(gc.enable)
-        self.first_step = self.logged_step = meta["step"]
-        self.logged_ms = self.clock.total_ms
-        return meta["step"]
+        self.first_step, self.logged_step, self.logged_ms = step, step, self.clock.total_ms
+        return step
 
     def _on_signal(self, number: int, frame):
-        """First signal: save and stop after this step (several ranks: after the next logged one). The
-        second ends the process at once."""
+        """First signal: save and stop after this step (several ranks: after the next logged one).
+        The second ends the process at once."""
         if self.stop_signal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -2611,58 +2441,61 @@ class Run:
 
     def next_batch(self, step: int) -> Tensor:
         """The micro-steps of a step, (micro-steps, 3, B, T): inputs, targets, document numbers."""
+        epoch = self.position["epoch"]
         batch, self.position = self.loader.next(step)
-        if self.position["epoch"] != self.epoch:
-            self.epoch = self.position["epoch"]
-            self.log.print(f"step {step + 1}: all training data used, epoch {self.epoch + 1} begins")
+        if self.position["epoch"] != epoch:
+            self.log.print(f"step {step + 1}: all training data used, epoch {epoch + 2} begins")
         return batch
 
-    def after_step(self, step: int):
-        """Notes when the first step ended; the profiler's turn."""
+    def log_due(self, step: int) -> bool:
+        """After a step: the profiler's turn; whether it is to be logged: each log_every-th, and if a
+        signal came (with several ranks, the next one tells all of them)."""
         if self.first_step_s is None:
             self.clock.wait()
             self.first_step_s = seconds_since_process_start()
         if self.profiler:
             with self.clock.paused():
                 self.profiler.step()
+        return step % self.s.log_every == 0 or bool(self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:
-        """The newest of the losses of the steps up to this one; waits for the device. Tells all ranks
-        of a signal. Raises TrainingStopped at the first that is not finite. Collective."""
+        """The newest of the losses of the steps up to this one; waits for the device. Tells all
+        ranks of a signal. Raises TrainingStopped at the first that is not finite. Collective."""
         numbers = F.pad(torch.stack(losses), (0, 1), value=float(self.stop_signal))
         if self.world.size > 1:
             dist.all_reduce(numbers)
         *values, stop = numbers.tolist()
         for done, loss in enumerate(values, start=step - len(values) + 1):
-            if not math.isfinite(loss):
-                self._not_finite(f"the loss of step {done} is {loss}", done)
+            self._check_finite(loss, f"the loss of step {done} is {loss}", done)
         if stop:
-            self.status, self.stop_signal = "interrupted", self.stop_signal or signal.SIGTERM
+            self.over, self.stop_signal = True, self.stop_signal or signal.SIGTERM
+            self.status = "interrupted" if step < self.s.iterations else "done"
         return values[-1]
 
-    def _not_finite(self, what: str, step: int):
-        """Ends the logs and the run. A checkpoint is written only after a look at losses and weights: all are good."""
-        self.status = "nan"
-        self._end_record(step)
-        rates = [name for name in help_texts() if name.endswith("_lr") and not unread_without(self.s, name)]
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in rates if name != "stage_lr")
-        raise TrainingStopped(f"{what}: stopped, the checkpoints before it are kept in {self.log.folder}; lower {flags}")
+    def _check_finite(self, value: float, what: str, step: int):
+        """Ends logs and run. A checkpoint is written only after a look at losses and weights."""
+        if not math.isfinite(value):
+            self.status = "nan"
+            self._end_record(step)
+            rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
+            flags = ", ".join(f"--{n.replace('_', '-')}" for n in rates if n != "stage_lr")
+            raise TrainingStopped(f"{what}: stopped, the checkpoints before it are kept in {self.log.folder}; "
+                                  f"lower {flags}")
 
     def log_step(self, step: int, loss: float, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
         s, stage = self.s, stage_at(self.stages, step - 1)
-        with self.clock.paused():
-            ms = self.clock.total_ms
-        step_ms = (ms - self.logged_ms) / max(1, step - self.logged_step)
-        rate = 1000 * stage.batch_tokens / step_ms
-        flops = flops_per_token(s, self.counts, stage)
+        with self.clock.paused() as ms:
+            step_ms = (ms - self.logged_ms) / max(1, step - self.logged_step)
+        rate, flops = 1000 * stage.batch_tokens / step_ms, flops_per_token(s, self.counts, stage)
         mfu = model_flops_utilization(rate, flops, self.hardware.name, self.world.size)
         eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
-        self.log.print(f"step {step}/{s.iterations}  train loss {loss:.4f}  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s"
-                       f"  MFU {'n/a' if mfu is None else f'{100 * mfu:.1f} %'}  ETA {eta}")
+        percent = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
+        self.log.print(f"step {step}/{s.iterations}  train loss {loss:.4f}  {step_ms:.1f} ms/step  "
+                       f"{rate:,.0f} tokens/s  MFU {percent}  ETA {eta}")
         self._step_line(step, f"train_loss:{loss:.4f}", ms)
-        self.log.metric(step=step, train_loss=loss, **more, tokens=self.tokens_at(step),
-                        train_time_ms=ms, step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
+        self.log.metric(step=step, train_loss=loss, **more, tokens=self.tokens_at(step), train_time_ms=ms,
+                        step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
         self.logged_step, self.logged_ms = step, ms
 
     def _step_line(self, step: int, loss: str, ms: float):
@@ -2674,88 +2507,86 @@ class Run:
 
     def log_validation(self, step: int, loss: float):
         """A validation loss to all logs. Raises TrainingStopped if it is not finite."""
-        if not math.isfinite(loss):
-            self._not_finite(f"the validation loss after step {step} is {loss}", step)
-        self.val_loss, ms = loss, self.clock.total_ms
-        bpb = bits_per_byte(loss, self.corpus.meta)
-        self.log.print(f"step {step}/{self.s.iterations}  val loss {loss:.4f} nats per token"
-                       + (f", {bpb:.4f} bits per byte" if bpb else "") + f"  train time {ms / 1000:.1f} s")
+        self._check_finite(loss, f"the validation loss after step {step} is {loss}", step)
+        self.val_loss, ms, bpb = loss, self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
+        bits = f", {bpb:.4f} bits per byte" if bpb else ""
+        self.log.print(f"step {step}/{self.s.iterations}  val loss {loss:.4f} nats per token{bits}"
+                       f"  train time {ms / 1000:.1f} s")
         self._step_line(step, f"val_loss:{loss:.4f}", ms)
         self.log.metric(step=step, val_loss=loss, val_bpb=bpb, tokens=self.tokens_at(step), train_time_ms=ms)
         if self.s.target_loss and loss <= self.s.target_loss:
-            self.status = "target"
+            self.status, self.over = "target", True
 
     def save(self, step: int, optimizer) -> bool:
         """Writes a checkpoint, outside the clock; False, and a warning, if that failed. Collective."""
-        with self.clock.paused():
+        with self.clock.paused() as ms:
             state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-            meta = self.config | {"position": self.position, "train_time_ms": self.clock.total_ms, "val_loss": self.val_loss}
-            text, saved = on_rank_zero(self.world, self._write, step, state, meta)
-            if saved is None:
-                self._not_finite(f"the weights after step {step} are not finite", step)
+            meta = self.config | dict(position=self.position, train_time_ms=ms, val_loss=self.val_loss)
+            text, finite, saved = on_rank_zero(self.world, self._write, step, state, meta)
+            self._check_finite(finite, f"the weights after step {step} are not finite", step)
             self.log.print(text)
         return saved
 
-    def _write(self, step: int, state: dict, meta: dict) -> tuple[str, bool | None]:
+    def _write(self, step: int, state: dict, meta: dict) -> tuple[str, float, bool]:
         if not all(weights.isfinite().all() for weights in state["optimizer"]["state"]["master"].values()):
-            return "", None
+            return "", math.nan, False
         try:
-            return f"checkpoint {write_checkpoint(self.log.folder, step, state, meta, self.s.keep)}", True
+            return f"checkpoint {write_checkpoint(self.log.folder, step, state, meta, self.s.keep)}", 0.0, True
         except OSError as error:
-            return f"warning: {error}; training goes on, earlier checkpoints are intact: free some space", False
+            kept = "training goes on, earlier checkpoints are intact: free some space"
+            return f"warning: {error}; {kept}", 0.0, False
 
     # --- after the last step
 
     def finish(self, step: int, optimizer):
-        """Last checkpoint, end of the logs. Raises TrainingStopped if that checkpoint could not be written."""
-        s, self.status = self.s, "done" if self.status == "interrupted" and step == self.s.iterations else self.status
-        seconds = self.clock.stop() / 1000
+        """Last checkpoint, end of the logs. Raises TrainingStopped if it could not be written."""
+        s, folder, ms = self.s, self.log.folder, self.clock.stop()
         saved = self.save(step, optimizer) if self.status == "interrupted" or s.save_last else True
         self._end_record(step)
-        if s.enable_profiling and step - self.first_step < s.profile_start + s.profile_steps:
-            self.log.print("profile: incomplete, the run ended before its last step; lower --profile-start")
         if s.target_loss:
             reached = "reached" if self.status == "target" else "not reached"
-            self.log.print(f"target loss {s.target_loss} {reached}: step {step}, {seconds:.2f} s")
+            self.log.print(f"target loss {s.target_loss} {reached}: step {step}, {ms / 1000:.2f} s")
         memory = "peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory_mib(s.device))
         self.log.line(memory)
-        self.log.print(f"{memory}\nlog, metrics and checkpoints: {self.log.folder}")
+        self.log.print(f"{memory}\nlog, metrics and checkpoints: {folder}")
         if not saved:
-            raise TrainingStopped(f"the last checkpoint could not be written to {self.log.folder}: free some space")
+            raise TrainingStopped(f"the last checkpoint could not be written to {folder}: free some space")
         if s.enable_profiling:
-            self._read_profile()
+            self._end_profile(step)
 
-    def _read_profile(self):
-        reader = Path(__file__).resolve().parent / "logger.py"
-        if self.log.main and reader.is_file():
+    def _end_profile(self, step: int):
+        """Has logger.py read the traces. Asserts that the warm-up compiled every graph."""
+        s, reader = self.s, Path(__file__).resolve().parent / "logger.py"
+        if step - self.first_step < s.profile_start + s.profile_steps:
+            self.log.print("profile: incomplete, the run ended before its last step; lower --profile-start")
+        elif self.log.main and reader.is_file():
             subprocess.call([sys.executable, str(reader), "profile", str(self.log.folder)])
+        else:
+            self.log.print(f"traces, for ui.perfetto.dev: {self.log.folder / 'profile'}")
         late = compiled_graphs() - self.warm_graphs
-        if self.s.compile:
+        if s.compile:
             self.log.print(f"graphs compiled after the warm-up: {late}")
             assert not late, "a graph was compiled after the warm-up, inside the training time"
 
     def _end_record(self, step: int):
         """The last object of metrics.jsonl."""
-        ms, tokens, reached = self.clock.stop(), self.tokens_at(step), self.status == "target"
+        ms, tokens, loss = self.clock.stop(), self.tokens_at(step), self.val_loss
+        target = (step, ms) if self.status == "target" else (None, None)
         self.log.metric(
-            event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=self.val_loss,
-            val_bpb=self.val_loss and bits_per_byte(self.val_loss, self.corpus.meta), train_time_ms=ms,
+            event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=loss,
+            val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
             tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.counts["total"],
             params_active=self.counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
             first_step_s=self.first_step_s, compile_s=self.compile_s,
-            target_step=step if reached else None, target_time_ms=ms if reached else None)
-
-    def exit_code(self) -> int:
-        return 128 + self.stop_signal if self.status == "interrupted" else 0
-
+            target_step=target[0], target_time_ms=target[1])
 
 def start_processes(device: str) -> World:
-    """Joins the process group that torchrun announces in the environment; alone without it."""
+    """The process group that torchrun announces in the environment, joined; alone without it."""
     if "RANK" not in os.environ:
         return World()
     world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # 2.13 renames collectives
-    import torch._dynamo  # noqa: F401 - imported later it would keep the group alive past destroy_process_group
+    import torch._dynamo  # noqa: F401 - later it would keep the group alive past its end
     if device == "cpu":
         dist.init_process_group("gloo")
         return world
@@ -2766,21 +2597,20 @@ def start_processes(device: str) -> World:
     dist.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))
     return world
 
-
 def main(argv: list[str] | None = None) -> int:
-    """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
-    code, run = 1, None
+    """Command line -> exit code. One sentence instead of a traceback for what a user can repair."""
+    code, world_size = 1, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     try:
-        s, hardware, notes = parse_settings(argv, int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1)
+        s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())
         run = Run(s, hardware, start_processes(s.device), notes)
         with run.undo:
             train(run)
-        code = run.exit_code()
+        code = 128 + run.stop_signal if run.status == "interrupted" else 0
     except (UserError, OSError, TrainingStopped, torch.OutOfMemoryError) as error:
         memory = isinstance(error, torch.OutOfMemoryError)
         hint = "; use a smaller --micro-tokens, and --seq-len if that is as large" if memory else ""
-        if os.environ.get("LOCAL_RANK", "0") == "0" or memory:  # what is wrong everywhere is said once a machine
+        if os.environ.get("LOCAL_RANK", "0") == "0" or memory:  # the rest is said once a machine
             print(f"error: {error}{hint}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
@@ -2788,7 +2618,6 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
     return code
-
 
 if __name__ == "__main__":
     sys.exit(main())

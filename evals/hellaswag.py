@@ -3,6 +3,7 @@
     python evals/hellaswag.py --download                            # the 10,042 validation tasks, to data/hellaswag/
     python evals/hellaswag.py                                       # score the newest checkpoint under logs/
     python evals/hellaswag.py --checkpoint logs/quickstart --tasks 1000 --output score.json
+    python evals/hellaswag.py --follow logs/mine                    # every checkpoint of a run, as it appears
 
 Any checkpoint with GPT-2's vocabulary will do. A task is four texts: end-of-text, with which documents start in
 training, the context, and " " + an ending, tokenized apart from the context as in llm.c and build-nanogpt. An ending's
@@ -17,8 +18,12 @@ Scores come with their standard error, sqrt(p (1 - p) / tasks). As all models ge
 two is known better than their errors suggest.
 
 Texts are packed into rows as in training, the longest first, each into the fullest row with room for it; none is cut,
-none sees another. The head runs only where the target is a token of an ending: 39 % of the positions. Row length, rows
-per pass and number of ranks change losses by rounding only, and the same call repeats to the bit.
+none sees another. The head runs only where the target is a token of an ending: 39 % of the positions. Row length and
+rows per pass change losses by rounding only, and the same call repeats to the bit.
+
+--follow adds a JSON object for each checkpoint to RUN/hellaswag.jsonl, which logger.py plots, and ends with the run.
+What is there is not scored again. It shares the device with the training, whose clock runs on: --device cpu, or
+CUDA_VISIBLE_DEVICES with another GPU, leaves the training alone.
 
 HELLASWAG_URL: another address to download from, such as a mirror's.
 """
@@ -28,6 +33,7 @@ import argparse
 import bisect
 import contextlib
 import errno
+import hashlib
 import http.client
 import json
 import math
@@ -58,6 +64,9 @@ NUM_TASKS = 10_042  # in that file
 TRIES = 3  # of a download
 CHOICES = 4  # endings of a task
 IGNORE = -1  # target that has no loss, as in the training scripts
+SCORES = "hellaswag.jsonl"  # in a run's folder
+POLL = 2.0  # seconds between two looks at a run that is followed
+TAIL = 1 << 16  # bytes at the end of a run's metrics in which the last record is looked for
 HEAD_ROWS = {"cpu": 256, "cuda": 2048}  # positions whose logits exist at a time: 51 MB or 0.4 GB in fp32
 NUMBERS = {  # flag: default, smallest and largest value, help
     "tasks": (0, 0, 1_000_000, "score that many tasks, evenly spread over the file; 0: all"),
@@ -280,33 +289,33 @@ def pack(tasks: list[Task], row_len: int, encode: Callable[[str], list[int]] | N
 
 
 @torch.no_grad()
-def ending_losses(trunk: Callable, head: Callable, packed: Packed, window: int, rows: int, device: str, rank: int = 0,
-                  size: int = 1, batches: int | None = None, watch: Callable[[Iterable], Iterable] = iter) -> Tensor:
-    """Losses of all endings, summed over their tokens, (N, 4) fp64 in nats on the device.
+def ending_losses(trunk: Callable, head: Callable, packed: Packed, window: int, rows: int, device: str,
+                  watch: Callable[[Iterable], Iterable] = iter) -> Tensor:
+    """Losses of all endings, summed over their tokens, (N, 4) fp64 in nats on the CPU.
 
     trunk(inputs_BT, docs_BT, int32 0-D window) -> x_BTD; head(x_ND) -> logits. All of their columns are in the softmax,
-    those that pad the vocabulary, too, as in the training loss. Every batch has `rows` rows, the last one padded: a
-    compiled trunk sees one shape. Rank r has the batches r, r + size, ..; the entries of others are 0, so that a sum
-    over the ranks completes them. `batches`: only each rank's first ones, for a warm-up; `watch`: wraps their starts,
-    for a progress bar."""
+    those that pad the vocabulary, too, as in the training loss. Every batch has `rows` rows, the last one padded.
+    `watch` wraps the batches' starts, for a progress bar."""
     at_a_time = HEAD_ROWS[torch.device(device).type]
     long_window = torch.tensor(window, dtype=torch.int32, device=device)
-    found, endings = [torch.zeros(0, device=device)], [np.zeros(0, dtype=np.int32)]
-    for start in watch(range(0, len(packed.rows), rows)[rank::size][:batches]):
-        batch, part = np.zeros((3, rows, packed.rows.shape[2]), dtype=np.int32), packed.rows[start:start + rows]
+    found, endings = [], []
+    for start in watch(range(0, len(packed.rows), rows)):
+        part = packed.rows[start:start + rows]
+        batch = np.zeros((3, rows, packed.rows.shape[2]), dtype=np.int32)
         batch[1] = IGNORE
         batch[:, :len(part)] = part.swapaxes(0, 1)
         places = np.flatnonzero(batch[1] != IGNORE)
         endings.append(packed.ending_RT[start:start + rows].ravel()[places])
         inputs, targets, docs = torch.from_numpy(batch).to(device)
         chosen = torch.from_numpy(places).to(device)
-        x, targets = trunk(inputs, docs, long_window).flatten(0, 1)[chosen], targets.flatten()[chosen].long()
-        found += [F.cross_entropy(head(x_ND).float(), t, reduction="none")
-                  for x_ND, t in zip(x.split(at_a_time), targets.split(at_a_time), strict=True)]
+        x = trunk(inputs, docs, long_window).flatten(0, 1)[chosen]
+        targets = targets.flatten()[chosen].long()
+        for x_ND, t in zip(x.split(at_a_time), targets.split(at_a_time), strict=True):
+            found.append(F.cross_entropy(head(x_ND).float(), t, reduction="none"))
     losses = torch.cat(found).double().cpu().numpy()
     # added up one after the other: atomic additions on a GPU would not repeat to the bit
     sums = np.bincount(np.concatenate(endings), weights=losses, minlength=packed.tokens.size)
-    return torch.from_numpy(sums.reshape(packed.tokens.shape)).to(device)
+    return torch.from_numpy(sums.reshape(packed.tokens.shape))
 
 
 class Score(NamedTuple):
@@ -341,7 +350,7 @@ def score(losses_N4: Tensor, packed: Packed) -> Score:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# Checkpoints
 
 
 def cast(model: nn.Module, fp32: tuple[str, ...], device: str, dtype: torch.dtype) -> nn.Module:
@@ -361,14 +370,186 @@ def progress(tasks: int, starts: range) -> Iterator[int]:
             bar.update(tasks * done // len(starts) - bar.n)
 
 
+def score_checkpoint(args: argparse.Namespace, path: Path, meta: dict, packed: Packed) -> tuple[Score, float]:
+    """Score of a checkpoint, and the seconds that it took; on stderr what was scored and the rate.
+
+    Raises ValueError where script and checkpoint do not fit, RuntimeError where a loss is not finite."""
+    script, count = import_script(meta["script"]), len(packed.labels)
+    model, window = load_model(script, path, meta, longest=args.row_len)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model = cast(model, script.FP32_PARAMETERS, args.device, dtype)
+    print(f"{path}: {args.device}, {args.dtype}, window {window}, {len(packed.rows):,} rows of {args.row_len} tokens",
+          file=sys.stderr)
+    began = time.perf_counter()
+    losses_N4 = ending_losses(model.trunk, model.head, packed, window, args.rows, args.device,
+                              watch=partial(progress, count))
+    result, seconds = score(losses_N4, packed), time.perf_counter() - began
+    print(f"{seconds:.1f} s: {count / seconds:,.1f} tasks/s", file=sys.stderr)
+    return result, seconds
+
+
+def evaluate(args: argparse.Namespace):
+    """Prints the score of a checkpoint."""
+    path = find_checkpoint(args.checkpoint)
+    meta = read_meta(path)
+    if reason := does_not_apply(meta["data"]["meta"]):
+        raise ValueError(reason)
+    packed = pack(read_tasks(args.input, args.tasks), args.row_len)
+    result, seconds = score_checkpoint(args, path, meta, packed)
+    print(f"HellaSwag, {result}", flush=True)
+    if args.output:
+        write_json(args.output, {
+            "checkpoint": str(path), "step": meta["step"], "script": meta["script"], **result._asdict(),
+            "standard_errors": result.standard_errors, "seconds": seconds, "device": args.device, "dtype": args.dtype,
+            "torch": torch.__version__,
+        })
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run that is followed
+
+
+def find_run(place: Path) -> Path:
+    """The run folder `place`, or the newest run in an experiment's folder.
+
+    Raises FileNotFoundError without one, ValueError for a damaged one or a model that cannot be scored."""
+    configs = [place / "config.json"]
+    if not configs[0].is_file():
+        configs = sorted(place.glob("*/config.json"), key=lambda path: (path.stat().st_mtime, path))
+    if not configs:
+        raise FileNotFoundError(f"--follow {place}: there is no run, or none yet: name the folder of a run or of an "
+                                "experiment when its training has begun")
+    try:
+        reason = does_not_apply(json.loads(configs[-1].read_bytes())["data"]["meta"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"--follow {place}: {configs[-1]} is damaged ({error!r})") from error
+    if reason:
+        raise ValueError(reason)
+    return configs[-1].parent
+
+
+def parse_objects(lines: bytes) -> list[dict]:
+    """The JSON objects of some lines. What a killed process left of one is passed over."""
+    found = []
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [value for value in found if isinstance(value, dict)]
+
+
+def append_object(path: Path, value: dict):
+    """One more line in a file of JSON lines, by one write: a reader finds all of it or nothing. If another process was
+    killed inside its line, that line is ended first."""
+    line = json.dumps(value).encode() + b"\n"
+    with open(path, "ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
+
+
+def has_ended(run: Path) -> bool:
+    """Whether the last line of the run's metrics is whole and says that it has ended."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        *lines, cut = file.read().split(b"\n")
+    last = parse_objects(lines[-1]) if lines and not cut else []
+    return bool(last) and last[0].get("event") == "end"
+
+
+def tokens_at(run: Path, step: int) -> int | None:
+    """Training tokens of the first `step` steps, from the run's metrics: those of the last record until then, and its
+    batch for each step since. None where no record says."""
+    path = run / "metrics.jsonl"
+    records = parse_objects(path.read_bytes()) if path.is_file() else []
+    records = [r for r in records if type(r.get("step")) is int and type(r.get("tokens")) is int]
+    records = sorted((r for r in records if r["step"] <= step), key=lambda r: r["step"])
+    if records and records[-1]["step"] == step:
+        return records[-1]["tokens"]
+    batches = [r["batch_tokens"] for r in records if "batch_tokens" in r]
+    return records[-1]["tokens"] + (step - records[-1]["step"]) * batches[-1] if batches else None
+
+
+def hash_at(path: Path) -> str | None:
+    """The hash of a checkpoint's weights, as its meta.json has it; None where the checkpoint is not, or no more."""
+    try:
+        meta = json.loads((path / "meta.json").read_bytes())
+        return meta["sha256"] if (path / "state.pt").is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def find_unscored(run: Path, known: set[str]) -> tuple[Path, str] | tuple[None, None]:
+    """The first checkpoint of the run whose hash is not in `known`, and that hash; (None, None) if there is none."""
+    found = sorted(run.glob("checkpoints/step_*[0-9]"), key=lambda path: (len(path.name), path.name))
+    hashes = ((path, hash_at(path)) for path in found)
+    return next(((path, sha256) for path, sha256 in hashes if sha256 and sha256 not in known), (None, None))
+
+
+def score_of(args: argparse.Namespace, run: Path, path: Path, packed: Packed) -> tuple[Score, dict]:
+    """Score of a checkpoint of the run, and its record: what older runs have in metrics.jsonl, and what was scored how.
+    Raises ValueError, OSError or RuntimeError where it cannot be scored."""
+    meta = read_meta(path)
+    result, _ = score_checkpoint(args, path, meta, packed)
+    return result, {
+        "step": meta["step"], "hellaswag": result._asdict(), "hellaswag_per_token": result.per_token,
+        "hellaswag_errors": result.standard_errors, "tokens": tokens_at(run, meta["step"]),
+        "train_time_ms": meta["train_time_ms"], "checkpoint": str(path.relative_to(run)), "sha256": meta["sha256"],
+        "device": args.device, "dtype": args.dtype,
+    }
+
+
+def follow(args: argparse.Namespace) -> int:
+    """Scores every checkpoint of a run as it appears, until the run has ended; exit code 1 if one is damaged. Those
+    that training deletes or replaces before their turn are passed over."""
+    run, failed = find_run(args.follow), 0
+    tasks = read_tasks(args.input, args.tasks)
+    packed, tasks_hash = pack(tasks, args.row_len), hashlib.sha256(repr(tasks).encode()).hexdigest()[:12]
+    scores = parse_objects((run / SCORES).read_bytes()) if (run / SCORES).exists() else []
+    known = {r.get("sha256") for r in scores if r.get("tasks_hash") == tasks_hash}
+    print(f"{run}: follows this run, {len(known)} score(s) are there", file=sys.stderr)
+    while True:
+        ended = has_ended(run)  # before the look for checkpoints: the last one is written before the end
+        path, sha256 = find_unscored(run, known)
+        if path is None and ended:
+            return failed
+        if path is None:
+            time.sleep(POLL)
+            continue
+        try:
+            result, record = score_of(args, run, path, packed)
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            if hash_at(path) != sha256:
+                print(f"{path}: deleted or replaced before it was scored", file=sys.stderr)
+                continue
+            print(f"warning: {error}", file=sys.stderr)
+            known, failed = known | {sha256}, 1
+            continue
+        append_object(run / SCORES, record | {"tasks_hash": tasks_hash})
+        known.add(record["sha256"])
+        print(f"step {record['step']}: HellaSwag, {result}", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Checked arguments. Raises ValueError that names all wrong values at once."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, default=Path("logs"), metavar="PATH",
-                        help="folder of a checkpoint, or of a run or experiment: its newest (default: newest in logs)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--checkpoint", type=Path, default=Path("logs"), metavar="PATH",
+                      help="folder of a checkpoint, or of a run or experiment: its newest (default: newest in logs)")
+    what.add_argument("--follow", type=Path, metavar="RUN", help="score every checkpoint of this run as it appears, to "
+                      "hellaswag.jsonl in its folder; of an experiment the newest run")
+    what.add_argument("--download", action="store_true", help="get the tasks to the place of --input, and end")
     parser.add_argument("--input", type=Path, default=FILE, metavar="FILE",
                         help="the tasks, a JSON object with ctx, endings, label a line (default: data/hellaswag/...)")
-    parser.add_argument("--download", action="store_true", help="get the tasks to the place of --input, and end")
     for flag, (default, _, _, text) in NUMBERS.items():
         spellings = dict.fromkeys((f"--{flag}", f"--{flag.replace('-', '_')}"))
         parser.add_argument(*spellings, default=default, metavar="N", help=f"{text} (default: {default})")
@@ -389,6 +570,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             problems.append(f"--{name} {getattr(args, name)}: expected {values[0]}, {values[1]} or {values[2]}")
     if args.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: this machine has no usable CUDA device, leave the flag out")
+    if args.output and args.follow:
+        problems.append("--output: has no effect with --follow, which writes hellaswag.jsonl in the run's folder")
     if args.output and not args.output.absolute().parent.is_dir():
         problems.append(f"--output {args.output}: there is no folder {args.output.absolute().parent}, make it first")
     if problems:
@@ -401,39 +584,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def evaluate(args: argparse.Namespace):
-    """Prints the score of a checkpoint, and on stderr what was scored and the rate."""
-    path = find_checkpoint(args.checkpoint)
-    meta = read_meta(path)
-    if reason := does_not_apply(meta["data"]["meta"]):
-        raise ValueError(reason)
-    packed = pack(read_tasks(args.input, args.tasks), args.row_len)
-    script, count = import_script(meta["script"]), len(packed.labels)
-    model, window = load_model(script, path, meta, longest=args.row_len)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    model = cast(model, script.FP32_PARAMETERS, args.device, dtype)
-    print(f"{path}: {args.device}, {args.dtype}, window {window}, {len(packed.rows):,} rows of {args.row_len} tokens",
-          file=sys.stderr)
-    began = time.perf_counter()
-    losses_N4 = ending_losses(model.trunk, model.head, packed, window, args.rows, args.device,
-                              watch=partial(progress, count))
-    result, seconds = score(losses_N4, packed), time.perf_counter() - began
-    print(f"{seconds:.1f} s: {count / seconds:,.1f} tasks/s", file=sys.stderr)
-    print(f"HellaSwag, {result}", flush=True)
-    if args.output:
-        write_json(args.output, {
-            "checkpoint": str(path), "step": meta["step"], "script": meta["script"], **result._asdict(),
-            "standard_errors": result.standard_errors, "seconds": seconds, "device": args.device, "dtype": args.dtype,
-            "torch": torch.__version__,
-        })
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
     try:
         args = parse(argv)
         if args.download:
             download(args.input)
+        elif args.follow:
+            return follow(args)
         else:
             evaluate(args)
     except KeyboardInterrupt:

@@ -120,7 +120,7 @@ def test_arbitrary_bytes_never_raise(tmp_path_factory, data, start):
     for file in ("metrics.jsonl", "log.txt", "config.json"):
         (path / file).write_bytes(start.encode() + data)
     run = logger.read_run(path)
-    report = logger.format_report("exp", [run])
+    report = logger.plain(logger.experiment_report("exp", [run]))
     assert "\x1b" not in report
     assert json.loads(logger.format_json([run]))["runs"][0]["run_id"] == path.name
 
@@ -193,7 +193,7 @@ def test_damage_inside_is_skipped_and_noted(tmp_path):
 
 def test_nan_run_is_not_completed_and_its_json_is_strict(tmp_path):
     run = logger.read_run(make_run(tmp_path, "a", lines(val(9, math.nan), val(50, 3.0), end(60, math.nan, "nan"))))
-    assert "nan" in logger.format_report("exp", [run]).splitlines()[2]
+    assert "nan" in logger.plain(logger.experiment_report("exp", [run])).splitlines()[2]
     found = json.loads(logger.format_json([run]), parse_constant=pytest.fail)["runs"][0]
     assert (found["status"], found["completed"], found["val_loss"], found["best_val_loss"]) == ("nan", False, None, 3.0)
 
@@ -275,7 +275,7 @@ def test_report_table_mean_and_differing_settings(tmp_path, capsys):
 
 def test_table_aligns_wide_characters(tmp_path):
     runs = [logger.read_run(make_run(tmp_path, name, lines(val(9, 3.5)))) for name in ("日本", "abcd")]
-    _, _, wide, narrow = logger.format_report("exp", runs).splitlines()
+    _, _, wide, narrow = logger.plain(logger.experiment_report("exp", runs)).splitlines()
     assert wide.removeprefix("日本") == narrow.removeprefix("abcd")
 
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logger
+from records import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = settings(deadline=None, database=None, max_examples=30)
@@ -407,36 +408,36 @@ DIFFS = [  # change of the source, settings (name, A, B), units (name, change)
 
 @pytest.mark.parametrize(("edit", "expected", "units"), DIFFS)
 def test_diff_names_what_changed(edit, expected, units):
-    found = logger.compare_parts({"train_gpt.py": CODE}, {"train_gpt.py": change(*edit)})
+    found = sources.compare_parts({"train_gpt.py": CODE}, {"train_gpt.py": change(*edit)})
     assert [(s["name"], s["a"], s["b"]) for s in found["settings"]] == expected
     assert [(u["name"], u["change"]) for u in found["units"]] == units
     assert found["notes"] == ([] if expected or units else [OUTSIDE])
-    back = logger.compare_parts({"train_gpt.py": change(*edit)}, {"train_gpt.py": CODE})
+    back = sources.compare_parts({"train_gpt.py": change(*edit)}, {"train_gpt.py": CODE})
     assert {(s["name"], s["b"], s["a"]) for s in back["settings"]} == set(expected)
 
 
 def test_diff_of_other_files_and_other_languages():
     old = {"train_gpt.py": "x = (1\n", "kernels.py": "TILE = 1\n", "old.py": ""}
     new = {"train_gpt.py": "x = (2\n", "kernels.py": "TILE = 2\n", "new.py": ""}
-    found = logger.compare_parts(old, new)
+    found = sources.compare_parts(old, new)
     assert found["settings"] == [{"name": "kernels.py: TILE", "a": "1", "b": "2"}]
     assert [(u["name"], u["change"]) for u in found["units"]] == [("old.py", "file removed"), ("new.py", "file added")]
     assert len(found["notes"]) == 2 and all("compared as text only" in note for note in found["notes"])
-    assert "-x = (1" in logger.unified(old, new, "ab") and "+x = (2" in logger.unified(old, new, "ab")
+    assert "-x = (1" in sources.unified(old, new, "ab") and "+x = (2" in sources.unified(old, new, "ab")
 
 
 @QUICK
 @given(st.lists(st.sampled_from(CODE.splitlines()) | st.text(max_size=10), max_size=20).map("\n".join))
 def test_any_source_can_be_compared(text):
     for old, new in ((CODE, text), (text, CODE)):
-        found = logger.compare_parts({"a": old}, {"a": new})
+        found = sources.compare_parts({"a": old}, {"a": new})
         assert old == new or found["settings"] or found["units"] or found["notes"]
 
 
 @pytest.mark.parametrize("text", ["(" * 5000, "-" * 100_000 + "1", "x = '\0'", "[" * 300 + "]" * 300,
                                   "f(" * 90 + ")" * 90, "x" + " + x" * 900, "x" + ".x" * 900, "a = " * 900 + "1"])
 def test_hostile_sources_do_not_raise(text):
-    logger.compare_parts({"a": text}, {"a": CODE})
+    sources.compare_parts({"a": text}, {"a": CODE})
 
 
 def test_diff_command(tmp_path, capsys):
@@ -465,6 +466,90 @@ def test_diff_of_our_runs_shows_the_settings(tmp_path, capsys):
     expected = [{"name": "setting width", "a": "32", "b": "64"},
                 {"name": "setting new", "a": "null", "b": "[1]"}]
     assert found["settings"] == expected and found["effect"]["n_a"] == 1
+
+
+# -- diff of sources with the parts RECORD, KERNELS and SERVICE
+
+
+def box(word):
+    return f"# ╔{'═' * 60}╗\n# ║ {word + ' ' * (59 - len(word))}║\n# ╚{'═' * 60}╝\n"
+
+
+KERNELS = "def kernel(x):\n    return x\n"
+SERVICE = "LIMIT = 3\n\n\nclass Loader:\n    def next(self):\n        return 1\n\n\ndef main():\n    return Loader()\n"
+
+
+def boxed(record=CODE, kernels=KERNELS, service=SERVICE):
+    """A source in three parts; the docstring stands before the first box."""
+    about, rest = record.split("\n", 1)
+    return "\n".join([about, box("RECORD: what a competitor changes") + rest, box("KERNELS") + kernels,
+                      box("SERVICE, byte-identical in both scripts") + service])
+
+
+def compare_boxed(old, new):
+    return sources.compare_parts({"train_gpt.py": old}, {"train_gpt.py": new})
+
+
+def test_parts_that_are_the_same_are_not_listed():
+    record = change("return 0.1 *", "return 0.05 *", change("def helper", "def more():\n    pass\n\n\ndef helper"))
+    record = change("self.steps * BLOCK", "self.steps", record)
+    found = compare_boxed(boxed(), boxed(record))
+    assert found["blocks"] == ["record differs: units 2 changed, 1 added, 0 removed; lines 6 added, 2 removed",
+                               "kernels unchanged", "service unchanged"]
+    assert {(u["name"], u["change"]) for u in found["units"]} == {
+        ("Args.total()", "changed"), ("get_lr()", "constants only"), ("more()", "added")}
+    assert compare_boxed(boxed(record), boxed())["blocks"][0] == (
+        "record differs: units 2 changed, 0 added, 1 removed; lines 2 added, 6 removed")
+
+
+def test_a_service_that_differs_is_listed_after_the_record():
+    service = change("LIMIT = 3", "LIMIT = 4", change("return Loader()", "return None", SERVICE))
+    record = change("return [1,", "return [3, 1,")
+    found = compare_boxed(boxed(), boxed(record, service=service))
+    assert found["blocks"] == ["record differs: units 1 changed, 0 added, 0 removed; lines 1 added, 1 removed",
+                               "kernels unchanged",
+                               "service differs: units 1 changed, 0 added, 0 removed; lines 2 added, 2 removed"]
+    assert [u["name"] for u in found["units"]] == ["helper()", "SERVICE: main()"]
+    assert found["settings"] == [{"name": "SERVICE: LIMIT", "a": "3", "b": "4"}]
+
+
+def test_what_moves_into_another_part_and_comments():
+    found = compare_boxed(boxed(), boxed(CODE + KERNELS, kernels="\n"))
+    assert [(u["name"], u["change"]) for u in found["units"]] == [
+        ("kernel()", "added"), ("KERNELS: kernel()", "removed")]
+    found = compare_boxed(boxed(), boxed(service=SERVICE + "# the end\n"))
+    assert found["blocks"][2].startswith("service differs: units 0 changed") and not found["units"]
+    assert found["notes"] == [f"SERVICE: {OUTSIDE}"]
+    found = compare_boxed(boxed(), boxed(service="(" + SERVICE))
+    assert len(found["notes"]) == 1 and found["notes"][0].startswith("SERVICE of train_gpt.py of B does not parse")
+
+
+@pytest.mark.parametrize("source", [
+    CODE, CODE + box("SERVICES"), CODE + box("service"), box("SERVICE").replace("#", " #"),
+    box("RECORD").replace("║", "|"), CODE + box("RECORD").split("\n", 1)[1],
+])
+def test_sources_without_boxes_are_treated_as_one(source):
+    assert list(sources.blocks_in(source)) == [""]
+    for old, new in ((boxed(), source), (source, boxed())):
+        found = compare_boxed(old, new)
+        assert found["blocks"] == [] and (found["units"] or found["notes"])
+
+
+def test_blocks_hold_all_of_the_source_but_the_boxes():
+    parts = sources.blocks_in(boxed())
+    assert list(parts) == ["RECORD", "KERNELS", "SERVICE"] and parts["SERVICE"] == SERVICE
+    assert parts["RECORD"].strip() == CODE.strip() and parts["KERNELS"].strip() == KERNELS.strip()
+    last = sources.blocks_in(box("KERNELS") + "a = 1\n" + box("SERVICE").rstrip("\n"))
+    assert last == {"RECORD": "", "KERNELS": "a = 1\n", "SERVICE": ""}
+
+
+def test_diff_command_names_the_parts(tmp_path, capsys):
+    a = make_group(tmp_path / "a", [3.280], code=boxed())
+    b = make_group(tmp_path / "b", [3.270], code=boxed(change("return 0.1 *", "return 0.05 *")))
+    assert numbers(capsys, "diff", a, b)["blocks"][1:] == ["kernels unchanged", "service unchanged"]
+    lines = command(capsys, "diff", a, b)[1].splitlines()
+    assert lines[2].startswith("record differs: units 1 changed")
+    assert lines[3:5] == ["kernels unchanged", "service unchanged"]
 
 
 # -- verify

@@ -113,7 +113,7 @@ def test_any_report_never_raises(values):
     records = [{"step": 1, "val_loss": 2.0}, report(1, [EVEN]), report(2, [EVEN]) | values]
     run = logger.Run(logger.Path("run"), "metrics.jsonl", logger.parse_metrics(lines(*records)), {})
     json.loads(logger.format_json([run]), parse_constant=pytest.fail)
-    assert logger.format_report("exp", [run]) and logger.screen(logger.describe(run))
+    assert logger.plain(logger.experiment_report("exp", [run])) and logger.screen(logger.describe(run))
 
 
 # --- the heat map

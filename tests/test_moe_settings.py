@@ -1,12 +1,11 @@
-"""Settings of train_moe.py's mixtures: what each flag changes, what is refused, presets at equal active FLOPs, the
-choice of how experts are multiplied, and the comparison with a dense control."""
+"""Settings of train_moe.py's mixtures: what each flag changes, what is refused, presets at equal active FLOPs,
+and the choice of how experts are multiplied."""
 import dataclasses
 import functools
-import json
 
 import pytest
 import torch
-from helpers import CPU, H100, TINY, flags, losses, records, tiny
+from helpers import CPU, H100, TINY, flags, records, tiny
 from moe import FIELDS, parse, random_batch, random_model, random_noise, settings, train, window
 
 import train_gpt
@@ -274,91 +273,3 @@ def test_auto_impl_by_hardware_is_printed(capability, argv, impl, monkeypatch):
     monkeypatch.setattr(tm, "detect_hardware", lambda device="auto": hardware)
     s, _, notes = tm.parse_settings(["--preset", "mixtral", *argv], 1)
     assert s.moe_impl == impl and notes[-1].endswith(f"experts by {impl}")
-
-
-# --- the dense control
-
-
-def control_run(folder, status="done", val_loss=3.0, fingerprint="same", **settings_of_run):
-    """A run's folder, made by hand: 10 steps of 100 tokens and 50 ms."""
-    folder.mkdir()
-    same = {name: getattr(settings(), name) for name in tm.COMPARED}
-    config = {"settings": same | settings_of_run, "data": {"fingerprint": fingerprint}}
-    (folder / "config.json").write_text(json.dumps(config))
-    rows = [dict(step=step, val_loss=loss, tokens=100 * step, train_time_ms=50.0 * step)
-            for step, loss in ((4, 3.5), (8, 3.1), (10, 3.0))]
-    rows.insert(1, dict(step=6, train_loss=2.0, tokens=600, train_time_ms=300.0))
-    if status:
-        rows.append(dict(event="end", status=status, step=10, val_loss=val_loss, train_time_ms=500.0))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-@pytest.mark.parametrize("changes, words", [
-    (dict(status=None), ["has not ended"]),
-    (dict(val_loss=None), ["has not ended"]),
-    (dict(status="interrupted"), ["has not ended"]),
-    (dict(fingerprint="other"), ["no dense run on the same data", "--num_experts 0"]),
-    (dict(num_experts=8), ["no dense run", "--num_experts 0"]),
-    (dict(eval_tokens=7, mtp=[3]), ["not comparable", "eval_tokens 7, here", "mtp [3], here [0]"]),
-])
-def test_controls_that_cannot_be_compared_with_are_refused(changes, words, tmp_path):
-    folder = control_run(tmp_path / "dense", **changes)
-    with pytest.raises(UserError) as caught:
-        tm.read_control(settings(control=str(folder)), "same")
-    assert all(word in str(caught.value) for word in [f"--control {folder}", *words])
-
-
-def test_a_control_of_train_gpt_or_without_experts_is_read(tmp_path):
-    assert tm.read_control(settings(), "same") is None
-    for name, of_run in (("gpt", {}), ("moe", dict(num_experts=0))):
-        end = tm.read_control(settings(control=str(control_run(tmp_path / name, **of_run))), "same")
-        assert (end["step"], end["val_loss"]) == (10, 3.0)
-
-
-def test_a_missing_control_is_one_sentence_before_training(tmp_path, capsys):
-    for folder, missing in ((tmp_path / "none", "config.json"), (tmp_path / "half", "metrics.jsonl")):
-        if folder.name == "half":
-            folder.mkdir()
-            (folder / "config.json").write_text("{}")
-        assert tm.main(tiny(tmp_path, control=folder)) == 1
-        said = capsys.readouterr().err
-        assert said == f"error: --control {folder}: no {missing} there; name a run's folder, logs/EXPERIMENT/RUN\n"
-    assert not (tmp_path / "logs").exists()
-
-
-def test_table_of_the_control(tmp_path):
-    """Between the validations above and below the loss; training losses and a half-written last line do not count, nor
-    does what a run did after the checkpoint from which it went on."""
-    dense, own = control_run(tmp_path / "dense"), control_run(tmp_path / "own")
-    rows = [dict(step=2, val_loss=3.2, tokens=1000, train_time_ms=100.0), dict(step=4, val_loss=1.0, tokens=1),
-            dict(event="resume", step=3), dict(step=5, val_loss=3.05, tokens=1_234_000, train_time_ms=400.0)]
-    (own / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 6, "val_loss": 1.')
-
-    def table(loss: float, *step_ms: float) -> list[str]:
-        return tm.control_lines(tm.compare_with_control(*map(tm.metric_records, (dense, own)), loss, step_ms))
-
-    assert table(3.1, 50.0, 75.0) == [  # 2/3 of the way from step 2 to 5
-        "to validation loss 3.1000       tokens    steps   seconds",
-        "           dense control            800        8       0.4",
-        "                this run        823,000        4       0.3",
-        "step time 1.500 of the control's, break-even at 2.000"]
-    assert table(3.0, 50.0, 40.0)[2:] == ["                this run  not reached", "step time 0.800 of the control's"]
-    assert table(2.0, 50.0, 40.0)[1] == "           dense control  not reached"
-    assert tm.reached(tm.metric_records(dense), 3.6) == dict(tokens=400, step=4, train_time_ms=200.0)
-
-
-def test_a_run_prints_the_comparison_at_its_end(tmp_path, capsys):
-    """With the control's last loss as the goal, or --target-loss; seconds and steps are those of the logs."""
-    dense = train(tm, tmp_path, num_experts=0, experiment_name="dense", eval_every=1)
-    capsys.readouterr()
-    own = train(tm, tmp_path, control=dense, experiment_name="own", eval_every=1)
-    last = losses(dense)["val_loss"][8]
-    ends = [[r for r in records(folder) if r.get("event") == "end"][-1] for folder in (dense, own)]
-    comparison = tm.compare_with_control(records(dense), records(own), last,
-                                         tuple(end["train_time_ms"] / end["step"] for end in ends))
-    expected = "\n".join(tm.control_lines(comparison))
-    assert expected in capsys.readouterr().out and expected in (own / "log.txt").read_text()
-    assert ends[1]["comparison"] == comparison and comparison["loss"] == last
-    other = train(tm, tmp_path, control=dense, experiment_name="other", target_loss=4.7)
-    assert "to validation loss 4.7000 " in capsys.readouterr().out and other.exists()
