@@ -29,14 +29,12 @@ from bench import common  # noqa: E402 - after the path
 TRAINER = ROOT / "train_gpt.py"
 BASE = "proxy"  # the name of the run with nothing changed
 
-
 class Proxy(NamedTuple):
     """The model that stands in for the real one: its flags, and guesses of seconds for --list."""
 
     flags: str
     loss_s: float  # one run to its end
     time_s: float  # one pair of timing runs
-
 
 # Three stages of equal length, so that the schedules of batch, length, window and multi-token
 # prediction have something to do; learning rates follow the square root of the batch.
@@ -60,7 +58,6 @@ PROXIES = {"cpu": Proxy(CPU, loss_s=50, time_s=22), "gpu": Proxy(GPU, loss_s=60,
 ALWAYS = "--adam-weight-decay 0.005 --eval-every 0 --save-every 0 --no-save-last"  # of every proxy
 TIMING = "--iterations 30 --log-every 1 --eval-tokens 1024"
 
-
 class Technique(NamedTuple):
     """One row. Braces in `flags` are filled from the proxy's settings by `flag_values`."""
 
@@ -69,7 +66,6 @@ class Technique(NamedTuple):
     flags: str  # what removes it from the proxy; if `added`, what adds it
     published: str  # gain in optimizer steps and seconds of the 8xH100 track
     added: bool = False  # not part of the proxy
-
 
 # name | public record | flags that remove it (+: that add it) | published gain
 TABLE = """
@@ -101,17 +97,13 @@ clip_docs       | 29     | + --long-docs clip                  | about -25 steps
 bigram          | 62     | + --bigram 8192                     | -165 steps, -5.6 s
 """
 
-
 def read_technique(line: str) -> Technique:
     name, record, flags, published = (cell.strip() for cell in line.split("|"))
     return Technique(name, record, flags.removeprefix("+ "), published, flags.startswith("+"))
 
-
 TECHNIQUES = tuple(map(read_technique, TABLE.strip().splitlines()))
 
-
 # --- Plan
-
 
 class Sweep(NamedTuple):
     """What all runs of a call have in common."""
@@ -122,7 +114,6 @@ class Sweep(NamedTuple):
 
     def key(self, kind: str) -> str:
         return common.key_of(self.proxy, self.fingerprint, TIMING if kind == "time" else "")
-
 
 class Job(NamedTuple):
     """One run to its end ("loss"), or one pair of timing runs ("time")."""
@@ -137,7 +128,6 @@ class Job(NamedTuple):
     def flags(self, change: str) -> list[str]:
         timing = TIMING.split() if self.kind == "time" else []
         return [*self.proxy, *change.split(), *timing]
-
 
 def flag_values(trainer, s) -> dict[str, object]:
     """What the braces stand for: one value in place of the stages', and values of the model's.
@@ -159,7 +149,6 @@ def flag_values(trainer, s) -> dict[str, object]:
         "other_skip": "single" if s.skip == "unet" else "unet",
     }
 
-
 def make_sweep(args: argparse.Namespace) -> Sweep:
     """Checks the flags of all runs that are asked for.
 
@@ -178,7 +167,6 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
                 "with --only, or give the proxy something to switch off, in flags after --")
     return Sweep(tuple(proxy), changes, trainer.open_corpus(base.data).fingerprint())
 
-
 def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
     """All jobs, seed by seed, so that an interrupted sweep has complete seeds."""
     kind = "time" if args.time else "loss"
@@ -187,9 +175,7 @@ def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
     return [Job(kind, name, seed, key, sweep.changes[name], sweep.proxy)
             for seed in range(args.seeds) for name in names]
 
-
 # --- Runs
-
 
 def measure(job: Job, children: set) -> dict:
     """The loss, or the step time beside the proxy's."""
@@ -205,12 +191,10 @@ def measure(job: Job, children: set) -> dict:
         found |= {name: events[-1][name] for name in names}
     return found | {"tokens": common.tokens_of(events)} | common.about(config)
 
-
 def execute(job: Job, children: set) -> dict:
     """The record of a job."""
     run = common.record(job, TRAINER, lambda: measure(job, children))
     return run | {"proxy": shlex.join(job.proxy)}
-
 
 def outcome(run: dict) -> str:
     """A line about a finished run."""
@@ -221,9 +205,7 @@ def outcome(run: dict) -> str:
         return f"{who}: {run['ms']:.1f} ms, proxy {run['proxy_ms']:.1f} ms"
     return f"{who}: val loss {run['val_loss']:.4f}, {run['wall_s']:.0f} s"
 
-
 # --- Results
-
 
 class Row(NamedTuple):
     """A technique's results; None where nothing is measured."""
@@ -235,7 +217,6 @@ class Row(NamedTuple):
     @property
     def verdict(self) -> str:
         return self.effect.side("helps", "hurts", "not resolved")
-
 
 def summarize(runs: list[dict]) -> list[Row]:
     """Results of all techniques that these finished runs tell about, the largest effect first."""
@@ -255,10 +236,8 @@ def summarize(runs: list[dict]) -> list[Row]:
             rows.append(Row(technique, common.effect(deltas), ratio))
     return sorted(rows, key=lambda row: row.effect.mean if row.effect else -np.inf, reverse=True)
 
-
 HEAD = ["technique", "public record", "switched off by", "Δ val loss ± se", "95 % interval", "n",
         "verdict", "step time with / without", "published gain"]
-
 
 def table(rows: list[Row], changes: dict[str, str]) -> str:
     """The results as a Markdown table."""
@@ -275,7 +254,6 @@ def table(rows: list[Row], changes: dict[str, str]) -> str:
             f"not in the proxy; on: {change}" if technique.added else change, *measured,
             f"{ratio:.3f}" if ratio else "not measured", technique.published])
     return common.markdown(HEAD, cells)
-
 
 README = """# What each technique is worth on a small proxy, {date}
 
@@ -295,7 +273,6 @@ technique may gain or cost what it does not there, and steps of small matrices s
 large effects, and techniques that are broken.
 """
 
-
 def proxy_size(runs: list[dict]) -> str:
     """Parameters, tokens and losses of the proxy's own runs."""
     base = [run for run in runs if (run["kind"], run["technique"]) == ("loss", BASE)]
@@ -305,7 +282,6 @@ def proxy_size(runs: list[dict]) -> str:
     spread = f", sd over seeds {stdev(losses):.4f}" if len(losses) > 1 else ""
     return (f"{base[0]['params_total']:,} parameters, {base[0]['tokens']:,} training tokens, "
             f"val loss {mean(losses):.4f}{spread}")
-
 
 def readme(sweep: Sweep, rows: list[Row], runs: list[dict], problems: list[str]) -> str:
     """README.md of the results: the table, how it came about, and what it does not say."""
@@ -318,9 +294,7 @@ def readme(sweep: Sweep, rows: list[Row], runs: list[dict], problems: list[str])
         problems=common.problem_lines(problems, runs, "train_gpt.py"),
         **common.facts(runs))
 
-
 COLORS = {"helps": "tab:green", "hurts": "tab:red", "not resolved": "tab:gray"}
-
 
 def plot(rows: list[Row], path: Path) -> None:
     """Points with 95 % intervals, one technique a line, the largest effect on top."""
@@ -340,7 +314,6 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
 
-
 def write_report(sweep: Sweep, out: Path) -> None:
     """README.md and deltas.png from the records of this proxy and data."""
     runs = [run for run in common.read_runs(out / "runs.jsonl", Job).values()
@@ -356,9 +329,7 @@ def write_report(sweep: Sweep, out: Path) -> None:
         plot(rows, out / "deltas.png")
     common.write_readme(out, readme(sweep, rows, done, problems))
 
-
 # --- Command line
-
 
 def show_plan(jobs: list[Job], runs: dict[tuple, dict], args: argparse.Namespace) -> None:
     """What would be run, and for how long."""
@@ -376,7 +347,6 @@ def show_plan(jobs: list[Job], runs: dict[tuple, dict], args: argparse.Namespace
     print(f"{len(todo)} of {len(jobs)} to run, "
           f"{common.effort(len(todo), seconds, guess, args.jobs)}")
 
-
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that cannot give a result; --only becomes a list of names."""
     names = [row.name for row in TECHNIQUES]
@@ -393,7 +363,6 @@ def check(args: argparse.Namespace) -> None:
                          "step times")
     args.out = args.out or common.default_out("ablation")
 
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "train_gpt.py")
     add = parser.add_argument
@@ -403,7 +372,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--time", action="store_true", help="measure step times instead of losses")
     common.add_sweep_options(parser, "ablation")
     return parser.parse_args(argv)
-
 
 def ablate(args: argparse.Namespace, command: str) -> int:
     """Runs what is missing and writes the results; returns the exit code."""
@@ -422,10 +390,8 @@ def ablate(args: argparse.Namespace, command: str) -> int:
         write_report(sweep, args.out)
     return common.exit_code(failed)
 
-
 def main(argv: list[str] | None = None) -> int:
     return common.command_line("ablate", parse_args, ablate, argv)
-
 
 if __name__ == "__main__":
     common.start(main)

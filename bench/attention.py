@@ -19,7 +19,6 @@ import train_gpt  # noqa: E402 - after the path
 
 SHAPES = ((32, 64, 4, 32), (32, 256, 4, 64))  # rows, seq_len, heads, head_dim
 
-
 def best_ms(function, repeats: int, device: str) -> float:
     """Shortest of several timed calls, after two warm-up calls, in ms."""
     times = []
@@ -32,7 +31,6 @@ def best_ms(function, repeats: int, device: str) -> float:
             torch.cuda.synchronize()
         times += [1000 * (time.perf_counter() - began)] if i >= 2 else []
     return min(times)
-
 
 def compare(shape: tuple[int, ...], window: int, dtype: torch.dtype, device: str, repeats: int) -> dict[str, float]:
     """Backend -> ms of forward and backward; SDPA and the plain formula are left out where (T, T) does not fit."""
@@ -49,7 +47,6 @@ def compare(shape: tuple[int, ...], window: int, dtype: torch.dtype, device: str
         times[backend] = best_ms(lambda b=backend, m=mask: attend(*leaves, m, 0.2, b).backward(weight), repeats, device)
     return times
 
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     for name in ("rows", "seq-len", "heads", "head-dim", "window"):
@@ -65,7 +62,6 @@ def main() -> int:
             print(f"rows {shape[0]}, seq_len {shape[1]}, heads {shape[2]} x {shape[3]}, {dtype}: "
                   + ", ".join(f"{name} {ms:.2f} ms ({ms / base:.2f})" for name, ms in times.items()), flush=True)
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

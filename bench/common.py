@@ -30,18 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FACTS = ("date", "command", "data", "hardware", "torch", "commit", "trainer")  # of every record
 NOT_FINITE = re.compile(r"(nan|inf|not finite).*: stopped")  # a trainer's words
 
-
 # --- Records
-
 
 def key_of(*parts) -> str:
     """A short name for flags and data: runs with another one do not count."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
-
 def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
 
 def read_lines(path: Path) -> list[dict]:
     """The objects of a .jsonl file; lines that a full disk or a kill cut off are left out."""
@@ -52,17 +48,14 @@ def read_lines(path: Path) -> list[dict]:
             found.append(json.loads(line))
     return found
 
-
 def read_runs(path: Path, job_type: type) -> dict[tuple, dict]:
     """The first five fields of a job -> its newest record."""
     names = job_type._fields[:5]
     return {tuple(run[name] for name in names): run for run in read_lines(path)}
 
-
 def missing(jobs: list, runs: dict[tuple, dict]) -> list:
     """The jobs without a record, or whose record says that they failed."""
     return [job for job in jobs if runs.get(job[:5], {"problem": "not run"})["problem"]]
-
 
 def append_run(path: Path, run: dict) -> None:
     """Adds a record, on a line of its own even after one that a full disk cut off."""
@@ -71,7 +64,6 @@ def append_run(path: Path, run: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(("" if whole else "\n") + json.dumps(run) + "\n")
 
-
 def write_json(path: Path, value: dict, indent: int = 2) -> None:
     """Replaces the file as a whole: an interruption leaves the old or the new one."""
     temporary = path.with_suffix(".tmp")
@@ -79,9 +71,7 @@ def write_json(path: Path, value: dict, indent: int = 2) -> None:
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
-
 # --- Runs
-
 
 def run_command(command: list[str], children: set) -> str:
     """Runs a program to its end; what went wrong in its own last sentence, "" if nothing did."""
@@ -94,7 +84,6 @@ def run_command(command: list[str], children: set) -> str:
     said = re.split(r"^error: ", printed, flags=re.MULTILINE)[1:] or printed.splitlines()
     return " ".join(said[-1].split()) if said else f"ended with code {child.returncode}"
 
-
 def train(script: Path, flags: list[str], seed: int, children: set) -> tuple[list[dict], dict]:
     """Events of metrics.jsonl and config.json of a run. RuntimeError: the trainer's sentence."""
     with tempfile.TemporaryDirectory() as logs:
@@ -104,7 +93,6 @@ def train(script: Path, flags: list[str], seed: int, children: set) -> tuple[lis
         (folder,) = Path(logs).glob("*/*/")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return read_lines(folder / "metrics.jsonl"), config
-
 
 def record(job, script: Path, measure: Callable[[], dict], may_diverge: bool = False) -> dict:
     """The record of a job: what was run, the numbers that `measure` finds, or the problem that
@@ -120,7 +108,6 @@ def record(job, script: Path, measure: Callable[[], dict], may_diverge: bool = F
         run["problem"] = "" if run["diverged"] else str(error) or repr(error)
     return run | {"wall_s": round(time.perf_counter() - began, 2)}
 
-
 def about(config: dict, fingerprint: str | None = None) -> dict:
     """Where a run ran, from its config.json. RuntimeError: its data are others than expected."""
     data = config["data"]
@@ -134,7 +121,6 @@ def about(config: dict, fingerprint: str | None = None) -> dict:
             "commit": (git["commit"] or "unknown")[:10] + changes,
             "data": f"{data['name']}, fingerprint {data['fingerprint']}"}
 
-
 def step_ms(events: list[dict], config: dict) -> float:
     """ms per step over a whole run: the median of each stage, without its first step, weighted by
     the stage's length."""
@@ -143,10 +129,8 @@ def step_ms(events: list[dict], config: dict) -> float:
     ends = [0, *(round(end * steps) for end in config["settings"]["stage_ends"])]
     return sum((b - a) * median(times[a + 1:b]) for a, b in pairwise(ends)) / steps
 
-
 def tokens_of(events: list[dict]) -> int:
     return max(event.get("tokens", 0) for event in events)
-
 
 def run_all(jobs: list, workers: int, command: str, path: Path, execute: Callable,
             outcome: Callable[[dict], str]) -> int:
@@ -171,6 +155,13 @@ def run_all(jobs: list, workers: int, command: str, path: Path, execute: Callabl
             raise
     return failed
 
+def micro_step(script, model, optimizer, batch, window, weights: list[float]):
+    """Forward and backward of some rows, (3, B, T), as in the script's `train`; their summed next-token loss."""
+    inputs, targets, docs = batch
+    targets = script.future_targets(targets, docs, len(weights) - 1)
+    losses = model(inputs, targets, docs, window)
+    sum(w * loss for w, loss in zip(weights, losses, strict=True)).backward()
+    return losses[0].detach()
 
 def share_cores(jobs: int) -> None:
     """Each of the runs at the same time gets its share of the cores."""
@@ -178,14 +169,12 @@ def share_cores(jobs: int) -> None:
         share = max(1, (os.cpu_count() or 1) // jobs)
         os.environ.setdefault("OMP_NUM_THREADS", str(share))
 
-
 def warn_if_busy() -> None:
     """A second busy process makes a run up to 10 times slower."""
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"warning: the load average is {load:.1f}; times need an idle machine",
               file=sys.stderr)
-
 
 def stop_group(child: subprocess.Popen, patience_s: float = 0) -> None:
     """Ends a process and what it started: SIGTERM if there is patience, at last SIGKILL."""
@@ -195,7 +184,6 @@ def stop_group(child: subprocess.Popen, patience_s: float = 0) -> None:
             os.killpg(child.pid, number)
             child.wait(seconds)
 
-
 # --- Sweeps that decide by the losses so far what to run next
 #
 # A sweep has plan(found) -> {point: number of seeds}, job(point, seed), collect(runs) -> found,
@@ -204,17 +192,14 @@ def stop_group(child: subprocess.Popen, patience_s: float = 0) -> None:
 
 Found = dict[tuple, dict[int, float]]  # point -> seed -> loss, infinite where the run diverged
 
-
 def loss_of(run: dict) -> float:
     return math.inf if run["diverged"] else run["val_loss"]
-
 
 def absent(sweep, found: Found) -> list[tuple[tuple, int]]:
     """The points and seeds that the plan calls for and that are not there."""
     todo = [(point, seed) for point, count in sweep.plan(found).items()
             for seed in range(count) if seed not in found.get(point, ())]
     return sorted(todo, key=sweep.order)
-
 
 def foreseen(sweep, found: Found) -> list[tuple[tuple, int]]:
     """All runs to come, if further seeds change nothing and the best lies where it is expected."""
@@ -226,7 +211,6 @@ def foreseen(sweep, found: Found) -> list[tuple[tuple, int]]:
             losses[seed] = mean(losses.values()) if losses else unknown
         todo += new
     return todo
-
 
 def run_rounds(sweep, job_type: type, file: Path, run_jobs: Callable[[list], int]) -> int:
     """Rounds of runs, until the plan is complete or a run fails; returns how many failed."""
@@ -242,16 +226,13 @@ def run_rounds(sweep, job_type: type, file: Path, run_jobs: Callable[[list], int
         failed = run_jobs(jobs)
     return failed
 
-
 def unfinished(sweep, found: Found) -> list[str]:
     """A sentence about what is to come, if anything is."""
     left = len(foreseen(sweep, found))
     said = f"not finished: about {left} run(s) are to come; the same command goes on"
     return [said] if left else []
 
-
 # --- Statistics
-
 
 class Effect(NamedTuple):
     """Two or more values: mean, standard error, 95 % Student t interval."""
@@ -266,7 +247,6 @@ class Effect(NamedTuple):
         """A word for an interval that lies above, below or around 0."""
         return above if self.low > 0 else below if self.high < 0 else neither
 
-
 def effect(values: Iterable[float]) -> Effect | None:
     """None for fewer than two values, or where one is not finite."""
     from scipy.stats import t
@@ -278,29 +258,24 @@ def effect(values: Iterable[float]) -> Effect | None:
     half = float(t.ppf(0.975, len(values) - 1)) * se
     return Effect(len(values), center, se, center - half, center + half)
 
-
 def paired(one: dict[int, float], other: dict[int, float]) -> list[float]:
     """Differences one - other of the seeds that both have; of two infinities 0."""
     seeds = sorted(one.keys() & other.keys())
     return [0.0 if one[seed] == other[seed] else one[seed] - other[seed] for seed in seeds]
 
-
 def ratios(one: dict[int, float], other: dict[int, float]) -> list[float]:
     """Ratios one / other of the seeds or rounds that both have."""
     return [one[seed] / other[seed] for seed in sorted(one.keys() & other.keys())]
 
-
 def interval(e: Effect, form: str = "+.4f", unit: str = "") -> str:
     return (f"{e.mean:{form}}{unit} (95 % interval {e.low:{form}} to {e.high:{form}}, "
             f"n = {e.n})")
-
 
 def difference(deltas: list[float]) -> str:
     """Mean, standard error and interval of paired differences in words."""
     if e := effect(deltas):
         return interval(e, unit=f" ± {e.se:.4f} nats")
     return f"{mean(deltas):+.4f} nats (n = {len(deltas)})" if deltas else "not measured"
-
 
 def mean_sd(values: Iterable[float]) -> str:
     """Mean ± standard deviation."""
@@ -309,20 +284,16 @@ def mean_sd(values: Iterable[float]) -> str:
         return "diverged"
     return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
-
 # --- Report
-
 
 def markdown(head: list[str], rows: list[list]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
-
 def aligned(rows: list[list[str]]) -> str:
     """A table of columns for a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-
 
 def facts(runs: list[dict]) -> dict[str, str]:
     """What the records say of when, how and where, each different word once."""
@@ -332,7 +303,6 @@ def facts(runs: list[dict]) -> dict[str, str]:
         found[name] = ("`; `" if name == "command" else "; ").join(said) or "unknown"
     return found
 
-
 def problem_lines(problems: list[str], runs: list[dict], script: str) -> str:
     """A list of problems; a trainer that changed between the runs is one."""
     if len({run["trainer"] for run in runs}) > 1:
@@ -340,11 +310,9 @@ def problem_lines(problems: list[str], runs: list[dict], script: str) -> str:
                     "the new one"]
     return "".join(f"- Problem: {line}\n" for line in problems)
 
-
 def write_readme(out: Path, text: str) -> None:
     (out / "README.md").write_text(text, encoding="utf-8")
     print(f"\n{text}\nwritten to {out}")
-
 
 def panels(width: float, height: float, rows: int = 1, columns: int = 1, **options):
     """A figure of that many inches, and its axes."""
@@ -353,9 +321,7 @@ def panels(width: float, height: float, rows: int = 1, columns: int = 1, **optio
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
-
 # --- Command line
-
 
 def make_parser(doc: str, script: str = "") -> argparse.ArgumentParser:
     """A parser whose help is the module's docstring; flags after -- go to the script."""
@@ -365,7 +331,6 @@ def make_parser(doc: str, script: str = "") -> argparse.ArgumentParser:
     if script:
         parser.add_argument("flags", nargs="*", help=f"after --: flags of {script} for all runs")
     return parser
-
 
 def add_sweep_options(parser: argparse.ArgumentParser, place: str, seeds: int | None = 3,
                       quick: bool = True) -> None:
@@ -379,7 +344,6 @@ def add_sweep_options(parser: argparse.ArgumentParser, place: str, seeds: int | 
     add("--out", type=Path, metavar="DIR", help="folder of the results; name it to go on another "
         f"day (default: records/DATE_{place})")
 
-
 def check_counts(args: argparse.Namespace, seeds: int = 3, quick: int = 1, **least: int) -> None:
     """Raises ValueError for too few seeds, jobs and other numbers."""
     low = quick if getattr(args, "quick", False) else seeds
@@ -391,10 +355,8 @@ def check_counts(args: argparse.Namespace, seeds: int = 3, quick: int = 1, **lea
             given = getattr(args, name)
             raise ValueError(f"--{name} must be at least {number}, got {given}")
 
-
 def default_out(place: str) -> Path:
     return ROOT / "records" / f"{date.today()}_{place}"
-
 
 def words(text: str, kinds: Iterable[str], flag: str) -> list[str]:
     """The named kinds, in their own order. Raises ValueError for others."""
@@ -404,14 +366,12 @@ def words(text: str, kinds: Iterable[str], flag: str) -> list[str]:
             raise ValueError(f"{flag} {name}: must be one or more of {', '.join(kinds)}")
     return [name for name in kinds if name in given]
 
-
 def number(word: str) -> float:
     """1/4 or 0.25 -> 0.25; nan for what is no number."""
     try:
         return float(Fraction(word))
     except (ValueError, ZeroDivisionError):
         return math.nan
-
 
 def exponents(text: str) -> list[int]:
     """1/2,1,2 -> -1, 0, 1. Raises ValueError for what is no power of two."""
@@ -423,18 +383,15 @@ def exponents(text: str) -> list[int]:
         found.add(round(math.log2(x)))
     return sorted(found)
 
-
 def power(k: int) -> str:
     """2**k as people write it: 1/4, 1, 8."""
     return str(Fraction(2) ** k)
-
 
 def refuse_own(given: Iterable[str], own: dict[str, str]) -> None:
     """Raises ValueError for flags after -- that the sweep itself sets."""
     for name in sorted(own.keys() & set(given)):
         instead = f"; use {own[name]}" if own[name] else ""
         raise ValueError(f"--{name.replace('_', '-')} after --: every run gets its own{instead}")
-
 
 def given(script, flags: Iterable[str]) -> dict:
     """What a command line of a trainer, a module, sets itself: name -> value. Exits where it is wrong."""
@@ -444,7 +401,6 @@ def given(script, flags: Iterable[str]) -> dict:
 
     return vars(script.build_parser().parse_args([*map(dashed, flags)]))
 
-
 def parsed(script, flags: Iterable[str], what: str = ""):
     """Settings of a run of a trainer, a module. Raises ValueError with one line."""
     try:
@@ -452,7 +408,6 @@ def parsed(script, flags: Iterable[str], what: str = ""):
     except ValueError as error:
         place = f"{what}{script.__name__}.py"
         raise ValueError(f"{place}: {' '.join(str(error).split())}") from error
-
 
 def effort(amount: float, seconds: list[float], guess: float | None, jobs: int,
            unit: str = "each") -> str:
@@ -464,13 +419,11 @@ def effort(amount: float, seconds: list[float], guess: float | None, jobs: int,
     return (f"about {amount * each / jobs / 60:.0f} min: {each:.0f} s {unit} ({source}), "
             f"{jobs} at a time")
 
-
 def exit_code(failed: int) -> int:
     """0; raises RuntimeError if runs failed."""
     if failed:
         raise RuntimeError(f"{failed} run(s) failed, see above; the same command runs them again")
     return 0
-
 
 def command_line(script: str, parse: Callable, work: Callable[[argparse.Namespace, str], int],
                  argv: list[str] | None, resumes: bool = True) -> int:
@@ -484,7 +437,6 @@ def command_line(script: str, parse: Callable, work: Callable[[argparse.Namespac
     except KeyboardInterrupt:
         print("error: interrupted" + "; the same command goes on" * resumes, file=sys.stderr)
         return 130
-
 
 def start(main: Callable[[], int]) -> None:
     """Ends this process with main's exit code; a time limit ends the runs under way, too."""

@@ -58,9 +58,7 @@ ROUNDING = 1e-5  # a change of less than this share of the size is none
 SIZE, CHANGE = "mean |x|", "change"
 MUP, STANDARD = "--mup", "standard"
 
-
 # --- Settings
-
 
 def load_script(path: Path) -> ModuleType:
     """train_gpt.py or train_moe.py as a module. Raises ValueError if that file is no trainer that knows --mup."""
@@ -77,12 +75,10 @@ def load_script(path: Path) -> ModuleType:
         raise ValueError(f"--script {path}: it does not know --mup; use train_gpt.py or train_moe.py")
     return module
 
-
 def settings_at_hand(script: ModuleType, flags: list[str]):
     """Settings of a command line, and the base width if it names one, else 0."""
     base_width = common.given(script, flags).get("base_width", 0)
     return script.parse_settings([*flags, "--mup"], world_size=1)[0], base_width
-
 
 def default_widths(s) -> list[int]:
     """Doubling from the smallest that has four heads (large ones: a pair) and is 64 or more, up to 512; three at least.
@@ -92,7 +88,6 @@ def default_widths(s) -> list[int]:
     while len(widths) < 3 or 2 * widths[-1] <= 512:
         widths.append(2 * widths[-1])
     return widths
-
 
 def resized(script: ModuleType, s, length: int, **changes):
     """The settings in fp32 and plain torch, for rows of `length` tokens; `changes`: width, base_width, mup, seed.
@@ -112,7 +107,6 @@ def resized(script: ModuleType, s, length: int, **changes):
         raise ValueError(f"width {s.width} cannot work: {'; '.join(problems)}")
     return s
 
-
 def text_batch(length: int, device: str) -> tuple[torch.Tensor, ...]:
     """Inputs, targets and document numbers, (ROWS, length) each: passages of this file's docstring."""
     text = torch.tensor(list(__doc__.encode()), dtype=torch.int32)
@@ -120,9 +114,7 @@ def text_batch(length: int, device: str) -> tuple[torch.Tensor, ...]:
     tokens = torch.stack([text[i:i + length + 1] for i in starts]).to(device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.zeros_like(tokens[:, 1:])
 
-
 # --- What --mup scales: a model at the base width beside one that is much wider
-
 
 class Axes(NamedTuple):
     """Shape of a parameter, and which of its axes grow with the width."""
@@ -133,12 +125,10 @@ class Axes(NamedTuple):
     def __str__(self) -> str:
         return " x ".join(f"{size}{'*' if wide else ''}" for size, wide in zip(self.shape, self.wide, strict=True))
 
-
 def model_shapes(script: ModuleType, s, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Parameter name -> shape, of a model without weights."""
     with torch.random.fork_rng(devices=()), torch.device("meta"):
         return {name: tuple(p.shape) for name, p in script.GPT(s, vocab_size).named_parameters()}
-
 
 def parameter_axes(script: ModuleType, s, vocab_size: int) -> dict[str, Axes]:
     """An axis grows if models of the base width and 64 times that (some sizes are rounded) differ in it."""
@@ -146,7 +136,6 @@ def parameter_axes(script: ModuleType, s, vocab_size: int) -> dict[str, Axes]:
     now, base, wide = (model_shapes(script, x, vocab_size) for x in (s, s.base, far))
     return {name: Axes(shape, tuple(a != b for a, b in zip(base[name], wide[name], strict=True)))
             for name, shape in now.items()}
-
 
 def reason(rule, s) -> str:
     """Where a rule's factors come from: Tensor Programs V (TP-V, arXiv 2203.03466) or the numbered paper."""
@@ -156,12 +145,10 @@ def reason(rule, s) -> str:
     hidden = "2310.17813: Muon, sqrt(fan_out / fan_in)" if rule.kind == "muon" else "TP-V: rate / m"
     return {"hidden": hidden, "output": "TP-V: logits / m"}.get(rule.role, "does not grow with the width")
 
-
 def initial_std(p: torch.Tensor) -> str:
     """Standard deviation of the weights that are drawn; of a constant there is none."""
     drawn = p.detach()[p.detach() != 0]
     return f"{drawn.std():.2g}" if drawn.numel() > 1 and drawn.min() < drawn.max() else "-"
-
 
 def factors(rule, base, wide) -> list[str]:
     """Of learning rate, product, decay and epsilon, relative to the base width's; - of what is not there."""
@@ -169,7 +156,6 @@ def factors(rule, base, wide) -> list[str]:
     pairs = [(rule.lr, base.lr), (product, 1.0), (rule.weight_decay, base.weight_decay),
              (rule.eps, base.eps if rule.kind == "adamw" else 0.0)]
     return [f"{a / b:.4g}" if b else "-" for a, b in pairs]
-
 
 def report(script: ModuleType, s, vocab_size: int) -> str:
     """The table of --report: what is scaled and why, parameters of equal rows together."""
@@ -188,7 +174,6 @@ def report(script: ModuleType, s, vocab_size: int) -> str:
     return (f"muP from width {s.base.width} to {s.width}, m = {s.growth:g}; attention scale {s.softmax_scale:.4g} "
             f"at head_dim {s.head_dim}\n{common.aligned([head, *rows.values()])}")
 
-
 def print_report(script: ModuleType, s) -> int:
     """The table, with the vocabulary of the run's data if they are there."""
     there = script.data_folder(s.data).is_dir()
@@ -197,9 +182,7 @@ def print_report(script: ModuleType, s) -> int:
     print(report(script, s, script.open_corpus(s.data).meta["vocab_size"] if there else GPT2_VOCAB))
     return 0
 
-
 # --- Measurement
-
 
 class Site(NamedTuple):
     """Where an activation is looked at."""
@@ -209,7 +192,6 @@ class Site(NamedTuple):
 
     def __str__(self) -> str:
         return self.name if self.layer is None else f"{self.name}, layer {self.layer}"
-
 
 @contextlib.contextmanager
 def recorded(script: ModuleType, model, s):
@@ -248,7 +230,6 @@ def recorded(script: ModuleType, model, s):
         for name, original in originals.items():
             setattr(script, name, original)
 
-
 def look_at_block(block, i: int, hook, keep):
     """Hooks on the modules of layer i. A mixture's shared experts are an MLP."""
     start = []  # the router's weights at each pass, times their multiplier
@@ -280,7 +261,6 @@ def look_at_block(block, i: int, hook, keep):
             hook(module, mlp)
     hook(block, lambda _, args, out: keep("residual stream", out[0] if isinstance(out, tuple) else out, i))
 
-
 def looking_attend(original, keep):
     def attend(q, k, v, mask, scale, *rest):
         logits = scale * q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
@@ -288,13 +268,11 @@ def looking_attend(original, keep):
         return original(q, k, v, mask, scale, *rest)
     return attend
 
-
 def looking_head(original, keep):
     def head_losses(x, *rest):
         keep("head input", x)
         return original(x, *rest)
     return head_losses
-
 
 def looking_cap(original, cap, keep):
     """The model's cap has the head's multiplier in it: what it is to the settings' makes of z what that would take."""
@@ -306,22 +284,13 @@ def looking_cap(original, cap, keep):
         return capped
     return cap_logits
 
-
 Sizes = dict[tuple[Site, str, int], np.ndarray]  # by site, SIZE or CHANGE, and step
-
 
 class Trace(NamedTuple):
     """One training: what was seen of it."""
 
     sizes: dict[tuple[Site, str, int], float]  # keys as of Sizes
     losses: list[float]  # before the first step .. after the last one
-
-
-def forward(model, optimizer, batch: tuple[torch.Tensor, ...], window: torch.Tensor) -> torch.Tensor:
-    """The summed loss of a micro-step, as in the script's `train`."""
-    inputs, targets, docs = batch
-    return model(inputs, targets[None], docs, window).sum()
-
 
 def train(script: ModuleType, s, steps: int) -> Trace:
     """A model's first steps, at the full learning rates and with the momentum of a run's start."""
@@ -332,9 +301,8 @@ def train(script: ModuleType, s, steps: int) -> Trace:
     first, sizes, losses = {}, {}, []
     with recorded(script, model, s) as found:
         for step in range(steps + 1):
-            loss = forward(model, optimizer, batch, window) / (ROWS * length)
-            loss.backward()
-            losses.append(loss.item())
+            loss = common.micro_step(script, model, optimizer, batch, window, [1 / (ROWS * length)])
+            losses.append(loss.item() / (ROWS * length))
             first = first or dict(found)
             for site, x in found.items():
                 sizes[site, SIZE, step] = x.abs().mean().item()
@@ -346,12 +314,10 @@ def train(script: ModuleType, s, steps: int) -> Trace:
         p._post_accumulate_grad_hooks.clear()  # they hold the optimizer, in a cycle that no collector sees
     return Trace(sizes, losses)
 
-
 def change(x: torch.Tensor, first: torch.Tensor) -> float:
     """rms(x - first); 0 where only the rounding differs."""
     difference = (x - first).square().mean().sqrt().item()
     return 0.0 if difference < ROUNDING * first.square().mean().sqrt().item() else difference
-
 
 def measure(script: ModuleType, s, widths: list[int], seeds: Iterable[int], steps: int, say=lambda line: None) -> Sizes:
     """Statistics, (widths, seeds), of each site and step, of models with the settings s but for width and seed."""
@@ -366,9 +332,7 @@ def measure(script: ModuleType, s, widths: list[int], seeds: Iterable[int], step
             f"{trace.losses[-1]:.3f}  {time.perf_counter() - start:.1f} s")
     return {key: np.array([sizes[key] for sizes in traces]).reshape(len(widths), -1) for key in traces[0]}
 
-
 # --- Verdict
-
 
 class Fit(NamedTuple):
     """size = c * width^slope, by least squares on logarithms."""
@@ -376,7 +340,6 @@ class Fit(NamedTuple):
     slope: float  # nan: there is none
     error: float  # standard error
     problem: str = ""  # why there is none
-
 
 def fit(widths: list[int], sizes_WS: np.ndarray) -> Fit | None:
     """A statistic's slope over all widths and seeds; None where it is exactly 0 in all models."""
@@ -392,7 +355,6 @@ def fit(widths: list[int], sizes_WS: np.ndarray) -> Fit | None:
     slope = ((x - x.mean()) * y).sum() / spread
     rest = y - y.mean() - slope * (x - x.mean())
     return Fit(float(slope), float(((rest**2).sum() / (len(x) - 2) / spread) ** 0.5))
-
 
 class Line(NamedTuple):
     """One fit and where it belongs."""
@@ -423,22 +385,18 @@ class Line(NamedTuple):
     def __str__(self) -> str:
         return self.fit.problem or f"slope {self.fit.slope:+.2f} ± {self.fit.error:.2f}"
 
-
 def judged_steps(steps: int) -> set[int]:
     """The start and the first, middle and last step. Others say nearly the same: more lines would only be more chances
     for a slope to be beyond its limit by chance."""
     return {0, 1, (steps + 1) // 2, steps}
-
 
 def fit_all(sizes: Sizes, widths: list[int], steps: int) -> list[Line]:
     """Lines of the judged steps; statistics that are exactly 0 have none."""
     fits = {key: fit(widths, values) for key, values in sizes.items() if key[2] in judged_steps(steps)}
     return [Line(*key, found) for key, found in fits.items() if found]
 
-
 def worst(lines: list[Line]) -> Line | None:
     return max(lines, key=lambda line: line.share, default=None)
-
 
 def failing(lines: list[Line]) -> list[Line]:
     """The worst line of each site and layer that has one beyond its limit, the worst first."""
@@ -447,7 +405,6 @@ def failing(lines: list[Line]) -> list[Line]:
         if line.judged and line.share > 1:
             groups.setdefault(line.site, []).append(line)
     return sorted(map(worst, groups.values()), key=lambda line: -line.share)
-
 
 def judge(script: ModuleType, s, widths: list[int], seeds: int, max_seeds: int, steps: int, say) -> Sizes:
     """Measures as many seeds as the verdict needs. Raises ValueError if nothing changes in training."""
@@ -463,7 +420,6 @@ def judge(script: ModuleType, s, widths: list[int], seeds: int, max_seeds: int, 
     added = measure(script, s, widths, range(seeds, max_seeds), steps, say)
     return {key: np.concatenate((values, added[key]), axis=1) for key, values in sizes.items()}
 
-
 # --- Result
 
 SITES = ["value embedding", "bigram embedding", "embedding", "query before norm", "key before norm", "value",
@@ -471,10 +427,8 @@ SITES = ["value embedding", "bigram embedding", "embedding", "query before norm"
          "learned router logits", "expert hidden", "mixture output", "residual stream", "head input", "logits",
          "capped logits"]
 
-
 def number_of_seeds(sizes: Sizes) -> int:
     return next(iter(sizes.values())).shape[1]
-
 
 class Check(NamedTuple):
     """What was run and what came out of it."""
@@ -505,7 +459,6 @@ class Check(NamedTuple):
         return (f"{'FAIL' if bad else 'PASS'}: worst of --mup is {line.statistic} at {line.site}, step {line.step}: "
                 f"{line} (limit {line.limit}){doubt}")
 
-
 def cell(line: Line | None) -> str:
     """Slope and place of a line, for the table."""
     if line is None:
@@ -513,7 +466,6 @@ def cell(line: Line | None) -> str:
     layer = "" if line.site.layer is None else f"L{line.site.layer} "
     slope = "none" if line.fit.problem else f"{line.fit.slope:+.2f} ± {line.fit.error:.2f}"
     return f"{slope:12} {layer}t{line.step}"
-
 
 def table(check: Check) -> list[list[str]]:
     """Cells, heads first: a row for each kind of site, with the worst of its layers and steps."""
@@ -528,7 +480,6 @@ def table(check: Check) -> list[list[str]]:
         rows.append([name, limit, *(cell(worst(group)) for group in own), told])
     return rows
 
-
 def summary(check: Check) -> tuple[list[str], list[str]]:
     """What was run, and the failing sites, in lines."""
     head = [f"{check.script} {shlex.join(check.flags)}".rstrip(), check.about,
@@ -537,7 +488,6 @@ def summary(check: Check) -> tuple[list[str], list[str]]:
             *(f"Not judged, {name}: {why}." for name, why in NOT_JUDGED.items() if name in check.names)]
     return head, [f"  {line.site}: {line.statistic} at step {line.step}, {line}, limit {line.limit}"
                   for line in failing(check.lines(MUP))]
-
 
 def plot(check: Check, path: Path) -> None:
     """A row for each kind of site, its worst layer: size and change by width, --mup beside standard, a line a step."""
@@ -554,7 +504,6 @@ def plot(check: Check, path: Path) -> None:
     figure.supxlabel("width")
     figure.supylabel("log2 of the statistic")
     figure.savefig(path, dpi=110)
-
 
 def draw(panels, check: Check, site: Site, statistic: str) -> None:
     """A site's panels, --mup and standard, on one scale of two octaves or more: geometric means over the seeds."""
@@ -576,7 +525,6 @@ def draw(panels, check: Check, site: Site, statistic: str) -> None:
     panels[1].tick_params(labelleft=False)
     panels[0].set_ylabel(str(site).replace(", ", "\n"), fontsize=8)
 
-
 def write_report(check: Check, out: Path) -> None:
     """coord_check.md and .png in `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -587,16 +535,13 @@ def write_report(check: Check, out: Path) -> None:
     (out / "coord_check.md").write_text("\n\n".join(text) + "\n")
     plot(check, out / "coord_check.png")
 
-
 # --- Command line
-
 
 def widths_of(text: str) -> list[int]:
     """Comma-separated widths, in order."""
     if not all(part.isdecimal() for part in text.split(",")):
         raise argparse.ArgumentTypeError(f"{text}: must be whole numbers, such as 64,128,256")
     return sorted({int(part) for part in text.split(",")})
-
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "the script")
@@ -616,7 +561,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.flags = args.flags if "--" in argv else SMALL
     return args
 
-
 def check_args(args: argparse.Namespace, s, widths: list[int]) -> None:
     """Raises ValueError with what is wrong."""
     if args.seeds < 2:
@@ -630,7 +574,6 @@ def check_args(args: argparse.Namespace, s, widths: list[int]) -> None:
         raise ValueError(f"--widths {','.join(map(str, widths))}: three different ones or more are needed for a slope")
     if wrong := [width for width in widths if width <= 0 or width % s.head_dim]:
         raise ValueError(f"--widths: {wrong[0]} is no multiple of the head_dim, {s.head_dim}")
-
 
 def coord_check(args: argparse.Namespace, _command: str) -> int:
     """Runs the check, prints and writes its report; the exit code: 0 PASS, 1 FAIL."""
@@ -659,10 +602,8 @@ def coord_check(args: argparse.Namespace, _command: str) -> int:
     print("\n".join([*head, "", common.aligned(table(check)), "", *failing, check.verdict]))
     return 1 if bad else 0
 
-
 def main(argv: list[str] | None = None) -> int:
     return common.command_line("coord_check", parse_args, coord_check, argv, resumes=False)
-
 
 if __name__ == "__main__":
     common.start(main)

@@ -49,7 +49,6 @@ DOCUMENTED_LOSS = 1.8857  # nats per character that nanoGPT's configuration is d
 REFERENCE_PARAMS = 804_096  # of that configuration
 MAX_CONTEXT = 64  # characters
 
-
 @dataclass
 class Run:
     """One finished process. Seconds count from its start; a missing number is None."""
@@ -68,7 +67,6 @@ class Run:
     eval_tokens: int | None = 0  # validation targets; 0: all of them
     problem: str = ""  # why the run does not count
 
-
 @dataclass
 class Process:
     """What a finished child process left: exit code, wall seconds, peak MiB and (seconds, line) pairs of its output."""
@@ -80,7 +78,6 @@ class Process:
 
     def last_line(self) -> str:
         return next((line for _, line in reversed(self.lines) if line.strip()), "no output")
-
 
 def time_process(command: list[str], cache: Path) -> Process:
     """Run `command` in the repository root and time it from start to exit. Compilers find only an empty `cache`."""
@@ -108,7 +105,6 @@ def time_process(command: list[str], cache: Path) -> Process:
     peak_mib = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
     return Process(child.returncode, wall_s, peak_mib, list(lines))
 
-
 def read_reference(process: Process, seed: int) -> Run:
     """Turn the reference's output into a Run. Raises RuntimeError if it failed: without it there is no target."""
     if process.code:
@@ -130,12 +126,10 @@ def read_reference(process: Process, seed: int) -> Run:
         tokens_per_s=results[-1]["tokens_per_s"],
     )
 
-
 def read_settings(run_dir: Path) -> dict:
     """The settings in the run's config.json; empty if it wrote none."""
     file = run_dir / "config.json"
     return json.loads(file.read_text(encoding="utf-8")).get("settings", {}) if file.is_file() else {}
-
 
 def longest_context(settings: dict) -> int | None:
     """Most characters before a target that the model may see, in any stage or in evaluation; None if not logged.
@@ -145,7 +139,6 @@ def longest_context(settings: dict) -> int | None:
         return None
     rows, pieces = max(settings["seq_len"]), settings["max_doc_len"]
     return max(rows if 0 in pieces else min(rows, max(pieces)), settings["eval_seq_len"])
-
 
 def read_ours(process: Process, run_dir: Path, seed: int, target: float) -> Run:
     """Turn what the trainer wrote into a Run. The final loss is that of the last validation, not what `end` claims."""
@@ -168,7 +161,6 @@ def read_ours(process: Process, run_dir: Path, seed: int, target: float) -> Run:
         problem="" if end and not process.code else f"ended with code {process.code}: {process.last_line()}",
     )
 
-
 def judge(run: Run, limit: int) -> Run:
     """Note in `run.problem` why a run of ours does not count, if it missed its target or broke a rule."""
     if run.problem:
@@ -183,17 +175,14 @@ def judge(run: Run, limit: int) -> Run:
         run.problem = f"evaluated --eval-tokens {number(run.eval_tokens, 0)}, not all of them (0)"
     return run
 
-
 def target_loss(losses: list[float], summarize: Callable[[list[float]], float] = median) -> float:
     """The loss ours has to reach: the reference's (median, or min while runs are to come) or the documented one."""
     return min(DOCUMENTED_LOSS, summarize(losses))
-
 
 def run_reference(data: Path, seed: int) -> Run:
     with tempfile.TemporaryDirectory() as tmp:
         command = [sys.executable, str(REFERENCE), "--data", str(data), "--seed", str(seed)]
         return read_reference(time_process(command, Path(tmp)), seed)
-
 
 def run_ours(data: Path, seed: int, target: float) -> Run:
     """Run train_gpt.py once in a log folder of its own, and read what it measured."""
@@ -203,7 +192,6 @@ def run_ours(data: Path, seed: int, target: float) -> Run:
         process = time_process([sys.executable, str(TRAINER), *logs, *aim, *OURS_FLAGS], Path(tmp) / "cache")
         run_dir = next((path for path in Path(tmp, "cpu_bench").glob("*/")), Path(tmp))
         return read_ours(process, run_dir, seed, target)
-
 
 def run_in_turn(data: Path, seeds: range) -> tuple[list[Run], float]:
     """Run reference, ours, reference, ours, ...; return the runs, failed ones included, and the final target."""
@@ -224,33 +212,27 @@ def run_in_turn(data: Path, seeds: range) -> tuple[list[Run], float]:
             ours[i] = train(run.seed, median)
     return [run for pair in zip(references, ours, strict=True) for run in pair], target
 
-
 def report(run: Run) -> Run:
     """Print one line about a run that has just ended, and return it."""
     outcome = f"loss {number(run.loss, 4)}" + (f", FAILED: {run.problem}" if run.problem else "")
     print(f"{run.who}, seed {run.seed}: {run.wall_s:.1f} s, {outcome}", flush=True)
     return run
 
-
 def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
-
 
 COLUMNS = (  # heading, attribute of Run, digits
     ("wall s", "wall_s", 2), ("first step s", "first_step_s", 2), ("val loss", "loss", 4), ("steps", "steps", 0),
     ("params", "params", 0), ("context", "context", 0), ("peak MiB", "peak_mib", 0), ("tokens/s", "tokens_per_s", 0),
 )
 
-
 def spread(runs: list[Run], attribute: str) -> dict[str, float] | None:
     """Median, min and max of one number over the runs that have it; None if no run has."""
     values = [getattr(run, attribute) for run in runs if getattr(run, attribute) is not None]
     return {"median": median(values), "min": min(values), "max": max(values)} if values else None
 
-
 def by_program(runs: list[Run]) -> dict[str, list[Run]]:
     return {who: [run for run in runs if run.who == who] for who in dict.fromkeys(run.who for run in runs)}
-
 
 def format_table(runs: list[Run]) -> str:
     """One row a run, then for both programs a row of medians and one of min..max."""
@@ -265,7 +247,6 @@ def format_table(runs: list[Run]) -> str:
         rows.append([who, "range", *cells, ""])
     return common.aligned(rows)
 
-
 def wall_ratio(runs: list[Run]) -> float | None:
     """Our median wall seconds over the reference's; None if a run failed or one side has no runs."""
     groups = by_program(runs)
@@ -273,16 +254,13 @@ def wall_ratio(runs: list[Run]) -> float | None:
         return None
     return spread(groups["ours"], "wall_s")["median"] / spread(groups["reference"], "wall_s")["median"]
 
-
 def describe_target(target: float, runs: list[Run]) -> str:
     middle = spread(by_program(runs)["reference"], "loss")["median"]
     source = "documented" if target == DOCUMENTED_LOSS else "median of the reference"
     return f"target: {target:.4f}, the {source} loss (documented {DOCUMENTED_LOSS}, median {middle:.4f})"
 
-
 def has_shards(folder: Path) -> bool:
     return any(folder.glob("*_val_*.bin"))
-
 
 def prepare_data(args: argparse.Namespace, tmp: Path) -> Path:
     """The folder with the shards: --data, or made in `tmp` from --input, or data/shakespeare_char, made if absent.
@@ -299,7 +277,6 @@ def prepare_data(args: argparse.Namespace, tmp: Path) -> Path:
                                "with --input")
     return folder
 
-
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError or FileNotFoundError for options that cannot give a result."""
     least = 1 if args.quick else 3
@@ -310,7 +287,6 @@ def check(args: argparse.Namespace) -> None:
     if args.input and not args.input.is_file():
         raise FileNotFoundError(f"--input {args.input} is not a file; it has to be the text of Tiny Shakespeare")
 
-
 def write_json(path: Path, args: argparse.Namespace, runs: list[Run], target: float) -> None:
     """Write everything measured, with the machine and the flags of ours."""
     summary = {who: {name: spread(group, name) for _, name, _ in COLUMNS} for who, group in by_program(runs).items()}
@@ -318,7 +294,6 @@ def write_json(path: Path, args: argparse.Namespace, runs: list[Run], target: fl
     result = {"machine": machine, "ours_flags": OURS_FLAGS, "quick": args.quick, "target": target}
     common.write_json(path, result | {"ratio": wall_ratio(runs), "summary": summary,
                                       "runs": [asdict(run) for run in runs]})
-
 
 def benchmark(args: argparse.Namespace, _command: str) -> int:
     """Run everything and print the result; return the exit code."""
@@ -335,7 +310,6 @@ def benchmark(args: argparse.Namespace, _command: str) -> int:
     print(f"ratio: {wall_ratio(runs):.3f}")
     return 0
 
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__)
     add = parser.add_argument
@@ -349,10 +323,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.runs = args.runs if args.runs is not None else (1 if args.quick else 3)
     return args
 
-
 def main(argv: list[str] | None = None) -> int:
     return common.command_line("cpu", parse_args, benchmark, argv, resumes=False)
-
 
 if __name__ == "__main__":
     common.start(main)

@@ -39,9 +39,7 @@ SECONDS = 60  # a run, until one is measured
 OWN = {"seed": "--seeds", "optimizer": "--optimizers", "weight_decay": "--decays", "muon_weight_decay": "--decays",
        "log_dir": "--out", "resume": "the same command again"}
 
-
 # --- Sweep
-
 
 class Job(NamedTuple):
     """One run. `rate` and `decay` are those of the hidden matrices."""
@@ -59,7 +57,6 @@ class Job(NamedTuple):
         words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
         return [sys.executable, str(TRAINER), *self.flags, *words]
 
-
 def make_jobs(args: argparse.Namespace) -> list[Job]:
     """All runs, seed by seed, so that an interrupted sweep has complete seeds. Raises ValueError for flags that
     train_grokking.py refuses."""
@@ -72,7 +69,6 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
     return [Job(key, name, rate, decay, seed, flags) for seed in range(args.seeds)
             for name in args.optimizers for rate in rates[name] for decay in args.decays]
 
-
 def measure(job: Job, children: set) -> dict:
     """Settings, milestones and phase of a run. A loss that is not finite is a result, too."""
     with tempfile.TemporaryDirectory() as logs:
@@ -84,11 +80,9 @@ def measure(job: Job, children: set) -> dict:
     run = result["milestones"] | {name: result[name] for name in KEPT}
     return run | {"phase": phase(run)}
 
-
 def execute(job: Job, children: set) -> dict:
     """The record of a job."""
     return common.record(job, TRAINER, lambda: measure(job, children))
-
 
 def phase(run: dict) -> str:
     """One of the four phases, see above."""
@@ -97,7 +91,6 @@ def phase(run: dict) -> str:
     if run["val_99"] is None:
         return "memorization"
     return "grokking" if run["val_99"] - run["train_99"] > DELAY else "comprehension"
-
 
 def outcome(run: dict) -> str:
     """A line about a finished run."""
@@ -110,12 +103,10 @@ def outcome(run: dict) -> str:
     return (f"{who}: {run['phase']}, training 99 % {at(run['train_99'])}, validation 99 % {at(run['val_99'])}, "
             f"{run['wall_s']:.0f} s")
 
-
 # --- Phase diagram
 
 EDGES = {"comprehension": "tab:blue", "grokking": "black", "memorization": "tab:orange", "confusion": "tab:red"}
 PHASES = tuple(EDGES)  # the better first
-
 
 class Cell(NamedTuple):
     """The runs of one optimizer, rate and decay."""
@@ -130,14 +121,12 @@ class Cell(NamedTuple):
         steps = "not reached" if self.steps is None else f"{self.steps:,.0f}"
         return f"{steps}\n{self.phase}\n{self.reached} of {self.n}"
 
-
 def make_cell(runs: list[dict]) -> Cell:
     counts = Counter(run["phase"] for run in runs)
     steps = [math.inf if run["val_99"] is None else run["val_99"] for run in runs]
     middle = median(steps)
     return Cell(max(PHASES, key=lambda name: counts[name]), middle if math.isfinite(middle) else None,
                 sum(map(math.isfinite, steps)), len(runs))
-
 
 def make_cells(runs: list[dict]) -> dict[tuple[str, float], dict[float, Cell]]:
     """(optimizer, rate) -> decay -> cell, in the order of the diagram."""
@@ -149,7 +138,6 @@ def make_cells(runs: list[dict]) -> dict[tuple[str, float], dict[float, Cell]]:
         found.setdefault((optimizer, rate), {})[decay] = make_cell(groups[optimizer, rate, decay])
     return found
 
-
 def color_scale(cells: list[Cell]):
     """Colours of steps, on a logarithmic scale."""
     from matplotlib import colormaps, colors
@@ -159,7 +147,6 @@ def color_scale(cells: list[Cell]):
     norm = colors.LogNorm(min(steps), max(max(steps), 1.01 * min(steps)))
     return ScalarMappable(norm, colormaps["viridis_r"])
 
-
 def draw_cell(axes, x: int, y: int, c: Cell, scale) -> None:
     """A rectangle: colour by steps, its edge by the phase."""
     from matplotlib.patches import Rectangle
@@ -168,7 +155,6 @@ def draw_cell(axes, x: int, y: int, c: Cell, scale) -> None:
     dark = c.steps is not None and sum(color[:3]) < 1.5
     axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, facecolor=color, edgecolor=EDGES[c.phase], linewidth=3))
     axes.text(x, y, c.text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
-
 
 def plot_phases(runs: list[dict], path: Path) -> None:
     """Decay to the right, optimizer and rate downwards, colour: steps to 99 % validation accuracy."""
@@ -193,7 +179,6 @@ def plot_phases(runs: list[dict], path: Path) -> None:
     axes.set_title(f"{formula} mod {c['prime']}, {parameters:,} parameters, at most {c['iterations']:,} steps")
     figure.savefig(path, dpi=130)
 
-
 def write_report(jobs: list[Job], out: Path) -> None:
     """phase.png and a printed table from the finished runs of these jobs; there may be others in runs.jsonl."""
     runs = common.read_runs(out / "runs.jsonl", Job)
@@ -206,9 +191,7 @@ def write_report(jobs: list[Job], out: Path) -> None:
             for (optimizer, rate), row in make_cells(done).items() for decay, c in row.items()]
     print(f"{common.markdown(head, rows)}\n{common.problem_lines([], done, TRAINER.name)}written to {out}")
 
-
 # --- Curves of several runs
-
 
 def read_result(file: Path) -> dict:
     """metrics.json of a run. Raises ValueError where it is none."""
@@ -218,7 +201,6 @@ def read_result(file: Path) -> dict:
         return {name: result[name] for name in names}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: is no metrics.json of train_grokking.py ({error!r})") from error
-
 
 def read_results(places: list[Path]) -> list[dict]:
     """Runs, each given as its metrics.json, its folder, or the folder of an experiment. Raises FileNotFoundError where
@@ -231,10 +213,8 @@ def read_results(places: list[Path]) -> list[dict]:
         results += map(read_result, files)
     return [result for result in results if result["metrics"]]
 
-
 IGNORED = {"seed", "resume", "log_dir", "experiment_name", "preset", "device", "threads", "compile", "save_every",
            "plot", "full", "iterations", "stop_accuracy", "eval_every", "sweep"}  # what does not change the curve
-
 
 def group(results: list[dict]) -> dict[str, list[dict]]:
     """Label -> runs that differ in nothing but the seed. The label names what differs between groups."""
@@ -252,14 +232,12 @@ def group(results: list[dict]) -> dict[str, list[dict]]:
         found.setdefault(label, []).append(result)
     return found
 
-
 def mean_curve(runs: list[dict], name: str) -> tuple[list[int], list[float]]:
     """Mean over runs at all steps at which any was evaluated; between its evaluations and past its end a run counts
     with its last value."""
     steps = sorted({m["step"] for run in runs for m in run["metrics"]})
     steps = [step for step in steps if all(run["metrics"][0]["step"] <= step for run in runs)]
     return steps, [mean([m[name] for m in run["metrics"] if m["step"] <= step][-1] for run in runs) for step in steps]
-
 
 def milestone_table(groups: dict[str, list[dict]]) -> str:
     """Markdown: mean and standard deviation over the runs that reached a milestone, and how many did."""
@@ -276,7 +254,6 @@ def milestone_table(groups: dict[str, list[dict]]) -> str:
              f"{mean(run['step_ms'] for run in runs):.1f}"] for label, runs in groups.items()]
     return common.markdown(head, rows)
 
-
 def draw_group(axes, label: str, runs: list[dict], color) -> None:
     """A thin line a run, a thick one the mean; dashed: training. Dotted: the mean steps to 99 % validation."""
     for name, style in (("val_acc", "-"), ("train_acc", "--")):
@@ -289,7 +266,6 @@ def draw_group(axes, label: str, runs: list[dict], color) -> None:
         axes.plot(*mean_curve(runs, name), style, color=color, linewidth=2, label=f"{what} 99 %: {when}")
         if name == "val_acc" and None not in reached:
             axes.axvline(mean(reached), color=color, linewidth=1, linestyle=":")
-
 
 def plot_curves(groups: dict[str, list[dict]], path: Path) -> None:
     """Accuracies over the logarithm of the step."""
@@ -307,9 +283,7 @@ def plot_curves(groups: dict[str, list[dict]], path: Path) -> None:
     figure.legend(loc="outside upper left", fontsize=9)
     figure.savefig(path, dpi=130)
 
-
 # --- Command line
-
 
 def numbers(text: str, flag: str, least: str) -> list[float]:
     """1/2,1,2 -> sorted values. Raises ValueError for what is no finite number of 0 or more, or above 0."""
@@ -318,7 +292,6 @@ def numbers(text: str, flag: str, least: str) -> list[float]:
         if not 0 <= value < math.inf or (least == "above 0" and not value):
             raise ValueError(f"{flag} {word}: must be numbers {least}, such as 1/4,1,4")
     return sorted(set(found.values()))
-
 
 def check(args: argparse.Namespace) -> None:
     """Turns the options' words into values. Raises ValueError for those that cannot give a result."""
@@ -331,7 +304,6 @@ def check(args: argparse.Namespace) -> None:
         args.flags = ["--preset", "quick", *args.flags]
     common.check_counts(args, seeds=1)
     args.out = args.out or common.default_out("grokking")
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__)
@@ -347,7 +319,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tool.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run or of an experiment")
     tool.add_argument("--out", type=Path, default=Path("grokking.png"), metavar="FILE", help="default: grokking.png")
     return parser.parse_args(argv)
-
 
 def sweep(args: argparse.Namespace, command: str) -> int:
     """Runs what is missing and writes the results; returns the exit code."""
@@ -368,7 +339,6 @@ def sweep(args: argparse.Namespace, command: str) -> int:
         write_report(jobs, args.out)
     return common.exit_code(failed)
 
-
 def work(args: argparse.Namespace, command: str) -> int:
     if args.tool == "sweep":
         return sweep(args, command)
@@ -381,10 +351,8 @@ def work(args: argparse.Namespace, command: str) -> int:
     print(f"written to {args.out}")
     return 0
 
-
 def main(argv: list[str] | None = None) -> int:
     return common.command_line("grokking", parse_args, work, argv)
-
 
 if __name__ == "__main__":
     common.start(main)

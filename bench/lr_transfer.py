@@ -48,9 +48,7 @@ EXTEND = 3  # factors of two by which the grid may grow at either end
 OWN = {"width": "--widths", "mup": "--parametrizations", "base_width": "--widths", "seed": "--seeds",
        "base_head_dim": "--mup-flags", "mup_embedding": "--mup-flags", "hidden_optimizer": "--optimizers"}
 
-
 # --- Plan
-
 
 class Series(NamedTuple):
     """Runs that differ in the multiplier and the seed alone."""
@@ -59,13 +57,11 @@ class Series(NamedTuple):
     scaling: str  # "base" at the smallest width, where both parametrizations are the same
     width: int
 
-
 class Point(NamedTuple):
     """A series' runs with all peak rates multiplied by 2**k."""
 
     series: Series
     k: int
-
 
 class Job(NamedTuple):
     """One run; the first five fields identify it."""
@@ -80,7 +76,6 @@ class Job(NamedTuple):
     common: tuple[str, ...]
     fingerprint: str
     script: str
-
 
 class Sweep(NamedTuple):
     """What all runs of a call have in common; `key` tells their records from those of other flags and data."""
@@ -158,13 +153,11 @@ class Sweep(NamedTuple):
     def distance(self, point: Point) -> int:
         return point.k
 
-
 def best(sweep: Sweep, found: Found, series: Series) -> int | None:
     """Exponent of the lowest mean loss among the series' points with all seeds; None without any."""
     means = {k: mean(found[Point(series, k)].values()) for k in sweep.reach
              if len(found.get(Point(series, k), ())) == sweep.seeds}
     return min(means, key=means.get, default=None)
-
 
 def candidates(sweep: Sweep, found: Found, series: Series) -> list[int]:
     """The best exponent, and those that with the seeds that they have are better: more seeds have to tell. Only the
@@ -177,7 +170,6 @@ def candidates(sweep: Sweep, found: Found, series: Series) -> list[int]:
     better = [k for k, losses in line.items() if len(losses) < sweep.seeds
               and mean(losses.values()) < mean(line[top][seed] for seed in losses)]
     return [top, *better]
-
 
 def around_best(sweep: Sweep, found: Found, series: Series, asked: dict[Point, int]) -> dict[Point, int]:
     """Points beside the best, one seed where none is asked for yet; then all seeds where they count."""
@@ -194,7 +186,6 @@ def around_best(sweep: Sweep, found: Found, series: Series, asked: dict[Point, i
         new |= {Point(series, k): sweep.seeds for k in (*tops, *(near if at_end else ()))}
     return new
 
-
 def load(script: Path):
     """The trainer as a module."""
     if not script.is_file():
@@ -202,13 +193,11 @@ def load(script: Path):
     sys.path.insert(0, str(script.parent))
     return importlib.import_module(script.stem)
 
-
 def peak_rates(s) -> dict[str, float]:
     """Flag -> rate at multiplier 1 of all peak learning rates; the trainer multiplies its own factors on them."""
     names = ["muon_lr" if s.hidden_optimizer == "muon" else "hidden_lr", "adam_lr"]
     names += ["router_lr"] if getattr(s, "mixtures", ()) else []
     return {f"--{name.replace('_', '-')}": getattr(s, name) for name in names}
-
 
 def refuse_flags(script, args: argparse.Namespace) -> None:
     """Raises ValueError for flags that the sweep sets itself, and for --mup-flags that are none."""
@@ -217,7 +206,6 @@ def refuse_flags(script, args: argparse.Namespace) -> None:
     if others := sorted(special - {"mup_embedding", "base_head_dim"}):
         name = others[0].replace("_", "-")
         raise ValueError(f"--mup-flags: --{name} is none of --mup-embedding, --base-head-dim")
-
 
 def make_sweep(args: argparse.Namespace) -> Sweep:
     """Checks the flags of all runs of the grid. Raises ValueError for flags that the trainer refuses, FileNotFoundError
@@ -241,9 +229,7 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
             common.parsed(t, flags, f"{line.optimizer}, width {line.width}: ")
     return sweep
 
-
 # --- Runs
-
 
 def measure(job: Job, children: set) -> dict:
     """Loss and size of a run."""
@@ -253,13 +239,11 @@ def measure(job: Job, children: set) -> dict:
     return where | {"val_loss": events[-1]["val_loss"], "parameters": events[-1]["params_total"],
                     "tokens": common.tokens_of(events)}
 
-
 def execute(job: Job, children: set) -> dict:
     """The record of a job."""
     script = Path(job.script)
     run = common.record(job, script, lambda: measure(job, children), may_diverge=True)
     return run | {"script": script.name}
-
 
 def outcome(run: dict) -> str:
     """A line about a finished run."""
@@ -269,14 +253,11 @@ def outcome(run: dict) -> str:
     done = "diverged" if run["diverged"] else f"val loss {run['val_loss']:.4f}"
     return f"{who}: {done}, {run['wall_s']:.0f} s"
 
-
 def cost(width: int) -> float:
     """Relative time of a run; measured on one core at widths 64 to 256."""
     return (width / 64) ** 1.35
 
-
 # --- Results
-
 
 class Row(NamedTuple):
     """A width's result; None and empty where the runs for it are missing."""
@@ -291,7 +272,6 @@ class Row(NamedTuple):
     def regrets(self) -> list[float]:
         return paired(self.at_moved, self.at_best)
 
-
 class Result(NamedTuple):
     """An optimizer and a parametrization, a row for each width."""
 
@@ -302,12 +282,10 @@ class Result(NamedTuple):
     def __str__(self) -> str:
         return ", ".join([self.optimizer, *([SCALINGS[self.scaling]] if self.scaling in SCALINGS else [])])
 
-
 def make_row(sweep: Sweep, found: Found, series: Series, moved: int | None) -> Row:
     top = best(sweep, found, series)
     at_best, at_moved = (found.get(Point(series, k), {}) for k in (top, moved))
     return Row(series.width, top, moved, at_best, at_moved)
-
 
 def summarize(sweep: Sweep, found: Found) -> list[Result]:
     """With one width there is a single parametrization, called base."""
@@ -318,7 +296,6 @@ def summarize(sweep: Sweep, found: Found) -> list[Result]:
             lines = [sweep.line(optimizer, scaling, width) for width in sweep.widths]
             results.append(Result(optimizer, scaling, [make_row(sweep, found, line, moved) for line in lines]))
     return results
-
 
 class Verdict(NamedTuple):
     criterion: str
@@ -331,7 +308,6 @@ class Verdict(NamedTuple):
             return f"{self.criterion}: {self.said}"
         word = "not measured" if self.ok is None else "PASS" if self.ok else "FAIL"
         return f"{self.criterion}: {word} ({self.asked} is asked): {self.said}"
-
 
 def verdicts(result: Result) -> list[Verdict]:
     """What is asked of muP at several widths. Where the best lies is not: of a flat curve it is chance."""
@@ -348,12 +324,10 @@ def verdicts(result: Result) -> list[Verdict]:
         Verdict("wider is better", "a falling loss at the transferred rate", wider, by_width),
     ]
 
-
 def shortcomings(results: list[Result]) -> list[str]:
     """The criteria that muP misses."""
     return [f"{result.optimizer}: {verdict}" for result in results if result.scaling == "mup"
             for verdict in verdicts(result) if verdict.ok is False]
-
 
 def versus_standard(results: list[Result], optimizer: str) -> str:
     """What muP does not buy: the best of both at the largest width."""
@@ -368,14 +342,12 @@ def versus_standard(results: list[Result], optimizer: str) -> str:
     return (f"**{optimizer}**: at width {mup.width} each at its own best rate, muP has {means[0]}, "
             f"standard {means[1]}; muP - standard {difference(deltas)}: {verdict}.")
 
-
 def loss_cell(losses: dict[int, float], is_best: bool, is_moved: bool) -> str:
     if not losses:
         return "-"
     loss = mean(losses.values())
     text = f"{loss:.4f}" if math.isfinite(loss) else "diverged"
     return f"{f'**{text}**' if is_best else text}{' →' if is_moved else ''} ({len(losses)})"
-
 
 def loss_table(sweep: Sweep, found: Found, result: Result) -> str:
     """Mean loss by width and multiplier."""
@@ -387,7 +359,6 @@ def loss_table(sweep: Sweep, found: Found, result: Result) -> str:
             for row in result.rows]
     return common.markdown(["width", *(f"× {power(k)}" for k in ks)], rows)
 
-
 def regret_table(result: Result) -> str:
     def loss(losses: dict[int, float]) -> str:
         return f"{mean(losses.values()):.4f}" if losses else "-"
@@ -396,7 +367,6 @@ def regret_table(result: Result) -> str:
              loss(row.at_moved), difference(row.regrets)] for row in result.rows]
     head = ["width", "best multiplier", "loss there", "loss at the transferred", "regret"]
     return common.markdown(head, rows)
-
 
 def findings(sweep: Sweep, results: list[Result]) -> str:
     """What came out, in a few lines; of muP first."""
@@ -410,7 +380,6 @@ def findings(sweep: Sweep, results: list[Result]) -> str:
         lines.append(f"- **{result}**{'' if mup else ' (the control)'}")
         lines += [f"  - {v if mup else f'{v.criterion}: {v.said}'}" for v in verdicts(result)]
     return "\n".join(lines)
-
 
 README = """# {title}, {date}
 
@@ -447,14 +416,12 @@ Validation loss in nats per token, mean over seeds (their number); best in bold;
 {regrets}
 """
 
-
 def edge_notes(sweep: Sweep, results: list[Result]) -> list[str]:
     """Optima that may lie beyond what was run."""
     tops = dict.fromkeys((sweep.line(r.optimizer, r.scaling, row.width), row.best) for r in results for row in r.rows)
     return [f"{line.optimizer}, {line.scaling}, width {line.width}: the best multiplier, {power(k)}, is the last that "
             "the grid may grow to; give others with --multipliers"
             for line, k in tops if k in (sweep.reach[0], sweep.reach[-1])]
-
 
 def readme(sweep: Sweep, found: Found, results: list[Result], runs: list[dict], problems: list[str]) -> str:
     """README.md: the verdicts, the tables, and how it came about."""
@@ -474,7 +441,6 @@ def readme(sweep: Sweep, found: Found, results: list[Result], runs: list[dict], 
         problems=common.problem_lines([*problems, *edge_notes(sweep, results)], runs, sweep.script.name),
         **common.facts(runs))
 
-
 def draw_width(axes, found: Found, series: Series, top: int | None, color) -> None:
     """Losses over the multiplier: mean, standard deviation over seeds, a star at the best."""
     points = {point.k: [*losses.values()] for point, losses in found.items() if point.series == series}
@@ -484,7 +450,6 @@ def draw_width(axes, found: Found, series: Series, top: int | None, color) -> No
                   marker=".", capsize=3, color=color, label=f"width {series.width}")
     if top in points:
         axes.plot(2.0**top, mean(points[top]), marker="*", markersize=14, color=color, linestyle="")
-
 
 def draw_result(axes, sweep: Sweep, found: Found, result: Result) -> None:
     """A line for each width."""
@@ -504,7 +469,6 @@ def draw_result(axes, sweep: Sweep, found: Found, result: Result) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
 
-
 def plot(sweep: Sweep, found: Found, results: list[Result], path: Path) -> None:
     """A panel for each optimizer and parametrization."""
     rows = len(sweep.rates)
@@ -518,19 +482,16 @@ def plot(sweep: Sweep, found: Found, results: list[Result], path: Path) -> None:
     figure.suptitle("mean and standard deviation over seeds; star: best of its width")
     figure.savefig(path, dpi=130)
 
-
 def go_on(sweep: Sweep, optimizer: str, k: int) -> str:
     """Flags of a run at another width that uses what was found at the base."""
     return (f"{sweep.rate_flags(optimizer, k)} --mup --base-width {sweep.widths[0]} "
             f"--base-head-dim {sweep.head_dim} {sweep.mup_flags}").rstrip()
-
 
 def print_flags(sweep: Sweep, results: list[Result]) -> None:
     """The flags to go on with; last those of the optimizer that is best at the base."""
     tuned = {r.optimizer: r.rows[0] for r in results if r.rows[0].best is not None}
     for optimizer, row in sorted(tuned.items(), key=lambda item: -mean(item[1].at_best.values())):
         print(f"to go on with {optimizer}, tuned at width {row.width}:\n{go_on(sweep, optimizer, row.best)}")
-
 
 def write_report(sweep: Sweep, out: Path) -> list[Result]:
     """README.md and lr_transfer.png from the records of these flags and data; there may be others in the file."""
@@ -548,9 +509,7 @@ def write_report(sweep: Sweep, out: Path) -> list[Result]:
     print_flags(sweep, results)
     return results
 
-
 # --- Command line
-
 
 def show_plan(sweep: Sweep, runs: dict[tuple, dict], jobs: int) -> None:
     """What would be run, and for how long."""
@@ -569,7 +528,6 @@ def show_plan(sweep: Sweep, runs: dict[tuple, dict], jobs: int) -> None:
     print(f"{len(todo)} to run, {common.effort(amount, seconds, guess, jobs, 'at width 64')}; "
           "more where an optimum lies at the edge or is not the same at all widths")
 
-
 def check(args: argparse.Namespace) -> None:
     """Turns the options' words into values. Raises ValueError for those that cannot give a result."""
     if wrong := [word for word in args.widths.split(",") if not word.isdecimal() or not int(word)]:
@@ -583,7 +541,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--mup-flags {args.mup_flags}: has no effect without muP and a second width")
     args.script = args.script if args.script.is_file() else ROOT / args.script
     args.out = args.out or common.default_out("lr_transfer")
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "train_gpt.py")
@@ -602,7 +559,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="train_gpt.py or train_moe.py (default: train_gpt.py)")
     common.add_sweep_options(parser, "lr_transfer")
     return parser.parse_args(argv)
-
 
 def transfer(args: argparse.Namespace, command: str) -> int:
     """Runs what is missing and writes the results; returns the exit code. Raises RuntimeError if muP fails."""
@@ -624,10 +580,8 @@ def transfer(args: argparse.Namespace, command: str) -> int:
         raise RuntimeError(f"muP fails: {'; '.join(missed)}")
     return 0
 
-
 def main(argv: list[str] | None = None) -> int:
     return common.command_line("lr_transfer", parse_args, transfer, argv)
-
 
 if __name__ == "__main__":
     common.start(main)

@@ -41,9 +41,7 @@ BATCHES = ("data", "seed", "shuffle", "long_docs", "iterations", "stage_ends", "
            "max_doc_len", "mtp", "eval_tokens", "eval_seq_len")
 SECONDS = {("cpu", "loss"): 75, ("cpu", "time"): 12}  # a job's, for --list, until one is measured
 
-
 # --- Plan
-
 
 class Model(NamedTuple):
     """Dense, or a kind of mixture."""
@@ -52,7 +50,6 @@ class Model(NamedTuple):
     total: int  # parameters
     active: int  # parameters that a token meets
     flops: float  # per token, forward and backward, mean over the run
-
 
 class Sweep(NamedTuple):
     """What all runs of a call have in common; `key` tells their records from those of other flags and data."""
@@ -70,7 +67,6 @@ class Sweep(NamedTuple):
         own = [self.mixture_flags] if self.mixture_flags else []
         return common.key_of(self.size, self.flags, self.fingerprint, length, *own)
 
-
 class Job(NamedTuple):
     """One run to its end ("loss"), or one timing run ("time")."""
 
@@ -85,7 +81,6 @@ class Job(NamedTuple):
     def flags(self) -> list[str]:
         return [*self.common, *self.change.split()]
 
-
 def make_model(t, flags: str, s, vocab_size: int) -> Model:
     """Parameters and FLOPs; built without memory."""
     import torch
@@ -95,7 +90,6 @@ def make_model(t, flags: str, s, vocab_size: int) -> Model:
     tokens = {stage: (stage.end - stage.start) * stage.batch_tokens for stage in t.stage_table(s)}
     flops = sum(n * t.flops_per_token(s, counts, stage) for stage, n in tokens.items())
     return Model(flags, counts["total"], counts["active"], flops / sum(tokens.values()))
-
 
 def other_products(t, who: str, flags: str, shared: tuple[str, ...], s) -> dict[str, str]:
     """The forms of the products with experts that a GPU may take instead: name -> flags."""
@@ -107,7 +101,6 @@ def other_products(t, who: str, flags: str, shared: tuple[str, ...], s) -> dict[
             common.parsed(t, [*line.split(), *shared])
             found[f"{who} by {impl}"] = line
     return found
-
 
 def make_sweep(args: argparse.Namespace) -> Sweep:
     """Checks the flags of all models. Raises ValueError for flags that train_moe.py refuses, FileNotFoundError where
@@ -127,7 +120,6 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     vocab_size = corpus.meta["vocab_size"]
     models = {who: make_model(t, flags[who], s, vocab_size) for who, s in settings.items()}
     return Sweep(args.size, shared, corpus.fingerprint(), dense.iterations, models, variants, own)
-
 
 def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
     """All jobs, seed by seed or round by round, so that what is interrupted has complete ones. Every other round of
@@ -150,9 +142,7 @@ def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
                 jobs.append(job(who, seed, f"{line} --iterations {steps} --eval-every {every}"))
     return jobs
 
-
 # --- Runs
-
 
 def measure(job: Job, children: set) -> dict:
     """Losses or the step time of a run of train_moe.py, and where it ran."""
@@ -163,11 +153,9 @@ def measure(job: Job, children: set) -> dict:
     curve = [(event["tokens"], event["val_loss"]) for event in events if {"val_loss", "tokens"} <= event.keys()]
     return where | {"val_loss": events[-1]["val_loss"], "tokens": curve[-1][0], "curve": curve}
 
-
 def execute(job: Job, children: set) -> dict:
     """The record of a job."""
     return common.record(job, TRAINER, lambda: measure(job, children))
-
 
 def outcome(run: dict) -> str:
     """A line about a finished run."""
@@ -178,9 +166,7 @@ def outcome(run: dict) -> str:
         return f"{who}: {run['ms']:.1f} ms per step"
     return f"{who}: val loss {run['val_loss']:.4f} after {run['tokens']:,} tokens, {run['wall_s']:.0f} s"
 
-
 # --- Results
-
 
 class Reach(NamedTuple):
     """Share of dense's tokens with which a kind has dense's final loss."""
@@ -191,7 +177,6 @@ class Reach(NamedTuple):
     def __str__(self) -> str:
         words = {"=": "{:.3f} ×", "<": "below {:.3f} ×", ">": "not reached at {:.3f} ×"}
         return words[self.relation].format(self.ratio)
-
 
 def reach(losses: dict[float, float], target: float) -> Reach:
     """Where a curve of final losses over shares of dense's tokens first is at the target, linear in log tokens."""
@@ -204,14 +189,12 @@ def reach(losses: dict[float, float], target: float) -> Reach:
             return Reach(low * (high / low)**part, "=")
     return Reach(shares[-1], ">")
 
-
 def loss_at(losses: dict[float, float], share: float) -> float | None:
     """Final loss with a share of dense's tokens, linear in log tokens between those measured; None outside."""
     shares = sorted(losses)
     if not shares or not shares[0] - 1e-9 <= share <= shares[-1] + 1e-9:
         return None
     return float(np.interp(math.log(share), np.log(shares), [losses[x] for x in shares]))
-
 
 class Result(NamedTuple):
     """What came out for a kind; None where it is not measured. Differences are kind - dense: negative is better."""
@@ -224,10 +207,8 @@ class Result(NamedTuple):
     equal_time: Effect | None
     by: dict[str, Effect | None]  # other backends -> their step time / that of the one chosen: its gain in tokens/s
 
-
 def dense_tokens(runs: list[dict]) -> int:
     return next((run["tokens"] for run in runs if (run["kind"], run["who"]) == ("loss", DENSE)), 0)
-
 
 def final_losses(runs: list[dict]) -> dict[str, dict[float, dict[int, float]]]:
     """who -> share of dense's tokens -> seed -> final loss; empty without dense's."""
@@ -238,7 +219,6 @@ def final_losses(runs: list[dict]) -> dict[str, dict[float, dict[int, float]]]:
             shares.setdefault(run["tokens"] / whole, {})[run["seed"]] = run["val_loss"]
     return found
 
-
 def step_times(runs: list[dict]) -> dict[str, dict[int, float]]:
     """who -> round -> ms per step."""
     found = {}
@@ -246,7 +226,6 @@ def step_times(runs: list[dict]) -> dict[str, dict[int, float]]:
         if run["kind"] == "time":
             found.setdefault(run["who"], {})[run["seed"]] = run["ms"]
     return found
-
 
 def summarize_kind(who: str, own: dict, dense: dict[int, float], times: dict) -> Result:
     """Means are compared over the same seeds: a share that has fewer than others is left out until it has as many."""
@@ -266,7 +245,6 @@ def summarize_kind(who: str, own: dict, dense: dict[int, float], times: dict) ->
           for name, other in times.items() if name.startswith(f"{who} by ")}
     return Result(who, own, effect(paired(own.get(1.0, {}), dense)), found, ratio, effect(deltas), by)
 
-
 def summarize(runs: list[dict]) -> list[Result]:
     """Results of all kinds that these finished runs of one sweep tell about."""
     losses, times = final_losses(runs), step_times(runs)
@@ -274,13 +252,10 @@ def summarize(runs: list[dict]) -> list[Result]:
     return [summarize_kind(kind, losses.get(kind, {}), dense, times)
             for kind in KINDS if losses.get(kind) or times.get(kind)]
 
-
 # --- Report
-
 
 def verdict(e: Effect) -> str:
     return f"{e.side('it loses to dense', 'it beats dense', 'it cannot be told from dense')}: loss {interval(e)}"
-
 
 def equal_time_gap(r: Result) -> str:
     """Why there is no loss at equal time."""
@@ -295,7 +270,6 @@ def equal_time_gap(r: Result) -> str:
     wanted = ",".join(f"{x:.4g}" for x in [*measured[::-1], outside])
     return (f"not measured: {share:.3f} of dense's tokens lies outside the fractions measured, {measured[0]:.3g} to "
             f"{measured[-1]:.3g}; add --fractions {wanted}")
-
 
 def findings(r: Result) -> str:
     """Sentences on a kind."""
@@ -316,18 +290,15 @@ def findings(r: Result) -> str:
     said += [f"Tokens/s are {interval(e, '.3f', f' × those by {impl}')}." for impl, e in r.by.items() if e]
     return f"**{r.who}**: {' '.join(said)}"
 
-
 def model_table(sweep: Sweep) -> str:
     dense = sweep.models[DENSE]
     rows = [[who, f"`{m.flags}`", f"{m.total:,}", f"{m.active:,}", f"{m.flops / 1e6:.2f}",
              f"{m.flops / dense.flops:.4f}"] for who, m in sweep.models.items()]
     return markdown(["model", "flags", "parameters", "active", "active MFLOPs/token", "/ dense"], rows)
 
-
 def two_cells(e: Effect | None, form: str, empty: str = "") -> list[str]:
     """Mean and interval."""
     return [f"{e.mean:{form}}", f"{e.low:{form}} to {e.high:{form}}"] if e else [empty, ""]
-
 
 def loss_table(runs: list[dict]) -> str:
     losses, tokens, rows = final_losses(runs), dense_tokens(runs), []
@@ -339,7 +310,6 @@ def loss_table(runs: list[dict]) -> str:
                          *two_cells(e, "+.4f")])
     head = ["model", "share of dense's tokens", "tokens", "final val loss ± sd", "n", "minus dense", "95 % interval"]
     return markdown(head, rows)
-
 
 def summary_table(results: list[Result]) -> str:
     rows = []
@@ -354,12 +324,10 @@ def summary_table(results: list[Result]) -> str:
     return markdown(["kind", "tokens to dense's final loss / dense's", "step time / dense's", "95 % interval", "rounds",
                      "time to dense's final loss / dense's", "loss at equal time minus dense's", "95 % interval"], rows)
 
-
 def time_table(runs: list[dict]) -> str:
     rows = [[who, *(f"{number:.1f}" for number in (median(ms.values()), min(ms.values()), max(ms.values()))), len(ms)]
             for who, ms in step_times(runs).items()]
     return markdown(["model", "ms per step, median", "min", "max", "rounds"], rows)
-
 
 README = """# Dense against mixtures of experts at equal active FLOPs: `{size}`, {date}
 
@@ -397,7 +365,6 @@ of the ratios of tokens and of step times. At equal time: with 1 / (step-time ra
 
 """
 
-
 def readme(sweep: Sweep, results: list[Result], runs: list[dict], problems: list[str]) -> str:
     """README.md: what came out, the tables, and how it came about."""
     times, body = step_times(runs), ""
@@ -412,9 +379,7 @@ def readme(sweep: Sweep, results: list[Result], runs: list[dict], problems: list
         iterations=sweep.iterations, problems=common.problem_lines(problems, runs, "train_moe.py"),
         **common.facts(runs))
 
-
 COLORS = {DENSE: "black", "mixtral": "tab:blue", "deepseek": "tab:orange", "speed": "tab:green"}
-
 
 def mean_curve(runs: list[dict], who: str, tokens: int) -> dict[int, float]:
     """Tokens -> mean over seeds of the validations of the runs with that many tokens."""
@@ -424,7 +389,6 @@ def mean_curve(runs: list[dict], who: str, tokens: int) -> dict[int, float]:
             for at, loss in run["curve"]:
                 points.setdefault(at, []).append(loss)
     return {at: mean(points[at]) for at in sorted(points)}
-
 
 def plot(sweep: Sweep, runs: list[dict], path: Path) -> None:
     """Mean validation loss against tokens and against time; hollow: final losses of all runs, each with a schedule of
@@ -456,7 +420,6 @@ def plot(sweep: Sweep, runs: list[dict], path: Path) -> None:
     figure.suptitle(sweep.size)
     figure.savefig(path, dpi=130)
 
-
 def write_report(sweep: Sweep, out: Path) -> None:
     """README.md and curves.png from the records of these flags and data; there may be others in the file."""
     found = common.read_runs(out / "runs.jsonl", Job).values()
@@ -469,9 +432,7 @@ def write_report(sweep: Sweep, out: Path) -> None:
         plot(sweep, done, out / "curves.png")
     common.write_readme(out, readme(sweep, summarize(done), done, problems))
 
-
 # --- Command line
-
 
 def show_plan(sweep: Sweep, jobs: list[Job], runs: dict[tuple, dict], args: argparse.Namespace) -> None:
     """What would be run, and for how long."""
@@ -486,7 +447,6 @@ def show_plan(sweep: Sweep, jobs: list[Job], runs: dict[tuple, dict], args: argp
     time = common.effort(len(todo), seconds, SECONDS.get((args.size, kind)), args.jobs)
     print(f"{len(todo)} of {len(jobs)} to run, {time}")
 
-
 def check(args: argparse.Namespace) -> None:
     """Turns the options' words into values. Raises ValueError for those that cannot give a result."""
     args.only = common.words(args.only, KINDS, "--only")
@@ -498,7 +458,6 @@ def check(args: argparse.Namespace) -> None:
     if args.time and args.jobs > 1:
         raise ValueError("--time needs --jobs 1: runs beside each other would change each other's times")
     args.out = args.out or common.default_out(f"moe_{args.size}")
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "train_moe.py")
@@ -515,7 +474,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pairs", type=int, default=5, help="rounds of --time (default: 5)")
     common.add_sweep_options(parser, "moe_SIZE")
     return parser.parse_args(argv)
-
 
 def compare(args: argparse.Namespace, command: str) -> int:
     """Runs what is missing and writes the results; returns the exit code."""
@@ -535,10 +493,8 @@ def compare(args: argparse.Namespace, command: str) -> int:
         write_report(sweep, args.out)
     return common.exit_code(failed)
 
-
 def main(argv: list[str] | None = None) -> int:
     return common.command_line("moe", parse_args, compare, argv)
-
 
 if __name__ == "__main__":
     common.start(main)

@@ -33,7 +33,6 @@ from torch.nn import functional as F
 
 HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1  # the shard format written by the tools in data/
 
-
 @dataclass(frozen=True)
 class Config:
     """The documented run. Sources: C = the command line above, F = config/train_shakespeare_char.py, D = default."""
@@ -53,7 +52,6 @@ class Config:
     grad_clip: float = 1.0  # D
     eval_iters: int = 20  # C; random batches of nanoGPT's own loss estimate
     # dropout is 0 (C) and no Linear or LayerNorm has a bias (D), so neither appears in the model.
-
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)); (B, T, C) to (B, T, C)."""
@@ -77,7 +75,6 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attention(self.norm_attn(x))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x))))
-
 
 class GPT(nn.Module):
     """GPT-2 as nanoGPT trains it: learned positions, a final LayerNorm, the head tied to the token embedding."""
@@ -105,7 +102,6 @@ class GPT(nn.Module):
             x = block(x)
         return F.linear(self.norm(x), self.token.weight)
 
-
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     """AdamW that decays matrices and embeddings (2-D) and leaves the norm gains (1-D) alone; unfused, as on CPU."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -113,14 +109,12 @@ def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.AdamW:
     groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": gains, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=cfg.max_lr, betas=cfg.betas)
 
-
 def learning_rate(step: int, cfg: Config) -> float:
     """Rate of 0-based iteration `step`: linear to max_lr over the warm-up, then a cosine down to min_lr at the end."""
     if step < cfg.warmup:
         return cfg.max_lr * (step + 1) / (cfg.warmup + 1)
     progress = min(1.0, (step - cfg.warmup) / max(1, cfg.iterations - cfg.warmup))
     return cfg.min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (cfg.max_lr - cfg.min_lr)
-
 
 def load_tokens(folder: Path, split: str) -> np.ndarray:
     """Memory-map the one shard of `split` in `folder` as uint16 tokens (N,).
@@ -138,14 +132,12 @@ def load_tokens(folder: Path, split: str) -> np.ndarray:
         raise ValueError(f"{shards[0]} does not hold the {header[2]} tokens of its header; make it again")
     return np.memmap(shards[0], dtype="<u2", mode="r", offset=HEADER_BYTES)
 
-
 def random_batch(tokens: np.ndarray, cfg: Config, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (batch_size, block_size), each row from a uniformly random offset of `tokens`."""
     offsets = torch.randint(len(tokens) - cfg.block_size, (cfg.batch_size,)).tolist()
     rows = np.stack([tokens[i : i + cfg.block_size + 1] for i in offsets]).astype(np.int64)
     rows = torch.from_numpy(rows).to(device)
     return rows[:, :-1], rows[:, 1:]
-
 
 def fixed_stream(tokens: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut N tokens into consecutive contexts: inputs tokens[:-1], targets tokens[1:], both (ceil((N-1)/block), block).
@@ -158,11 +150,9 @@ def fixed_stream(tokens: np.ndarray, block_size: int) -> tuple[torch.Tensor, tor
     inputs, targets = F.pad(stream[:-1], (0, padding)), F.pad(stream[1:], (0, padding), value=-1)
     return inputs.view(-1, block_size), targets.view(-1, block_size)
 
-
 def loss_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Cross-entropy in nats over all targets that are not -1."""
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
-
 
 @torch.no_grad()
 def evaluate(model: nn.Module, tokens: np.ndarray, cfg: Config, device: str) -> float:
@@ -171,13 +161,11 @@ def evaluate(model: nn.Module, tokens: np.ndarray, cfg: Config, device: str) -> 
     batches = zip(inputs.to(device).split(128), targets.to(device).split(128), strict=True)
     return sum(loss_of(model, x, y, "sum").item() for x, y in batches) / (len(tokens) - 1)
 
-
 @torch.no_grad()
 def estimate(model: nn.Module, tokens: np.ndarray, cfg: Config, device: str) -> float:
     """nanoGPT's own loss estimate, in nats: the mean over eval_iters random batches, with an sd of about 0.01."""
     losses = [loss_of(model, *random_batch(tokens, cfg, device)).item() for _ in range(cfg.eval_iters)]
     return sum(losses) / len(losses)
-
 
 def train(model: nn.Module, tokens: np.ndarray, cfg: Config, device: str) -> float:
     """Run the iterations, with progress on stderr; return the loss of the last batch in nats."""
@@ -194,12 +182,10 @@ def train(model: nn.Module, tokens: np.ndarray, cfg: Config, device: str) -> flo
             print(f"step {step + 1}/{cfg.iterations} loss {loss.item():.4f}", file=sys.stderr, flush=True)
     return loss.item()
 
-
 def peak_rss_mib() -> float:
     """Largest resident memory of this process so far; the kernel counts KiB on Linux and bytes on macOS."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
 
 def run(args: argparse.Namespace) -> dict:
     """Train and evaluate once; return the result line as a dict."""
@@ -226,7 +212,6 @@ def run(args: argparse.Namespace) -> dict:
         "tokens_per_s": cfg.iterations * cfg.batch_size * cfg.block_size / seconds,
     }
 
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/shakespeare_char"), metavar="DIR")
@@ -236,7 +221,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--estimate", action="store_true", help="also report nanoGPT's random-batch loss estimate")
     return parser.parse_args(argv)
 
-
 def main(argv: list[str] | None = None) -> int:
     try:
         print(json.dumps(run(parse_args(argv))), flush=True)
@@ -244,7 +228,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

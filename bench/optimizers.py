@@ -55,9 +55,7 @@ EXTEND = 4  # factors of two by which a grid may grow at either end
 OWN = {"seed": "--seeds", "data": "--data"} | dict.fromkeys(  # what the runs differ in -> what sets it
     ("optimizer", "max_lr", "min_lr", "muon_lr", "beta2", "weight_decay"), "")
 
-
 # --- Plan
-
 
 class Point(NamedTuple):
     """Settings that are tried. Rates are exponents of two over the base rates."""
@@ -75,7 +73,6 @@ class Point(NamedTuple):
     def rate(self) -> int:
         return self.adam if self.muon is None else self.muon
 
-
 class Job(NamedTuple):
     """One run; the first five fields identify it."""
 
@@ -90,7 +87,6 @@ class Job(NamedTuple):
     common: tuple[str, ...]
     fingerprint: str
     jobs: int  # at the same time
-
 
 class Sweep(NamedTuple):
     """What all runs of a call have in common; `key` tells their records from those of other flags and data."""
@@ -161,11 +157,9 @@ class Sweep(NamedTuple):
     def distance(self, point: Point) -> int:
         return point.rate
 
-
 def can_compile() -> bool:
     """Whether the trainer can compile on a CPU."""
     return any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-
 
 def proxy_flags(vocab_size: int) -> list[str]:
     """Of the model that stands in for the real one."""
@@ -173,7 +167,6 @@ def proxy_flags(vocab_size: int) -> list[str]:
         print("note: no C++ compiler, the runs are not compiled and take longer", file=sys.stderr)
     size = FEW_TOKENS if vocab_size > LARGE_VOCAB else MANY_TOKENS
     return [*SHAPE, "--compile" if can_compile() else "--no-compile", *size]
-
 
 def make_sweep(args: argparse.Namespace) -> Sweep:
     """Checks the flags of all runs of the grid. Raises ValueError for flags that train_baseline.py refuses,
@@ -196,12 +189,10 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
         common.parsed(t, [*shared, *sweep.change(point).split()])
     return sweep
 
-
 def score(found: Found, point: Point, seeds: int) -> float | None:
     """Mean loss of the first seeds; None without all of them."""
     known = found.get(point, {})
     return mean(known[seed] for seed in range(seeds)) if known.keys() >= set(range(seeds)) else None
-
 
 def grow(sweep: Sweep, scores: dict[int, float | None], size: int) -> list[int]:
     """The exponents of a grid: it grows while its best lies at an edge, or it is smaller than `size`; then at the end
@@ -218,13 +209,11 @@ def grow(sweep: Sweep, scores: dict[int, float | None], size: int) -> list[int]:
         ks = [ks[0] - 1, *ks] if lower else [*ks, ks[-1] + 1]
     return ks
 
-
 class Tuning(NamedTuple):
     """What both optimizers try, and whether the losses of all of it are there."""
 
     points: dict[str, list[Point]]
     complete: bool
-
 
 def tuning(sweep: Sweep, found: Found) -> Tuning:
     """The settings that the losses found so far call for; equally many for both once it is complete."""
@@ -250,14 +239,12 @@ def tuning(sweep: Sweep, found: Found) -> Tuning:
     every = [score(found, point, sweep.sweep_seeds) for some in points.values() for point in some]
     return Tuning(points, None not in every)
 
-
 def finalists(sweep: Sweep, found: Found, points: list[Point]) -> list[Point]:
     """The best settings by the sweep's seeds; of those that diverged none, unless all did."""
     scores = {point: score(found, point, sweep.sweep_seeds) for point in points}
     ranked = sorted(points, key=scores.get)
     finite = [point for point in ranked if math.isfinite(scores[point])]
     return (finite or ranked[:1])[:sweep.finalists]
-
 
 def winner(sweep: Sweep, found: Found, tuned: Tuning, optimizer: str) -> Point | None:
     """The finalist with the lowest mean over all seeds; None while runs are missing."""
@@ -267,9 +254,7 @@ def winner(sweep: Sweep, found: Found, tuned: Tuning, optimizer: str) -> Point |
     means = {point: score(found, point, sweep.seeds) for point in last}
     return None if None in means.values() else min(means, key=means.get)
 
-
 # --- Runs
-
 
 def numbers(events: list[dict]) -> dict:
     """Of a run's metrics: its validation curve as (step, loss), its size, and its median ms per step."""
@@ -279,17 +264,14 @@ def numbers(events: list[dict]) -> dict:
             "tokens": common.tokens_of(events), "ms": median(times[1:] or times),
             "curve": sorted(curve.items())}
 
-
 def measure(job: Job, children: set) -> dict:
     flags = [*job.common, *job.change.split()]
     events, config = common.train(TRAINER, flags, job.seed, children)
     return common.about(config, job.fingerprint) | numbers(events)
 
-
 def execute(job: Job, children: set) -> dict:
     """The record of a job."""
     return common.record(job, TRAINER, lambda: measure(job, children), may_diverge=True)
-
 
 def outcome(run: dict) -> str:
     """A line about a finished run."""
@@ -297,7 +279,6 @@ def outcome(run: dict) -> str:
     if run["problem"]:
         return f"{who}: FAILED: {run['problem']}"
     return f"{who}: " + ("diverged" if run["diverged"] else f"val loss {run['val_loss']:.4f}, {run['wall_s']:.0f} s")
-
 
 def batches(jobs: list[Job], warm: set[str]) -> Iterator[list[Job]]:
     """The first job of each optimizer alone, which leaves its compiled graphs in inductor's cache; then the others."""
@@ -309,7 +290,6 @@ def batches(jobs: list[Job], warm: set[str]) -> Iterator[list[Job]]:
             yield [first]
     if jobs:
         yield jobs
-
 
 def run_sweep(sweep: Sweep, command: str, file: Path) -> int:
     """Rounds of runs, until the plan is complete or one fails; returns how many failed."""
@@ -324,9 +304,7 @@ def run_sweep(sweep: Sweep, command: str, file: Path) -> int:
 
     return common.run_rounds(sweep, Job, file, run_jobs)
 
-
 # --- Results
-
 
 class Results(NamedTuple):
     """What the finished comparison tells; lists are in the order of the seeds."""
@@ -343,7 +321,6 @@ class Results(NamedTuple):
     def minus_adamw(self, arm: str) -> list[float]:
         return paired(*(dict(enumerate(self.losses(name))) for name in (arm, ADAMW)))
 
-
 def crossing(curve: list[tuple[float, float]], target: float) -> float | None:
     """First step at which the curve is at or below the target, linear between evaluations; None if it never is. Before
     the first evaluation nothing is known: its step is the earliest."""
@@ -353,7 +330,6 @@ def crossing(curve: list[tuple[float, float]], target: float) -> float | None:
         if low <= target:
             return start + (end - start) * (high - target) / (high - low)
     return None
-
 
 def summarize(sweep: Sweep, runs: dict[tuple, dict]) -> Results | None:
     """None while runs are missing, or where all that an optimizer tried diverged."""
@@ -371,7 +347,6 @@ def summarize(sweep: Sweep, runs: dict[tuple, dict]) -> Results | None:
     steps = [crossing(m["curve"], a["val_loss"]) for a, m in zip(arms[ADAMW], arms[MUON], strict=True)]
     return Results(points, arms, steps, [step and sweep.s.iterations / step for step in steps], ratios(*ms))
 
-
 def mean_ratio(values: list[float | None]) -> str:
     """Mean and 95 % interval of a ratio over seeds in words."""
     known = [value for value in values if value is not None]
@@ -380,12 +355,10 @@ def mean_ratio(values: list[float | None]) -> str:
     e = effect(known)
     return interval(e, ".3f") if e else "not measured"
 
-
 def verdict(deltas: list[float], better: str, worse: str) -> str:
     """What the interval of differences says: `better` if it is below 0."""
     e = effect(deltas)
     return e.side(worse, better, "not settled") if e else "not settled"
-
 
 FINDINGS = """- **Loss at equal steps** ({steps}): {full}. AdamW {adamw}, Muon {muon} (mean ± sd, nats per token, \
 n = {seeds}); Muon - AdamW {full_by}.
@@ -396,7 +369,6 @@ the next line tells.
 steps {half_by}.
 - **Time**: a step takes {ms[0]:.1f} ms with AdamW, {ms[1]:.1f} ms with Muon (medians); Muon's / AdamW's: \
 {ms_ratio}. AdamW's seconds / Muon's to AdamW's final loss: {time_ratio}."""
-
 
 def findings(sweep: Sweep, r: Results) -> str:
     """What came out, in a few lines."""
@@ -411,7 +383,6 @@ def findings(sweep: Sweep, r: Results) -> str:
         ms=[median(run["ms"] for run in r.runs[arm]) for arm in (ADAMW, MUON)],
         step_ratio=mean_ratio(r.step_ratios), ms_ratio=mean_ratio(r.ms_ratios), time_ratio=mean_ratio(times))
 
-
 def result_table(sweep: Sweep, r: Results) -> str:
     rows = []
     for arm, point in r.points.items():
@@ -420,7 +391,6 @@ def result_table(sweep: Sweep, r: Results) -> str:
         rows.append([arm, f"`{sweep.change(point)}`", steps, f"{tokens:,}", mean_sd(r.losses(arm)), sweep.seeds,
                      "" if arm == ADAMW else difference(r.minus_adamw(arm))])
     return markdown(["", "settings", "steps", "tokens", "final val loss ± sd", "n", "minus AdamW ± se"], rows)
-
 
 def seed_table(r: Results) -> str:
     columns = {
@@ -436,7 +406,6 @@ def seed_table(r: Results) -> str:
     rows = [[seed, *("-" if values[seed] is None else format(values[seed], form) for values, form in columns.values())]
             for seed in range(len(r.steps))]
     return markdown(["seed", *columns], rows)
-
 
 def tuning_table(sweep: Sweep, found: Found, tuned: Tuning) -> str:
     """Everything that was tried, with the losses of the sweep and of all seeds."""
@@ -454,12 +423,10 @@ def tuning_table(sweep: Sweep, found: Found, tuned: Tuning) -> str:
     head = ["optimizer", "settings", f"val loss, {sweep.sweep_seeds} seed(s)", f"mean of {sweep.seeds} seeds"]
     return markdown(head, rows)
 
-
 def budget(found: Found, tuned: Tuning, optimizer: str) -> str:
     points = tuned.points[optimizer]
     runs = sum(len(found.get(point, ())) for point in points)
     return f"{optimizer} {len(points)} settings, {runs} runs"
-
 
 def edge_notes(r: Results, tuned: Tuning) -> list[str]:
     """Where the best may lie beyond what was tried."""
@@ -472,7 +439,6 @@ def edge_notes(r: Results, tuned: Tuning) -> list[str]:
             notes.append(f"{arm}'s best is a setting tried beside the sweep, beyond which nothing was tried: "
                          + (best.extra or "another rate of embeddings and head"))
     return notes
-
 
 FIGURE = "![validation loss against step and learning rate](optimizers.png)\n\n"
 README = """# AdamW against Muon on the same model: {name}, {date}
@@ -509,7 +475,6 @@ Rates are tuned to a factor of two, one after the other, for this size and numbe
 hold for longer runs.{size_caveat}
 """
 
-
 def readme(sweep: Sweep, runs: dict[tuple, dict], problems: list[str]) -> str:
     """README.md: the findings, the tables, and how they came about."""
     s, found, r = sweep.s, sweep.collect(runs), summarize(sweep, runs)
@@ -532,11 +497,9 @@ def readme(sweep: Sweep, runs: dict[tuple, dict], problems: list[str]) -> str:
         size_caveat="" if s.device == "cuda" else " A CPU proxy says little about the 124 M parameter model.",
         **common.facts(done))
 
-
 # --- Picture
 
 COLORS = {ADAMW: "#D55E00", MUON: "#0072B2", HALF: "#0072B2"}  # Okabe and Ito: told apart by all eyes
-
 
 def draw_curves(axes, r: Results, end: int) -> None:
     """Mean curves, bands from the lowest to the highest seed, and a dot where Muon has AdamW's final loss."""
@@ -560,7 +523,6 @@ def draw_curves(axes, r: Results, end: int) -> None:
     axes.set_xlabel("training step")
     axes.set_ylabel("validation loss, nats per token")
 
-
 def draw_rates(axes, sweep: Sweep, found: Found, r: Results) -> None:
     """Loss over learning rate: all seeds, a line through the sweep's seeds, hollow what was tried beside the rate."""
     for arm, points in tuning(sweep, found).points.items():
@@ -581,7 +543,6 @@ def draw_rates(axes, sweep: Sweep, found: Found, r: Results) -> None:
     axes.set_xticks(ticks, [f"{rate:.3g}" for rate in ticks])
     axes.set_xlabel("peak learning rate")
 
-
 def plot(sweep: Sweep, found: Found, r: Results, path: Path) -> None:
     """Curves of both optimizers, and the losses of their sweeps."""
     figure, (left, right) = common.panels(13, 5.6, 1, 2)
@@ -593,7 +554,6 @@ def plot(sweep: Sweep, found: Found, r: Results, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=100)
-
 
 def write_report(sweep: Sweep, out: Path) -> None:
     """README.md and optimizers.png from the records of these flags and data; there may be others in the file."""
@@ -607,9 +567,7 @@ def write_report(sweep: Sweep, out: Path) -> None:
         plot(sweep, found, r, out / "optimizers.png")
     common.write_readme(out, readme(sweep, runs, problems))
 
-
 # --- Command line
-
 
 def show_plan(sweep: Sweep, runs: dict[tuple, dict]) -> None:
     """What would be run, and for how long."""
@@ -624,7 +582,6 @@ def show_plan(sweep: Sweep, runs: dict[tuple, dict]) -> None:
     print(f"{len(todo)} to run, {common.effort(amount, seconds, None, sweep.jobs)}; more where an "
           "optimum lies at the edge of its grid")
 
-
 def check(args: argparse.Namespace) -> None:
     """Turns the options' words into values. Raises ValueError for those that cannot give a result."""
     args.multipliers = common.exponents(args.multipliers)
@@ -635,7 +592,6 @@ def check(args: argparse.Namespace) -> None:
     if not 1 <= args.sweep_seeds <= args.seeds:
         raise ValueError(f"--sweep-seeds must be 1 to {args.seeds}, the number of --seeds, got {args.sweep_seeds}")
     args.out = args.out or common.default_out("optimizers") / Path(args.data).name
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "train_baseline.py")
@@ -651,7 +607,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     common.add_sweep_options(parser, "optimizers/DATA", seeds=None)
     return parser.parse_args(argv)
 
-
 def compare(args: argparse.Namespace, command: str) -> int:
     """Runs what is missing and writes the results; returns the exit code."""
     check(args)
@@ -665,10 +620,8 @@ def compare(args: argparse.Namespace, command: str) -> int:
         write_report(sweep, args.out)
     return common.exit_code(failed)
 
-
 def main(argv: list[str] | None = None) -> int:
     return common.command_line("optimizers", parse_args, compare, argv)
-
 
 if __name__ == "__main__":
     common.start(main)

@@ -44,7 +44,6 @@ from bench import common  # noqa: E402
 TRACK_RANKS = 8  # processes of the public track; on one GPU a script takes as many rows one after another
 EOT = 50256  # end of text, of GPT-2's tokens
 
-
 @dataclass
 class Run:
     """What a run's log tells: its clock in ms and its validation loss, each by step; and how it ended."""
@@ -60,9 +59,7 @@ class Run:
         """Points (ms, validation loss) in order."""
         return sorted((self.times[step], loss) for step, loss in self.losses.items() if step in self.times)
 
-
 # --- The peer's script
-
 
 def load_peer(path: Path) -> tuple[str, dict]:
     """Source of a script, or in a record log, and its path, commit and sha256. Raises FileNotFoundError, ValueError."""
@@ -78,7 +75,6 @@ def load_peer(path: Path) -> tuple[str, dict]:
     sha = hashlib.sha256(sources[0].encode()).hexdigest()
     return sources[0], {"path": str(path), "commit": git, "sha256": sha}
 
-
 def find_constant(source: str, name: str) -> re.Match:
     """The line of the only assignment to `name`; group 1 is its value. Raises ValueError if there is not just one."""
     form = rf"^[ \t]*{re.escape(name)}[ \t]*(?::[^=\n]+)?=[ \t]*([^#\n=][^#\n]*?),?[ \t]*(?:#.*)?$"
@@ -87,7 +83,6 @@ def find_constant(source: str, name: str) -> re.Match:
         raise ValueError(f"the peer's script assigns {name} {len(found)} times, expected once, as in record 28's")
     return found[0]
 
-
 def set_constants(source: str, values: dict[str, str]) -> str:
     """`source` with other values in the only assignments to these names, each on one line."""
     for name, value in values.items():
@@ -95,14 +90,12 @@ def set_constants(source: str, values: dict[str, str]) -> str:
         source = source[:start] + value + source[end:]
     return source
 
-
 def constant_number(source: str, name: str) -> int:
     """The value of a constant that is a whole number or a product of some."""
     text = find_constant(source, name)[1]
     if not re.fullmatch(r"\d+(\s*\*\s*\d+)*", text):
         raise ValueError(f"{name} in the peer's script is no product of whole numbers; give --set {name}=NUMBER")
     return math.prod(map(int, text.split("*")))
-
 
 def check_data(corpus: train_gpt.Corpus, steps: int, tokens: int, val_tokens: int, row: int) -> None:
     """Raises ValueError for shards that the peer could not read, or not as ours does, and would say so only minutes
@@ -123,9 +116,7 @@ def check_data(corpus: train_gpt.Corpus, steps: int, tokens: int, val_tokens: in
         print(f"warning: a document of {longest} tokens is longer than a row: the peer starts rows at documents, "
               "skips what is left of the one before, and fails where too few start", file=sys.stderr)
 
-
 # --- Runs
-
 
 def run_process(command: list, folder: Path, limit_s: float | None, **options) -> tuple[int | None, float]:
     """Runs to the end, or stops it at the limit; returns the exit code (None: stopped) and wall seconds. On SIGTERM
@@ -142,7 +133,6 @@ def run_process(command: list, folder: Path, limit_s: float | None, **options) -
             if child.poll() is None:
                 common.stop_group(child, patience_s=60)
     return code, time.perf_counter() - start
-
 
 def read_trace(who: str, trace: logger.Trace, code: int | None, wall_s: float, output: str) -> Run:
     """A Run from a parsed log. Times before a fall of the clock are dropped: until record 21 the scripts reset it after
@@ -165,7 +155,6 @@ def read_trace(who: str, trace: logger.Trace, code: int | None, wall_s: float, o
         run.result = "cut off"
     return run
 
-
 def run_peer(source: str, corpus: train_gpt.Corpus, folder: Path, limit_s: float | None) -> Run:
     """One run of the peer in `folder`."""
     shards = folder / "data" / "fineweb10B"
@@ -180,7 +169,6 @@ def run_peer(source: str, corpus: train_gpt.Corpus, folder: Path, limit_s: float
     trace = logger.parse_log(logger.read_text(log))
     return read_trace("peer", trace, code, wall_s, logger.read_text(folder / "output.txt"))
 
-
 def run_ours(flags: list[str], folder: Path, limit_s: float | None, who: str = "ours") -> Run:
     """One run of train_gpt.py, with its logs in `folder`."""
     folder.mkdir()
@@ -189,19 +177,16 @@ def run_ours(flags: list[str], folder: Path, limit_s: float | None, who: str = "
     traces = [logger.read_run(path).trace for path in folder.glob("ours/*/")]
     return read_trace(who, (traces or [logger.Trace()])[0], code, wall_s, logger.read_text(folder / "output.txt"))
 
-
 def report(run: Run) -> Run:
     """Prints a line about a run that has just ended, and returns it."""
     print(f"{run.who}: {max(run.times)} steps, {run.wall_s:.0f} s, {run.result}", flush=True)
     return run
-
 
 def equal_time_steps(peer: Run, ours: Run, steps: int) -> int | None:
     """Steps of ours that fill the peer's time, at least one; None unless both got to the last step."""
     if not (peer.times.get(steps) and ours.times.get(steps)):
         return None
     return max(1, round(steps * peer.times[steps] / ours.times[steps]))
-
 
 def run_in_turn(source: str, flags: list[str], corpus: train_gpt.Corpus, args: argparse.Namespace,
                 folder: Path) -> list[Run]:
@@ -225,9 +210,7 @@ def run_in_turn(source: str, flags: list[str], corpus: train_gpt.Corpus, args: a
         runs.append(report(run_ours(flags, folder / "ours_equal_time", left(), "ours, equal time")))
     return runs
 
-
 # --- Results
-
 
 def marks(runs: list[Run]) -> list[int]:
     """Steps between which all runs are timed: 0 and those after which each has validated, or, if some were cut off
@@ -236,12 +219,10 @@ def marks(runs: list[Run]) -> list[int]:
     validated = {step for step in shared if step == 0 or all(step in run.losses for run in runs)}
     return sorted(validated if len(validated) > 1 else shared)
 
-
 def interpolate(curve: list[tuple[float, float]], x: float) -> float | None:
     """y at `x` on straight lines between the points (x, y), which are in order; None outside of them."""
     inside = bool(curve) and curve[0][0] <= x <= curve[-1][0]
     return float(np.interp(x, *zip(*curve, strict=True))) if inside else None
-
 
 def ratio(peer: list, ours: list, at: str) -> dict | None:
     """Medians with their ranges, ours / peer and ours - peer; None where a side has no number."""
@@ -252,11 +233,9 @@ def ratio(peer: list, ours: list, at: str) -> dict | None:
     return {"peer": a, "peer_range": [min(peer), max(peer)], "ours": b, "ours_range": [min(ours), max(ours)],
             "ratio": b / a if a else None, "difference": b - a, "at": at}
 
-
 def step_times(runs: list[Run], steps: list[int]) -> list[float]:
     """ms/step of all runs from one of these steps to the next."""
     return [(run.times[b] - run.times[a]) / (b - a) for run in runs for a, b in pairwise(steps)]
-
 
 def compare(runs: list[Run], tokens: int) -> dict:
     """The comparisons by name, from the runs that did not fail; empty if the two sides share no two timed steps."""
@@ -284,10 +263,8 @@ def compare(runs: list[Run], tokens: int) -> dict:
             result["val loss, both cooled down"] = compared(at, lambda run: run.curve()[-1][1], timed)
     return {name: found for name, found in result.items() if found}
 
-
 def show(value: float | None) -> str:
     return "-" if value is None else f"{value:,.6g}"
-
 
 def format_tables(runs: list[Run], result: dict) -> str:
     """A row a run, then a row a comparison: medians and ranges over the runs, those of ms/step over all stretches."""
@@ -304,7 +281,6 @@ def format_tables(runs: list[Run], result: dict) -> str:
         rows.append([name, *sides, show(r["ratio"]), show(r["difference"]), r["at"]])
     return "\n\n".join(map(common.aligned, [runs_table, *([[head, *rows]] if rows else [])]))
 
-
 def write_folder(out: Path, record: dict, tables: str, folder: Path) -> None:
     """README.md, peer.json and the logs of our runs; nothing of the peer's."""
     out.mkdir(parents=True, exist_ok=True)
@@ -316,7 +292,6 @@ def write_folder(out: Path, record: dict, tables: str, folder: Path) -> None:
         shutil.copytree(run, out / run.relative_to(folder).parts[0], dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("checkpoints", "profile"))
 
-
 def our_flags(args: argparse.Namespace, tokens: int, val_tokens: int) -> list[str]:
     """Flags of train_gpt.py: the preset at the peer's sizes. What is wrong is said before the peer has run."""
     rate = train_gpt.PRESETS["speedrun"]["stage_lr"][-1]  # the preset's for its largest batch
@@ -326,7 +301,6 @@ def our_flags(args: argparse.Namespace, tokens: int, val_tokens: int) -> list[st
     flags = ["--preset", "speedrun", f"--stage-lr={rate}", *args.ours, "--no-save-last", *fixed]
     train_gpt.parse_settings(flags, world_size=1)
     return flags
-
 
 def benchmark(args: argparse.Namespace, command: str) -> int:
     """Runs everything, prints and writes the result; returns the exit code."""
@@ -356,12 +330,10 @@ def benchmark(args: argparse.Namespace, command: str) -> int:
                            "--work DIR keeps its output")
     return 0
 
-
 def above_zero(text: str) -> int:
     if not int(text) > 0:
         raise ValueError
     return int(text)
-
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options; what they do not know goes to `ours`, the flags of train_gpt.py."""
@@ -388,10 +360,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"--work {args.work} must be a new folder, and outside of the project, which keeps no peer")
     return args
 
-
 def main(argv: list[str] | None = None) -> int:
     return common.command_line("peer", parse_args, benchmark, argv, resumes=False)
-
 
 if __name__ == "__main__":
     common.start(main)

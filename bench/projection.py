@@ -33,7 +33,6 @@ RECORDS = (  # public record, minutes to 3.28 on FineWeb with 8 H100s
     ("claimed since #89", 1.167), ("claimed since #89", 1.079),
 )
 
-
 class Traffic(NamedTuple):
     """Bytes that one rank sends in a step."""
 
@@ -44,7 +43,6 @@ class Traffic(NamedTuple):
     def total(self) -> float:
         return sum(self)
 
-
 class Assumptions(NamedTuple):
     """What is not measured."""
 
@@ -53,7 +51,6 @@ class Assumptions(NamedTuple):
     overlap: float  # fraction of communication hidden behind computation
     h200_gain: tuple[float, float]  # fraction of an H100's time that an H200 saves, least and most
 
-
 def build_banks(preset: str, ranks: int, more: list[str]) -> tuple[train_gpt.Settings, list[train_gpt.Bank]]:
     """The preset's optimizer as rank 0 of several has it, without memory: shapes and dtypes on the meta device."""
     flags = ["--preset", preset, "--device", "cpu", "--dtype", "bf16", "--backend", "sdpa", "--no-compile"]
@@ -61,7 +58,6 @@ def build_banks(preset: str, ranks: int, more: list[str]) -> tuple[train_gpt.Set
     with torch.device("meta"):
         s = dataclasses.replace(s, device="meta")
         return s, MuonAdamW(GPT(s, VOCAB_SIZE), s, World(0, 0, ranks)).banks
-
 
 def traffic(banks: list[train_gpt.Bank], ranks: int) -> Traffic:
     """Bytes that a rank sends for one optimizer step with ring collectives."""
@@ -75,10 +71,8 @@ def traffic(banks: list[train_gpt.Bank], ranks: int) -> Traffic:
             gathered += (ranks - 1) * numel * next(iter(bank.params.values())).dtype.itemsize
     return Traffic(scattered, gathered, reduced)
 
-
 def communication_ms(sent: Traffic, a: Assumptions) -> float:
     return 1000 * sent.total() / (a.bandwidth * a.efficiency)
-
 
 def slowdowns(gpu: str, a: Assumptions) -> tuple[float, float]:
     """Least and most that an H100's step takes, relative to the measured GPU's. Raises ValueError for other GPUs."""
@@ -88,7 +82,6 @@ def slowdowns(gpu: str, a: Assumptions) -> tuple[float, float]:
         return 1.0, 1.0
     raise ValueError(f"the steps were measured on {gpu}: only those of an H100 or H200 can be projected")
 
-
 class Measured(NamedTuple):
     """What the projection needs of gpu.json; times in ms."""
 
@@ -96,7 +89,6 @@ class Measured(NamedTuple):
     stages: list[dict]
     optimizer: float  # of a single rank
     own_optimizer: float  # of one rank of 8
-
 
 def read_measured(folder: Path | None) -> Measured | None:
     """None if there is no gpu.json. Raises ValueError if it lacks what the projection needs, or is a trial's."""
@@ -106,20 +98,18 @@ def read_measured(folder: Path | None) -> Measured | None:
     redo = "run bench/gpu.py with the same --out again, on a GPU"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        about, steps, split = found["about"], found["parts"]["steps"]["rows"], found["parts"]["split"]["rows"]
+        about, steps, update = found["about"], found["parts"]["steps"]["rows"], found["parts"]["update"]["rows"]
         stages = list(steps["speedrun"]["lines"].values())
-        measured = Measured(about["gpu"], stages, split["optimizer of 1"]["ms"], split[f"optimizer of {RANKS}"]["ms"])
+        measured = Measured(about["gpu"], stages, update["optimizer of 1"]["ms"], update[f"optimizer of {RANKS}"]["ms"])
         if about["tiny"] or not measured.gpu or steps["speedrun"]["share"] != RANKS:
             raise ValueError(f"{path} is of a trial on a CPU or with other sizes: {redo}")
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} lacks the speedrun's steps or the optimizers' times ({error!r}): {redo}") from error
     return measured
 
-
 def project(stage: dict, m: Measured, slowdown: float, exposed_ms: float) -> float:
     """ms of a step of one stage on 8 H100s; the stage's middle has its mean window."""
     return (stage["middle"]["ms"] - m.optimizer + m.own_optimizer) * slowdown + exposed_ms
-
 
 def communication_report(sent: Traffic, a: Assumptions) -> list[str]:
     mib, ms = 2**20, communication_ms(sent, a)
@@ -133,7 +123,6 @@ def communication_report(sent: Traffic, a: Assumptions) -> list[str]:
         f"At {a.bandwidth / 1e9:g} GB/s per direction (NVLink, nominal) x efficiency {a.efficiency:g}: {ms:.2f} ms per "
         f"step, {ms * (1 - a.overlap):.2f} ms of it exposed at an overlap of {a.overlap:g}.", "",
     ]
-
 
 def compute_report(m: Measured, exposed_ms: float, a: Assumptions) -> list[str]:
     """The stages, the run, and the public records."""
@@ -154,7 +143,6 @@ def compute_report(m: Measured, exposed_ms: float, a: Assumptions) -> list[str]:
             *(f"| public record {name} | {minutes:g} |" for name, minutes in RECORDS), "",
             "A record is a run that reached 3.28; ours is a sum of step times, and its loss is not known.", ""]
 
-
 def report(folder: Path | None, a: Assumptions, more: list[str]) -> str:
     """The whole text. Raises ValueError for an unusable gpu.json."""
     sent = traffic(build_banks("speedrun", RANKS, more)[1], RANKS)
@@ -168,7 +156,6 @@ def report(folder: Path | None, a: Assumptions, more: list[str]) -> str:
                  "from public logs of 8 GPUs), and that no rank waits for another.")
     return "\n".join(lines) + "\n"
 
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="the --out of bench/gpu.py")
@@ -180,7 +167,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         help="percent of an H100's time that an H200 saves (default: 5.1 6.4)")
     return parser.parse_args(argv)
 
-
 def assumptions(args: argparse.Namespace) -> Assumptions:
     """Raises ValueError for values outside their range."""
     low, high = (percent / 100 for percent in args.h200_gain)
@@ -188,7 +174,6 @@ def assumptions(args: argparse.Namespace) -> Assumptions:
         raise ValueError("--bandwidth must be above 0, --efficiency above 0 and at most 1, --overlap 0 to 1, and "
                          "--h200-gain two rising percentages below 100")
     return Assumptions(1e9 * args.bandwidth, args.efficiency, args.overlap, (low, high))
-
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
@@ -201,7 +186,6 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
 
 if __name__ == "__main__":
     sys.exit(main())
