@@ -243,8 +243,8 @@ def check_polar(b: Bench, shape: tuple[int, ...], dtype: torch.dtype) -> dict:
 
 def check_settings(b: Bench, fp8: bool) -> list[train_gpt.Settings]:
     """A model of the speedrun's kind as it trains, plain in the same dtype, and plain in fp32."""
-    flags = ["--preset", "speedrun", *(SMALL if b.tiny else "--num-layers 6 --attention auto").split()]
-    fast = [*flags, *ON_CPU.split()] if b.device == "cpu" else [*flags, "--fp8-head", "on" if fp8 else "off"]
+    flags = ["--preset", "speedrun", *(SMALL if b.tiny else ["--num-layers", "6", "--attention", "auto"])]
+    fast = [*flags, *ON_CPU] if b.device == "cpu" else [*flags, "--fp8-head", "on" if fp8 else "off"]
     s = train_gpt.parse_settings(fast, 1)[0]
     plain = dataclasses.replace(s, kernels="none", fp8_head="off", compile=False, backend="sdpa")
     return [dataclasses.replace(s, compile=True), plain, dataclasses.replace(plain, dtype="fp32")]
@@ -414,8 +414,8 @@ def timing_data(b: Bench) -> str:
 def flags_of(b: Bench, preset: str, data: str, share: int = SHARE, *more: str) -> list[str]:
     """Flags of train_gpt.py: a preset with 1/share of its batch."""
     flags = ["--preset", preset, "--data", data, "--log-dir", str(b.cache / "logs"), "--target-loss", "0",
-             "--eval-tokens", "0", "--no-save-last", *(SMALL.split() if b.tiny else []),
-             *(ON_CPU.split() if b.device == "cpu" else []), *more]
+             "--eval-tokens", "0", "--no-save-last", *(SMALL if b.tiny else []),
+             *(ON_CPU if b.device == "cpu" else []), *more]
     batch = train_gpt.parse_settings(flags, 1)[0].batch_tokens
     return [*flags, "--batch-tokens", ",".join(str(tokens // share) for tokens in batch)]
 
