@@ -10,20 +10,19 @@ Parts, in this order; each has a time limit, and all together --budget seconds:
                 in fp32: a fast part may err 1.5 times as much as the plain one in bf16, or up to a stated tolerance.
   moe_equality  the same of train_moe.py's products with experts, compiled, against its loop over experts, with even and
                 uneven loads and idle experts; and whether they give the same bits twice.
-  moe_times     forward and backward of these products beside a dense MLP of as much work, in turn.
   moe_steps     the mixtures at `speedrun` size, last stage, 1/8 of its batch, beside the dense control, in turn.
   steps         ms/step, tokens/s, MFU, peak memory and compile time: `speedrun` and `medium` with 1/8 of their batch,
                 one GPU's share of eight, stage by stage, and `gpu` with all of it, because it is meant for one card.
   update        the optimizer of a single rank, and of one rank of eight without communication.
-  resume        killed after a checkpoint and resumed: the same losses, bit by bit?
+  resume        a run that goes on from a checkpoint: the same losses, bit by bit?
   ablate        the last stage of `speedrun` with each fast part switched off (or on) in turn, in alternating blocks.
 
 A part is a process of its own and consists of rows, which it writes to OUT/PART.json one by one. A row that raises,
 crashes or hangs is noted as failed, and a fresh process goes on with the next one. The same command again runs what is
 missing or failed; --redo repeats all. OUT/README.md and OUT/gpu.json have everything, OUT/logs what was printed.
 
---data is text in GPT-2's tokens, for the timings. Without it they take random tokens of GPT-2's vocabulary in documents
-as long as FineWeb's, and `resume` the bytes of the standard library.
+--data is text in GPT-2's tokens. Without it there are random tokens of GPT-2's vocabulary in documents as long as
+FineWeb's.
 """
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ from data import common as shards  # noqa: E402
 from train_gpt import GPT, MuonAdamW, World  # noqa: E402
 
 SHARE = 8  # one GPU's share of the speedrun's eight
-LIMITS = {"equality": 120, "moe_equality": 90, "moe_times": 120, "moe_steps": 300, "steps": 270, "update": 60,
+LIMITS = {"equality": 120, "moe_equality": 90, "moe_steps": 300, "steps": 270, "update": 60,
           "resume": 90, "ablate": 300}  # seconds a part
 CLEANUP_S = 5  # of the budget, for the report
 ALONE = {"steps"}  # a process for each row: memory that an earlier one keeps would count as the next one's
@@ -294,6 +293,8 @@ def equality(b: Bench) -> Rows:
     vocab, matrices = b.size(50304, 256), b.size(24, 2)
 
     def models(outputs, fp8=False) -> dict:
+        if fp8 and b.device == "cpu":
+            raise Skip("the rows of the head cover FP8 on a CPU")
         return errors(*(outputs(b, s) for s in check_settings(b, fp8)), 0.15 if fp8 else 0.05, 0.01)
     low = "bf16" if b.device == "cuda" else "fp32"
     if b.device == "cpu":
@@ -316,11 +317,8 @@ def equality(b: Bench) -> Rows:
         "flex, paired heads": lambda: check_flex(b, 2),
         "optimizer, compiled": lambda: models(optimizer_outputs),
         "model, compiled": lambda: models(model_outputs),
-        "model, compiled, fp8 head": lambda: models(model_outputs, True) if b.device == "cuda" else no_fp8_on_cpu(),
+        "model, compiled, fp8 head": lambda: models(model_outputs, True),
     }
-
-def no_fp8_on_cpu():
-    raise Skip("the rows of the head cover FP8 on a CPU")
 
 # --- Experts
 
@@ -364,32 +362,6 @@ def check_experts(b: Bench, kind: str, impl: str) -> dict:
 def moe_equality(b: Bench) -> Rows:
     return {f"{kind}, {impl}": functools.partial(check_experts, b, kind, impl)
             for kind in KINDS for impl in ("grouped", "bmm", "triton")}
-
-def timed_product(b: Bench, function, leaves: list[Tensor]) -> Callable[[int], float]:
-    """Times a forward and backward pass, as `in_turn` wants it."""
-    leaves = [x.detach().requires_grad_() for x in leaves]
-    weight = torch.randn_like(function(*leaves))
-
-    def block(steps: int) -> float:
-        return elapsed_ms(lambda: [torch.autograd.grad(function(*leaves), leaves, weight) for _ in range(steps)],
-                          b.device) / steps
-    block(counts(b)[0])
-    return block
-
-def time_experts(b: Bench, kind: str, impl: str) -> dict:
-    """Evenly loaded experts, sorting included, and the dense MLP, with its kernel, that does as much for a token."""
-    if impl == "triton":
-        need_kernels(b)
-    s, kernel = kind_settings(b, kind), b.device == "cuda"
-    leaves, experts = draw_experts(b, s, b.size(49152, 48), "even")  # the tokens of a step of one GPU of eight
-    wide = [randn(b, s.choices * s.hidden, s.width, scale=0.02) for _ in range(2)]
-    mlp = train_moe.compiled(lambda x, up, down: train_moe.mlp_relu2(x, up, down, kernel, False), s)
-    moe = train_moe.compiled(lambda x, up, down: train_moe.expert_mlp(x, up, down, experts, impl), s)
-    return in_turn(b, timed_product(b, mlp, [leaves["x"], *wide]), timed_product(b, moe, list(leaves.values())))
-
-def moe_times(b: Bench) -> Rows:
-    return {f"{kind}, {impl}": functools.partial(time_experts, b, kind, impl)
-            for impl in ("grouped", "triton", "bmm", "loop") for kind in KINDS}
 
 # --- Steps
 
@@ -566,70 +538,43 @@ def update(b: Bench) -> Rows:
 
 # --- Resume, ablate
 
-def training_data(b: Bench) -> str:
-    """--data, or the bytes of the standard library."""
-    if not b.data and not (b.cache / "stdlib" / "meta.json").exists():
-        subprocess.run([sys.executable, str(ROOT / "data/stdlib.py"), "--out", str(b.cache / "stdlib")], check=True)
-    return b.data or str(b.cache / "stdlib")
-
-def launch(b: Bench, name: str, flags: list[str]) -> subprocess.Popen:
-    """train_gpt.py in a process of its own, printing to OUT/logs/NAME.txt; its folder of runs is empty before."""
-    if "--resume" not in flags:
-        shutil.rmtree(b.cache / "logs" / name, ignore_errors=True)
-    command = [sys.executable, str(ROOT / "train_gpt.py"), *flags, "--experiment-name", name]
-    with open(b.out / "logs" / f"{name}.txt", "w", encoding="utf-8") as log:  # a pipe would live as long as compilers
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-
-def finish(b: Bench, name: str, process: subprocess.Popen) -> list[dict]:
-    """Waits for a run, copies its logs to OUT/logs, and returns its metrics. Raises RuntimeError if it failed."""
-    process.wait()
-    folder = next((b.cache / "logs" / name).glob("*/"), None)
-    for file in ("log.txt", "metrics.jsonl") if folder else ():
-        shutil.copy(folder / file, b.out / "logs" / f"{name}_{file}")
-    if process.returncode:
-        printed = (b.out / "logs" / f"{name}.txt").read_text(encoding="utf-8", errors="replace")
-        last = (printed.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"train_gpt.py ended with code {process.returncode}: {last}")
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-def val_tokens(data: str, most: int) -> int:
-    """Validation tokens of a data set, at most so many."""
-    return min(most, train_gpt.ValStream(train_gpt.open_corpus(data), 0, 1).num_tokens)
-
-def losses_by_step(metrics: list[dict]) -> dict[str, float]:
-    """Training losses and the final validation loss; of a step that was run twice, the later one."""
+def run_script(b: Bench, name: str, flags: list[str]) -> dict[str, float]:
+    """Losses of a run of train_gpt.py, whose logs go to OUT/logs: of a step that was run twice, the later one; and the
+    final validation loss. Raises RuntimeError if it failed."""
+    command = [sys.executable, str(ROOT / "train_gpt.py"), *flags, "--experiment-name", "resume"]
+    printed = b.out / "logs" / f"{name}.txt"
+    with open(printed, "w", encoding="utf-8") as log:  # a pipe would live as long as compilers
+        code = subprocess.call(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    if code:
+        last = (printed.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
+        raise RuntimeError(f"train_gpt.py ended with code {code}: {last}")
+    (file,) = (b.cache / "logs/resume").glob("*/metrics.jsonl")
+    shutil.copy(file, b.out / "logs" / f"{name}_metrics.jsonl")
+    metrics = common.read_lines(file)
     losses = {f"train {m['step']}": m["train_loss"] for m in metrics if m.get("train_loss") is not None}
     return losses | {"val": next(m["val_loss"] for m in reversed(metrics) if m.get("event") == "end")}
 
-def kill_and_resume(b: Bench) -> dict:
-    """Kills a run after its first checkpoint, goes on from there, and compares with a run that was left alone. Where
-    they differ, a second run that was left alone tells whether the hardware repeats itself at all."""
-    number, half, data = b.size(40, 8), b.size(20, 4), training_data(b)
+def go_on(b: Bench) -> dict:
+    """Goes on from the first checkpoint of a run, and compares with what that run itself made of it. Where they differ,
+    the same run once more tells whether the hardware repeats itself at all."""
+    number, half = b.size(40, 8), b.size(20, 4)
     model = [] if b.tiny else "--num-layers 4 --value-embeds 2 --batch-tokens 16384".split()
-    flags = flags_of(b, "gpu", data, 1, *model, "--iterations", str(number), "--save-every", str(half),
-                     "--log-every", "1", "--eval-every", "0")
-    flags += ["--eval-tokens", str(val_tokens(data, 65536))]
-    whole = losses_by_step(finish(b, "resume_straight", launch(b, "resume_straight", flags)))
-    process, saved = launch(b, "resume_killed", flags), f"*/checkpoints/step_{half:06d}"
-    while process.poll() is None and not list((b.cache / "logs/resume_killed").glob(saved)):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    checkpoint = next((b.cache / "logs/resume_killed").glob(saved), None)
-    if checkpoint is None:
-        raise RuntimeError(f"the run wrote no checkpoint after step {half} and ended with code {process.returncode}")
-    resume = [*flags, "--resume", str(checkpoint)]
-    after = losses_by_step(finish(b, "resume_killed", launch(b, "resume_killed", resume)))
-    shutil.rmtree(checkpoint.parent)  # gigabytes
+    often = f"--iterations {number} --save-every {half} --log-every 1 --eval-every 0 --eval-tokens {b.size(65536, 512)}"
+    flags = [*flags_of(b, "gpu", timing_data(b), 1, *model), *often.split()]
+    shutil.rmtree(b.cache / "logs/resume", ignore_errors=True)
+    whole = run_script(b, "straight", flags)
+    (checkpoint,) = (b.cache / "logs/resume").glob(f"*/checkpoints/step_{half:06d}")
+    after = run_script(b, "resumed", [*flags, "--resume", str(checkpoint)])
+    shutil.rmtree(b.cache / "logs/resume")  # gigabytes
     difference = max(abs(after[key] - whole[key]) for key in whole)
-    result = {"ok": difference == 0, "steps": number, "killed_after": half, "max_difference": difference}
+    result = {"ok": difference == 0, "steps": number, "resumed_after": half, "max_difference": difference}
     if difference:
-        again = losses_by_step(finish(b, "resume_again", launch(b, "resume_again", flags)))
+        again = run_script(b, "again", flags)
         result["run_to_run_difference"] = max(abs(again[key] - whole[key]) for key in whole)
     return result
 
 def resume(b: Bench) -> Rows:
-    return {"kill and resume": lambda: kill_and_resume(b)}
+    return {"from a checkpoint": lambda: go_on(b)}
 
 def ablate(b: Bench) -> Rows:
     """A variant beside the settings as they are, both in the last stage's shape, block by block in turn."""
@@ -649,7 +594,7 @@ def ablate(b: Bench) -> Rows:
     return {name: functools.partial(compare, change) for name, change in variants.items()}
 
 PARTS: dict[str, Callable[[Bench], Rows]] = {
-    part.__name__: part for part in (equality, moe_equality, moe_times, moe_steps, steps, update, resume, ablate)}
+    part.__name__: part for part in (equality, moe_equality, moe_steps, steps, update, resume, ablate)}
 
 # --- Worker: one part in its own process
 
@@ -777,52 +722,21 @@ def about(b: Bench) -> dict:
     return facts | {"commit": commit, "uncommitted changes": changes}
 
 # Columns of a part's table: heading, where the value is in a row's result, its format. Times are medians of blocks.
-COLUMNS = {part: [tuple(map(str.strip, column.split("|"))) for column in text.strip().splitlines()] for part, text in {
-    "equality": """worst tensor|worst|
-        of|compared|
-        max abs error|max_abs|.1e
-        relative error|rel|.1e
-        plain part's|rel_plain|.1e
-        allowed|tolerance|.1e
-        equal|ok|
-        twice the same|same_twice|""",
-    "moe_times": """dense MLP, ms|base.ms|.3f
-        experts, ms|variant.ms|.3f
-        experts / dense|ratio|.3f
-        spread %|variant.spread_percent|.1f""",
-    "moe_steps": """ms/step|ms|.2f
-        mixture / dense|ratio|.3f
-        min|ms_min|.2f
-        spread %|spread_percent|.1f
-        tokens/s|tokens_per_s|,.0f
-        MFU|mfu|.1%
-        FLOPs/token|flops_per_token|.3g
-        peak MiB|memory_mib|,d""",
-    "steps": """batch|share|1/{}
-        tokens/step|batch_tokens|,d
-        window at end|window|,d
-        ms/step, middle of stage|middle.ms|.2f
-        ms/step, end|end.ms|.2f
-        min|end.ms_min|.2f
-        spread %|end.spread_percent|.1f
-        tokens/s, end|tokens_per_s|,.0f
-        MFU, end|mfu|.1%
-        peak MiB|memory_mib|,d
-        reserved MiB|reserved_mib|,d
-        to the end of the first step, cold, s|first_step_s|.1f""",
-    "update": """ms|ms|.2f
-        spread %|spread_percent|.1f""",
-    "resume": """steps|steps|
-        killed after|killed_after|
-        losses equal|ok|
-        largest difference|max_difference|.1e
-        of two undisturbed runs|run_to_run_difference|.1e""",
-    "ablate": """flags|flags|
-        ms/step as is|base.ms|.2f
-        variant|variant.ms|.2f
-        variant / as is|ratio|.3f
-        spread %|base.spread_percent|.1f""",
-}.items()}
+COLUMNS = {
+    "equality": "worst tensor|worst|; of|compared|; max abs error|max_abs|.1e; relative error|rel|.1e; "
+                "plain part's|rel_plain|.1e; allowed|tolerance|.1e; equal|ok|; twice the same|same_twice|",
+    "moe_steps": "ms/step|ms|.2f; mixture / dense|ratio|.3f; min|ms_min|.2f; spread %|spread_percent|.1f; "
+                 "tokens/s|tokens_per_s|,.0f; MFU|mfu|.1%; FLOPs/token|flops_per_token|.3g; peak MiB|memory_mib|,d",
+    "steps": "batch|share|1/{}; tokens/step|batch_tokens|,d; window at end|window|,d; "
+             "ms/step, middle of stage|middle.ms|.2f; ms/step, end|end.ms|.2f; min|end.ms_min|.2f; "
+             "spread %|end.spread_percent|.1f; tokens/s, end|tokens_per_s|,.0f; MFU, end|mfu|.1%; "
+             "peak MiB|memory_mib|,d; reserved MiB|reserved_mib|,d; to the end of the first step, s|first_step_s|.1f",
+    "update": "ms|ms|.2f; spread %|spread_percent|.1f",
+    "resume": "steps|steps|; resumed after|resumed_after|; losses equal|ok|; largest difference|max_difference|.1e; "
+              "of two undisturbed runs|run_to_run_difference|.1e",
+    "ablate": "flags|flags|; ms/step as is|base.ms|.2f; variant|variant.ms|.2f; variant / as is|ratio|.3f; "
+              "spread %|base.spread_percent|.1f",
+}
 COLUMNS["moe_equality"] = COLUMNS["equality"]
 
 def results(state: dict) -> dict[str, dict]:
@@ -839,12 +753,12 @@ def cell(row: dict, place: str, form: str) -> str:
 
 def table(part: str, state: dict) -> list[str]:
     """Markdown: a line for each row that ran, or one for each of its `lines` (stages, a control)."""
-    rows = []
+    columns, rows = [column.split("|") for column in COLUMNS[part].split("; ")], []
     for name, row in results(state).items():
         for line, values in row.get("lines", {"": {}}).items():
-            cells = [cell(row | values, place, form) for _, place, form in COLUMNS[part]]
+            cells = [cell(row | values, place, form) for _, place, form in columns]
             rows.append([", ".join(filter(None, (name, line))), *cells])
-    return [common.markdown(["", *(heading for heading, *_ in COLUMNS[part])], rows), ""] if rows else []
+    return [common.markdown(["", *(heading for heading, *_ in columns)], rows), ""] if rows else []
 
 def write_report(b: Bench):
     """OUT/gpu.json and OUT/README.md, from what all parts have left so far."""

@@ -30,7 +30,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench import common  # noqa: E402 - after the path
-from bench.common import Found, difference, effect, paired, power  # noqa: E402
+from bench.common import Found, difference, paired, power  # noqa: E402
 
 MAX_REGRET = 0.03  # nats per token at the largest width
 # 400 steps: with fewer the loss hardly depends on the rate. One thread: several runs go side by side.
@@ -329,19 +329,6 @@ def shortcomings(results: list[Result]) -> list[str]:
     return [f"{result.optimizer}: {verdict}" for result in results if result.scaling == "mup"
             for verdict in verdicts(result) if verdict.ok is False]
 
-def versus_standard(results: list[Result], optimizer: str) -> str:
-    """What muP does not buy: the best of both at the largest width."""
-    last = {result.scaling: result.rows[-1] for result in results if result.optimizer == optimizer}
-    if set(last) != set(SCALINGS) or not all(row.at_best for row in last.values()):
-        return f"**{optimizer}**: not measured."
-    mup, standard = last["mup"], last["standard"]
-    deltas, open_ = paired(mup.at_best, standard.at_best), "no difference is resolved"
-    e = effect(deltas)
-    verdict = e.side("the retuned standard run is better", "muP is better", open_) if e else open_
-    means = [f"{mean(row.at_best.values()):.4f} (× {power(row.best)})" for row in (mup, standard)]
-    return (f"**{optimizer}**: at width {mup.width} each at its own best rate, muP has {means[0]}, "
-            f"standard {means[1]}; muP - standard {difference(deltas)}: {verdict}.")
-
 def loss_cell(losses: dict[int, float], is_best: bool, is_moved: bool) -> str:
     if not losses:
         return "-"
@@ -385,7 +372,7 @@ README = """# {title}, {date}
 
 {findings}
 
-{beside}{tables}
+{tables}
 ![loss by multiplier](lr_transfer.png)
 
 ## How
@@ -399,14 +386,6 @@ README = """# {title}, {date}
 - Data: {data}; {tokens} training tokens a run
 - Machine: {hardware}; torch {torch}; commit {commit}; {script} {trainer}
 {problems}"""
-BESIDE = """## What muP does not buy
-
-muP saves the search at the large width. It does not promise a lower loss than a standard run whose rate is searched for
-there:
-
-{lines}
-
-"""
 TABLE = """## {heading}
 
 Validation loss in nats per token, mean over seeds (their number); best in bold; → the best of the smallest width.
@@ -429,11 +408,9 @@ def readme(sweep: Sweep, found: Found, results: list[Result], runs: list[dict], 
     title = f"Does the learning rate tuned at width {widths[0]} serve at width {widths[-1]}?"
     if len(widths) == 1:
         title = f"Learning rate by width, {' and '.join(sweep.rates)}"
-    beside = "\n".join(f"- {versus_standard(results, optimizer)}" for optimizer in sweep.rates)
     tables = [TABLE.format(heading=r, losses=loss_table(sweep, found, r), regrets=regret_table(r)) for r in results]
     return README.format(
         title=title, findings=findings(sweep, results), tables="\n".join(tables), script=sweep.script.name,
-        beside=BESIDE.format(lines=beside) if len(widths) > 1 and len(sweep.scalings) > 1 else "",
         rates=", ".join(f"{name} `{sweep.rate_flags(name, 0)}`" for name in sweep.rates),
         flags=shlex.join(sweep.common), seeds=sweep.seeds,
         mup_flags=f"; of muP's: `{sweep.mup_flags}`" if sweep.mup_flags else "",

@@ -260,16 +260,12 @@ def verdict(e: Effect) -> str:
 def equal_time_gap(r: Result) -> str:
     """Why there is no loss at equal time."""
     if r.ratio is None:
-        return "not measured: step times are missing (--time)"
-    if not r.losses:
-        return "not measured: losses are missing"
+        return "step times are missing (--time)"
     share, measured = 1 / r.ratio.mean, sorted(r.losses)
     if measured[0] <= share <= measured[-1]:
-        return "not measured: fewer than 2 seeds"
-    outside = math.floor(100 * share) / 100 if share < measured[0] else math.ceil(100 * share) / 100
-    wanted = ",".join(f"{x:.4g}" for x in [*measured[::-1], outside])
-    return (f"not measured: {share:.3f} of dense's tokens lies outside the fractions measured, {measured[0]:.3g} to "
-            f"{measured[-1]:.3g}; add --fractions {wanted}")
+        return "fewer than 2 seeds"
+    return (f"{share:.3f} of dense's tokens lies outside the fractions measured, {measured[0]:.3g} to "
+            f"{measured[-1]:.3g}; add --fractions")
 
 def findings(r: Result) -> str:
     """Sentences on a kind."""
@@ -286,7 +282,7 @@ def findings(r: Result) -> str:
         said.append(f"At equal time, {1 / r.ratio.mean:.3f} of dense's tokens (interpolated between the fractions "
                     f"measured), {verdict(r.equal_time)}.")
     elif r.losses:
-        said.append(f"At equal time it is {equal_time_gap(r)}.")
+        said.append(f"At equal time it is not measured: {equal_time_gap(r)}.")
     said += [f"Tokens/s are {interval(e, '.3f', f' × those by {impl}')}." for impl, e in r.by.items() if e]
     return f"**{r.who}**: {' '.join(said)}"
 

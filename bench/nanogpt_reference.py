@@ -14,13 +14,12 @@ training, no step but four waits to print its loss, and the token file is opened
 
 After training, the whole validation split is evaluated as a fixed stream (`fixed_stream`): every target once,
 contexts of at most 64 characters. Progress goes to stderr; stdout gets one JSON line: val_loss (nats per character),
-params, train_s, peak_rss_mib, ms_per_step, tokens_per_s, and with --estimate val_loss_estimate as nanoGPT takes it.
+params, train_s, ms_per_step, tokens_per_s.
 """
 
 import argparse
 import json
 import math
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -50,7 +49,6 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.99)  # D, F
     weight_decay: float = 0.1  # D
     grad_clip: float = 1.0  # D
-    eval_iters: int = 20  # C; random batches of nanoGPT's own loss estimate
     # dropout is 0 (C) and no Linear or LayerNorm has a bias (D), so neither appears in the model.
 
 class Block(nn.Module):
@@ -132,11 +130,11 @@ def load_tokens(folder: Path, split: str) -> np.ndarray:
         raise ValueError(f"{shards[0]} does not hold the {header[2]} tokens of its header; make it again")
     return np.memmap(shards[0], dtype="<u2", mode="r", offset=HEADER_BYTES)
 
-def random_batch(tokens: np.ndarray, cfg: Config, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (batch_size, block_size), each row from a uniformly random offset of `tokens`."""
     offsets = torch.randint(len(tokens) - cfg.block_size, (cfg.batch_size,)).tolist()
     rows = np.stack([tokens[i : i + cfg.block_size + 1] for i in offsets]).astype(np.int64)
-    rows = torch.from_numpy(rows).to(device)
+    rows = torch.from_numpy(rows)
     return rows[:, :-1], rows[:, 1:]
 
 def fixed_stream(tokens: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,25 +153,19 @@ def loss_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, reduc
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
 
 @torch.no_grad()
-def evaluate(model: nn.Module, tokens: np.ndarray, cfg: Config, device: str) -> float:
+def evaluate(model: nn.Module, tokens: np.ndarray, cfg: Config) -> float:
     """Mean nats per target over the fixed stream of `tokens`."""
     inputs, targets = fixed_stream(tokens, cfg.block_size)
-    batches = zip(inputs.to(device).split(128), targets.to(device).split(128), strict=True)
+    batches = zip(inputs.split(128), targets.split(128), strict=True)
     return sum(loss_of(model, x, y, "sum").item() for x, y in batches) / (len(tokens) - 1)
 
-@torch.no_grad()
-def estimate(model: nn.Module, tokens: np.ndarray, cfg: Config, device: str) -> float:
-    """nanoGPT's own loss estimate, in nats: the mean over eval_iters random batches, with an sd of about 0.01."""
-    losses = [loss_of(model, *random_batch(tokens, cfg, device)).item() for _ in range(cfg.eval_iters)]
-    return sum(losses) / len(losses)
-
-def train(model: nn.Module, tokens: np.ndarray, cfg: Config, device: str) -> float:
+def train(model: nn.Module, tokens: np.ndarray, cfg: Config) -> float:
     """Run the iterations, with progress on stderr; return the loss of the last batch in nats."""
     optimizer = make_optimizer(model, cfg)
     for step in range(cfg.iterations):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, cfg)
-        loss = loss_of(model, *random_batch(tokens, cfg, device))
+        loss = loss_of(model, *random_batch(tokens, cfg))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
@@ -182,32 +174,22 @@ def train(model: nn.Module, tokens: np.ndarray, cfg: Config, device: str) -> flo
             print(f"step {step + 1}/{cfg.iterations} loss {loss.item():.4f}", file=sys.stderr, flush=True)
     return loss.item()
 
-def peak_rss_mib() -> float:
-    """Largest resident memory of this process so far; the kernel counts KiB on Linux and bytes on macOS."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
 def run(args: argparse.Namespace) -> dict:
     """Train and evaluate once; return the result line as a dict."""
     if args.iterations < 1:
         raise ValueError(f"--iterations must be at least 1, got {args.iterations}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda needs a CUDA GPU and this machine has none; use --device cpu")
     train_tokens, val_tokens = load_tokens(args.data, "train"), load_tokens(args.data, "val")
     vocab_size = json.loads((args.data / "meta.json").read_text(encoding="utf-8"))["vocab_size"]
     cfg = Config(vocab_size=vocab_size, iterations=args.iterations)
     torch.manual_seed(args.seed)
-    model = GPT(cfg).to(args.device)
+    model = GPT(cfg)
     start = time.perf_counter()
-    train(model, train_tokens, cfg, args.device)
+    train(model, train_tokens, cfg)
     seconds = time.perf_counter() - start
-    result = {"val_loss": evaluate(model, val_tokens, cfg, args.device)}
-    if args.estimate:
-        result["val_loss_estimate"] = estimate(model, val_tokens, cfg, args.device)
+    result = {"val_loss": evaluate(model, val_tokens, cfg)}
     return result | {
         "params": sum(p.numel() for p in model.parameters()),
         "train_s": seconds,
-        "peak_rss_mib": peak_rss_mib(),
         "ms_per_step": 1000 * seconds / cfg.iterations,
         "tokens_per_s": cfg.iterations * cfg.batch_size * cfg.block_size / seconds,
     }
@@ -217,8 +199,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/shakespeare_char"), metavar="DIR")
     parser.add_argument("--seed", type=int, default=1337, help="default: nanoGPT's 1337")
     parser.add_argument("--iterations", type=int, default=Config.iterations)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--estimate", action="store_true", help="also report nanoGPT's random-batch loss estimate")
     return parser.parse_args(argv)
 
 def main(argv: list[str] | None = None) -> int:

@@ -392,21 +392,6 @@ def result_table(sweep: Sweep, r: Results) -> str:
                      "" if arm == ADAMW else difference(r.minus_adamw(arm))])
     return markdown(["", "settings", "steps", "tokens", "final val loss ± sd", "n", "minus AdamW ± se"], rows)
 
-def seed_table(r: Results) -> str:
-    columns = {
-        "AdamW": (r.losses(ADAMW), ".4f"),
-        "Muon": (r.losses(MUON), ".4f"),
-        "Muon - AdamW": (r.minus_adamw(MUON), "+.4f"),
-        "Muon's steps to AdamW's loss": (r.steps, ".1f"),
-        "AdamW's steps / these": (r.step_ratios, ".3f"),
-        "Muon, half": (r.losses(HALF), ".4f"),
-        "half - AdamW": (r.minus_adamw(HALF), "+.4f"),
-        "step time Muon / AdamW": (r.ms_ratios, ".3f"),
-    }
-    rows = [[seed, *("-" if values[seed] is None else format(values[seed], form) for values, form in columns.values())]
-            for seed in range(len(r.steps))]
-    return markdown(["seed", *columns], rows)
-
 def tuning_table(sweep: Sweep, found: Found, tuned: Tuning) -> str:
     """Everything that was tried, with the losses of the sweep and of all seeds."""
     def cell(point: Point, seeds: int) -> str:
@@ -485,7 +470,7 @@ def readme(sweep: Sweep, runs: dict[tuple, dict], problems: list[str]) -> str:
         s=s, name=Path(s.data).name, least=LEAST, tries="`, `".join(TRIES),
         finalists=sweep.finalists, seeds=sweep.seeds,
         findings=findings(sweep, r) if r else "No result: runs are missing, or diverged.",
-        results=f"{FIGURE}{result_table(sweep, r)}\n\n{seed_table(r)}\n\n" if r else "",
+        results=f"{FIGURE}{result_table(sweep, r)}\n\n" if r else "",
         budgets="; ".join(budget(found, tuned, optimizer) for optimizer in tuned.points),
         tuning=tuning_table(sweep, found, tuned),
         parameters=f"{whole[0]['parameters']:,}" if whole else "unknown",

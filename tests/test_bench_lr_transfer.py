@@ -321,8 +321,6 @@ def test_success_and_failure_have_exit_codes(bench, trainer, tmp_path):
     assert "- **muon, standard parametrization** (the control)\n  - regret: +0.1600 ± 0.0000 nats" in readme
     assert "| 256 | 2.0733 (3) | **2.0333** (3) | 2.0733 (3) | 2.1933 → (3) | 2.1600 (1) |" in readme
     assert "| 256 | × 1/4 | 2.0333 | 2.1933 | +0.1600 ± 0.0000 nats" in readme
-    assert "each at its own best rate, muP has 2.0333 (× 1), standard 2.0333 (× 1/4)" in readme
-    assert "no difference is resolved" in readme
     trainer.loss = lambda job, k: bowl(job._replace(scaling="standard"), k)  # as if muP did nothing, Muon and AdamW
     (tmp_path / "out" / "runs.jsonl").unlink()
     code, out, err = bench()
@@ -338,14 +336,6 @@ def test_optimum_may_move_where_the_curve_is_flat(bench, trainer, tmp_path):
     assert (code, err) == (0, "")
     assert "  - regret: PASS (at most 0.03 nats is asked): +0.0040 ± 0.0000 nats" in report(tmp_path)
     assert "  - optimum: × 1 at 64, × 1/2 at 128, × 1/4 at 256\n" in report(tmp_path)
-
-
-@pytest.mark.parametrize(("gain", "verdict"), [(0.05, "the retuned standard run is better"), (-0.05, "muP is better")])
-def test_what_mup_does_not_buy(bench, trainer, tmp_path, gain, verdict):
-    trainer.loss = lambda job, k: bowl(job, k) - (gain + 0.001 * job.seed) * (job.scaling == "standard")
-    bench("--optimizers", "muon")
-    assert f"muP - standard {gain + 0.001:+.4f} ± 0.0006 nats" in report(tmp_path)
-    assert f": {verdict}." in report(tmp_path)
 
 
 def test_picture_shows_the_table(bench, monkeypatch):
@@ -375,7 +365,7 @@ def test_one_width_prints_the_flags_to_go_on_with(bench, trainer, tmp_path):
     code, out, _ = bench("--widths", "256", "--optimizers", "muon", more=("--head-dim", "128"))
     assert code == 0 and out.splitlines()[-1] == (
         "--muon-lr 0.08 --adam-lr 0.016 --mup --base-width 256 --base-head-dim 128")
-    assert {call[:3] for call in trainer.calls} == {("muon", "base", 256)} and "does not buy" not in report(tmp_path)
+    assert {call[:3] for call in trainer.calls} == {("muon", "base", 256)}
     trainer.loss = lambda job, k: bowl(job, k + 1) - (job.optimizer == "adamw")
     code, out, _ = bench("--widths", "64,128")  # the better optimizer's last
     line = out.splitlines()[-1]

@@ -334,9 +334,6 @@ def test_numbers_by_hand(bench, trainer, tmp_path):
     assert f"AdamW's seconds / Muon's to AdamW's final loss: {center / 1.1:.3f} (" in text
     assert "(250) and a whole schedule of its own: they suffice. Muon 1.9880 ± 0.0327" in text  # 1.98 + noise
     assert "minus AdamW with all steps -0.0200 ± 0.0000" in text
-    for seed, (n, d) in enumerate(zip(NOISE, drift, strict=True)):
-        assert (f"| {seed} | {2 + n:.4f} | {1.9 + n + d:.4f} | {d - 0.1:+.4f} | {steps[seed]:.1f} | {ratios[seed]:.3f} "
-                f"| {1.98 + n:.4f} | -0.0200 | 1.100 |") in text
 
 
 @pytest.mark.parametrize(("gain", "full", "half"), [
