@@ -16,6 +16,7 @@ import argparse
 import difflib
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -333,19 +334,12 @@ def write_report(sweep: Sweep, out: Path) -> None:
 
 def show_plan(jobs: list[Job], runs: dict[tuple, dict], args: argparse.Namespace) -> None:
     """What would be run, and for how long."""
-    todo = common.missing(jobs, runs)
-    rows = {row.name: row for row in TECHNIQUES}
-    for name in dict.fromkeys(job.technique for job in jobs):
-        mine = [job for job in jobs if job.technique == name]
-        done = len(mine) - sum(job.technique == name for job in todo)
-        what = "" if name == BASE else f"record {rows[name].record}: {mine[0].change}"
-        print(f"{name:16} {done} of {len(mine)} done  {what}")
-    seconds = [run["wall_s"] for run in runs.values()
-               if run["kind"] == jobs[0].kind and not run["problem"]]
+    todo, records = common.missing(jobs, runs), {row.name: row.record for row in TECHNIQUES}
+    common.show_plan(jobs, todo, lambda job: f"{job.technique:16} {records.get(job.technique, ''):6} {job.change}")
+    seconds = [run["wall_s"] for run in runs.values() if run["kind"] == jobs[0].kind and not run["problem"]]
     proxy = PROXIES[args.proxy]
-    guess = proxy.time_s if args.time else proxy.loss_s
-    print(f"{len(todo)} of {len(jobs)} to run, "
-          f"{common.effort(len(todo), seconds, guess, args.jobs)}")
+    time = common.effort(len(todo), seconds, proxy.time_s if args.time else proxy.loss_s, args.jobs)
+    print(f"{len(todo)} of {len(jobs)} to run, {time}")
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that cannot give a result; --only becomes a list of names."""
@@ -384,14 +378,10 @@ def ablate(args: argparse.Namespace, command: str) -> int:
     if args.time:
         common.warn_if_busy()
     todo = common.missing(jobs, runs)
-    try:
-        failed = common.run_all(todo, args.jobs, command, file, execute, outcome)
-    finally:
-        write_report(sweep, args.out)
-    return common.exit_code(failed)
+    return common.finish(lambda: common.run_all(todo, args.jobs, command, file, execute, outcome),
+                         lambda: write_report(sweep, args.out))
 
-def main(argv: list[str] | None = None) -> int:
-    return common.command_line("ablate", parse_args, ablate, argv)
+main = partial(common.command_line, "ablate", parse_args, ablate)
 
 if __name__ == "__main__":
     common.start(main)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from datetime import date
@@ -419,6 +420,20 @@ def effort(amount: float, seconds: list[float], guess: float | None, jobs: int,
     return (f"about {amount * each / jobs / 60:.0f} min: {each:.0f} s {unit} ({source}), "
             f"{jobs} at a time")
 
+def show_plan(jobs: list, todo: list, label: Callable[[tuple], str]) -> None:
+    """How many of the runs with each label are done."""
+    total, left = Counter(map(label, jobs)), Counter(map(label, todo))
+    for name, count in total.items():
+        print(f"{count - left[name]} of {count} done  {name}")
+
+def finish(run: Callable[[], int], report: Callable[[], object]) -> int:
+    """Runs what is missing and writes the report, also where the runs are interrupted; the exit code."""
+    try:
+        failed = run()
+    finally:
+        report()
+    return exit_code(failed)
+
 def exit_code(failed: int) -> int:
     """0; raises RuntimeError if runs failed."""
     if failed:
@@ -426,7 +441,7 @@ def exit_code(failed: int) -> int:
     return 0
 
 def command_line(script: str, parse: Callable, work: Callable[[argparse.Namespace, str], int],
-                 argv: list[str] | None, resumes: bool = True) -> int:
+                 argv: list[str] | None = None, resumes: bool = True) -> int:
     """Exit code of work(arguments, command); errors in one sentence."""
     argv = sys.argv[1:] if argv is None else argv
     try:

@@ -32,6 +32,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -602,8 +603,7 @@ def coord_check(args: argparse.Namespace, _command: str) -> int:
     print("\n".join([*head, "", common.aligned(table(check)), "", *failing, check.verdict]))
     return 1 if bad else 0
 
-def main(argv: list[str] | None = None) -> int:
-    return common.command_line("coord_check", parse_args, coord_check, argv, resumes=False)
+main = partial(common.command_line, "coord_check", parse_args, coord_check, resumes=False)
 
 if __name__ == "__main__":
     common.start(main)

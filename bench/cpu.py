@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -323,8 +324,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.runs = args.runs if args.runs is not None else (1 if args.quick else 3)
     return args
 
-def main(argv: list[str] | None = None) -> int:
-    return common.command_line("cpu", parse_args, benchmark, argv, resumes=False)
+main = partial(common.command_line, "cpu", parse_args, benchmark, resumes=False)
 
 if __name__ == "__main__":
     common.start(main)

@@ -812,8 +812,7 @@ def benchmark(args: argparse.Namespace, _command: str) -> int:
     b, parts = prepare(args)
     return work(b, args.part) if args.part else run_parts(b, parts, args.budget)
 
-def main(argv: list[str] | None = None) -> int:
-    return common.command_line("gpu", parse_args, benchmark, argv)
+main = functools.partial(common.command_line, "gpu", parse_args, benchmark)
 
 if __name__ == "__main__":
     common.start(main)

@@ -20,6 +20,7 @@ import shlex
 import sys
 import tempfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import NamedTuple
@@ -333,11 +334,8 @@ def sweep(args: argparse.Namespace, command: str) -> int:
         print("\n".join(shlex.join(job.command()[1:]) for job in todo))
         return 0
     common.share_cores(args.jobs)
-    try:
-        failed = common.run_all(todo, args.jobs, command, file, execute, outcome)
-    finally:
-        write_report(jobs, args.out)
-    return common.exit_code(failed)
+    return common.finish(lambda: common.run_all(todo, args.jobs, command, file, execute, outcome),
+                         lambda: write_report(jobs, args.out))
 
 def work(args: argparse.Namespace, command: str) -> int:
     if args.tool == "sweep":
@@ -351,8 +349,7 @@ def work(args: argparse.Namespace, command: str) -> int:
     print(f"written to {args.out}")
     return 0
 
-def main(argv: list[str] | None = None) -> int:
-    return common.command_line("grokking", parse_args, work, argv)
+main = partial(common.command_line, "grokking", parse_args, work)
 
 if __name__ == "__main__":
     common.start(main)

@@ -557,8 +557,7 @@ def transfer(args: argparse.Namespace, command: str) -> int:
         raise RuntimeError(f"muP fails: {'; '.join(missed)}")
     return 0
 
-def main(argv: list[str] | None = None) -> int:
-    return common.command_line("lr_transfer", parse_args, transfer, argv)
+main = partial(common.command_line, "lr_transfer", parse_args, transfer)
 
 if __name__ == "__main__":
     common.start(main)

@@ -16,10 +16,10 @@ Times: short runs in turn, one at a time; the losses may be computed side by sid
 at 1 / (step-time ratio) of dense's tokens.
 """
 import argparse
-import contextlib
 import math
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
@@ -59,7 +59,6 @@ class Sweep(NamedTuple):
     fingerprint: str  # of the data
     iterations: int  # of dense
     models: dict[str, Model]
-    variants: dict[str, str]  # timed as well: name -> flags
     mixture_flags: str  # of the kinds alone
 
     def key(self, kind: str) -> str:
@@ -91,17 +90,6 @@ def make_model(t, flags: str, s, vocab_size: int) -> Model:
     flops = sum(n * t.flops_per_token(s, counts, stage) for stage, n in tokens.items())
     return Model(flags, counts["total"], counts["active"], flops / sum(tokens.values()))
 
-def other_products(t, who: str, flags: str, shared: tuple[str, ...], s) -> dict[str, str]:
-    """The forms of the products with experts that a GPU may take instead: name -> flags."""
-    found = {}
-    others = ("grouped" if s.moe_impl == "triton" else "triton", "loop")
-    for impl in others if s.device == "cuda" and who != DENSE else ():
-        line = f"{flags} --moe-impl {impl}"
-        with contextlib.suppress(ValueError):  # not on this machine
-            common.parsed(t, [*line.split(), *shared])
-            found[f"{who} by {impl}"] = line
-    return found
-
 def make_sweep(args: argparse.Namespace) -> Sweep:
     """Checks the flags of all models. Raises ValueError for flags that train_moe.py refuses, FileNotFoundError where
     the data set is missing."""
@@ -112,14 +100,13 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     flags = {DENSE: f"--preset {args.size} --num-experts 0"}
     flags |= {kind: f"--preset {kind}-{args.size}{own}" for kind in KINDS if kind in args.only}
     settings = {who: common.parsed(t, [*line.split(), *shared], f"{who}, ") for who, line in flags.items()}
-    dense, variants = settings[DENSE], {}
+    dense = settings[DENSE]
     for who, s in settings.items():
         assert all(getattr(s, name) == getattr(dense, name) for name in BATCHES), f"{who} has other batches"
-        variants |= other_products(t, who, flags[who], shared, s)
     corpus = t.open_corpus(dense.data)
     vocab_size = corpus.meta["vocab_size"]
     models = {who: make_model(t, flags[who], s, vocab_size) for who, s in settings.items()}
-    return Sweep(args.size, shared, corpus.fingerprint(), dense.iterations, models, variants, own)
+    return Sweep(args.size, shared, corpus.fingerprint(), dense.iterations, models, own)
 
 def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
     """All jobs, seed by seed or round by round, so that what is interrupted has complete ones. Every other round of
@@ -131,7 +118,7 @@ def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
 
     flags, jobs = {who: model.flags for who, model in sweep.models.items()}, []
     if args.time:
-        timed = list((flags | sweep.variants).items())
+        timed = list(flags.items())
         return [job(who, number, f"{line} {TIMING}")
                 for number in range(args.pairs) for who, line in (timed[::-1] if number % 2 else timed)]
     for seed in range(args.seeds):
@@ -205,7 +192,6 @@ class Result(NamedTuple):
     reach: Reach | None
     ratio: Effect | None  # of step times, over rounds
     equal_time: Effect | None
-    by: dict[str, Effect | None]  # other backends -> their step time / that of the one chosen: its gain in tokens/s
 
 def dense_tokens(runs: list[dict]) -> int:
     return next((run["tokens"] for run in runs if (run["kind"], run["who"]) == ("loss", DENSE)), 0)
@@ -229,8 +215,7 @@ def step_times(runs: list[dict]) -> dict[str, dict[int, float]]:
 
 def summarize_kind(who: str, own: dict, dense: dict[int, float], times: dict) -> Result:
     """Means are compared over the same seeds: a share that has fewer than others is left out until it has as many."""
-    ms = times.get(who, {})
-    ratio = effect(ratios(ms, times.get(DENSE, {})))
+    ratio = effect(ratios(times.get(who, {}), times.get(DENSE, {})))
     most = max((len(seeds) for seeds in own.values()), default=0)
     full = {share: seeds for share, seeds in own.items() if len(seeds) == most}
     common_seeds = sorted(set(dense).intersection(*full.values())) if full else []
@@ -241,9 +226,7 @@ def summarize_kind(who: str, own: dict, dense: dict[int, float], times: dict) ->
     for seed in common_seeds if ratio else []:
         loss = loss_at({share: seeds[seed] for share, seeds in full.items()}, 1 / ratio.mean)
         deltas += [] if loss is None else [loss - dense[seed]]
-    by = {name.removeprefix(f"{who} by "): effect(ratios(other, ms))
-          for name, other in times.items() if name.startswith(f"{who} by ")}
-    return Result(who, own, effect(paired(own.get(1.0, {}), dense)), found, ratio, effect(deltas), by)
+    return Result(who, own, effect(paired(own.get(1.0, {}), dense)), found, ratio, effect(deltas))
 
 def summarize(runs: list[dict]) -> list[Result]:
     """Results of all kinds that these finished runs of one sweep tell about."""
@@ -283,7 +266,6 @@ def findings(r: Result) -> str:
                     f"measured), {verdict(r.equal_time)}.")
     elif r.losses:
         said.append(f"At equal time it is not measured: {equal_time_gap(r)}.")
-    said += [f"Tokens/s are {interval(e, '.3f', f' × those by {impl}')}." for impl, e in r.by.items() if e]
     return f"**{r.who}**: {' '.join(said)}"
 
 def model_table(sweep: Sweep) -> str:
@@ -432,13 +414,9 @@ def write_report(sweep: Sweep, out: Path) -> None:
 
 def show_plan(sweep: Sweep, jobs: list[Job], runs: dict[tuple, dict], args: argparse.Namespace) -> None:
     """What would be run, and for how long."""
-    todo = common.missing(jobs, runs)
+    todo, kind = common.missing(jobs, runs), jobs[0].kind
     print(model_table(sweep), end="\n\n")
-    for who, change in dict.fromkeys((job.who, job.change) for job in jobs):
-        mine = sum((job.who, job.change) == (who, change) for job in jobs)
-        left = sum((job.who, job.change) == (who, change) for job in todo)
-        print(f"{who:20} {mine - left} of {mine} done  {change}")
-    kind = jobs[0].kind
+    common.show_plan(jobs, todo, lambda job: f"{job.who:8} {job.change}")
     seconds = [run["wall_s"] for run in runs.values() if run["kind"] == kind and not run["problem"]]
     time = common.effort(len(todo), seconds, SECONDS.get((args.size, kind)), args.jobs)
     print(f"{len(todo)} of {len(jobs)} to run, {time}")
@@ -483,14 +461,10 @@ def compare(args: argparse.Namespace, command: str) -> int:
         common.warn_if_busy()
     common.share_cores(args.jobs)
     todo = common.missing(jobs, runs)
-    try:
-        failed = common.run_all(todo, args.jobs, command, file, execute, outcome)
-    finally:
-        write_report(sweep, args.out)
-    return common.exit_code(failed)
+    return common.finish(lambda: common.run_all(todo, args.jobs, command, file, execute, outcome),
+                         lambda: write_report(sweep, args.out))
 
-def main(argv: list[str] | None = None) -> int:
-    return common.command_line("moe", parse_args, compare, argv)
+main = partial(common.command_line, "moe", parse_args, compare)
 
 if __name__ == "__main__":
     common.start(main)

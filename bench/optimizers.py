@@ -27,6 +27,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -599,14 +600,9 @@ def compare(args: argparse.Namespace, command: str) -> int:
     if args.list:
         show_plan(sweep, common.read_runs(file, Job))
         return 0
-    try:
-        failed = run_sweep(sweep, command, file)
-    finally:
-        write_report(sweep, args.out)
-    return common.exit_code(failed)
+    return common.finish(lambda: run_sweep(sweep, command, file), lambda: write_report(sweep, args.out))
 
-def main(argv: list[str] | None = None) -> int:
-    return common.command_line("optimizers", parse_args, compare, argv)
+main = partial(common.command_line, "optimizers", parse_args, compare)
 
 if __name__ == "__main__":
     common.start(main)

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -360,8 +361,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"--work {args.work} must be a new folder, and outside of the project, which keeps no peer")
     return args
 
-def main(argv: list[str] | None = None) -> int:
-    return common.command_line("peer", parse_args, benchmark, argv, resumes=False)
+main = partial(common.command_line, "peer", parse_args, benchmark, resumes=False)
 
 if __name__ == "__main__":
     common.start(main)

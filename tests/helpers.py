@@ -69,7 +69,7 @@ def make_data(folder: Path, train=None, val=None, vocab_size: int = VOCAB, eot: 
 def settings(**changes) -> Settings:
     """Resolved settings of the tiny model, without a command line. Single values of staged settings may be bare."""
     given = {**TINY, "attention": "LL", "backend": "sdpa", "compile_unit": "model", "eval_seq_len": 32, **changes}
-    staged = (*train_gpt.STAGED, "stage_ends")
+    staged = (*train_gpt.staged_settings(), "stage_ends")
     return Settings(**{k: (v,) if k in staged and not isinstance(v, tuple) else v for k, v in given.items()})
 
 

@@ -112,10 +112,10 @@ def test_seeds_are_complete_one_after_the_other(bench, tmp_path):
 def test_list_runs_nothing_and_estimates(bench, tmp_path):
     code, out, _ = bench(*THREE, "--list")
     assert code == 0 and "9 of 9 to run, about 8 min: 50 s each (a guess)" in out
-    assert "record 34: --no-smear" in out and not (tmp_path / "out").exists()
+    assert "0 of 3 done  smear            34     --no-smear" in out and not (tmp_path / "out").exists()
     bench("--only", "smear", "--seeds", "1", "--quick")
     code, out, _ = bench(*THREE, "--list")
-    assert "7 of 9 to run" in out and "(measured)" in out and "smear            1 of 3 done" in out
+    assert "7 of 9 to run" in out and "(measured)" in out and "1 of 3 done  smear " in out
 
 
 # Runs

@@ -284,7 +284,7 @@ BASE = row(64, 1, 1, [2.0, 2.2, 2.1], [2.0, 2.2, 2.1])
 def test_regret_by_hand():
     r = row(256, 2, 1, [1.50, 1.70, 1.61], [1.52, 1.71, 1.64])  # 0.02, 0.01, 0.03: mean 0.02, se 0.01 / sqrt(3)
     assert r.regrets == pytest.approx([0.02, 0.01, 0.03])
-    assert common.difference(r.regrets) == "+0.0200 ± 0.0058 nats (95 % interval -0.0048 to +0.0448, n = 3)"  # t = 4.3027
+    assert common.difference(r.regrets) == "+0.0200 ± 0.0058 nats (95 % interval -0.0048 to +0.0448, n = 3)"
     regret, optimum, wider = lr.verdicts(lr.Result("muon", "mup", [BASE, r]))
     assert regret.ok and wider.ok and wider.said == "2.1000 at 64, 1.6233 at 256"
     assert str(optimum) == "optimum: × 2 at 64, × 4 at 256"

@@ -134,27 +134,23 @@ def test_rounds_of_timing_go_there_and_back(data):
     assert (s.iterations, s.log_every, s.save_last) == (30, 1, False)
 
 
-def test_gpu_times_the_loop_and_the_other_fast_form_too(data, monkeypatch):
+def test_size_names_the_presets(data, monkeypatch):
     monkeypatch.setattr(train_moe, "detect_hardware", lambda device="auto": helpers.H100)
-    monkeypatch.setattr(train_moe, "auto_experts", lambda *_: "grouped")
     monkeypatch.setattr(train_moe, "small_shared_memory", lambda device: False)
     monkeypatch.setattr(train_moe.importlib.util, "find_spec", lambda name: name)  # Triton
-    sweep, jobs = plan(data, "--size", "speedrun", "--time", "--only", "speed", "--pairs", "2", more=())
-    assert list(sweep.models) == ["dense", "speed"]
-    assert sweep.variants == {f"speed by {impl}": f"--preset speed-speedrun --moe-impl {impl}"
-                              for impl in ("triton", "loop")}
-    assert len(jobs) == 8 and "loss" not in {job.kind for job in jobs}
-    _, jobs = plan(data, "--size", "speedrun", "--only", "speed", more=())
+    sweep, jobs = plan(data, "--size", "speedrun", "--only", "speed", more=())
+    assert {who: model.flags for who, model in sweep.models.items()} == {
+        "dense": "--preset speedrun --num-experts 0", "speed": "--preset speed-speedrun"}
     assert {job.who for job in jobs} == {"dense", "speed"}
 
 
 def test_list_runs_nothing(bench, tmp_path):
     code, out, _ = bench("--list")
     assert code == 0 and "21 of 21 to run, about 26 min: 75 s each (a guess)" in out and "| mixtral |" in out
-    assert "0 of 3 done  --preset mixtral-cpu --iterations 80" in out and not (tmp_path / "out").exists()
+    assert "0 of 3 done  mixtral  --preset mixtral-cpu --iterations 80" in out and not (tmp_path / "out").exists()
     bench("--quick", "--seeds", "1")
     code, out, _ = bench("--list")
-    assert "14 of 21 to run" in out and "(measured)" in out and "1 of 3 done  --preset mixtral-cpu" in out
+    assert "14 of 21 to run" in out and "(measured)" in out and "1 of 3 done  mixtral  --preset mixtral-cpu" in out
 
 
 # Runs
@@ -239,7 +235,6 @@ def test_statistics_by_hand():
         "loss", "mixtral", {0: 2.1, 1: 2.3, 2: 2.43, 7: 99.0}, tokens=640)
     runs += made_up("time", "dense", {0: 100, 1: 200}, field="ms")
     runs += made_up("time", "mixtral", {0: 120, 1: 260, 5: 9}, field="ms")
-    runs += made_up("time", "mixtral by loop", {0: 240, 1: 780}, field="ms")
     (r,) = moe.summarize(runs)
     e = r.equal_tokens  # of -0.1, -0.1, -0.07: standard error 0.01, and 4.3027 of t with 2 degrees of freedom
     assert e.n == 3 and e[1:] == pytest.approx((-0.09, 0.01, -0.09 - 0.043027, -0.09 + 0.043027), abs=1e-6)
@@ -250,7 +245,6 @@ def test_statistics_by_hand():
     # 1 / 1.25 = 0.8 is halfway from 0.64 to 1 in log tokens: 2.0, 2.2 and 2.38 against dense's 2.0, 2.2, 2.4
     assert r.equal_time.n == 3 and r.equal_time.mean == pytest.approx(-0.02 / 3)
     assert r.equal_time.high == pytest.approx(-0.02 / 3 + 4.302653 * 0.02 / 3, abs=1e-6)
-    assert r.by["loop"].mean == pytest.approx(2.5)  # 2 and 3
 
 
 def test_share_with_fewer_seeds_is_not_compared_with_the_others():
