@@ -96,9 +96,8 @@ def train(script: Path, flags: list[str], seed: int, children: set) -> tuple[lis
         return read_lines(folder / "metrics.jsonl"), config
 
 def record(job, script: Path, measure: Callable[[], dict], may_diverge: bool = False) -> dict:
-    """The record of a job: what was run, the numbers that `measure` finds, or the problem that
-    kept it from any. With may_diverge a loss that is not finite is a result: the rate is too high.
-    """
+    """The record of a job: what was run, the numbers that `measure` finds, or the problem that kept it from any. With
+    may_diverge a loss that is not finite is a result: the rate is too high."""
     began = time.perf_counter()
     run = job._asdict() | {"problem": "", "diverged": False, "date": str(date.today())}
     run["trainer"] = file_hash(script)

@@ -13,7 +13,6 @@ Parts, in this order; each has a time limit, and all together --budget seconds:
   moe_steps     the mixtures at `speedrun` size, last stage, 1/8 of its batch, beside the dense control, in turn.
   steps         ms/step, tokens/s, MFU, peak memory and compile time: `speedrun` and `medium` with 1/8 of their batch,
                 one GPU's share of eight, stage by stage, and `gpu` with all of it, because it is meant for one card.
-  update        the optimizer of a single rank, and of one rank of eight without communication.
   resume        a run that goes on from a checkpoint: the same losses, bit by bit?
   ablate        the last stage of `speedrun` with each fast part switched off (or on) in turn, in alternating blocks.
 
@@ -59,8 +58,8 @@ from data import common as shards  # noqa: E402
 from train_gpt import GPT, MuonAdamW, World  # noqa: E402
 
 SHARE = 8  # one GPU's share of the speedrun's eight
-LIMITS = {"equality": 120, "moe_equality": 90, "moe_steps": 300, "steps": 270, "update": 60,
-          "resume": 90, "ablate": 300}  # seconds a part
+# Seconds a part may take.
+LIMITS = {"equality": 120, "moe_equality": 90, "moe_steps": 300, "steps": 270, "resume": 90, "ablate": 300}
 CLEANUP_S = 5  # of the budget, for the report
 ALONE = {"steps"}  # a process for each row: memory that an earlier one keeps would count as the next one's
 GPT2 = {"tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 50257, "eot": 50256}
@@ -515,27 +514,6 @@ def moe_steps(b: Bench) -> Rows:
     rows = [(kind, impl) for some in (KINDS[:2], KINDS[2:]) for impl in ("grouped", "triton") for kind in some]
     return {f"{kind}, {impl}": functools.partial(compare, kind, impl) for kind, impl in [*rows, ("mixtral", "loop")]}
 
-def time_update(b: Bench, ranks: int) -> dict:
-    """The update of what rank 0 of several owns, in the speedrun's shape; nothing is communicated."""
-    s = train_gpt.parse_settings(flags_of(b, "speedrun", timing_data(b)), 1)[0]
-    with torch.device(b.device):
-        model = GPT(s, b.size(GPT2["vocab_size"], 257))
-    banks = MuonAdamW(model, s, World(0, 0, ranks)).banks
-    for bank in banks:
-        bank.grad.normal_()
-        bank.send_weights = lambda: None
-
-    def update(times: int = 1):
-        for step in range(1, times + 1):
-            for bank in banks:
-                bank.step(1.0, 0.95, step)
-    update(3)
-    _, blocks, size = counts(b)
-    return spread([elapsed_ms(lambda: update(2 * size), b.device) / (2 * size) for _ in range(blocks)])
-
-def update(b: Bench) -> Rows:
-    return {f"optimizer of {ranks}": functools.partial(time_update, b, ranks) for ranks in (1, SHARE)}
-
 # --- Resume, ablate
 
 def run_script(b: Bench, name: str, flags: list[str]) -> dict[str, float]:
@@ -594,7 +572,7 @@ def ablate(b: Bench) -> Rows:
     return {name: functools.partial(compare, change) for name, change in variants.items()}
 
 PARTS: dict[str, Callable[[Bench], Rows]] = {
-    part.__name__: part for part in (equality, moe_equality, moe_steps, steps, update, resume, ablate)}
+    part.__name__: part for part in (equality, moe_equality, moe_steps, steps, resume, ablate)}
 
 # --- Worker: one part in its own process
 
@@ -731,7 +709,6 @@ COLUMNS = {
              "ms/step, middle of stage|middle.ms|.2f; ms/step, end|end.ms|.2f; min|end.ms_min|.2f; "
              "spread %|end.spread_percent|.1f; tokens/s, end|tokens_per_s|,.0f; MFU, end|mfu|.1%; "
              "peak MiB|memory_mib|,d; reserved MiB|reserved_mib|,d; to the end of the first step, s|first_step_s|.1f",
-    "update": "ms|ms|.2f; spread %|spread_percent|.1f",
     "resume": "steps|steps|; resumed after|resumed_after|; losses equal|ok|; largest difference|max_difference|.1e; "
               "of two undisturbed runs|run_to_run_difference|.1e",
     "ablate": "flags|flags|; ms/step as is|base.ms|.2f; variant|variant.ms|.2f; variant / as is|ratio|.3f; "

@@ -470,12 +470,12 @@ def print_flags(sweep: Sweep, results: list[Result]) -> None:
     for optimizer, row in sorted(tuned.items(), key=lambda item: -mean(item[1].at_best.values())):
         print(f"to go on with {optimizer}, tuned at width {row.width}:\n{go_on(sweep, optimizer, row.best)}")
 
-def write_report(sweep: Sweep, out: Path) -> list[Result]:
+def write_report(sweep: Sweep, out: Path) -> None:
     """README.md and lr_transfer.png from the records of these flags and data; there may be others in the file."""
     runs = common.read_runs(out / "runs.jsonl", Job)
     found = sweep.collect(runs)
     if not found:
-        return []
+        return
     changes = {sweep.change(Point(line, k)) for line in sweep.series for k in sweep.reach}
     mine = [run for run in runs.values() if run["key"] == sweep.key and run["change"] in changes]
     problems = [outcome(run) for run in mine if run["problem"]] + common.unfinished(sweep, found)
@@ -484,7 +484,6 @@ def write_report(sweep: Sweep, out: Path) -> list[Result]:
     done = [run for run in mine if not run["problem"]]
     common.write_readme(out, readme(sweep, found, results, done, problems))
     print_flags(sweep, results)
-    return results
 
 # --- Command line
 
@@ -545,14 +544,9 @@ def transfer(args: argparse.Namespace, command: str) -> int:
         show_plan(sweep, common.read_runs(file, Job), args.jobs)
         return 0
     common.share_cores(args.jobs)
-    results = []
-    run_jobs = partial(common.run_all, workers=args.jobs, command=command, path=file,
-                       execute=execute, outcome=outcome)
-    try:
-        failed = common.run_rounds(sweep, Job, file, run_jobs)
-    finally:
-        results = write_report(sweep, args.out)
-    common.exit_code(failed)
+    run_jobs = partial(common.run_all, workers=args.jobs, command=command, path=file, execute=execute, outcome=outcome)
+    common.finish(lambda: common.run_rounds(sweep, Job, file, run_jobs), lambda: write_report(sweep, args.out))
+    results = summarize(sweep, sweep.collect(common.read_runs(file, Job)))
     if len(sweep.widths) > 1 and (missed := shortcomings(results)):
         raise RuntimeError(f"muP fails: {'; '.join(missed)}")
     return 0

@@ -240,16 +240,6 @@ def summarize(runs: list[dict]) -> list[Result]:
 def verdict(e: Effect) -> str:
     return f"{e.side('it loses to dense', 'it beats dense', 'it cannot be told from dense')}: loss {interval(e)}"
 
-def equal_time_gap(r: Result) -> str:
-    """Why there is no loss at equal time."""
-    if r.ratio is None:
-        return "step times are missing (--time)"
-    share, measured = 1 / r.ratio.mean, sorted(r.losses)
-    if measured[0] <= share <= measured[-1]:
-        return "fewer than 2 seeds"
-    return (f"{share:.3f} of dense's tokens lies outside the fractions measured, {measured[0]:.3g} to "
-            f"{measured[-1]:.3g}; add --fractions")
-
 def findings(r: Result) -> str:
     """Sentences on a kind."""
     said = [f"At equal tokens {verdict(r.equal_tokens)}."] if r.equal_tokens else []
@@ -264,8 +254,8 @@ def findings(r: Result) -> str:
     if r.equal_time:
         said.append(f"At equal time, {1 / r.ratio.mean:.3f} of dense's tokens (interpolated between the fractions "
                     f"measured), {verdict(r.equal_time)}.")
-    elif r.losses:
-        said.append(f"At equal time it is not measured: {equal_time_gap(r)}.")
+    elif r.losses and r.ratio:
+        said.append(f"At equal time, {1 / r.ratio.mean:.3f} of dense's tokens, its loss is not measured: --fractions.")
     return f"**{r.who}**: {' '.join(said)}"
 
 def model_table(sweep: Sweep) -> str:

@@ -26,7 +26,6 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -281,30 +280,6 @@ def outcome(run: dict) -> str:
         return f"{who}: FAILED: {run['problem']}"
     return f"{who}: " + ("diverged" if run["diverged"] else f"val loss {run['val_loss']:.4f}, {run['wall_s']:.0f} s")
 
-def batches(jobs: list[Job], warm: set[str]) -> Iterator[list[Job]]:
-    """The first job of each optimizer alone, which leaves its compiled graphs in inductor's cache; then the others."""
-    for optimizer in dict.fromkeys(job.optimizer for job in jobs):
-        if optimizer not in warm:
-            warm.add(optimizer)
-            first = next(job for job in jobs if job.optimizer == optimizer)
-            jobs = [job for job in jobs if job is not first]
-            yield [first]
-    if jobs:
-        yield jobs
-
-def run_sweep(sweep: Sweep, command: str, file: Path) -> int:
-    """Rounds of runs, until the plan is complete or one fails; returns how many failed."""
-    warm: set[str] = set()
-
-    def run_jobs(jobs: list[Job]) -> int:
-        failed = 0
-        for batch in batches(jobs, warm):
-            if not failed:
-                failed = common.run_all(batch, sweep.jobs, command, file, execute, outcome)
-        return failed
-
-    return common.run_rounds(sweep, Job, file, run_jobs)
-
 # --- Results
 
 class Results(NamedTuple):
@@ -409,11 +384,6 @@ def tuning_table(sweep: Sweep, found: Found, tuned: Tuning) -> str:
     head = ["optimizer", "settings", f"val loss, {sweep.sweep_seeds} seed(s)", f"mean of {sweep.seeds} seeds"]
     return markdown(head, rows)
 
-def budget(found: Found, tuned: Tuning, optimizer: str) -> str:
-    points = tuned.points[optimizer]
-    runs = sum(len(found.get(point, ())) for point in points)
-    return f"{optimizer} {len(points)} settings, {runs} runs"
-
 def edge_notes(r: Results, tuned: Tuning) -> list[str]:
     """Where the best may lie beyond what was tried."""
     notes = []
@@ -472,7 +442,8 @@ def readme(sweep: Sweep, runs: dict[tuple, dict], problems: list[str]) -> str:
         finalists=sweep.finalists, seeds=sweep.seeds,
         findings=findings(sweep, r) if r else "No result: runs are missing, or diverged.",
         results=f"{FIGURE}{result_table(sweep, r)}\n\n" if r else "",
-        budgets="; ".join(budget(found, tuned, optimizer) for optimizer in tuned.points),
+        budgets="; ".join(f"{optimizer} {len(points)} settings, {sum(len(found.get(p, ())) for p in points)} runs"
+                          for optimizer, points in tuned.points.items()),
         tuning=tuning_table(sweep, found, tuned),
         parameters=f"{whole[0]['parameters']:,}" if whole else "unknown",
         schedule={"cosine": "half a cosine", "wsd": "constant, at the end linear"}[s.schedule],
@@ -600,7 +571,8 @@ def compare(args: argparse.Namespace, command: str) -> int:
     if args.list:
         show_plan(sweep, common.read_runs(file, Job))
         return 0
-    return common.finish(lambda: run_sweep(sweep, command, file), lambda: write_report(sweep, args.out))
+    run_jobs = partial(common.run_all, workers=args.jobs, command=command, path=file, execute=execute, outcome=outcome)
+    return common.finish(lambda: common.run_rounds(sweep, Job, file, run_jobs), lambda: write_report(sweep, args.out))
 
 main = partial(common.command_line, "optimizers", parse_args, compare)
 

@@ -120,10 +120,8 @@ def test_mixtures_are_timed_beside_the_dense_control(finished):
     assert len({row["lines"]["dense beside it"]["memory_mib"] for row in rows.values() if "lines" in row}) == 1
 
 
-def test_update_and_resume(finished):
+def test_resume_is_exact(finished):
     out, _, _ = finished
-    rows = json.loads((out / "update.json").read_text())["rows"]
-    assert list(rows) == ["optimizer of 1", "optimizer of 8"] and all(row["ms"] > 0 for row in rows.values())
     resumed = json.loads((out / "resume.json").read_text())["rows"]["from a checkpoint"]
     assert resumed["ok"] is True and resumed["max_difference"] == 0 and resumed["resumed_after"] == 4
     straight, gone_on = ((out / f"logs/{name}_metrics.jsonl").read_text() for name in ("straight", "resumed"))
@@ -156,7 +154,7 @@ def test_report_has_every_part_and_says_that_sizes_mean_nothing(finished):
     text = (finished[0] / "README.md").read_text()
     assert text.startswith("# bench/gpu.py: timings of this CPU, --tiny")
     assert [part for part in re.findall(r"^## (\w+): done", text, re.MULTILINE)] == list(gpu.PARTS)
-    assert "| speedrun, stage 3 | 1/8 | 128 |" in text and "| optimizer of 8 | " in text
+    assert "| speedrun, stage 3 | 1/8 | 128 |" in text
     assert "| mixtral, loop, dense beside it |" in text
     assert "- flex, paired heads: FlexAttention has no backward pass on a CPU" in text
 
@@ -195,11 +193,11 @@ def test_a_process_for_each_row_where_memory_is_measured(bench, monkeypatch):
 
 def test_a_failed_part_leaves_the_others(bench, monkeypatch, capsys):
     rows_of(monkeypatch, "steps", x=failing)
-    rows_of(monkeypatch, "update", **{"optimizer of 1": lambda: {"ms": 2.0}})
-    assert gpu.run_parts(bench, ["steps", "update"], 100) == 1
-    assert "steps: 1 row(s) failed" in (printed := capsys.readouterr().out) and "update: done, 1 rows" in printed
+    rows_of(monkeypatch, "ablate", **{"no kernels": lambda: {"flags": "--kernels none", "ratio": 2.0}})
+    assert gpu.run_parts(bench, ["steps", "ablate"], 100) == 1
+    assert "steps: 1 row(s) failed" in (printed := capsys.readouterr().out) and "ablate: done, 1 rows" in printed
     text = (bench.out / "README.md").read_text()
-    assert "- x: RuntimeError: no such kernel" in text and "| optimizer of 1 | 2.00 |" in text
+    assert "- x: RuntimeError: no such kernel" in text and "| no kernels | --kernels none | - | - | 2.000 | - |" in text
 
 
 def test_a_wrong_fast_part_is_found(bench, monkeypatch, capsys):
@@ -275,9 +273,9 @@ os.abort()""")
     state = gpu.run_part(b, "equality", 60)
     assert state["rows"] == {"crash": {"error": "the process died with code -6"}, "after": {"ok": True}}
     real_workers(monkeypatch, "sys.exit('no torch here')")
-    state = gpu.run_part(b, "update", 60)
+    state = gpu.run_part(b, "ablate", 60)
     assert state["status"] == "the process died with code 1" and not state["rows"]
-    assert "no torch here" in (tmp_path / "logs/update.txt").read_text()
+    assert "no torch here" in (tmp_path / "logs/ablate.txt").read_text()
 
 
 def test_a_hang_is_cut_off_with_all_it_started(tmp_path, monkeypatch):
@@ -441,8 +439,6 @@ def test_timing_data_has_documents_like_fineweb(tmp_path):
 
 # --- projection
 
-A = projection.Assumptions(bandwidth=400e9, efficiency=0.5, overlap=0.75, h200_gain=(0.05, 0.1))
-
 
 def test_traffic_by_hand():
     """Two layers of width 32: 8 attention matrices fill one round of 8 owners, 4 MLP matrices half a round; each table
@@ -458,67 +454,19 @@ def test_traffic_by_hand():
     small = {n: p for n, p in model.named_parameters() if re.fullmatch("gates|smear|scalars", n)}
     sizes = sum(p.numel() * (4 if "scalar" in n else 2) for n, p in small.items())
     assert sent.all_reduce == pytest.approx(2 * 7 / 8 * sizes)
-    assert projection.communication_ms(sent, A) == pytest.approx(1000 * sent.total() / 200e9)
 
 
-def measured_json(folder, gpu_name="NVIDIA H200", tiny=False, share=8):
-    """A gpu.json with made-up numbers: 600 steps of 30 ms, 600 of 50, 600 of 70; optimizers of 10 and 2 ms."""
-    stages = {f"stage {i}": {"start_step": 600 * i, "end_step": 600 * (i + 1), "batch_tokens": 16384 * (i + 1),
-                             "middle": {"ms": 30.0 + 20 * i}} for i in range(3)}
-    parts = {"steps": {"rows": {"speedrun": {"share": share, "lines": stages}}},
-             "update": {"rows": {"optimizer of 1": {"ms": 10.0}, "optimizer of 8": {"ms": 2.0}}}}
-    (folder / "gpu.json").write_text(json.dumps({"about": {"gpu": gpu_name, "tiny": tiny}, "parts": parts}))
-    return folder
-
-
-def test_projection_by_hand(tmp_path):
-    measured = projection.read_measured(measured_json(tmp_path))
-    assert projection.slowdowns("NVIDIA H200", A) == (pytest.approx(1 / 0.95), pytest.approx(1 / 0.9))
-    assert projection.slowdowns("NVIDIA H100 80GB HBM3", A) == (1.0, 1.0)
-    assert projection.project(measured.stages[0], measured, 1.1, 0.5) == pytest.approx((30 - 10 + 2) * 1.1 + 0.5)
-    text = "\n".join(projection.compute_report(measured, 0.5, A))
-    low, high = (600 * ((22 + 42 + 62) * scale + 3 * 0.5) / 60_000 for scale in (1 / 0.95, 1 / 0.9))
-    assert f"| **ours, projected, not run** | {low:.3f} to {high:.3f} |" in text
-    assert "| 2 | 600 | 262,144 | 50.00 |" in text
-    assert all(f"| {minutes:g} |" in text for _, minutes in projection.RECORDS)
-
-
-def test_projection_without_measurements_says_so(tmp_path, capsys):
-    assert projection.main([str(tmp_path), "--out", str(tmp_path / "p.md")]) == 0
-    text = (tmp_path / "p.md").read_text()
-    assert text == capsys.readouterr().out and "Compute has not been measured" in text
-    assert "| reduce-scatter of gradients |" in text and "minutes" not in text
-
-
-def test_projection_with_measurements(tmp_path, capsys):
-    assert projection.main([str(measured_json(tmp_path)), "--bandwidth", "900", "--overlap", "1"]) == 0
-    text = capsys.readouterr().out
-    assert "0.00 ms of it exposed" in text and "| public record #89 | 1.23 |" in text and "900 GB/s" in text
-
-
-@pytest.mark.parametrize("change, sentence", [
-    (dict(tiny=True), "trial"), (dict(gpu_name=None), "trial"), (dict(share=1), "trial"),
-    (dict(gpu_name="NVIDIA L4"), "measured on NVIDIA L4"),
-])
-def test_projection_refuses_other_measurements(tmp_path, capsys, change, sentence):
-    assert projection.main([str(measured_json(tmp_path, **change))]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and sentence in error and error.count("\n") == 1
-
-
-def test_projection_refuses_an_unfinished_gpu_json_and_wrong_flags(tmp_path, capsys):
-    (tmp_path / "gpu.json").write_text('{"about": {}, "parts": {"steps": {"rows": {}}}}')
-    assert projection.main([str(tmp_path)]) == 1
-    assert "lacks the speedrun's steps or the optimizers' times" in capsys.readouterr().err
-    assert projection.main(["--overlap", "1.5"]) == 1
-    assert capsys.readouterr().err.startswith("error: --bandwidth must be above 0")
-
-
-def test_traffic_of_the_speedrun_matches_its_parameters():
+def test_traffic_of_the_speedrun_matches_its_parameters(tmp_path, capsys):
     """Without padding each sharded parameter would be sent once, as bf16, but for the eighth a rank keeps."""
-    s, banks = projection.build_banks("speedrun", 8, [])
+    s = train_gpt.parse_settings(["--preset", "speedrun", *gpu.ON_CPU], 1)[0]
     with torch.device("meta"):
         sharded = sum(p.numel() for n, p in train_gpt.GPT(s, 50257).named_parameters() if "gate" not in n
                       and "scalar" not in n and n != "smear")
-    ratio = projection.traffic(banks, 8).reduce_scatter / (7 / 8 * 2 * sharded)
-    assert 1 <= ratio < 1.05
+    sent = projection.traffic(projection.build_banks("speedrun", 8), 8)
+    assert 1 <= sent.reduce_scatter / (7 / 8 * 2 * sharded) < 1.05
+    assert projection.main(["--bandwidth", "900", "--efficiency", "0.5", "--out", str(tmp_path / "p.md")]) == 0
+    text = capsys.readouterr().out
+    assert text == (tmp_path / "p.md").read_text() and f"| together | {sum(sent) / 2**20:,.1f} |" in text
+    assert f"{1000 * sum(sent) / 450e9:.2f} ms" in text
+    assert projection.main(["--efficiency", "1.5"]) == 1
+    assert capsys.readouterr().err.startswith("error: --ranks must be 2 or more")

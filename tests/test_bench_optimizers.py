@@ -240,19 +240,6 @@ def test_runs_of_other_flags_do_not_count(bench, trainer):
     assert len(trainer.calls) == 86
 
 
-def test_first_run_of_each_optimizer_is_alone(bench, trainer, monkeypatch):
-    sizes, run_all = [], common.run_all
-
-    def keep(jobs, *rest):
-        sizes.append([job.optimizer for job in jobs])
-        return run_all(jobs, *rest)
-
-    monkeypatch.setattr(common, "run_all", keep)
-    bench("--jobs", "2")
-    assert sizes[:4] == [[ADAMW], [ADAMW] * 4, [MUON], [MUON] * 4]
-    assert all(len(size) > 1 for size in sizes[4:])
-
-
 def stub_train(loss):
     """What a run of the trainer leaves, the last validation twice."""
     def train(script, flags, seed, children):
