@@ -88,6 +88,8 @@ def read_settings(script: ModuleType, saved: dict):
     if unknown := sorted(saved.keys() - known):
         print(f"note: {script.__name__}.py no longer has the settings {', '.join(unknown)}: ignored", file=sys.stderr)
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known}
+    if values.get("softcap") == (0,):  # how earlier versions said: no cap
+        values["softcap"] = (0.0, 0.0, 1.0)
     exact = dict(dtype="fp32", backend="sdpa", device="cpu", compile=False, kernels="none", fp8_head="off",
                  moe_impl="loop")
     return script.Settings(**values | {name: value for name, value in exact.items() if name in known})
@@ -186,11 +188,11 @@ class Decoder:
 
     def remember(self, project: Callable, ring: Tensor, x_BTD: Tensor, *rest):
         """Attention.project, which stores k and v in the ring, (2, 1, slots, H, K); a later token gets all of it."""
-        q, k, v, own = project(x_BTD, *rest)
+        q, k, v, *own = project(x_BTD, *rest)
         size, end = ring.size(2), self.start + x_BTD.size(1)
         slots = torch.arange(max(self.start, end - size), end, device=self.device) % size
         ring[:, :, slots] = torch.stack((k, v))[:, :, -size:]
-        return (q, *ring[:, :, :end], own) if self.start else (q, k, v, own)
+        return (q, *ring[:, :, :end], *own) if self.start else (q, k, v, *own)
 
 
 def not_cacheable(script: ModuleType, model: nn.Module) -> str | None:

@@ -7,8 +7,7 @@
     python train_gpt.py --width 1536 --mup --base-width 768        # rates that were tuned at width 768 serve at 1536
 
 Needs a data set: `python data/stdlib.py` (no download) or `python data/cached_fineweb.py 9`. `--help` lists all flags.
-The number of processes does not change the training: same global batch, same order of tokens, same losses but for
-rounding.
+The number of processes changes losses by rounding only: global batch and order of tokens stay.
 
 Three parts. RECORD is what a competitor changes: hyperparameters, model, optimizer, schedule, and the loop, `train`.
 KERNELS has its fast forms, SERVICE all that surrounds a run: command line, data, checkpoints, logs, clock, processes.
@@ -19,9 +18,8 @@ connection and backout, gates, smear, key offset, paired heads, soft-capped logi
 windows that grow. Optimizer: Muon for the hidden matrices, AdamW for the rest, sharded as in ZeRO-2. On a Hopper GPU
 FlexAttention, an FP8 head and own Triton kernels are compiled in; each has a plain form and a flag that selects it.
 
-Measured on 2 CPU cores (AMD EPYC, torch 2.13.0): `--preset cpu` ends at 1.130 +- 0.034 nats per byte of the standard
-library (n = 4); nanoGPT's documented loss on Tiny Shakespeare characters is reached in 7.0 s, imports included, against
-77 s with its own configuration (n = 3 each, bench/cpu.py). Not measured on a GPU.
+Measured on 2 CPU cores only: nanoGPT's documented loss on Tiny Shakespeare characters in 7.0 s, imports included,
+against 77 s with its own configuration (n = 3 each, bench/cpu.py).
 Numbers in brackets name records of the public speedrun (github.com/KellerJordan/modded-nanogpt).
 Shape suffixes: B rows, T tokens of a row, D model_dim, H heads, K key dim of a head, V vocabulary.
 """
@@ -47,7 +45,7 @@ import subprocess
 import sys
 import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -62,9 +60,7 @@ from torch import Tensor, nn
 # ║ RECORD: what a competitor changes                                                            ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Hyperparameters                                                                              │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌─ Hyperparameters ────────────────────────────────────────────────────────────────────────────┐
 # argparse is generated from the fields: name, type, default, and the comment as help. Its bracket
 # holds the allowed values, `per stage` where one value per stage of training may be given, and
 # `with` another setting, without which nothing reads this one. How and where a run runs (device,
@@ -76,60 +72,59 @@ floats = tuple[float, ...]
 @dataclass(frozen=True)
 class Hyperparameters:
     """What is computed. A resumed run must have the same."""
-
     seed: int = 0  # of the initial weights and of the order of shuffled data [>=0]
-    shuffle: bool = True  # shuffle the documents of a shard; the speedrun keeps the published order
-    long_docs: str = "split"  # past max_doc_len: further pieces, or skipped (29) [split|clip]
+    shuffle: bool = True  # shuffle a shard's documents; the speedrun keeps their order
+    long_docs: str = "split"  # past max_doc_len: more pieces, or skipped (29) [split|clip]
     # --- model
     num_layers: int = 12  # transformer layers [>0]
-    width: int = 768  # model_dim: size of the residual stream, a multiple of head_dim [>0]
+    width: int = 768  # model_dim: size of the residual stream [>0]
     head_dim: int = 128  # size of an attention head; num_heads = width / head_dim [>0]
     mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
-    attention: str = "auto"  # a letter per layer: L long window, S short, P short and paired, - none
-    paired: bool = True  # auto attention pairs heads in some layers: queries see both's keys (58)
+    attention: str = "auto"  # by layer: L long window, S short, P short, paired, - none
+    paired: bool = True  # auto attention has P layers: queries see two heads' keys (58)
     key_offset: bool = True  # in L layers half of a key is the previous token's (49)
-    xsa: bool = True  # remove from a head's output its part along the token's own value (82, 86)
-    value_embeds: int = 3  # value-embedding tables, each for an early and a late layer (14) [>=0]
-    value_gate: bool = True  # gate value embeddings by 12 dimensions of the layer's input (55)
-    skip: str = "single"  # early layers' outputs added to late ones (11, 45) [unet|single|none]
-    backout: bool = True  # subtract a learned share of the stream after 2/3 of the layers (40)
-    smear: bool = True  # a token's embedding takes up some of the previous token's, gated (34)
-    bigram: int = 0  # rows of a table of hashed token pairs, added to the embedding (62); 0 off [>=0]
-    attn_gate: bool = True  # gate each head's output by 12 dimensions of its input (28)
-    softcap: floats = (23.0, 5.0, 7.5)  # a,b,c of a*sigmoid((z+b)/c) of logits (54); 0,0,1: off [>=0]
-    rope_base: float = 1024.0  # slowest rotary frequency is 1 / this, in radians per token [>0]
-    attn_scale: float = 0.0  # factor on q.k, RMS-normed; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (20) [>=0]
+    xsa: bool = True  # a head's output without its part along the own value (82, 86)
+    value_embeds: int = 3  # value-embedding tables, each for two layers (14) [>=0]
+    value_gate: bool = True  # gate value embeddings by 12 dimensions of the input (55)
+    skip: str = "single"  # from early to late layers (11, 45) [unet|single|none]
+    backout: bool = True  # subtract a learned share of the stream after 2/3 (40)
+    smear: bool = True  # embeddings take up the previous token's, gated (34)
+    bigram: int = 0  # rows of an embedding of hashed token pairs (62); 0 off [>=0]
+    attn_gate: bool = True  # gate each head's output by 12 dimensions of the input (28)
+    softcap: floats = (23.0, 5.0, 7.5)  # a*sigmoid((logit+b)/c) (54); 0,0,1 off [>=0]
+    rope_base: float = 1024.0  # 1 / slowest rotary frequency, radians per token [>0]
+    attn_scale: float = 0.0  # on q.k; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (20) [>=0]
     # --- width transfer: rates tuned at a small width serve a large one (muP)
-    mup: bool = False  # scale learning rates, decay, epsilon and logits from base_width to width
-    base_width: int = 0  # width at which the rates were tuned; 0: the preset's [>=0; with mup]
+    mup: bool = False  # scale rates, decay, epsilon and logits from base_width to width
+    base_width: int = 0  # where the rates were tuned; 0: the preset's [>=0; with mup]
     base_head_dim: int = 0  # head_dim there; 0: the same [>=0; with mup]
-    mup_embedding: str = "constant"  # rate of tables; sqrt: / sqrt(growth) [constant|sqrt; with mup]
+    mup_embedding: str = "constant"  # tables; sqrt: / sqrt(growth) [constant|sqrt; with mup]
     # --- stages of training: one value per stage, or one for all
     iterations: int = 1695  # optimizer steps [>0]
-    stage_ends: floats = (1.0,)  # where each stage ends, as a fraction of the iterations [>0]
-    batch_tokens: ints = (393216,)  # tokens of a step, over all processes [>0; per stage]
-    seq_len: ints = (49152,)  # tokens of a row, packed from whole documents [>0; per stage]
-    max_doc_len: ints = (0,)  # longest piece of a document, in tokens; 0: the row's [>=0; per stage]
-    window: ints = (1792,)  # long attention window, in tokens, at the stage's end [>0; per stage]
-    mtp: ints = (0,)  # further tokens to predict, weights 1/2, 1/4 .. (53) [>=0; per stage]
-    stage_lr: floats = (1.0,)  # factor on all learning rates in the stage [>0; per stage]
-    window_start: int = 128  # long window at step 0, tokens, grows linearly; 0: no growth [>=0]
-    window_step: int = 128  # windows are rounded up to a multiple of this, in tokens [>0]
+    stage_ends: floats = (1.0,)  # ends of stages, as fractions of the iterations [>0]
+    batch_tokens: ints = (393216,)  # tokens of a step, all processes [>0; per stage]
+    seq_len: ints = (49152,)  # tokens of a row of documents [>0; per stage]
+    max_doc_len: ints = (0,)  # longest piece, in tokens; 0: seq_len [>=0; per stage]
+    window: ints = (1792,)  # long attention window at the end, tokens [>0; per stage]
+    mtp: ints = (0,)  # further tokens to predict, by 1/2, 1/4 .. (53) [>=0; per stage]
+    stage_lr: floats = (1.0,)  # factor on all learning rates [>0; per stage]
+    window_start: int = 128  # long window at step 0, tokens, grows; 0: no growth [>=0]
+    window_step: int = 128  # windows are rounded up to a multiple of this, tokens [>0]
     # --- optimizer
-    hidden_optimizer: str = "muon"  # of hidden matrices, those of attention and MLP [muon|adamw]
-    hidden_lr: float = 0.002  # their rate under AdamW [>=0; with hidden_optimizer adamw]
-    hidden_weight_decay: float = 0.1  # their decay there [>=0; with hidden_optimizer adamw]
-    muon_lr: float = 0.05  # their learning rate [>=0; with hidden_optimizer muon]
-    muon_momentum: float = 0.95  # Nesterov, after its warm-up [0..1; with hidden_optimizer muon]
-    momentum_start: float = 0.85  # at the first and last step [0..1; with hidden_optimizer muon]
+    hidden_optimizer: str = "muon"  # of the matrices of attention and MLP [muon|adamw]
+    hidden_lr: float = 0.002  # under AdamW [>=0; with hidden_optimizer adamw]
+    hidden_weight_decay: float = 0.1  # under AdamW [>=0; with hidden_optimizer adamw]
+    muon_lr: float = 0.05  # learning rate [>=0; with hidden_optimizer muon]
+    muon_momentum: float = 0.95  # Nesterov, at its peak [0..1; with hidden_optimizer muon]
+    momentum_start: float = 0.85  # at both ends [0..1; with hidden_optimizer muon]
     momentum_warmup: int = 300  # steps of its rise [>=0; with hidden_optimizer muon]
-    momentum_cooldown: int = 50  # last steps, of its fall [>=0; with hidden_optimizer muon]
-    muon_beta2: float = 0.95  # of NorMuon's variance; 0 off [0..1; with hidden_optimizer muon]
-    muon_weight_decay: float = 0.02  # their decay / peak rate [>=0; with hidden_optimizer muon]
-    orthogonalizer: str = "polar_express"  # its iteration [polar_express|newton_schulz; with hidden_optimizer muon]
-    adam_lr: float = 0.008  # base rate of all other parameters; factors in parameter_table [>=0]
+    momentum_cooldown: int = 50  # steps of its fall [>=0; with hidden_optimizer muon]
+    muon_beta2: float = 0.95  # NorMuon's; 0 off [0..1; with hidden_optimizer muon]
+    muon_weight_decay: float = 0.02  # / peak rate [>=0; with hidden_optimizer muon]
+    orthogonalizer: str = "polar_express"  # iteration [polar_express|newton_schulz; with hidden_optimizer muon]
+    adam_lr: float = 0.008  # of all else, times the factor in parameter_table [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
-    adam_weight_decay: float = 0.0  # decay / peak rate of embeddings and head; falls as rate^2 [>=0]
+    adam_weight_decay: float = 0.0  # / peak rate, of embeddings and head [>=0]
     cautious: bool = True  # decay only where update and weight have the same sign
     schedule: str = "linear"  # shape of the cool-down: linear, or 1 - sqrt [linear|wsd]
     warmup_steps: int = 0  # steps over which the learning rates rise [>=0]
@@ -145,8 +140,7 @@ class Hyperparameters:
         """The settings at the base width, whose learning rates these are."""
         if not self.mup:
             return self
-        sizes = dict(width=self.base_width, head_dim=self.base_head_dim)
-        return dataclasses.replace(self, mup=False, **sizes)
+        return dataclasses.replace(self, mup=False, width=self.base_width, head_dim=self.base_head_dim)
 
     @property
     def growth(self) -> float:
@@ -192,6 +186,17 @@ PRESETS: dict[str, dict] = {
     ),
 }
 
+def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
+    """The preset for `auto`, by hardware and data, and the reason for it."""
+    if hardware.device == "cpu":
+        return "cpu", "no CUDA device"
+    folder = data_folder("fineweb10B" if data == "auto" else data)
+    fineweb = folder.name.startswith("fineweb") and folder.is_dir()
+    gpus = f"{world_size} process(es) on {hardware.name} of {hardware.memory_gib:.0f} GiB"
+    if world_size >= 8 and hardware.memory_gib >= 70 and fineweb:
+        return "speedrun", f"{gpus}, and {folder.name} is there"
+    return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
+
 def auto_attention(num_layers: int, paired: bool) -> str:
     """Long windows in the first, the last and a layer at a third (20); from 12 layers on no
     attention in layer 7/12 (17); paired heads in every third of the others (58 has 4 of 11)."""
@@ -202,7 +207,7 @@ def auto_attention(num_layers: int, paired: bool) -> str:
 
 def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
     """What `auto`, or 0, means: setting -> value and the reason for it."""
-    width = PRESETS.get(s.preset, {}).get("width", 768) if s.mup and not s.base_width else s.base_width
+    width = s.base_width or PRESETS.get(s.preset, {}).get("width", 768)
     head_dim = s.base_head_dim or s.head_dim
     odd = s.width // max(1, s.head_dim) % 2 or (s.mup and width // max(1, head_dim) % 2)
     return {
@@ -220,9 +225,9 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
             bad.append(f"--{prefix}width {width} must be a multiple of --{prefix}head_dim {head_dim}, "
                        f"that one of 4, and not below {GATE_DIM}")
     if 2 * s.value_embeds > s.num_layers:
-        bad.append(f"--value_embeds {s.value_embeds}: each table serves two layers and there are {s.num_layers}")
+        bad.append(f"--value_embeds {s.value_embeds}: each table serves two of {s.num_layers} layers")
     if len(s.attention) != s.num_layers or set(s.attention) - set("LSP-"):
-        bad.append(f"--attention {s.attention}: one letter L, S, P or - for each of the {s.num_layers} layers")
+        bad.append(f"--attention {s.attention}: a letter L, S, P or - for each of {s.num_layers} layers")
     elif "P" in s.attention and (odd := [x.num_heads for x in (s, s.base) if x.num_heads % 2]):
         bad.append(f"--attention {s.attention}: P layers pair heads, and there are {odd[0]}; use --no-paired")
     elif set(s.attention) == {"-"} or (
@@ -232,9 +237,9 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
     if len(s.softcap) != 3 or not s.softcap[2] or (not s.softcap[0] and s.softcap != (0, 0, 1)):
         bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
     if s.bigram == 1:
-        bad.append("--bigram 1: a table needs 2 rows or more, one is for the starts of documents; 0 leaves it out")
+        bad.append("--bigram 1: one row is for starts of documents; use 2 or more, or 0 for none")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
-        bad.append("--muon_beta2 and --muon_momentum must be below 1: at 1 nothing new is ever averaged in")
+        bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
     if s.warmup_steps >= s.iterations:
         bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
     return bad + stage_errors(s, world_size)
@@ -262,7 +267,6 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
 
 class Stage(NamedTuple):
     """One row of the stage table: steps [start, end) of the run."""
-
     start: int
     end: int
     window_start: int  # long window at `start`
@@ -279,45 +283,45 @@ class Stage(NamedTuple):
         most = max(1, s.micro_tokens // self.seq_len)
         return max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
 
+def staged_settings() -> list[str]:
+    """The settings that may have a value per stage, in the order of the fields of Stage."""
+    return [name for name in help_texts() if "per stage" in bracket(name)]
+
 def stage_table(s: Settings) -> list[Stage]:
     """The stages of a run; a single value of a staged setting holds for all of them."""
     columns = [getattr(s, name) for name in staged_settings()]
     columns = [c * len(s.stage_ends) if len(c) == 1 else c for c in columns]
-    stages: list[Stage] = []
+    stages, start, window = [], 0, s.window_start or s.window[0]
     for end, *row in zip(s.stage_ends, *columns, strict=True):
-        start, window = (stages[-1].end, stages[-1].window) if stages else (0, s.window_start or s.window[0])
         stages.append(Stage(start, round(end * s.iterations), window, *row))
+        start, window = stages[-1].end, stages[-1].window
     return stages
 
 def stage_at(stages: list[Stage], step: int) -> Stage:
     """The stage of training step `step`; the last one for steps past the end."""
     return next((stage for stage in stages if step < stage.end), stages[-1])
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Attention                                                                                    │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌─ Attention ──────────────────────────────────────────────────────────────────────────────────┐
 # One rule says who sees whom; all backends apply it token by token, so that compiled, eager and
 # SDPA agree. (A window that exists only in the block lists of FlexAttention is silently ignored
 # wherever the kernel is not compiled.)
 
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
 
-def visible(query: Tensor, key: Tensor, query_doc: Tensor, key_doc: Tensor, window: Tensor) -> Tensor:
+def visible(query, key, query_doc, key_doc, window) -> Tensor:
     """True where a query may look at a key: causal, same document, inside the window."""
     return (query >= key) & (query - key < window) & (query_doc == key_doc)
 
-def dense_mask(docs_BT: Tensor, window: Tensor, copies: int = 1) -> Tensor:
+def dense_mask(docs_BT, window: Tensor, copies: int = 1) -> Tensor:
     """The rule for all pairs, (B, 1, T, T) bool; each token `copies` times."""
     position = torch.arange(docs_BT.size(1), device=docs_BT.device).repeat_interleave(copies)
     docs = docs_BT.repeat_interleave(copies, dim=1)
     return visible(position[:, None], position, docs[:, None, :, None], docs[:, None, None, :], window)
 
-def block_mask(docs_BT: Tensor, window: Tensor, copies: int = 1):
-    """The rule as a FlexAttention BlockMask, nearest blocks first, without looking at T x T pairs.
-
-    Document numbers only rise along a row, so the first and last number of a block tell whether two
-    blocks share a document (a pair of tokens may), or consist of one and the same (every pair does:
-    no mask is needed inside)."""
+def block_mask(docs_BT, window: Tensor, copies: int = 1):
+    """The rule as a FlexAttention BlockMask, nearest blocks first, without looking at T x T pairs: documents only
+    rise along a row, so the first and last one of a block tell whether two blocks share a document (a pair of
+    tokens may), or consist of one and the same (every pair does: no mask is needed inside)."""
     from torch.nn.attention.flex_attention import BlockMask
     span = FLEX_BLOCK // copies  # tokens of a block
     docs = docs_BT.unflatten(1, (-1, span))
@@ -329,7 +333,7 @@ def block_mask(docs_BT: Tensor, window: Tensor, copies: int = 1):
     same = first[:, None, :] == last[:, :, None]
     full = (ahead > 0) & (ahead + (span - 1) < window) & same
 
-    def listed(flags: Tensor) -> tuple[Tensor, Tensor]:  # counts (B, 1, n), indices (B, 1, n, n)
+    def listed(flags: Tensor) -> tuple:  # counts (B, 1, n), indices (B, 1, n, n)
         order = flags.flip(-1).int().argsort(dim=-1, descending=True, stable=True)
         nearest_first = (flags.size(-1) - 1 - order).to(torch.int32)
         return flags.sum(-1, dtype=torch.int32)[:, None], nearest_first[:, None].contiguous()
@@ -347,14 +351,12 @@ def flex_options(device: str) -> dict | None:
     """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory."""
     if not small_shared_memory(device):
         return None
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+    forward = {"BLOCK_M": 64, "BLOCK_N": 64}
+    return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
-def attend(
-    q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, mask, scale: float, backend: str, options: dict | None = None,
-) -> Tensor:
-    """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a
-    dense_mask SDPA or the formula itself, which in bf16 on a CPU takes 0.25 to 0.64 of SDPA's time
-    (records/LOG.md, 2026-11-20)."""
+def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
+    """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a dense_mask
+    SDPA or the formula itself, in bf16 on a CPU 0.25 to 0.64 of SDPA's time (records/LOG.md, 2026-11-20)."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
@@ -365,10 +367,7 @@ def attend(
         y = (q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
     return y.transpose(1, 2)
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Model                                                                                        │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Model ──────────────────────────────────────────────────────────────────────────────────────┐
 GATE_DIM = 12  # dimensions of the residual stream that gates read (28)
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
 IGNORE = -1  # target that has no loss
@@ -376,13 +375,10 @@ IGNORE = -1  # target that has no loss
 # embedding (added in again at every layer), of the skip connection, of the values, of the value
 # embedding (11, 14, 15), of the output where the last layer's is freed of it (40).
 SCALARS = {
-    "residual": 1.0, "embedding": 0.0, "skip": 1.0,
-    "value": 0.5, "value_embed": 0.5, "backout": 0.5,
-}
+    "residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_embed": 0.5, "backout": 0.5}
 
 class Layer(NamedTuple):
     """One row of the layer table."""
-
     attention: str  # L long window, S short window, P short window and paired heads, - none
     value_table: int | None  # value-embedding table that is mixed into v
     skip_from: int | None  # layer whose output is added to this one's input
@@ -406,12 +402,10 @@ def short_window(window, step: int):
     """Half of a long window, an int or int tensor, rounded up to `step` tokens."""
     return -(-window // (2 * step)) * step
 
-def rotary_table(length: int, head_dim: int, base: float, window: int = 1, longer: int = 1) -> tuple[Tensor, Tensor]:
-    """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, radians per token.
-
-    For a `longer` window than that of training, YaRN (Peng et al. 2023, arXiv 2309.00071):
-    frequencies that turn less than once in the window are slowed down by the ratio of the two,
-    those that turn 32 times stay. (Without its temperature: queries and keys are normed.)"""
+def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) -> tuple:
+    """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, radians per token. For a `longer`
+    window than that of training, YaRN (Peng et al. 2023, arXiv 2309.00071): frequencies that turn less than once in
+    the window are slowed down by the ratio of the two, those that turn 32 times stay. (Not its temperature.)"""
     frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
     if longer > window:
         kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -419,7 +413,7 @@ def rotary_table(length: int, head_dim: int, base: float, window: int = 1, longe
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
     return angle.cos(), angle.sin()
 
-def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of
     their position, in fp32; the other half carries content regardless of position (17)."""
     a, a_still, b, b_still = x_BTHK.chunk(4, dim=-1)
@@ -428,19 +422,12 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned_b = (b * cos - a * sin).type_as(x_BTHK)
     return torch.cat((turned_a, a_still, turned_b, b_still), dim=-1)
 
-class Positions(NamedTuple):
-    """What a layer knows about the tokens' positions."""
-
-    cos: Tensor  # of the rotary angles, (T, 1, K / 4)
-    sin: Tensor
-    follows_BT11: Tensor  # True where the token before belongs to the same document
-
 def without_component(y: Tensor, direction: Tensor) -> Tensor:
     """y minus its projection on `direction`, along the last axis."""
     unit = F.normalize(direction, dim=-1)
     return y - (y * unit).sum(-1, keepdim=True) * unit
 
-def pair(x_BTHK: Tensor) -> Tensor:
+def pair(x_BTHK) -> Tensor:
     """(B, T, H, K) -> (B, 2T, H/2, K), head h and head h + H/2 of a token one after the other; a view
     if the tokens are contiguous. Each query sees the keys of both heads in a short window. (58 orders
     the two heads of a token, and halves the window, so that the cost stays; here it doubles.)"""
@@ -452,11 +439,8 @@ def uniform_matrix(*shape: int) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound)
 
 class Attention(nn.Module):
-    """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate.
-
-    qkvo holds the four matrices in one shape, so that the optimizer can batch them; the output
-    matrix is the transposed one and starts at zero."""
-
+    """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate. Its matrices
+    have one shape, so that the optimizer can batch them; that of the output is transposed and starts at zero."""
     def __init__(self, s: Settings, kind: str):
         super().__init__()
         self.num_heads, self.head_dim = s.num_heads, s.head_dim
@@ -466,9 +450,8 @@ class Attention(nn.Module):
         qkv, out = uniform_matrix(3, s.width, s.width), torch.zeros(1, s.width, s.width)
         self.qkvo = nn.Parameter(torch.cat((qkv, out)))
 
-    def forward(
-        self, x_BTD: Tensor, value_BTD: Tensor | None, mask, at: Positions, scalars: dict, gates: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x_BTD, value_BTD, mask, at, scalars: dict, gates) -> Tensor:
+        """`at`: rotary cos and sin, (T, 1, K / 4), and where the token before is of the same document."""
         q, k, v, value_BTHK, gate = self.project(x_BTD, value_BTD, at, scalars, gates)
         q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
         y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(value_BTHK.shape)
@@ -476,15 +459,14 @@ class Attention(nn.Module):
         _, out = self.qkvo.split((3, 1))
         return (y if gate is None else y * gate).flatten(2) @ out[0]
 
-    def project(
-        self, x_BTD: Tensor, value_BTD: Tensor | None, at: Positions, scalars: dict, gates: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    def project(self, x_BTD, value_BTD, at, scalars: dict, gates) -> tuple:
         """q, k, v of each position, (B, T, H, K), and for its output v again and its gate, (B, T, H, 1)."""
         qkv, _ = self.qkvo.split((3, 1))
         heads = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3 * self.num_heads, self.head_dim))
         qk, v = heads.split((2 * self.num_heads, self.num_heads), dim=2)
-        q, k = (rotate(x, at.cos, at.sin) for x in norm(qk).chunk(2, dim=2))
-        k = self.offset_keys(k, at.follows_BT11)
+        cos, sin, follows_BT11 = at
+        q, k = (rotate(x, cos, sin) for x in norm(qk).chunk(2, dim=2))
+        k = self.offset_keys(k, follows_BT11)
         out_gate = value_gate = None
         if gates is not None:
             both = torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gates.flatten(0, 1)))
@@ -494,10 +476,9 @@ class Attention(nn.Module):
             v = scalars["value"] * v + weight * value_BTD.view_as(v)
         return q, k, v, v, out_gate if self.gated else None
 
-    def offset_keys(self, k_BTHK: Tensor, follows_BT11: Tensor) -> Tensor:
-        """Partial key offset: the unrotated half of a key is that of the token before, if it is of
-        the same document. A query that looks for a content finds what came after it: one layer can
-        do induction (49)."""
+    def offset_keys(self, k_BTHK, follows_BT11) -> Tensor:
+        """Partial key offset: the unrotated half of a key is that of the token before, if of the same document. A
+        query that looks for a content finds what came after it: one layer can do induction (49)."""
         if not self.offset:
             return k_BTHK
         shifted = torch.cat((k_BTHK[:, :1], k_BTHK[:, :-1]), dim=1)
@@ -508,30 +489,25 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """ReLU^2 feed-forward; both matrices are (hidden, model), so that they can be batched (27)."""
-
     def __init__(self, s: Settings, hidden: int):
         super().__init__()
         self.kernel, self.fp8 = "mlp" in s.kernels, s.fp8_mlp
         self.up = nn.Parameter(uniform_matrix(hidden, s.width))
         self.down = nn.Parameter(torch.zeros(hidden, s.width))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD) -> Tensor:
         fp8 = self.fp8 and torch.is_grad_enabled()  # evaluation is exact
         x_ND = x_BTD.flatten(0, 1)
         return mlp_relu2(x_ND, self.up, self.down, self.kernel, fp8).view_as(x_BTD)
 
 class Block(nn.Module):
     """One layer: mix with skip connection and embedding, attention, MLP."""
-
     def __init__(self, s: Settings, layer: Layer):
         super().__init__()
         self.attn = Attention(s, layer.attention) if layer.attention != "-" else None
         self.mlp = MLP(s, s.mlp_ratio * s.width)
 
-    def forward(
-        self, x_BTD: Tensor, x0_BTD: Tensor, skip_BTD: Tensor | None, value_BTD: Tensor | None, mask, at: Positions,
-        scalars_S: Tensor, gates: Tensor | None,
-    ) -> Tensor:
+    def forward(self, x_BTD, x0_BTD, skip_BTD, value_BTD, mask, at, scalars_S, gates) -> Tensor:
         scalars = dict(zip(SCALARS, scalars_S, strict=True))
         x = x_BTD if skip_BTD is None else x_BTD + scalars["skip"] * skip_BTD
         x = scalars["residual"] * x + scalars["embedding"] * x0_BTD
@@ -541,7 +517,6 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The language model, built in fp32 on the CPU from the seed alone; the optimizer casts it."""
-
     def __init__(self, s: Settings, vocab_size: int):
         super().__init__()
         torch.manual_seed(s.seed)
@@ -563,30 +538,27 @@ class GPT(nn.Module):
             nn.init.zeros_(self.bigram.weight)
         a, b, c = s.softcap
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
+        cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
         saturated = torch.zeros((), dtype=torch.int64)  # values that FP8 clipped
-        self.register_buffer("saturated", saturated, persistent=False)
-        longest = max([stage.seq_len for stage in stage_table(s)] + [s.eval_seq_len])
-        cos, sin = rotary_table(longest, s.head_dim, s.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, buffer in dict(cos=cos, sin=sin, saturated=saturated).items():
+            self.register_buffer(name, buffer, persistent=False)
 
-    def forward(self, inputs_BT: Tensor, targets_KBT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
-        """Cross-entropies with the targets k of `future_targets`, each summed over those that are not
-        IGNORE, in nats, (K,) fp32. `window`: int32 0-D tensor, tokens of the long window; document
-        numbers rise along a row."""
+    def forward(self, inputs_BT, targets_KBT, docs_BT, window: Tensor) -> Tensor:
+        """Cross-entropies with the targets k of `future_targets`, each summed over those not IGNORE, in nats, (K,)
+        fp32. `window`: int32 0-D tensor, tokens of the long window; document numbers rise along a row."""
         return self.losses(self.trunk(inputs_BT, docs_BT, window), targets_KBT)
 
-    def trunk(self, inputs_BT: Tensor, docs_BT: Tensor, window: Tensor) -> Tensor:
+    def trunk(self, inputs_BT, docs_BT, window: Tensor) -> Tensor:
         """Residual stream after the last layer, (B, T, D)."""
         follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
         x = x0 = self.embedding(inputs_BT, follows)
         values = [table(inputs_BT) for table in self.value_embeds]
         masks = self.masks(docs_BT, window)
         length = inputs_BT.size(1)
-        at = Positions(self.cos[:length], self.sin[:length], follows[..., None])
+        at = self.cos[:length], self.sin[:length], follows[..., None]
         scalars = self.scalars.type_as(x).unbind(0)
         gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
-        outputs: list[Tensor] = []
+        outputs = []
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
             value = values[layer.value_table] if layer.value_table is not None else None
@@ -594,7 +566,7 @@ class GPT(nn.Module):
             outputs.append(x)
         return x if self.backout is None else x - scalars[self.backout][-1] * outputs[self.backout]
 
-    def masks(self, docs_BT: Tensor, window: Tensor) -> dict:
+    def masks(self, docs_BT, window: Tensor) -> dict:
         """The mask of each kind of layer, made once per forward pass. A short window is half a long one."""
         half = torch.minimum(short_window(window, self.window_step), window)
         make = block_mask if self.flex else dense_mask
@@ -602,7 +574,7 @@ class GPT(nn.Module):
         kinds = {layer.attention for layer in self.layers} - {"-"}
         return {kind: make(docs_BT, *options[kind]) for kind in sorted(kinds)}
 
-    def embedding(self, inputs_BT: Tensor, follows_BT1: Tensor) -> Tensor:
+    def embedding(self, inputs_BT, follows_BT1) -> Tensor:
         """Normed token embeddings, with hashed pairs of tokens; each takes up some of the previous
         token's, gated, if that is of the same document (34)."""
         x = self.embed(inputs_BT)
@@ -614,11 +586,11 @@ class GPT(nn.Module):
             x = x + weight * torch.sigmoid(F.linear(x[..., :GATE_DIM], gate[None])) * previous
         return norm(x)
 
-    def head(self, x_BTD: Tensor) -> Tensor:
+    def head(self, x_BTD) -> Tensor:
         """Logits, exact."""
         return cap_logits(F.linear(norm(x_BTD), self.lm_head), self.cap)
 
-    def losses(self, x_BTD: Tensor, targets_KBT: Tensor) -> Tensor:
+    def losses(self, x_BTD, targets_KBT) -> Tensor:
         fp8 = self.fp8_head and torch.is_grad_enabled()  # evaluation is exact
         x_ND, targets_KN = norm(x_BTD).flatten(0, 1), targets_KBT.flatten(1)
         losses, saturated = head_losses(x_ND, self.lm_head, targets_KN, self.cap, self.loss_kernel, fp8)
@@ -626,12 +598,12 @@ class GPT(nn.Module):
             self.saturated += saturated
         return losses
 
-def bigram_rows(inputs_BT: Tensor, follows_BT: Tensor, rows: int) -> Tensor:
+def bigram_rows(inputs_BT, follows_BT, rows: int) -> Tensor:
     """Row of the bigram table for a token and the one before it; 0 at the start of a document."""
     pairs = (inputs_BT[:, 1:] * 40503) ^ (inputs_BT[:, :-1] * 27644)  # below 2^31 for GPT-2 tokens
     return F.pad(1 + pairs % (rows - 1), (1, 0)) * follows_BT
 
-def future_targets(targets_BT: Tensor, docs_BT: Tensor, count: int) -> Tensor:
+def future_targets(targets_BT, docs_BT, count: int) -> Tensor:
     """Targets and those of the `count` tokens after them, (1 + count, B, T); IGNORE past the document."""
     rows = [targets_BT]
     for k in range(1, count + 1):
@@ -649,9 +621,8 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {"total": total, "active": total, **counts, "matmul": counts["hidden"] + counts["head"]}
 
 def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
-    """FLOPs of forward and backward per token: 6 per matmul parameter, and 12 * model_dim per visible
-    key of each attention layer (q.k and weighted sum, 2 FLOPs each, times 3). Keys: the average over
-    a causal row cut at the stage's final window and at max_doc_len; shorter documents do not count."""
+    """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer
+    (q.k and weighted sum, 2 each, times 3): the mean of a causal row, cut at the final window and max_doc_len."""
     length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
     long = math.ceil(stage.window / s.window_step) * s.window_step
     short = min(short_window(long, s.window_step), long)
@@ -660,17 +631,38 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
         keys += (window - window * (window - 1) / (2 * length)) * (2 if layer.attention == "P" else 1)
     return 6.0 * counts["matmul"] + 12.0 * s.width * keys
 
+# Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
+    "H100": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+    "A40": 150e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+
+def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: int) -> float | None:
+    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count); None where that is
+    unknown (CPUs). The optimizer does not count, and fp8 products count against the bf16 peak."""
+    peaks = [peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)]
+    return tokens_per_s * flops / (peaks[0] * count) if peaks else None
+
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
-    """Bytes of the tokens of a forward pass, estimated: 34 activations a layer and dimension (half if
-    compiled, by the 34 GiB of the public records at 49,152 tokens) and, but for FlexAttention, a row
-    of scores."""
+    """Bytes of the tokens of a forward pass, estimated: 34 activations a layer and dimension (half if compiled,
+    by the 34 GiB of the public records at 49,152 tokens) and, but for FlexAttention, a row of scores."""
     size = s.torch_dtype.itemsize
     scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * seq_len
     return tokens * ((17 if s.compile else 34) * size * s.num_layers * s.width + scores)
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Optimizer                                                                                    │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+def expected_memory(s: Settings, vocab_size: int, optimizer: MuonAdamW, total: int) -> float:
+    """Bytes per process, a rough estimate: weights (`total`), own masters and moments, gradients, and of
+    a micro-step the activations and the logits (three times in fp32, or twice in bf16)."""
+    size, world = s.torch_dtype.itemsize, optimizer.world.size
+    tokens, t = max((t.micro_rows(s, world) * t.seq_len, t) for t in stage_table(s))
+    states = [x for bank in optimizer.banks for x in [*bank.state.values(), bank.grad]]
+    sums = 4 * total if tokens * world < t.batch_tokens else 0
+    logits = (4 if "loss" in s.kernels else 12) * vocab_size * tokens
+    weights = sum(4 * x.numel() for x in states) + 2 * size * total
+    return weights + sums + logits + activation_bytes(s, tokens, t.seq_len)
+
+# ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
 # One class for one rank or many. Each gradient is packed, freed and reduced into the shard of the
 # rank that owns it as soon as it is complete in the last micro-step's backward pass; optimizer state
 # and fp32 master weights exist on the owner only (ZeRO-2); after the update the owner's weights are
@@ -680,40 +672,41 @@ FP32_PARAMETERS = ("scalars",)  # names of parameters that are not rounded to bf
 
 class Rule(NamedTuple):
     """One row of the parameter table."""
-
     pattern: str  # of the parameter names, a full match
     kind: str  # muon or adamw
     lr: float  # peak learning rate
-    betas: tuple[float, float]  # of adamw; of muon: unused (scheduled momentum), NorMuon's beta
+    betas: tuple[float, float]  # of adamw; of muon: unused, NorMuon's
     weight_decay: float  # per unit of the peak learning rate
     comm: str  # sharded: its owner updates it; replicated: every rank does
-    role: str  # what grows with the width: hidden, input, output, fixed; table: input, looked up
-    fans: tuple[int, int] = (1, 1)  # fan_out and fan_in, 1 where they do not grow with the width
+    role: str  # what grows with the width: hidden, input, output, fixed; table: input
+    fans: tuple[int, int] = (1, 1)  # fan_out and fan_in; 1 where the width is not in it
     eps: float = 0.0  # of adamw
 
 def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
     parameters as in 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are
     stored as (hidden, model), which gives both the factor sqrt(mlp_ratio)."""
-    width, hidden = s.width, s.mlp_ratio * s.width
-    kind, lr, betas, decay = hidden_rule(s)
+    width, hidden, adam, eps = s.width, s.mlp_ratio * s.width, s.adam_lr, s.adam_eps
+    kind, lr, *rest = hidden_rule(s)
     mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
-    adam, table = s.adam_lr, ("sharded", "table", (width, 1), s.adam_eps)
-    slow, fast = (0.9, 0.99), (0.8, 0.95)
+    matrix = *rest, "sharded", "hidden"
+    fast, decay = (0.8, 0.95), s.adam_weight_decay
+    table = decay, "sharded", "table", (width, 1), eps
+    small = (0.9, 0.99), 0.0, "replicated"
     return [
-        Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, betas, decay, "sharded", "hidden", (width, width), s.adam_eps),
-        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, betas, decay, "sharded", "hidden", (hidden, width), s.adam_eps),
-        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, betas, decay, "sharded", "hidden", (width, hidden), s.adam_eps),
-        Rule(r"lm_head", "adamw", adam, fast, s.adam_weight_decay, "sharded", "output", (1, width), s.adam_eps),
-        Rule(r"embed\.weight", "adamw", 75 * adam, fast, s.adam_weight_decay, *table),
-        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, fast, s.adam_weight_decay, *table),
-        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), s.adam_weight_decay, *table),
-        Rule(r"gates", "adamw", adam, slow, 0.0, "replicated", "input", (s.num_heads, 1), s.adam_eps),
-        Rule(r"smear", "adamw", adam, slow, 0.0, "replicated", "fixed", eps=s.adam_eps),
-        Rule(r"scalars", "adamw", 5 * adam, slow, 0.0, "replicated", "fixed", eps=s.adam_eps),
+        Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, *matrix, (width, width), eps),
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps),
+        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps),
+        Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
+        Rule(r"embed\.weight", "adamw", 75 * adam, fast, *table),
+        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, fast, *table),
+        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), *table),
+        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
+        Rule(r"smear", "adamw", adam, *small, "fixed", eps=eps),
+        Rule(r"scalars", "adamw", 5 * adam, *small, "fixed", eps=eps),
     ]
 
-def hidden_rule(s: Settings) -> tuple[str, float, tuple[float, float], float]:
+def hidden_rule(s: Settings) -> tuple:
     """Optimizer, learning rate, betas and weight decay of the hidden matrices."""
     if s.hidden_optimizer == "adamw":
         return "adamw", s.hidden_lr, (0.9, 0.95), s.hidden_weight_decay
@@ -722,7 +715,7 @@ def hidden_rule(s: Settings) -> tuple[str, float, tuple[float, float], float]:
 def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
     """Parameter name -> its row of the table. Every parameter must match exactly one."""
     matches = {name: [rule for rule in table if re.fullmatch(rule.pattern, name)] for name in names}
-    wrong = {name: [rule.pattern for rule in rules] for name, rules in matches.items() if len(rules) != 1}
+    wrong = {name: rules for name, rules in matches.items() if len(rules) != 1}
     assert not wrong, f"parameter_table must cover each parameter exactly once, but: {wrong}"
     return {name: rules[0] for name, rules in matches.items()}
 
@@ -736,13 +729,13 @@ def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
     """The rule of the base width, serving at another one: muP (Tensor Programs V, TP-V: Yang et al.
     2022, arXiv 2203.03466), as a condition on spectral norms, which covers Muon (2310.17813).
 
-    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is
-      that of any width, and nothing changes while that ratio stays.
+    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any
+      width, and nothing changes while that ratio stays.
     - Output: its product is divided by the growth of fan_in (GPT.cap), all else stays (TP-V, 8).
-    - AdamW: the entries of an update have one size and add up over the fan-in. A table's rate is
-      constant; disputed: / sqrt(growth) (2506.15025), which fails the coordinate check by design.
-    - Weight decay: rate * decay stays (2510.19093; disputed in 2512.05620). Epsilon: as the
-      gradients, which shrink as the fan-out grows, or by the output's divisor (TP-V, B.3)."""
+    - AdamW: the entries of an update have one size and add up over the fan-in. A table's rate is constant;
+      disputed: / sqrt(growth) (2506.15025), which fails the coordinate check by design.
+    - Weight decay: rate * decay stays (2510.19093; disputed in 2512.05620). Epsilon: as the gradients, which
+      shrink as the fan-out grows, or by the output's divisor (TP-V, B.3)."""
     out, into = (now / then for now, then in zip(rule.fans, base.fans, strict=True))
     if rule.role == "output":
         return base._replace(eps=base.eps / into)
@@ -758,13 +751,11 @@ POLAR_EXPRESS = (
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # Muon's quintic (Jordan et al. 2024)
 
-def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype, kernel: bool = False) -> Tensor:
-    """Nearest (semi-)orthogonal matrix of each of (K, rows, cols), approximately: singular values
-    go to about 1."""
+def orthogonalize(matrices, method: str, dtype, kernel=False) -> Tensor:
+    """Nearest (semi-)orthogonal matrix of each of (K, rows, cols): singular values go to about 1."""
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     slack, steps = (1.02, POLAR_EXPRESS) if method == "polar_express" else (1.0, NEWTON_SCHULZ)
@@ -774,11 +765,10 @@ def orthogonalize(matrices: Tensor, method: str, dtype: torch.dtype, kernel: boo
         x = torch.baddbmm(x, gram(square, square, c, b, kernel), x, beta=a)
     return x.mT if tall else x
 
-def normalize_variance(update: Tensor, variance: Tensor, new_share: Tensor) -> Tensor:
-    """NorMuon (Li et al. 2025, arXiv 2510.05491): divides each row (of a wide matrix: each column) of
-    the update by the running root-mean-square of its entries, then restores the matrix's norm. No
-    bias correction is needed: a common factor cancels. `variance`: (K, rows, 1) or (K, 1, cols),
-    updated in place."""
+def normalize_variance(update, variance, new_share) -> Tensor:
+    """NorMuon (Li et al. 2025, arXiv 2510.05491): divides each row (of a wide matrix: each column) of the
+    update by the running root-mean-square of its entries, then restores the matrix's norm; so it needs no
+    bias correction. `variance`: (K, rows, 1) or (K, 1, cols), updated in place."""
     before = update.norm(dim=(-2, -1), keepdim=True)
     along = -1 if variance.size(-1) == 1 else -2
     variance.lerp_(update.square().mean(dim=along, keepdim=True), new_share)
@@ -786,9 +776,8 @@ def normalize_variance(update: Tensor, variance: Tensor, new_share: Tensor) -> T
     return update * (before / update.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
 
 def muon_update(
-    master: Tensor, grad: Tensor, momentum: Tensor, variance: Tensor | None, lr: Tensor, weight_decay: Tensor,
-    mu: Tensor, new_share: Tensor, method: str, dtype: torch.dtype, cautious: bool, kernel: bool = False,
-):
+        master, grad, momentum, variance, lr, weight_decay, mu, new_share,
+        method: str, dtype, cautious: bool, kernel=False):
     """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon). lr (K, 1, 1); mu: momentum; variance None: no NorMuon."""
     grad = grad.float()
@@ -799,9 +788,8 @@ def muon_update(
     apply_update(master, update, lr, weight_decay, cautious)
 
 def adamw_update(
-    master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: Tensor, weight_decay: Tensor,
-    new_share1: Tensor, new_share2: Tensor, correction1: Tensor, correction2: Tensor, eps: float, cautious: bool,
-):
+        master, grad, exp_avg, exp_avg_sq, lr, weight_decay, new_share1, new_share2,
+        correction1, correction2, eps: float, cautious: bool):
     """One AdamW step on a flat shard, in place (Loshchilov & Hutter 2019, arXiv 1711.05101).
     new_share: 1 - beta; correction: 1 - beta^step."""
     grad = grad.float()
@@ -810,7 +798,7 @@ def adamw_update(
     update = exp_avg / correction1 / ((exp_avg_sq / correction2).sqrt() + eps)
     apply_update(master, update, lr, weight_decay, cautious)
 
-def apply_update(master: Tensor, update: Tensor, lr: Tensor, weight_decay: Tensor, cautious: bool):
+def apply_update(master, update, lr, weight_decay, cautious: bool):
     """master -= lr * (update + decay * master), the decay only where it and the update agree in sign
     if `cautious` (Chen et al. 2025, arXiv 2510.12402)."""
     decay = weight_decay * master
@@ -823,10 +811,8 @@ class Bank:
         collectives  one for every `owners` pieces: gradients are reduced, weights gathered, by it
         mine         in each the piece that this rank updates: its rank-th
 
-    `state` holds the own pieces, fp32: master (the weights) and the moments, each (collectives,
-    *piece)."""
-
-    def __init__(self, named: list[tuple[str, nn.Parameter]], rules: dict[str, Rule], s: Settings, world: World):
+    `state` holds the own pieces, fp32: master (the weights) and the moments, each (collectives, *piece)."""
+    def __init__(self, named: list[tuple], rules: dict[str, Rule], s: Settings, world: World):
         self.params, self.s, self.world = dict(named), s, world
         name, first = named[0]
         self.rule, self.muon = rules[name], rules[name].kind == "muon"
@@ -835,8 +821,9 @@ class Bank:
         self.pieces = [(name, i) for name, p in named for i in range(len(self.cut(p)))]
         self.collectives = [self.pieces[k:k + n] for k in range(0, len(self.pieces), n)]
         self.mine = [k * n + (world.rank if n > 1 else 0) for k in range(len(self.collectives))]
-        rates = [rules[self.pieces[i][0]].lr if i < len(self.pieces) else 0.0 for i in self.mine]
-        self.lr = torch.tensor(rates, device=s.device).view(-1, *(1 for _ in self.shape))
+        lrs = [rules[name].lr for name, _ in self.pieces] + [0.0] * n
+        rates = torch.tensor([lrs[i] for i in self.mine], device=s.device)
+        self.lr = rates.view(-1, *(1 for _ in self.shape))
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.my_pieces({name: p.detach() for name, p in named})}
         for name, p in named:
@@ -844,9 +831,8 @@ class Bank:
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         dtype = first.dtype if world.size > 1 else torch.float32
         self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
-        self.in_flight: list[tuple] = []  # (work, tensors it uses): all must live until the wait
-        names = ("decay", "mu", "share1", "share2", "c1", "c2")
-        self.hyper = {key: torch.zeros((), device=s.device) for key in names}
+        self.in_flight = []  # (work, tensors that must live until it is done)
+        self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of on_device
         self.expect()
         self.reset()
 
@@ -859,7 +845,7 @@ class Bank:
             rows, cols = self.shape
             self.state["variance"] = torch.zeros_like(master[..., :1] if rows >= cols else master[:, :1])
 
-    def cut(self, tensor: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    def cut(self, tensor: Tensor, shape=None) -> Tensor:
         """A whole tensor as pieces, (number, *piece), padded with zeros where it does not divide."""
         shape = shape or self.shape
         short = -tensor.numel() % math.prod(shape)
@@ -868,11 +854,10 @@ class Bank:
     def expect(self):
         """Before a backward pass: names of the parameters whose gradients each collective waits for."""
         self.waiting = [{name for name, _ in pieces} for pieces in self.collectives]
-        self.arrived: dict[str, Tensor] = {}
+        self.arrived = {}
 
     def receive(self, name: str, grad: Tensor):
-        """A parameter's gradient is complete: starts each collective that now has all it needs, and
-        frees what no other one needs."""
+        """A parameter's gradient is complete: starts collectives that now have all, frees what none needs."""
         self.arrived[name] = self.cut(grad)
         for k, needs in enumerate(self.waiting):
             if name in needs:
@@ -899,30 +884,27 @@ class Bank:
         """Waits for the own gradients, updates the own pieces and sends them off, asynchronously."""
         for work, _ in self.in_flight:
             work.wait()
-        self.in_flight, state, h = [], self.state, self.hyper
+        self.in_flight = []
         self.expect()
-        self.set_hyper(scale, mu, step)
-        common = state["master"], self.grad
-        lr, s = self.lr * scale, self.s
+        lr, s, state, (beta1, beta2) = self.lr * scale, self.s, self.state, self.rule.betas
+        decay = self.rule.weight_decay * scale  # and by the rate again: it falls as lr^2
         if self.muon:
             self.update_function(
-                *common, state["momentum"], state.get("variance"), lr, h["decay"], h["mu"], h["share2"],
+                state["master"], self.grad, state["momentum"], state.get("variance"), lr,
+                *self.on_device(decay, mu, 1 - beta2),
                 s.orthogonalizer, s.torch_dtype, s.cautious, "gram" in s.kernels)
         else:
             self.update_function(
-                *common, state["exp_avg"], state["exp_avg_sq"], lr, h["decay"], h["share1"], h["share2"],
-                h["c1"], h["c2"], self.rule.eps, s.cautious)
+                state["master"], self.grad, state["exp_avg"], state["exp_avg_sq"], lr,
+                *self.on_device(decay, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step),
+                self.rule.eps, s.cautious)
         self.send_weights()
 
-    def set_hyper(self, scale: float, mu: float, step: int):
-        """Fills the scalars, which live on the device: a new value compiles nothing. The decay is
-        scaled twice, here and by the rate: it falls as lr^2."""
-        beta1, beta2 = self.rule.betas
-        values = dict(
-            decay=self.rule.weight_decay * scale, mu=mu, share1=1 - beta1, share2=1 - beta2,
-            c1=1 - beta1**step, c2=1 - beta2**step)
-        for key, value in values.items():
-            self.hyper[key].fill_(value)
+    def on_device(self, *values: float) -> list[Tensor]:
+        """The scalars of a step, written into the same tensors each time: a new value compiles nothing."""
+        for tensor, value in zip(self.scalars, values, strict=False):
+            tensor.fill_(value)
+        return self.scalars[:len(values)]
 
     def send_weights(self):
         """Starts to gather the new weights of all owners."""
@@ -946,13 +928,11 @@ class Bank:
 
     def join(self, pieces: Tensor) -> dict[str, Tensor]:
         """Pieces of all owners in order -> parameter name: whole tensor (views where possible)."""
-        whole, start, size = {}, 0, math.prod(self.shape)
-        for name, p in self.params.items():
-            end = start + -(-p.numel() // size)
-            part, start = pieces[start:end], end
-            same = part.shape[1:] == self.shape
-            whole[name] = part.flatten()[:p.numel()].view_as(p) if same else part
-        return whole
+        counts = [-(-p.numel() // math.prod(self.shape)) for p in self.params.values()]
+        parts = dict(zip(self.params, pieces[:sum(counts)].split(counts), strict=True))
+        if pieces.shape[1:] != self.shape:  # NorMuon's variance: a number per row or column
+            return parts
+        return {name: parts[name].flatten()[:p.numel()].view_as(p) for name, p in self.params.items()}
 
     def full(self, key: str) -> dict[str, Tensor]:
         """State `key` of all parameters by name, whole, on the CPU of rank 0; {} elsewhere. Collective."""
@@ -965,9 +945,8 @@ class Bank:
             return {}
         return {name: t.to("cpu", copy=True) for name, t in self.join(pieces).items()}
 
-    def my_pieces(self, whole: dict[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
-        """The own pieces of whole tensors by name, fp32 on the device; zero where there are fewer
-        pieces than ranks."""
+    def my_pieces(self, whole: dict[str, Tensor], shape=None) -> Tensor:
+        """The own pieces of whole tensors by name, fp32 on the device; zero where ranks outnumber pieces."""
         pieces = torch.cat([self.cut(whole[name], shape) for name in self.params])
         missing = len(self.collectives) * self.owners - len(pieces)
         pieces = F.pad(pieces, [0, 0] * (pieces.dim() - 1) + [0, missing])
@@ -983,17 +962,16 @@ class Bank:
 
 class MuonAdamW:
     """The optimizer of a model: hooks that reduce gradients during backward, and the step."""
-
     def __init__(self, model: nn.Module, s: Settings, world: World):
         named = list(reversed(list(model.named_parameters())))  # about the order of backward
         rules = trained_rules(s, [name for name, _ in named])
-        groups: dict[tuple, list] = {}  # Muon: matrices of one shape and decay; AdamW: each for itself
+        groups = {}  # Muon: matrices of one shape and decay; AdamW: each alone
         for name, p in named:
             alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
             groups.setdefault(alike, []).append((name, p))
         self.steps, self.last_micro_step, self.world = 0, True, world
         self.banks = [Bank(group, rules, s, world) for group in groups.values()]
-        self.sums: dict[str, Tensor] = {}  # fp32 gradient sums of earlier micro-steps
+        self.sums = {}  # fp32 gradient sums of earlier micro-steps
         for bank in self.banks:
             for name, p in bank.params.items():
                 p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name, bank))
@@ -1011,9 +989,9 @@ class MuonAdamW:
     def step(self, scale: float, momentum: float):
         """Updates all parameters. `scale`: the schedule's factor on all learning rates; `momentum`:
         Muon's. Raises RuntimeError that names the parameters whose gradient never came."""
-        missing = sorted({name for bank in self.banks for needs in bank.waiting for name in needs})
+        missing = {name for bank in self.banks for needs in bank.waiting for name in needs}
         if missing:
-            raise RuntimeError(f"no gradient for {', '.join(missing)}: every parameter must take part in the loss")
+            raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
         self.steps += 1
         for bank in self.banks:
             bank.step(scale, momentum, self.steps)
@@ -1027,17 +1005,15 @@ class MuonAdamW:
             bank.reset()
 
     def state_dict(self) -> dict:
-        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor}}}, tensors on rank 0 only.
-        Collective."""
-        state: dict[str, dict[str, Tensor]] = {}
+        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor, on rank 0 only}}}. Collective."""
+        state = {}
         for bank in self.banks:
             for key in bank.state:
                 state.setdefault(key, {}).update(bank.full(key))
         return {"steps": self.steps, "state": state}
 
     def load_state_dict(self, saved: dict):
-        """Restores what state_dict gave, on any number of ranks (`saved` counts on rank 0), and the
-        model's weights. Collective."""
+        """Restores what state_dict gave (`saved` counts on rank 0) and the model's weights. Collective."""
         self.steps = on_rank_zero(self.world, lambda: saved["steps"])
         for bank in self.banks:
             bank.load(saved.get("state", {}))
@@ -1046,7 +1022,7 @@ def compiled(function, s: Settings):
     """torch.compile with static shapes and whole graphs, or the function itself."""
     if not s.compile:
         return function
-    torch._dynamo.config.recompile_limit = 256  # counted per function: all blocks and banks share one
+    torch._dynamo.config.recompile_limit = 256  # of a function: all blocks and banks share one
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 def compile_model(model: GPT, s: Settings):
@@ -1059,10 +1035,12 @@ def compile_model(model: GPT, s: Settings):
     for module, name in parts + [(block, "forward") for block in model.blocks]:
         setattr(module, name, compiled(getattr(module, name), s))
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Schedule                                                                                     │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+def compiled_graphs() -> int:
+    """Number of graphs that torch.compile has made in this process."""
+    made = sys.modules.get("torch._dynamo.utils")
+    return made.counters["stats"]["unique_graphs"] if made else 0
 
+# ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
 def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
     """Factor on all learning rates at a step: warm-up, constant, cool-down to lr_floor; times the
     stage's. Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
@@ -1078,9 +1056,8 @@ def momentum_at(s: Settings, step: int) -> float:
     return s.momentum_start + (s.muon_momentum - s.momentum_start) * min(1.0, rise, fall)
 
 def future_weights(stages: list[Stage], step: int) -> list[float]:
-    """Weights of the next-token loss and of those of further tokens: 1, 1/2, 1/4 ..; the last one
-    fades to 0 over its stage (multi-token prediction, Gloeckle et al. 2024, arXiv 2404.19737, here
-    without further heads: 53)."""
+    """Weights of the losses of the next and of further tokens, 1, 1/2, 1/4 ..; the last one fades to 0 over its
+    stage (multi-token prediction, Gloeckle et al. 2024, arXiv 2404.19737; here without further heads: 53)."""
     stage = stage_at(stages, step)
     fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
     return [0.5**k * (fade if k == stage.mtp > 0 else 1.0) for k in range(stage.mtp + 1)]
@@ -1092,16 +1069,48 @@ def window_at(s: Settings, stages: list[Stage], step: int) -> int:
     window = stage.window_start + (stage.window - stage.window_start) * progress
     return math.ceil(window / s.window_step) * s.window_step
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Evaluation                                                                                   │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
+# ┌─ Rows ───────────────────────────────────────────────────────────────────────────────────────┐
+# Rows are packed from pieces: documents cut to max_doc_len. They start with the start of a piece; the last one is
+# cut at the end of the row and its rest skipped (26: batches that start at a document's start train better).
 
+def piece_table(tokens, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple:
+    """Start and length of each piece of a shard: documents cut to at most `max_len` tokens; `clip` keeps first pieces
+    only (29). The last token is only a target. Without end-of-text tokens the shard is one document, cut from
+    `offset` on, so that every epoch cuts elsewhere."""
+    last = len(tokens) - 1
+    starts = np.array([min(offset, last)]) if eot is None else np.flatnonzero(tokens[:last] == eot)
+    if eot is not None and (not len(starts) or starts[0]):
+        starts = np.insert(starts, 0, 0)
+    lengths = np.diff(np.append(starts, last))
+    counts = np.ones_like(starts) if clip else -(-lengths // max_len)
+    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    piece_starts = np.repeat(starts, counts) + within * max_len
+    return piece_starts, np.minimum(max_len, np.repeat(starts + lengths, counts) - piece_starts)
+
+def pack_row(starts, lengths, ends, used: int, seq_len: int) -> tuple | None:
+    """Starts and lengths of the next row's pieces, of those of a shard, of which `used` tokens are used up, and how
+    many are then; None if too few are left. `ends`: running sums of the lengths."""
+    first = np.searchsorted(ends, used, side="right")
+    last = np.searchsorted(ends, used + seq_len)
+    if last == len(ends):
+        return None
+    starts, lengths = starts[first:last + 1].copy(), lengths[first:last + 1].copy()
+    starts[0] += used - (ends[first] - lengths[0])  # 0, unless max_doc_len has changed
+    lengths[0] = ends[first] - used
+    lengths[-1] -= lengths.sum() - seq_len
+    return starts, lengths, int(ends[last])
+
+def gather_rows(tokens, starts, lengths) -> np.ndarray:
+    """Inputs, targets (the true next tokens, also at a piece's end), piece numbers, (3, total) int32."""
+    begins = np.cumsum(lengths) - lengths
+    index = np.repeat(starts - begins, lengths) + np.arange(lengths.sum())
+    pieces = np.repeat(np.arange(len(starts)), lengths)
+    return np.stack([tokens[index], tokens[index + 1], pieces]).astype(np.int32)
+
+# ┌─ Evaluation ─────────────────────────────────────────────────────────────────────────────────┐
 class ValStream:
-    """The fixed validation stream: the first N tokens of the val split, each once, cut into rows.
-
-    What is predicted does not depend on the number of processes or on the batch size; a row's
-    documents do not see each other, and a context is cut where a row starts."""
-
+    """The first N tokens of the val split, each once, cut into rows, where contexts are cut, too. What is predicted
+    depends on neither processes nor batch size; a row's documents do not see each other."""
     def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
         shards = [open_shard(path, corpus.meta["vocab_size"]) for path in corpus.val]
         available = sum(map(len, shards)) - 1
@@ -1117,8 +1126,7 @@ class ValStream:
         self.tokens = shards[0] if enough else np.concatenate(shards)
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        """Rows [first, first + count) as (3, count, T) int32: inputs, targets, documents; padded
-        with target IGNORE."""
+        """Inputs, targets (IGNORE past the end) and documents of rows first, .., (3, count, T) int32."""
         batch = np.zeros((3, count * self.seq_len), dtype=np.int32)
         batch[1] = IGNORE
         start = first * self.seq_len
@@ -1129,50 +1137,36 @@ class ValStream:
             batch[2] = np.cumsum(batch[0] == self.eot)
         return batch.reshape(3, count, self.seq_len)
 
-@contextlib.contextmanager
-def stretched(model: nn.Module, s: Settings, window: int):
-    """The model with YaRN's frequencies, where the evaluation window is longer than in training."""
-    if s.eval_window <= window:
-        yield
-        return
-    tables = model.cos, model.sin
-    kept = [table.clone() for table in tables]
-    longer = rotary_table(len(model.cos), s.head_dim, s.rope_base, window, s.eval_window)
-    torch._foreach_copy_(tables, longer)
-    try:
-        yield
-    finally:
-        torch._foreach_copy_(tables, kept)
+def set_window(model: nn.Module, s: Settings, *windows: int):
+    """Writes the model's rotary tables: YaRN's, where the second window is longer than the first."""
+    tables = rotary_table(len(model.cos), s.head_dim, s.rope_base, *windows)
+    torch._foreach_copy_((model.cos, model.sin), tables)
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, stream: ValStream, s: Settings, world: World, window: int, batches: int | None = None,
-) -> float:
-    """Mean loss of the validation stream (or its first `batches`) in nats per token, equal on all
-    ranks. Collective."""
+def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, batches=None) -> float:
+    """Mean loss of the validation stream (or its first `batches`), nats per token. Collective."""
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
     long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
     total = torch.zeros((), dtype=torch.float64, device=s.device)
-    with stretched(model, s, window):
-        for start in range(0, stream.num_rows, rows * world.size)[:batches]:
-            batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows)).to(s.device)
-            inputs, targets, docs = batch
-            total += model(inputs, targets[None], docs, long_window)[0]
+    if s.eval_window > window:
+        set_window(model, s, window, s.eval_window)
+    for start in range(0, stream.num_rows, rows * world.size)[:batches]:
+        batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows))
+        inputs, targets, docs = batch.to(s.device)
+        total += model(inputs, targets[None], docs, long_window)[0]
+    if s.eval_window > window:
+        set_window(model, s)
     if world.size > 1:
         dist.all_reduce(total)
     return total.item() / stream.num_tokens
 
 def bits_per_byte(loss: float, meta: dict) -> float | None:
-    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None
-    where not known."""
+    """Loss in nats per token -> bits per byte, by the val split's tokens per byte; None if not known."""
     split = meta["splits"].get("val", {})
     known = split.get("bytes") and split.get("tokens")
     return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Training                                                                                     │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Training ───────────────────────────────────────────────────────────────────────────────────┐
 def train(run: Run):
     """The training: steps of micro-steps, and what is looked at, logged and saved on the way.
     Nothing but a log step, an evaluation or a checkpoint waits for the device."""
@@ -1232,7 +1226,7 @@ def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     for rows, seq_len, mtp in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.zeros_like(tokens)
-        model(tokens, future_targets(tokens, docs, mtp), docs, window).sum().backward()
+        sum(model(tokens, future_targets(tokens, docs, mtp), docs, window)).backward()
         optimizer.step(scale=0.0, momentum=s.momentum_start)
     evaluate(model, run.stream, s, world, s.window_step, batches=1)
     optimizer.reset()
@@ -1273,9 +1267,8 @@ def small_shared_memory(device: str) -> bool:
 # --- x @ x.mT, of which one triangle is computed (record 27)
 
 def gram_kernel(
-    x, add, out, size, depth, stride_batch, stride_row, stride_depth, alpha, beta,
-    ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
-):
+        x, add, out, size, depth, stride_batch, stride_row, stride_depth, alpha, beta,
+        ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
     """One tile on or above the diagonal of alpha * x @ x.T + beta * add, stored below it, too."""
     down, right = tl.program_id(0), tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -1305,18 +1298,17 @@ def gram_kernel(
         tl.store(out + mirrored, total, inside & (down < right))
 
 @operator("gram(Tensor x, Tensor? add, float alpha, float beta) -> Tensor")
-def fused_gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float):
+def fused_gram(x_KMN, add_KMM, alpha: float, beta: float):
     count, size, depth = x_KMN.shape
     out = x_KMN.new_empty(count, size, size)
     tiles = -(-size // 128)
     triton_kernel(gram_kernel)[(tiles, tiles, count)](
         x_KMN, out if add_KMM is None else add_KMM.contiguous(), out, size, depth,
         *x_KMN.stride(), alpha, beta, ADD=add_KMM is not None,
-        TILE=128, DEPTH=64, num_warps=8, num_stages=3,
-    )
+        TILE=128, DEPTH=64, num_warps=8, num_stages=3)
     return out
 
-def gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float, kernel: bool) -> Tensor:
+def gram(x_KMN, add_KMM, alpha: float, beta: float, kernel: bool) -> Tensor:
     """alpha * x @ x.mT + beta * add, (K, M, M), `add` symmetric."""
     if kernel:
         return fused_gram(x_KMN, add_KMM, alpha, beta)
@@ -1327,9 +1319,8 @@ def gram(x_KMN: Tensor, add_KMM: Tensor | None, alpha: float, beta: float, kerne
 # --- the MLP, fused (records 59, 87), or with its up-projection in FP8 (84)
 
 def product_relu2_kernel(
-    a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-):
+        a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr,
+        ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
     """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the
     former's result: a (rows, depth), b (cols, depth), all row-major. Tiles run down GROUP rows
     before they go right: b stays in the L2."""
@@ -1366,17 +1357,16 @@ def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]),)
     triton_kernel(product_relu2_kernel)[grid](
         a.contiguous(), b.contiguous(), out if post is None else post, out, rows, cols, depth,
-        BACKWARD=post is not None, **tile, num_warps=8, num_stages=3,
-    )
+        BACKWARD=post is not None, **tile, num_warps=8, num_stages=3)
     return out
 
 @operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
-def fused_mlp(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor):
+def fused_mlp(x_ND, up_FD, down_FD):
     post_NF = product_relu2(x_ND, up_FD)
     return post_NF @ down_FD, post_NF
 
 @operator("mlp_backward(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor post) -> (Tensor, Tensor, Tensor)")
-def fused_mlp_backward(grad_ND: Tensor, x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, post_NF: Tensor):
+def fused_mlp_backward(grad_ND, x_ND, up_FD, down_FD, post_NF):
     pre_grad_NF = product_relu2(grad_ND, down_FD, post_NF)
     return pre_grad_NF @ up_FD, pre_grad_NF.T @ x_ND, post_NF.T @ grad_ND
 
@@ -1388,7 +1378,7 @@ fused_mlp.register_autograd(
     lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors), setup_context=_mlp_context)
 
 @operator("quantized_linear(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor x_scale, Tensor w_scale) -> Tensor")
-def quantized_linear(x_ND: Tensor, weight_FD: Tensor, xq_ND: Tensor, wq_FD: Tensor, x_scale: Tensor, w_scale: Tensor):
+def quantized_linear(x_ND, weight_FD, xq_ND, wq_FD, x_scale: Tensor, w_scale: Tensor):
     return fp8_product(xq_ND, wq_FD, x_scale, w_scale, fast=True).to(x_ND.dtype)
 
 def _quantized_backward(ctx, grad: Tensor):
@@ -1398,13 +1388,13 @@ def _quantized_backward(ctx, grad: Tensor):
 quantized_linear.register_autograd(
     _quantized_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
 
-def mlp_relu2(x_ND: Tensor, up_FD: Tensor, down_FD: Tensor, kernel: bool, fp8: bool) -> Tensor:
+def mlp_relu2(x_ND, up_FD, down_FD, kernel: bool, fp8: bool) -> Tensor:
     """relu(x @ up.T)^2 @ down, (N, D): plain, fused, or with the up-projection in FP8."""
     if kernel and not fp8:
         return fused_mlp(x_ND, up_FD, down_FD)[0]
     return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
 
-def fp8_linear(x_ND: Tensor, weight_FD: Tensor) -> Tensor:
+def fp8_linear(x_ND, weight_FD) -> Tensor:
     """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact. Quantized
     outside the operator, so that torch.compile can fuse it with what comes before."""
     exact = [t.detach().float() for t in (x_ND, weight_FD)]
@@ -1416,7 +1406,7 @@ def to_fp8(x: Tensor, scale, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor
     limit = torch.finfo(dtype).max
     return (x / scale).clamp(-limit, limit).to(dtype)
 
-def fp8_product(a_NK: Tensor, b_MK: Tensor, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Tensor:
+def fp8_product(a_NK, b_MK, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Tensor:
     """(a * scale_a) @ (b * scale_b).T, fp8, row-major -> (N, M) bf16. `fast`: shorter sums."""
     return torch._scaled_mm(
         a_NK, b_MK.T, scale_a=scale_a, scale_b=scale_b, out_dtype=torch.bfloat16, use_fast_accum=fast)
@@ -1424,12 +1414,10 @@ def fp8_product(a_NK: Tensor, b_MK: Tensor, scale_a: Tensor, scale_b: Tensor, fa
 # --- the loss without fp32 logits (record 60), and the head's products in FP8 (19)
 
 def loss_kernel(
-    logits, targets, losses, lses, rows, vocab, a, slope, shift,
-    CAPPED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each
-    of its targets. Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them
-    the running maximum."""
+        logits, targets, losses, lses, rows, vocab, a, slope, shift,
+        CAPPED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr):
+    """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets.
+    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum."""
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     peak = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -1452,10 +1440,9 @@ def loss_kernel(
         tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
 
 def loss_gradient_kernel(
-    logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
-    CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):
+        logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
+        CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
+        ROWS: tl.constexpr, COLS: tl.constexpr):
     """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows).
     grads: of the summed loss of each target."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -1479,28 +1466,26 @@ def loss_gradient_kernel(
     if TRANSPOSED:
         tl.store(out_t + col.to(tl.int64)[None, :] * rows + row[:, None], result, inside)
 
-def cap_logits(z: Tensor, cap: tuple[float, ...]) -> Tensor:
+def cap_logits(z: Tensor, cap: tuple) -> Tensor:
     """a * sigmoid((z + b) / c), with b = 0 but for a constant a/2 * tanh(z / 2c) (records 9, 18,
     19, 54); no cap, if a is 0: z / c."""
     a, b, c = cap
     return a * torch.sigmoid((z + b) / c) if a else z / c
 
-def cap_arguments(cap: list[float]) -> tuple[float, float, float]:
+def cap_arguments(cap: list[float]) -> tuple:
     """a, slope and shift of a * sigmoid(slope * z + shift)."""
     a, b, c = cap
     return a, 1 / c, b / c
 
-def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: bool) -> tuple[Tensor, Tensor]:
-    """Cross-entropies of capped logits, (K, N), 0 where the target is IGNORE, and log-sum-exps,
-    (N,), both fp32."""
+def loss_rows(logits_NV, targets_KN, cap: list[float], kernel: bool) -> tuple:
+    """Cross-entropies of capped logits, (K, N), 0 where the target is IGNORE, and log-sum-exps, (N,), both fp32."""
     (rows, vocab), count = logits_NV.shape, len(targets_KN)
     if kernel:
         lse_N = logits_NV.new_empty(rows, dtype=torch.float32)
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](
             logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
-            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=4096, num_warps=8,
-        )
+            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=4096, num_warps=8)
         return losses_KN, lse_N
     losses, lses = [], []
     for start in range(0, rows, LOSS_CHUNK):
@@ -1512,9 +1497,8 @@ def loss_rows(logits_NV: Tensor, targets_KN: Tensor, cap: list[float], kernel: b
     return torch.cat(losses, dim=1), torch.cat(lses)
 
 def logit_gradient(
-    logits_NV: Tensor, targets_KN: Tensor, lse_N: Tensor, grad_K: Tensor, unit: Tensor,
-    cap: list[float], dtype: torch.dtype, kernel: bool,
-) -> tuple[Tensor, Tensor]:
+        logits_NV, targets_KN, lse_N, grad_K, unit: Tensor,
+        cap: list[float], dtype: torch.dtype, kernel: bool) -> tuple:
     """Gradient of sum(grad_K * losses_K) by the uncapped logits / `unit`; and its transpose."""
     (rows, vocab), fp8 = logits_NV.shape, dtype.itemsize == 1
     out = logits_NV.new_empty(rows, vocab, dtype=dtype)
@@ -1523,8 +1507,7 @@ def logit_gradient(
         triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
             logits_NV, targets_KN.contiguous(), lse_N, grad_K.contiguous(), unit, out, out_t, rows,
             vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, TARGETS=len(targets_KN),
-            TRANSPOSED=fp8, ROWS=64, COLS=128, num_warps=8,
-        )
+            TRANSPOSED=fp8, ROWS=64, COLS=128, num_warps=8)
         return out, out_t if fp8 else out.T
     a, _, c = cap
     for start in range(0, rows, LOSS_CHUNK):
@@ -1537,7 +1520,7 @@ def logit_gradient(
         out[part] = (gradient / unit).to(dtype)
     return out, out.T.contiguous() if fp8 else out.T
 
-def head_scales(model_dim: int) -> tuple[float, float]:
+def head_scales(model_dim: int) -> tuple:
     """e4m3 scales of the head's RMS-normed inputs, at most sqrt(model_dim), and of its weights:
     powers of two, so that only the cast rounds. Weights up to 448 / 256 = 1.75 fit."""
     largest = FP8_INPUT_MARGIN * math.sqrt(model_dim)
@@ -1558,9 +1541,8 @@ def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, cap, kernel):
 @operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor logits, Tensor lse, float[] cap, "
           "bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
 def fused_head_backward(grad_K, xq_ND, wq_VD, targets_KN, logits_NV, lse_N, cap, kernel, dtype):
-    """Gradients of x and weight. FP8: a token's loss being a sum over its targets, a logit's
-    gradient is at most sum |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the
-    units go into the products' scales."""
+    """Gradients of x and weight. FP8: a token's loss being a sum over its targets, a logit's gradient is at most sum
+    |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the units go into the products' scales."""
     rest = logits_NV, targets_KN, lse_N, grad_K
     if xq_ND.dtype.itemsize > 1:
         one = torch.ones_like(grad_K[0])
@@ -1574,7 +1556,7 @@ def fused_head_backward(grad_K, xq_ND, wq_VD, targets_KN, logits_NV, lse_N, cap,
     w_grad = fp8_product(transposed, xq_ND.T.contiguous(), unit, x_scale, fast=False)
     return x_grad.to(dtype), w_grad.to(dtype)
 
-def _head_backward(ctx, grad_K: Tensor, *_):
+def _head_backward(ctx, grad_K, *_):
     gradients = fused_head_backward(grad_K, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
     return (*gradients, *[None] * 5)
 
@@ -1599,8 +1581,8 @@ quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(wei
 fused_gram.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
 
 def head_losses(
-    x_ND: Tensor, weight_VD: Tensor, targets_KN: Tensor, cap: tuple[float, ...], kernel: bool, fp8: bool,
-) -> tuple[Tensor, Tensor]:
+    x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool,
+) -> tuple:
     """Cross-entropies of capped logits x @ weight.T with each row of targets, summed, (K,) fp32 in
     nats, IGNORE left out; and how many values FP8 clipped, int64. Their gradients come from
     outside, so the weights of several predicted tokens need nothing here."""
@@ -1619,14 +1601,11 @@ def head_losses(
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ SERVICE: what surrounds a run; the same text in train_gpt.py and train_moe.py                ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
-# Of RECORD it calls Hyperparameters, PRESETS, record_auto, hyperparameter_errors; Stage,
-# stage_table, stage_at; layer_table, parameter_counts, flops_per_token, activation_bytes;
-# FLEX_BLOCK, ValStream, bits_per_byte; and train(run), which calls the methods of Run.
+# Of RECORD it calls Hyperparameters, PRESETS, choose_preset, record_auto, hyperparameter_errors; Stage, stage_table,
+# stage_at, layer_table, FLEX_BLOCK, parameter_counts, flops_per_token, model_flops_utilization, expected_memory;
+# compiled_graphs, piece_table, pack_row, gather_rows, ValStream, bits_per_byte; and train, which calls Run's methods.
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Command line                                                                                 │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Command line ───────────────────────────────────────────────────────────────────────────────┐
 class UserError(ValueError):
     """Wrong input that one sentence explains; `main` prints it without a traceback."""
 
@@ -1636,38 +1615,36 @@ class TrainingStopped(RuntimeError):
 @dataclass(frozen=True)
 class RunSettings:
     """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
-
-    # --- run
     preset: str = "auto"  # settings that flags override; auto: by hardware and data
-    experiment_name: str = Path(__file__).stem  # runs are written to LOG_DIR/EXPERIMENT_NAME/RUN_ID
+    experiment_name: str = Path(__file__).stem  # runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
-    resume: str = ""  # go on with the experiment's newest checkpoint (latest), this run or checkpoint
+    resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
     data: str = "auto"  # data set: the name of a folder under data/, or a path
     # --- evaluation
-    eval_every: int = 125  # steps between evaluations; 0: only after the last step [>=0]
-    eval_tokens: int = 10485760  # first tokens of the validation split; 0: all of them [>=0]
-    eval_seq_len: int = 0  # longest context, in tokens; 0: that of the last stage [>=0]
+    eval_every: int = 125  # steps between evaluations; 0: only after the last [>=0]
+    eval_tokens: int = 10485760  # first tokens of the validation split; 0: all [>=0]
+    eval_seq_len: int = 0  # longest context, tokens; 0: that of the last stage [>=0]
     eval_window: int = 0  # long window, by YaRN (31 to 35); 0: as in training [>=0]
-    target_loss: float = 0.0  # stop at the first validation loss at or below, nats; 0 off [>=0]
+    target_loss: float = 0.0  # stop at a validation loss at or below, nats; 0 off [>=0]
     # --- checkpoints, logs, profiling
-    save_every: int = 0  # steps between checkpoints; 0: at the end, SIGINT and SIGTERM only [>=0]
+    save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
     save_last: bool = True  # write a checkpoint after the last step
     keep: int = 2  # checkpoints of a run that are kept [>0]
-    log_every: int = 10  # steps between console lines, when the loss is read from the device [>0]
-    wandb: bool = False  # mirror the metrics to Weights & Biases (WANDB_MODE=offline works)
+    log_every: int = 10  # steps between console lines, which wait for the device [>0]
+    wandb: bool = False  # metrics to Weights & Biases, too (WANDB_MODE=offline works)
     enable_profiling: bool = False  # write a trace per process, for logger.py profile
     profile_start: int = 10  # first profiled step of this process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
     # --- hardware
     device: str = "auto"  # where to run [auto|cpu|cuda]
-    dtype: str = "auto"  # of activations and matrices; auto: bf16 where it is fast [auto|bf16|fp32]
-    backend: str = "auto"  # attention: FlexAttention, SDPA, the formula [auto|flex|sdpa|plain]
-    kernels: str = "auto"  # own Triton kernels, joined by +, of gram, mlp, loss; none; auto: all
+    dtype: str = "auto"  # of activations and matrices; bf16 where fast [auto|bf16|fp32]
+    backend: str = "auto"  # FlexAttention, SDPA, the formula [auto|flex|sdpa|plain]
+    kernels: str = "auto"  # own Triton kernels, of gram+mlp+loss; none; auto: all
     fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
-    fp8_mlp: bool = False  # MLP up-projections in FP8, forward only, while training (84)
+    fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
     compile: bool = True  # torch.compile of model and optimizer
-    compile_unit: str = "auto"  # graph; per block reductions start early [auto|model|block]
-    micro_tokens: int = 49152  # most tokens of one forward and backward pass of a process [>0]
+    compile_unit: str = "auto"  # of a graph; by block they reduce early [auto|model|block]
+    micro_tokens: int = 49152  # most tokens of one forward and backward pass [>0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
     @property
@@ -1682,46 +1659,45 @@ class Settings(RunSettings, Hyperparameters):
 def help_texts() -> dict[str, str]:
     """The comments of the fields of Settings, read from the source, by name."""
     source = inspect.getsource(Hyperparameters) + inspect.getsource(RunSettings)
-    return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, flags=re.MULTILINE))
+    texts = dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, flags=re.MULTILINE))
+    return texts | {"preset": f"{texts['preset']} [auto|{'|'.join(PRESETS)}]"}
 
 def bracket(name: str) -> list[str]:
     """The parts of the bracket that ends a comment: allowed values, `per stage`, `with ..`."""
     found = re.search(r"\[([^\]]+)\]$", help_texts()[name])
     return found[1].split("; ") if found else []
 
-def staged_settings() -> list[str]:
-    """The settings that may have a value per stage, in the order of the fields of Stage."""
-    return [name for name in help_texts() if "per stage" in bracket(name)]
-
 class Parser(argparse.ArgumentParser):
     """argparse that reports one sentence, with the flag that was probably meant."""
-
     def error(self, message: str):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
             message += f" (did you mean {close[0]}?)" if close else " (--help lists all flags)"
         self.exit(2, f"error: {message}\n")
 
+def dashed(argv: list[str]) -> list[str]:
+    """A command line whose flags have dashes for underscores: both are accepted."""
+    return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+
 def build_parser() -> Parser:
     """One flag per field of Settings."""
-    def several(kind: type):
+    def list_of(kind: type):
         def parse(text: str):
-            return tuple(kind(part) for part in text.split(","))
+            return tuple(map(kind, text.split(",")))
         parse.__name__ = f"{kind.__name__},{kind.__name__},.."  # for argparse's "invalid .. value"
         return parse
 
     layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=118)
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=layout)
-    kinds = {"int": int, "float": float, "str": str, "ints": several(int), "floats": several(float)}
+    kinds = {"int": int, "float": float, "str": str, "ints": list_of(int), "floats": list_of(float)}
     for field in dataclasses.fields(Settings):
-        text, default = help_texts()[field.name], field.default
-        text += f" [auto|{'|'.join(PRESETS)}]" if field.name == "preset" else ""
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        option = dict(dest=field.name, default=argparse.SUPPRESS, help=f"{text} (default: {shown})")
+        default, several = field.default, isinstance(field.default, tuple)
+        shown = ",".join(map(str, default)) if several else default
+        option = dict(default=argparse.SUPPRESS, help=f"{help_texts()[field.name]} (default: {shown})")
         if field.type == "bool":
             option["action"] = argparse.BooleanOptionalAction
         else:
-            option |= dict(type=kinds[field.type], metavar="X,X" if isinstance(default, tuple) else "X")
+            option |= dict(type=kinds[field.type], metavar="X,X" if several else "X")
         if field.name == "resume":
             option |= dict(nargs="?", const="latest")
         parser.add_argument("--" + field.name.replace("_", "-"), **option)
@@ -1729,7 +1705,6 @@ def build_parser() -> Parser:
 
 class Hardware(NamedTuple):
     """What this process may use, and why bf16 is fast on it or not."""
-
     device: str  # cuda or cpu
     name: str
     memory_gib: float  # of one GPU, or of the machine
@@ -1755,17 +1730,6 @@ def detect_hardware(device: str = "auto") -> Hardware:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Hardware("cpu", name, memory, bool(found), why)
 
-def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple[str, str]:
-    """The preset for `auto`, by hardware and data, and the reason for it."""
-    if hardware.device == "cpu":
-        return "cpu", "no CUDA device"
-    folder = data_folder("fineweb10B" if data == "auto" else data)
-    fineweb = folder.name.startswith("fineweb") and folder.is_dir()
-    gpus = f"{world_size} process(es) on {hardware.name} of {hardware.memory_gib:.0f} GiB"
-    if world_size >= 8 and hardware.memory_gib >= 70 and fineweb:
-        return "speedrun", f"{gpus}, and {folder.name} is there"
-    return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
-
 def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tuple]:
     """What `auto`, or 0, means: setting -> value and the reason for it."""
     cuda = hardware.device == "cuda"
@@ -1785,18 +1749,15 @@ def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tupl
         "eval_seq_len": (s.seq_len[-1], "that of the last stage"),
     }
 
-def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, Hardware, list[str]]:
-    """Command line -> settings with every `auto` resolved, hardware, and lines that explain the
-    choices. Raises UserError with all that is wrong with the settings at once."""
-    words = sys.argv[1:] if argv is None else argv  # flags may have underscores for dashes
-    words = [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in words]
-    given = vars(build_parser().parse_args(words))
+def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
+    """Command line -> Settings with every `auto` resolved, Hardware, and lines that explain the choices, list[str].
+    Raises UserError with all that is wrong with the settings at once."""
+    given = vars(build_parser().parse_args(dashed(sys.argv[1:] if argv is None else argv)))
     hardware = detect_hardware(given.get("device", "auto"))
     size, why = choose_preset(hardware, world_size, given.get("data", "auto"))
-    preset = wanted = given.get("preset", "auto")
-    if preset not in PRESETS:  # auto, KIND or KIND-auto
-        full = "-".join([*preset.removesuffix("auto").removesuffix("-").split(), size])
-        preset = full if full in PRESETS else preset
+    wanted = given.get("preset", "auto")  # or a preset, KIND, KIND-auto
+    full = f"{wanted.removesuffix('auto').removesuffix('-')}-{size}".removeprefix("-")
+    preset = full if wanted not in PRESETS and full in PRESETS else wanted
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     problems = field_errors(s) + unread_errors(s, given)
     auto = run_auto(s, hardware, world_size) | record_auto(s, hardware)
@@ -1818,10 +1779,8 @@ def field_errors(s: Settings) -> list[str]:
         return 0 <= value <= 1 if spec == "0..1" else value in spec.split("|")
 
     bad = []
-    specs = {name: bracket(name)[0] for name in help_texts() if bracket(name)} | {
-        "preset": "|".join(["auto", *PRESETS])}
-    for name, spec in specs.items():
-        value = getattr(s, name)
+    for name in help_texts():
+        value, spec = getattr(s, name), "".join(bracket(name)[:1])
         values = value if isinstance(value, tuple) else (value,)
         if re.match(r">|0\.\.1|\w+\|", spec) and not all(allowed(v, spec) for v in values):
             bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}")
@@ -1861,36 +1820,30 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
         (s.device == "cuda" and not cuda,
          "--device cuda: this machine has no usable CUDA device; leave the flag out"),
         (needs_cuda and not cuda,
-         f"--preset {s.preset} needs a CUDA device, there is none: use --preset cpu, or add --device cpu"),
+         f"--preset {s.preset} needs a CUDA device: use --preset cpu, or add --device cpu"),
         (s.compile and not cuda and not compiler,
-         "--compile on a CPU needs a C++ compiler and there is none: install g++, or use --no-compile"),
+         "--compile on a CPU needs a C++ compiler: install g++, or use --no-compile"),
         (unknown, f"--kernels {s.kernels}: {unknown} is none of {', '.join(KERNELS)}; or use none"),
-        (s.kernels != "none" and not triton,
-         f"--kernels {s.kernels} needs Triton and a CUDA device (or TRITON_INTERPRET=1, to test): use none"),
-        (s.kernels != "none" and cuda and s.dtype == "fp32",
-         f"--kernels {s.kernels} --dtype fp32: the tiles fit shared memory in bf16 only: use none"),
+        (s.kernels != "none" and not (triton and (s.dtype == "bf16" or not cuda)),
+         f"--kernels {s.kernels} needs Triton, CUDA (or TRITON_INTERPRET=1), --dtype bf16: use none"),
         (fp8 and cuda and not hardware.fp8,
-         f"--fp8_head, --fp8_mlp: {hardware.name} has no FP8 products (compute capability 8.9): leave out"),
+         f"--fp8_head, --fp8_mlp: {hardware.name} has no FP8 (compute capability 8.9): leave out"),
         (fp8 and odd,
-         f"{', '.join(odd)}: FP8 products need a multiple of 16; or use --fp8_head off --no-fp8_mlp"),
+         f"{', '.join(odd)}: FP8 needs a multiple of 16; or use --fp8_head off --no-fp8_mlp"),
         (s.backend == "flex" and not (cuda and s.compile),
-         "--backend flex trains only compiled and on a CUDA device (no CPU backward in torch): use sdpa"),
+         "--backend flex trains only compiled and on CUDA (no CPU backward in torch): use sdpa"),
         (s.backend == "flex" and any(n % FLEX_BLOCK for n in lengths),
          f"--seq_len, --eval_seq_len {lengths}: flex needs multiples of {FLEX_BLOCK}"),
     ]
     return [text for wrong, text in problems if wrong]
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Data                                                                                         │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-# Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. A
-# document starts with the end-of-text token. Rows are packed from pieces: documents cut to
-# max_doc_len. Every process walks over all rows and reads the tokens of its own ones, so the order
-# does not depend on the number of processes.
+# ┌─ Data ───────────────────────────────────────────────────────────────────────────────────────┐
+# Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens; documents start with
+# the end-of-text token. Every process walks over all rows: their order is the same for any number of processes.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-GPT2_TOKENIZER = {"kind": "tiktoken", "name": "gpt2"}
-GPT2_META = {"tokenizer": GPT2_TOKENIZER, "vocab_size": 50257, "eot": 50256, "splits": {}}
+GPT2_META = {
+    "tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 50257, "eot": 50256, "splits": {}}
 
 def data_folder(name: str) -> Path:
     """A data set by the name of its folder under data/, or by path."""
@@ -1912,7 +1865,8 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
         found = f"magic {header[0]}, version {header[1]}" if len(header) == 256 else "a truncated header"
         raise UserError(f"{path} is no token shard: {found}, expected {SHARD_MAGIC} and {SHARD_VERSION}; {redo}")
     count, size = int(header[2]), path.stat().st_size
-    if count < 1 or size != (said := HEADER_BYTES + 2 * count):
+    said = HEADER_BYTES + 2 * count
+    if count < 1 or size != said:
         raise UserError(f"{path} is damaged: {size} bytes, {said} by its header; {redo}")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
     if vocab_size and (top := int(tokens.max())) >= vocab_size:
@@ -1921,7 +1875,6 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
 
 class Corpus(NamedTuple):
     """A data set: its meta.json and the paths of its shards."""
-
     folder: Path
     meta: dict
     train: list[Path]
@@ -1932,8 +1885,7 @@ class Corpus(NamedTuple):
         digest = hashlib.sha256()
         for path in self.train + self.val:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(65536))
+            digest.update(np.fromfile(path, dtype=np.uint8, count=65536))
         return digest.hexdigest()[:16]
 
 def open_corpus(name: str) -> Corpus:
@@ -1941,81 +1893,50 @@ def open_corpus(name: str) -> Corpus:
     FileNotFoundError with the command that makes it, UserError if it is damaged."""
     folder = data_folder(name)
     repair, meta_path = repair_command(folder), folder / "meta.json"
-    paths = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
-    for split in paths:
-        if not paths[split]:
-            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair}")
+    shards = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.exists() else GPT2_META
-        said = {split: meta["splits"].get(split, {}).get("tokens") for split in paths}
+        said = {split: meta["splits"].get(split, {}).get("tokens") for split in shards}
         size, eot = int(meta["vocab_size"]), meta["eot"]
         if size < 1 or not (eot is None or 0 <= int(eot) < size):
             raise ValueError(f"vocab_size {size}, eot {eot}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{meta_path} cannot be read ({error!r}); make it again with {repair}") from error
-    for split, found in paths.items():
-        count = sum(len(open_shard(path)) for path in found)
+    for split, paths in shards.items():
+        if not paths:
+            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair}")
+        count = sum(len(open_shard(path)) for path in paths)
         if said[split] not in (None, count):
             raise UserError(f"{meta_path} says {said[split]} {split} tokens, the shards hold {count}; "
                             f"make them again with {repair}")
-    return Corpus(folder, meta | {"vocab_size": size, "eot": eot}, paths["train"], paths["val"])
-
-def piece_table(
-    tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Start and length of each piece of a shard: documents cut to at most `max_len` tokens.
-
-    The shard's last token is only a target. Without end-of-text tokens the shard is one document,
-    cut from `offset` on, so that every epoch cuts elsewhere. `clip` keeps first pieces only (29)."""
-    last = len(tokens) - 1
-    starts = np.array([min(offset, last)]) if eot is None else np.flatnonzero(tokens[:last] == eot)
-    if eot is not None and (not len(starts) or starts[0]):
-        starts = np.insert(starts, 0, 0)
-    lengths = np.diff(np.append(starts, last))
-    counts = np.ones_like(starts) if clip else -(-lengths // max_len)
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    piece_starts = np.repeat(starts, counts) + within * max_len
-    return piece_starts, np.minimum(max_len, np.repeat(starts + lengths, counts) - piece_starts)
-
-def gather_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Inputs, targets (the true next tokens, also at the end of a piece) and piece numbers, (3,
-    total) int32."""
-    begins = np.cumsum(lengths) - lengths
-    index = np.repeat(starts - begins, lengths) + np.arange(lengths.sum())
-    pieces = np.repeat(np.arange(len(starts)), lengths)
-    return np.stack([tokens[index], tokens[index + 1], pieces]).astype(np.int32)
+    return Corpus(folder, meta | {"vocab_size": size}, **shards)
 
 class Loader:
-    """The training batches of one process, each prepared in the background while the one before it
-    is in use, at an exact and restorable position.
+    """The training batches of one process, each prepared in the background while the one before it is in use.
+    `position`: epoch, shard, and tokens of it, in the order of its pieces, used up; a run goes on from there."""
+    FIRST = {"epoch": 0, "shard": 0, "used": 0}
 
-    A row starts with the start of a piece and is filled with further pieces; the last one is cut at
-    the end of the row and its rest skipped (26: batches that start at a document's start train
-    better). `position`: epoch, shard, and tokens of it, in the order of its pieces, used up."""
-
-    def __init__(self, s: Settings, corpus: Corpus, world: World, position: dict | None = None, step: int = 0):
+    def __init__(self, s: Settings, corpus: Corpus, world: World, position=None, step=0):
         self.s, self.corpus, self.world, self.stages = s, corpus, world, stage_table(s)
-        self.position = dict(position or {"epoch": 0, "shard": 0, "used": 0})
-        self.workers = ThreadPoolExecutor(2, "loader")  # for a batch, and the next shard's table
-        self.tables: dict[tuple, Future] = {}  # by epoch, shard, longest piece: this and the next one
+        self.position = position or self.FIRST
+        self.workers = ThreadPoolExecutor(2, "loader")  # a batch, and the next shard's table
+        self.table = functools.lru_cache(2)(functools.partial(self.workers.submit, self._make_table))
         self._prepare(step)
 
     def _prepare(self, step: int):
         """Starts to make the batch of a step; only one is being made at any time."""
         stage = stage_at(self.stages, step)
-        self.pending = self.workers.submit(lambda: (self.make_batch(stage), dict(self.position)))
+        self.pending = self.workers.submit(lambda: (self.make_batch(stage), self.position))
 
     def next(self, step: int) -> tuple[Tensor, dict]:
-        """The batch of the next step on the device, and the position after it. Raises what went
-        wrong in the background."""
+        """The batch of the next step on the device, and the position after it."""
         batch, position = self.pending.result()
         if step + 1 < self.s.iterations:
             self._prepare(step + 1)
         return batch.to(self.s.device, non_blocking=True), position
 
     def make_batch(self, stage: Stage) -> Tensor:
-        """This process's part of the next batch, (micro-steps, 3, rows, T) int32: inputs, targets,
-        document numbers."""
+        """Inputs, targets, document numbers of this process's rows, (micro-steps, 3, rows, T) int32."""
         micro_rows, rows = stage.micro_rows(self.s, self.world.size), []
         for row in range(stage.batch_tokens // stage.seq_len):
             tokens, starts, lengths = self._next_row(stage)
@@ -2026,42 +1947,24 @@ class Loader:
         # pinned anew: the allocator gives memory out again only when the copy from it is done
         return batch if self.s.device == "cpu" else batch.pin_memory()
 
-    def _next_row(self, stage: Stage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens of the shard, starts and lengths of the pieces of the next row; where the pieces
-        left do not fill a row, of the next shard, after the last one in a new epoch."""
-        for _ in range(len(self.corpus.train) + 2):
-            epoch, shard, used = (self.position[key] for key in ("epoch", "shard", "used"))
-            tokens, starts, lengths, ends = self._table(epoch, shard, stage)
-            first = np.searchsorted(ends, used, side="right")
-            last = np.searchsorted(ends, used + stage.seq_len)
-            if last < len(ends):
-                break
-            epoch, shard = self._following(epoch, shard)
-            self.position = {"epoch": epoch, "shard": shard, "used": 0}
-        else:
-            raise UserError(f"no shard of {self.corpus.folder} fills a row of {stage.seq_len} tokens: lower --seq_len")
-        starts, lengths = starts[first:last + 1].copy(), lengths[first:last + 1].copy()
-        starts[0] += used - (ends[first] - lengths[0])  # 0, unless max_doc_len has changed
-        lengths[0] = ends[first] - used
-        lengths[-1] -= lengths.sum() - stage.seq_len
-        self.position["used"] = int(ends[last])
-        return tokens, starts, lengths
-
-    def _following(self, epoch: int, shard: int) -> tuple[int, int]:
-        turn, following = divmod(shard + 1, len(self.corpus.train))
-        return epoch + turn, following
-
-    def _table(self, epoch: int, shard: int, stage: Stage) -> tuple[np.ndarray, ...]:
-        """Tokens of a shard, starts, lengths and ends of its pieces in the order of use. The next
-        shard's are made, and checked, while this one is in use."""
+    def _next_row(self, stage: Stage) -> tuple:
+        """Tokens of the shard, or the next one if too few are left; starts and lengths of the row's pieces."""
         longest = min(stage.max_doc_len or stage.seq_len, stage.seq_len)
-        keys = (epoch, shard, longest), (*self._following(epoch, shard), longest)
-        if not self.tables.keys() >= set(keys):
-            known = self.tables
-            self.tables = {key: known.get(key) or self.workers.submit(self._make_table, *key) for key in keys}
-        return self.tables[keys[0]].result()
+        epoch, shard, used = (self.position[key] for key in self.FIRST)
+        for _ in range(len(self.corpus.train) + 2):
+            turn, next_shard = divmod(shard + 1, len(self.corpus.train))
+            table = self.table(epoch, shard, longest)
+            self.table(epoch + turn, next_shard, longest)  # made, checked while this is in use
+            tokens, *pieces = table.result()
+            if row := pack_row(*pieces, used, stage.seq_len):
+                starts, lengths, used = row
+                self.position = {"epoch": epoch, "shard": shard, "used": used}
+                return tokens, starts, lengths
+            epoch, shard, used = epoch + turn, next_shard, 0
+        raise UserError(f"no shard of {self.corpus.folder} fills a row of {stage.seq_len} tokens: lower --seq_len")
 
-    def _make_table(self, epoch: int, shard: int, longest: int) -> tuple[np.ndarray, ...]:
+    def _make_table(self, epoch: int, shard: int, longest: int) -> tuple:
+        """Tokens of a shard, starts, lengths and ends of its pieces in the order of use."""
         meta, clip = self.corpus.meta, self.s.long_docs == "clip"
         tokens = open_shard(self.corpus.train[shard], meta["vocab_size"])
         rng = np.random.default_rng((self.s.seed, epoch, shard))
@@ -2073,20 +1976,17 @@ class Loader:
     def close(self):
         self.workers.shutdown(cancel_futures=True)
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Checkpoints                                                                                  │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-# RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json
-# (settings, position in the data, clock, tokenizer, sha256 of state.pt). It is written under another
-# name and renamed when complete.
+# ┌─ Checkpoints ────────────────────────────────────────────────────────────────────────────────┐
+# RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json (settings, data
+# and position in it, clock, sha256 of state.pt). It is written under another name and renamed when complete.
 
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int) -> Path:
-    """The checkpoint, written; then all but the newest `keep` are removed. Raises OSError and leaves
-    nothing half-written when the disk is full; earlier checkpoints stay."""
+    """The checkpoint, written; then all but the newest `keep` are removed. Raises OSError when the disk is full, and
+    leaves nothing half-written then; earlier checkpoints stay."""
     final = run_folder / "checkpoints" / f"step_{step:06d}"
     temporary = final.with_suffix(".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -2098,14 +1998,13 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
             os.fsync(file.fileno())
         meta = meta | {"step": step, "sha256": file_hash(temporary / "state.pt")}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"could not write {final}: {str(error).splitlines()[0]}") from error
-    shutil.rmtree(final, ignore_errors=True)  # there only if a run went on from an earlier one
+    shutil.rmtree(final, ignore_errors=True)  # there if a run went back to an earlier one
     os.replace(temporary, final)
-    others = [path for path in final.parent.glob("step_*[0-9]") if path != final]
-    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)  # a run may have gone back
-    for old in others[keep - 1:]:
+    others = set(final.parent.glob("step_*[0-9]")) - {final}  # by age, not by step
+    for old in sorted(others, key=lambda path: -path.stat().st_mtime_ns)[keep - 1:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -2113,8 +2012,7 @@ def find_checkpoint(s: Settings) -> tuple[Path, dict]:
     """The checkpoint that --resume names, and its meta.json. A damaged one is reported and the one
     before it taken. Raises FileNotFoundError if there is none, UserError if all are damaged."""
     place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
-    patterns = "checkpoints/step_*[0-9]", "*/checkpoints/step_*[0-9]"
-    found = [path for pattern in patterns for path in place.glob(pattern)]
+    found = list(place.rglob("step_*[0-9]"))
     if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
         found = [path for path in place.parent.glob("step_*[0-9]") if path.name <= place.name]
     if not found:
@@ -2139,25 +2037,10 @@ def check_resumable(s: Settings, fingerprint: str, path: Path, meta: dict):
     differing = [f"{key}: {then.get(key)} in the checkpoint, {value} now"
                  for key, value in now.items() if then.get(key) != value]
     if differing:
-        raise UserError("\n  ".join([f"{path} has other settings; use them, or start without --resume:", *differing]))
+        first = f"{path} has other settings; use them, or start without --resume:"
+        raise UserError("\n  ".join([first, *differing]))
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Clock, profiler, log files                                                                   │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
-# Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first counts.
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-    "H100": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
-    "A40": 150e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}
-
-def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: int) -> float | None:
-    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count); None where that is
-    unknown (CPUs). The optimizer does not count, and fp8 products count against the bf16 peak."""
-    peaks = [peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)]
-    return tokens_per_s * flops / (peaks[0] * count) if peaks else None
-
+# ┌─ Clock, profiler, log files ─────────────────────────────────────────────────────────────────┐
 def seconds_since_process_start() -> float:
     """Age of this process, imports included; without /proc its CPU time stands in."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -2171,18 +2054,10 @@ def peak_memory_mib(device: str) -> tuple[int, int]:
         return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
     import resource  # not on Windows
     unit = 1 if sys.platform == "darwin" else 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20
-    return resident, resident
-
-def compiled_graphs() -> int:
-    """Number of graphs that torch.compile has made in this process."""
-    made = sys.modules.get("torch._dynamo.utils")
-    return made.counters["stats"]["unique_graphs"] if made else 0
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
 
 class Clock:
-    """Training time in ms as the public rules count it: the device is waited for at every start and
-    stop; validation, checkpoints, profiles and warm-up lie outside."""
-
+    """Training time in ms as the public rules count it: without validation, checkpoints, profiles, warm-up."""
     def __init__(self, device: str):
         self.total_ms, self.started = 0.0, None
         self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -2207,23 +2082,19 @@ class Clock:
             self.start()
 
 def make_profiler(s: Settings, world: World, folder: Path):
-    """torch.profiler over profile_steps steps of this process from profile_start on: a trace per
-    rank, on CUDA a memory snapshot, too."""
-    cuda, kinds = s.device == "cuda", torch.profiler.ProfilerActivity
-
+    """torch.profiler over profile_steps steps: a trace per rank, on CUDA a memory snapshot, too."""
     def report(profiler):
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / f"trace_rank{world.rank}.json"))
-        if cuda:
+        if s.device == "cuda":
             torch.cuda.memory._dump_snapshot(str(folder / f"memory_rank{world.rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    if cuda:
+    if s.device == "cuda":
         torch.cuda.memory._record_memory_history(max_entries=100_000)
-    first, activities = min(1, s.profile_start), [kinds.CPU, kinds.CUDA] if cuda else [kinds.CPU]
-    plan = torch.profiler.schedule(
-        wait=s.profile_start - first, warmup=first, active=s.profile_steps, repeat=1)
-    return torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=report)
+    first = min(1, s.profile_start)
+    return torch.profiler.profile(on_trace_ready=report, schedule=torch.profiler.schedule(
+        wait=s.profile_start - first, warmup=first, active=s.profile_steps, repeat=1))
 
 def command_output(*command: str) -> str | None:
     """What a command prints, run in the script's folder; None where it fails or does not exist."""
@@ -2231,81 +2102,63 @@ def command_output(*command: str) -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, check=True, **options).stdout.strip()
 
-def environment_text(hardware: Hardware) -> str:
-    """Versions and devices, as the public logs give them."""
-    cpu = (f"Running on CPU: {hardware.name}, {torch.get_num_threads()} threads, "
-           f"{hardware.memory_gib:.1f} GiB, {torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
-    gpu = hardware.device == "cuda" and (command_output("nvidia-smi") or hardware.name)
-    versions = f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}"
-    return "\n".join([f"Running Python {sys.version}", versions, gpu or cpu])
-
 class RunLog:
-    """The files of a run, written by rank 0 only: log.txt (public record format), metrics.jsonl,
-    config.json; and wandb."""
-
+    """The files of a run, by rank 0: log.txt (public record format), metrics.jsonl, config.json; wandb."""
     def __init__(self, folder: Path):
         self.main, self.folder, self.wandb = False, folder, None
 
     def open(self, s: Settings, hardware: Hardware, config: dict, resumed_at: int | None):
-        """On rank 0: opens the files, and writes their head or, in a resumed run, where it goes on."""
+        """On rank 0: writes the head of the files or, in a resumed run, where it goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.main, name, how = True, self.folder.name, dict(mode="a", encoding="utf-8", buffering=1)
-        self.text = open(self.folder / "log.txt", **how)  # noqa: SIM115 - open all the run long
-        self.metrics = open(self.folder / "metrics.jsonl", **how)  # noqa: SIM115
+        self.main, name = True, self.folder.name
         if s.wandb:
-            if not importlib.util.find_spec("wandb"):
-                raise UserError("--wandb: Weights & Biases is not installed; pip install wandb")
-            import wandb
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("--wandb: Weights & Biases is not installed; pip install wandb") from error
             self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=name, id=name,
                                     dir=str(self.folder), resume="allow", config=config)
         if resumed_at is not None:
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config)
             return
-        source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
-        settings = json.dumps(config["settings"])  # the source knows only its defaults
-        self.text.write(f"{source}\n{bar}\n{environment_text(hardware)}\nSettings: {settings}\n{bar}\n")
         (self.folder / "config.json").write_text(json.dumps(config, indent=1))
+        source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
+        cpu = (f"Running on CPU: {hardware.name}, {torch.get_num_threads()} threads, {hardware.memory_gib:.1f} GiB, "
+               f"{torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
+        gpu = hardware.device == "cuda" and (command_output("nvidia-smi") or hardware.name)
+        self.line(f"{source}\n{bar}\nRunning Python {sys.version}\n"
+                  f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}\n{gpu or cpu}\n"
+                  f"Settings: {json.dumps(config['settings'])}\n{bar}")  # the source knows only its defaults
 
     def print(self, text: str):
-        """To the console."""
         if self.main:
             print(text, flush=True)
 
-    def line(self, text: str):
-        """To log.txt."""
-        if self.main:
-            self._append(self.text, text)
+    def line(self, text: str, name: str = "log.txt"):
+        """To log.txt. A full disk costs lines of the logs, not the run."""
+        if not self.main:
+            return
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            self.print(f"warning: {self.folder / name}: {error.strerror}; training goes on")
 
     def metric(self, **values):
         """To metrics.jsonl and wandb."""
-        if self.main:
-            self._append(self.metrics, json.dumps(values))
-            if self.wandb is not None:
-                numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-                self.wandb.log(numbers, step=values["step"])
-
-    def _append(self, file, text: str):
-        """A full disk costs lines of the logs, not the run."""
-        try:
-            file.write(text + "\n")
-        except OSError as error:
-            self.print(f"warning: {file.name}: {error.strerror}; training goes on")
+        self.line(json.dumps(values), "metrics.jsonl")
+        if self.wandb is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+            self.wandb.log(numbers, step=values["step"])
 
     def close(self):
-        for file in (self.text, self.metrics) if self.main else ():
-            with contextlib.suppress(OSError):  # a full disk, which was told
-                file.close()
         if self.wandb is not None:
             self.wandb.finish()
 
-# ┌──────────────────────────────────────────────────────────────────────────────────────────────┐
-# │ Run                                                                                          │
-# └──────────────────────────────────────────────────────────────────────────────────────────────┘
-
+# ┌─ Run ────────────────────────────────────────────────────────────────────────────────────────┐
 class World(NamedTuple):
     """The place of this process among all."""
-
     rank: int = 0
     local_rank: int = 0
     size: int = 1
@@ -2325,9 +2178,7 @@ def on_rank_zero(world: World, function, *arguments):
     return answer[0]
 
 class Run:
-    """What surrounds the training: data, log, clock, signals, checkpoints. `train` calls its methods
-    from top to bottom. Every rank does the same."""
-
+    """What surrounds the training, on every rank. `train` calls the methods from top to bottom."""
     def __init__(self, s: Settings, hardware: Hardware, world: World, notes: list[str]):
         self.s, self.hardware, self.world, self.notes = s, hardware, world, notes
         self.stages, self.clock, self.corpus = stage_table(s), Clock(s.device), open_corpus(s.data)
@@ -2336,20 +2187,21 @@ class Run:
         self.fingerprint = self.corpus.fingerprint()
         if on_rank_zero(world, lambda: self.fingerprint) != self.fingerprint:
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
-        self.checkpoint, self.meta = on_rank_zero(world, find_checkpoint, s) if s.resume else (None, None)
-        if self.meta:
+        self.checkpoint, self.meta = None, {}
+        if s.resume:
+            self.checkpoint, self.meta = on_rank_zero(world, find_checkpoint, s)
             check_resumable(s, self.fingerprint, self.checkpoint, self.meta)
+        self.first_step = self.logged_step = self.meta.get("step", 0)
+        self.clock.total_ms = self.logged_ms = self.meta.get("train_time_ms", 0.0)
+        self.position, self.val_loss = self.meta.get("position", Loader.FIRST), self.meta.get("val_loss")
         self.status = "done"  # or target, interrupted, nan
         self.over = False  # the target is reached, or all ranks know of a signal
-        self.stop_signal, self.val_loss, self.first_step_s = 0, None, None
+        self.stop_signal, self.first_step_s, self.profiler = 0, None, None
         self.compile_s, self.warm_graphs = 0.0, 0
         self.undo = contextlib.ExitStack()
 
-    # --- before the first step
-
     def open(self, model: nn.Module, optimizer):
-        """Folder and files of the run, new or the checkpoint's; choices and derived numbers on the
-        console. Collective."""
+        """Opens the run's folder, new or the checkpoint's; prints choices and derived numbers. Collective."""
         s, corpus, self.counts = self.s, self.corpus, parameter_counts(model)
         commit = command_output("git", "rev-parse", "HEAD")
         changes = command_output("git", "status", "--porcelain", "-uno")
@@ -2360,41 +2212,27 @@ class Run:
             "data": {"name": corpus.folder.name, "fingerprint": self.fingerprint, "meta": corpus.meta},
         }
         run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
-        folder = self.checkpoint and self.checkpoint.parent.parent
-        self.log = RunLog(folder or Path(s.log_dir) / s.experiment_name / run_id)
+        folder = Path(s.log_dir) / s.experiment_name / run_id
+        self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder)
         self.undo.callback(self.log.close)
-        on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, self.meta and self.meta["step"])
+        on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, self.meta.get("step"))
         self.log.print("\n".join([*self.notes, *self.summary(optimizer), f"run folder: {self.log.folder}"]))
         self.opened = time.perf_counter()
 
     def summary(self, optimizer) -> list[str]:
         """The derived numbers: data, parameters, layers, stages, memory."""
-        def named(row: NamedTuple) -> str:
-            return ", ".join(f"{name} {value}" for name, value in row._asdict().items())
-
         s, size = self.s, self.world.size
-        kinds = [f"{n:,} {kind}" for kind, n in self.counts.items() if kind != "matmul"]
-        lines = [f"data {self.corpus.folder}: vocabulary {self.vocab_size}", f"parameters: {', '.join(kinds)}"]
-        lines += [f"layer {i}: {named(layer)}" for i, layer in enumerate(layer_table(s))]
+        kinds = ", ".join(f"{n:,} {kind}" for kind, n in self.counts.items() if kind != "matmul")
+        lines = [f"data {self.corpus.folder}: vocabulary {self.vocab_size}", f"parameters: {kinds}"]
+        lines += [f"{i}: {layer}" for i, layer in enumerate(layer_table(s))]
         for i, t in enumerate(self.stages):
             rows = t.micro_rows(s, size)
-            accumulation = t.batch_tokens // (t.seq_len * rows * size)
+            count = t.batch_tokens // (t.seq_len * rows * size)
             mflops = flops_per_token(s, self.counts, t) / 1e6
-            lines.append(f"stage {i}: {named(t)}; {accumulation} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
-        memory = self.expected_memory(optimizer) / 2**30
-        return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} validation "
-                        f"tokens, about {memory:.2f} GiB per process"]
-
-    def expected_memory(self, optimizer) -> float:
-        """Bytes per process, a rough estimate: weights, own masters and moments, gradients, and of a
-        micro-step the activations and the logits (three times in fp32, or twice in bf16)."""
-        s, total, size = self.s, self.counts["total"], self.s.torch_dtype.itemsize
-        tokens, t = max((t.micro_rows(s, self.world.size) * t.seq_len, t) for t in self.stages)
-        states = [x for bank in optimizer.banks for x in [*bank.state.values(), bank.grad]]
-        sums = 4 * total if tokens * self.world.size < t.batch_tokens else 0
-        logits = (4 if "loss" in s.kernels else 12) * self.vocab_size * tokens
-        weights = sum(4 * x.numel() for x in states) + 2 * size * total
-        return weights + sums + logits + activation_bytes(s, tokens, t.seq_len)
+            lines.append(f"{i}: {t}: {count} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
+        memory = expected_memory(s, self.vocab_size, optimizer, self.counts["total"]) / 2**30
+        return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} "
+                        f"validation tokens, about {memory:.2f} GiB per process"]
 
     def warmed_up(self):
         """Notes what compiling took."""
@@ -2403,17 +2241,14 @@ class Run:
         self.log.print(f"kernels warm after {self.compile_s:.1f} s, {self.warm_graphs} graphs compiled")
 
     def start(self, optimizer) -> int:
-        """The first step: 0, or where the checkpoint goes on, which is loaded now. Loader, profiler
-        and signal handlers start. Collective."""
-        s, step, self.position, self.profiler = self.s, 0, {"epoch": 0, "shard": 0, "used": 0}, None
-        if self.meta:
+        """The first step: 0, or the checkpoint's, which is loaded. Loader, profiler and signal handlers start."""
+        s, step = self.s, self.first_step
+        if self.checkpoint:
             saved, path = {}, self.checkpoint / "state.pt"
             if self.world.rank == 0:
                 saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             optimizer.load_state_dict(saved.get("optimizer", {}))
             torch.set_rng_state(on_rank_zero(self.world, lambda: saved["rng"]))
-            step, self.position, self.val_loss = (self.meta[k] for k in ("step", "position", "val_loss"))
-            self.clock.total_ms = self.meta["train_time_ms"]
             self.log.print(f"resumed {self.checkpoint} after step {step}")
         self.loader = Loader(s, self.corpus, self.world, self.position, step)
         self.undo.callback(self.loader.close)
@@ -2426,18 +2261,14 @@ class Run:
         gc.freeze()  # the collector's pauses are as long as a step (47)
         gc.disable()
         self.undo.callback(gc.enable)
-        self.first_step, self.logged_step, self.logged_ms = step, step, self.clock.total_ms
         return step
 
     def _on_signal(self, number: int, frame):
-        """First signal: save and stop after this step (several ranks: after the next logged one).
-        The second ends the process at once."""
+        """First signal: save, stop after this step (several ranks: the next logged one). Second: end at once."""
         if self.stop_signal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.stop_signal = number
-
-    # --- while training
 
     def next_batch(self, step: int) -> Tensor:
         """The micro-steps of a step, (micro-steps, 3, B, T): inputs, targets, document numbers."""
@@ -2448,8 +2279,7 @@ class Run:
         return batch
 
     def log_due(self, step: int) -> bool:
-        """After a step: the profiler's turn; whether it is to be logged: each log_every-th, and if a
-        signal came (with several ranks, the next one tells all of them)."""
+        """After a step: the profiler's turn; whether to log it: each log_every-th, and alone after a signal."""
         if self.first_step_s is None:
             self.clock.wait()
             self.first_step_s = seconds_since_process_start()
@@ -2459,47 +2289,49 @@ class Run:
         return step % self.s.log_every == 0 or bool(self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:
-        """The newest of the losses of the steps up to this one; waits for the device. Tells all
-        ranks of a signal. Raises TrainingStopped at the first that is not finite. Collective."""
+        """The newest of the losses of the steps up to this one; waits for the device, tells all ranks of a signal.
+        Raises TrainingStopped at the first loss that is not finite. Collective."""
         numbers = F.pad(torch.stack(losses), (0, 1), value=float(self.stop_signal))
         if self.world.size > 1:
             dist.all_reduce(numbers)
         *values, stop = numbers.tolist()
         for done, loss in enumerate(values, start=step - len(values) + 1):
-            self._check_finite(loss, f"the loss of step {done} is {loss}", done)
-        if stop:
-            self.over, self.stop_signal = True, self.stop_signal or signal.SIGTERM
-            self.status = "interrupted" if step < self.s.iterations else "done"
+            self._stop_unless(math.isfinite(loss), f"the loss of step {done} is {loss}", done)
+        if stop and step < self.s.iterations:
+            self.status, self.over = "interrupted", True
+            self.stop_signal = self.stop_signal or signal.SIGTERM
         return values[-1]
 
-    def _check_finite(self, value: float, what: str, step: int):
+    def _stop_unless(self, finite: bool, what: str, step: int):
         """Ends logs and run. A checkpoint is written only after a look at losses and weights."""
-        if not math.isfinite(value):
+        if not finite:
             self.status = "nan"
             self._end_record(step)
             rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
-            flags = ", ".join(f"--{n.replace('_', '-')}" for n in rates if n != "stage_lr")
-            raise TrainingStopped(f"{what}: stopped, the checkpoints before it are kept in {self.log.folder}; "
-                                  f"lower {flags}")
+            flags = ", ".join("--" + n.replace("_", "-") for n in rates if n != "stage_lr")
+            kept = f"stopped, the checkpoints before it are kept in {self.log.folder}"
+            raise TrainingStopped(f"{what}: {kept}; lower {flags}")
 
     def log_step(self, step: int, loss: float, **more):
-        """One line on the console and in log.txt, one object in metrics.jsonl."""
+        """A training loss to all logs, with what is known of the steps since the last one."""
         s, stage = self.s, stage_at(self.stages, step - 1)
         with self.clock.paused() as ms:
-            step_ms = (ms - self.logged_ms) / max(1, step - self.logged_step)
+            step_ms = (ms - self.logged_ms) / (step - self.logged_step)
+        self.logged_step, self.logged_ms = step, ms
         rate, flops = 1000 * stage.batch_tokens / step_ms, flops_per_token(s, self.counts, stage)
         mfu = model_flops_utilization(rate, flops, self.hardware.name, self.world.size)
         eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
         percent = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
-        self.log.print(f"step {step}/{s.iterations}  train loss {loss:.4f}  {step_ms:.1f} ms/step  "
-                       f"{rate:,.0f} tokens/s  MFU {percent}  ETA {eta}")
-        self._step_line(step, f"train_loss:{loss:.4f}", ms)
-        self.log.metric(step=step, train_loss=loss, **more, tokens=self.tokens_at(step), train_time_ms=ms,
-                        step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
-        self.logged_step, self.logged_ms = step, ms
+        console = f"  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s  MFU {percent}  ETA {eta}"
+        self._log_loss(step, "train", loss, ms, console, **more, step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
 
-    def _step_line(self, step: int, loss: str, ms: float):
-        self.log.line(f"step:{step}/{self.s.iterations} {loss} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
+    def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
+        """One line on the console and in log.txt, one object in metrics.jsonl."""
+        of, mean = f"{step}/{self.s.iterations}", ms / step
+        self.log.print(f"step {of}  {kind} loss {loss:.4f}{console}")
+        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{mean:.2f}ms")
+        more |= {"tokens": self.tokens_at(step), "train_time_ms": ms}
+        self.log.metric(step=step, **{f"{kind}_loss": loss}, **more)
 
     def tokens_at(self, step: int) -> int:
         """Training tokens used up by the first `step` steps."""
@@ -2507,13 +2339,11 @@ class Run:
 
     def log_validation(self, step: int, loss: float):
         """A validation loss to all logs. Raises TrainingStopped if it is not finite."""
-        self._check_finite(loss, f"the validation loss after step {step} is {loss}", step)
+        self._stop_unless(math.isfinite(loss), f"the validation loss after step {step} is {loss}", step)
         self.val_loss, ms, bpb = loss, self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
         bits = f", {bpb:.4f} bits per byte" if bpb else ""
-        self.log.print(f"step {step}/{self.s.iterations}  val loss {loss:.4f} nats per token{bits}"
-                       f"  train time {ms / 1000:.1f} s")
-        self._step_line(step, f"val_loss:{loss:.4f}", ms)
-        self.log.metric(step=step, val_loss=loss, val_bpb=bpb, tokens=self.tokens_at(step), train_time_ms=ms)
+        console = f" nats per token{bits}  train time {ms / 1000:.1f} s"
+        self._log_loss(step, "val", loss, ms, console, val_bpb=bpb)
         if self.s.target_loss and loss <= self.s.target_loss:
             self.status, self.over = "target", True
 
@@ -2522,21 +2352,18 @@ class Run:
         with self.clock.paused() as ms:
             state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
             meta = self.config | dict(position=self.position, train_time_ms=ms, val_loss=self.val_loss)
-            text, finite, saved = on_rank_zero(self.world, self._write, step, state, meta)
-            self._check_finite(finite, f"the weights after step {step} are not finite", step)
-            self.log.print(text)
-        return saved
-
-    def _write(self, step: int, state: dict, meta: dict) -> tuple[str, float, bool]:
-        if not all(weights.isfinite().all() for weights in state["optimizer"]["state"]["master"].values()):
-            return "", math.nan, False
-        try:
-            return f"checkpoint {write_checkpoint(self.log.folder, step, state, meta, self.s.keep)}", 0.0, True
-        except OSError as error:
-            kept = "training goes on, earlier checkpoints are intact: free some space"
-            return f"warning: {error}; {kept}", 0.0, False
-
-    # --- after the last step
+            weights = state["optimizer"]["state"]["master"].values()  # {} but on rank 0
+            finite = on_rank_zero(self.world, lambda: all(x.isfinite().all() for x in weights))
+            self._stop_unless(finite, f"the weights after step {step} are not finite", step)
+            arguments = self.log.folder, step, state, meta, self.s.keep
+            try:
+                path = on_rank_zero(self.world, write_checkpoint, *arguments)
+            except OSError as error:
+                kept = "training goes on, earlier checkpoints are intact: free some space"
+                self.log.print(f"warning: {error}; {kept}")
+                return False
+            self.log.print(f"checkpoint {path}")
+            return True
 
     def finish(self, step: int, optimizer):
         """Last checkpoint, end of the logs. Raises TrainingStopped if it could not be written."""
@@ -2592,7 +2419,7 @@ def start_processes(device: str) -> World:
         return world
     gpus = torch.cuda.device_count()
     if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
-        raise UserError(f"torchrun started more processes than this machine has GPUs: use --nproc_per_node={gpus}")
+        raise UserError(f"torchrun started more processes than there are GPUs: use --nproc_per_node={gpus}")
     torch.cuda.set_device(world.local_rank)
     dist.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))
     return world

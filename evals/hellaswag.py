@@ -370,7 +370,7 @@ def progress(tasks: int, starts: range) -> Iterator[int]:
             bar.update(tasks * done // len(starts) - bar.n)
 
 
-def score_checkpoint(args: argparse.Namespace, path: Path, meta: dict, packed: Packed) -> tuple[Score, float]:
+def score_checkpoint(args, path: Path, meta: dict, packed: Packed) -> tuple[Score, float]:
     """Score of a checkpoint, and the seconds that it took; on stderr what was scored and the rate.
 
     Raises ValueError where script and checkpoint do not fit, RuntimeError where a loss is not finite."""
@@ -484,20 +484,24 @@ def hash_at(path: Path) -> str | None:
 
 def find_unscored(run: Path, known: set[str]) -> tuple[Path, str] | tuple[None, None]:
     """The first checkpoint of the run whose hash is not in `known`, and that hash; (None, None) if there is none."""
-    found = sorted(run.glob("checkpoints/step_*[0-9]"), key=lambda path: (len(path.name), path.name))
-    hashes = ((path, hash_at(path)) for path in found)
-    return next(((path, sha256) for path, sha256 in hashes if sha256 and sha256 not in known), (None, None))
+    found = run.glob("checkpoints/step_*[0-9]")
+    for path in sorted(found, key=lambda path: (len(path.name), path.name)):
+        sha256 = hash_at(path)
+        if sha256 is not None and sha256 not in known:
+            return path, sha256
+    return None, None
 
 
-def score_of(args: argparse.Namespace, run: Path, path: Path, packed: Packed) -> tuple[Score, dict]:
+def score_of(args, run: Path, path: Path, packed: Packed) -> tuple[Score, dict]:
     """Score of a checkpoint of the run, and its record: what older runs have in metrics.jsonl, and what was scored how.
     Raises ValueError, OSError or RuntimeError where it cannot be scored."""
     meta = read_meta(path)
     result, _ = score_checkpoint(args, path, meta, packed)
+    step, checkpoint = meta["step"], str(path.relative_to(run))
     return result, {
-        "step": meta["step"], "hellaswag": result._asdict(), "hellaswag_per_token": result.per_token,
-        "hellaswag_errors": result.standard_errors, "tokens": tokens_at(run, meta["step"]),
-        "train_time_ms": meta["train_time_ms"], "checkpoint": str(path.relative_to(run)), "sha256": meta["sha256"],
+        "step": step, "hellaswag": result._asdict(), "hellaswag_per_token": result.per_token,
+        "hellaswag_errors": result.standard_errors, "tokens": tokens_at(run, step),
+        "train_time_ms": meta["train_time_ms"], "checkpoint": checkpoint, "sha256": meta["sha256"],
         "device": args.device, "dtype": args.dtype,
     }
 
@@ -507,12 +511,13 @@ def follow(args: argparse.Namespace) -> int:
     that training deletes or replaces before their turn are passed over."""
     run, failed = find_run(args.follow), 0
     tasks = read_tasks(args.input, args.tasks)
-    packed, tasks_hash = pack(tasks, args.row_len), hashlib.sha256(repr(tasks).encode()).hexdigest()[:12]
+    packed = pack(tasks, args.row_len)
+    tasks_hash = hashlib.sha256(repr(tasks).encode()).hexdigest()[:12]
     scores = parse_objects((run / SCORES).read_bytes()) if (run / SCORES).exists() else []
     known = {r.get("sha256") for r in scores if r.get("tasks_hash") == tasks_hash}
     print(f"{run}: follows this run, {len(known)} score(s) are there", file=sys.stderr)
     while True:
-        ended = has_ended(run)  # before the look for checkpoints: the last one is written before the end
+        ended = has_ended(run)  # before the look for checkpoints: the last one comes before the end
         path, sha256 = find_unscored(run, known)
         if path is None and ended:
             return failed

@@ -147,14 +147,17 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in (folder / "checkpoints").glob("step_*[0-9]"))
 
 
+def flatten_state(value, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors and numbers of nested dictionaries under one flat name each."""
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in flatten_state(part, f"{name}/{key}").items()}
+    return {name: torch.as_tensor(value)}
+
+
 def load_state(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """All tensors and numbers of a checkpoint under one flat name each."""
-    def flatten(value, name):
-        if isinstance(value, dict):
-            return {k: v for key, part in value.items() for k, v in flatten(part, f"{name}/{key}").items()}
-        return {name: torch.as_tensor(value)}
     path = folder / "checkpoints" / f"step_{step:06d}" / "state.pt"
-    return flatten(torch.load(path, map_location="cpu", weights_only=True), "")
+    return flatten_state(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]):

@@ -244,7 +244,7 @@ def overlap_scenario(world: tg.World, flag: Path) -> dict:
     events.append(("end", "backward"))
     if world.rank == 0:
         flag.touch()
-    held = [(type(work).__name__, None if packed is None else packed.numel(), math.prod(bank.slot_shape), bank.owners)
+    held = [(type(work).__name__, None if packed is None else packed.numel(), math.prod(bank.shape), bank.owners)
             for bank in optimizer.banks for work, packed in bank.in_flight]
     optimizer.step(1.0, 0.9)
     events.append(("end", "step"))

@@ -20,7 +20,7 @@ from helpers import (
 )
 
 import train_gpt
-from train_gpt import Trainer, UserError, parse_settings
+from train_gpt import GPT, MuonAdamW, Run, UserError, parse_settings
 
 
 @pytest.fixture
@@ -249,12 +249,13 @@ def all_finite(folder) -> bool:
 
 def loss_is(value: float, monkeypatch, from_step: int):
     """The model's loss is `value` from this step (0-based) on, and so are its gradients if it is not finite."""
-    def train_step(self, step, train=Trainer.train_step):
-        if step == from_step:
-            real = self.model.forward
-            self.model.forward = lambda *args: real(*args) * value
-        train(self, step)
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    factor = [1.0]
+
+    def next_batch(self, step, real=Run.next_batch):
+        factor[0] = value if step >= from_step else 1.0
+        return real(self, step)
+    monkeypatch.setattr(Run, "next_batch", next_batch)
+    monkeypatch.setattr(GPT, "forward", lambda self, *args, real=GPT.forward: real(self, *args) * factor[0])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -278,13 +279,13 @@ def test_learning_rate_that_explodes(tmp_path, fails):
 
 def ruin_weights(monkeypatch, after_step: int):
     """The update of this step (1-based) ends in NaN, though its loss, that of the weights before, was finite."""
-    def train_step(self, step, train=Trainer.train_step):
-        train(self, step)
-        if step + 1 == after_step:
-            for bank in self.optimizer.banks:
+    def step(self, scale, momentum, real=MuonAdamW.step):
+        real(self, scale, momentum)
+        if self.steps == after_step:
+            for bank in self.banks:
                 bank.state["master"].fill_(math.nan)
                 bank.receive_weights()
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(MuonAdamW, "step", step)
 
 
 @pytest.mark.parametrize("after_step, eval_every", [(6, 0), (6, 3), (8, 0)])
@@ -304,9 +305,9 @@ def test_validation_loss_that_is_not_finite_stops(tmp_path, fails, monkeypatch):
 
 
 def test_out_of_memory_names_the_setting(tmp_path, fails, monkeypatch):
-    def train_step(self, step):
+    def forward(self, *args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(GPT, "forward", forward)
     fails(tiny(tmp_path), "out of memory", "smaller --micro-tokens")
 
 

@@ -25,14 +25,14 @@ from helpers import (
 )
 
 import train_gpt
-from train_gpt import Trainer, UserError, find_checkpoint, write_checkpoint
+from train_gpt import MuonAdamW, Run, UserError, find_checkpoint, write_checkpoint
 
-KILLED_AT_5 = """
-def kill(self, step, train=train_gpt.Trainer.train_step):
-    train(self, step)
-    if step == 5:
+KILLED_IN_STEP_6 = """
+def kill(self, *args, step=train_gpt.MuonAdamW.step, **kwargs):
+    step(self, *args, **kwargs)
+    if self.steps == 6:
         os.kill(os.getpid(), signal.SIGKILL)
-train_gpt.Trainer.train_step = kill
+train_gpt.MuonAdamW.step = kill
 """
 
 
@@ -52,20 +52,19 @@ def assert_same_run(folder, whole, steps: int = 8):
     assert_same_state(load_state(folder, steps), load_state(whole, steps))
 
 
-def signal_in_step(monkeypatch, step_of_signal: int, *numbers: int):
-    """The signals arrive in the middle of a step."""
-    def train_step(self, step, train=Trainer.train_step):
-        train(self, step)
-        if step == step_of_signal:
-            for number in numbers:
-                signal.raise_signal(number)
-    monkeypatch.setattr(Trainer, "train_step", train_step)
+def signal_in_step(monkeypatch, number_of_step: int, number: int):
+    """The signal arrives in the middle of a step; the first step is 1."""
+    def signalled(self, *args, step=MuonAdamW.step, **kwargs):
+        step(self, *args, **kwargs)
+        if self.steps == number_of_step:
+            signal.raise_signal(number)
+    monkeypatch.setattr(MuonAdamW, "step", signalled)
 
 
 def interrupted(tmp_path, monkeypatch, after: int = 3, **changes):
     """Folder of a run that was stopped by SIGINT after `after` steps."""
     with monkeypatch.context() as patch:
-        signal_in_step(patch, after - 1, signal.SIGINT)
+        signal_in_step(patch, after, signal.SIGINT)
         assert train_gpt.main(tiny(tmp_path, **changes)) == 130
     return run_folder(tmp_path)
 
@@ -75,7 +74,7 @@ def interrupted(tmp_path, monkeypatch, after: int = 3, **changes):
 
 def test_run_killed_between_checkpoints_continues_to_the_bit(tmp_path, whole):
     """kill -9 in step 6, the last checkpoint is that of step 4; two steps are run again and give the same losses."""
-    process = launch(tiny(tmp_path, save_every=2), KILLED_AT_5)
+    process = launch(tiny(tmp_path, save_every=2), KILLED_IN_STEP_6)
     _, error = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, error
     assert steps_saved(run_folder(tmp_path)) == [2, 4]
@@ -90,7 +89,7 @@ def test_run_killed_between_checkpoints_continues_to_the_bit(tmp_path, whole):
 def test_signal_saves_and_the_run_continues_to_the_bit(number, after, tmp_path, monkeypatch, whole, capsys):
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        signal_in_step(patch, after - 1, number)
+        signal_in_step(patch, after, number)
         assert train_gpt.main(tiny(tmp_path)) == 128 + number
     assert signal.getsignal(number) is handler, "handlers are given back"
     assert steps_saved(run_folder(tmp_path)) == [after]
@@ -132,12 +131,12 @@ def test_signal_from_outside(number, code, tmp_path):
 
 def test_second_signal_ends_at_once(tmp_path):
     twice = """
-def train_step(self, step):
+def step(self, scale, momentum):
     signal.raise_signal(signal.SIGINT)
     print("still here", flush=True)
     signal.raise_signal(signal.SIGINT)
     print("not gone", flush=True)
-train_gpt.Trainer.train_step = train_step
+train_gpt.MuonAdamW.step = step
 """
     process = launch(tiny(tmp_path), twice)
     out, _ = process.communicate(timeout=120)
@@ -288,6 +287,19 @@ def test_all_checkpoints_damaged_is_one_sentence(damage, two_checkpoints):
         find_checkpoint(s)
 
 
+def test_no_cap_as_earlier_versions_wrote_it_is_refused_by_name(tmp_path, monkeypatch, capsys):
+    """--softcap 0 is now 0,0,1."""
+    folder = interrupted(tmp_path, monkeypatch, softcap=(0, 0, 1))
+    path = folder / "checkpoints" / "step_000003" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"settings": meta["settings"] | {"softcap": [0.0], "hellaswag_every": 0}}))
+    capsys.readouterr()
+    assert train_gpt.main([*tiny(tmp_path, softcap=(0, 0, 1)), "--resume"]) == 1
+    error = capsys.readouterr().err
+    assert "softcap: [0.0] in the checkpoint, [0.0, 0.0, 1.0] now" in error
+    assert error.count("in the checkpoint") == 1
+
+
 def test_no_checkpoint_is_one_sentence(tmp_path, capsys):
     assert train_gpt.main([*tiny(tmp_path), "--resume"]) == 1
     error = capsys.readouterr().err
@@ -319,10 +331,10 @@ def file_size_limit(size: int):
 
 def full_disk(monkeypatch, *steps: int):
     """The disk is full while the checkpoints of these steps are written."""
-    def save(self, step, save=Trainer.save):
+    def save(self, step, optimizer, save=Run.save):
         with file_size_limit(50_000) if step in steps else contextlib.nullcontext():
-            return save(self, step)
-    monkeypatch.setattr(Trainer, "save", save)
+            return save(self, step, optimizer)
+    monkeypatch.setattr(Run, "save", save)
 
 
 def test_full_disk_while_saving_does_not_stop_training(tmp_path, monkeypatch, capsys, whole):
@@ -363,14 +375,17 @@ def test_what_torch_raises_on_a_full_disk_is_an_oserror(error, tmp_path, monkeyp
 
 
 def test_logs_on_a_full_disk_do_not_stop_training(tmp_path, monkeypatch, capsys):
-    """log.txt and metrics.jsonl lie on the same disk as the checkpoints: what is trained must still be saved, or at
-    least the end be a sentence."""
-    def init(self, *args, init=train_gpt.RunLog.__init__, **kwargs):
-        init(self, *args, **kwargs)
-        self.text = self.metrics = open("/dev/full", "a", buffering=1)  # noqa: SIM115
-    monkeypatch.setattr(train_gpt.RunLog, "__init__", init)
-    code = train_gpt.main(tiny(tmp_path))
-    assert steps_saved(run_folder(tmp_path)) == [8] if code == 0 else "No space" in capsys.readouterr().err
+    """log.txt and metrics.jsonl may lie on another disk than the checkpoints: what is trained is saved."""
+    def start(self, *args, start=train_gpt.RunLog.open):
+        self.folder.mkdir(parents=True)
+        for name in ("log.txt", "metrics.jsonl"):
+            (self.folder / name).symlink_to("/dev/full")
+        start(self, *args)
+    monkeypatch.setattr(train_gpt.RunLog, "open", start)
+    assert train_gpt.main(tiny(tmp_path)) == 0
+    out, error = capsys.readouterr()
+    assert "log.txt: No space left on device; training goes on" in out and not error
+    assert steps_saved(run_folder(tmp_path)) == [8]
 
 
 @pytest.mark.parametrize("where", ["torch.save", "train_gpt.file_hash", "os.replace"])

@@ -121,10 +121,10 @@ def test_checkpoint_of_2_ranks_continues_on_one(trained):
 def test_each_rank_holds_its_share_of_the_state(trained, size):
     s = settings()
     matrix, mlp, embedding = s.width**2, s.mlp_ratio * s.width**2, 128 * s.width
-    qkvo_slots, mlp_slots = -(-8 // size), -(-6 // size)
+    qkvo_mine, mlp_mine = -(-8 // size), -(-6 // size)
     flat = -(-embedding // size) * 3  # lm_head, embedding, one value embedding
-    hidden = qkvo_slots * matrix + mlp_slots * mlp
-    rows = qkvo_slots * s.width + mlp_slots * s.mlp_ratio * s.width
+    hidden = qkvo_mine * matrix + mlp_mine * mlp
+    rows = qkvo_mine * s.width + mlp_mine * s.mlp_ratio * s.width
     expected = {"master": hidden + flat, "momentum": hidden, "exp_avg": flat, "exp_avg_sq": flat, "variance": rows}
     for result in trained(size):
         assert result["state_numel"] == expected
@@ -133,7 +133,7 @@ def test_each_rank_holds_its_share_of_the_state(trained, size):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_gradients_are_gone_after_backward(trained, size):
-    # 8 qkvo and 6 MLP matrices in rounds of `size`, three flat tables, gates, smear, scalars
+    # collectives of `size` of the 8 qkvo and 6 MLP matrices, three flat tables, gates, smear, scalars
     works = -(-8 // size) + -(-6 // size) + 3 + 3 if size > 1 else 0
     for result in trained(size):
         assert result["left"] == {"grads": [], "sums": 0, "arrived": 0, "works": works, "works_after": 0}
@@ -165,7 +165,7 @@ def test_reductions_start_before_early_layers_have_gradients(overlap):
         during, _ = split(rest, "end", "backward")
         for early, launched_before in (("blocks.0.mlp.up", 5), ("blocks.1.mlp.up", 3), ("blocks.2.mlp.up", 2)):
             before, _ = split(during, "grad", early)
-            # the head, and one round of 2 MLP matrices and two of qkvo for each later layer
+            # the head, and for each later layer one of 2 MLP matrices and two of qkvo
             assert sum(kind == "launch" for kind, _ in before) >= launched_before
 
 
@@ -184,7 +184,7 @@ def test_weights_of_all_banks_are_sent_before_any_is_awaited(overlap):
     for result in overlap:
         after = result["events"][result["events"].index(("end", "backward")) + 1:]
         gathers = [i for i, (kind, what) in enumerate(after) if kind == "launch" and what.startswith("all_gather")]
-        assert len(gathers) == 15  # 16 qkvo and 8 MLP matrices in rounds of 2, and 3 tables
+        assert len(gathers) == 15  # of 2 of the 16 qkvo and 8 MLP matrices each, and 3 tables
         awaited = [kind == "wait" and what.startswith("all_gather") for kind, what in after]
         assert sum(awaited) == sum(awaited[gathers[-1]:]) == len(gathers)
 
@@ -192,9 +192,9 @@ def test_weights_of_all_banks_are_sent_before_any_is_awaited(overlap):
 def test_buffers_stay_referenced_until_the_wait(overlap):
     for result in overlap:
         assert len(result["held"]) == 8 + 4 + 3 + 3
-        for work, packed, slot, owners in result["held"]:
+        for work, packed, piece, owners in result["held"]:
             assert work == "SpyWork"
-            assert packed == (owners * slot if owners > 1 else None)
+            assert packed == (owners * piece if owners > 1 else None)
 
 
 # --- whole runs under torchrun

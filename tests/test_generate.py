@@ -72,7 +72,7 @@ def error_of(capsys, *flags) -> str:
 # --- cache
 
 VARIANTS = [
-    {}, {"skip": "unet"}, {"skip": "none"}, {"smear": False}, {"attn_gate": False}, {"softcap": (0.0,)},
+    {}, {"skip": "unet"}, {"skip": "none"}, {"smear": False}, {"attn_gate": False}, {"softcap": (0.0, 0.0, 1.0)},
     {"softcap": (30.0, 0.0, 7.5)}, {"key_offset": False}, {"attention": "LPPL"}, {"attention": "PPPP"}, {"xsa": False},
     {"backout": False}, {"value_gate": False}, {"bigram": 50}, {"attention": "PP-L", "xsa": False, "bigram": 5},
     {"value_embeds": 0}, {"value_embeds": 2}, {"attention": "LS-L", "value_embeds": 2}, {"attention": "-S-S"},
@@ -347,6 +347,17 @@ def test_settings_of_other_versions(tmp_path, capsys):
     path = save(tmp_path / "old", BYTES, settings=saved | {"width": 32}, git={"commit": "abc123"})
     error = error_of(capsys, "--checkpoint", path)
     assert "does not fit this train_gpt.py" in error and "commit abc123" in error
+
+
+@pytest.mark.parametrize("growth", [1, 2])
+def test_no_cap_as_earlier_versions_wrote_it(growth, tmp_path, capsys):
+    """--softcap 0; also of a model whose logits --mup divides."""
+    s = settings(softcap=(0.0, 0.0, 1.0), mup=growth > 1, base_width=64 // growth, base_head_dim=16)
+    now = save(tmp_path / "now", BYTES, s)
+    before = save(tmp_path / "before", BYTES, s, settings=dataclasses.asdict(s) | {"softcap": (0.0,)})
+    capped = save(tmp_path / "capped", BYTES, dataclasses.replace(s, softcap=(1.0, 0.0, 1.0)))
+    texts = [text_of(capsys, "--checkpoint", path, "--max-tokens", 60) for path in (now, before, capped)]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_the_window_is_that_of_validation(tmp_path, capsys):

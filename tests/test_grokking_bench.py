@@ -117,7 +117,7 @@ def test_the_plan_runs_nothing_and_gives_the_trainers_flags(bench, tmp_path):
     code, out, _ = bench("--list", "--seeds", 1, "--", "--prime", "97")
     assert code == 0 and "6 of 6 to run" in out and not (tmp_path / "calls").exists()
     line = next(line for line in out.splitlines() if "--optimizer muon" in line and "--muon_weight_decay 0.1 " in line)
-    s, _, _ = train_grokking.parse_settings(line.split()[1:])
+    s = train_grokking.parse_settings(line.split()[1:])[0]
     assert (s.preset, s.prime, s.muon_lr, s.muon_weight_decay, s.weight_decay) == ("quick", 97, 0.02, 0.1, 1.0)
 
 
@@ -148,7 +148,7 @@ def write_run(folder, steps: list[int], **config):
     """metrics.json of a run that is evaluated at these steps; validation accuracy is 1 at the last, before it 0."""
     folder.mkdir(parents=True)
     metrics = [{"step": step, "train_acc": 1.0, "val_acc": float(step == steps[-1])} for step in steps]
-    settings = {**train_grokking.dataclasses.asdict(train_grokking.Settings()), **config}
+    settings = {**vars(train_grokking.Config()), **config}
     (folder / "metrics.json").write_text(json.dumps(dict(
         config=settings, metrics=metrics, milestones=train_grokking.milestones(metrics), parameters=9, step_ms=2.0,
         status="target")))

@@ -5,6 +5,7 @@ Kernels run compiled where there is a GPU, in bf16; elsewhere under Triton's int
 from __future__ import annotations
 
 import functools
+import json
 import math
 import sys
 import threading
@@ -19,9 +20,10 @@ from ranks import VOCAB, random_batch
 from ranks import settings as model_settings
 
 import train_gpt
-from train_gpt import GPT, IGNORE, Loader, MuonAdamW, Trainer, World
+from train_gpt import GPT, IGNORE, Loader, MuonAdamW, World
 
-CAPS = [(23.0, 5.0, 7.5), (30.0, 0.0, 7.5), None]
+NO_CAP = (0.0, 0.0, 1.0)
+CAPS = [(23.0, 5.0, 7.5), (30.0, 0.0, 7.5), NO_CAP]
 E5M2_MAX = 57344.0
 FAST_H100, A100 = H100._replace(fp8=True), H100._replace(name="NVIDIA A100-SXM4-80GB", fp8=False)
 
@@ -237,10 +239,8 @@ def test_mlp_in_fp8_is_near_the_exact_one():
 
 def written_out(logits: torch.Tensor, targets: torch.Tensor, cap) -> torch.Tensor:
     """Summed cross-entropies, (K,), by their formula in fp64."""
-    z = logits.double()
-    if cap:
-        a, b, c = cap
-        z = a / (1 + torch.exp(-(z + b) / c))
+    (a, b, c), z = cap, logits.double()
+    z = a / (1 + torch.exp(-(z + b) / c)) if a else z / c
     lse = z.exp().sum(1).log()
     return torch.stack([sum(lse[n] - z[n, t] for n, t in enumerate(row) if t != IGNORE) for row in targets.tolist()])
 
@@ -270,8 +270,8 @@ def test_losses_and_logit_gradients_equal_the_written_out_formula(where, cap, ke
     expected = written_out(logits, targets, cap)
     (expected_grad,) = torch.autograd.grad(expected, logits, incoming.double())
     with torch.no_grad():
-        losses_KN, lse_N = train_gpt.loss_rows(logits, targets, list(cap or ()), kernel)
-        gradient, transposed = train_gpt.logit_gradient(logits, targets, lse_N, incoming, unit, list(cap or ()),
+        losses_KN, lse_N = train_gpt.loss_rows(logits, targets, list(cap), kernel)
+        gradient, transposed = train_gpt.logit_gradient(logits, targets, lse_N, incoming, unit, list(cap),
                                                         where.dtype, kernel)
     torch.testing.assert_close(losses_KN.sum(1).double(), expected.detach(), rtol=1e-5, atol=1e-4)
     assert (losses_KN[targets == IGNORE] == 0).all()
@@ -296,9 +296,9 @@ def test_fp8_logit_gradients_of_the_kernel_are_those_of_the_plain_form(where, ca
     """To the bit, but for values so near to the middle of two that the exponential's last bit decides."""
     logits, targets = where.random(75, 300, std=10.0).detach(), where.targets(3, 75, 300)
     incoming, unit = (torch.tensor(v, device=where.device) for v in ([1.0, -0.5, 0.25], 2.0**-14))
-    _, lse = train_gpt.loss_rows(logits, targets, list(cap or ()), False)
+    _, lse = train_gpt.loss_rows(logits, targets, list(cap), False)
     (found, found_t), (expected, expected_t) = (
-        train_gpt.logit_gradient(logits, targets, lse, incoming, unit, list(cap or ()), torch.float8_e5m2, kernel)
+        train_gpt.logit_gradient(logits, targets, lse, incoming, unit, list(cap), torch.float8_e5m2, kernel)
         for kernel in (True, False))
     assert torch.equal(found.float().T, found_t.float()) and torch.equal(expected.float().T, expected_t.float())
     assert found_t.is_contiguous() and expected_t.is_contiguous()
@@ -369,7 +369,7 @@ def test_clipped_values_are_counted_and_finite(kernel, device):
         head.weight[0, 0], head.x[0, 0] = math.inf, 1e4
     found, clipped = head.results(CAPS[0], kernel, fp8=True)
     assert clipped == 4 and all(result.isfinite().all() for result in found)
-    assert train_gpt.head_losses(head.x, head.weight, head.targets, None, False, fp8=False)[1] == 0
+    assert train_gpt.head_losses(head.x, head.weight, head.targets, NO_CAP, False, fp8=False)[1] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -383,7 +383,7 @@ def test_normed_inputs_never_clip_whatever_their_direction(width, dtype):
     x = train_gpt.norm(rows.to(dtype)).requires_grad_()
     assert x.abs().max() > 0.99 * math.sqrt(width)
     weight, targets = torch.zeros(16, width, dtype=dtype), torch.zeros(1, len(rows), dtype=torch.int32)
-    assert train_gpt.head_losses(x, weight, targets, None, False, fp8=True)[1] == 0
+    assert train_gpt.head_losses(x, weight, targets, NO_CAP, False, fp8=True)[1] == 0
 
 
 @pytest.mark.parametrize("incoming", [(1.0,), (0.7, -0.3, 0.0), (1.0, 0.5, 0.25)], ids=str)
@@ -405,10 +405,10 @@ def test_fp8_gradients_never_clip(cap, incoming, monkeypatch):
         logits = torch.full((32, 64), 200.0) if size is None else torch.randn(32, 64) * size
         targets = torch.randint(64, (len(incoming), 32), dtype=torch.int32)
         if size is None:
-            targets[:], logits[:, 0] = 0, -cap[1] if cap else -200.0
+            targets[:], logits[:, 0] = 0, -cap[1] if cap[0] else -200.0
             targets[incoming < 0] = 1
-        lse = train_gpt.loss_rows(logits, targets, list(cap or ()), False)[1]
-        gradients = train_gpt.fused_head_backward(incoming, xq, wq, targets, logits, lse, list(cap or ()), False,
+        lse = train_gpt.loss_rows(logits, targets, list(cap), False)[1]
+        gradients = train_gpt.fused_head_backward(incoming, xq, wq, targets, logits, lse, list(cap), False,
                                                   torch.float32)
         assert all(gradient.isfinite().all() for gradient in gradients)
     assert max(found) <= E5M2_MAX * (1 + 1e-6)
@@ -429,7 +429,7 @@ def test_kernels_run_exactly_where_they_are_asked_for(device, monkeypatch):
         train_gpt.gram(square.detach(), None, 1.0, 0.0, kernel)
         mlp_results(*leaves, torch.ones_like(leaves[0]), kernel)
         for fp8 in (False, True):
-            head.results(None, kernel, fp8)
+            head.results(NO_CAP, kernel, fp8)
         mlp, loss = ["product_relu2_kernel"] * 2, ["loss_kernel", "loss_gradient_kernel"] * 2
         assert asked == (["gram_kernel", *mlp, *loss] if kernel else [])
         asked.clear()
@@ -451,7 +451,7 @@ def operator_samples(where: Where) -> list[tuple]:
     ]
     for pair in (plain, quantized):
         for kernel in (False, True):
-            rest = list(CAPS[0]) if kernel else [], kernel
+            rest = list(CAPS[0] if kernel else NO_CAP), kernel
             lse = train_gpt.loss_rows(logits, targets, *rest)[1]
             samples += [(train_gpt.fused_head, (x, up, *pair, targets, *rest)),
                         (train_gpt.fused_head_backward, (incoming, *pair, targets, logits, lse, *rest, where.dtype))]
@@ -564,15 +564,15 @@ def test_the_optimizer_takes_the_kernel_only_if_it_is_named(kernels, wanted, mon
     assert asked == {wanted}
 
 
-def test_a_run_with_kernels_and_fp8_learns_as_the_plain_one(device, tmp_path, capsys):
+def test_a_run_with_kernels_and_fp8_learns_as_the_plain_one(device, tmp_path):
     found, plain = tmp_path / "kernels", tmp_path / "plain"
     data = make_data(tmp_path / "data")
     common = dict(data=data, iterations=4, eval_every=2, eval_tokens=64, batch_tokens=64, adam_lr=0.02,
                   mtp=1, device=device, dtype="fp32" if device == "cpu" else "bf16", backend="sdpa")
-    assert train_gpt.main(tiny(found, **common, kernels="gram+mlp+loss", fp8_head="on")) == 0
-    assert "Triton kernels: gram+mlp+loss; FP8 head on, FP8 MLP off" in capsys.readouterr().out
-    assert train_gpt.main(tiny(plain, **common, kernels="none", fp8_head="off")) == 0
-    assert "Triton kernels: none; FP8 head off, FP8 MLP off" in capsys.readouterr().out
+    for base, kernels, fp8 in ((found, "gram+mlp+loss", "on"), (plain, "none", "off")):
+        assert train_gpt.main(tiny(base, **common, kernels=kernels, fp8_head=fp8)) == 0
+        used = json.loads((run_folder(base) / "config.json").read_text())["settings"]
+        assert (used["kernels"], used["fp8_head"], used["fp8_mlp"]) == (kernels, fp8, False)
     for kind, values in losses(run_folder(found)).items():
         expected = losses(run_folder(plain))[kind]
         assert values != expected and values == pytest.approx(expected, rel=0.01)
@@ -655,14 +655,14 @@ def test_nothing_is_compiled_after_the_warm_up(two_stages, capsys):
 
 
 def test_a_shape_that_the_warm_up_forgot_is_told(two_stages, monkeypatch):
-    warm_up = Trainer.warm_up
+    warm_up, stage_table = train_gpt.warm_up, train_gpt.stage_table
 
-    def forgetful(self):
-        stages, self.stages = self.stages, self.stages[1:]
-        warm_up(self)
-        self.stages = stages
+    def forgetful(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt, "stage_table", lambda s: stage_table(s)[1:])
+            warm_up(*arguments)
 
-    monkeypatch.setattr(Trainer, "warm_up", forgetful)
+    monkeypatch.setattr(train_gpt, "warm_up", forgetful)
     with pytest.raises(AssertionError, match="compiled after the warm-up"):
         train_gpt.main(two_stages)
 
@@ -698,7 +698,7 @@ def test_the_next_shard_is_opened_before_a_batch_needs_it(tmp_path, monkeypatch)
         step = 0
         while loader.next(step)[1]["shard"] == 0:
             step += 1
-        assert step > 5  # more than the queue holds: that was long before it
+        assert step > 5  # more than is prepared ahead: that was long before it
     finally:
         loader.close()
 

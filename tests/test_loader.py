@@ -2,11 +2,11 @@
 
 In most tests the shards together hold the tokens 1, 2, 3, ... with 0 (end of text) at the documents' starts, so that a
 token says where in the corpus it lies: `place` recovers it, and batches are checked against the corpus by position."""
-import functools
 import json
 import shutil
 import tempfile
 import threading
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +49,14 @@ def corpora(tmp_path_factory):
 
 
 def start(s, corpus, rank: int = 0, size: int = 1, position=None, step: int = 0) -> Loader:
-    """A loader whose `next` fails, rather than waits forever, if its thread never hands anything over."""
+    """A loader whose `next` fails, rather than waits forever, if its threads never end a batch."""
     loader = Loader(s, corpus, World(rank, rank, size), position, step)
-    loader.ready.get = functools.partial(loader.ready.get, timeout=30)
+    original = loader.next
+
+    def next_in_time(step: int):
+        assert futures.wait([loader.pending], timeout=30).done, "no batch in 30 s"
+        return original(step)
+    loader.next = next_in_time
     return loader
 
 
@@ -325,10 +330,18 @@ def test_batch_and_row_sizes_change_with_the_stage(corpora):
     assert shapes == [(1, 3, 4, 4)] * 2 + [(4, 3, 2, 8)] * 2
 
 
-# --- the thread
+# --- the threads
 
 
-def test_an_error_of_the_thread_is_raised_by_next_after_the_good_batches(tmp_path):
+@pytest.fixture
+def no_thread_left():
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_an_error_in_the_background_is_raised_by_next_after_the_good_batches(tmp_path):
     """The second shard holds a token that the vocabulary lacks."""
     good, bad = documents(200, 0), documents(200, 1)
     bad[17] = 64
@@ -339,10 +352,10 @@ def test_an_error_of_the_thread_is_raised_by_next_after_the_good_batches(tmp_pat
             loader.next(step)
     assert step >= 1
     loader.close()
-    assert not loader.thread.is_alive()
 
 
-def test_any_error_of_the_thread_is_raised(corpora, monkeypatch):
+@pytest.mark.usefixtures("no_thread_left")
+def test_any_error_in_the_background_is_raised(corpora, monkeypatch):
     monkeypatch.setattr(Loader, "make_batch", lambda self, stage: 1 // 0)
     loader = start(settings(), corpora(numbered([[40] * 9])))
     with pytest.raises(ZeroDivisionError):
@@ -355,14 +368,71 @@ def test_a_row_longer_than_every_shard_is_told(corpora):
         batches(settings(seq_len=128, batch_tokens=128), corpora(numbered([[40, 40], [30, 30]])))
 
 
-def test_close_ends_a_thread_that_waits_for_room(corpora):
-    before = threading.active_count()
+@pytest.mark.usefixtures("no_thread_left")
+@pytest.mark.parametrize("used", [0, 1, 3])
+def test_close_ends_the_threads_whatever_is_ready(corpora, used):
     loader = start(settings(iterations=1000), corpora(numbered([[40] * 20])))
-    loader.next(0)
-    while not loader.ready.full():
-        assert loader.thread.is_alive()
+    for step in range(used):
+        loader.next(step)
     loader.close()
-    assert not loader.thread.is_alive() and threading.active_count() == before
+    assert loader.pending.done()
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_close_while_a_batch_waits_for_its_shard(corpora, monkeypatch):
+    """Nobody asks for that batch any more, and what went wrong with it is not told."""
+    opening, go, corpus = threading.Event(), threading.Event(), corpora(numbered([[40] * 20]))
+
+    def slow(path, vocab_size):
+        opening.set()
+        assert go.wait(timeout=30)
+        raise UserError("damaged")
+    monkeypatch.setattr(train_gpt, "open_shard", slow)
+    loader = start(settings(), corpus)
+    assert opening.wait(timeout=30)
+    closing = threading.Thread(target=loader.close)
+    closing.start()
+    go.set()
+    closing.join(timeout=30)
+    assert not closing.is_alive()
+
+
+def test_a_batch_is_made_once_for_each_step_one_ahead_and_none_past_the_end(corpora, monkeypatch):
+    """While a batch is in use the next one is made, though nobody asks for it; but no further one."""
+    made, original = [], Loader.make_batch
+
+    def spy(self, stage):
+        made.append(stage)
+        return original(self, stage)
+    monkeypatch.setattr(Loader, "make_batch", spy)
+    s = settings(iterations=5)
+    loader = start(s, corpora(numbered([[40] * 20])), step=2)
+    try:
+        for step, count in ((2, 2), (3, 3), (4, 3)):
+            loader.next(step)
+            assert futures.wait([loader.pending], timeout=30).done
+            assert len(made) == count
+    finally:
+        loader.close()
+    assert len(made) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_copies_to_the_gpu_are_those_of_the_cpu_however_far_the_device_lags(corpora):
+    """Each batch has pinned memory of its own until its copy is done, also behind a long queue of products."""
+    corpus, changes = corpora(numbered([[40] * 20])), dict(iterations=40, batch_tokens=512, micro_tokens=128)
+    expected = [batch for batch, _ in batches(settings(**changes), corpus)]
+    loader, found = start(settings(**changes, device="cuda"), corpus), []
+    busy = torch.randn(4096, 4096, device="cuda")
+    try:
+        for step in range(40):
+            for _ in range(5):
+                busy = busy @ busy * 1e-4
+            assert futures.wait([loader.pending], timeout=30).done and loader.pending.result()[0].is_pinned()
+            found.append(loader.next(step)[0])
+    finally:
+        loader.close()
+    assert all(batch.is_cuda and torch.equal(batch.cpu(), e) for batch, e in zip(found, expected, strict=True))
 
 
 # --- validation stream

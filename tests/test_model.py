@@ -241,7 +241,7 @@ def test_softcap_is_a_shifted_tanh():
     model, x = random_model(softcap=(30.0, 0.0, 7.5)), torch.randn(1, 3, 64)
     raw = F.linear(train_gpt.norm(x), model.lm_head)
     torch.testing.assert_close(model.head(x), 15 * torch.tanh(raw / 15) + 15, atol=1e-4, rtol=1e-4)
-    assert torch.equal(random_model(softcap=(0.0,)).head(x), raw)
+    assert torch.equal(random_model(softcap=(0.0, 0.0, 1.0)).head(x), raw)
 
 
 def test_yarn_slows_only_what_turns_less_than_32_times_in_the_window():
@@ -363,7 +363,8 @@ def test_parameter_count_of_record_28():
 @pytest.mark.parametrize("off", [
     dict(smear=False), dict(attn_gate=False), dict(value_embeds=0), dict(value_embeds=2), dict(value_gate=False),
     dict(skip="none"), dict(skip="unet"), dict(backout=False), dict(attention="L-SL"), dict(attention="LPSL"),
-    dict(key_offset=False), dict(xsa=False), dict(bigram=64), dict(softcap=(0.0,)), dict(softcap=(30.0, 0.0, 7.5)),
+    dict(key_offset=False), dict(xsa=False), dict(bigram=64), dict(softcap=(0.0, 0.0, 1.0)),
+    dict(softcap=(30.0, 0.0, 7.5)),
 ], ids=str)
 def test_every_part_can_be_left_out_and_then_changes_the_output(off):
     tokens = torch.randint(VOCAB, (2, 64), generator=torch.Generator().manual_seed(3), dtype=torch.int32)

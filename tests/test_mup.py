@@ -1,5 +1,6 @@
-"""Width transfer (--mup) of train_gpt.py: which axes grow, the factors that follow for each parameter, the initial
-weights, the head's multiplier inside the softcap, Muon's updates. Expected values are written out from the theory."""
+"""Width transfer (--mup) of train_gpt.py: how a rule serves at another width, the rates that follow for each parameter,
+the initial weights, the head's multiplier inside the softcap, Muon's updates. Expected values are written out from the
+theory. That the declared roles are what grows in the models: test_mup_roles.py."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,10 +11,10 @@ import test_kernels
 import torch
 import torch.nn.functional as F
 from helpers import settings
-from test_kernels import CAPS, PLACES, Head, assert_near, error
+from test_kernels import CAPS, NO_CAP, PLACES, Head, assert_near, error
 
 import train_gpt
-from train_gpt import GPT, IGNORE, MuonAdamW, World, cap_logits, width_free
+from train_gpt import GPT, IGNORE, MuonAdamW, Rule, World, cap_logits, parameter_table, trained_rules, transferred
 
 interpreter, where = test_kernels.interpreter, test_kernels.where  # fixtures
 VOCAB, BASE = 64, 32  # the vocabulary is padded to 128
@@ -32,8 +33,9 @@ def standard(s: train_gpt.Settings) -> train_gpt.Settings:
     return dataclasses.replace(s, mup=False, base_width=0, base_head_dim=0, mup_embedding="constant")
 
 
-def shapes(s: train_gpt.Settings, vocab_size: int = VOCAB) -> dict[str, tuple]:
-    return {name: tuple(p.shape) for name, p in GPT(s, vocab_size).named_parameters()}
+def names_of(s: train_gpt.Settings, script=train_gpt) -> list[str]:
+    with torch.device("meta"):
+        return [name for name, _ in script.GPT(s, VOCAB).named_parameters()]
 
 
 def short(name: str) -> str:
@@ -46,68 +48,65 @@ def rates(model: GPT, s: train_gpt.Settings, script=train_gpt) -> dict[str, tupl
     found = {}
     for bank in script.MuonAdamW(model, s, script.World()).banks:
         for name in bank.params:
-            (lr,) = {bank.lr.flatten()[i].item() for i, (slot, _) in enumerate(bank.slots) if slot == name}
+            (lr,) = {bank.lr.flatten()[i].item() for i, (piece, _) in enumerate(bank.pieces) if piece == name}
             found[name] = lr, bank.rule.weight_decay, None if bank.muon else bank.rule.eps
     return found
 
 
-# --- which axes grow
+# --- one rule at another width
+
+ROLES = {  # (role, kind): sizes that grow; powers of m of learning rate, weight decay and epsilon
+    ("hidden", "muon"): ("out in", 0, 0, None), ("hidden", "adamw"): ("out in", -1, 1, -1),
+    ("hidden, out fixed", "muon"): ("in", -0.5, 0.5, None), ("hidden, out fixed", "adamw"): ("in", -1, 1, 0),
+    ("hidden, in fixed", "muon"): ("out", 0.5, -0.5, None), ("hidden, in fixed", "adamw"): ("out", 0, 0, -1),
+    ("input", "adamw"): ("out", 0, 0, -1), ("table", "adamw"): ("out", 0, 0, -1), ("output", "adamw"): ("in", 0, 0, -1),
+    ("fixed", "adamw"): ("", 0, 0, 0),
+}
 
 
-def from_report(s: train_gpt.Settings) -> dict[str, tuple]:
-    """Parameter -> which axes the printed table marks with a star."""
-    rows = [line.split("  ") for line in train_gpt.mup_report(s, VOCAB).splitlines()[2:]]
-    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    return {name.replace("*", "0"): tuple("*" in size for size in shape.split(" x ")) for name, _, shape, *_ in cells}
+def rule(role: str, kind: str, grows: str, m: int) -> Rule:
+    """A rule of the base width 32, at m times of it."""
+    fans = (3 * 32 * m if "out" in grows.split() else 7, 32 * m if "in" in grows.split() else 5)
+    return Rule("name", kind, 0.03, (0.9, 0.95), 0.1, "sharded", role.split(",")[0], fans, 1e-8)
 
 
-def test_all_routes_to_the_shapes_find_the_same_axes():
-    """Model without weights, real model, a checkpoint's tensors, another delta, the report."""
-    s = scaled(128)
-    model = GPT(s, VOCAB)
-    forms = {name: x.form for name, x in model.inf_shapes.items()}
-    base, now = shapes(s.base), shapes(s)
-    saved = {name: tuple(t.shape) for name, t in MuonAdamW(model, s, World()).state_dict()["state"]["master"].items()}
-    double = standard(scaled(64))
-    routes = {"meta": [train_gpt.model_shapes(x, VOCAB) for x in (s.base, double)], "real": [base, shapes(double)],
-              "times 3": [base, shapes(standard(scaled(96)))], "half": [base, shapes(standard(scaled(16)))],
-              "the target itself": [base, now]}
-    for name, (first, second) in routes.items():
-        assert train_gpt.compare_shapes(now, first, second, forms) == model.inf_shapes, name
-    assert saved == now
-    reported = from_report(s)
-    assert reported == {name: model.inf_shapes[name].wide for name in reported}
-    assert len(reported) == len({short(name) for name in now})
-    assert {short(name): x.wide for name, x in model.inf_shapes.items()} == {
-        "qkvo": (False, True, True), "up": (True, True), "down": (True, True), "lm_head": (False, True),
-        **dict.fromkeys(TABLES, (False, True)), "gates": (False, False, True, False), "smear": (False,),
-        "scalars": (False, False)}
-    fans = {short(name): x.fans(x.shape) for name, x in model.inf_shapes.items()}  # out, in
-    assert [fans[name] for name in (*HIDDEN, "gates", "lm_head", "embed.weight", "smear")] == [
-        (128, 128), (512, 128), (128, 512), (8, 12), (128, 128), (128, 128), (1, 1)]
-    assert model.inf_shapes["gates"].growth == (4, 1) and model.inf_shapes["lm_head"].growth == (1, 4)
+@pytest.mark.parametrize("m", [0.5, 2, 4])
+@pytest.mark.parametrize("role, kind", ROLES, ids=str)
+def test_a_rule_serves_at_another_width(role, kind, m):
+    """Muon: sqrt(fan_out / fan_in) of the growths. AdamW: rate by the fan-in, epsilon by the fan-out, and rate * decay
+    stays in both. Output and what does not grow: only epsilon, or nothing."""
+    grows, *powers = ROLES[role, kind]
+    base = rule(role, kind, grows, 1)
+    for embedding in ("constant", "sqrt"):
+        if (role, embedding) == ("table", "sqrt"):
+            powers[:2] = -0.5, 0.5
+        found = transferred(rule(role, kind, grows, m)._replace(lr=9.0, weight_decay=9.0, eps=9.0), base, embedding)
+        for name, power in zip(("lr", "weight_decay", "eps"), powers, strict=True):
+            if power is not None:  # Muon reads no epsilon
+                assert getattr(found, name) == pytest.approx(getattr(base, name) * m**power, rel=1e-12), name
+        assert found.lr * found.weight_decay == pytest.approx(base.lr * base.weight_decay, rel=1e-12)
+        same = {name: getattr(base, name) for name in ("pattern", "kind", "betas", "comm", "role")}
+        assert same == {name: getattr(found, name) for name in same}
 
 
-def test_a_delta_equal_to_the_base_finds_no_axis_and_refuses_another_width():
+@pytest.mark.parametrize("embedding", ["constant", "sqrt"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_at_the_base_width_all_rules_are_unchanged_to_the_bit(optimizer, embedding):
+    s = scaled(BASE, hidden_optimizer=optimizer, mup_embedding=embedding)
+    table, names = parameter_table(s), names_of(s)
+    assert [transferred(row, row, embedding) for row in table] == table == parameter_table(standard(s))
+    assert trained_rules(s, names) == train_gpt.match_rules(table, names)
+    assert {row.role for row in table} == {"hidden", "input", "output", "fixed", "table"}
+
+
+def test_the_rates_are_those_of_the_base_width_whatever_the_table_says_at_this_one():
+    """Without --mup they are the table's."""
     s = scaled(64)
-    forms = {name: x.form for name, x in GPT(s, VOCAB).inf_shapes.items()}
-    base = shapes(s.base)
-    found = train_gpt.compare_shapes(base, base, base, forms)
-    assert not any(any(x.wide) for x in found.values()) and {x.role for x in found.values()} == {"fixed"}
-    with pytest.raises(AssertionError, match="an axis that does not grow"):
-        train_gpt.compare_shapes(shapes(s), base, base, forms)
-
-
-@pytest.mark.parametrize("change, name", [({"num_layers": 3, "attention": "LLL"}, "gates"), ({"bigram": 51}, "bigram"),
-                                          ({}, "lm_head")], ids=str)
-def test_a_finite_axis_that_differs_is_an_error(change, name):
-    """Layers, rows of a table, the vocabulary: only the width may differ."""
-    base, delta = (shapes(standard(scaled(width))) for width in (32, 64))
-    now = shapes(scaled(128, **change), vocab_size=VOCAB if change else 200)
-    forms = {name: x.form for name, x in GPT(scaled(64), VOCAB).inf_shapes.items()}
-    kept = {key: value for key, value in now.items() if key in base}
-    with pytest.raises(AssertionError, match=rf"^{name}.* differs from .* does not grow"):
-        train_gpt.compare_shapes(kept, base, delta, forms)
+    names = names_of(s)
+    assert trained_rules(standard(s), names) == train_gpt.match_rules(parameter_table(standard(s)), names)
+    found, base = trained_rules(s, names), train_gpt.match_rules(parameter_table(s.base), names)
+    assert all(found[name].lr == base[name].lr for name in names)
+    assert (s.base.width, s.base.head_dim, s.base.mup) == (BASE, 16, False)
 
 
 @pytest.mark.parametrize("width, base", [(384, 128), (384, 384), (768, 384), (128, 384)])
@@ -116,23 +115,25 @@ def test_a_finite_dimension_that_equals_a_width_is_not_mistaken_for_one_that_gro
     s = scaled(width, base_width=base, bigram=384, value_embeds=0)
     with torch.device("meta"):
         model = GPT(s, 384)
-    found = model.inf_shapes
-    assert found["embed.weight"].shape == (384, width)
-    assert all(found[name].wide == (False, True) for name in ("embed.weight", "bigram.weight", "lm_head"))
-    assert model.scaling["lm_head"].multiplier == base / width and model.scaling["embed.weight"].lr == 1
+    assert model.embed.weight.shape == (384, width) == model.bigram.weight.shape == model.lm_head.shape
+    rules = trained_rules(s, [name for name, _ in model.named_parameters()])
+    for name, lr in (("embed.weight", 0.15), ("bigram.weight", 0.15), ("lm_head", 0.002)):
+        assert rules[name].lr == lr and rules[name].eps == pytest.approx(1e-8 * base / width), name
+    assert model.cap == pytest.approx((23.0, 5.0 * width / base, 7.5 * width / base), rel=1e-15)
 
 
 def test_without_mup_nothing_grows():
-    model = GPT(standard(scaled(64)), VOCAB)
-    assert not any(any(x.wide) for x in model.inf_shapes.values())
-    assert all(f[1:6] == (1,) * 5 for f in model.scaling.values())
+    s = standard(scaled(64))
+    model = GPT(s, VOCAB)
+    assert s.growth == 1 and s.base is s and model.cap == s.softcap
+    assert trained_rules(s, names_of(s)) == train_gpt.match_rules(parameter_table(s), names_of(s))
 
 
 # --- the factors
 
 
 def theory(m: float, optimizer: str, tables: str) -> dict[str, dict[str, float]]:
-    """What differs from 1 in lr, multiplier, decay, eps and fp8 of each parameter; m: width / base width.
+    """What differs from 1 in lr, multiplier, decay and eps of each parameter; m: width / base width.
 
     Hidden matrices: Muon's update has spectral norm 1, and their aspect ratio stays. AdamW's entries of size 1 add up
     over a fan-in of m: rate / m, at the same rate * decay. Whatever has a gradient by the width (it shrinks with 1 / m)
@@ -140,7 +141,7 @@ def theory(m: float, optimizer: str, tables: str) -> dict[str, dict[str, float]]
     hidden = {} if optimizer == "muon" else dict(lr=1 / m, decay=m, eps=1 / m)
     table = dict(eps=1 / m) | (dict(lr=m**-0.5, decay=m**0.5) if tables == "sqrt" else {})
     return {**dict.fromkeys(HIDDEN, hidden), **dict.fromkeys(TABLES, table), "gates": dict(eps=1 / m), "smear": {},
-            "scalars": {}, "lm_head": dict(multiplier=1 / m, eps=1 / m, fp8=1 / m)}
+            "scalars": {}, "lm_head": dict(multiplier=1 / m, eps=1 / m)}
 
 
 BASE_RATES = {  # learning rate and weight decay at the base width
@@ -158,10 +159,11 @@ def test_factors_and_rates_are_those_of_the_theory(m, optimizer, tables):
     s = scaled(int(m * BASE), hidden_optimizer=optimizer, mup_embedding=tables)
     model = GPT(s, VOCAB)
     expected, base_rates = theory(m, optimizer, tables), BASE_RATES[optimizer] | BASE_RATES["all"]
-    assert {short(name) for name in model.scaling} == expected.keys() == base_rates.keys()
-    for name, (lr, decay, eps) in rates(model, s).items():
-        f, wanted = model.scaling[name], dict(lr=1, multiplier=1, decay=1, eps=1, fp8=1) | expected[short(name)]
-        assert {key: getattr(f, key) for key in wanted} == pytest.approx(wanted), name
+    found = rates(model, s)
+    assert {short(name) for name in found} == expected.keys() == base_rates.keys()
+    assert 1 / s.growth == expected["lm_head"]["multiplier"]
+    for name, (lr, decay, eps) in found.items():
+        wanted = dict(lr=1, decay=1, eps=1) | expected[short(name)]
         first, decayed = base_rates[short(name)]
         assert lr == pytest.approx(first * wanted["lr"]) and decay == pytest.approx(decayed * wanted["decay"]), name
         assert eps is None or eps == pytest.approx(1e-8 * wanted["eps"]), name
@@ -189,20 +191,16 @@ def test_a_step_of_adamw_has_the_scaled_rate_and_epsilon(optimizer):
 
 def test_factors_of_epsilon_below_the_base_width():
     """The inverse of those above it."""
-    scaling = GPT(scaled(BASE // 2), VOCAB).scaling
-    assert {short(name): f.eps for name, f in scaling.items() if f.eps != 1} == dict.fromkeys(
-        (*TABLES, "gates", "lm_head"), 2)
+    s = scaled(BASE // 2)
+    found = {short(name): eps for name, (_, _, eps) in rates(GPT(s, VOCAB), s).items() if eps not in (None, 1e-8)}
+    assert found == dict.fromkeys((*TABLES, "gates", "lm_head"), 2e-8)
 
 
-@pytest.mark.parametrize("softcap", [(23.0, 5.0, 7.5), (30.0, 0.0, 7.5), (0.0,)], ids=str)
+@pytest.mark.parametrize("softcap", [(23.0, 5.0, 7.5), (30.0, 0.0, 7.5), (0.0, 0.0, 1.0)], ids=str)
 def test_the_heads_multiplier_is_in_the_cap(softcap):
     for m in (1, 2, 4):
-        model = GPT(scaled(m * BASE, softcap=softcap), VOCAB)
-        if m == 1:
-            assert model.cap == (softcap if softcap[0] else None)
-        else:
-            a, b, c = softcap if softcap[0] else (0.0, 0.0, 1.0)
-            assert model.cap == (a, b * m, c * m)
+        a, b, c = softcap
+        assert GPT(scaled(m * BASE, softcap=softcap), VOCAB).cap == (a, b * m, c * m)
 
 
 @pytest.mark.parametrize("width, head_dim", [(32, 16), (64, 16), (64, 32), (32, 8)])
@@ -210,14 +208,15 @@ def test_attention_scale_goes_with_one_over_head_dim(width, head_dim):
     """From the base's, which has the root, or is given."""
     for given, base in ((0.0, 1.36 / 4), (0.2, 0.2)):
         s = scaled(width, head_dim=head_dim, attn_scale=given)
-        assert s.scale == base * (16 / head_dim) == GPT(s, VOCAB).blocks[0].attn.scale
-    assert standard(s).scale == 0.2 and dataclasses.replace(standard(s), attn_scale=0.0).scale == 1.36 / head_dim**0.5
+        assert s.softmax_scale == base * (16 / head_dim) == GPT(s, VOCAB).blocks[0].attn.scale
+    plain = dataclasses.replace(standard(s), attn_scale=0.0)
+    assert standard(s).softmax_scale == 0.2 and plain.softmax_scale == 1.36 / head_dim**0.5
 
 
 def test_gates_follow_the_number_of_heads_not_the_width():
     """Heads that grow in size while their number stays: a gate's gradient is that of as large a share of the stream."""
-    gates = GPT(scaled(64, head_dim=32), VOCAB)
-    assert gates.inf_shapes["gates"].growth == (1, 1) and gates.scaling["gates"].eps == 1
+    same, twice = (trained_rules(scaled(64, head_dim=size), ["gates"])["gates"] for size in (32, 16))
+    assert same.eps == 1e-8 and twice.eps == 5e-9
 
 
 # --- initial weights
@@ -226,7 +225,7 @@ STDS = {"embed.weight": 1.0, "value_embeds.0.weight": 1.0}  # of tables, at ever
 
 
 @pytest.mark.parametrize("m", [1, 2, 4])
-def test_reported_std_is_that_of_the_weights(m):
+def test_std_of_the_initial_weights(m):
     """Tables keep theirs, hidden matrices have 0.5 / sqrt(fan_in), the rest starts at zero."""
     model = GPT(scaled(m * BASE), VOCAB)
     expected = STDS | dict.fromkeys(("qkvo", "up"), 0.5 / math.sqrt(m * BASE))
@@ -234,7 +233,6 @@ def test_reported_std_is_that_of_the_weights(m):
         if name == "scalars":
             continue
         wanted, weights = expected.get(short(name), 0.0), p.detach()[p.detach() != 0]
-        assert model.scaling[name].std == pytest.approx(wanted), name
         assert len(weights) == {0.0: 0}.get(wanted, 0.75 * p.numel() if "qkvo" in name else p.numel()), name
         assert not len(weights) or weights.std().item() == pytest.approx(wanted, rel=0.05), name
 
@@ -270,24 +268,30 @@ def test_exactly_the_expected_rates_differ_from_the_standard_parametrization(opt
 # --- the head's multiplier inside the cap
 
 
+def folded(cap: tuple, m: float) -> tuple:
+    """The cap of a model that is m times as wide as its base."""
+    with torch.device("meta"):
+        return GPT(scaled(int(m * BASE), softcap=cap), VOCAB).cap
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("m", [1, 2, 3, 8, 0.5])
 @pytest.mark.parametrize("cap", CAPS, ids=str)
 def test_the_cap_of_a_product_is_the_cap_of_the_multiplied_product(cap, m, dtype):
     z = (torch.randn(400, dtype=dtype) * 20).requires_grad_()
     incoming = torch.randn(400, dtype=dtype)
-    found = cap_logits(z, width_free(cap, 1 / m))
-    expected = z / m if cap is None else cap[0] / (1 + torch.exp(-(z / m + cap[1]) / cap[2]))
+    found = cap_logits(z, folded(cap, m))
+    expected = z / m if cap == NO_CAP else cap[0] / (1 + torch.exp(-(z / m + cap[1]) / cap[2]))
+    assert m != 1 or folded(cap, 1) == cap
     tolerance = dict(rtol=2e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found, expected, **tolerance)
     torch.testing.assert_close(*(torch.autograd.grad(y, z, incoming)[0] for y in (found, expected)), **tolerance)
-    assert m != 1 or width_free(cap, 1.0) is cap
 
 
 def explicit(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap, m: float) -> torch.Tensor:
     """Summed cross-entropies of cap(logits / m) in fp64, (K,)."""
     z = (x.double() @ weight.double().T) / m
-    z = z if cap is None else cap[0] / (1 + torch.exp(-(z + cap[1]) / cap[2]))
+    z = z if cap == NO_CAP else cap[0] / (1 + torch.exp(-(z + cap[1]) / cap[2]))
     return torch.stack([F.cross_entropy(z, t.long(), reduction="sum", ignore_index=IGNORE) for t in targets])
 
 
@@ -297,11 +301,11 @@ INCOMING = (1.0, 0.5, 0.25)
 def compare_head(place: test_kernels.Where, cap, m: float, kernel: bool, fused: bool):
     """head_losses with the folded multiplier, or its fused operator, against the explicit form."""
     x, weight, targets = place.random(75, 40), place.random(300, 40, std=0.3 * m), place.targets(3, 75, 300)
-    folded, incoming = width_free(cap, 1 / m), torch.tensor(INCOMING, device=place.device)
+    wide, incoming = folded(cap, m), torch.tensor(INCOMING, device=place.device)
     if fused:
-        found = train_gpt.fused_head(x, weight, x.detach(), weight.detach(), targets, list(folded or ()), kernel)[0]
+        found = train_gpt.fused_head(x, weight, x.detach(), weight.detach(), targets, list(wide), kernel)[0]
     else:
-        found = train_gpt.head_losses(x, weight, targets, folded, kernel, fp8=False)[0]
+        found = train_gpt.head_losses(x, weight, targets, wide, kernel, fp8=False)[0]
     expected = explicit(x, weight, targets, cap, m)
     gradients, wanted = (torch.autograd.grad(y, (x, weight), incoming.type_as(y)) for y in (found, expected))
     for a, b in zip((found.detach(), *gradients), (expected.detach(), *wanted), strict=True):
@@ -350,7 +354,7 @@ def test_fp8_gradients_are_those_of_the_base_to_the_bit(cap, kernel, monkeypatch
     monkeypatch.setattr(train_gpt, "logit_gradient", spy)
     for m in (1, 8):
         head = fp8_head(m)
-        results[m], clipped = head.results(width_free(cap, 1 / m), kernel, fp8=True)
+        results[m], clipped = head.results(folded(cap, m), kernel, fp8=True)
         expected = explicit(head.x, head.weight, head.targets, cap, m)
         wanted = torch.autograd.grad(expected, (head.x, head.weight), expected.new_tensor(INCOMING))
         assert clipped == 0 and error(results[m][0], expected.detach()) < 0.01
@@ -377,10 +381,10 @@ def effects(s: train_gpt.Settings, script=train_gpt) -> dict[str, float]:
     if script is not train_gpt:
         optimizer.balance.sums += 1  # all experts have seen tokens
     optimizer.step(1.0, 0.9)
-    found = {}
+    found, fans = {}, script.match_rules(script.parameter_table(s), list(before))
     for bank in (bank for bank in optimizer.banks if bank.muon):
         for name, p in bank.params.items():
-            fan_out, fan_in = model.inf_shapes[name].fans(p.shape)
+            fan_out, fan_in = fans[name].fans
             change = (p.detach() - before[name]).flatten(0, -3) if p.dim() > 2 else (p.detach() - before[name])[None]
             sizes = change.square().sum((-1, -2)).div(min(p.shape[-2:])).sqrt() * math.sqrt(fan_in / fan_out)
             assert sizes.max() / sizes.min() < 1.1  # of the matrices of a bank

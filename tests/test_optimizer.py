@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import CPU
 from ranks import (
     ROWS,
     SEQ_LEN,
@@ -26,7 +27,7 @@ VARIANTS = {
     "no skips": {"skip": "none"}, "one skip": {"skip": "single"}, "no attention gate": {"attn_gate": False},
     "no gates at all": {"attn_gate": False, "value_embeds": 0}, "one layer": {"num_layers": 1, "value_embeds": 0},
     "no attention in the middle": {"attention": "L-S"}, "attention in one layer of a value table": {"attention": "L--"},
-    "no softcap": {"softcap": (0.0,)}, "no NorMuon": {"muon_beta2": 0.0},
+    "no softcap": {"softcap": (0.0, 0.0, 1.0)}, "no NorMuon": {"muon_beta2": 0.0},
 }
 
 
@@ -299,7 +300,7 @@ def test_every_parameter_has_one_rule_and_a_gradient(variant):
 @pytest.mark.parametrize("attention,value_embeds", [("---", 0), ("---", 1), ("-S-", 1)])
 def test_attention_that_leaves_parameters_unused_is_refused_or_trains(attention, value_embeds):
     s = settings(attention=attention, value_embeds=value_embeds)
-    if not tg.shape_errors(s, 1):
+    if not tg.hyperparameter_errors(s, {}, CPU, 1):
         train(*build(s), range(1))
 
 
@@ -424,7 +425,7 @@ def test_reset_clears_moments_and_keeps_weights():
 
 
 def test_rate_of_zero_changes_no_weight():
-    """What the warm-up of the trainer relies on."""
+    """What warm_up relies on."""
     model, optimizer = build(settings(adam_weight_decay=0.1))
     weights = parameters(model)
     backward(model, optimizer, random_batch(0))

@@ -9,7 +9,20 @@ import torch
 from helpers import CPU, H100, SCRIPT, parse, script, settings, tiny
 
 import train_gpt
-from train_gpt import PRESETS, Settings, Stage, UserError, build_parser, help_texts, parse_settings, stage_table
+from train_gpt import (
+    PRESETS,
+    Hyperparameters,
+    RunSettings,
+    Settings,
+    Stage,
+    UserError,
+    bracket,
+    build_parser,
+    dashed,
+    help_texts,
+    parse_settings,
+    stage_table,
+)
 
 FIELDS = dataclasses.fields(Settings)
 V100 = H100._replace(name="Tesla V100-SXM2-16GB", memory_gib=15.8, bf16=False, why="compute capability 7.0 < 8.0")
@@ -24,7 +37,7 @@ def problems(*argv: str, world_size: int = 1) -> str:
 
 def given(*argv: str) -> dict:
     """The fields that a command line sets."""
-    return vars(build_parser().parse_args(argv))
+    return vars(build_parser().parse_args(dashed(list(argv))))
 
 
 # --- import and help
@@ -66,15 +79,16 @@ def test_every_field_has_a_comment_of_words():
     texts = help_texts()
     assert list(texts) == [field.name for field in FIELDS]
     for name, text in texts.items():
-        assert len(re.findall(r"[a-z]{2,}", re.sub(r"\[\S+\]$", "", text))) >= 2, f"{name}: {text!r} says nothing"
+        assert len(re.findall(r"[a-z]{2,}", re.sub(r"\[[^\]]+\]$", "", text))) >= 2, f"{name}: {text!r} says nothing"
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
-def test_help_lists_each_field_in_both_spellings_with_comment_and_default(field):
+def test_help_lists_each_field_with_comment_and_default(field):
     shown = "".join(build_parser().format_help().split())  # lines are wrapped, at hyphens too
     default = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-    assert f"--{field.name}" in shown and f"--{field.name.replace('_', '-')}" in shown
-    assert "".join(f"{help_texts()[field.name]} (default: {default})".split()) in shown
+    presets = f" [auto|{'|'.join(PRESETS)}]" if field.name == "preset" else ""
+    assert f"--{field.name.replace('_', '-')}" in shown
+    assert "".join(f"{help_texts()[field.name]}{presets} (default: {default})".split()) in shown
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
@@ -85,7 +99,13 @@ def test_both_spellings_set_the_field(field):
         if field.type == "bool":
             assert given(f"--{name}") == {field.name: True} and given(f"--no-{name}") == {field.name: False}
         else:
-            assert given(f"--{name}", kinds[field.type]) == {field.name: expected[field.type]}
+            value, read = kinds[field.type], {field.name: expected[field.type]}
+            assert given(f"--{name}", value) == read == given(f"--{name}={value}")
+
+
+@pytest.mark.parametrize("value", ["a_b", "logs_of/a_run", "--no_word", "-x_y"])
+def test_underscores_of_values_stay(value):
+    assert given(f"--experiment_name={value}", "--log_dir", "log_s") == {"experiment_name": value, "log_dir": "log_s"}
 
 
 @pytest.mark.parametrize("flag", ["--no_compile", "--no_save_last", "--no_attn_gate"])
@@ -96,6 +116,102 @@ def test_switches_are_turned_off_with_underscores_too(flag):
 def test_resume_without_a_value_is_latest():
     assert given("--resume", "--seed", "1") == {"resume": "latest", "seed": 1}
     assert given("--resume", "logs/x/1") == {"resume": "logs/x/1"}
+
+
+# --- comments of the fields
+
+RANGE = re.compile(r">=?0|0\.\.1|\w+(\|\w+)+")
+WITH = re.compile(r"with (\w+)(?: ([\w|]+))?")
+FREE_TEXT = {"preset", "experiment_name", "log_dir", "resume", "data", "attention", "kernels"}
+
+
+def defaults_of(name: str) -> tuple:
+    value = getattr(Settings, name)
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+def test_a_bracket_holds_a_range_then_stages_and_conditions(field):
+    """Numbers and choices have a range; whatever else a bracket says is understood by the program, in all parts."""
+    first, *rest = bracket(field.name) or [""]
+    if field.type == "bool":
+        rest = [first, *rest] if first else []
+    elif field.name not in FREE_TEXT:
+        assert RANGE.fullmatch(first), f"{field.name}: {first!r} is no range"
+    for part in rest:
+        condition = WITH.fullmatch(part)
+        assert part == "per stage" or condition, f"{field.name}: {part!r}"
+        if condition:
+            other, *values = (word for word in condition.groups() if word)
+            assert isinstance(getattr(Settings, other), bool) or set(values[0].split("|")) <= set(
+                bracket(other)[0].split("|"))
+    assert ("per stage" in rest) == (field.type in ("ints", "floats") and field.name not in ("stage_ends", "softcap"))
+
+
+def test_a_value_outside_the_range_is_refused_for_every_field_that_has_one():
+    """And one of the wrong kind where words are listed; the defaults are all inside."""
+    outside = {">0": 0, ">=0": -1, "0..1": 1.5}
+    ranged = [field.name for field in FIELDS if field.type != "bool" and field.name not in FREE_TEXT]
+    assert not train_gpt.field_errors(dataclasses.replace(Settings(), preset="cpu"))
+    for name in ranged:
+        spec = bracket(name)[0]
+        wrong = outside.get(spec, "nothing of it")
+        value = (*defaults_of(name), wrong) if isinstance(getattr(Settings, name), tuple) else wrong
+        (told,) = train_gpt.field_errors(dataclasses.replace(Settings(), preset="cpu", **{name: value}))
+        assert told == f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}"
+
+
+def test_what_is_computed_and_how_it_runs_have_no_setting_in_common():
+    kinds = [{field.name for field in dataclasses.fields(kind)} for kind in (Hyperparameters, RunSettings)]
+    assert not kinds[0] & kinds[1] and kinds[0] | kinds[1] == {field.name for field in FIELDS}
+
+
+# --- what a resumed run must have in common with its checkpoint
+
+
+def other_value(name: str):
+    """A value that differs from the default, whether allowed or not."""
+    value = getattr(Settings, name)
+    if isinstance(value, bool):
+        return not value
+    return value + "x" if isinstance(value, str) else (*value, 1) if isinstance(value, tuple) else value + 1
+
+
+def resumed(name: str, fingerprint: str = "same"):
+    """What the check says where this setting of the checkpoint's run differs; its files are JSON."""
+    then = dataclasses.replace(Settings(), **{name: other_value(name)}) if name else Settings()
+    meta = {"settings": dataclasses.asdict(then), "data": {"fingerprint": fingerprint}}
+    train_gpt.check_resumable(Settings(), "same", SCRIPT, json.loads(json.dumps(meta)))
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Hyperparameters)])
+def test_a_resumed_run_must_have_the_same_hyperparameters(name):
+    with pytest.raises(UserError) as refused:
+        resumed(name)
+    head, line = str(refused.value).splitlines()
+    assert str(SCRIPT) in head and "start without --resume" in head
+    then, now = (json.loads(json.dumps(value)) for value in (other_value(name), getattr(Settings, name)))
+    assert line.strip() == f"{name}: {then} in the checkpoint, {now} now"
+
+
+@pytest.mark.parametrize("name", ["", *(field.name for field in dataclasses.fields(RunSettings))])
+def test_a_resumed_run_may_run_otherwise(name):
+    resumed(name)
+
+
+def test_a_resumed_run_must_have_the_same_data():
+    with pytest.raises(UserError, match="data_fingerprint: other in the checkpoint, same now"):
+        resumed("", fingerprint="other")
+
+
+def test_checkpoints_of_before_a_setting_was_there_or_left_are_told_by_name():
+    """A new hyperparameter is missing in them; one that left, or a new run setting, is not asked for."""
+    settings_then = dataclasses.asdict(Settings()) | {"hellaswag_every": 3}
+    del settings_then["xsa"], settings_then["keep"]
+    with pytest.raises(UserError) as refused:
+        train_gpt.check_resumable(Settings(), "same", SCRIPT, json.loads(json.dumps(
+            {"settings": settings_then, "data": {"fingerprint": "same"}})))
+    assert [line.strip() for line in str(refused.value).splitlines()[1:]] == ["xsa: None in the checkpoint, True now"]
 
 
 # --- flags that are wrong
@@ -146,6 +262,11 @@ def test_unknown_flag_or_wrong_type_is_one_sentence_and_exit_code_2(argv, words,
     (["--batch-tokens", "8000"], "--batch_tokens 8000 must be a multiple of --seq_len 256"),
     (["--micro-tokens", "255"], "--micro_tokens 255 is less than one row of --seq_len 256 tokens"),
     (["--backend", "flex"], "--backend flex trains only compiled and on a CUDA device"),
+    (["--softcap", "0"], "--softcap (0.0,): three numbers a,b,c, a and c above 0; 0,0,1 is no cap"),
+    (["--softcap", "30,0,0"], "--softcap (30.0, 0.0, 0.0): three numbers a,b,c"),
+    (["--softcap", "0,5,7.5"], "--softcap (0.0, 5.0, 7.5): three numbers a,b,c"),  # neither a cap nor none
+    (["--seq-len", "250", "--batch-tokens", "5000", "--fp8-mlp"], "--seq_len 250: FP8 products need a multiple of 16"),
+    (["--width", "200", "--head-dim", "40", "--fp8-head", "on"], "--width 200: FP8 products need a multiple of 16"),
 ])
 def test_a_setting_that_cannot_work_is_named_with_what_is_allowed(argv, said):
     told = problems(*argv)
@@ -157,6 +278,8 @@ def test_a_setting_that_cannot_work_is_named_with_what_is_allowed(argv, said):
     (["--width", "100", "--value-embeds", "3", "--warmup-steps", "999", "--batch-tokens", "8000"],
      ["--width 100", "--value_embeds 3", "--warmup_steps 999", "--batch_tokens 8000"]),
     (["--window", "1,2", "--seq-len", "1,2"], ["--window has 2", "--seq_len has 2"]),
+    (["--backend", "flex", "--value-embeds", "3"], ["--backend flex", "--value_embeds 3"]),  # machine and model
+    (["--keep", "0", "--kernels", "gramm"], ["--keep 0", "--kernels gramm: gramm is none", "--kernels gramm needs"]),
 ])
 def test_all_problems_are_told_at_once(argv, said):
     told = problems(*argv)
@@ -258,8 +381,33 @@ def test_the_choices_and_the_derived_numbers_are_printed(tmp_path, capsys):
     """Preset left to `auto`: on a CPU without a CUDA device it says so."""
     assert train_gpt.main(tiny(tmp_path, iterations=1)) == 0
     out = capsys.readouterr().out
-    for line in ("preset cpu: no CUDA device", "device cpu: ", "dtype fp32: asked for", "attention sdpa, not compiled"):
-        assert line in out
+    for line in ("preset cpu: no CUDA device", "backend sdpa: the fastest here", "attention LL: for 2 layers"):
+        assert f"{line}\n" in out
+    assert "dtype fp32:" not in out and "device cpu:" not in out, "asked for: nothing was chosen"
+
+
+@pytest.mark.parametrize("argv, hardware", [
+    ([], CPU), ([], H100), (["--mup", "--width", "384"], CPU), (["--dtype", "fp32", "--backend", "sdpa"], H100),
+], ids=str)
+def test_there_is_one_note_for_each_automatic_choice(argv, hardware, monkeypatch):
+    """`name value: reason` for what the command line and the preset leave open, with the value that is taken."""
+    monkeypatch.setattr(train_gpt, "detect_hardware", lambda device: hardware)
+    s, _, (first, *notes) = parse_settings(argv, 1)
+    assert re.fullmatch(rf"preset {s.preset}: .+", first)
+    open_ones = {**dataclasses.asdict(Settings()), **PRESETS[s.preset], **given(*argv)}
+    told = [re.fullmatch(r"(\w+) (\S+): (.+)", note).groups() for note in notes]
+    names = [name for name, _, _ in told]
+    assert len(set(names)) == len(names) and all(str(getattr(s, name)) == value for name, value, _ in told)
+    chosen = {name for name, value in open_ones.items() if value == "auto" and name != "preset"} | {"eval_seq_len"}
+    assert set(names) == chosen | ({"base_width", "base_head_dim"} if s.mup else set())
+
+
+def test_automatic_numbers_stay_numbers(monkeypatch):
+    """config.json and the checkpoints hold them."""
+    for argv in ([], ["--mup"]):
+        s = parse("--preset", "cpu", *argv, monkeypatch=monkeypatch)
+        wrong = {f.name: getattr(s, f.name) for f in FIELDS if f.type == "int" and type(getattr(s, f.name)) is not int}
+        assert not wrong
 
 
 # --- stages and schedules

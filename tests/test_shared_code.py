@@ -3,6 +3,8 @@
     python tests/test_shared_code.py             # lists the faults
     python tests/test_shared_code.py --write     # replaces drifted copies by the original, removes superfluous marks
 
+The blocks KERNELS and SERVICE of train_gpt.py are byte for byte those of train_moe.py. All else goes by name:
+
 Each script trains alone and imports none of the others. What is compared are the top-level functions, classes and
 ALL_CAPS constants, with the comment directly above; the origin of a name is the first of SCRIPTS that has it. On the
 line directly above a copy that must differ stands `# differs from train_gpt.py: <reason>`. A class with this mark may
@@ -10,6 +12,7 @@ differ in header, docstring and members of its own; the other methods and fields
 """
 import ast
 import difflib
+import hashlib
 import io
 import re
 import sys
@@ -18,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from test_shape import part_spans
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_gpt.py", "train_moe.py", "train_baseline.py", "train_grokking.py")
+BLOCKS = ("KERNELS", "SERVICE")  # that are one text in the first two scripts
 MARK = re.compile(r"\s*# differs from (\w+\.py|train_\w+)(?::(.*))?")
-HEADING = re.compile(r"\s*# (┌|│|└|---)")
+HEADING = re.compile(r"\s*# (┌|│|└|╔|║|╚|═|---)")
 CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*(, _?[A-Z][A-Z0-9_]*)*")
 DIFF_LINES = 12  # most lines of a difference that are shown
 
@@ -76,6 +81,7 @@ class Script:
     def __init__(self, path: Path):
         self.file, text = path.name, path.read_bytes().decode()
         self.tree, self.lines, self.units = ast.parse(text, path), text.split("\n"), {}
+        self.blocks = {name: span for name, span in part_spans(text).items() if name in BLOCKS}
         comments = {n: self.lines[n - 1] for n in comment_lines(text)}
         self.marks = {n: mark for n, line in comments.items() if (mark := MARK.match(line))}
         self.comments = {n for n, line in comments.items() if n not in self.marks and not HEADING.match(line)}
@@ -102,6 +108,15 @@ class Script:
     def compared(self) -> list[Unit]:
         return [unit for unit in self.units.values() if not unit.parent or self.units[unit.parent].mark]
 
+    def block_lines(self, name: str) -> list[str]:
+        first, last = self.blocks[name]
+        return self.lines[first - 1:last]
+
+    def unit_at(self, line: int) -> str:
+        """The function, class or constant of a line, or its number."""
+        names = [unit.name for unit in self.units.values() if not unit.parent and unit.first <= line <= unit.last]
+        return names[0] if names else f"line {line}"
+
     def import_faults(self, stems: set[str]) -> list[Fault]:
         nodes = [node for node in ast.walk(self.tree) if isinstance(node, ast.Import | ast.ImportFrom)]
         found = {(n.lineno, getattr(n, "module", None) or alias.name) for n in nodes for alias in n.names}
@@ -113,6 +128,30 @@ class Script:
         text = ("this mark is above nothing that is compared: it belongs directly above a function, class or constant, "
                 "or above a member of a class that has a mark, too")
         return [Fault(self.file, n, text) for n in self.marks if n not in used]
+
+
+def block_fault(script: Script, name: str, origin: Script) -> Fault | None:
+    """A block's difference from that of the origin, by hash: what differs first; --write copies the block."""
+    there, here = origin.block_lines(name), script.block_lines(name)
+    hashes = [hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12] for lines in (there, here)]
+    if hashes[0] == hashes[1]:
+        return None
+    same = next((i for i, (one, other) in enumerate(zip(there, here, strict=False)) if one != other),
+                min(len(there), len(here)))
+    (first, last), at = script.blocks[name], script.blocks[name][0] + same
+    unit = script.unit_at(at) if same < len(here) else origin.unit_at(origin.blocks[name][0] + same)
+    shown = [f"{sign}{lines[same]}" for sign, lines in (("-", there), ("+", here)) if same < len(lines)]
+    text = (f"block {name} is not that of {origin.file} (sha256 {hashes[0]} there, {hashes[1]} here), first in {unit}: "
+            "python tests/test_shared_code.py --write copies it\n    ") + "\n    ".join(shown)
+    return Fault(script.file, min(at, last), text, (first, last, there))
+
+
+def block_faults(script: Script, origin: Script) -> list[Fault]:
+    """Faults of the blocks that the first script has, in the second."""
+    missing = [name for name in origin.blocks if name not in script.blocks]
+    faults = [block_fault(script, name, origin) for name in origin.blocks if name in script.blocks]
+    text = "has no block {}: copy the part of " + origin.file + " with its box of comment lines"
+    return [Fault(script.file, len(script.lines), text.format(name)) for name in missing] + [*filter(None, faults)]
 
 
 def drift(script: Script, unit: Unit, origin: Unit) -> Fault:
@@ -149,9 +188,15 @@ def read_scripts(root: Path) -> list[Script]:
 def find_faults(root: Path) -> list[Fault]:
     """All faults, in the order of files and lines."""
     stems, origins, faults = {path.stem for path in root.glob("*.py")}, {}, []
-    for script in read_scripts(root):
-        units = [unit_fault(script, unit, origins.get(unit.name)) for unit in script.compared()]
+    scripts = {script.file: script for script in read_scripts(root)}
+    gpt = scripts.get(SCRIPTS[0])
+    for script in scripts.values():
+        twin = gpt is not None and script.file == SCRIPTS[1]
+        whole = [script.blocks[name] for name in script.blocks if twin and name in gpt.blocks]  # not unit by unit
+        units = [unit_fault(script, unit, origins.get(unit.name)) for unit in script.compared()
+                 if not any(first <= unit.start <= last for first, last in whole)]
         found = [*script.import_faults(stems), *script.stray_marks(), *filter(None, units)]
+        found += block_faults(script, gpt) if twin else []
         faults += sorted(found, key=lambda fault: fault.line)
         origins = script.units | origins
     return faults
@@ -190,6 +235,7 @@ def test_the_scripts_share_their_code():
     assert gpt.file == "train_gpt.py" and len([unit for unit in gpt.units.values() if not unit.parent]) > 100
     assert not faults, "\n".join(["python tests/test_shared_code.py --write repairs drift:", *map(str, faults)])
     for moe in [script for script in others if script.file == "train_moe.py"]:
+        assert set(BLOCKS) == gpt.blocks.keys() == moe.blocks.keys()
         common = [(unit, moe.units[name]) for name, unit in gpt.units.items() if name in moe.units and not unit.parent]
         assert len([unit for unit, copy in common if unit.lines == copy.lines]) > 50
 
@@ -204,8 +250,16 @@ def test_every_unit_of_the_real_script_is_guarded(tmp_path):
     for unit in units:
         lines[unit.last - 1] += "  # other"
     (tmp_path / "train_moe.py").write_bytes("\n".join(lines).encode())
-    assert [fault.line for fault in find_faults(tmp_path)] == [unit.start for unit in units]
-    assert len(repair(tmp_path)) == len(units)
+    inside = {unit.name: name for unit in units for name, (first, last) in script.blocks.items()
+              if first <= unit.start <= last}
+    faults = find_faults(tmp_path)
+    blocks = [fault for fault in faults if fault.text.startswith("block ")]
+    assert [fault.line for fault in faults if fault not in blocks] == [
+        unit.start for unit in units if unit.name not in inside]
+    for fault, name in zip(blocks, script.blocks, strict=True):  # the first unit of each block
+        first = next(unit for unit in units if inside.get(unit.name) == name)
+        assert f"first in {first.name}: " in fault.text
+    assert len(repair(tmp_path)) == len(faults)
     assert (tmp_path / "train_moe.py").read_bytes() == (tmp_path / "train_gpt.py").read_bytes()
 
 
@@ -330,6 +384,83 @@ def test_members_of_a_marked_class_are_compared_one_by_one(copy, tmp_path):
     (fault,) = copy(*marked, field, setter)
     assert fault.text.startswith("Place.area' ") and main(["--write"], tmp_path) == 0
     assert "-= by" in copied(tmp_path) and "from below" in copied(tmp_path) and "row = value" in copied(tmp_path)
+
+
+# --- blocks
+
+BOX = "# ╔═══════════╗\n# ║ {}: all ║\n# ╚═══════════╝\n\n"
+FAST = BOX.format("KERNELS") + '# Why.\ndef fast(x):\n    return 3 * x\n\n\nWIDTH = 4\n\n\n'
+AROUND = BOX.format("SERVICE") + "def start():\n    print(low)\n\n\n"
+BLOCK_DRIFTS = {  # what changes in the copy's blocks: block, what is named, and the line that is
+    ("3 * x", "3*x"): ("KERNELS", "fast", "    return 3*x"),
+    ("# Why.", "# Because."): ("KERNELS", "fast", "# Because."),
+    ("WIDTH = 4", "WIDTH = 5"): ("KERNELS", "WIDTH", "WIDTH = 5"),
+    ("SERVICE: all", "SERVICE: alL"): ("SERVICE", "line {}", "# ║ SERVICE: alL ║"),
+    ("    print(low)\n", "    print(low)  \n"): ("SERVICE", "start", "    print(low)  "),
+    ("print(low)\n\n\n", "print(low)\n\n\ndef more():\n    return 1\n\n\n"): ("SERVICE", "more", "def more():"),
+    ("def fast", f"{WHY}def fast"): ("KERNELS", "fast", WHY.rstrip()),
+}
+
+
+@pytest.fixture
+def blocks(tmp_path):
+    """blocks((old, new), ..) writes two scripts that have blocks, with changes in the second; returns the faults."""
+    def write(*changes, gpt: str = "", moe: str = "") -> list[Fault]:
+        head, main = SMALL.split("if __name__")
+        tail = FAST + AROUND + "if __name__" + main
+        text = tail
+        for old, new in changes:
+            assert text.count(old) == 1
+            text = text.replace(old, new)
+        (tmp_path / "train_gpt.py").write_text(head + gpt + tail, encoding="utf-8")
+        (tmp_path / "train_moe.py").write_text(head + moe + text, encoding="utf-8")
+        return find_faults(tmp_path)
+    return write
+
+
+@pytest.mark.parametrize("change, expected", BLOCK_DRIFTS.items(), ids=str)
+def test_a_block_is_compared_as_a_whole_and_copied(blocks, tmp_path, capsys, change, expected):
+    assert blocks() == []
+    faults, (name, unit, line) = blocks(change), expected
+    (fault,) = [fault for fault in faults if fault.text.startswith("block ")]
+    assert fault.text.startswith(f"block {name} is not that of train_gpt.py (sha256 ")
+    assert f"first in {unit.format(fault.line)}: python tests/test_shared_code.py --write copies it" in fault.text
+    assert copied(tmp_path).split("\n")[fault.line - 1] == line and f"+{line}" in fault.text
+    assert main(["--write"], tmp_path) == 0
+    assert copied(tmp_path) == (tmp_path / "train_gpt.py").read_text(encoding="utf-8")
+    assert f"repaired train_moe.py:{fault.line}: block {name}" in capsys.readouterr().out
+
+
+def test_a_block_that_ends_early_is_found(blocks, tmp_path):
+    (fault,) = blocks(("\n\nWIDTH = 4\n\n\n", ""))
+    assert fault.text.startswith("block KERNELS ") and "first in line" in fault.text and "\n    -" in fault.text
+    assert main(["--write"], tmp_path) == 0 and "WIDTH = 4" in copied(tmp_path)
+
+
+def test_both_blocks_and_the_rest_are_repaired_together(blocks, tmp_path):
+    own = "def moe_only():\n    return 1\n\n\n"
+    faults = blocks(("3 * x", "4 * x"), ("print(low)\n", "print(1)\n"), gpt="MORE = 1\n\n\n",
+                    moe=own + "MORE = 2\n\n\n")
+    assert [fault.text.split(" is ")[0] for fault in faults] == ["MORE", "block KERNELS", "block SERVICE"]
+    assert main(["--write"], tmp_path) == 0
+    assert own + "MORE = 1\n" in copied(tmp_path) and copied(tmp_path).endswith(
+        (tmp_path / "train_gpt.py").read_text(encoding="utf-8").split("MORE = 1\n")[1])
+
+
+def test_a_block_that_is_missing_is_told_and_left_to_a_person(blocks, tmp_path):
+    (fault,) = blocks(("SERVICE: all", "OTHER: all"))
+    assert fault.text == "has no block SERVICE: copy the part of train_gpt.py with its box of comment lines"
+    assert main(["--write"], tmp_path) == 1
+
+
+def test_a_name_of_a_block_is_the_origin_of_other_scripts_copies(blocks, tmp_path):
+    blocks()
+    (tmp_path / "train_baseline.py").write_text("def start():\n    print(1)\n", encoding="utf-8")
+    (fault,) = find_faults(tmp_path)
+    assert fault.file == "train_baseline.py" and fault.text.startswith("start is not the text of train_gpt.py")
+
+
+# --- marks
 
 
 @pytest.mark.parametrize("code", ["RATES: dict", "LIMIT = 3", "MAGIC, VERSION", "@functools.cache", "class Place"])
