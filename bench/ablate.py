@@ -269,9 +269,8 @@ verdict by chance, and all rows share the proxy's own runs. Step times above 1 m
 - Data: {data}
 - Machine: {hardware}; torch {torch}; commit {commit}; train_gpt.py {trainer}
 {problems}
-A proxy of this size says little about the 124 M parameter model: with few tokens, short windows and short documents a
-technique may gain or cost what it does not there, and steps of small matrices spend their time elsewhere. It finds
-large effects, and techniques that are broken.
+A proxy of this size says little about the 124 M parameter model, with its longer windows and documents. It finds large
+effects, and techniques that are broken.
 """
 
 def proxy_size(runs: list[dict]) -> str:

@@ -286,14 +286,9 @@ def looking_cap(original, cap, keep):
 
 Sizes = dict[tuple[Site, str, int], np.ndarray]  # by site, SIZE or CHANGE, and step
 
-class Trace(NamedTuple):
-    """One training: what was seen of it."""
-
-    sizes: dict[tuple[Site, str, int], float]  # keys as of Sizes
-    losses: list[float]  # before the first step .. after the last one
-
-def train(script: ModuleType, s, steps: int) -> Trace:
-    """A model's first steps, at the full learning rates and with the momentum of a run's start."""
+def train(script: ModuleType, s, steps: int) -> tuple[dict[tuple[Site, str, int], float], list[float]]:
+    """A model's first steps, at the full learning rates and with the momentum of a run's start: what was seen, with
+    keys as of Sizes, and the losses before the first step .. after the last one."""
     model, length = script.GPT(s, VOCAB), s.seq_len[0]
     optimizer = script.MuonAdamW(model, s, script.World())
     model.to(s.device)
@@ -312,7 +307,7 @@ def train(script: ModuleType, s, steps: int) -> Trace:
                 optimizer.step(1.0, script.momentum_at(s, step))
     for p in model.parameters():
         p._post_accumulate_grad_hooks.clear()  # they hold the optimizer, in a cycle that no collector sees
-    return Trace(sizes, losses)
+    return sizes, losses
 
 def change(x: torch.Tensor, first: torch.Tensor) -> float:
     """rms(x - first); 0 where only the rounding differs."""
@@ -326,10 +321,10 @@ def measure(script: ModuleType, s, widths: list[int], seeds: Iterable[int], step
     traces = []
     for model in models:
         start = time.perf_counter()
-        trace = train(script, model, steps)
-        traces.append(trace.sizes)
-        say(f"{MUP if s.mup else STANDARD:8}  width {model.width:5}  seed {model.seed}  loss {trace.losses[0]:.3f} -> "
-            f"{trace.losses[-1]:.3f}  {time.perf_counter() - start:.1f} s")
+        sizes, losses = train(script, model, steps)
+        traces.append(sizes)
+        say(f"{MUP if s.mup else STANDARD:8}  width {model.width:5}  seed {model.seed}  loss {losses[0]:.3f} -> "
+            f"{losses[-1]:.3f}  {time.perf_counter() - start:.1f} s")
     return {key: np.array([sizes[key] for sizes in traces]).reshape(len(widths), -1) for key in traces[0]}
 
 # --- Verdict
@@ -422,11 +417,6 @@ def judge(script: ModuleType, s, widths: list[int], seeds: int, max_seeds: int, 
 
 # --- Result
 
-SITES = ["value embedding", "bigram embedding", "embedding", "query before norm", "key before norm", "value",
-         "attention logits", "attention output", "MLP hidden", "MLP output", "router logits",
-         "learned router logits", "expert hidden", "mixture output", "residual stream", "head input", "logits",
-         "capped logits"]
-
 def number_of_seeds(sizes: Sizes) -> int:
     return next(iter(sizes.values())).shape[1]
 
@@ -445,9 +435,8 @@ class Check(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Kinds of sites, in the order of the forward pass."""
-        there = {site.name for site, *_ in self.sizes[MUP]}
-        return [name for name in SITES if name in there]
+        """Kinds of sites, in the order in which they were seen."""
+        return [*dict.fromkeys(site.name for site, *_ in self.sizes[MUP])]
 
     @property
     def verdict(self) -> str:

@@ -255,11 +255,6 @@ def wall_ratio(runs: list[Run]) -> float | None:
         return None
     return spread(groups["ours"], "wall_s")["median"] / spread(groups["reference"], "wall_s")["median"]
 
-def describe_target(target: float, runs: list[Run]) -> str:
-    middle = spread(by_program(runs)["reference"], "loss")["median"]
-    source = "documented" if target == DOCUMENTED_LOSS else "median of the reference"
-    return f"target: {target:.4f}, the {source} loss (documented {DOCUMENTED_LOSS}, median {middle:.4f})"
-
 def has_shards(folder: Path) -> bool:
     return any(folder.glob("*_val_*.bin"))
 
@@ -303,7 +298,8 @@ def benchmark(args: argparse.Namespace, _command: str) -> int:
     with tempfile.TemporaryDirectory() as tmp:
         data = prepare_data(args, Path(tmp))
         runs, target = run_in_turn(data, range(args.seed, args.seed + args.runs))
-    print(f"\n{format_table(runs)}\n\n{describe_target(target, runs)}")
+    source = "documented" if target == DOCUMENTED_LOSS else "median of the reference"
+    print(f"\n{format_table(runs)}\n\ntarget: {target:.4f}, the {source} loss")
     if args.json:
         write_json(args.json, args, runs, target)
     if failed := sum(bool(run.problem) for run in runs):

@@ -346,15 +346,6 @@ def loss_table(sweep: Sweep, found: Found, result: Result) -> str:
             for row in result.rows]
     return common.markdown(["width", *(f"× {power(k)}" for k in ks)], rows)
 
-def regret_table(result: Result) -> str:
-    def loss(losses: dict[int, float]) -> str:
-        return f"{mean(losses.values()):.4f}" if losses else "-"
-
-    rows = [[row.width, "-" if row.best is None else f"× {power(row.best)}", loss(row.at_best),
-             loss(row.at_moved), difference(row.regrets)] for row in result.rows]
-    head = ["width", "best multiplier", "loss there", "loss at the transferred", "regret"]
-    return common.markdown(head, rows)
-
 def findings(sweep: Sweep, results: list[Result]) -> str:
     """What came out, in a few lines; of muP first."""
     if len(sweep.widths) == 1:
@@ -391,8 +382,6 @@ TABLE = """## {heading}
 Validation loss in nats per token, mean over seeds (their number); best in bold; → the best of the smallest width.
 
 {losses}
-
-{regrets}
 """
 
 def edge_notes(sweep: Sweep, results: list[Result]) -> list[str]:
@@ -408,7 +397,7 @@ def readme(sweep: Sweep, found: Found, results: list[Result], runs: list[dict], 
     title = f"Does the learning rate tuned at width {widths[0]} serve at width {widths[-1]}?"
     if len(widths) == 1:
         title = f"Learning rate by width, {' and '.join(sweep.rates)}"
-    tables = [TABLE.format(heading=r, losses=loss_table(sweep, found, r), regrets=regret_table(r)) for r in results]
+    tables = [TABLE.format(heading=r, losses=loss_table(sweep, found, r)) for r in results]
     return README.format(
         title=title, findings=findings(sweep, results), tables="\n".join(tables), script=sweep.script.name,
         rates=", ".join(f"{name} `{sweep.rate_flags(name, 0)}`" for name in sweep.rates),

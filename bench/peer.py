@@ -14,8 +14,7 @@ listed below go to it. The two take turns. Both clocks stop for compilation, war
 device at a validation: ms/step is measured from one validation to the next, where all runs got that far.
 
 Loss at equal time is read off straight lines between validations, at the time when the first run ends. Schedules end
-with the last step, so the faster side is further in its cool-down there; --equal-time adds a run of ours with as many
-steps as fill the peer's time.
+with the last step, so the faster side is further in its cool-down there.
 """
 import argparse
 import contextlib
@@ -49,7 +48,7 @@ EOT = 50256  # end of text, of GPT-2's tokens
 class Run:
     """What a run's log tells: its clock in ms and its validation loss, each by step; and how it ended."""
 
-    who: str  # "peer", "ours" or "ours, equal time"
+    who: str  # "peer" or "ours"
     wall_s: float
     times: dict[int, float] = field(default_factory=lambda: {0: 0.0})
     losses: dict[int, float] = field(default_factory=dict)
@@ -108,14 +107,10 @@ def check_data(corpus: train_gpt.Corpus, steps: int, tokens: int, val_tokens: in
     if val_tokens % row or reads + 1 >= held:
         raise ValueError(f"{corpus.val[0]} has {held} tokens; val_tokens {val_tokens} must be a multiple of "
                          f"val_seq_len {row}, and needs more than {reads + 1}: --set smaller ones")
-    total, first = sum(len(load(path)) for path in corpus.train), load(corpus.train[0])
+    total = sum(len(load(path)) for path in corpus.train)
     if steps * tokens > total:
         raise ValueError(f"{corpus.folder} has {total} training tokens, {steps} steps of {tokens} need more: "
                          "lower --steps")
-    longest = int(np.diff(np.flatnonzero(first == EOT), append=len(first)).max(initial=0))
-    if longest * TRACK_RANKS > tokens:
-        print(f"warning: a document of {longest} tokens is longer than a row: the peer starts rows at documents, "
-              "skips what is left of the one before, and fails where too few start", file=sys.stderr)
 
 # --- Runs
 
@@ -170,24 +165,19 @@ def run_peer(source: str, corpus: train_gpt.Corpus, folder: Path, limit_s: float
     trace = logger.parse_log(logger.read_text(log))
     return read_trace("peer", trace, code, wall_s, logger.read_text(folder / "output.txt"))
 
-def run_ours(flags: list[str], folder: Path, limit_s: float | None, who: str = "ours") -> Run:
+def run_ours(flags: list[str], folder: Path, limit_s: float | None) -> Run:
     """One run of train_gpt.py, with its logs in `folder`."""
     folder.mkdir()
     command = [sys.executable, ROOT / "train_gpt.py", *flags, "--log-dir", folder, "--experiment_name", "ours"]
     code, wall_s = run_process(command, folder, limit_s)
     traces = [logger.read_run(path).trace for path in folder.glob("ours/*/")]
-    return read_trace(who, (traces or [logger.Trace()])[0], code, wall_s, logger.read_text(folder / "output.txt"))
+    output = logger.read_text(folder / "output.txt")
+    return read_trace("ours", (traces or [logger.Trace()])[0], code, wall_s, output)
 
 def report(run: Run) -> Run:
     """Prints a line about a run that has just ended, and returns it."""
     print(f"{run.who}: {max(run.times)} steps, {run.wall_s:.0f} s, {run.result}", flush=True)
     return run
-
-def equal_time_steps(peer: Run, ours: Run, steps: int) -> int | None:
-    """Steps of ours that fill the peer's time, at least one; None unless both got to the last step."""
-    if not (peer.times.get(steps) and ours.times.get(steps)):
-        return None
-    return max(1, round(steps * peer.times[steps] / ours.times[steps]))
 
 def run_in_turn(source: str, flags: list[str], corpus: train_gpt.Corpus, args: argparse.Namespace,
                 folder: Path) -> list[Run]:
@@ -206,9 +196,6 @@ def run_in_turn(source: str, flags: list[str], corpus: train_gpt.Corpus, args: a
         if "FAILED" in runs[-1].result:
             return runs
         runs.append(report(run_ours([*flags, "--seed", str(i)], folder / f"ours_{i}", left())))
-    if args.equal_time and (steps := equal_time_steps(*runs[-2:], args.steps)):
-        flags = [*flags, "--iterations", str(steps)]
-        runs.append(report(run_ours(flags, folder / "ours_equal_time", left(), "ours, equal time")))
     return runs
 
 # --- Results
@@ -247,7 +234,7 @@ def compare(runs: list[Run], tokens: int) -> dict:
     if len(steps) < 2:
         return {}
 
-    def compared(at: str, value, ours: list[Run] = ours) -> dict | None:
+    def compared(at: str, value) -> dict | None:
         return ratio([value(run) for run in peers], [value(run) for run in ours], at)
 
     at, ms = f"steps {steps[0]} to {steps[-1]}", [step_times(side, steps) for side in (peers, ours)]
@@ -259,9 +246,6 @@ def compare(runs: list[Run], tokens: int) -> dict:
     if all(run.curve() for run in both):
         end = min(run.curve()[-1][0] for run in both)
         result["val loss, equal time"] = compared(f"{end / 1000:,.1f} s", lambda run: interpolate(run.curve(), end))
-        if timed := [run for run in good if run.who == "ours, equal time" and run.curve()]:
-            at = " and ".join(f"{run.curve()[-1][0] / 1000:,.1f} s" for run in (peers[0], timed[0]))
-            result["val loss, both cooled down"] = compared(at, lambda run: run.curve()[-1][1], timed)
     return {name: found for name, found in result.items() if found}
 
 def show(value: float | None) -> str:
@@ -348,7 +332,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="set another constant of the peer's, such as "
         "train_seq_len, val_seq_len or val_tokens (which ours follows); can be repeated")
     add("--repeats", type=above_zero, default=2, help="pairs of runs (default: 2)")
-    add("--equal-time", "--equal_time", action="store_true", help="add a run of ours that takes the peer's time")
     add("--time-limit", "--time_limit", type=above_zero, metavar="S", help="seconds for all runs; cuts them off")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for tests")
     add("--out", type=Path, metavar="FOLDER", help="write README.md, peer.json and our logs there")
