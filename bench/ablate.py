@@ -5,12 +5,11 @@
     python bench/ablate.py --data books --time                   # step times, on an otherwise idle machine
     python bench/ablate.py --only mtp,xsa --seeds 8 --out records/more -- --iterations 600 --num-layers 6
 
-Flags after ` -- ` change the proxy. Writes --out: runs.jsonl (a line for each finished run, at once), README.md (the
-table) and deltas.png. The same command goes on where an earlier one ended: only what is missing or failed is run.
+Flags after ` -- ` change the proxy. Writes --out: runs.jsonl, README.md (the table) and deltas.png. The same command
+goes on where an earlier one ended: only what is missing or failed is run.
 
 The effect of a technique is loss(without it) - loss(with it), in nats per token and paired by seed: positive means it
-helps. Given are its mean, standard error and 95 % Student t interval over the seeds. Step times come from short runs
-of their own, one at a time and in turn with the proxy's: the losses may be computed side by side on a busy machine.
+helps. Step times come from short runs of their own, one at a time and in turn with the proxy's.
 """
 import argparse
 import difflib
@@ -32,7 +31,6 @@ BASE = "proxy"  # the name of the run with nothing changed
 
 class Proxy(NamedTuple):
     """The model that stands in for the real one: its flags, and guesses of seconds for --list."""
-
     flags: str
     loss_s: float  # one run to its end
     time_s: float  # one pair of timing runs
@@ -61,7 +59,6 @@ TIMING = "--iterations 30 --log-every 1 --eval-tokens 1024"
 
 class Technique(NamedTuple):
     """One row. Braces in `flags` are filled from the proxy's settings by `flag_values`."""
-
     name: str
     record: str  # public record number
     flags: str  # what removes it from the proxy; if `added`, what adds it
@@ -108,7 +105,6 @@ TECHNIQUES = tuple(map(read_technique, TABLE.strip().splitlines()))
 
 class Sweep(NamedTuple):
     """What all runs of a call have in common."""
-
     proxy: tuple[str, ...]  # flags of train_gpt.py
     changes: dict[str, str]  # of the proxy and of every technique: the flags added to it
     fingerprint: str  # of the data
@@ -210,7 +206,6 @@ def outcome(run: dict) -> str:
 
 class Row(NamedTuple):
     """A technique's results; None where nothing is measured."""
-
     technique: Technique
     effect: common.Effect | None
     time: float | None  # step time with it / without it

@@ -236,7 +236,6 @@ def unfinished(sweep, found: Found) -> list[str]:
 
 class Effect(NamedTuple):
     """Two or more values: mean, standard error, 95 % Student t interval."""
-
     n: int
     mean: float
     se: float

@@ -118,7 +118,6 @@ def text_batch(length: int, device: str) -> tuple[torch.Tensor, ...]:
 
 class Axes(NamedTuple):
     """Shape of a parameter, and which of its axes grow with the width."""
-
     shape: tuple[int, ...]
     wide: tuple[bool, ...]
 
@@ -186,7 +185,6 @@ def print_report(script: ModuleType, s) -> int:
 
 class Site(NamedTuple):
     """Where an activation is looked at."""
-
     name: str
     layer: int | None = None
 
@@ -331,7 +329,6 @@ def measure(script: ModuleType, s, widths: list[int], seeds: Iterable[int], step
 
 class Fit(NamedTuple):
     """size = c * width^slope, by least squares on logarithms."""
-
     slope: float  # nan: there is none
     error: float  # standard error
     problem: str = ""  # why there is none
@@ -353,7 +350,6 @@ def fit(widths: list[int], sizes_WS: np.ndarray) -> Fit | None:
 
 class Line(NamedTuple):
     """One fit and where it belongs."""
-
     site: Site
     statistic: str  # SIZE or CHANGE
     step: int
@@ -422,7 +418,6 @@ def number_of_seeds(sizes: Sizes) -> int:
 
 class Check(NamedTuple):
     """What was run and what came out of it."""
-
     script: str
     flags: list[str]
     about: str  # the models, in a line

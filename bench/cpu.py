@@ -9,12 +9,11 @@ empty compiler cache), of
   reference  bench/nanogpt_reference.py: 2,000 iterations, then one evaluation of the fixed validation stream;
   ours       train_gpt.py with OURS_FLAGS, until its validation loss on that stream is at or below the target.
 
-The two take turns on the same machine, with another seed each time. The target is the median final loss of the
-reference's runs or the 1.8857 its authors' configuration is documented with, whichever is lower. When a run of ours
-starts, not all runs of the reference are known yet, so it aims at the lowest loss seen so far; should the median end
-up even lower than what a run reached, that run is repeated. Both see at most 64 characters of context, ours may have
-at most as many parameters as the reference, and it must evaluate the whole stream. A run that crashes, misses the
-target or breaks one of these rules is reported as failed, there is no ratio, and the exit code is 1.
+The two take turns, with another seed each time. The target is the median final loss of the reference's runs or the
+1.8857 its authors' configuration is documented with, whichever is lower. While not all runs of the reference are known,
+ours aims at the lowest loss seen so far; should the median end up even lower, that run is repeated. Both see at most 64
+characters of context, ours may have at most as many parameters as the reference, and it must evaluate the whole stream.
+A run that crashes, misses the target or breaks one of these rules fails: there is no ratio, and the exit code is 1.
 
 Prints every run, the medians with their spread, and as the last line `ratio: ours / reference` of the median seconds.
 """
@@ -53,7 +52,6 @@ MAX_CONTEXT = 64  # characters
 @dataclass
 class Run:
     """One finished process. Seconds count from its start; a missing number is None."""
-
     who: str  # "reference" or "ours"
     seed: int
     wall_s: float
@@ -71,7 +69,6 @@ class Run:
 @dataclass
 class Process:
     """What a finished child process left: exit code, wall seconds, peak MiB and (seconds, line) pairs of its output."""
-
     code: int
     wall_s: float
     peak_mib: float

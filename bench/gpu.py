@@ -17,11 +17,9 @@ Parts, in this order; each has a time limit, and all together --budget seconds:
   ablate        the last stage of `speedrun` with each fast part switched off (or on) in turn, in alternating blocks.
 
 A part is a process of its own and consists of rows, which it writes to OUT/PART.json one by one. A row that raises,
-crashes or hangs is noted as failed, and a fresh process goes on with the next one. The same command again runs what is
-missing or failed; --redo repeats all. OUT/README.md and OUT/gpu.json have everything, OUT/logs what was printed.
-
---data is text in GPT-2's tokens. Without it there are random tokens of GPT-2's vocabulary in documents as long as
-FineWeb's.
+crashes or hangs is noted as failed, and a fresh process goes on. The same command again runs what is missing or failed;
+--redo repeats all. OUT/README.md and OUT/gpu.json have everything, OUT/logs what was printed. --data is text in GPT-2's
+tokens; without it there are random tokens in documents as long as FineWeb's.
 """
 from __future__ import annotations
 
@@ -84,7 +82,6 @@ class Skip(Exception):
 
 class Bench(NamedTuple):
     """What all rows need to know."""
-
     out: Path
     data: str  # folder given by --data, or ""
     device: str

@@ -5,9 +5,8 @@
     python bench/grokking.py sweep --decays 0.1,1 --rates 1/2,1,2 --out records/power -- --preset power
     python bench/grokking.py plot logs/adamw logs/muon --out images/grokking.png
 
-Flags after ` -- ` go to train_grokking.py. A sweep writes --out: runs.jsonl (a line for each finished run, at once) and
-phase.png. The same command goes on where an earlier one ended: only what is missing or failed is run. The decay and the
-rate that vary are those of the hidden matrices: with AdamW of all parameters.
+Flags after ` -- ` go to train_grokking.py. A sweep writes --out: runs.jsonl and phase.png; the same command goes on
+where an earlier one ended. The decay and the rate that vary are those of the hidden matrices: with AdamW of all.
 
 Phases as in Liu et al. 2022 (arXiv 2205.10343), who counted from 90 % accuracy, here from 99 %: confusion, the training
 equations are not learned; memorization, only they are; grokking, the others more than DELAY steps later;
@@ -44,7 +43,6 @@ OWN = {"seed": "--seeds", "optimizer": "--optimizers", "weight_decay": "--decays
 
 class Job(NamedTuple):
     """One run. `rate` and `decay` are those of the hidden matrices."""
-
     key: str  # of the flags of all runs
     optimizer: str
     rate: float
@@ -111,7 +109,6 @@ PHASES = tuple(EDGES)  # the better first
 
 class Cell(NamedTuple):
     """The runs of one optimizer, rate and decay."""
-
     phase: str  # of most seeds; of as many, the better
     steps: float | None  # median steps to 99 % validation accuracy; None: not reached by half of them
     reached: int  # seeds that did

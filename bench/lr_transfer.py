@@ -10,8 +10,8 @@ run at each width's best multiplier, at its neighbours in the smallest and the l
 is best in the smallest: the transferred one. This repeats until nothing new is asked for.
 
 Flags after ` -- ` change the proxy. With --preset among them there is no proxy: multiplier 1 is the preset's own rates.
-Writes --out: runs.jsonl (a line for each finished run, at once), README.md and lr_transfer.png. The same command goes
-on where an earlier one ended. The exit code is 1 if muP misses a criterion.
+Writes --out: runs.jsonl, README.md and lr_transfer.png. The same command goes on where an earlier one ended. The exit
+code is 1 if muP misses a criterion.
 
 Regret is loss(transferred multiplier) - loss(best multiplier), nats per token, paired by seed. Depth, batch and number
 of steps are the same at all widths: muP does not speak of them.
@@ -52,20 +52,17 @@ OWN = {"width": "--widths", "mup": "--parametrizations", "base_width": "--widths
 
 class Series(NamedTuple):
     """Runs that differ in the multiplier and the seed alone."""
-
     optimizer: str
     scaling: str  # "base" at the smallest width, where both parametrizations are the same
     width: int
 
 class Point(NamedTuple):
     """A series' runs with all peak rates multiplied by 2**k."""
-
     series: Series
     k: int
 
 class Job(NamedTuple):
     """One run; the first five fields identify it."""
-
     optimizer: str
     width: int
     change: str  # flags beside the common ones
@@ -79,7 +76,6 @@ class Job(NamedTuple):
 
 class Sweep(NamedTuple):
     """What all runs of a call have in common; `key` tells their records from those of other flags and data."""
-
     script: Path
     common: tuple[str, ...]
     fingerprint: str  # of the data
@@ -261,7 +257,6 @@ def cost(width: int) -> float:
 
 class Row(NamedTuple):
     """A width's result; None and empty where the runs for it are missing."""
-
     width: int
     best: int | None  # exponent
     moved: int | None  # exponent that is best in the base width
@@ -274,7 +269,6 @@ class Row(NamedTuple):
 
 class Result(NamedTuple):
     """An optimizer and a parametrization, a row for each width."""
-
     optimizer: str
     scaling: str
     rows: list[Row]

@@ -5,15 +5,13 @@
     python bench/moe.py --size cpu --data stdlib --time      # step times, on an otherwise idle machine
     python bench/moe.py --size speedrun --out records/h200 -- --micro-tokens 98304
 
-Flags after ` -- ` go to all runs. Writes --out: runs.jsonl (a line for each finished run, at once), README.md and
-curves.png. The same command goes on where an earlier one ended; calls with the same --size, --data and flags add up.
+Flags after ` -- ` go to all runs. Writes --out: runs.jsonl, README.md and curves.png. The same command goes on where an
+earlier one ended; calls with the same --size, --data and flags add up.
 
 Losses: dense (--num-experts 0) to its end, and each kind with --fractions of its steps, each with a schedule of its
-own: a run that is cut short has not been cooled down. All have the same batches in the same order. Differences are
-paired by seed, with 95 % Student t intervals. Between the fractions losses are interpolated over log tokens, never
-beyond them.
-Times: short runs in turn, one at a time; the losses may be computed side by side on a busy machine. At equal time means
-at 1 / (step-time ratio) of dense's tokens.
+own. All have the same batches in the same order. Differences are paired by seed, with 95 % Student t intervals. Between
+the fractions losses are interpolated over log tokens, never beyond them. Times: short runs in turn, one at a time. At
+equal time means at 1 / (step-time ratio) of dense's tokens.
 """
 import argparse
 import math
@@ -45,7 +43,6 @@ SECONDS = {("cpu", "loss"): 75, ("cpu", "time"): 12}  # a job's, for --list, unt
 
 class Model(NamedTuple):
     """Dense, or a kind of mixture."""
-
     flags: str  # of train_moe.py, that tell it from the others
     total: int  # parameters
     active: int  # parameters that a token meets
@@ -53,7 +50,6 @@ class Model(NamedTuple):
 
 class Sweep(NamedTuple):
     """What all runs of a call have in common; `key` tells their records from those of other flags and data."""
-
     size: str
     flags: tuple[str, ...]
     fingerprint: str  # of the data
@@ -157,7 +153,6 @@ def outcome(run: dict) -> str:
 
 class Reach(NamedTuple):
     """Share of dense's tokens with which a kind has dense's final loss."""
-
     ratio: float
     relation: str  # =: interpolated; <: at the least share measured it is below already; >: at no share is it reached
 
@@ -185,7 +180,6 @@ def loss_at(losses: dict[float, float], share: float) -> float | None:
 
 class Result(NamedTuple):
     """What came out for a kind; None where it is not measured. Differences are kind - dense: negative is better."""
-
     who: str
     losses: dict[float, dict[int, float]]  # share of dense's tokens -> seed -> final loss
     equal_tokens: Effect | None
@@ -358,34 +352,23 @@ def mean_curve(runs: list[dict], who: str, tokens: int) -> dict[int, float]:
                 points.setdefault(at, []).append(loss)
     return {at: mean(points[at]) for at in sorted(points)}
 
-def plot(sweep: Sweep, runs: list[dict], path: Path) -> None:
-    """Mean validation loss against tokens and against time; hollow: final losses of all runs, each with a schedule of
-    its own."""
-    losses, times, tokens = final_losses(runs), step_times(runs), dense_tokens(runs)
-    figure, (left, right) = common.panels(12, 5, 1, 2, sharey=True)
-    shown = []
-    for who in losses:
-        curve = mean_curve(runs, who, tokens)
-        ends = [(share * tokens, loss) for share, seeds in losses[who].items() for loss in seeds.values()]
+def plot(runs: list[dict], path: Path) -> None:
+    """Mean validation loss against tokens; hollow: final losses of all runs, each with a schedule of its own."""
+    losses, tokens, shown = final_losses(runs), dense_tokens(runs), []
+    figure, axes = common.panels(8, 5)
+    for who, shares in losses.items():
+        curve, color = mean_curve(runs, who, tokens), COLORS[who]
+        ends = [(share * tokens, loss) for share, seeds in shares.items() for loss in seeds.values()]
         shown += [loss for _, loss in ends] + [loss for at, loss in curve.items() if at >= 0.45 * tokens]
-        step_s = median(times[who].values()) / 1000 if who in times else None
-        for axes, scale in ((left, 1e-6), (right, step_s and step_s * sweep.iterations / tokens)):
-            if scale:
-                axes.plot([at * scale for at in curve], [*curve.values()], color=COLORS[who], marker=".", label=who)
-                axes.plot([at * scale for at, _ in ends], [loss for _, loss in ends], "o", mfc="white",
-                          color=COLORS[who])
+        axes.plot([at / 1e6 for at in curve], [*curve.values()], color=color, marker=".", label=who)
+        axes.plot([at / 1e6 for at, _ in ends], [loss for _, loss in ends], "o", mfc="white", color=color)
     room = 0.05 * (max(shown) - min(shown))
-    left.set_ylim(min(shown) - room, max(shown) + room)
-    left.set_ylabel("validation loss, nats per token")
-    left.set_xlabel("training tokens, millions")
-    right.set_xlabel("training time, s, by the step times measured in turn")
-    if not times:
-        right.text(0.5, 0.5, "step times are not measured (--time)", ha="center", transform=right.transAxes)
-    for axes in (left, right):
-        axes.axhline(mean(losses[DENSE][1.0].values()), color="black", linewidth=0.8, linestyle=":")
-        axes.grid(alpha=0.3)
-    left.legend(title="line: mean of seeds; hollow: final losses")
-    figure.suptitle(sweep.size)
+    axes.set_ylim(min(shown) - room, max(shown) + room)
+    axes.axhline(mean(losses[DENSE][1.0].values()), color="black", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("training tokens, millions")
+    axes.set_ylabel("validation loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(title="line: mean of seeds; hollow: final losses")
     figure.savefig(path, dpi=130)
 
 def write_report(sweep: Sweep, out: Path) -> None:
@@ -397,7 +380,7 @@ def write_report(sweep: Sweep, out: Path) -> None:
         return
     problems = [outcome(run) for run in runs if run["problem"]]
     if final_losses(done):
-        plot(sweep, done, out / "curves.png")
+        plot(done, out / "curves.png")
     common.write_readme(out, readme(sweep, summarize(done), done, problems))
 
 # --- Command line

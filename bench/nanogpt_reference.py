@@ -35,7 +35,6 @@ HEADER_BYTES, MAGIC, VERSION = 1024, 20240520, 1  # the shard format written by 
 @dataclass(frozen=True)
 class Config:
     """The documented run. Sources: C = the command line above, F = config/train_shakespeare_char.py, D = default."""
-
     vocab_size: int = 65  # distinct characters of Tiny Shakespeare
     n_layer: int = 4  # C
     n_head: int = 4  # C

@@ -15,10 +15,9 @@ Muon trains the matrices of attention and MLP, AdamW the embeddings and the head
 3. The --finalists best settings of each get all --seeds. The lowest mean is the optimizer's result.
 4. Muon's result once more with half the steps and a whole schedule of its own: do half the steps suffice?
 
-Runs of a seed have the same initial weights and the same batches in the same order: differences are paired by seed.
-Flags after ` -- ` go to all runs. With --preset among them there is no proxy: shape, length and rates are the preset's.
-Writes --out: runs.jsonl (a line for each finished run, at once), README.md and optimizers.png. The same command goes on
-where an earlier one ended.
+Runs of a seed have the same initial weights and batches: differences are paired by seed. Flags after ` -- ` go to all
+runs. With --preset among them there is no proxy: shape, length and rates are the preset's. Writes --out: runs.jsonl,
+README.md and optimizers.png. The same command goes on where an earlier one ended.
 """
 import argparse
 import math
@@ -59,7 +58,6 @@ OWN = {"seed": "--seeds", "data": "--data"} | dict.fromkeys(  # what the runs di
 
 class Point(NamedTuple):
     """Settings that are tried. Rates are exponents of two over the base rates."""
-
     adam: int  # AdamW's rate; under Muon that of embeddings and head
     muon: int | None = None  # Muon's rate; None: AdamW trains everything
     extra: str = ""  # further flags
@@ -75,7 +73,6 @@ class Point(NamedTuple):
 
 class Job(NamedTuple):
     """One run; the first five fields identify it."""
-
     optimizer: str
     change: str  # flags beside the common ones
     seed: int
@@ -90,7 +87,6 @@ class Job(NamedTuple):
 
 class Sweep(NamedTuple):
     """What all runs of a call have in common; `key` tells their records from those of other flags and data."""
-
     common: tuple[str, ...]
     fingerprint: str  # of the data
     s: object  # train_baseline.Settings of Muon's runs; its rates are those at exponent 0
@@ -211,7 +207,6 @@ def grow(sweep: Sweep, scores: dict[int, float | None], size: int) -> list[int]:
 
 class Tuning(NamedTuple):
     """What both optimizers try, and whether the losses of all of it are there."""
-
     points: dict[str, list[Point]]
     complete: bool
 
@@ -284,7 +279,6 @@ def outcome(run: dict) -> str:
 
 class Results(NamedTuple):
     """What the finished comparison tells; lists are in the order of the seeds."""
-
     points: dict[str, Point]  # arm -> its settings
     runs: dict[str, list[dict]]  # arm -> records
     steps: list[float | None]  # at which full-length Muon has AdamW's final loss; None where it never has
@@ -391,9 +385,8 @@ def edge_notes(r: Results, tuned: Tuning) -> list[str]:
         best, tried = r.points[arm], tuned.points[arm]
         if best.rate in (min(p.rate for p in tried), max(p.rate for p in tried)):
             notes.append(f"{arm}'s best learning rate is the last that was tried; give others with --multipliers")
-        if best in tried[-2:]:  # beside the sweep
-            notes.append(f"{arm}'s best is a setting tried beside the sweep, beyond which nothing was tried: "
-                         + (best.extra or "another rate of embeddings and head"))
+        if best in tried[-2:]:
+            notes.append(f"{arm}'s best is a setting beside the sweep, beyond which nothing was tried")
     return notes
 
 FIGURE = "![validation loss against step and learning rate](optimizers.png)\n\n"
@@ -415,12 +408,10 @@ Settings tried and full-length runs made with them: {budgets}. Validation loss i
   gradient clipped to a norm of {s.grad_clip}; AdamW's weight decay {s.weight_decay}; Muon's own matrices have
   {muon_decay}.
 - AdamW's rate is swept in powers of two; at the best one `{tries}` are tried as
-  well. Then Muon's rate is swept with AdamW's best rate for embeddings and head, and at the best
-  one that rate is halved and doubled. The best {finalists} of each get {seeds} seeds; the lowest mean is
-  reported. Differences and ratios are paired by seed; intervals are Student t and ignore that the
-  best is chosen from the same losses, on both sides alike.
-- Steps to equal loss are interpolated linearly between evaluations, every {s.eval_every} steps on
-  {s.eval_tokens:,} tokens.
+  well. Then Muon's rate is swept with AdamW's best rate for embeddings and head, which at the best one
+  is halved and doubled. The best {finalists} of each get {seeds} seeds; the lowest mean is reported. Differences
+  and ratios are paired by seed; intervals are Student t and ignore that the best is chosen.
+- Steps to equal loss are interpolated between evaluations, every {s.eval_every} steps on {s.eval_tokens:,} tokens.
 - Step times are medians of runs that went {jobs} at a time: no benchmark of the machine.
 - Commands: `{command}`
 - Flags of all runs of train_baseline.py: `{flags}`

@@ -47,7 +47,6 @@ EOT = 50256  # end of text, of GPT-2's tokens
 @dataclass
 class Run:
     """What a run's log tells: its clock in ms and its validation loss, each by step; and how it ended."""
-
     who: str  # "peer" or "ours"
     wall_s: float
     times: dict[int, float] = field(default_factory=lambda: {0: 0.0})

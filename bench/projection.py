@@ -23,7 +23,6 @@ MIB = 2**20
 
 class Traffic(NamedTuple):
     """Bytes that one rank sends in a step."""
-
     reduce_scatter: float
     all_gather: float
     all_reduce: float
