@@ -29,15 +29,9 @@ from bench import common  # noqa: E402 - after the path
 TRAINER = ROOT / "train_gpt.py"
 BASE = "proxy"  # the name of the run with nothing changed
 
-class Proxy(NamedTuple):
-    """The model that stands in for the real one: its flags, and guesses of seconds for --list."""
-    flags: str
-    loss_s: float  # one run to its end
-    time_s: float  # one pair of timing runs
-
 # Three stages of equal length, so that the schedules of batch, length, window and multi-token
 # prediction have something to do; learning rates follow the square root of the batch.
-CPU = """
+PROXY = """
 --preset cpu --device cpu --dtype bf16 --backend plain --no-compile --threads 1
 --num-layers 4 --width 128 --head-dim 32 --value-embeds 2 --stage-ends 0.3333,0.6667,1
 --batch-tokens 1024,2048,3072 --stage-lr 0.71,1,1.22 --seq-len 256 --max-doc-len 128,256,256
@@ -45,15 +39,7 @@ CPU = """
 --softcap 23,5,7.5 --paired --key-offset --xsa --skip single --backout
 --muon-lr 0.06 --momentum-warmup 30 --momentum-cooldown 20 --iterations 200 --eval-tokens 65536
 """
-GPU = """
---preset gpu --device cuda
---num-layers 6 --width 384 --head-dim 64 --value-embeds 2 --iterations 900
---stage-ends 0.3333,0.6667,1 --batch-tokens 32768,65536,98304 --stage-lr 0.71,1,1.22
---seq-len 8192 --max-doc-len 1024,2048,2048 --window 384,896,1408 --window-start 128
---window-step 128 --eval-seq-len 8192 --mtp 2,1,0 --micro-tokens 98304
---momentum-warmup 150 --momentum-cooldown 50 --eval-tokens 1048576
-"""
-PROXIES = {"cpu": Proxy(CPU, loss_s=50, time_s=22), "gpu": Proxy(GPU, loss_s=60, time_s=60)}
+LOSS_S, TIME_S = 50, 22  # guesses for --list: one run to its end, one pair of timing runs
 ALWAYS = "--adam-weight-decay 0.005 --eval-every 0 --save-every 0 --no-save-last"  # of every proxy
 TIMING = "--iterations 30 --log-every 1 --eval-tokens 1024"
 
@@ -153,7 +139,7 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     where the data set is missing."""
     import train_gpt as trainer  # not above: --help needs no torch
 
-    proxy = [*PROXIES[args.proxy].flags.split(), *ALWAYS.split(), "--data", args.data, *args.flags]
+    proxy = [*PROXY.split(), *ALWAYS.split(), "--data", args.data, *args.flags]
     base = common.parsed(trainer, proxy)
     values = flag_values(trainer, base)
     changes = {BASE: ""} | {row.name: row.flags.format(**values) for row in TECHNIQUES}
@@ -317,8 +303,7 @@ def write_report(sweep: Sweep, out: Path) -> None:
     done = [run for run in runs if not run["problem"]]
     if not done:
         return
-    problems = [f"{run['technique']}, seed {run['seed']}: {run['problem']}"
-                for run in runs if run["problem"]]
+    problems = [f"{run['technique']}, seed {run['seed']}: {run['problem']}" for run in runs if run["problem"]]
     rows = summarize(done)
     if any(row.effect for row in rows):
         plot(rows, out / "deltas.png")
@@ -331,8 +316,7 @@ def show_plan(jobs: list[Job], runs: dict[tuple, dict], args: argparse.Namespace
     todo, records = common.missing(jobs, runs), {row.name: row.record for row in TECHNIQUES}
     common.show_plan(jobs, todo, lambda job: f"{job.technique:16} {records.get(job.technique, ''):6} {job.change}")
     seconds = [run["wall_s"] for run in runs.values() if run["kind"] == jobs[0].kind and not run["problem"]]
-    proxy = PROXIES[args.proxy]
-    time = common.effort(len(todo), seconds, proxy.time_s if args.time else proxy.loss_s, args.jobs)
+    time = common.effort(len(todo), seconds, TIME_S if args.time else LOSS_S, args.jobs)
     print(f"{len(todo)} of {len(jobs)} to run, {time}")
 
 def check(args: argparse.Namespace) -> None:
@@ -354,7 +338,6 @@ def check(args: argparse.Namespace) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "train_gpt.py")
     add = parser.add_argument
-    add("--proxy", choices=PROXIES, default="cpu", help="the model to train (default: cpu)")
     add("--data", default="stdlib", help="a folder under data/, or a path (default: stdlib)")
     add("--only", metavar="NAME,..", help="these techniques only")
     add("--time", action="store_true", help="measure step times instead of losses")

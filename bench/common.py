@@ -173,8 +173,7 @@ def warn_if_busy() -> None:
     """A second busy process makes a run up to 10 times slower."""
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(f"warning: the load average is {load:.1f}; times need an idle machine",
-              file=sys.stderr)
+        print(f"warning: the load average is {load:.1f}; times need an idle machine", file=sys.stderr)
 
 def stop_group(child: subprocess.Popen, patience_s: float = 0) -> None:
     """Ends a process and what it started: SIGTERM if there is patience, at last SIGKILL."""
@@ -267,8 +266,7 @@ def ratios(one: dict[int, float], other: dict[int, float]) -> list[float]:
     return [one[seed] / other[seed] for seed in sorted(one.keys() & other.keys())]
 
 def interval(e: Effect, form: str = "+.4f", unit: str = "") -> str:
-    return (f"{e.mean:{form}}{unit} (95 % interval {e.low:{form}} to {e.high:{form}}, "
-            f"n = {e.n})")
+    return f"{e.mean:{form}}{unit} (95 % interval {e.low:{form}} to {e.high:{form}}, n = {e.n})"
 
 def difference(deltas: list[float]) -> str:
     """Mean, standard error and interval of paired differences in words."""
@@ -365,6 +363,12 @@ def words(text: str, kinds: Iterable[str], flag: str) -> list[str]:
             raise ValueError(f"{flag} {name}: must be one or more of {', '.join(kinds)}")
     return [name for name in kinds if name in given]
 
+def whole_numbers(text: str, flag: str) -> list[int]:
+    """64,128 -> rising numbers. Raises ValueError for what is no whole number above 0."""
+    if wrong := [word for word in text.split(",") if not word.isdecimal() or not int(word)]:
+        raise ValueError(f"{flag} {wrong[0]}: must be whole numbers above 0, such as 64,128,256")
+    return sorted(set(map(int, text.split(","))))
+
 def number(word: str) -> float:
     """1/4 or 0.25 -> 0.25; nan for what is no number."""
     try:
@@ -408,8 +412,7 @@ def parsed(script, flags: Iterable[str], what: str = ""):
         place = f"{what}{script.__name__}.py"
         raise ValueError(f"{place}: {' '.join(str(error).split())}") from error
 
-def effort(amount: float, seconds: list[float], guess: float | None, jobs: int,
-           unit: str = "each") -> str:
+def effort(amount: float, seconds: list[float], guess: float | None, jobs: int, unit: str = "each") -> str:
     """The time that runs will take by the median of finished ones, or by a guess."""
     if not seconds and guess is None:
         return "time unknown: no run has ended yet"

@@ -505,19 +505,13 @@ def write_report(check: Check, out: Path) -> None:
 
 # --- Command line
 
-def widths_of(text: str) -> list[int]:
-    """Comma-separated widths, in order."""
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text}: must be whole numbers, such as 64,128,256")
-    return sorted({int(part) for part in text.split(",")})
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "the script")
     add = parser.add_argument
     add("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE",
         help="train_gpt.py or train_moe.py (default: train_gpt.py)")
     add("--report", action="store_true", help="print what --mup scales at these settings and why; train nothing")
-    add("--widths", type=widths_of, metavar="N,N,..", help="at least three multiples of the head_dim "
+    add("--widths", metavar="N,N,..", help="at least three multiples of the head_dim "
         "(default: from the smallest, 64 or more, that has four heads, doubled up to 512)")
     add("--seeds", type=int, default=2, help="models of each width, at first (default: 2)")
     add("--max-seeds", "--max_seeds", type=int, metavar="N",
@@ -550,7 +544,7 @@ def coord_check(args: argparse.Namespace, _command: str) -> int:
     torch.set_num_threads(s.threads or torch.get_num_threads())
     if args.report:
         return print_report(script, s)
-    widths = args.widths or default_widths(s)
+    widths = common.whole_numbers(args.widths, "--widths") if args.widths else default_widths(s)
     check_args(args, s, widths)
     s = dataclasses.replace(s, base_width=base_width or widths[0])
 

@@ -683,18 +683,14 @@ def run_parts(b: Bench, parts: list[str], budget: float) -> int:
 
 def about(b: Bench) -> dict:
     """Machine, versions and commit."""
+    command = train_gpt.command_output
     query = "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
-    facts = {"date": time.strftime("%Y-%m-%d"), "device": b.device, "tiny": b.tiny, "data": Path(b.data).name or None,
-             "gpu": None, "cpu": train_gpt.detect_hardware("cpu").name, "torch": torch.__version__,
-             "cuda": torch.version.cuda, "python": platform.python_version()}
-    if b.device == "cuda":
-        facts |= {"gpu": torch.cuda.get_device_name(), "name, driver, memory": train_gpt.command_output(*query)}
-    with contextlib.suppress(ImportError):
-        import triton
-        facts["triton"] = triton.__version__
-    commit = train_gpt.command_output("git", "rev-parse", "HEAD")
-    changes = bool(train_gpt.command_output("git", "status", "--porcelain", "-uno"))
-    return facts | {"commit": commit, "uncommitted changes": changes}
+    return {"date": time.strftime("%Y-%m-%d"), "device": b.device, "tiny": b.tiny, "data": Path(b.data).name or None,
+            "gpu": torch.cuda.get_device_name() if b.device == "cuda" else None,
+            "name, driver, memory": command(*query) if b.device == "cuda" else None,
+            "cpu": train_gpt.detect_hardware("cpu").name, "torch": torch.__version__, "cuda": torch.version.cuda,
+            "python": platform.python_version(), "commit": command("git", "rev-parse", "HEAD"),
+            "uncommitted changes": bool(command("git", "status", "--porcelain", "-uno"))}
 
 # Columns of a part's table: heading, where the value is in a row's result, its format. Times are medians of blocks.
 COLUMNS = {

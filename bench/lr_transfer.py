@@ -489,9 +489,7 @@ def show_plan(sweep: Sweep, runs: dict[tuple, dict], jobs: int) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Turns the options' words into values. Raises ValueError for those that cannot give a result."""
-    if wrong := [word for word in args.widths.split(",") if not word.isdecimal() or not int(word)]:
-        raise ValueError(f"--widths {wrong[0]}: must be whole numbers above 0, such as 64,128,256")
-    args.widths = sorted({int(word) for word in args.widths.split(",")})
+    args.widths = common.whole_numbers(args.widths, "--widths")
     args.optimizers = common.words(args.optimizers, OPTIMIZERS, "--optimizers")
     args.parametrizations = common.words(args.parametrizations, SCALINGS, "--parametrizations")
     args.multipliers = common.exponents(args.multipliers)

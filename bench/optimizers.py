@@ -380,14 +380,9 @@ def tuning_table(sweep: Sweep, found: Found, tuned: Tuning) -> str:
 
 def edge_notes(r: Results, tuned: Tuning) -> list[str]:
     """Where the best may lie beyond what was tried."""
-    notes = []
-    for arm in (ADAMW, MUON):
-        best, tried = r.points[arm], tuned.points[arm]
-        if best.rate in (min(p.rate for p in tried), max(p.rate for p in tried)):
-            notes.append(f"{arm}'s best learning rate is the last that was tried; give others with --multipliers")
-        if best in tried[-2:]:
-            notes.append(f"{arm}'s best is a setting beside the sweep, beyond which nothing was tried")
-    return notes
+    edges = {arm: {pick(point.rate for point in tuned.points[arm]) for pick in (min, max)} for arm in (ADAMW, MUON)}
+    return [f"{arm}'s best learning rate is the last that was tried; give others with --multipliers"
+            for arm, rates in edges.items() if r.points[arm].rate in rates]
 
 FIGURE = "![validation loss against step and learning rate](optimizers.png)\n\n"
 README = """# AdamW against Muon on the same model: {name}, {date}
@@ -486,9 +481,7 @@ def draw_rates(axes, sweep: Sweep, found: Found, r: Results) -> None:
         axes.plot(sweep.value(r.points[arm]), mean(r.losses(arm)), "*", color=color, markersize=18,
                   markeredgecolor="black", zorder=3)
     axes.set_xscale("log", base=2)
-    low, high = (round(math.log2(rate / sweep.s.max_lr)) for rate in axes.get_xlim())
-    ticks = [sweep.s.max_lr * 2.0**k for k in range(low, high + 1)]  # AdamW's
-    axes.set_xticks(ticks, [f"{rate:.3g}" for rate in ticks])
+    axes.xaxis.set_major_formatter("{x:.3g}")
     axes.set_xlabel("peak learning rate")
 
 def plot(sweep: Sweep, found: Found, r: Results, path: Path) -> None:
@@ -550,8 +543,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of each optimizer's rate at first, powers of two (default: 1/4,1/2,1,2,4)")
     add("--sweep-seeds", "--sweep_seeds", type=int, default=1,
         help="runs of everything that is tried (default: 1)")
-    add("--finalists", type=int, default=3,
-        help="settings of each optimizer that get all seeds (default: 3)")
+    add("--finalists", type=int, default=3, help="settings of each optimizer that get all seeds (default: 3)")
     common.add_sweep_options(parser, "optimizers/DATA", seeds=None)
     return parser.parse_args(argv)
 
