@@ -104,10 +104,12 @@ def load_model(script: ModuleType, path: Path, meta: dict, longest: int) -> tupl
         s = read_settings(script, meta["settings"])
         model = script.GPT(s, meta["data"]["meta"]["vocab_size"]).requires_grad_(False)
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)  # reads no moments
-        model.load_state_dict(state["optimizer"]["state"]["master"])
+        model.load_state_dict(state["model"] if "model" in state else state["optimizer"]["state"]["master"])
         if hasattr(model, "router_bias"):  # of a mixture of experts: a buffer, no weight
             model.router_bias.copy_(state["optimizer"]["balance"]["bias"])
-        window, longer = script.window_at(s, script.stage_table(s), meta["step"]), getattr(s, "eval_window", 0)
+        constant = getattr(model, "window", 0)  # train_baseline.py's
+        window = constant or script.window_at(s, script.stage_table(s), meta["step"])
+        longer = getattr(s, "eval_window", 0)
         if getattr(model, "positions", None) is not None and longest > len(model.positions.weight):
             raise ValueError(f"{path} has learned positions of {len(model.positions.weight)} tokens, {longest} are "
                              "asked for: lower --max-tokens")
@@ -138,8 +140,9 @@ class Decoder:
     def __init__(self, model: nn.Module, window: int, longest: int, cached: bool):
         self.model, self.cached, self.device = model, cached, model.cos.device
         self.window = torch.tensor(window, dtype=torch.int32, device=self.device)
-        self.embedding, self.masks, self.cos, self.sin = model.embedding, model.masks, model.cos, model.sin
+        self.cos, self.sin = model.cos, model.sin
         if cached:
+            self.embedding, self.masks = model.embedding, model.masks
             docs = torch.zeros(1, min(window, longest), dtype=torch.int32, device=self.device)
             sizes = {kind: int(mask[0, 0, -1].sum()) for kind, mask in model.masks(docs, self.window).items()}
             model.embedding, model.masks = self.embed, self.see
@@ -197,6 +200,8 @@ class Decoder:
 
 def not_cacheable(script: ModuleType, model: nn.Module) -> str | None:
     """The first layer that the cache cannot serve, in words; None if there is none."""
+    if not hasattr(model, "layers"):
+        return f"the attention of {script.__name__}.py has none"
     for i, (block, layer) in enumerate(zip(model.blocks, model.layers, strict=True)):
         if block.attn is not None and not hasattr(block.attn, "project"):
             return f"the attention of {script.__name__}.py has none"

@@ -21,7 +21,7 @@ FlexAttention, an FP8 head and own Triton kernels are compiled in; each has a pl
 Measured on 2 CPU cores only: nanoGPT's documented loss on Tiny Shakespeare characters in 7.0 s, imports included,
 against 77 s with its own configuration (n = 3 each, bench/cpu.py).
 Numbers in brackets name records of the public speedrun (github.com/KellerJordan/modded-nanogpt).
-Shape suffixes: B rows, T tokens of a row, D model_dim, H heads, K key dim of a head, V vocabulary.
+Shape suffixes of tensors: B rows, T tokens of a row, D model_dim, H heads, K key dim of a head, V vocabulary.
 """
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class Hyperparameters:
     momentum_cooldown: int = 50  # steps of its fall [>=0; with hidden_optimizer muon]
     muon_beta2: float = 0.95  # NorMuon's; 0 off [0..1; with hidden_optimizer muon]
     muon_weight_decay: float = 0.02  # / peak rate [>=0; with hidden_optimizer muon]
-    orthogonalizer: str = "polar_express"  # iteration [polar_express|newton_schulz; with hidden_optimizer muon]
+    orthogonalizer: str = "polar_express"  # Muon's iteration [polar_express|newton_schulz; with hidden_optimizer muon]
     adam_lr: float = 0.008  # of all else, times the factor in parameter_table [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
     adam_weight_decay: float = 0.0  # / peak rate, of embeddings and head [>=0]
@@ -1088,8 +1088,8 @@ def piece_table(tokens, eot: int | None, max_len: int, clip: bool, offset: int) 
     return piece_starts, np.minimum(max_len, np.repeat(starts + lengths, counts) - piece_starts)
 
 def pack_row(starts, lengths, ends, used: int, seq_len: int) -> tuple | None:
-    """Starts and lengths of the next row's pieces, of those of a shard, of which `used` tokens are used up, and how
-    many are then; None if too few are left. `ends`: running sums of the lengths."""
+    """Starts and lengths of the next row's pieces, and tokens of the shard used up after it; None if too few are
+    left. Given: those of all pieces in order, their ends in tokens, and how many tokens are used up before."""
     first = np.searchsorted(ends, used, side="right")
     last = np.searchsorted(ends, used + seq_len)
     if last == len(ends):
@@ -1137,7 +1137,7 @@ class ValStream:
             batch[2] = np.cumsum(batch[0] == self.eot)
         return batch.reshape(3, count, self.seq_len)
 
-def set_window(model: nn.Module, s: Settings, *windows: int):
+def set_rotary(model: nn.Module, s: Settings, *windows: int):
     """Writes the model's rotary tables: YaRN's, where the second window is longer than the first."""
     tables = rotary_table(len(model.cos), s.head_dim, s.rope_base, *windows)
     torch._foreach_copy_((model.cos, model.sin), tables)
@@ -1149,13 +1149,13 @@ def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, b
     long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
     total = torch.zeros((), dtype=torch.float64, device=s.device)
     if s.eval_window > window:
-        set_window(model, s, window, s.eval_window)
+        set_rotary(model, s, window, s.eval_window)
     for start in range(0, stream.num_rows, rows * world.size)[:batches]:
         batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows))
         inputs, targets, docs = batch.to(s.device)
         total += model(inputs, targets[None], docs, long_window)[0]
     if s.eval_window > window:
-        set_window(model, s)
+        set_rotary(model, s)
     if world.size > 1:
         dist.all_reduce(total)
     return total.item() / stream.num_tokens
@@ -1616,7 +1616,7 @@ class TrainingStopped(RuntimeError):
 class RunSettings:
     """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
     preset: str = "auto"  # settings that flags override; auto: by hardware and data
-    experiment_name: str = Path(__file__).stem  # runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
+    experiment_name: str = Path(__file__).stem  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
     resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
     data: str = "auto"  # data set: the name of a folder under data/, or a path
@@ -1628,11 +1628,11 @@ class RunSettings:
     target_loss: float = 0.0  # stop at a validation loss at or below, nats; 0 off [>=0]
     # --- checkpoints, logs, profiling
     save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
-    save_last: bool = True  # write a checkpoint after the last step
+    save_last: bool = True  # a checkpoint after the last step
     keep: int = 2  # checkpoints of a run that are kept [>0]
     log_every: int = 10  # steps between console lines, which wait for the device [>0]
     wandb: bool = False  # metrics to Weights & Biases, too (WANDB_MODE=offline works)
-    enable_profiling: bool = False  # write a trace per process, for logger.py profile
+    enable_profiling: bool = False  # a trace per process, for logger.py profile
     profile_start: int = 10  # first profiled step of this process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
     # --- hardware
@@ -1643,7 +1643,7 @@ class RunSettings:
     fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
     fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
     compile: bool = True  # torch.compile of model and optimizer
-    compile_unit: str = "auto"  # of a graph; by block they reduce early [auto|model|block]
+    compile_unit: str = "auto"  # one graph; per block reductions start early [auto|model|block]
     micro_tokens: int = 49152  # most tokens of one forward and backward pass [>0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
@@ -2279,7 +2279,7 @@ class Run:
         return batch
 
     def log_due(self, step: int) -> bool:
-        """After a step: the profiler's turn; whether to log it: each log_every-th, and alone after a signal."""
+        """After a step: the profiler's turn; whether to log it: each log_every-th, after a signal if alone."""
         if self.first_step_s is None:
             self.clock.wait()
             self.first_step_s = seconds_since_process_start()

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import helpers
 import torch
-from helpers import CPU, VOCAB, flags, make_data, run_folder
+from helpers import VOCAB, flags, make_data, run_folder
 from torch import Tensor
 
 import train_baseline as tb
-from train_baseline import GPT, Hardware, MuonAdamW, Settings, World
+from train_baseline import GPT, Settings
 
+CPU = {"device": "cpu", "name": "test CPU", "bf16": False}
+H100 = {"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "bf16": True}
 TYPES = ("gpt", "moderngpt", "ngpt", "moegpt")
 # Every run spells out device, dtype and threads, so that it is the same arithmetic on every machine.
 TINY = dict(
@@ -22,7 +24,7 @@ TINY = dict(
     dtype="fp32", backend="sdpa", compile=False,
 )
 OWN = {  # flags that only some choices read
-    "moegpt": dict(num_experts=4, top_k=2, num_shared=1, expert_hidden=16, dense_first=1, moe_impl="loop"),
+    "moegpt": dict(num_experts=4, top_k=2, num_shared=1, expert_hidden=16, dense_first=1),
     "muon": dict(muon_lr=0.02, momentum_warmup=4),
 }
 
@@ -38,8 +40,7 @@ def flags_of(name: str) -> list[str]:
     default = getattr(Settings, name)
     if isinstance(default, bool):
         return [f"--{name}"]
-    choices = {"tied": "on", "orthogonalizer": "polar_express", "moe_impl": "bmm"}
-    return [f"--{name}", choices.get(name, str(default))]
+    return [f"--{name}", {"tied": "on"}.get(name, str(default))]
 
 
 def settings(model_type: str = "gpt", **changes) -> Settings:
@@ -49,23 +50,24 @@ def settings(model_type: str = "gpt", **changes) -> Settings:
 
 def parse(*argv, hardware=CPU, world_size: int = 1, monkeypatch) -> Settings:
     """Settings of a command line on a machine of our choice."""
-    monkeypatch.setattr(tb, "detect_hardware", lambda device="auto": Hardware(*(CPU if device == "cpu" else hardware)))
+    monkeypatch.setattr(tb, "find_device", lambda device: CPU if device == "cpu" else hardware)
     return tb.parse_settings([str(a) for a in argv], world_size)[0]
 
 
 def random_model(s: Settings, seed: int = 0, size: float = 0.3) -> GPT:
-    """A model whose every parameter is random, biases and gains, too; ngpt's rows keep their norm of 1, and half of its
-    scales are negative."""
+    """A model whose every parameter is random, biases and gains, too; ngpt's vectors keep their norm of 1, and half of
+    its scales are negative."""
     model, random = GPT(s, VOCAB), torch.Generator().manual_seed(1000 + seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=random)
-            if model.rules[name].unit:
-                p.copy_(noise / noise.norm(dim=-1, keepdim=True))
-            elif name.endswith("scale"):
+            if s.model_type == "ngpt" and p.dim() > 1:
+                p.copy_(noise)
+            elif name.endswith(tb.SCALES):
                 p.mul_((1 + size * noise.abs()) * noise.sign())
             else:
                 p.add_(size * noise)
+    tb.normalize_rows(model, s)
     return model
 
 
@@ -82,18 +84,13 @@ def packed(rows: int, seq_len: int = 32, seed: int = 0) -> Tensor:
     return torch.stack((random_tokens(rows, seq_len, seed), random_tokens(rows, seq_len, seed + 1), docs))
 
 
-def window(s: Settings) -> Tensor:
-    return torch.tensor(tb.window_at(s, [], 0), dtype=torch.int32)
-
-
-def loss(model: GPT, s: Settings, batch: Tensor) -> Tensor:
-    """Summed loss of a batch, and the load-balancing loss if there is one."""
-    inputs, targets, docs = batch
-    return model(inputs, targets[None], docs, window(s))
+def loss(model: GPT, s: Settings, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss of a batch, and the load-balancing loss, 0 without experts."""
+    return model(*batch)
 
 
 def logits(model: GPT, s: Settings, batch: Tensor) -> Tensor:
-    return model.head(model.trunk(batch[0], batch[2], window(s)))
+    return model.head(model.trunk(batch[0], batch[2], model.window))
 
 
 def state(model: GPT) -> dict[str, Tensor]:
@@ -149,9 +146,9 @@ class Plain:
             x = x + p["positions.weight"][:len(x)]
         for i in range(s.num_layers):
             x = self.unit_block(i, x) if ngpt else self.block(i, x)
-        table = p["embed.weight"] if s.tied == "on" else p["lm_head"]
+        table = p["embed.weight"] if s.tied == "on" else p["lm_head.weight"]
         if ngpt:
-            return x @ table.T * p["logit_scale.scale"] * s.width**0.5
+            return x @ table.T * p["logit_scale"] * s.width**0.5
         return self.norm("norm", x) @ table.T
 
     def loss(self, tokens_T: Tensor, targets_T: Tensor) -> Tensor:
@@ -160,8 +157,8 @@ class Plain:
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         if self.s.model_type == "gpt":
-            return layer_norm(x, self.p[f"{name}.gain"], self.p[f"{name}.bias"])
-        return rms_norm(x, self.p.get(f"{name}.gain"))
+            return layer_norm(x, self.p[f"{name}.weight"], self.p[f"{name}.bias"])
+        return rms_norm(x, self.p.get(f"{name}.weight"))
 
     def block(self, i: int, x: Tensor) -> Tensor:
         name = f"blocks.{i}."
@@ -175,27 +172,27 @@ class Plain:
         """arXiv 2410.01131, equations 10 and 11: h <- Norm(h + alpha (Norm(block(h)) - h))."""
         p, name, width = self.p, f"blocks.{i}.", self.s.width
         for part, function in (("attn", self.attention), ("mlp", self.mlp)):
-            alpha = (p[f"{name}{part}_step.scale"] * 0.05 * width**0.5).abs()
+            alpha = (p[f"{name}{part}_step"] * 0.05 * width**0.5).abs()
             x = unit(x + alpha * (unit(function(f"{name}{part}.", x)) - x))
         return x
 
     def attention(self, name: str, x: Tensor) -> Tensor:
         p, s, size = self.p, self.s, self.s.head_dim
-        out, ngpt = 0.0, s.model_type == "ngpt"
-        for head in range(s.num_heads):
-            own, other = slice(head * size, (head + 1) * size), head * s.kv_heads // s.num_heads
+        out, ngpt, heads = 0.0, s.model_type == "ngpt", s.width // s.head_dim
+        for head in range(heads):
+            own, other = slice(head * size, (head + 1) * size), head * s.num_kv_heads // heads
             shared = slice(other * size, (other + 1) * size)
-            q, k, v = x @ p[name + "q"][own].T, x @ p[name + "kv"][0, shared].T, x @ p[name + "kv"][1, shared].T
+            q, k, v = (x @ p[f"{name}{part}.weight"][rows].T for part, rows in zip("qkv", (own, shared, shared),
+                                                                                 strict=True))
             if s.model_type == "gpt":
-                key_bias, value_bias = p[name + "biases.1"].chunk(2)
-                q, k, v = q + p[name + "biases.0"][own], k + key_bias[shared], v + value_bias[shared]
+                q, k, v = q + p[name + "q.bias"][own], k + p[name + "k.bias"][shared], v + p[name + "v.bias"][shared]
             else:
                 q, k = (rope(rms_norm(x) if s.qk_norm else x, s.rope_base) for x in (q, k))
             if ngpt:
-                q, k = (unit(x) * p[name + "qk_scale.scale"][own] * s.width**0.5 for x in (q, k))
-            heads = self.softmax_average(q, k, v, size ** (0.5 if ngpt else -0.5))
-            out = out + heads @ p[name + "out"][own]
-        return out + p[name + "biases.2"] if s.model_type == "gpt" else out
+                q, k = (unit(x) * p[name + "qk_scale"][own] * s.width**0.5 for x in (q, k))
+            average = self.softmax_average(q, k, v, size ** (0.5 if ngpt else -0.5))
+            out = out + average @ p[name + "out.weight"].T[own]
+        return out + p[name + "out.bias"] if s.model_type == "gpt" else out
 
     def softmax_average(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Each query looks at itself and at the keys before it that are in the window."""
@@ -208,15 +205,15 @@ class Plain:
 
     def mlp(self, name: str, x: Tensor) -> Tensor:
         p, s = self.p, self.s
-        act, hidden = ACTIVATIONS[s.mlp], x @ p[name + "up"].T
+        act, hidden, down = ACTIVATIONS[s.mlp], x @ p[name + "up.weight"].T, p[name + "down.weight"].T
         if s.model_type == "gpt":
-            return act(hidden + p[name + "biases.0"]) @ p[name + "down"] + p[name + "biases.1"]
+            return act(hidden + p[name + "up.bias"]) @ down + p[name + "down.bias"]
         if not s.gated:
-            return act(hidden) @ p[name + "down"]
-        gate = x @ p[name + "gate"].T
+            return act(hidden) @ down
+        gate = x @ p[name + "gate.weight"].T
         if s.model_type == "ngpt":  # equations 20 and 21
-            hidden, gate = hidden * p[name + "up_scale.scale"], gate * p[name + "gate_scale.scale"] * s.width**0.5
-        return (act(gate) * hidden) @ p[name + "down"]
+            hidden, gate = hidden * p[name + "up_scale"], gate * p[name + "gate_scale"] * s.width**0.5
+        return (act(gate) * hidden) @ down
 
     def mixture(self, name: str, x: Tensor) -> Tensor:
         """arXiv 2401.06066, equations 3 to 5, of one token: the experts of the largest affinities, and those shared."""
@@ -227,10 +224,7 @@ class Plain:
         self.routed.append((name, chosen, affinity))
         out = self.mlp(name + "shared.", x) if s.num_shared else 0.0
         for e in chosen:
-            hidden = x @ p[name + "experts_up"][e]
-            act = ACTIVATIONS[s.mlp]
-            hidden = act(x @ p[name + "experts_gate"][e]) * hidden if s.gated else act(hidden)
-            out = out + affinity[e] * (hidden @ p[name + "experts_down"][e])
+            out = out + affinity[e] * self.mlp(f"{name}experts.{e}.", x)
         return out
 
     def balance(self) -> Tensor:
@@ -257,22 +251,19 @@ def documents_of(batch: Tensor) -> list[tuple[Tensor, Tensor]]:
 # --- training
 
 
-def micro_step(model: GPT, s: Settings, batch: Tensor):
-    """Backward of the mean loss with the weighted load-balancing loss, without the trainer."""
-    losses = loss(model, s, batch)
-    total = losses[0] + (s.balance * losses[1] if len(losses) > 1 else 0.0)
-    (total / s.batch_tokens).backward()
-    return losses[0].detach()
-
-
-def train(model: GPT, s: Settings, batches: list[Tensor]) -> MuonAdamW:
-    """Steps on these batches with the script's optimizer and schedule; that optimizer."""
-    optimizer, stages = MuonAdamW(model, s, World()), tb.stage_table(s)
+def train(model: GPT, s: Settings, batches: list[Tensor]) -> list[float]:
+    """Steps on these batches as the script's loop makes them; the norms of the gradients."""
+    optimizers, norms = tb.make_optimizers(model, s), []
     for step, batch in enumerate(batches):
-        micro_step(model, s, batch)
-        rate = tb.lr_scale(s, stages, step)
-        optimizer.step(rate, tb.momentum_at(s, step), tb.decay_scale(s, step, rate))
-    return optimizer
+        tb.set_rates(optimizers, s, step)
+        total, balance = loss(model, s, batch)
+        ((total + s.balance * balance) / s.batch_tokens).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf).item())
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+        tb.normalize_rows(model, s)
+    return norms
 
 
 # --- runs
@@ -292,19 +283,34 @@ def run(folder: Path, model_type: str = "gpt", **changes) -> Path:
     return run_folder(folder, changes.get("experiment_name", "x"))
 
 
-def masters(folder: Path, step: int = 8) -> dict[str, Tensor]:
+def weights(folder: Path, step: int = 8) -> dict[str, Tensor]:
     """Weights of a checkpoint by name."""
     path = folder / "checkpoints" / f"step_{step:06d}" / "state.pt"
-    return torch.load(path, map_location="cpu", weights_only=True)["optimizer"]["state"]["master"]
+    return torch.load(path, map_location="cpu", weights_only=True)["model"]
 
 
-def script_runs(world: World, command_lines: list[list[str]]) -> list[int]:
-    """Runs of the script's trainer, in a process that stands for one of torchrun's."""
-    codes = []
-    for argv in command_lines:
-        s, hardware, notes = tb.parse_settings(argv, world.size)
-        codes.append(tb.Trainer(s, hardware, world, notes).run())
-    return codes
+def load_state(folder: Path, step: int) -> dict[str, Tensor]:
+    """All tensors and numbers of a checkpoint under one flat name each."""
+    def flatten(value, name: str) -> dict:
+        if isinstance(value, dict | list | tuple):
+            parts = value.items() if isinstance(value, dict) else enumerate(value)
+            return {k: v for key, part in parts for k, v in flatten(part, f"{name}/{key}").items()}
+        return {name: torch.as_tensor(value)} if isinstance(value, Tensor | int | float) else {}
+
+    path = folder / "checkpoints" / f"step_{step:06d}" / "state.pt"
+    return flatten(torch.load(path, map_location="cpu", weights_only=True), "")
+
+
+def script_runs(world, command_lines: list[list[str]]) -> list[int]:
+    """Runs of the script's loop, in a process that stands for one of torchrun's."""
+    return [tb.train(*tb.parse_settings(argv, world.size)) for argv in command_lines]
+
+
+def shared_batches(world, data: str) -> list[Tensor]:
+    """The share of a process in 20 batches."""
+    s = settings("gpt")
+    rows = tb.training_rows(s, tb.open_corpus(data))
+    return [tb.next_batch(rows, s)[0] for _ in range(20)]
 
 
 def launch(argv: list[str], before: str = ""):

@@ -1,4 +1,5 @@
 """Bad input: each ends with one sentence on stderr that names what is wrong and how to repair it, never a traceback."""
+import importlib.util
 import json
 import math
 import sys
@@ -222,8 +223,12 @@ def test_every_allowed_number_of_processes_passes(tmp_path):
 
 
 def test_wandb_that_is_not_installed(tmp_path, fails, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    fails(tiny(tmp_path, wandb=True), "wandb")
+    """Told before the run starts."""
+    find = importlib.util.find_spec
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    fails(tiny(tmp_path, wandb=True), "--wandb", "not installed", "pip install wandb", lines=2)
+    assert not (tmp_path / "logs").exists()
 
 
 def test_log_folder_that_is_a_file(tmp_path, fails):

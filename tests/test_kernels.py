@@ -705,20 +705,18 @@ def test_the_next_shard_is_opened_before_a_batch_needs_it(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_every_shard_is_opened_once_for_each_use(count, tmp_path, monkeypatch):
+    """In turn, one ahead, also where the next use is of the same shard in a new epoch."""
     corpus, opened = shards(tmp_path, count), Opened(monkeypatch)
     loader, used = Loader(settings(batch_tokens=32, iterations=70), corpus, World()), []
     try:
         for step in range(70):
             position = loader.next(step)[1]
-            if used[-1:] != [position["shard"]]:
-                used.append(position["shard"])
+            if used[-1:] != [(position["epoch"], position["shard"])]:
+                used.append((position["epoch"], position["shard"]))
     finally:
-        loader.close()  # waits for the opener
-    assert len(used) >= 2 * count or count == 1
-    if count < 3:  # the shard in use and the next one are all there are: they stay open
-        assert opened.numbers == list(range(count))
-    else:
-        assert opened.numbers == [i % count for i in range(len(used) + 1)]  # one ahead
+        loader.close()  # waits for what is being opened
+    assert len(used) > 2 * count and used == [divmod(i, count) for i in range(len(used))]
+    assert opened.numbers == [i % count for i in range(len(used) + 1)]
 
 
 def test_a_damaged_shard_is_told_when_it_is_reached_and_not_before(tmp_path, monkeypatch):
