@@ -114,7 +114,6 @@ class Job(NamedTuple):
 
 def flag_values(trainer, s) -> dict[str, object]:
     """What the braces stand for: one value in place of the stages', and values of the model's.
-
     The batch is the stages' mean, so that the token total stays; the rate is interpolated at that
     batch; all others are the last stage's."""
     stages = trainer.stage_table(s)
@@ -134,7 +133,6 @@ def flag_values(trainer, s) -> dict[str, object]:
 
 def make_sweep(args: argparse.Namespace) -> Sweep:
     """Checks the flags of all runs that are asked for.
-
     Raises ValueError for flags that train_gpt.py refuses or that change nothing, FileNotFoundError
     where the data set is missing."""
     import train_gpt as trainer  # not above: --help needs no torch

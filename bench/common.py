@@ -122,8 +122,7 @@ def about(config: dict, fingerprint: str | None = None) -> dict:
             "data": f"{data['name']}, fingerprint {data['fingerprint']}"}
 
 def step_ms(events: list[dict], config: dict) -> float:
-    """ms per step over a whole run: the median of each stage, without its first step, weighted by
-    the stage's length."""
+    """ms per step over a run: each stage's median without its first step, weighted by its length."""
     times = [event["step_ms"] for event in events if "step_ms" in event]
     steps = config["settings"]["iterations"]
     ends = [0, *(round(end * steps) for end in config["settings"]["stage_ends"])]
@@ -135,7 +134,6 @@ def tokens_of(events: list[dict]) -> int:
 def run_all(jobs: list, workers: int, command: str, path: Path, execute: Callable,
             outcome: Callable[[dict], str]) -> int:
     """Runs the jobs, appends each to `path` when it ends, and returns how many failed.
-
     An interruption ends those that are under way, which leaves no record of them."""
     children, failed = set(), 0
     with ThreadPoolExecutor(workers) as pool:
@@ -184,10 +182,8 @@ def stop_group(child: subprocess.Popen, patience_s: float = 0) -> None:
             child.wait(seconds)
 
 # --- Sweeps that decide by the losses so far what to run next
-#
-# A sweep has plan(found) -> {point: number of seeds}, job(point, seed), collect(runs) -> found,
-# order(item), by which (point, seed) are sorted, and distance(point) from where the best is
-# expected before anything is known.
+# A sweep has plan(found) -> {point: number of seeds}, job(point, seed), collect(runs) -> found, order(item) of (point,
+# seed), and distance(point) from where the best is expected before anything is known.
 
 Found = dict[tuple, dict[int, float]]  # point -> seed -> loss, infinite where the run diverged
 

@@ -91,7 +91,6 @@ def default_widths(s) -> list[int]:
 
 def resized(script: ModuleType, s, length: int, **changes):
     """The settings in fp32 and plain torch, for rows of `length` tokens; `changes`: width, base_width, mup, seed.
-
     Raises ValueError where they do not fit."""
     fixed = dict(
         dtype="fp32", compile=False, kernels="none", fp8_head="off", fp8_mlp=False, backend="sdpa",
@@ -413,9 +412,6 @@ def judge(script: ModuleType, s, widths: list[int], seeds: int, max_seeds: int, 
 
 # --- Result
 
-def number_of_seeds(sizes: Sizes) -> int:
-    return next(iter(sizes.values())).shape[1]
-
 class Check(NamedTuple):
     """What was run and what came out of it."""
     script: str
@@ -428,6 +424,9 @@ class Check(NamedTuple):
     def lines(self, which: str) -> list[Line]:
         return fit_all(self.sizes[which], self.widths, self.steps)
 
+    def seeds(self, which: str) -> int:
+        return next(iter(self.sizes[which].values())).shape[1]
+
     @property
     def names(self) -> list[str]:
         """Kinds of sites, in the order in which they were seen."""
@@ -439,7 +438,7 @@ class Check(NamedTuple):
         lines = self.lines(MUP)
         line, bad = worst([line for line in lines if line.judged]), failing(lines)
         doubt = "" if not bad or any(line.clear for line in bad) else (
-            f"; no slope is clearly beyond its limit, --max-seeds {4 * number_of_seeds(self.sizes[MUP])} would tell")
+            f"; no slope is clearly beyond its limit, --max-seeds {4 * self.seeds(MUP)} would tell")
         return (f"{'FAIL' if bad else 'PASS'}: worst of --mup is {line.statistic} at {line.site}, step {line.step}: "
                 f"{line} (limit {line.limit}){doubt}")
 
@@ -474,8 +473,7 @@ def summary(check: Check) -> tuple[list[str], list[str]]:
                   for line in failing(check.lines(MUP))]
 
 def plot(check: Check, path: Path) -> None:
-    """A panel for size and change, with --mup and without: each line a site's worst layer and step, by width, relative
-    to the narrowest model. Flat is right."""
+    """Size and change, with --mup and without: a line is a site's worst layer and step, by width. Flat is right."""
     figure, grid = common.panels(13, 9, 2, 2, sharex=True)
     places = [(which, statistic) for which in (MUP, STANDARD) for statistic in (SIZE, CHANGE)]
     for axes, (which, statistic) in zip(grid.flat, places, strict=True):
@@ -554,9 +552,9 @@ def coord_check(args: argparse.Namespace, _command: str) -> int:
     standard = measure(script, dataclasses.replace(s, mup=False), widths, range(args.seeds), args.steps, say)
     sizes = {MUP: judge(script, s, widths, args.seeds, args.max_seeds, args.steps, say), STANDARD: standard}
     about = (f"{s.num_layers} layers ({s.attention}), head_dim {s.head_dim}, widths {', '.join(map(str, widths))}, "
-             f"base width {s.base_width}, hidden matrices by {s.hidden_optimizer}, {args.steps} steps, "
-             f"seeds: {number_of_seeds(sizes[MUP])} ({STANDARD}: {number_of_seeds(standard)})")
+             f"base width {s.base_width}, hidden matrices by {s.hidden_optimizer}, {args.steps} steps, seeds: ")
     check = Check(args.script.name, args.flags, about, widths, args.steps, sizes)
+    check = check._replace(about=f"{about}{check.seeds(MUP)} ({STANDARD}: {check.seeds(STANDARD)})")
     if args.out:
         write_report(check, args.out)
     head, bad = summary(check)

@@ -124,14 +124,8 @@ def read_reference(process: Process, seed: int) -> Run:
         tokens_per_s=results[-1]["tokens_per_s"],
     )
 
-def read_settings(run_dir: Path) -> dict:
-    """The settings in the run's config.json; empty if it wrote none."""
-    file = run_dir / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("settings", {}) if file.is_file() else {}
-
 def longest_context(settings: dict) -> int | None:
     """Most characters before a target that the model may see, in any stage or in evaluation; None if not logged.
-
     Training rows of seq_len hold pieces of at most max_doc_len (0: no limit) that do not see each other."""
     if not {"seq_len", "max_doc_len", "eval_seq_len"} <= settings.keys():
         return None
@@ -140,7 +134,8 @@ def longest_context(settings: dict) -> int | None:
 
 def read_ours(process: Process, run_dir: Path, seed: int, target: float) -> Run:
     """Turn what the trainer wrote into a Run. The final loss is that of the last validation, not what `end` claims."""
-    events, settings = common.read_lines(run_dir / "metrics.jsonl"), read_settings(run_dir)
+    events, config = common.read_lines(run_dir / "metrics.jsonl"), run_dir / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")).get("settings", {}) if config.is_file() else {}
     end = next((event for event in reversed(events) if event.get("event") == "end"), {})
     losses = [event["val_loss"] for event in events if event.get("val_loss") is not None]
     return Run(
@@ -257,7 +252,6 @@ def has_shards(folder: Path) -> bool:
 
 def prepare_data(args: argparse.Namespace, tmp: Path) -> Path:
     """The folder with the shards: --data, or made in `tmp` from --input, or data/shakespeare_char, made if absent.
-
     Raises FileNotFoundError without shards, RuntimeError if they cannot be made."""
     if args.data and not has_shards(args.data):
         raise FileNotFoundError(f"no *_val_*.bin in {args.data}; leave --data away to have the data prepared")

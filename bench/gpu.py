@@ -225,17 +225,6 @@ def check_flex(b: Bench, copies: int) -> dict:
     leaves = {"q": train_gpt.norm(q), "k": train_gpt.norm(k), "v": v}
     return check(torch.compile(flex, dynamic=False, fullgraph=True), plain, leaves, weight, 5e-3)
 
-def check_polar(b: Bench, shape: tuple[int, ...], dtype: torch.dtype) -> dict:
-    need_kernels(b)
-
-    def polar(x, kernel, dtype):
-        return train_gpt.orthogonalize(x, "polar_express", dtype, kernel=kernel)
-    leaves = {"x": randn(b, *shape, dtype=torch.float32)}
-    with torch.no_grad():
-        results = [run(functools.partial(polar, kernel=kernel, dtype=dtype), leaves, None)
-                   for kernel, dtype in ((True, dtype), (False, dtype), (False, torch.float32))]
-    return errors(*results, 1e-2)
-
 def check_settings(b: Bench, fp8: bool) -> list[train_gpt.Settings]:
     """A model of the speedrun's kind as it trains, plain in the same dtype, and plain in fp32."""
     flags = ["--preset", "speedrun", *(SMALL if b.tiny else ["--num-layers", "6", "--attention", "auto"])]
@@ -299,7 +288,6 @@ def equality(b: Bench) -> Rows:
         f"gram kernel, {low}": lambda: check_gram(b, (matrices, d, 4 * d), bf16, False),
         f"gram kernel with addend, {low}": lambda: check_gram(b, (matrices, d, d), bf16, True),
         "gram kernel, odd sizes, fp32": lambda: check_gram(b, (3, 72, 200), fp32, False),
-        "polar express, gram kernel": lambda: check_polar(b, (matrices, d, 4 * d), bf16),
         f"mlp kernel, {low}": lambda: check_mlp(b, 2 * n, d, bf16, True, False),
         "mlp kernel, odd sizes, fp32": lambda: check_mlp(b, 77, 48, fp32, True, False),
         "mlp fp8": lambda: check_mlp(b, 2 * n, d, bf16, False, True),
@@ -323,8 +311,7 @@ def kind_settings(b: Bench, kind: str) -> train_moe.Settings:
     return train_moe.Settings(**train_moe.MIXTURES[kind], width=b.size(768, 32))
 
 def draw_experts(b: Bench, s: train_moe.Settings, tokens: int, routing: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Input and weights in bf16, and each token's experts, (N, K): at random, more often the first ones, or never each
-    third one."""
+    """Input and weights in bf16; each token's experts, (N, K): any, more often the first ones, or never each third."""
     keys = torch.rand(tokens, s.experts, device=b.device)
     if routing == "skewed":
         keys += torch.linspace(1, 0, s.experts, device=b.device)

@@ -57,8 +57,7 @@ class Job(NamedTuple):
         return [sys.executable, str(TRAINER), *self.flags, *words]
 
 def make_jobs(args: argparse.Namespace) -> list[Job]:
-    """All runs, seed by seed, so that an interrupted sweep has complete seeds. Raises ValueError for flags that
-    train_grokking.py refuses."""
+    """All runs, seed by seed. Raises ValueError for flags that train_grokking.py refuses."""
     import train_grokking as trainer  # not above: --help needs no torch
 
     key, flags, rates = common.key_of(*args.flags), tuple(args.flags), {}
@@ -197,8 +196,7 @@ def read_result(file: Path) -> dict:
         raise ValueError(f"{file}: is no metrics.json of train_grokking.py ({error!r})") from error
 
 def read_results(places: list[Path]) -> list[dict]:
-    """Runs, each given as its metrics.json, its folder, or the folder of an experiment. Raises FileNotFoundError where
-    there is none."""
+    """Runs, each given as its metrics.json, its folder, or that of an experiment. Raises FileNotFoundError."""
     results = []
     for place in places:
         files = [place] if place.is_file() else sorted([*place.glob("metrics.json"), *place.glob("*/metrics.json")])
@@ -227,8 +225,7 @@ def group(results: list[dict]) -> dict[str, list[dict]]:
     return found
 
 def mean_curve(runs: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Mean over runs at all steps at which any was evaluated; between its evaluations and past its end a run counts
-    with its last value."""
+    """Mean over runs at all steps at which any was evaluated, each with its last value until then."""
     steps = sorted({m["step"] for run in runs for m in run["metrics"]})
     steps = [step for step in steps if all(run["metrics"][0]["step"] <= step for run in runs)]
     return steps, [mean([m[name] for m in run["metrics"] if m["step"] <= step][-1] for run in runs) for step in steps]

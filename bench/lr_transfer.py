@@ -204,8 +204,7 @@ def refuse_flags(script, args: argparse.Namespace) -> None:
         raise ValueError(f"--mup-flags: --{name} is none of --mup-embedding, --base-head-dim")
 
 def make_sweep(args: argparse.Namespace) -> Sweep:
-    """Checks the flags of all runs of the grid. Raises ValueError for flags that the trainer refuses, FileNotFoundError
-    where the data set is missing."""
+    """Checks the flags of the whole grid. Raises ValueError for wrong ones, FileNotFoundError without the data."""
     t = load(args.script)
     refuse_flags(t, args)
     proxy = "preset" not in common.given(t, args.flags)
@@ -476,10 +475,8 @@ def show_plan(sweep: Sweep, runs: dict[tuple, dict], jobs: int) -> None:
     todo = common.foreseen(sweep, found)
     for series in sweep.series:
         done = sum(len(losses) for point, losses in found.items() if point.series == series)
-        left = sorted(point.k for point, _ in todo if point.series == series)
-        seeds = {k: f" ({left.count(k)})" if left.count(k) > 1 else "" for k in left}
-        print(f"{series.optimizer:6} {series.scaling:9} width {series.width:5}: {done:3} done, {len(left):3} to run"
-              + "".join(f"  × {power(k)}{many}" for k, many in seeds.items()))
+        left = sum(point.series == series for point, _ in todo)
+        print(f"{series.optimizer:6} {series.scaling:9} width {series.width:5}: {done:3} done, {left:3} to run")
     seconds = [run["wall_s"] / cost(run["width"]) for run in runs.values()
                if run["key"] == sweep.key and not (run["problem"] or run["diverged"])]
     guess = SECONDS if sweep.common == (*ALWAYS, *PROXY) else None

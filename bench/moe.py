@@ -87,8 +87,7 @@ def make_model(t, flags: str, s, vocab_size: int) -> Model:
     return Model(flags, counts["total"], counts["active"], flops / sum(tokens.values()))
 
 def make_sweep(args: argparse.Namespace) -> Sweep:
-    """Checks the flags of all models. Raises ValueError for flags that train_moe.py refuses, FileNotFoundError where
-    the data set is missing."""
+    """Checks the flags of all models. Raises ValueError for wrong ones, FileNotFoundError without the data."""
     import train_moe as t  # not above: --help needs no torch
 
     shared = (*ALWAYS, *(["--data", args.data] if args.data else []), *args.flags)
@@ -273,23 +272,20 @@ def loss_table(runs: list[dict]) -> str:
     head = ["model", "share of dense's tokens", "tokens", "final val loss ± sd", "n", "minus dense", "95 % interval"]
     return markdown(head, rows)
 
-def summary_table(results: list[Result]) -> str:
-    rows = []
+def summary_table(results: list[Result], times: dict[str, dict[int, float]]) -> str:
+    ms = {who: f"{median(rounds.values()):.1f}" for who, rounds in times.items()}
+    rows = [[DENSE, ms.get(DENSE, "-"), *["-"] * 7]]
     for r in results:
         seconds = "not measured"
         if r.reach and r.ratio:
             product = Reach(r.reach.ratio * r.ratio.mean, r.reach.relation)
             seconds = "not reached" if r.reach.relation == ">" else str(product)
-        rounds = r.ratio.n if r.ratio else ""
-        rows.append([r.who, r.reach or "not measured", *two_cells(r.ratio, ".3f", "not measured"), rounds, seconds,
+        ratio = [*two_cells(r.ratio, ".3f", "not measured"), r.ratio.n if r.ratio else ""]
+        rows.append([r.who, ms.get(r.who, "-"), r.reach or "not measured", *ratio, seconds,
                      *two_cells(r.equal_time, "+.4f", "not measured")])
-    return markdown(["kind", "tokens to dense's final loss / dense's", "step time / dense's", "95 % interval", "rounds",
-                     "time to dense's final loss / dense's", "loss at equal time minus dense's", "95 % interval"], rows)
-
-def time_table(runs: list[dict]) -> str:
-    rows = [[who, *(f"{number:.1f}" for number in (median(ms.values()), min(ms.values()), max(ms.values()))), len(ms)]
-            for who, ms in step_times(runs).items()]
-    return markdown(["model", "ms per step, median", "min", "max", "rounds"], rows)
+    head = ["kind", "ms/step, median", "tokens to dense's final loss / dense's", "step time / dense's", "95 % interval",
+            "rounds", "time to that loss / dense's", "loss at equal time minus dense's", "95 % interval"]
+    return markdown(head, rows)
 
 README = """# Dense against mixtures of experts at equal active FLOPs: `{size}`, {date}
 
@@ -323,8 +319,6 @@ of the ratios of tokens and of step times. At equal time: with 1 / (step-time ra
 
 {summary}
 
-{table}
-
 """
 
 def readme(sweep: Sweep, results: list[Result], runs: list[dict], problems: list[str]) -> str:
@@ -333,8 +327,7 @@ def readme(sweep: Sweep, results: list[Result], runs: list[dict], problems: list
     if any(run["kind"] == "loss" for run in runs):
         body += LOSS_TEXT.format(table=loss_table(runs))
     if times:
-        body += TIME_TEXT.format(rounds=max(map(len, times.values())), summary=summary_table(results),
-                                 table=time_table(runs))
+        body += TIME_TEXT.format(rounds=max(map(len, times.values())), summary=summary_table(results, times))
     return README.format(
         size=sweep.size, sentences="\n".join(f"- {findings(r)}" for r in results), models=model_table(sweep),
         body=body, flags=shlex.join(sweep.flags), mixture=sweep.mixture_flags.strip() or "-",

@@ -8,9 +8,8 @@ nanoGPT (https://github.com/karpathy/nanoGPT, README section "I only have a macb
         --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000
         --lr_decay_iters=2000 --dropout=0.0
 
-and says "a loss of only 1.88". This file is an own implementation of that configuration. `Config` lists every
-number and where nanoGPT sets it. Three differences, all in favour of the reference: no evaluation interrupts
-training, no step but four waits to print its loss, and the token file is opened once, not for each batch.
+and says "a loss of only 1.88". This file is an own implementation; `Config` says where nanoGPT sets each number. All
+differences favour the reference: no evaluation interrupts training, few steps print, the token file is opened once.
 
 After training, the whole validation split is evaluated as a fixed stream (`fixed_stream`): every target once,
 contexts of at most 64 characters. Progress goes to stderr; stdout gets one JSON line: val_loss (nats per character),
@@ -115,7 +114,6 @@ def learning_rate(step: int, cfg: Config) -> float:
 
 def load_tokens(folder: Path, split: str) -> np.ndarray:
     """Memory-map the one shard of `split` in `folder` as uint16 tokens (N,).
-
     Raises FileNotFoundError if there is no shard, ValueError if there are several or the shard is damaged."""
     shards = sorted(folder.glob(f"*_{split}_*.bin"))
     if not shards:
@@ -138,7 +136,6 @@ def random_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.T
 
 def fixed_stream(tokens: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut N tokens into consecutive contexts: inputs tokens[:-1], targets tokens[1:], both (ceil((N-1)/block), block).
-
     Every one of the N - 1 targets appears once. Padding of the last row is input 0, target -1 (no loss)."""
     if len(tokens) < 2:
         raise ValueError(f"validation needs at least 2 tokens, got {len(tokens)}")

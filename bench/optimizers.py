@@ -159,10 +159,11 @@ def can_compile() -> bool:
 
 def proxy_flags(vocab_size: int) -> list[str]:
     """Of the model that stands in for the real one."""
-    if not can_compile():
+    compiles = can_compile()
+    if not compiles:
         print("note: no C++ compiler, the runs are not compiled and take longer", file=sys.stderr)
-    size = FEW_TOKENS if vocab_size > LARGE_VOCAB else MANY_TOKENS
-    return [*SHAPE, "--compile" if can_compile() else "--no-compile", *size]
+    return [*SHAPE, "--compile" if compiles else "--no-compile", *(
+        FEW_TOKENS if vocab_size > LARGE_VOCAB else MANY_TOKENS)]
 
 def make_sweep(args: argparse.Namespace) -> Sweep:
     """Checks the flags of all runs of the grid. Raises ValueError for flags that train_baseline.py refuses,

@@ -4,14 +4,13 @@
     python bench/peer.py record.txt --set val_tokens=2097152 --set cooldown_frac=0.4 --max-doc-len 2048
 
 PATH is a script, a folder that holds a train_gpt.py, or a public record log, whose embedded source is run: a copy in a
-temporary folder, with the shards where it looks for them (data/fineweb10B) and a few constants set, under torchrun with
-one process. So it has to accumulate gradients on fewer than 8 GPUs, over 8 rows of train_seq_len in every step: record
-28, the last with FlexAttention. Nothing of its text is kept: the results hold numbers, and the script's sha256, path
-and commit. `--work DIR` leaves its folders in DIR, to see why it fails.
+temporary folder with the shards in data/fineweb10B and a few constants set, under torchrun with one process. So it has
+to accumulate gradients over 8 rows of train_seq_len: record 28, the last with FlexAttention. Nothing of its text is
+kept: the results hold numbers, and the script's sha256, path and commit. `--work DIR` leaves its folders in DIR.
 
 Ours is train_gpt.py --preset speedrun with as many steps, tokens per step and validation tokens; flags that are not
-listed below go to it. The two take turns. Both clocks stop for compilation, warm-up and validation, and wait for the
-device at a validation: ms/step is measured from one validation to the next, where all runs got that far.
+listed below go to it. The two take turns. Both clocks wait for the device at a validation and stop for it: ms/step is
+measured from one validation to the next, where all runs got that far.
 
 Loss at equal time is read off straight lines between validations, at the time when the first run ends. Schedules end
 with the last step, so the faster side is further in its cool-down there.

@@ -9,7 +9,6 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -21,12 +20,6 @@ from bench import common  # noqa: E402
 VOCAB_SIZE = 50257
 MIB = 2**20
 
-class Traffic(NamedTuple):
-    """Bytes that one rank sends in a step."""
-    reduce_scatter: float
-    all_gather: float
-    all_reduce: float
-
 def build_banks(preset: str, ranks: int) -> list[train_gpt.Bank]:
     """The preset's optimizer as rank 0 of several has it, without memory: shapes and dtypes on the meta device."""
     flags = "--device cpu --dtype bf16 --backend sdpa --no-compile --kernels none --fp8-head off".split()
@@ -35,8 +28,8 @@ def build_banks(preset: str, ranks: int) -> list[train_gpt.Bank]:
         s = dataclasses.replace(s, device="meta")
         return train_gpt.MuonAdamW(train_gpt.GPT(s, VOCAB_SIZE), s, train_gpt.World(0, 0, ranks)).banks
 
-def traffic(banks: list[train_gpt.Bank], ranks: int) -> Traffic:
-    """Bytes that a rank sends for one optimizer step with ring collectives."""
+def traffic(banks: list[train_gpt.Bank], ranks: int) -> dict[str, float]:
+    """Bytes that a rank sends for one optimizer step with ring collectives, by collective."""
     scattered = gathered = reduced = 0.0
     for bank in banks:
         numel = bank.grad.numel()  # of the own pieces; a sharded bank has as many for each rank, padding included
@@ -45,26 +38,23 @@ def traffic(banks: list[train_gpt.Bank], ranks: int) -> Traffic:
         else:
             scattered += (ranks - 1) * numel * bank.grad.dtype.itemsize
             gathered += (ranks - 1) * numel * next(iter(bank.params.values())).dtype.itemsize
-    return Traffic(scattered, gathered, reduced)
+    return {"reduce-scatter of gradients": scattered, "all-gather of weights": gathered,
+            "all-reduce of small parameters": reduced}
 
 def report(args: argparse.Namespace) -> str:
     """The text, in Markdown."""
-    sent = traffic(build_banks(args.preset, args.ranks), args.ranks)
-    ms = 1000 * sum(sent) / (1e9 * args.bandwidth * args.efficiency)
-    rows = [["reduce-scatter of gradients", f"{sent.reduce_scatter / MIB:,.1f}"],
-            ["all-gather of weights", f"{sent.all_gather / MIB:,.1f}"],
-            ["all-reduce of small parameters", f"{sent.all_reduce / MIB:,.3f}"],
-            ["together", f"{sum(sent) / MIB:,.1f}"]]
-    return (f"# What each of {args.ranks} ranks sends in a step of `{args.preset}`\n\nGradients and weights in bf16, "
-            f"banks padded to {args.ranks} owners.\n\n"
-            f"{common.markdown(['collective', 'MiB per rank and step'], rows)}\n\n"
+    sent = traffic(build_banks("speedrun", args.ranks), args.ranks)
+    total = sum(sent.values())
+    ms = 1000 * total / (1e9 * args.bandwidth * args.efficiency)
+    rows = [[name, f"{count / MIB:,.3f}"] for name, count in (sent | {"together": total}).items()]
+    return (f"# What each of {args.ranks} ranks sends in a step of `speedrun`\n\nGradients and weights in bf16, banks "
+            f"padded to {args.ranks} owners.\n\n{common.markdown(['collective', 'MiB per rank and step'], rows)}\n\n"
             f"At {args.bandwidth:g} GB/s per direction (NVLink, nominal) x efficiency {args.efficiency:g}, both "
             f"assumed, {ms:.2f} ms, of which what overlaps with computation is hidden.\n")
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = common.make_parser(__doc__)
     add = parser.add_argument
-    add("--preset", choices=("speedrun", "medium", "gpu"), default="speedrun", help="default: speedrun")
     add("--ranks", type=int, default=8, help="default: 8")
     add("--bandwidth", type=float, default=450, metavar="GB/S", help="per rank and direction (default: %(default)s)")
     add("--efficiency", type=float, default=0.75, help="of the bandwidth (default: %(default)s)")

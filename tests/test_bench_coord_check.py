@@ -382,7 +382,8 @@ def test_report_says_what_is_scaled_and_why(capsys):
 def test_widths_are_numbers(capsys, widths):
     assert cc.main(["--widths", widths]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: --widths ") and error.endswith(": must be whole numbers above 0, such as 64,128,256\n")
+    assert error.startswith("error: --widths ")
+    assert error.endswith(": must be whole numbers above 0, such as 64,128,256\n")
 
 
 def test_without_any_change_there_is_no_verdict(capsys, tmp_path):

@@ -189,8 +189,8 @@ def test_diverged_run_is_the_worst_result_and_no_failure(bench, trainer, tmp_pat
 def test_list_runs_nothing_and_foresees_what_comes(bench, trainer, tmp_path):
     code, out, _ = bench("--list", "--optimizers", "muon", "--jobs", "2")
     assert code == 0 and not trainer.calls and not (tmp_path / "out").exists()
-    assert "muon   mup       width   128:   0 done,   9 to run  × 1/8  × 1/4  × 1/2  × 1 (3)  × 2  × 4  × 8" in out
-    assert "muon   mup       width   256:   0 done,  13 to run  × 1/8  × 1/4  × 1/2 (3)  × 1 (3)  × 2 (3)  × 4" in out
+    assert "muon   mup       width   128:   0 done,   9 to run" in out
+    assert "muon   mup       width   256:   0 done,  13 to run" in out
     assert "57 to run, time unknown" in out
     trainer.loss = lambda job, k: bowl(job._replace(scaling="mup"), k)  # what is foreseen before anything is known
     bench("--optimizers", "muon")

