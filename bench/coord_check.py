@@ -3,7 +3,7 @@
     python bench/coord_check.py                                              # a small model with every technique
     python bench/coord_check.py --out records/coord -- --preset cpu --hidden-optimizer adamw
     python bench/coord_check.py --script train_moe.py -- --preset speed-cpu
-    python train_gpt.py --preset cpu --coord-check                           # the settings of a run
+    python bench/coord_check.py --report -- --preset gpu --width 1024 --base-width 256   # what --mup scales, and why
 
 Flags after ` -- ` are the script's, and those it would choose itself if there are none. Models of several widths and
 seeds train a few steps on one fixed batch, with --mup and, shown beside it but never judged, without; in fp32, at the
@@ -12,28 +12,28 @@ rms(x_t - x_0). Each is fitted as width^slope, per site, layer and step. What is
 PASS, and exit code 0, if at the start and at the first, middle and last step no slope of --mup is beyond 0.15
 (attention logits: 0.25). The change finds what the size hides: a wrong rate of a table that starts at its full size.
 
-Seeds differ by more than one would like, most where few heads attend to few tokens. So where slopes are beyond their
-limit, but none by more than 3 standard errors, there are --max-seeds at once; then what is beyond fails. This second
-look is lenient: a slope of 0.17 passes more often than with all seeds from the start. Without it correct models would
-fail, as there are some hundred slopes. --mup-embedding sqrt fails by design: the change of the tables' rows falls.
+Seeds differ, most where few heads attend to few tokens. So where slopes are beyond their limit, but none by more than 3
+standard errors, there are --max-seeds at once; then what is beyond fails. This second look is lenient; without it
+correct models would fail, as there are some hundred slopes. --mup-embedding sqrt fails by design: the change of the
+tables' rows falls.
 
-No data set is needed: the text is this one, as bytes. The batch has fewer tokens than the smallest width
-has dimensions. The gradients then span few directions, updates line up with all of their inputs, and a rate that goes
-with the wrong power of the width shows that power at small widths already; a long batch hides it, and costs more.
-Measured: routers, whose gradients differ in sign from token to token, need it most. The learned logits of sigmoid_bias
-have slope -0.31 +- 0.09 with 48 tokens at widths 64 to 256, -0.15 with 24, and none is found at widths 256 to 1024.
+No data set is needed: the text is this one, as bytes. The batch has fewer tokens than the smallest width has
+dimensions: gradients then span few directions, updates line up with all of their inputs, and a rate that goes with the
+wrong power of the width shows that power at small widths already. Routers need it most: the learned logits of
+sigmoid_bias have slope -0.31 +- 0.09 with 48 tokens at widths 64 to 256, -0.15 with 24, none at 256 to 1024.
 """
 import argparse
 import contextlib
 import dataclasses
 import importlib.util
-import json
+import re
 import shlex
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -41,11 +41,15 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench import common  # noqa: E402 - after the path
+
 # Without ` -- `: every technique, enough heads in the narrowest model, and rates at which tables and matrices change
 # activations about equally, so that neither hides what is wrong with the other.
-SMALL = ("--preset cpu --device cpu --num-layers 4 --width 64 --head-dim 16 --value-embeds 1 --softcap 23,5,7.5 "
-         "--paired --key-offset --xsa --skip single --backout --adam-lr 0.002").split()
+SMALL = """--preset cpu --device cpu --num-layers 4 --width 64 --head-dim 16 --value-embeds 1 --softcap 23,5,7.5
+--paired --key-offset --xsa --skip single --backout --adam-lr 0.002""".split()
 ROWS, VOCAB = 2, 256  # of the batch; bytes
+GPT2_VOCAB = 50257
 LIMIT, LIMITS = 0.15, {"attention logits": 0.25}  # of |slope|; query and key start to align, at any width
 NOT_JUDGED = {"router logits": "initial weights of a readout that are not 0 give logits that fall with the root of the "
                                "width (TP-V, table 8); judged is what the learned part of the weights gives"}
@@ -54,10 +58,7 @@ ROUNDING = 1e-5  # a change of less than this share of the size is none
 SIZE, CHANGE = "mean |x|", "change"
 MUP, STANDARD = "--mup", "standard"
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings
-
+# --- Settings
 
 def load_script(path: Path) -> ModuleType:
     """train_gpt.py or train_moe.py as a module. Raises ValueError if that file is no trainer that knows --mup."""
@@ -70,16 +71,14 @@ def load_script(path: Path) -> ModuleType:
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    if not hasattr(module, "scale_parameter"):
+    if not hasattr(module, "trained_rules"):
         raise ValueError(f"--script {path}: it does not know --mup; use train_gpt.py or train_moe.py")
     return module
 
-
 def settings_at_hand(script: ModuleType, flags: list[str]):
     """Settings of a command line, and the base width if it names one, else 0."""
-    base_width = vars(script.build_parser().parse_args(flags)).get("base_width", 0)
+    base_width = common.given(script, flags).get("base_width", 0)
     return script.parse_settings([*flags, "--mup"], world_size=1)[0], base_width
-
 
 def default_widths(s) -> list[int]:
     """Doubling from the smallest that has four heads (large ones: a pair) and is 64 or more, up to 512; three at least.
@@ -90,24 +89,22 @@ def default_widths(s) -> list[int]:
         widths.append(2 * widths[-1])
     return widths
 
-
 def resized(script: ModuleType, s, length: int, **changes):
     """The settings in fp32 and plain torch, for rows of `length` tokens; `changes`: width, base_width, mup, seed.
-
     Raises ValueError where they do not fit."""
-    fixed = dict(dtype="fp32", compile=False, kernels="none", fp8_head="off", fp8_mlp=False, backend="sdpa",
-                 stage_ends=(1.0,), stage_lr=(1.0,), mtp=(0,), seq_len=(length,), max_doc_len=(length,),
-                 batch_tokens=(ROWS * length,), micro_tokens=ROWS * length, eval_seq_len=length,
-                 window=(length,), window_start=0, window_step=length // 4)
+    fixed = dict(
+        dtype="fp32", compile=False, kernels="none", fp8_head="off", fp8_mlp=False, backend="sdpa",
+        stage_ends=(1.0,), stage_lr=(1.0,), mtp=(0,), seq_len=(length,), max_doc_len=(length,),
+        batch_tokens=(ROWS * length,), micro_tokens=ROWS * length, eval_seq_len=length,
+        window=(length,), window_start=0, window_step=length // 4)
     if hasattr(s, "moe_impl"):
         fixed["moe_impl"] = "loop"
     s = dataclasses.replace(s, **fixed, **changes)
     if ROWS * (length + 1) > len(__doc__):
         raise ValueError(f"width {s.width}: the text is too short for rows of {length} tokens; use smaller --widths")
-    if problems := script.shape_errors(s, 1):
+    if problems := script.hyperparameter_errors(s, {}, script.detect_hardware(s.device), 1):
         raise ValueError(f"width {s.width} cannot work: {'; '.join(problems)}")
     return s
-
 
 def text_batch(length: int, device: str) -> tuple[torch.Tensor, ...]:
     """Inputs, targets and document numbers, (ROWS, length) each: passages of this file's docstring."""
@@ -116,20 +113,82 @@ def text_batch(length: int, device: str) -> tuple[torch.Tensor, ...]:
     tokens = torch.stack([text[i:i + length + 1] for i in starts]).to(device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.zeros_like(tokens[:, 1:])
 
+# --- What --mup scales: a model at the base width beside one that is much wider
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Measurement
+class Axes(NamedTuple):
+    """Shape of a parameter, and which of its axes grow with the width."""
+    shape: tuple[int, ...]
+    wide: tuple[bool, ...]
 
+    def __str__(self) -> str:
+        return " x ".join(f"{size}{'*' if wide else ''}" for size, wide in zip(self.shape, self.wide, strict=True))
+
+def model_shapes(script: ModuleType, s, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape, of a model without weights."""
+    with torch.random.fork_rng(devices=()), torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in script.GPT(s, vocab_size).named_parameters()}
+
+def parameter_axes(script: ModuleType, s, vocab_size: int) -> dict[str, Axes]:
+    """An axis grows if models of the base width and 64 times that (some sizes are rounded) differ in it."""
+    far = dataclasses.replace(s.base, width=64 * s.base.width)
+    now, base, wide = (model_shapes(script, x, vocab_size) for x in (s, s.base, far))
+    return {name: Axes(shape, tuple(a != b for a, b in zip(base[name], wide[name], strict=True)))
+            for name, shape in now.items()}
+
+def reason(rule, s) -> str:
+    """Where a rule's factors come from: Tensor Programs V (TP-V, arXiv 2203.03466) or the numbered paper."""
+    if rule.role in ("input", "table"):
+        sqrt = rule.role == "table" and s.mup_embedding == "sqrt"
+        return "2506.15025: / sqrt(m)" if sqrt else "TP-V: input, constant"
+    hidden = "2310.17813: Muon, sqrt(fan_out / fan_in)" if rule.kind == "muon" else "TP-V: rate / m"
+    return {"hidden": hidden, "output": "TP-V: logits / m"}.get(rule.role, "does not grow with the width")
+
+def initial_std(p: torch.Tensor) -> str:
+    """Standard deviation of the weights that are drawn; of a constant there is none."""
+    drawn = p.detach()[p.detach() != 0]
+    return f"{drawn.std():.2g}" if drawn.numel() > 1 and drawn.min() < drawn.max() else "-"
+
+def factors(rule, base, wide) -> list[str]:
+    """Of learning rate, product, decay and epsilon, relative to the base width's; - of what is not there."""
+    product = base.fans[1] / wide.fans[1] if rule.role == "output" else 1.0
+    pairs = [(rule.lr, base.lr), (product, 1.0), (rule.weight_decay, base.weight_decay),
+             (rule.eps, base.eps if rule.kind == "adamw" else 0.0)]
+    return [f"{a / b:.4g}" if b else "-" for a, b in pairs]
+
+def report(script: ModuleType, s, vocab_size: int) -> str:
+    """The table of --report: what is scaled and why, parameters of equal rows together."""
+    model = dict(script.GPT(s, vocab_size).named_parameters())
+    names, axes, rows = list(model), parameter_axes(script, s, vocab_size), {}
+    rules = script.trained_rules(s, names)
+    wide, base = (script.match_rules(script.parameter_table(x), names) for x in (s, s.base))
+    for name, rule in rules.items():
+        key = re.sub(r"\.\d+\.", ".*.", name), rule.role, str(axes[name])
+        if key not in rows:
+            fan_in = str(wide[name].fans[1]) if rule.role in ("hidden", "output") else "-"
+            std = "-" if rule.role == "fixed" else initial_std(model[name])
+            rows[key] = [*key, fan_in, std, rule.kind, *factors(rule, base[name], wide[name]), reason(rule, s)]
+    head = ["parameter", "role", "shape (* grows)", "fan-in", "init std", "optimizer", "lr x", "multiplier", "decay x",
+            "eps x", "reason"]
+    return (f"muP from width {s.base.width} to {s.width}, m = {s.growth:g}; attention scale {s.softmax_scale:.4g} "
+            f"at head_dim {s.head_dim}\n{common.aligned([head, *rows.values()])}")
+
+def print_report(script: ModuleType, s) -> int:
+    """The table, with the vocabulary of the run's data if they are there."""
+    there = script.data_folder(s.data).is_dir()
+    if not there:
+        print(f"{script.data_folder(s.data)} is not there: with GPT-2's vocabulary")
+    print(report(script, s, script.open_corpus(s.data).meta["vocab_size"] if there else GPT2_VOCAB))
+    return 0
+
+# --- Measurement
 
 class Site(NamedTuple):
     """Where an activation is looked at."""
-
     name: str
     layer: int | None = None
 
     def __str__(self) -> str:
         return self.name if self.layer is None else f"{self.name}, layer {self.layer}"
-
 
 @contextlib.contextmanager
 def recorded(script: ModuleType, model, s):
@@ -159,7 +218,7 @@ def recorded(script: ModuleType, model, s):
         look_at_block(block, i, hook, keep)
     replace("attend", lambda original: looking_attend(original, lambda x: keep("attention logits", x, layer[0])))
     replace("head_losses", lambda original: looking_head(original, keep))
-    replace("cap_logits", lambda original: looking_cap(original, s.cap, keep))
+    replace("cap_logits", lambda original: looking_cap(original, s.softcap, keep))
     try:
         yield found
     finally:
@@ -167,7 +226,6 @@ def recorded(script: ModuleType, model, s):
             handle.remove()
         for name, original in originals.items():
             setattr(script, name, original)
-
 
 def look_at_block(block, i: int, hook, keep):
     """Hooks on the modules of layer i. A mixture's shared experts are an MLP."""
@@ -200,7 +258,6 @@ def look_at_block(block, i: int, hook, keep):
             hook(module, mlp)
     hook(block, lambda _, args, out: keep("residual stream", out[0] if isinstance(out, tuple) else out, i))
 
-
 def looking_attend(original, keep):
     def attend(q, k, v, mask, scale, *rest):
         logits = scale * q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
@@ -208,50 +265,35 @@ def looking_attend(original, keep):
         return original(q, k, v, mask, scale, *rest)
     return attend
 
-
 def looking_head(original, keep):
     def head_losses(x, *rest):
         keep("head input", x)
         return original(x, *rest)
     return head_losses
 
-
 def looking_cap(original, cap, keep):
     """The model's cap has the head's multiplier in it: what it is to the settings' makes of z what that would take."""
     def cap_logits(z, own):
-        keep("logits", z * ((cap[2] if cap else 1.0) / (own[2] if own else 1.0)))
+        keep("logits", z * (cap[2] / own[2]))
         capped = original(z, own)
-        if cap:
+        if cap[0]:
             keep("capped logits", capped)
         return capped
     return cap_logits
 
-
 Sizes = dict[tuple[Site, str, int], np.ndarray]  # by site, SIZE or CHANGE, and step
 
-
-class Trace(NamedTuple):
-    """One training: what was seen of it."""
-
-    sizes: dict[tuple[Site, str, int], float]  # keys as of Sizes
-    losses: list[float]  # before the first step .. after the last one
-
-
-def train(script: ModuleType, s, steps: int) -> Trace:
-    """A model's first steps, at the full learning rates and with the momentum of a run's start."""
+def train(script: ModuleType, s, steps: int) -> tuple[dict[tuple[Site, str, int], float], list[float]]:
+    """A model's first steps, at the full learning rates and with the momentum of a run's start: what was seen, with
+    keys as of Sizes, and the losses before the first step .. after the last one."""
     model, length = script.GPT(s, VOCAB), s.seq_len[0]
     optimizer = script.MuonAdamW(model, s, script.World())
     model.to(s.device)
-    if getattr(optimizer, "balance", None):  # the routers' noise is part of the fixed batch
-        noise = optimizer.balance.noise(0, ROWS, length)
-        optimizer.balance.noise = lambda *_: noise
-    batch = text_batch(length, s.device)
-    run = SimpleNamespace(model=model, optimizer=optimizer,
-                          window=torch.tensor(length, dtype=torch.int32, device=s.device))
+    batch, window = text_batch(length, s.device), torch.tensor(length, dtype=torch.int32, device=s.device)
     first, sizes, losses = {}, {}, []
     with recorded(script, model, s) as found:
         for step in range(steps + 1):
-            loss = script.Trainer.micro_step(run, *batch, [1 / (ROWS * length)])
+            loss = common.micro_step(script, model, optimizer, batch, window, [1 / (ROWS * length)])
             losses.append(loss.item() / (ROWS * length))
             first = first or dict(found)
             for site, x in found.items():
@@ -262,14 +304,12 @@ def train(script: ModuleType, s, steps: int) -> Trace:
                 optimizer.step(1.0, script.momentum_at(s, step))
     for p in model.parameters():
         p._post_accumulate_grad_hooks.clear()  # they hold the optimizer, in a cycle that no collector sees
-    return Trace(sizes, losses)
-
+    return sizes, losses
 
 def change(x: torch.Tensor, first: torch.Tensor) -> float:
     """rms(x - first); 0 where only the rounding differs."""
     difference = (x - first).square().mean().sqrt().item()
     return 0.0 if difference < ROUNDING * first.square().mean().sqrt().item() else difference
-
 
 def measure(script: ModuleType, s, widths: list[int], seeds: Iterable[int], steps: int, say=lambda line: None) -> Sizes:
     """Statistics, (widths, seeds), of each site and step, of models with the settings s but for width and seed."""
@@ -278,24 +318,19 @@ def measure(script: ModuleType, s, widths: list[int], seeds: Iterable[int], step
     traces = []
     for model in models:
         start = time.perf_counter()
-        trace = train(script, model, steps)
-        traces.append(trace.sizes)
-        say(f"{MUP if s.mup else STANDARD:8}  width {model.width:5}  seed {model.seed}  loss {trace.losses[0]:.3f} -> "
-            f"{trace.losses[-1]:.3f}  {time.perf_counter() - start:.1f} s")
+        sizes, losses = train(script, model, steps)
+        traces.append(sizes)
+        say(f"{MUP if s.mup else STANDARD:8}  width {model.width:5}  seed {model.seed}  loss {losses[0]:.3f} -> "
+            f"{losses[-1]:.3f}  {time.perf_counter() - start:.1f} s")
     return {key: np.array([sizes[key] for sizes in traces]).reshape(len(widths), -1) for key in traces[0]}
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Verdict
-
+# --- Verdict
 
 class Fit(NamedTuple):
     """size = c * width^slope, by least squares on logarithms."""
-
     slope: float  # nan: there is none
     error: float  # standard error
     problem: str = ""  # why there is none
-
 
 def fit(widths: list[int], sizes_WS: np.ndarray) -> Fit | None:
     """A statistic's slope over all widths and seeds; None where it is exactly 0 in all models."""
@@ -312,10 +347,8 @@ def fit(widths: list[int], sizes_WS: np.ndarray) -> Fit | None:
     rest = y - y.mean() - slope * (x - x.mean())
     return Fit(float(slope), float(((rest**2).sum() / (len(x) - 2) / spread) ** 0.5))
 
-
 class Line(NamedTuple):
     """One fit and where it belongs."""
-
     site: Site
     statistic: str  # SIZE or CHANGE
     step: int
@@ -342,22 +375,18 @@ class Line(NamedTuple):
     def __str__(self) -> str:
         return self.fit.problem or f"slope {self.fit.slope:+.2f} ± {self.fit.error:.2f}"
 
-
 def judged_steps(steps: int) -> set[int]:
     """The start and the first, middle and last step. Others say nearly the same: more lines would only be more chances
     for a slope to be beyond its limit by chance."""
     return {0, 1, (steps + 1) // 2, steps}
-
 
 def fit_all(sizes: Sizes, widths: list[int], steps: int) -> list[Line]:
     """Lines of the judged steps; statistics that are exactly 0 have none."""
     fits = {key: fit(widths, values) for key, values in sizes.items() if key[2] in judged_steps(steps)}
     return [Line(*key, found) for key, found in fits.items() if found]
 
-
 def worst(lines: list[Line]) -> Line | None:
     return max(lines, key=lambda line: line.share, default=None)
-
 
 def failing(lines: list[Line]) -> list[Line]:
     """The worst line of each site and layer that has one beyond its limit, the worst first."""
@@ -366,7 +395,6 @@ def failing(lines: list[Line]) -> list[Line]:
         if line.judged and line.share > 1:
             groups.setdefault(line.site, []).append(line)
     return sorted(map(worst, groups.values()), key=lambda line: -line.share)
-
 
 def judge(script: ModuleType, s, widths: list[int], seeds: int, max_seeds: int, steps: int, say) -> Sizes:
     """Measures as many seeds as the verdict needs. Raises ValueError if nothing changes in training."""
@@ -382,39 +410,27 @@ def judge(script: ModuleType, s, widths: list[int], seeds: int, max_seeds: int, 
     added = measure(script, s, widths, range(seeds, max_seeds), steps, say)
     return {key: np.concatenate((values, added[key]), axis=1) for key, values in sizes.items()}
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Report
-
-SITES = ["value embedding", "bigram embedding", "embedding", "query before norm", "key before norm", "value",
-         "attention logits", "attention output", "MLP hidden", "MLP output", "router logits",
-         "learned router logits", "expert hidden", "mixture output", "residual stream", "head input", "logits",
-         "capped logits"]
-
-
-def number_of_seeds(sizes: Sizes) -> int:
-    return next(iter(sizes.values())).shape[1]
-
+# --- Result
 
 class Check(NamedTuple):
     """What was run and what came out of it."""
-
     script: str
     flags: list[str]
     about: str  # the models, in a line
     widths: list[int]
-    base_width: int
     steps: int
     sizes: dict[str, Sizes]  # by parametrization
 
     def lines(self, which: str) -> list[Line]:
         return fit_all(self.sizes[which], self.widths, self.steps)
 
+    def seeds(self, which: str) -> int:
+        return next(iter(self.sizes[which].values())).shape[1]
+
     @property
     def names(self) -> list[str]:
-        """Kinds of sites, in the order of the forward pass."""
-        there = {site.name for site, *_ in self.sizes[MUP]}
-        return [name for name in SITES if name in there]
+        """Kinds of sites, in the order in which they were seen."""
+        return [*dict.fromkeys(site.name for site, *_ in self.sizes[MUP])]
 
     @property
     def verdict(self) -> str:
@@ -422,10 +438,9 @@ class Check(NamedTuple):
         lines = self.lines(MUP)
         line, bad = worst([line for line in lines if line.judged]), failing(lines)
         doubt = "" if not bad or any(line.clear for line in bad) else (
-            f"; no slope is clearly beyond its limit, --max-seeds {4 * number_of_seeds(self.sizes[MUP])} would tell")
+            f"; no slope is clearly beyond its limit, --max-seeds {4 * self.seeds(MUP)} would tell")
         return (f"{'FAIL' if bad else 'PASS'}: worst of --mup is {line.statistic} at {line.site}, step {line.step}: "
                 f"{line} (limit {line.limit}){doubt}")
-
 
 def cell(line: Line | None) -> str:
     """Slope and place of a line, for the table."""
@@ -434,7 +449,6 @@ def cell(line: Line | None) -> str:
     layer = "" if line.site.layer is None else f"L{line.site.layer} "
     slope = "none" if line.fit.problem else f"{line.fit.slope:+.2f} ± {line.fit.error:.2f}"
     return f"{slope:12} {layer}t{line.step}"
-
 
 def table(check: Check) -> list[list[str]]:
     """Cells, heads first: a row for each kind of site, with the worst of its layers and steps."""
@@ -449,18 +463,6 @@ def table(check: Check) -> list[list[str]]:
         rows.append([name, limit, *(cell(worst(group)) for group in own), told])
     return rows
 
-
-def aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-                     for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
-
-
 def summary(check: Check) -> tuple[list[str], list[str]]:
     """What was run, and the failing sites, in lines."""
     head = [f"{check.script} {shlex.join(check.flags)}".rstrip(), check.about,
@@ -470,111 +472,54 @@ def summary(check: Check) -> tuple[list[str], list[str]]:
     return head, [f"  {line.site}: {line.statistic} at step {line.step}, {line}, limit {line.limit}"
                   for line in failing(check.lines(MUP))]
 
-
-def as_json(check: Check) -> dict:
-    """All numbers: every step, judged or not, and the sizes by width and seed."""
-    def record(which: str, key: tuple[Site, str, int], sizes: np.ndarray) -> dict:
-        site, statistic, step = key
-        found = fit(check.widths, sizes)
-        slope = None if found is None or found.problem else {"slope": found.slope, "error": found.error}
-        return {"parametrization": which, "site": site.name, "layer": site.layer, "statistic": statistic, "step": step,
-                "judged": (which == MUP and step in judged_steps(check.steps) and found is not None
-                           and site.name not in NOT_JUDGED),
-                "limit": LIMITS.get(site.name, LIMIT), **(slope or {"slope": None, "error": None}),
-                "problem": found.problem if found else "always 0",
-                "sizes": [[size if np.isfinite(size) else str(size) for size in row] for row in sizes.tolist()]}
-
-    return {"script": check.script, "flags": check.flags, "about": check.about, "widths": check.widths,
-            "base_width": check.base_width, "steps": check.steps, "torch": torch.__version__,
-            "seeds": {which: number_of_seeds(sizes) for which, sizes in check.sizes.items()},
-            "passed": not failing(check.lines(MUP)), "verdict": check.verdict,
-            "failing": [str(line.site) for line in failing(check.lines(MUP))],
-            "lines": [record(which, *item) for which, sizes in check.sizes.items() for item in sizes.items()]}
-
-
 def plot(check: Check, path: Path) -> None:
-    """A row for each kind of site, its worst layer: size and change by width, --mup beside standard, a line a step."""
-    from matplotlib.figure import Figure
-
-    names, steps, lines = check.names, sorted(judged_steps(check.steps)), check.lines(MUP)
-    figure = Figure(figsize=(12, 1 + 1.25 * len(names)), layout="constrained")
-    grid = figure.subplots(len(names), 4, sharex=True, squeeze=False)
-    for name, row in zip(names, grid, strict=True):
-        for statistic, panels in zip((SIZE, CHANGE), (row[:2], row[2:]), strict=True):
-            line = worst([line for line in lines if line.site.name == name and line.statistic == statistic])
-            draw(panels, check, line.site if line else Site(name), statistic, steps)
-    for axes, which, statistic in zip(grid[0], (MUP, STANDARD) * 2, ("mean |x|",) * 2 + ("change",) * 2, strict=True):
-        axes.set_title(f"{which}: {statistic}", fontsize=10)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(steps), fontsize=9,
-                  title="step" if len(steps) > 1 else None)
-    figure.supxlabel("width", fontsize=9)
-    figure.supylabel("log2 of the statistic", fontsize=9)
+    """Size and change, with --mup and without: a line is a site's worst layer and step, by width. Flat is right."""
+    figure, grid = common.panels(13, 9, 2, 2, sharex=True)
+    places = [(which, statistic) for which in (MUP, STANDARD) for statistic in (SIZE, CHANGE)]
+    for axes, (which, statistic) in zip(grid.flat, places, strict=True):
+        for name in check.names:
+            lines = [line for line in check.lines(which) if (line.site.name, line.statistic) == (name, statistic)]
+            line = worst([line for line in lines if not line.fit.problem])
+            if line:
+                means = np.log2(check.sizes[which][line.site, statistic, line.step]).mean(1)
+                axes.plot(np.log2(check.widths), means - means[0], "o-", markersize=3, label=name)
+        axes.set_xticks(np.log2(check.widths), [*map(str, check.widths)])
+        axes.set_title(f"{which}: {statistic}")
+        axes.grid(alpha=0.3)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
+    figure.supxlabel("width")
+    figure.supylabel("log2 of the statistic / that of the narrowest model, geometric mean of seeds")
     figure.savefig(path, dpi=110)
 
-
-def draw(panels, check: Check, site: Site, statistic: str, steps: list[int]) -> None:
-    """A site's panels, --mup and standard, on one scale of two octaves or more: geometric means over the seeds."""
-    drawn = []
-    for axes, which in zip(panels, (MUP, STANDARD), strict=True):
-        for color, step in zip(("tab:gray", "tab:blue", "tab:green", "tab:red"), steps, strict=False):
-            sizes = check.sizes[which].get((site, statistic, step), np.zeros((len(check.widths), 1)))
-            shown = np.isfinite(sizes).all() and sizes.all()
-            means = np.log2(sizes).mean(1) if shown else np.full(len(sizes), np.nan)
-            axes.plot(np.log2(check.widths), means, "o-", markersize=3, color=color, label=str(step))
-            drawn += means[np.isfinite(means)].tolist()
-        axes.set_xticks(np.log2(check.widths), list(map(str, check.widths)))
-        axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3)
-    low, high = (min(drawn), max(drawn)) if drawn else (-1.0, 1.0)
-    margin = max(0.1 * (high - low), 1 - (high - low) / 2)
-    for axes in panels:
-        axes.set_ylim(low - margin, high + margin)
-    panels[1].tick_params(labelleft=False)
-    panels[0].set_ylabel(str(site).replace(", ", "\n"), fontsize=8)
-
-
 def write_report(check: Check, out: Path) -> None:
-    """coord_check.json, .md and .png in `out`."""
+    """coord_check.md and .png in `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "coord_check.json").write_text(json.dumps(as_json(check), indent=1) + "\n")
     head, bad = summary(check)
-    text = ["# Coordinate check", *head, markdown(table(check)), *(["Failing:", *bad] if bad else []), check.verdict,
-            "![mean size and change of each site by width](coord_check.png)"]
+    first, *rows = [[cell.replace("|", "\\|") for cell in row] for row in table(check)]
+    text = ["# Coordinate check", *head, common.markdown(first, rows), *(["Failing:", *bad] if bad else []),
+            check.verdict, "![mean size and change of each site by width](coord_check.png)"]
     (out / "coord_check.md").write_text("\n\n".join(text) + "\n")
     plot(check, out / "coord_check.png")
 
+# --- Command line
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def widths_of(text: str) -> list[int]:
-    """Comma-separated widths, in order."""
-    if not all(part.isdecimal() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text}: must be whole numbers, such as 64,128,256")
-    return sorted({int(part) for part in text.split(",")})
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s [options] [-- flags of the script]", allow_abbrev=False)
-    parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE",
-                        help="train_gpt.py or train_moe.py (default: train_gpt.py)")
-    parser.add_argument("--widths", type=widths_of, metavar="N,N,..", help="at least three multiples of the head_dim "
-                        "(default: from the smallest, 64 or more, that has four heads, doubled up to 512)")
-    parser.add_argument("--seeds", type=int, default=2, help="models of each width, at first (default: 2)")
-    parser.add_argument("--max-seeds", "--max_seeds", type=int, metavar="N",
-                        help="models of each width, where the verdict needs them (default: 16, or --seeds)")
-    parser.add_argument("--steps", type=int, default=6, help="optimizer steps (default: 6)")
-    parser.add_argument("--out", type=Path, metavar="DIR",
-                        help="folder for coord_check.json, .md and .png (default: print the table only)")
-    parser.add_argument("flags", nargs="*", help="after --: flags of the script; its own choice without any")
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = common.make_parser(__doc__, "the script")
+    add = parser.add_argument
+    add("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE",
+        help="train_gpt.py or train_moe.py (default: train_gpt.py)")
+    add("--report", action="store_true", help="print what --mup scales at these settings and why; train nothing")
+    add("--widths", metavar="N,N,..", help="at least three multiples of the head_dim "
+        "(default: from the smallest, 64 or more, that has four heads, doubled up to 512)")
+    add("--seeds", type=int, default=2, help="models of each width, at first (default: 2)")
+    add("--max-seeds", "--max_seeds", type=int, metavar="N",
+        help="models of each width, where the verdict needs them (default: 16, or --seeds)")
+    add("--steps", type=int, default=6, help="optimizer steps (default: 6)")
+    add("--out", type=Path, metavar="DIR", help="folder for coord_check.md and .png (default: print the table only)")
     args = parser.parse_args(argv)
     args.max_seeds = max(16, args.seeds) if args.max_seeds is None else args.max_seeds
-    if "--" not in (sys.argv[1:] if argv is None else argv):
-        args.flags = SMALL
+    args.flags = args.flags if "--" in argv else SMALL
     return args
-
 
 def check_args(args: argparse.Namespace, s, widths: list[int]) -> None:
     """Raises ValueError with what is wrong."""
@@ -590,14 +535,15 @@ def check_args(args: argparse.Namespace, s, widths: list[int]) -> None:
     if wrong := [width for width in widths if width <= 0 or width % s.head_dim]:
         raise ValueError(f"--widths: {wrong[0]} is no multiple of the head_dim, {s.head_dim}")
 
-
-def coord_check(args: argparse.Namespace) -> int:
-    """Runs the check, prints and writes its report; the exit code."""
+def coord_check(args: argparse.Namespace, _command: str) -> int:
+    """Runs the check, prints and writes its report; the exit code: 0 PASS, 1 FAIL."""
     script = load_script(args.script)
     s, base_width = settings_at_hand(script, args.flags)
-    widths = args.widths or default_widths(s)
-    check_args(args, s, widths)
     torch.set_num_threads(s.threads or torch.get_num_threads())
+    if args.report:
+        return print_report(script, s)
+    widths = common.whole_numbers(args.widths, "--widths") if args.widths else default_widths(s)
+    check_args(args, s, widths)
     s = dataclasses.replace(s, base_width=base_width or widths[0])
 
     def say(line: str):
@@ -606,27 +552,17 @@ def coord_check(args: argparse.Namespace) -> int:
     standard = measure(script, dataclasses.replace(s, mup=False), widths, range(args.seeds), args.steps, say)
     sizes = {MUP: judge(script, s, widths, args.seeds, args.max_seeds, args.steps, say), STANDARD: standard}
     about = (f"{s.num_layers} layers ({s.attention}), head_dim {s.head_dim}, widths {', '.join(map(str, widths))}, "
-             f"base width {s.base_width}, hidden matrices by {s.hidden_optimizer}, {args.steps} steps, "
-             f"seeds: {number_of_seeds(sizes[MUP])} ({STANDARD}: {number_of_seeds(standard)})")
-    check = Check(args.script.name, args.flags, about, widths, s.base_width, args.steps, sizes)
+             f"base width {s.base_width}, hidden matrices by {s.hidden_optimizer}, {args.steps} steps, seeds: ")
+    check = Check(args.script.name, args.flags, about, widths, args.steps, sizes)
+    check = check._replace(about=f"{about}{check.seeds(MUP)} ({STANDARD}: {check.seeds(STANDARD)})")
     if args.out:
         write_report(check, args.out)
     head, bad = summary(check)
-    print("\n".join([*head, "", aligned(table(check)), "", *(["failing:", *bad] if bad else []), check.verdict]))
+    failing = ["failing:", *bad] if bad else []
+    print("\n".join([*head, "", common.aligned(table(check)), "", *failing, check.verdict]))
     return 1 if bad else 0
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Command line -> exit code: 0 PASS, 1 FAIL or what the user can repair, in one sentence."""
-    try:
-        return coord_check(parse_args(argv))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-
+main = partial(common.command_line, "coord_check", parse_args, coord_check, resumes=False)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.start(main)

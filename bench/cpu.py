@@ -9,19 +9,15 @@ empty compiler cache), of
   reference  bench/nanogpt_reference.py: 2,000 iterations, then one evaluation of the fixed validation stream;
   ours       train_gpt.py with OURS_FLAGS, until its validation loss on that stream is at or below the target.
 
-The two take turns on the same machine, with another seed each time. The target is the median final loss of the
-reference's runs or the 1.8857 its authors' configuration is documented with, whichever is lower. When a run of ours
-starts, not all runs of the reference are known yet, so it aims at the lowest loss seen so far; should the median end
-up even lower than what a run reached, that run is repeated. Both see at most 64 characters of context, ours may have
-at most as many parameters as the reference, and it must evaluate the whole stream. A run that crashes, misses the
-target or breaks one of these rules is reported as failed, there is no ratio, and the exit code is 1.
+The two take turns, with another seed each time. The target is the median final loss of the reference's runs or the
+1.8857 its authors' configuration is documented with, whichever is lower. While not all runs of the reference are known,
+ours aims at the lowest loss seen so far; should the median end up even lower, that run is repeated. Both see at most 64
+characters of context, ours may have at most as many parameters as the reference, and it must evaluate the whole stream.
+A run that crashes, misses the target or breaks one of these rules fails: there is no ratio, and the exit code is 1.
 
 Prints every run, the medians with their spread, and as the last line `ratio: ours / reference` of the median seconds.
-Needs Linux or macOS.
 """
-
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -32,31 +28,31 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench import common  # noqa: E402 - after the path
+
 REFERENCE = ROOT / "bench" / "nanogpt_reference.py"
 TRAINER = ROOT / "train_gpt.py"
 DATA = ROOT / "data" / "shakespeare_char"
-STDLIB = ROOT / "data" / "stdlib"  # what --preset cpu trains on by itself
-
-OURS_FLAGS = (  # the recipe of our runs; contexts of at most MAX_CONTEXT and --eval-tokens 0 are rules, not recipe
-    "--preset", "cpu", "--seq-len", "64", "--max-doc-len", "64", "--eval-seq-len", "64", "--eval-tokens", "0",
-    "--num-layers", "1", "--width", "128", "--head-dim", "32", "--value-embeds", "0", "--window", "64",
-    "--window-start", "64", "--attn-scale", "0.35", "--batch-tokens", "2048", "--iterations", "170",
-    "--muon-lr", "0.08", "--eval-every", "0", "--log-every", "50", "--no-save-last",
-)
+# The recipe of our runs; contexts of at most MAX_CONTEXT and --eval-tokens 0 are rules, not recipe.
+OURS_FLAGS = """
+--preset cpu --seq-len 64 --max-doc-len 64 --eval-seq-len 64 --eval-tokens 0 --num-layers 1 --width 128 --head-dim 32
+--value-embeds 0 --window 64 --window-start 64 --attn-scale 0.35 --batch-tokens 2048 --iterations 170
+--muon-lr 0.08 --eval-every 0 --log-every 50 --no-save-last
+""".split()
 DOCUMENTED_LOSS = 1.8857  # nats per character that nanoGPT's configuration is documented to end at
-REFERENCE_PARAMS = 804_096  # of that configuration; the limit for ours where the reference is not run
+REFERENCE_PARAMS = 804_096  # of that configuration
 MAX_CONTEXT = 64  # characters
-
 
 @dataclass
 class Run:
     """One finished process. Seconds count from its start; a missing number is None."""
-
-    who: str  # "reference", "ours" or "preset cpu"
+    who: str  # "reference" or "ours"
     seed: int
     wall_s: float
     first_step_s: float | None = None
@@ -70,11 +66,9 @@ class Run:
     eval_tokens: int | None = 0  # validation targets; 0: all of them
     problem: str = ""  # why the run does not count
 
-
 @dataclass
 class Process:
     """What a finished child process left: exit code, wall seconds, peak MiB and (seconds, line) pairs of its output."""
-
     code: int
     wall_s: float
     peak_mib: float
@@ -83,15 +77,13 @@ class Process:
     def last_line(self) -> str:
         return next((line for _, line in reversed(self.lines) if line.strip()), "no output")
 
-
 def time_process(command: list[str], cache: Path) -> Process:
     """Run `command` in the repository root and time it from start to exit. Compilers find only an empty `cache`."""
-    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
+    caches = {f"{name}_CACHE_DIR": str(cache / name) for name in ("TORCHINDUCTOR", "TRITON")}
     lines: list[tuple[float, str]] = []
     start = time.perf_counter()
-    child = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
+    child = subprocess.Popen(command, cwd=ROOT, env=os.environ | caches, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True, errors="replace")
 
     def read_output() -> None:
         for line in child.stdout:
@@ -110,7 +102,6 @@ def time_process(command: list[str], cache: Path) -> Process:
     reader.join(timeout=5)  # a compiler's helper process may hold the pipe open for longer than the trainer lived
     peak_mib = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
     return Process(child.returncode, wall_s, peak_mib, list(lines))
-
 
 def read_reference(process: Process, seed: int) -> Run:
     """Turn the reference's output into a Run. Raises RuntimeError if it failed: without it there is no target."""
@@ -133,39 +124,22 @@ def read_reference(process: Process, seed: int) -> Run:
         tokens_per_s=results[-1]["tokens_per_s"],
     )
 
-
-def read_metrics(run_dir: Path) -> list[dict]:
-    """All events of the run's metrics.jsonl; an empty list if it wrote none."""
-    file, events = run_dir / "metrics.jsonl", []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # a killed run may leave half a line
-            events.append(json.loads(line))
-    return events
-
-
-def read_settings(run_dir: Path) -> dict:
-    """The settings in the run's config.json; empty if it wrote none."""
-    file = run_dir / "config.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("settings", {}) if file.is_file() else {}
-
-
 def longest_context(settings: dict) -> int | None:
     """Most characters before a target that the model may see, in any stage or in evaluation; None if not logged.
-
     Training rows of seq_len hold pieces of at most max_doc_len (0: no limit) that do not see each other."""
     if not {"seq_len", "max_doc_len", "eval_seq_len"} <= settings.keys():
         return None
     rows, pieces = max(settings["seq_len"]), settings["max_doc_len"]
     return max(rows if 0 in pieces else min(rows, max(pieces)), settings["eval_seq_len"])
 
-
-def read_ours(process: Process, run_dir: Path, who: str, seed: int, target: float | None) -> Run:
+def read_ours(process: Process, run_dir: Path, seed: int, target: float) -> Run:
     """Turn what the trainer wrote into a Run. The final loss is that of the last validation, not what `end` claims."""
-    events, settings = read_metrics(run_dir), read_settings(run_dir)
+    events, config = common.read_lines(run_dir / "metrics.jsonl"), run_dir / "config.json"
+    settings = json.loads(config.read_text(encoding="utf-8")).get("settings", {}) if config.is_file() else {}
     end = next((event for event in reversed(events) if event.get("event") == "end"), {})
     losses = [event["val_loss"] for event in events if event.get("val_loss") is not None]
     return Run(
-        who=who,
+        who="ours",
         seed=seed,
         wall_s=process.wall_s,
         first_step_s=end.get("first_step_s"),
@@ -179,7 +153,6 @@ def read_ours(process: Process, run_dir: Path, who: str, seed: int, target: floa
         eval_tokens=settings.get("eval_tokens"),
         problem="" if end and not process.code else f"ended with code {process.code}: {process.last_line()}",
     )
-
 
 def judge(run: Run, limit: int) -> Run:
     """Note in `run.problem` why a run of ours does not count, if it missed its target or broke a rule."""
@@ -195,61 +168,42 @@ def judge(run: Run, limit: int) -> Run:
         run.problem = f"evaluated --eval-tokens {number(run.eval_tokens, 0)}, not all of them (0)"
     return run
 
-
 def target_loss(losses: list[float], summarize: Callable[[list[float]], float] = median) -> float:
     """The loss ours has to reach: the reference's (median, or min while runs are to come) or the documented one."""
-    return min(DOCUMENTED_LOSS, summarize(losses)) if losses else DOCUMENTED_LOSS
-
+    return min(DOCUMENTED_LOSS, summarize(losses))
 
 def run_reference(data: Path, seed: int) -> Run:
     with tempfile.TemporaryDirectory() as tmp:
         command = [sys.executable, str(REFERENCE), "--data", str(data), "--seed", str(seed)]
         return read_reference(time_process(command, Path(tmp)), seed)
 
-
-def run_trainer(who: str, seed: int, target: float | None, flags: list[str]) -> Run:
+def run_ours(data: Path, seed: int, target: float) -> Run:
     """Run train_gpt.py once in a log folder of its own, and read what it measured."""
     with tempfile.TemporaryDirectory() as tmp:
-        logs = ["--experiment_name", "cpu_bench", "--log-dir", tmp]
-        command = [sys.executable, str(TRAINER), *logs, "--seed", str(seed), *flags]
-        process = time_process(command, Path(tmp) / "cache")
+        logs = ["--experiment_name", "cpu_bench", "--log-dir", tmp, "--seed", str(seed)]
+        aim = ["--data", str(data), "--target-loss", repr(target)]
+        process = time_process([sys.executable, str(TRAINER), *logs, *aim, *OURS_FLAGS], Path(tmp) / "cache")
         run_dir = next((path for path in Path(tmp, "cpu_bench").glob("*/")), Path(tmp))
-        return read_ours(process, run_dir, who, seed, target)
+        return read_ours(process, run_dir, seed, target)
 
-
-def run_ours(data: Path, seed: int, target: float) -> Run:
-    return run_trainer("ours", seed, target, ["--data", str(data), "--target-loss", repr(target), *OURS_FLAGS])
-
-
-def run_preset(seed: int) -> Run:
-    """Run the whole of --preset cpu on the data it names itself."""
-    return run_trainer("preset cpu", seed, None, ["--preset", "cpu"])
-
-
-def run_in_turn(data: Path, args: argparse.Namespace) -> tuple[list[Run], float]:
+def run_in_turn(data: Path, seeds: range) -> tuple[list[Run], float]:
     """Run reference, ours, reference, ours, ...; return the runs, failed ones included, and the final target."""
-    runs: list[Run] = []
-    for seed in range(args.seed, args.seed + args.runs):
-        if not args.ours_only:
-            runs.append(report(run_reference(data, seed)))
-        aim = args.target_loss or target_loss(reference_losses(runs), min)
-        runs.append(report(judge(run_ours(data, seed, aim), max_params(runs))))
-    target = args.target_loss or target_loss(reference_losses(runs))
-    for i, run in enumerate(runs):
-        if run.who == "ours" and not run.problem and run.loss > target:
+    references: list[Run] = []
+    ours: list[Run] = []
+
+    def train(seed: int, summarize: Callable[[list[float]], float]) -> Run:
+        target = target_loss([run.loss for run in references], summarize)
+        return report(judge(run_ours(data, seed, target), references[0].params))
+
+    for seed in seeds:
+        references.append(report(run_reference(data, seed)))
+        ours.append(train(seed, min))
+    target = target_loss([run.loss for run in references])
+    for i, run in enumerate(ours):
+        if not run.problem and run.loss > target:
             print(f"the target is now {target:.4f}: repeating the run with seed {run.seed}", flush=True)
-            runs[i] = report(judge(run_ours(data, run.seed, target), max_params(runs)))
-    return runs, target
-
-
-def reference_losses(runs: list[Run]) -> list[float]:
-    return [run.loss for run in runs if run.who == "reference"]
-
-
-def max_params(runs: list[Run]) -> int:
-    """The reference's parameter count, as it printed it; the known one if it is not run."""
-    return next((run.params for run in runs if run.who == "reference"), REFERENCE_PARAMS)
-
+            ours[i] = train(run.seed, median)
+    return [run for pair in zip(references, ours, strict=True) for run in pair], target
 
 def report(run: Run) -> Run:
     """Print one line about a run that has just ended, and return it."""
@@ -257,173 +211,107 @@ def report(run: Run) -> Run:
     print(f"{run.who}, seed {run.seed}: {run.wall_s:.1f} s, {outcome}", flush=True)
     return run
 
-
 def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
-
 COLUMNS = (  # heading, attribute of Run, digits
-    ("wall s", "wall_s", 2),
-    ("first step s", "first_step_s", 2),
-    ("val loss", "loss", 4),
-    ("steps", "steps", 0),
-    ("params", "params", 0),
-    ("context", "context", 0),
-    ("peak MiB", "peak_mib", 0),
-    ("tokens/s", "tokens_per_s", 0),
+    ("wall s", "wall_s", 2), ("first step s", "first_step_s", 2), ("val loss", "loss", 4), ("steps", "steps", 0),
+    ("params", "params", 0), ("context", "context", 0), ("peak MiB", "peak_mib", 0), ("tokens/s", "tokens_per_s", 0),
 )
-
 
 def spread(runs: list[Run], attribute: str) -> dict[str, float] | None:
     """Median, min and max of one number over the runs that have it; None if no run has."""
     values = [getattr(run, attribute) for run in runs if getattr(run, attribute) is not None]
     return {"median": median(values), "min": min(values), "max": max(values)} if values else None
 
+def by_program(runs: list[Run]) -> dict[str, list[Run]]:
+    return {who: [run for run in runs if run.who == who] for who in dict.fromkeys(run.who for run in runs)}
 
 def format_table(runs: list[Run]) -> str:
     """One row a run, then for both programs a row of medians and one of min..max."""
     rows = [["run", "seed", *(heading for heading, _, _ in COLUMNS), "result"]]
     for run in runs:
-        cells = [number(getattr(run, attribute), digits) for _, attribute, digits in COLUMNS]
+        cells = [number(getattr(run, name), digits) for _, name, digits in COLUMNS]
         rows.append([run.who, str(run.seed), *cells, f"FAILED: {run.problem}" if run.problem else "ok"])
-    for who in dict.fromkeys(run.who for run in runs):
-        spreads = [(spread([run for run in runs if run.who == who], name), digits) for _, name, digits in COLUMNS]
+    for who, group in by_program(runs).items():
+        spreads = [(spread(group, name), digits) for _, name, digits in COLUMNS]
         rows.append([who, "median", *(number(s and s["median"], digits) for s, digits in spreads), ""])
         cells = [f"{number(s['min'], digits)}..{number(s['max'], digits)}" if s else "-" for s, digits in spreads]
         rows.append([who, "range", *cells, ""])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) + f"  {row[-1]}".rstrip() for row in rows)
-
+    return common.aligned(rows)
 
 def wall_ratio(runs: list[Run]) -> float | None:
     """Our median wall seconds over the reference's; None if a run failed or one side has no runs."""
-    ours, theirs = (spread([run for run in runs if run.who == who], "wall_s") for who in ("ours", "reference"))
-    if any(run.problem for run in runs) or ours is None or theirs is None:
+    groups = by_program(runs)
+    if any(run.problem for run in runs) or len(groups) < 2:
         return None
-    return ours["median"] / theirs["median"]
-
-
-def describe_target(target: float, runs: list[Run], given: float | None) -> str:
-    losses = reference_losses(runs)
-    if given:
-        return f"target: {target:.4f}, given by --target-loss"
-    if not losses:
-        return f"target: {target:.4f}, the documented loss of nanoGPT (the reference was not run)"
-    source = "documented" if target == DOCUMENTED_LOSS else "median of the reference"
-    return f"target: {target:.4f}, the {source} loss (documented {DOCUMENTED_LOSS}, median {median(losses):.4f})"
-
-
-def prepare_data(args: argparse.Namespace, tmp: Path) -> Path:
-    """The folder with the shards: --data, or made in `tmp` from --input, or data/shakespeare_char, made if absent."""
-    if args.data and not has_shards(args.data):
-        raise FileNotFoundError(f"no *_val_*.bin in {args.data}; leave --data away to have the data prepared")
-    folder = args.data.resolve() if args.data else tmp / "shakespeare_char" if args.input else DATA
-    if not has_shards(folder):
-        make_data("shakespeare_char.py", "--out", str(folder), *(["--input", str(args.input)] if args.input else []))
-    return folder
-
+    return spread(groups["ours"], "wall_s")["median"] / spread(groups["reference"], "wall_s")["median"]
 
 def has_shards(folder: Path) -> bool:
     return any(folder.glob("*_val_*.bin"))
 
-
-def make_data(script: str, *flags: str) -> None:
-    """Run a script of data/. Raises RuntimeError if it fails; it has printed why."""
-    if subprocess.run([sys.executable, str(ROOT / "data" / script), *flags], check=False).returncode:
-        raise RuntimeError(f"data/{script} failed; without a network give the text of Tiny Shakespeare with --input")
-
+def prepare_data(args: argparse.Namespace, tmp: Path) -> Path:
+    """The folder with the shards: --data, or made in `tmp` from --input, or data/shakespeare_char, made if absent.
+    Raises FileNotFoundError without shards, RuntimeError if they cannot be made."""
+    if args.data and not has_shards(args.data):
+        raise FileNotFoundError(f"no *_val_*.bin in {args.data}; leave --data away to have the data prepared")
+    folder = args.data.resolve() if args.data else tmp / "shakespeare_char" if args.input else DATA
+    if not has_shards(folder):
+        given = ["--input", str(args.input)] if args.input else []
+        command = [sys.executable, str(ROOT / "data" / "shakespeare_char.py"), "--out", str(folder), *given]
+        if subprocess.run(command, check=False).returncode:
+            raise RuntimeError("data/shakespeare_char.py failed; without a network give the text of Tiny Shakespeare "
+                               "with --input")
+    return folder
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError or FileNotFoundError for options that cannot give a result."""
     least = 1 if args.quick else 3
     if args.runs < least:
         raise ValueError(f"--runs must be at least {least}, got {args.runs}; fewer than 3 need --quick")
-    if args.target_loss and not args.ours_only:
-        raise ValueError("--target-loss needs --ours-only; beside the reference its own loss is the target")
-    if args.target_loss is not None and args.target_loss <= 0:
-        raise ValueError(f"--target-loss must be above 0 nats per character, got {args.target_loss}")
     if args.input and args.data:
         raise ValueError("--input and --data exclude each other; give the text or the folder made from it")
     if args.input and not args.input.is_file():
         raise FileNotFoundError(f"--input {args.input} is not a file; it has to be the text of Tiny Shakespeare")
-    if not TRAINER.is_file():
-        raise FileNotFoundError(f"{TRAINER} is missing; run the benchmark from a complete checkout")
-
 
 def write_json(path: Path, args: argparse.Namespace, runs: list[Run], target: float) -> None:
     """Write everything measured, with the machine and the flags of ours."""
-    groups = {who: [run for run in runs if run.who == who] for who in dict.fromkeys(run.who for run in runs)}
-    summary = {who: {name: spread(group, name) for _, name, _ in COLUMNS} for who, group in groups.items()}
+    summary = {who: {name: spread(group, name) for _, name, _ in COLUMNS} for who, group in by_program(runs).items()}
     machine = {"platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
     result = {"machine": machine, "ours_flags": OURS_FLAGS, "quick": args.quick, "target": target}
-    result |= {"ratio": wall_ratio(runs), "summary": summary, "runs": [asdict(run) for run in runs]}
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    common.write_json(path, result | {"ratio": wall_ratio(runs), "summary": summary,
+                                      "runs": [asdict(run) for run in runs]})
 
-
-def benchmark(args: argparse.Namespace) -> int:
+def benchmark(args: argparse.Namespace, _command: str) -> int:
     """Run everything and print the result; return the exit code."""
     check(args)
+    common.warn_if_busy()
     with tempfile.TemporaryDirectory() as tmp:
-        warn_if_busy(os.getloadavg()[0])
         data = prepare_data(args, Path(tmp))
-        if args.preset_cpu and not has_shards(STDLIB):
-            make_data("stdlib.py")
-        runs, target = run_in_turn(data, args)
-        if args.preset_cpu:
-            runs.append(report(run_preset(args.seed)))
-    print_result(args, runs, target)
+        runs, target = run_in_turn(data, range(args.seed, args.seed + args.runs))
+    source = "documented" if target == DOCUMENTED_LOSS else "median of the reference"
+    print(f"\n{format_table(runs)}\n\ntarget: {target:.4f}, the {source} loss")
     if args.json:
         write_json(args.json, args, runs, target)
-    failed = sum(bool(run.problem) for run in runs)
-    if failed:
+    if failed := sum(bool(run.problem) for run in runs):
         raise RuntimeError(f"{failed} of {len(runs)} runs failed, so there is no ratio; the table says why")
-    ratio = wall_ratio(runs)
-    if ratio is not None:
-        print(f"ratio: {ratio:.3f}")
+    print(f"ratio: {wall_ratio(runs):.3f}")
     return 0
 
-
-def warn_if_busy(load: float) -> None:
-    """Warn on stderr if other programs run: a second busy process made the reference up to 10 times slower."""
-    if load > 0.5:
-        print(f"warning: the load average is {load:.1f}; run on an idle machine to get stable times", file=sys.stderr)
-
-
-def print_result(args: argparse.Namespace, runs: list[Run], target: float) -> None:
-    """Print the table of the contest, that of the whole preset if it was run, and where the target comes from."""
-    preset = [run for run in runs if run.who == "preset cpu"]
-    print(f"\n{format_table([run for run in runs if run not in preset])}\n")
-    if preset:
-        print(f"train_gpt.py --preset cpu, to its end:\n{format_table(preset)}\n")
-    print(describe_target(target, runs, args.target_loss))
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, metavar="FILE", help="Tiny Shakespeare's text, if not to be downloaded")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with prepared shards")
-    parser.add_argument("--runs", type=int, help="runs of each, at least 3 (default: 3; 1 with --quick)")
-    parser.add_argument("--seed", type=int, default=1337, help="seed of the first run; the next ones count up from it")
-    parser.add_argument("--quick", action="store_true", help="allow fewer than 3 runs, to try the benchmark out")
-    parser.add_argument("--ours-only", "--ours_only", action="store_true", help="skip the reference; gives no ratio")
-    parser.add_argument("--target-loss", "--target_loss", type=float, metavar="X", help="with --ours-only: aim at X")
-    parser.add_argument("--preset-cpu", "--preset_cpu", action="store_true", help="also run all of --preset cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    add("--input", type=Path, metavar="FILE", help="Tiny Shakespeare's text, if not to be downloaded")
+    add("--data", type=Path, metavar="DIR", help="folder with prepared shards")
+    add("--runs", type=int, help="runs of each, at least 3 (default: 3; 1 with --quick)")
+    add("--seed", type=int, default=1337, help="seed of the first run; the next ones count up from it")
+    add("--quick", action="store_true", help="allow fewer than 3 runs, to try the benchmark out")
+    add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     args = parser.parse_args(argv)
     args.runs = args.runs if args.runs is not None else (1 if args.quick else 3)
     return args
 
-
-def main(argv: list[str] | None = None) -> int:
-    try:
-        return benchmark(parse_args(argv))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-
+main = partial(common.command_line, "cpu", parse_args, benchmark, resumes=False)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.start(main)

@@ -4,35 +4,30 @@
     python bench/peer.py record.txt --set val_tokens=2097152 --set cooldown_frac=0.4 --max-doc-len 2048
 
 PATH is a script, a folder that holds a train_gpt.py, or a public record log, whose embedded source is run: a copy in a
-temporary folder, with the shards where it looks for them (data/fineweb10B) and a few constants set, under torchrun with
-one process. So it has to accumulate gradients on fewer than 8 GPUs, over 8 rows of train_seq_len in every step: record
-28, the last with FlexAttention. Nothing of its text is kept: the results hold numbers, and the script's sha256, path
-and commit. `--work DIR` leaves its folders in DIR, to see why it fails.
+temporary folder with the shards in data/fineweb10B and a few constants set, under torchrun with one process. So it has
+to accumulate gradients over 8 rows of train_seq_len: record 28, the last with FlexAttention. Nothing of its text is
+kept: the results hold numbers, and the script's sha256, path and commit. `--work DIR` leaves its folders in DIR.
 
 Ours is train_gpt.py --preset speedrun with as many steps, tokens per step and validation tokens; flags that are not
-listed below go to it. The two take turns. Both clocks stop for compilation, warm-up and validation, and wait for the
-device at a validation: ms/step is measured from one validation to the next, where all runs got that far.
+listed below go to it. The two take turns. Both clocks wait for the device at a validation and stop for it: ms/step is
+measured from one validation to the next, where all runs got that far.
 
 Loss at equal time is read off straight lines between validations, at the time when the first run ends. Schedules end
-with the last step, so the faster side is further in its cool-down there; --equal-time adds a run of ours with as many
-steps as fill the peer's time.
+with the last step, so the faster side is further in its cool-down there.
 """
-
 import argparse
 import contextlib
 import hashlib
-import json
 import math
 import os
 import re
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -43,15 +38,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import logger  # noqa: E402 - scripts of the root folder, not installed
 import train_gpt  # noqa: E402
+from bench import common  # noqa: E402
 
 TRACK_RANKS = 8  # processes of the public track; on one GPU a script takes as many rows one after another
-
+EOT = 50256  # end of text, of GPT-2's tokens
 
 @dataclass
 class Run:
     """What a run's log tells: its clock in ms and its validation loss, each by step; and how it ended."""
-
-    who: str  # "peer", "ours" or "ours, equal time"
+    who: str  # "peer" or "ours"
     wall_s: float
     times: dict[int, float] = field(default_factory=lambda: {0: 0.0})
     losses: dict[int, float] = field(default_factory=dict)
@@ -62,9 +57,7 @@ class Run:
         """Points (ms, validation loss) in order."""
         return sorted((self.times[step], loss) for step, loss in self.losses.items() if step in self.times)
 
-
-# --- the peer's script
-
+# --- The peer's script
 
 def load_peer(path: Path) -> tuple[str, dict]:
     """Source of a script, or in a record log, and its path, commit and sha256. Raises FileNotFoundError, ValueError."""
@@ -74,12 +67,11 @@ def load_peer(path: Path) -> tuple[str, dict]:
     sources = [path.read_text(encoding="utf-8", errors="replace")]
     if path.suffix != ".py":
         sources = list(logger.read_log(path).trace.parts.values())
-        if not sources:
-            raise ValueError(f"{path} is neither a .py file nor a record log: no line of 100 '=' ends its source")
-    source = sources[0]
+    if not sources:
+        raise ValueError(f"{path} is neither a .py file nor a record log: no line of 100 '=' ends its source")
     git = train_gpt.command_output("git", "-C", str(path.resolve().parent), "rev-parse", "HEAD")
-    return source, {"path": str(path), "commit": git, "sha256": hashlib.sha256(source.encode()).hexdigest()}
-
+    sha = hashlib.sha256(sources[0].encode()).hexdigest()
+    return sources[0], {"path": str(path), "commit": git, "sha256": sha}
 
 def find_constant(source: str, name: str) -> re.Match:
     """The line of the only assignment to `name`; group 1 is its value. Raises ValueError if there is not just one."""
@@ -89,14 +81,12 @@ def find_constant(source: str, name: str) -> re.Match:
         raise ValueError(f"the peer's script assigns {name} {len(found)} times, expected once, as in record 28's")
     return found[0]
 
-
 def set_constants(source: str, values: dict[str, str]) -> str:
     """`source` with other values in the only assignments to these names, each on one line."""
     for name, value in values.items():
         start, end = find_constant(source, name).span(1)
         source = source[:start] + value + source[end:]
     return source
-
 
 def constant_number(source: str, name: str) -> int:
     """The value of a constant that is a whole number or a product of some."""
@@ -105,62 +95,49 @@ def constant_number(source: str, name: str) -> int:
         raise ValueError(f"{name} in the peer's script is no product of whole numbers; give --set {name}=NUMBER")
     return math.prod(map(int, text.split("*")))
 
-
-def check_data(corpus: train_gpt.Corpus, steps: int, tokens: int, val_tokens: int, row: int):
+def check_data(corpus: train_gpt.Corpus, steps: int, tokens: int, val_tokens: int, row: int) -> None:
     """Raises ValueError for shards that the peer could not read, or not as ours does, and would say so only minutes
     later: it passes over a validation shard that is smaller than 8 rows of `row` tokens."""
-    if corpus.meta["eot"] != 50256:
-        raise ValueError(f"{corpus.folder}: end-of-text is token {corpus.meta['eot']}, the peer wants GPT-2's 50256")
-    reads, load = math.ceil(val_tokens / (TRACK_RANKS * row)) * TRACK_RANKS * row, train_gpt.open_shard
-    if val_tokens % row or reads + 1 >= len(load(corpus.val[0])):
-        raise ValueError(f"{corpus.val[0]} has {len(load(corpus.val[0]))} tokens; val_tokens {val_tokens} must be a "
-                         f"multiple of val_seq_len {row}, and needs more than {reads + 1}: --set smaller ones")
-    total, first = sum(len(load(path)) for path in corpus.train), load(corpus.train[0])
+    if corpus.meta["eot"] != EOT:
+        raise ValueError(f"{corpus.folder}: end-of-text is token {corpus.meta['eot']}, the peer wants GPT-2's {EOT}")
+    load, rows = train_gpt.open_shard, TRACK_RANKS * row
+    reads, held = math.ceil(val_tokens / rows) * rows, len(load(corpus.val[0]))
+    if val_tokens % row or reads + 1 >= held:
+        raise ValueError(f"{corpus.val[0]} has {held} tokens; val_tokens {val_tokens} must be a multiple of "
+                         f"val_seq_len {row}, and needs more than {reads + 1}: --set smaller ones")
+    total = sum(len(load(path)) for path in corpus.train)
     if steps * tokens > total:
         raise ValueError(f"{corpus.folder} has {total} training tokens, {steps} steps of {tokens} need more: "
                          "lower --steps")
-    longest = int(np.diff(np.flatnonzero(first == 50256), append=len(first)).max(initial=0))
-    if longest * TRACK_RANKS > tokens:
-        print(f"warning: a document of {longest} tokens is longer than a row: the peer starts rows at documents, "
-              "skips what is left of the one before, and fails where too few start", file=sys.stderr)
 
-
-# --- running
-
+# --- Runs
 
 def run_process(command: list, folder: Path, limit_s: float | None, **options) -> tuple[int | None, float]:
-    """Runs to the end, or stops it at the limit; returns the exit code (None: stopped) and wall seconds."""
+    """Runs to the end, or stops it at the limit; returns the exit code (None: stopped) and wall seconds. On SIGTERM
+    torchrun ends its worker (within 30 s) and ours writes its last record."""
     start = time.perf_counter()
     with open(folder / "output.txt", "w") as file:
-        child = subprocess.Popen([str(word) for word in command], env={**os.environ, "DATA_PATH": "."}, stdout=file,
+        child = subprocess.Popen([*map(str, command)], env={**os.environ, "DATA_PATH": "."}, stdout=file,
                                  stderr=subprocess.STDOUT, start_new_session=True, **options)
         try:
             code = child.wait(limit_s)
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            stop(child)
+            if child.poll() is None:
+                common.stop_group(child, patience_s=60)
     return code, time.perf_counter() - start
-
-
-def stop(child: subprocess.Popen):
-    """SIGTERM, on which torchrun ends its worker (within 30 s) and ours writes its last record; at worst SIGKILL."""
-    for number, patience_s in ((signal.SIGTERM, 60), (signal.SIGKILL, 10)):
-        if child.poll() is None:
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(child.pid, number)
-                child.wait(patience_s)
-
 
 def read_trace(who: str, trace: logger.Trace, code: int | None, wall_s: float, output: str) -> Run:
     """A Run from a parsed log. Times before a fall of the clock are dropped: until record 21 the scripts reset it after
     10 steps. A validation's time replaces the one of its step's own line, which has not waited for the device."""
     run, last_ms = Run(who, wall_s, peak_mib=trace.end.get("peak_memory_mib")), 0.0
     for row in trace.rows:
-        if (ms := logger.number(row.get("train_time_ms"))) is not None and math.isfinite(ms):
+        ms, loss = logger.number(row.get("train_time_ms")), logger.number(row.get("val_loss"))
+        if ms is not None and math.isfinite(ms):
             run.times = (run.times if ms >= last_ms else {}) | {row["step"]: ms}
             last_ms = ms
-        if (loss := logger.number(row.get("val_loss"))) is not None:
+        if loss is not None:
             run.losses[row["step"]] = loss
     if code and trace.end.get("status") not in logger.COMPLETED:
         names = re.findall(r"^(?:\[rank0\]: *)?([\w.]*(?:Error|Exception|Iteration))\b", output, re.MULTILINE)
@@ -171,7 +148,6 @@ def read_trace(who: str, trace: logger.Trace, code: int | None, wall_s: float, o
     elif code is None:
         run.result = "cut off"
     return run
-
 
 def run_peer(source: str, corpus: train_gpt.Corpus, folder: Path, limit_s: float | None) -> Run:
     """One run of the peer in `folder`."""
@@ -184,18 +160,22 @@ def run_peer(source: str, corpus: train_gpt.Corpus, folder: Path, limit_s: float
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     code, wall_s = run_process([*launcher, "train_gpt.py"], folder, limit_s, cwd=folder)
     log = max(folder.glob("logs/*.txt"), key=os.path.getmtime, default=folder / "output.txt")
-    output = logger.read_text(folder / "output.txt")
-    return read_trace("peer", logger.parse_log(logger.read_text(log)), code, wall_s, output)
+    trace = logger.parse_log(logger.read_text(log))
+    return read_trace("peer", trace, code, wall_s, logger.read_text(folder / "output.txt"))
 
-
-def run_ours(flags: list[str], folder: Path, limit_s: float | None, who: str = "ours") -> Run:
+def run_ours(flags: list[str], folder: Path, limit_s: float | None) -> Run:
     """One run of train_gpt.py, with its logs in `folder`."""
     folder.mkdir()
     command = [sys.executable, ROOT / "train_gpt.py", *flags, "--log-dir", folder, "--experiment_name", "ours"]
     code, wall_s = run_process(command, folder, limit_s)
     traces = [logger.read_run(path).trace for path in folder.glob("ours/*/")]
-    return read_trace(who, (traces or [logger.Trace()])[0], code, wall_s, logger.read_text(folder / "output.txt"))
+    output = logger.read_text(folder / "output.txt")
+    return read_trace("ours", (traces or [logger.Trace()])[0], code, wall_s, output)
 
+def report(run: Run) -> Run:
+    """Prints a line about a run that has just ended, and returns it."""
+    print(f"{run.who}: {max(run.times)} steps, {run.wall_s:.0f} s, {run.result}", flush=True)
+    return run
 
 def run_in_turn(source: str, flags: list[str], corpus: train_gpt.Corpus, args: argparse.Namespace,
                 folder: Path) -> list[Run]:
@@ -214,105 +194,98 @@ def run_in_turn(source: str, flags: list[str], corpus: train_gpt.Corpus, args: a
         if "FAILED" in runs[-1].result:
             return runs
         runs.append(report(run_ours([*flags, "--seed", str(i)], folder / f"ours_{i}", left())))
-    ends = [run.times.get(args.steps) for run in runs[-2:]]
-    if args.equal_time and all(ends):
-        flags = [*flags, "--iterations", str(round(args.steps * ends[0] / ends[1]))]
-        runs.append(report(run_ours(flags, folder / "ours_equal_time", left(), "ours, equal time")))
     return runs
 
-
-# --- results
-
+# --- Results
 
 def marks(runs: list[Run]) -> list[int]:
     """Steps between which all runs are timed: 0 and those after which each has validated, or, if some were cut off
     before that, every step of which each logged the time."""
-    common = set.intersection(*(set(run.times) for run in runs))
-    validated = {step for step in common if step == 0 or all(step in run.losses for run in runs)}
-    return sorted(validated if len(validated) > 1 else common)
-
+    shared = set.intersection(*(set(run.times) for run in runs))
+    validated = {step for step in shared if step == 0 or all(step in run.losses for run in runs)}
+    return sorted(validated if len(validated) > 1 else shared)
 
 def interpolate(curve: list[tuple[float, float]], x: float) -> float | None:
     """y at `x` on straight lines between the points (x, y), which are in order; None outside of them."""
     inside = bool(curve) and curve[0][0] <= x <= curve[-1][0]
     return float(np.interp(x, *zip(*curve, strict=True))) if inside else None
 
-
 def ratio(peer: list, ours: list, at: str) -> dict | None:
     """Medians with their ranges, ours / peer and ours - peer; None where a side has no number."""
-    sides = [[value for value in values if value is not None] for values in (peer, ours)]
-    if not all(sides):
+    peer, ours = ([value for value in values if value is not None] for values in (peer, ours))
+    if not peer or not ours:
         return None
-    (a, b), (range_a, range_b) = map(median, sides), ([min(values), max(values)] for values in sides)
-    return {"peer": a, "peer_range": range_a, "ours": b, "ours_range": range_b, "ratio": b / a if a else None,
-            "difference": b - a, "at": at}
+    a, b = median(peer), median(ours)
+    return {"peer": a, "peer_range": [min(peer), max(peer)], "ours": b, "ours_range": [min(ours), max(ours)],
+            "ratio": b / a if a else None, "difference": b - a, "at": at}
 
+def step_times(runs: list[Run], steps: list[int]) -> list[float]:
+    """ms/step of all runs from one of these steps to the next."""
+    return [(run.times[b] - run.times[a]) / (b - a) for run in runs for a, b in pairwise(steps)]
 
 def compare(runs: list[Run], tokens: int) -> dict:
     """The comparisons by name, from the runs that did not fail; empty if the two sides share no two timed steps."""
-    sides = [[run for run in runs if run.who == who and "FAILED" not in run.result] for who in ("peer", "ours")]
-    both = sum(sides, [])
-    steps = marks(both) if all(sides) else []
+    good = [run for run in runs if "FAILED" not in run.result]
+    peers, ours = ([run for run in good if run.who == who] for who in ("peer", "ours"))
+    both = peers + ours
+    steps = marks(both) if peers and ours else []
     if len(steps) < 2:
         return {}
 
-    def compared(at: str, value, ours: list[Run] | None = None) -> dict | None:
-        return ratio(*([value(run) for run in side] for side in (sides[0], ours or sides[1])), at)
+    def compared(at: str, value) -> dict | None:
+        return ratio([value(run) for run in peers], [value(run) for run in ours], at)
 
-    ms = [[(run.times[b] - run.times[a]) / (b - a) for run in side for a, b in pairwise(steps)] for side in sides]
-    at, validated = f"steps {steps[0]} to {steps[-1]}", set.intersection(*(set(run.losses) for run in both))
+    at, ms = f"steps {steps[0]} to {steps[-1]}", [step_times(side, steps) for side in (peers, ours)]
     result = {"ms/step": ratio(*ms, at), "peak MiB": compared("whole run", lambda run: run.peak_mib),
               "tokens/s": ratio(*([1000 * tokens / value for value in side if value] for side in ms), at)}
-    if validated:
+    if validated := set.intersection(*(set(run.losses) for run in both)):
         step = max(validated)
         result["val loss, equal tokens"] = compared(f"step {step}", lambda run: run.losses[step])
     if all(run.curve() for run in both):
         end = min(run.curve()[-1][0] for run in both)
         result["val loss, equal time"] = compared(f"{end / 1000:,.1f} s", lambda run: interpolate(run.curve(), end))
-        if timed := [run for run in runs if run.who == "ours, equal time" and run.result == "ok"]:
-            at = " and ".join(f"{side[0].curve()[-1][0] / 1000:,.1f} s" for side in (sides[0], timed))
-            result["val loss, both cooled down"] = compared(at, lambda run: run.curve()[-1][1], timed)
     return {name: found for name, found in result.items() if found}
 
-
-def report(run: Run) -> Run:
-    """Prints a line about a run that has just ended, and returns it."""
-    print(f"{run.who}: {max(run.times)} steps, {run.wall_s:.0f} s, {run.result}", flush=True)
-    return run
-
+def show(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.6g}"
 
 def format_tables(runs: list[Run], result: dict) -> str:
     """A row a run, then a row a comparison: medians and ranges over the runs, those of ms/step over all stretches."""
-    def show(value: float | None) -> str:
-        return "-" if value is None else f"{value:,.6g}"
-
-    tables = [[["run", "steps", "clock s", "ms/step", "val loss", "peak MiB", "wall s", "result"]],
-              [["", "peer", "range", "ours", "range", "ours / peer", "ours - peer", "at"]]]
+    runs_table = [["run", "steps", "clock s", "ms/step", "val loss", "peak MiB", "wall s", "result"]]
     for run in runs:
         step, loss = max(run.times), run.losses[max(run.losses)] if run.losses else None
-        numbers = run.times[step] / 1000, run.times[step] / step if step else None, loss, run.peak_mib, run.wall_s
-        tables[0].append([run.who, str(step), *map(show, numbers), run.result])
+        ms = run.times[step]
+        numbers = ms / 1000, ms / step if step else None, loss, run.peak_mib, run.wall_s
+        runs_table.append([run.who, str(step), *map(show, numbers), run.result])
+    head = ["", "peer", "range", "ours", "range", "ours / peer", "ours - peer", "at"]
+    rows = []
     for name, r in result.items():
         sides = [cell for who in ("peer", "ours") for cell in (show(r[who]), "..".join(map(show, r[f"{who}_range"])))]
-        tables[1].append([name, *sides, show(r["ratio"]), show(r["difference"]), r["at"]])
-    widths = [[max(map(len, column)) for column in zip(*table, strict=True)] for table in tables]
-    return "\n\n".join("\n".join("  ".join(map(str.ljust, row, width)).rstrip() for row in table)
-                       for table, width in zip(tables, widths, strict=True) if len(table) > 1)
+        rows.append([name, *sides, show(r["ratio"]), show(r["difference"]), r["at"]])
+    return "\n\n".join(map(common.aligned, [runs_table, *([[head, *rows]] if rows else [])]))
 
-
-def write_folder(out: Path, record: dict, tables: str, folder: Path):
+def write_folder(out: Path, record: dict, tables: str, folder: Path) -> None:
     """README.md, peer.json and the logs of our runs; nothing of the peer's."""
     out.mkdir(parents=True, exist_ok=True)
     facts = "\n".join(f"- {name}: {value}" for name, value in (record["setting"] | record["peer"]).items())
     text = f"# A public script beside ours, {time.strftime('%Y-%m-%d')}\n\n{facts}\n\n```\n{tables}\n```\n"
     (out / "README.md").write_text(text, encoding="utf-8")
-    (out / "peer.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    common.write_json(out / "peer.json", record)
     for run in folder.glob("ours_*/ours/*/"):
         shutil.copytree(run, out / run.relative_to(folder).parts[0], dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("checkpoints", "profile"))
 
+def our_flags(args: argparse.Namespace, tokens: int, val_tokens: int) -> list[str]:
+    """Flags of train_gpt.py: the preset at the peer's sizes. What is wrong is said before the peer has run."""
+    rate = train_gpt.PRESETS["speedrun"]["stage_lr"][-1]  # the preset's for its largest batch
+    same = {"data": args.data, "device": args.device, "iterations": args.steps, "batch-tokens": tokens,
+            "save-every": 0, "eval-tokens": val_tokens, "eval-every": args.eval_every, "target-loss": 0}
+    fixed = [f"--{key}={value}" for key, value in same.items()]
+    flags = ["--preset", "speedrun", f"--stage-lr={rate}", *args.ours, "--no-save-last", *fixed]
+    train_gpt.parse_settings(flags, world_size=1)
+    return flags
 
-def benchmark(args: argparse.Namespace) -> int:
+def benchmark(args: argparse.Namespace, command: str) -> int:
     """Runs everything, prints and writes the result; returns the exit code."""
     hardware = train_gpt.detect_hardware(args.device)
     if hardware.device != args.device:
@@ -321,44 +294,34 @@ def benchmark(args: argparse.Namespace) -> int:
     changes = {"num_iterations": str(args.steps), "val_loss_every": str(args.eval_every), **dict(args.set)}
     source = set_constants(source, changes)
     tokens, val_tokens = TRACK_RANKS * constant_number(source, "train_seq_len"), constant_number(source, "val_tokens")
-    same = {"data": args.data, "device": args.device, "iterations": args.steps, "batch-tokens": tokens, "save-every": 0,
-            "eval-tokens": val_tokens, "eval-every": args.eval_every, "target-loss": 0}
-    rate = f"--stage-lr={train_gpt.PRESETS['speedrun']['stage_lr'][-1]}"  # the preset's for its largest batch
-    fixed = (f"--{key}={value}" for key, value in same.items())
-    flags = ["--preset", "speedrun", rate, *args.ours, "--no-save-last", *fixed]
-    train_gpt.parse_settings(flags, world_size=1)  # what is wrong with them is said before the peer has run
-    corpus = train_gpt.open_corpus(args.data)
+    flags, corpus = our_flags(args, tokens, val_tokens), train_gpt.open_corpus(args.data)
     check_data(corpus, args.steps, tokens, val_tokens, constant_number(source, "val_seq_len"))
+    setting = {"command": command, "device": hardware.name, "torch": train_gpt.torch.__version__,
+               "tokens per step": tokens, "validation tokens": val_tokens}
     with contextlib.ExitStack() as stack:
         folder = (args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
         runs = run_in_turn(source, flags, corpus, args, folder)
         result = compare(runs, tokens)
         tables = format_tables(runs, result)
         print(f"\n{tables}")
-        setting = {"command": shlex.join(["python", "bench/peer.py", *args.argv]), "device": hardware.name,
-                   "torch": train_gpt.torch.__version__, "tokens per step": tokens, "validation tokens": val_tokens}
-        record = {"setting": setting, "peer": {**identity, "constants": changes}, "result": result,
-                  "runs": [asdict(run) for run in runs]}
-        if args.json:
-            args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         if args.out:
+            record = {"setting": setting, "peer": {**identity, "constants": changes}, "result": result,
+                      "runs": [asdict(run) for run in runs]}
             write_folder(args.out, record, tables, folder)
     if not result or any("FAILED" in run.result for run in runs):
         raise RuntimeError("a run failed or has no timed step in common with the other side; the table says which, and "
                            "--work DIR keeps its output")
     return 0
 
-
 def above_zero(text: str) -> int:
     if not int(text) > 0:
         raise ValueError
     return int(text)
 
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options; what they do not know goes to `ours`, the flags of train_gpt.py."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = common.make_parser(__doc__)
+    parser.allow_abbrev = False
     add = parser.add_argument
     add("path", type=Path, metavar="PATH", help="public script, its folder, or a record log")
     add("--data", default="fineweb10B", help="data set of GPT-2 tokens: the name of a folder under data/, or a path")
@@ -367,31 +330,19 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="set another constant of the peer's, such as "
         "train_seq_len, val_seq_len or val_tokens (which ours follows); can be repeated")
     add("--repeats", type=above_zero, default=2, help="pairs of runs (default: 2)")
-    add("--equal-time", "--equal_time", action="store_true", help="add a run of ours that takes the peer's time")
     add("--time-limit", "--time_limit", type=above_zero, metavar="S", help="seconds for all runs; cuts them off")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for tests")
-    add("--json", type=Path, metavar="FILE", help="write all numbers there")
     add("--out", type=Path, metavar="FOLDER", help="write README.md, peer.json and our logs there")
     add("--work", type=Path, metavar="DIR", help="run in this folder, outside of the project, and keep it")
     args, args.ours = parser.parse_known_args(argv)
-    args.argv, args.set = argv, [tuple(text.split("=", 1)) for text in args.set]
+    args.set = [tuple(text.split("=", 1)) for text in args.set]
     if wrong := [pair for pair in args.set if len(pair) != 2 or not all(pair)]:
         raise ValueError(f"--set {'='.join(wrong[0])}: expected NAME=VALUE")
     if args.work and (args.work.exists() or args.work.resolve().is_relative_to(ROOT)):
         raise ValueError(f"--work {args.work} must be a new folder, and outside of the project, which keeps no peer")
     return args
 
-
-def main(argv: list[str] | None = None) -> int:
-    try:
-        return benchmark(parse_args(sys.argv[1:] if argv is None else argv))
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-
+main = partial(common.command_line, "peer", parse_args, benchmark, resumes=False)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    common.start(main)

@@ -13,6 +13,7 @@ import helpers
 import pytest
 
 import train_gpt
+from bench import common
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("bench_ablate", ROOT / "bench" / "ablate.py")
@@ -50,7 +51,7 @@ def bench(tmp_path, monkeypatch, capsys):
     helpers.make_data(tmp_path / "chars")
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setattr(ablate, "TRAINER", tmp_path / "stand_in.py")
-    monkeypatch.setattr(ablate.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(common.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
     def call(*flags):
         code = ablate.main(["--data", str(tmp_path / "chars"), "--out", str(tmp_path / "out"), *map(str, flags)])
@@ -70,12 +71,9 @@ def lines(tmp_path):
 # The plan
 
 
-@pytest.mark.parametrize(("proxy", "hardware"), [("cpu", helpers.CPU), ("gpu", helpers.H100)])
-def test_every_technique_changes_the_settings_it_names_and_no_other(proxy, hardware, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gpt, "detect_hardware", lambda device="auto": hardware)
+def test_every_technique_changes_the_settings_it_names_and_no_other(tmp_path):
     data = helpers.make_data(tmp_path / "chars")
-    extra = ["--kernels", "none"]  # of the GPU only; whether Triton is there is not the question here
-    args = ablate.parse_args(["--proxy", proxy, "--data", str(data), "--", *extra])
+    args = ablate.parse_args(["--data", str(data)])
     args.only = []
     sweep = ablate.make_sweep(args)
     base = dataclasses.asdict(train_gpt.parse_settings(list(sweep.proxy), 1)[0])
@@ -111,10 +109,10 @@ def test_seeds_are_complete_one_after_the_other(bench, tmp_path):
 def test_list_runs_nothing_and_estimates(bench, tmp_path):
     code, out, _ = bench(*THREE, "--list")
     assert code == 0 and "9 of 9 to run, about 8 min: 50 s each (a guess)" in out
-    assert "record 34: --no-smear" in out and not (tmp_path / "out").exists()
+    assert "0 of 3 done  smear            34     --no-smear" in out and not (tmp_path / "out").exists()
     bench("--only", "smear", "--seeds", "1", "--quick")
     code, out, _ = bench(*THREE, "--list")
-    assert "7 of 9 to run" in out and "(measured)" in out and "smear            1 of 3 done" in out
+    assert "7 of 9 to run" in out and "(measured)" in out and "1 of 3 done  smear " in out
 
 
 # Runs
@@ -177,15 +175,15 @@ def test_run_that_writes_nonsense_is_a_failed_one(bench, tmp_path):
 def test_interruption_ends_the_runs_under_way(bench, tmp_path, monkeypatch):
     (tmp_path / "slow").touch()  # smear's run would take ten minutes
     started = []
-    popen = ablate.subprocess.Popen
-    monkeypatch.setattr(ablate.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
-    original = ablate.append_run
+    popen = common.subprocess.Popen
+    monkeypatch.setattr(common.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    original = common.append_run
 
     def interrupt(path, run):
         original(path, run)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ablate, "append_run", interrupt)
+    monkeypatch.setattr(common, "append_run", interrupt)
     code, _, err = bench("--only", "smear", "--jobs", "2", "--seeds", "1", "--quick")
     assert code == 130 and "the same command goes on" in err
     started = [child for child in started if child.args[0] == sys.executable]  # `platform` asks uname
@@ -197,7 +195,7 @@ def test_interruption_ends_while_runs_are_queued(tmp_path):
     """In a process of its own: it would wait for ever for runs that were cancelled before they began."""
     code = f"""
 import _thread, pathlib, time
-from bench import ablate
+from bench import common
 def work(job, children):
     time.sleep(0.2)
     return dict(problem="")
@@ -205,7 +203,7 @@ def outcome(run):
     _thread.interrupt_main()
     return ""
 try:
-    ablate.run_all(range(9), 1, "", pathlib.Path({str(tmp_path / "runs.jsonl")!r}), work, outcome)
+    common.run_all(range(9), 1, "", pathlib.Path({str(tmp_path / "runs.jsonl")!r}), work, outcome)
 except KeyboardInterrupt:
     print("interrupted")"""
     assert helpers.script("-c", code, timeout=60).stdout.endswith("interrupted\n")
@@ -216,8 +214,8 @@ def test_a_record_after_one_that_was_cut_off_is_kept(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"kind": "loss", "techn')
     for seed in (0, 1):
-        ablate.append_run(path, {"kind": "loss", "technique": "xsa", "seed": seed, "key": "k", "change": "c"})
-    assert [key[2] for key in ablate.read_runs(path)] == [0, 1] and len(path.read_text().splitlines()) == 3
+        common.append_run(path, {"kind": "loss", "technique": "xsa", "seed": seed, "key": "k", "change": "c"})
+    assert [key[2] for key in common.read_runs(path, ablate.Job)] == [0, 1] and len(path.read_text().splitlines()) == 3
 
 
 def test_timing_pairs(bench, tmp_path):
@@ -235,20 +233,20 @@ def test_step_time_is_the_mean_of_the_stages_medians():
     times = [99, 2, 4, 9, 99, 10, 99, 1, 1, 2]  # stages of 4, 2 and 4 steps, whose medians are 4, 10 and 1
     events = [{"event": "start"}, *({"step_ms": ms} for ms in times), {"val_loss": 1.0}]
     config = {"settings": {"iterations": 10, "stage_ends": [0.4, 0.6, 1.0]}}
-    assert ablate.step_ms(events, config) == pytest.approx((4 * 4 + 2 * 10 + 4 * 1) / 10)
+    assert common.step_ms(events, config) == pytest.approx((4 * 4 + 2 * 10 + 4 * 1) / 10)
 
 
 # Results
 
 
 def test_effect_by_hand():
-    e = ablate.effect([0.1, 0.2, 0.3])
-    assert (e.n, e.verdict) == (3, "not resolved")
+    e = common.effect([0.1, 0.2, 0.3])
+    assert e.n == 3 and e.side("helps", "hurts", "open") == "open"
     assert (e.mean, e.se) == pytest.approx((0.2, 0.1 / 3**0.5))
     assert (e.low, e.high) == pytest.approx((0.2 - 4.302653 * e.se, 0.2 + 4.302653 * e.se))  # t of 2 degrees
-    assert ablate.effect([0.1, 0.11, 0.12]).verdict == "helps"
-    assert ablate.effect([-0.1, -0.11, -0.12]).verdict == "hurts"
-    assert ablate.effect([0.1]) is None
+    assert common.effect([0.1, 0.11, 0.12]).side("helps", "hurts", "open") == "helps"
+    assert common.effect([-0.1, -0.11, -0.12]).side("helps", "hurts", "open") == "hurts"
+    assert common.effect([0.1]) is None is common.effect([0.1, float("inf")])
 
 
 def made_up(technique, losses, kind="loss", **more):
@@ -274,7 +272,7 @@ def test_report(bench, tmp_path):
     clip = "| clip_docs | 29 | not in the proxy; on: `--long-docs clip` | +0.5000 ± 0.0000 |"
     assert smear in readme and clip in readme and readme.index(clip) < readme.index(smear)
     assert "1,234 parameters, 384 training tokens, val loss 2.0000, sd over seeds 1.0000" in readme
-    for said in ("a toy; torch 9.9", "commit abc;", "chars, fingerprint f00", "says little about the 124 M",
+    for said in ("a toy, ", "; torch 9.9", "commit abc;", "chars, fingerprint f00", "says little about the 124 M",
                  "`python bench/ablate.py --data", "(deltas.png)", "--preset cpu"):
         assert said in readme
     assert "Problem" not in readme
@@ -341,16 +339,16 @@ def test_real_sweep_on_bytes_of_a_local_text(tmp_path, capsys):
                           "byte", "--val-fraction", "0.2")
     assert made.returncode == 0, made.stderr
     out = tmp_path / "out"
-    common = ["--data", str(tmp_path / "books"), "--out", str(out), "--quick"]
+    shared = ["--data", str(tmp_path / "books"), "--out", str(out), "--quick"]
     small = ["--", "--num-layers", "2", "--width", "32", "--head-dim", "16", "--value-embeds", "1", "--iterations", "9",
              "--batch-tokens", "512,1024,1536", "--eval-tokens", "512"]
-    assert ablate.main([*common, "--only", "normuon,bigram", "--seeds", "2", *small]) == 0, capsys.readouterr().err
+    assert ablate.main([*shared, "--only", "normuon,bigram", "--seeds", "2", *small]) == 0, capsys.readouterr().err
     runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     assert [(run["seed"], run["technique"]) for run in runs] == [
         (seed, name) for seed in range(2) for name in ("proxy", "normuon", "bigram")]
     assert len({run["val_loss"] for run in runs}) == 6 and all(0 < run["val_loss"] < 6 for run in runs)
     assert {run["tokens"] for run in runs} == {9 * 1024}
-    assert ablate.main([*common, "--time", "--only", "normuon", "--seeds", "1", *small]) == 0, capsys.readouterr().err
+    assert ablate.main([*shared, "--time", "--only", "normuon", "--seeds", "1", *small]) == 0, capsys.readouterr().err
     readme = (out / "README.md").read_text()
     assert "| 2 | " in readme and "books, fingerprint" in readme and (out / "deltas.png").stat().st_size > 1000
     timed = json.loads((out / "runs.jsonl").read_text().splitlines()[-1])

@@ -4,7 +4,7 @@ The mutants are this process's copy of train_gpt.py with one function replaced; 
 """
 import gc
 import importlib.util
-import json
+import re
 import sys
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def one_thread():
 
 @pytest.fixture
 def check(tmp_path, capsys, monkeypatch):
-    """Runs the program; exit code, what it printed, coord_check.json."""
-    original = cc.measure
+    """Runs the program; exit code, what it printed, what it reported."""
+    original, write, kept = cc.measure, cc.write_report, []
 
     def measure(script, s, *rest):
         if s.mup:
@@ -55,22 +55,27 @@ def check(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(cc, "measure", measure)
         if not picture:  # it takes as long as a small training
             monkeypatch.setattr(cc, "plot", lambda *_: None)
+        monkeypatch.setattr(cc, "write_report", lambda found, out: kept.append(found) or write(found, out))
         code = cc.main(["--script", str(ROOT / script), "--widths", ",".join(map(str, WIDTHS)), "--out", str(tmp_path),
                         "--", *small, "--threads", "1", *flags])
-        report = json.loads((tmp_path / "coord_check.json").read_text(), parse_constant=pytest.fail)
-        return code, capsys.readouterr().out, report
+        return code, capsys.readouterr().out, kept[-1]
     return run
 
 
-def beyond(report: dict, which: str = cc.MUP) -> dict[tuple, float]:
+def beyond(found: cc.Check, which: str = cc.MUP) -> dict[tuple, float]:
     """Worst slope of each (site, statistic) that is beyond its limit at a judged step."""
-    found: dict[tuple, float] = {}
-    for line in report["lines"]:
-        key = line["site"], line["statistic"]
-        judged = line["step"] in (0, 1, 3, 6) and line["slope"] is not None and line["site"] != "router logits"
-        if judged and line["parametrization"] == which and abs(line["slope"]) > line["limit"]:
-            found[key] = max(found.get(key, 0.0), line["slope"], key=abs)
-    return found
+    worst: dict[tuple, float] = {}
+    for line in found.lines(which):
+        key = line.site.name, line.statistic
+        assert line.step in (0, 1, 3, 6)
+        if line.site.name != "router logits" and abs(line.fit.slope) > line.limit:
+            worst[key] = max(worst.get(key, 0.0), line.fit.slope, key=abs)
+    return worst
+
+
+def failing(found: cc.Check) -> list[str]:
+    """The failing sites, the worst first."""
+    return [str(line.site) for line in cc.failing(found.lines(cc.MUP))]
 
 
 # --- the verdict on what is right
@@ -78,7 +83,7 @@ def beyond(report: dict, which: str = cc.MUP) -> dict[tuple, float]:
 
 def test_muon_passes_and_without_mup_the_logits_grow(check, tmp_path):
     code, out, report = check(small=SMALL, picture=True)
-    assert (code, report["passed"], report["failing"], beyond(report)) == (0, True, [], {})
+    assert (code, failing(report), beyond(report)) == (0, [], {})
     assert out.splitlines()[-1].startswith("PASS: ") and max(map(len, out.splitlines()[2:])) <= 120
     standard = beyond(report, cc.STANDARD)
     assert standard["logits", cc.SIZE] == pytest.approx(1, abs=0.1)
@@ -99,7 +104,7 @@ def test_adamw_passes_and_without_mup_more_grows_than_the_logits(check):
 def test_mixtures_pass(check, router):
     code, out, report = check(*MIXTURE, "--router", router, script="train_moe.py")
     assert code == 0, out
-    seen = {line["site"] for line in report["lines"]}
+    seen = {line.site.name for line in report.lines(cc.MUP)}
     assert {"learned router logits", "expert hidden", "mixture output", "MLP hidden"} <= seen
 
 
@@ -123,20 +128,20 @@ def test_at_the_base_width_both_are_one_model():
 # --- mutants
 
 
-def scaled(monkeypatch, chosen, script=train_gpt, **factors):
-    """Multiplies fields of the Scaling of the parameters for which chosen(shape, rule) by m^factor."""
-    original = script.scale_parameter
+def scaled(monkeypatch, pattern, script=train_gpt, power=-1.0):
+    """Multiplies the learning rate of the parameters with that pattern by growth^power."""
+    original = script.trained_rules
 
-    def scale_parameter(shape, rule, *rest):
-        right, m = original(shape, rule, *rest), max(shape.growth)
-        wrong = {name: getattr(right, name) * m**power for name, power in factors.items()}
-        return right._replace(**wrong) if chosen(shape, rule) else right
-    monkeypatch.setattr(script, "scale_parameter", scale_parameter)
+    def trained_rules(s, names):
+        rules = original(s, names)
+        return {name: rule._replace(lr=rule.lr * s.growth**power) if re.fullmatch(pattern, rule.pattern) else rule
+                for name, rule in rules.items()}
+    monkeypatch.setattr(script, "trained_rules", trained_rules)
 
 
 def test_initial_weights_divided_twice(check, monkeypatch):
-    original = train_gpt.uniform  # which divides by the root of the width, the base's being 64
-    monkeypatch.setattr(train_gpt, "uniform", lambda *shape: original(*shape) * (64 / shape[-1]) ** 0.5)
+    original = train_gpt.uniform_matrix  # which divides by the root of the width, the base's being 64
+    monkeypatch.setattr(train_gpt, "uniform_matrix", lambda *shape: original(*shape) * (64 / shape[-1]) ** 0.5)
     code, out, report = check()
     assert code == 1 and out.splitlines()[-1].startswith("FAIL: worst of --mup is ")
     assert beyond(report)["MLP hidden", cc.SIZE] == pytest.approx(-1, abs=0.15)  # squared
@@ -144,7 +149,7 @@ def test_initial_weights_divided_twice(check, monkeypatch):
 
 
 def test_muon_rate_divided_by_the_width(check, monkeypatch):
-    scaled(monkeypatch, lambda shape, rule: rule.kind == "muon", lr=-1)
+    scaled(monkeypatch, r"blocks.*")
     code, _, report = check()
     assert code == 1
     for site in ("attention output", "MLP output"):
@@ -152,23 +157,29 @@ def test_muon_rate_divided_by_the_width(check, monkeypatch):
 
 
 def test_head_rate_scaled_on_top_of_its_multiplier(check, monkeypatch):
-    scaled(monkeypatch, lambda shape, rule: rule.pattern == "lm_head", lr=-1)
+    scaled(monkeypatch, "lm_head")
     code, _, report = check()
-    assert code == 1 and report["failing"][0] in LOGITS
+    assert code == 1 and failing(report)[0] in LOGITS
     assert beyond(report)["logits", cc.CHANGE] == pytest.approx(-1, abs=0.1)
 
 
 def test_head_without_its_factor(check, monkeypatch):
-    scaled(monkeypatch, lambda shape, rule: rule.pattern == "lm_head", multiplier=1)
+    original = train_gpt.GPT.__init__
+
+    def init(model, s, vocab_size):
+        original(model, s, vocab_size)
+        model.cap = s.softcap
+
+    monkeypatch.setattr(train_gpt.GPT, "__init__", init)
     code, _, report = check()
-    assert code == 1 and report["failing"][0] in LOGITS
+    assert code == 1 and failing(report)[0] in LOGITS
     assert beyond(report)["logits", cc.CHANGE] == pytest.approx(1, abs=0.1)
 
 
 def test_embedding_rate_is_seen_in_the_change_alone(check, monkeypatch):
-    scaled(monkeypatch, lambda shape, rule: rule.pattern == r"embed\.weight", lr=-1)
+    scaled(monkeypatch, r"embed.*")
     code, _, report = check()
-    assert code == 1 and "embedding" in report["failing"]
+    assert code == 1 and "embedding" in failing(report)
     assert beyond(report)["embedding", cc.CHANGE] == pytest.approx(-1, abs=0.1)
     assert ("embedding", cc.SIZE) not in beyond(report)
 
@@ -330,25 +341,49 @@ def test_default_widths():
     assert cc.default_widths(replace(s, head_dim=128)) == [256, 512, 1024]
 
 
-def test_coord_check_of_train_gpt():
-    run = helpers.script(helpers.SCRIPT, "--preset", "cpu", "--device", "cpu", "--head-dim", "16", "--width", "64",
-                         "--num-layers", "1", "--value-embeds", "0", "--mlp-ratio", "1", "--hidden_optimizer",
-                         "adamw", "--adam-lr", "0.002", "--coord-check", "--threads", "1")
+def test_the_program_by_itself():
+    run = helpers.script(ROOT / "bench" / "coord_check.py", "--", "--preset", "cpu", "--device", "cpu", "--head-dim",
+                         "16", "--width", "64", "--num-layers", "1", "--value-embeds", "0", "--mlp-ratio", "1",
+                         "--hidden_optimizer", "adamw", "--adam-lr", "0.002", "--threads", "1")
     assert run.returncode == 0, run.stdout + run.stderr
-    command, head, about, *_, last = run.stdout.splitlines()
-    assert "--preset cpu" in head and "--hidden_optimizer adamw" in head and "--coord" not in head
-    assert command.startswith("python ") and "coord_check.py --script " in command
-    assert command.endswith(head.replace(" ", " -- ", 1))
+    head, about, *_, last = run.stdout.splitlines()
+    assert "--preset cpu" in head and "--hidden_optimizer adamw" in head
     assert "widths 64, 128, 256, 512, base width 64, hidden matrices by adamw" in about and last.startswith("PASS: ")
     assert "--mup     width   512  seed 1  loss " in run.stderr
 
 
+def report_rows(capsys, *flags: str) -> tuple[str, dict[str, list[str]]]:
+    """The first line of the table of --report, and its rows: parameter -> cells."""
+    assert cc.main(["--report", "--", *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    about, head, *rows = lines[next(i for i, line in enumerate(lines) if line.startswith("muP from")):]
+    starts = [match.start() for match in re.finditer(r"(?<!\S)\S+(?: \S+)*", head)]
+    cells = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in rows]
+    return about, {row[0]: row[1:] for row in cells}
+
+
+def test_report_says_what_is_scaled_and_why(capsys):
+    wide = ["--preset", "cpu", "--device", "cpu", "--width", "384", "--base-width", "96", "--bigram", "50"]
+    about, rows = report_rows(capsys, *wide)
+    assert about == "muP from width 96 to 384, m = 4; attention scale 0.1963 at head_dim 48"
+    assert rows["lm_head"][:5] == ["output", "384 x 384*", "384", "-", "adamw"]
+    assert rows["lm_head"][5:9] == ["1", "0.25", "-", "0.25"]
+    assert rows["blocks.*.mlp.up"][:3] == ["hidden", "1536* x 384*", "384"]
+    assert float(rows["blocks.*.mlp.up"][3]) == pytest.approx(0.5 * 384**-0.5, rel=0.03)
+    assert rows["blocks.*.mlp.up"][4:9] == ["muon", "1", "1", "1", "-"]
+    assert rows["bigram.weight"][:2] == ["table", "50 x 384*"] and rows["scalars"][0] == "fixed"
+    assert rows["gates"][1] == "3 x 2 x 8* x 12" and rows["gates"][-1] == "TP-V: input, constant"
+    _, rows = report_rows(capsys, *wide, "--hidden-optimizer", "adamw", "--mup-embedding", "sqrt")
+    assert rows["blocks.*.attn.qkvo"][4:] == ["adamw", "0.25", "1", "4", "0.25", "TP-V: rate / m"]
+    assert rows["embed.weight"][5] == "0.5" and rows["embed.weight"][-1] == "2506.15025: / sqrt(m)"
+
+
 @pytest.mark.parametrize("widths", ["64,wide,256", "64,128,", "64,128,-256"])
 def test_widths_are_numbers(capsys, widths):
-    with pytest.raises(SystemExit, match="2"):
-        cc.main(["--widths", widths])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.endswith(f"error: argument --widths: {widths}: must be whole numbers, such as 64,128,256")
+    assert cc.main(["--widths", widths]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --widths ")
+    assert error.endswith(": must be whole numbers above 0, such as 64,128,256\n")
 
 
 def test_without_any_change_there_is_no_verdict(capsys, tmp_path):

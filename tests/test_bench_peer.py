@@ -2,6 +2,7 @@
 import hashlib
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,16 +77,15 @@ def run(who, times, losses, **fields):
 
 
 def test_peer_and_ours_side_by_side(tmp_path, data, script, capsys):
-    argv = [script.parent, *tiny_flags(data), "--steps", "4", "--eval-every", "2", "--repeats", "1", "--equal-time",
-            "--out", tmp_path / "out", "--json", tmp_path / "numbers.json", "--work", tmp_path / "work"]
+    argv = [script.parent, *tiny_flags(data), "--steps", "4", "--eval-every", "2", "--repeats", "1",
+            "--out", tmp_path / "out", "--work", tmp_path / "work"]
     assert peer.main(list(map(str, argv))) == 0
     screen, record = capsys.readouterr().out, json.loads((tmp_path / "out" / "peer.json").read_text())
-    assert record == json.loads((tmp_path / "numbers.json").read_text())
     assert record["peer"] == {"path": str(script), "commit": None, "constants": {
         "num_iterations": "4", "val_loss_every": "2"}, "sha256": hashlib.sha256(STAND_IN.encode()).hexdigest()}
-    assert [found["who"] for found in record["runs"]] == ["peer", "ours", "ours, equal time"]
+    assert [found["who"] for found in record["runs"]] == ["peer", "ours"]
 
-    first, ours, timed = record["runs"]
+    first, ours = record["runs"]
     mean = np.fromfile(next(data.glob("*val*")), dtype="<u2")[512:][:256].mean()
     assert first["losses"] == {"0": round(mean, 4), "2": round(mean - 2, 4), "4": round(mean - 4, 4)}
     assert first["times"] == {str(step): 100.0 * step for step in range(5)} and first["peak_mib"] == 321
@@ -95,7 +95,6 @@ def test_peer_and_ours_side_by_side(tmp_path, data, script, capsys):
     events = [json.loads(line) for line in (tmp_path / "out" / "ours_1" / "metrics.jsonl").read_text().splitlines()]
     validated = {str(e["step"]): e["val_loss"] for e in events if "val_loss" in e}
     assert ours["losses"] == validated and set(validated) == {"2", "4"} and ours["peak_mib"] > 0
-    assert max(map(int, timed["times"])) == round(4 * 400 / ours["times"]["4"])
 
     result, clock = record["result"], {int(step): ms for step, ms in ours["times"].items()}
     stretches = [clock[2] / 2, (clock[4] - clock[2]) / 2]
@@ -104,12 +103,11 @@ def test_peer_and_ours_side_by_side(tmp_path, data, script, capsys):
     assert result["ms/step"]["ratio"] == pytest.approx(sum(stretches) / 200)
     assert result["tokens/s"]["peer"] == pytest.approx(1280)
     assert result["val loss, equal tokens"]["difference"] == pytest.approx(validated["4"] - round(mean - 4, 4))
-    assert result["val loss, both cooled down"]["ours"] == timed["losses"][max(timed["losses"], key=int)]
     assert "ours / peer" in screen and "ms/step" in (tmp_path / "out" / "README.md").read_text()
 
     assert (tmp_path / "work" / "peer_1" / "train_gpt.py").is_file()  # kept where it was asked for, and only there
     kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert {path.parent.name for path in kept} == {"out", "ours_1", "ours_equal_time"}
+    assert {path.parent.name for path in kept} == {"out", "ours_1"}
     theirs = [line.strip() for line in STAND_IN.splitlines() if len(line.strip()) > 15]
     everything = screen + "".join(path.read_text() for path in kept)
     own = (ROOT / "train_gpt.py").read_text()  # is in our log.txt, and imports what everyone imports
@@ -129,7 +127,16 @@ def test_ours_that_fails_says_why(tmp_path):
     assert found.result.startswith("FAILED: code 1, error: no train shards in")
 
 
-def test_cut_off_run_still_gives_its_step_times(tmp_path):
+def test_cut_off_run_still_gives_its_step_times(tmp_path, monkeypatch):
+    class Patient(peer.subprocess.Popen):
+        """Its limit is over when the first step is in the log, however long that takes on this machine."""
+
+        def wait(self, timeout=None):
+            while timeout == 3 and not (tmp_path / "output.txt").stat().st_size:
+                time.sleep(0.02)
+            return super().wait(0.01 if timeout == 3 else timeout)
+
+    monkeypatch.setattr(peer.subprocess, "Popen", Patient)
     program = "import time; print('step:1/9 train_time:5ms step_avg:5ms', flush=True); time.sleep(600)"
     code, wall_s = peer.run_process([sys.executable, "-c", program], tmp_path, 3)
     text = (tmp_path / "output.txt").read_text()
@@ -150,7 +157,7 @@ def test_runs_alternate_and_share_the_time_limit(tmp_path, monkeypatch):
         return call
     monkeypatch.setattr(peer, "run_peer", fake("peer", 100))
     monkeypatch.setattr(peer, "run_ours", fake("ours", 80))
-    args = SimpleNamespace(time_limit=400, repeats=3, steps=5, equal_time=False)
+    args = SimpleNamespace(time_limit=400, repeats=3, steps=5)
     assert len(peer.run_in_turn("", [], None, args, tmp_path)) == 4  # a third pair of 180 s does not fit into 40
     assert calls == [("peer", 200), ("ours", 300), ("peer", 110), ("ours", 120)]
     calls.clear()
@@ -201,10 +208,9 @@ def test_number_that_is_none():
         peer.constant_number("x = y // 2\n", "x")
 
 
-def test_shards_that_the_peer_could_not_read(tmp_path, data, capsys):
+def test_shards_that_the_peer_could_not_read(data):
     corpus = train_gpt.open_corpus(str(data))
     peer.check_data(corpus, 2, 1024, 256, 32)
-    assert capsys.readouterr().err == ""
     for arguments, message in (((2, 1024, 512, 32), "has 500 tokens; val_tokens 512 must"),
                                ((2, 1024, 256, 96), "multiple of val_seq_len 96"),
                                ((3, 1024, 256, 32), "has 3000 training tokens, 3 steps of 1024 need more")):
@@ -212,8 +218,6 @@ def test_shards_that_the_peer_could_not_read(tmp_path, data, capsys):
             peer.check_data(corpus, *arguments)
     with pytest.raises(ValueError, match="end-of-text is token 63"):
         peer.check_data(corpus._replace(meta={"eot": 63}), 1, 1024, 256, 32)
-    peer.check_data(corpus, 4, 128, 256, 32)  # documents of up to 80 tokens, rows of 16
-    assert "longer than a row" in capsys.readouterr().err
 
 
 # --- logs and numbers
@@ -261,8 +265,7 @@ def test_comparison_by_hand():
              run("peer", {0: 0, 2: 220, 4: 420}, {0: 10, 2: 6, 4: 5}, peak_mib=1000)]
     ours = [run("ours", {0: 0, 2: 160, 4: 320}, {2: 5, 4: 3}, peak_mib=450, result="cut off")]
     failed = run("ours", {0: 0, 2: 1}, {2: 0.1}, result="FAILED: code 1")
-    timed = run("ours, equal time", {0: 0, 2: 160, 5: 430}, {2: 5, 5: 2.7})
-    result = peer.compare([peers[0], ours[0], peers[1], failed, timed], tokens=1000)
+    result = peer.compare([peers[0], ours[0], peers[1], failed], tokens=1000)
     ms = result["ms/step"]
     assert (ms["peer"], ms["peer_range"], ms["ours"]) == (105, [100, 120], 80)  # 100, 120, 110, 100; 80, 80
     assert ms["ratio"] == pytest.approx(80 / 105) and ms["at"] == "steps 0 to 4"
@@ -272,9 +275,7 @@ def test_comparison_by_hand():
     at_320 = (6 - 2 * 120 / 240 + 6 - 1 * 100 / 200) / 2  # ours ends at 320 ms
     assert result["val loss, equal time"]["peer"] == pytest.approx(at_320)
     assert result["val loss, equal time"]["ratio"] == pytest.approx(3 / at_320)
-    done = result["val loss, both cooled down"]
-    assert done["ours"] == 2.7 and done["at"] == "0.4 s and 0.4 s"
-    table = peer.format_tables([*peers, *ours, failed, timed], result)
+    table = peer.format_tables([*peers, *ours, failed], result)
     assert "FAILED: code 1" in table and "cut off" in table and "100..120" in table
 
 

@@ -2,7 +2,6 @@
 
 The sweep drives a stand-in for the trainer, a tiny script that writes the metrics.json which the real one would.
 """
-import csv
 import json
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 from helpers import ROOT, environment
 
 import train_grokking
-from bench import grokking
+from bench import common, grokking
 
 # Steps to 99 % follow from the flags. It fails where a file "fail" lies beside it, for AdamW, and sleeps with "slow".
 STAND_IN = """
@@ -60,17 +59,18 @@ def calls(tmp_path) -> list[str]:
 
 
 def rows(tmp_path) -> list[dict]:
-    with open(tmp_path / "out" / "phase.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    """The finished runs."""
+    runs = common.read_runs(tmp_path / "out" / "runs.jsonl", grokking.Job)
+    return [run for run in runs.values() if not run["problem"]]
 
 
 def test_a_sweep_runs_every_cell_with_every_seed_and_names_the_phases(bench, tmp_path):
     code, out, _ = bench("--seeds", 2)
     assert code == 0 and calls(tmp_path) == [text.format(seed) for seed in range(2) for text in CELLS]
     found = {(row["optimizer"], float(row["decay"]), int(row["seed"])): row for row in rows(tmp_path)}
-    assert len(found) == 12 and {row["rate"] for row in found.values()} == {"0.001", "0.02"}
+    assert len(found) == 12 and {row["rate"] for row in found.values()} == {0.001, 0.02}
     assert [found["adamw", decay, 1]["phase"] for decay in (0.01, 0.1, 1)] == ["memorization", "grokking", "confusion"]
-    assert found["adamw", 0.01, 0]["val_99"] == "" and found["adamw", 0.1, 0]["gap"] == "2500"
+    assert found["adamw", 0.01, 0]["val_99"] is None and found["adamw", 0.1, 0]["gap"] == 2500
     assert found["adamw", 1, 0]["status"] == "nan" and found["muon", 1, 1]["phase"] == "comprehension"
     assert "| AdamW | 0.001 | 0.1 | 3,000 | grokking | 2 of 2 |" in out and "not reached | memorization | 0 of 2" in out
     assert "| Muon + AdamW | 0.02 | 1 | 550 | comprehension | 2 of 2 |" in out
@@ -84,7 +84,7 @@ def test_nothing_is_run_twice_and_a_cut_off_line_is_run_again(bench, tmp_path):
     assert bench("--seeds", 1)[0] == 0 and calls(tmp_path)[6:] == ["muon 1 0"]
     assert bench("--seeds", 2)[0] == 0 and len(calls(tmp_path)) == 13 and len(rows(tmp_path)) == 12
     assert bench("--seeds", 1, "--rates", "1,2")[0] == 0 and len(calls(tmp_path)) == 19
-    assert {row["rate"] for row in rows(tmp_path)} == {"0.001", "0.002", "0.02", "0.04"}
+    assert {row["rate"] for row in rows(tmp_path)} == {0.001, 0.002, 0.02, 0.04}
     assert bench("--seeds", 1, "--", "--prime", 13)[0] == 0 and len(calls(tmp_path)) == 25  # another key
 
 
@@ -125,7 +125,7 @@ def test_the_plan_runs_nothing_and_gives_the_trainers_flags(bench, tmp_path):
     (["--decays", "0.1,much"], ["--decays much", "numbers of 0 or more"]), (["--rates", "0"], ["--rates 0", "above 0"]),
     (["--optimizers", "sgd"], ["--optimizers sgd", "adamw, muon"]), (["--seeds", "0"], ["--seeds must be at least 1"]),
     (["--", "--seed", "3"], ["--seed after --", "--seeds"]), (["--", "--prime", "91"], ["--prime 91", "89 and 97"]),
-    (["--", "--weight-decay=1"], ["--weight_decay after --", "--decays"]),
+    (["--", "--weight-decay=1"], ["--weight-decay after --", "--decays"]),
 ])
 def test_options_that_cannot_work(bench, given, words):
     code, _, err = bench(*given)
@@ -136,9 +136,9 @@ def test_a_cells_phase_is_that_of_most_seeds_and_its_steps_their_median():
     def run(train, val):
         return {"train_99": train, "val_99": val, "phase": grokking.phase({"train_99": train, "val_99": val})}
 
-    assert grokking.cell([run(100, 1101), run(100, 1100), run(100, 5000)]) == ("grokking", 1101, 3, 3)
-    assert grokking.cell([run(100, None), run(100, 1100)]) == ("comprehension", None, 1, 2)
-    assert grokking.cell([run(None, None), run(None, None), run(100, 100)]) == ("confusion", None, 1, 3)
+    assert grokking.make_cell([run(100, 1101), run(100, 1100), run(100, 5000)]) == ("grokking", 1101, 3, 3)
+    assert grokking.make_cell([run(100, None), run(100, 1100)]) == ("comprehension", None, 1, 2)
+    assert grokking.make_cell([run(None, None), run(None, None), run(100, 100)]) == ("confusion", None, 1, 3)
 
 
 # Curves of several runs
