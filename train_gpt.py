@@ -389,7 +389,8 @@ def layer_table(s: Settings) -> list[Layer]:
     layers = []
     for i, attention in enumerate(s.attention):
         value = i if i < tables else i - (n - tables) if i >= n - tables else None
-        skips = {"unet": n - 1 - i if n - 1 - i < i else None, "single": n // 4 if i == n // 2 > 1 else None}
+        skips = {"unet": n - 1 - i if n - 1 - i < i else None,
+                 "single": n // 4 if i == n // 2 > 1 else None}
         layers.append(Layer(attention, value if attention != "-" else None, skips.get(s.skip)))
     return layers
 
@@ -1960,8 +1961,7 @@ class Loader:
                 self.position = {"epoch": epoch, "shard": shard, "used": used}
                 return tokens, starts, lengths
             epoch, shard, used = epoch + turn, next_shard, 0
-        raise UserError(f"no shard of {self.corpus.folder} fills a row of {stage.seq_len} tokens: "
-                        "lower --seq_len")
+        raise UserError(f"no shard of {self.corpus.folder} fills a row of {stage.seq_len} tokens: lower --seq_len")
 
     def _make_table(self, epoch: int, shard: int, longest: int) -> tuple:
         """Tokens of a shard, starts, lengths and ends of its pieces in the order of use."""

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import functools
 import gc
@@ -44,7 +43,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,19 +132,19 @@ class Hyperparameters:
     window_step: int = 128  # windows are rounded up to a multiple of this, tokens [>0]
     # --- optimizer
     hidden_optimizer: str = "muon"  # of the matrices of attention and MLP [muon|adamw]
-    hidden_lr: float = 0.002  # under AdamW [>=0; with hidden_optimizer adamw]
-    hidden_weight_decay: float = 0.1  # under AdamW [>=0; with hidden_optimizer adamw]
-    muon_lr: float = 0.05  # learning rate [>=0; with hidden_optimizer muon]
+    hidden_lr: float = 0.002  # their rate, AdamW [>=0; with hidden_optimizer adamw]
+    hidden_weight_decay: float = 0.1  # decay / rate, AdamW [>=0; with hidden_optimizer adamw]
+    muon_lr: float = 0.05  # their learning rate [>=0; with hidden_optimizer muon]
     muon_momentum: float = 0.95  # Nesterov, at its peak [0..1; with hidden_optimizer muon]
-    momentum_start: float = 0.85  # at both ends [0..1; with hidden_optimizer muon]
+    momentum_start: float = 0.85  # momentum at both ends [0..1; with hidden_optimizer muon]
     momentum_warmup: int = 300  # steps of its rise [>=0; with hidden_optimizer muon]
-    momentum_cooldown: int = 50  # steps of its fall [>=0; with hidden_optimizer muon]
-    muon_beta2: float = 0.95  # NorMuon's; 0 off [0..1; with hidden_optimizer muon]
-    muon_weight_decay: float = 0.02  # / peak rate [>=0; with hidden_optimizer muon]
-    orthogonalizer: str = "polar_express"  # Muon's iteration [polar_express|newton_schulz; with hidden_optimizer muon]
+    momentum_cooldown: int = 50  # last steps, its fall [>=0; with hidden_optimizer muon]
+    muon_beta2: float = 0.95  # of NorMuon's variance; 0 off [0..1; with hidden_optimizer muon]
+    muon_weight_decay: float = 0.02  # decay / peak rate [>=0; with hidden_optimizer muon]
+    orthogonalizer: str = "polar_express"  # its iteration [polar_express|newton_schulz; with hidden_optimizer muon]
     adam_lr: float = 0.008  # of all else, times the factor in parameter_table [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
-    adam_weight_decay: float = 0.0  # / peak rate, of embeddings and head [>=0]
+    adam_weight_decay: float = 0.0  # decay / peak rate of embeddings, head [>=0]
     cautious: bool = True  # decay only where update and weight have the same sign
     schedule: str = "linear"  # shape of the cool-down: linear, or 1 - sqrt [linear|wsd]
     warmup_steps: int = 0  # steps over which the learning rates rise [>=0]
@@ -187,7 +186,7 @@ class Hyperparameters:
         """The settings at the base width, whose learning rates these are."""
         if not self.mup:
             return self
-        return dataclasses.replace(self, mup=False, width=self.base_width, head_dim=self.base_head_dim)
+        return replace(self, mup=False, width=self.base_width, head_dim=self.base_head_dim)
 
     @property
     def growth(self) -> float:
@@ -2476,7 +2475,7 @@ def build_parser() -> Parser:
     layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=118)
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=layout)
     kinds = {"int": int, "float": float, "str": str, "ints": list_of(int), "floats": list_of(float)}
-    for field in dataclasses.fields(Settings):
+    for field in fields(Settings):
         default, several = field.default, isinstance(field.default, tuple)
         shown = ",".join(map(str, default)) if several else default
         option = dict(default=argparse.SUPPRESS, help=f"{help_texts()[field.name]} (default: {shown})")
@@ -2548,7 +2547,7 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     problems = field_errors(s) + unread_errors(s, given)
     auto = run_auto(s, hardware, world_size) | record_auto(s, hardware)
     auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
-    s = dataclasses.replace(s, **{name: value for name, (value, _) in auto.items()})
+    s = replace(s, **{name: value for name, (value, _) in auto.items()})
     notes = [f"preset {preset}: {'asked for' if wanted == preset else why}"]
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
@@ -2816,7 +2815,7 @@ def find_checkpoint(s: Settings) -> tuple[Path, dict]:
 
 def check_resumable(s: Settings, fingerprint: str, path: Path, meta: dict):
     """Raises UserError that names the hyperparameters, or data, in which a checkpoint differs."""
-    names = [field.name for field in dataclasses.fields(Hyperparameters)]
+    names = [field.name for field in fields(Hyperparameters)]
     compared = {name: getattr(s, name) for name in names if "free on resume" not in bracket(name)}
     now = json.loads(json.dumps(compared)) | {"data_fingerprint": fingerprint}
     then = meta["settings"] | {"data_fingerprint": meta["data"]["fingerprint"]}
@@ -2992,7 +2991,7 @@ class Run:
         commit = command_output("git", "rev-parse", "HEAD")
         changes = command_output("git", "status", "--porcelain", "-uno")
         self.config = {
-            "settings": dataclasses.asdict(s), "script": Path(__file__).name, "world_size": self.world.size,
+            "settings": asdict(s), "script": Path(__file__).name, "world_size": self.world.size,
             "git": {"commit": commit, "dirty": None if changes is None else bool(changes)},
             "torch": torch.__version__, "hardware": self.hardware._asdict(),
             "data": {"name": corpus.folder.name, "fingerprint": self.fingerprint, "meta": corpus.meta},
