@@ -5,8 +5,9 @@
     python tests/losses.py --compare before.json after.json
 
 Every run is a process of its own: one thread, fp32 unless the configuration says bf16, a tiny model on documents that
-are made here. What is recorded are the losses of all steps, in full precision, and a hash of the final weights and moments.
-On one machine they are equal to the bit; on another one the order of sums differs, and test_losses.py allows for that.
+are made here. What is recorded are the losses of all steps, in full precision, and a hash of the final weights and
+moments. On one machine they are equal to the bit; on another one the order of sums differs, and test_losses.py allows
+for that.
 """
 import argparse
 import hashlib
