@@ -55,69 +55,68 @@ from torch.nn.parallel import DistributedDataParallel
 @dataclass(frozen=True)
 class Settings:
     """What is computed, and from `preset` on how and where."""
-
     seed: int = 0  # of the initial weights and of the order of shuffled data [>=0]
-    shuffle: bool = True  # shuffle the documents of a shard; the speedrun keeps the published order
+    shuffle: bool = True  # documents of a shard; the speedrun keeps the published order
     long_docs: str = "split"  # tokens past max_doc_len: further pieces, or skipped [split|clip]
     # --- model
     model_type: str = "gpt"  # architecture [gpt|moderngpt|ngpt|moegpt]
     num_layers: int = 12  # transformer layers [>0]
-    width: int = 768  # model_dim: size of the residual stream, a multiple of head_dim [>0]
+    width: int = 768  # model_dim: size of the residual stream [>0]
     head_dim: int = 64  # size of an attention head; num_heads = width / head_dim [>0]
     num_kv_heads: int = 0  # of keys, values; 0: num_heads [>=0; with model_type=moderngpt|moegpt]
-    mlp: str = "auto"  # auto: gelu for gpt, else swiglu (gated) [auto|gelu|relu2|geglu|swiglu]
+    mlp: str = "auto"  # auto: gelu for gpt, else swiglu [auto|gelu|relu2|geglu|swiglu]
     mlp_ratio: float = 4.0  # hidden size of a plain MLP / width; a gated one has 2/3 of it [>0]
     tied: str = "auto"  # head = embedding; auto: gpt [auto|on|off; with model_type=gpt|moderngpt|moegpt]
     norm_gain: bool = True  # learned gains in RMSNorm [on|off; with model_type=moderngpt|moegpt]
-    qk_norm: bool = False  # RMSNorm of queries and keys [on|off; with model_type=moderngpt|moegpt]
+    qk_norm: bool = False  # RMSNorm of queries, keys [on|off; with model_type=moderngpt|moegpt]
     rope_base: float = 10000.0  # 1 / slowest frequency [>0; with model_type=moderngpt|ngpt|moegpt]
     window: int = 0  # tokens that a query sees, itself included; 0: its document [>=0]
     # --- mixture of experts
     num_experts: int = 16  # routed experts of a mixture layer [>0; with model_type=moegpt]
     top_k: int = 4  # of them for each token [>0; with model_type=moegpt]
     num_shared: int = 2  # experts that serve every token [>=0; with model_type=moegpt]
-    expert_hidden: int = 0  # 0: a token's together have an MLP's [>=0; with model_type=moegpt]
+    expert_hidden: int = 0  # 0: a token's have an MLP's together [>=0; with model_type=moegpt]
     dense_first: int = 1  # first layers that keep a dense MLP [>=0; with model_type=moegpt]
     balance: float = 0.01  # weight of the load-balancing loss [>=0; with model_type=moegpt]
     # --- training
     iterations: int = 5000  # optimizer steps; --max_steps [>0]
-    batch_tokens: int = 524288  # tokens of a step, over all processes; --total_batch_size [>0]
+    batch_tokens: int = 524288  # tokens of a step of all processes; --total_batch_size [>0]
     seq_len: int = 1024  # tokens of a row, packed from documents; --T [>0]
     max_doc_len: int = 0  # longest piece of a document, in tokens; 0: the row's [>=0]
     # --- optimizer
     optimizer: str = "adamw"  # of the hidden matrices, those of attention and MLP [adamw|muon]
     max_lr: float = 6e-4  # peak learning rate of AdamW [>=0]
-    min_lr: float = 6e-5  # at the end; not given: max_lr / 10. Muon's falls by the same factor [>=0]
+    min_lr: float = 6e-5  # at the end; not given: max_lr / 10. Muon's falls alike [>=0]
     beta1: float = 0.9  # decay of AdamW's running mean of gradients [0..1]
     beta2: float = 0.95  # and of their squares [0..1]
     adam_eps: float = 1e-8  # AdamW's epsilon [>0]
-    weight_decay: float = 0.1  # AdamW's decay / rate [>=0; with model_type=gpt|moderngpt|moegpt]
+    weight_decay: float = 0.1  # of AdamW / its rate [>=0; with model_type=gpt|moderngpt|moegpt]
     grad_clip: float = 1.0  # largest norm of the gradient of all parameters; 0: no limit [>=0]
-    muon_lr: float = 0.02  # learning rate of hidden matrices, Muon [>=0; with optimizer=muon]
-    muon_momentum: float = 0.95  # Nesterov momentum after its warm-up [0..1; with optimizer=muon]
+    muon_lr: float = 0.02  # learning rate of hidden matrices [>=0; with optimizer=muon]
+    muon_momentum: float = 0.95  # Nesterov's after its warm-up [0..1; with optimizer=muon]
     momentum_start: float = 0.85  # momentum at step 0 [0..1; with optimizer=muon]
     momentum_warmup: int = 300  # steps over which it rises [>=0; with optimizer=muon]
     muon_weight_decay: float = 0.0  # Muon's decay / rate [>=0; with optimizer=muon]
-    schedule: str = "cosine"  # after the warm-up: half a cosine, or constant then linear [cosine|wsd]
-    warmup_steps: int = 100  # in which rates rise; not given: at most iterations / 10 [>=0]
-    cooldown: float = 0.4  # last share of the steps, in which rates fall [0..1; with schedule=wsd]
+    schedule: str = "cosine"  # after the warm-up: cosine, or constant then linear [cosine|wsd]
+    warmup_steps: int = 100  # rates rise; not given: at most iterations / 10 [>=0]
+    cooldown: float = 0.4  # last share of the steps: rates fall [0..1; with schedule=wsd]
     # --- how and where it runs
-    preset: str = "auto"  # group of settings, each overridden by its own flag [auto|cpu|gpu|gpt2]
-    experiment_name: str = "train_baseline"  # runs are written to LOG_DIR/EXPERIMENT_NAME/RUN_ID
+    preset: str = "auto"  # settings that flags override [auto|cpu|gpu|gpt2]
+    experiment_name: str = "train_baseline"  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
-    resume: str = ""  # go on from the experiment's newest checkpoint, or that of this run or folder
+    resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
     data: str = "auto"  # data set: the name of a folder under data/, or a path
     eval_every: int = 250  # steps between validations; 0: only after the last step [>=0]
-    eval_tokens: int = 10485760  # first tokens of the validation split; 0: all of them [>=0]
-    eval_seq_len: int = 0  # longest context in validation, in tokens; 0: as in training [>=0]
-    target_loss: float = 0.0  # stop at the first validation loss at or below this, nats; 0 off [>=0]
-    save_every: int = 0  # steps between checkpoints; 0: after the last step and on a signal [>=0]
-    save_last: bool = True  # write a checkpoint after the last step
+    eval_tokens: int = 10485760  # first tokens of the validation split; 0: all [>=0]
+    eval_seq_len: int = 0  # longest context in validation, tokens; 0: as in training [>=0]
+    target_loss: float = 0.0  # stop at a validation loss at or below, nats; 0 off [>=0]
+    save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
+    save_last: bool = True  # a checkpoint after the last step
     keep: int = 2  # checkpoints of a run that are kept [>0]
-    log_every: int = 10  # steps between log lines; the loss is read from the device only then [>0]
+    log_every: int = 10  # steps between console lines, which wait for the device [>0]
     device: str = "auto"  # where to run [auto|cpu|cuda]
-    dtype: str = "auto"  # of products; auto: bf16 where the hardware is fast at it [auto|bf16|fp32]
-    backend: str = "auto"  # attention; auto: the formula in bf16 on a CPU, else sdpa [auto|sdpa|plain]
+    dtype: str = "auto"  # of products; auto: bf16 where it is fast [auto|bf16|fp32]
+    backend: str = "auto"  # SDPA, or the formula: auto in bf16 on a CPU [auto|sdpa|plain]
     compile: bool = True  # torch.compile of the model
     micro_tokens: int = 16384  # most tokens of a forward pass of a process [>0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
@@ -128,56 +127,56 @@ class Settings:
 
     @property
     def mlp_hidden(self) -> int:
-        """Hidden size of an MLP: of a gated one a multiple of 32, as it is rounded."""
+        """Hidden size of an MLP: of a gated one a multiple of 32."""
         size = self.mlp_ratio * self.width
         return 32 * math.ceil(size / 48) if self.gated else round(size)
 
     @property
     def mixture_layers(self) -> range:
         """Layers with a mixture of experts."""
-        first = self.dense_first if self.model_type == "moegpt" else self.num_layers
-        return range(first, self.num_layers)
+        last = self.num_layers
+        return range(self.dense_first if self.model_type == "moegpt" else last, last)
 
 # differs from train_gpt.py: the baselines
 PRESETS: dict[str, dict] = {
     "cpu": dict(  # two cores: the size and the data of train_gpt.py's preset
-        data="stdlib", num_layers=3, width=192, head_dim=48, iterations=360, batch_tokens=4096,
-        seq_len=256, max_lr=4e-3, warmup_steps=36, momentum_warmup=30, eval_every=120,
-        eval_tokens=131072, micro_tokens=8192, num_experts=8, top_k=2, num_shared=1, compile=False,
-    ),
+        data="stdlib", num_layers=3, width=192, head_dim=48, seq_len=256, batch_tokens=4096,
+        iterations=360, warmup_steps=36, momentum_warmup=30, max_lr=4e-3, micro_tokens=8192,
+        num_experts=8, top_k=2, num_shared=1, eval_every=120, eval_tokens=131072, compile=False),
     "gpu": dict(  # GPT-2 124M on one 16 GB card
-        iterations=4000, batch_tokens=65536, micro_tokens=8192, warmup_steps=200, save_every=500,
-        eval_tokens=262144,
-    ),
+        batch_tokens=65536, micro_tokens=8192, iterations=4000, warmup_steps=200,
+        eval_tokens=262144, save_every=500),
     "gpt2": dict(  # nanoGPT's and llm.c's GPT-2 124M: 10 B tokens of FineWeb, 8 GPUs
-        data="fineweb10B", shuffle=False, iterations=19073, warmup_steps=715, micro_tokens=65536,
-    ),
+        data="fineweb10B", shuffle=False, iterations=19073, warmup_steps=715, micro_tokens=65536),
 }
 ALIASES = {"iterations": "max_steps", "batch_tokens": "total_batch_size", "seq_len": "T"}
 
 class UserError(ValueError):
-    """Wrong input that one sentence explains; `main` prints it without a traceback and exits with 1."""
+    """Wrong input that one sentence explains; `main` prints it without a traceback."""
 
 @functools.cache
-def help_texts() -> dict[str, str]:
-    """Comments of the fields of `Settings`, read from the source: field name -> text."""
-    return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", inspect.getsource(Settings), flags=re.MULTILINE))
+def field_comments() -> dict[str, str]:
+    """The comments of the fields of Settings, read from the source, by name."""
+    pattern = r"^    (\w+): \w+ = .+?  # (.+)$"
+    return dict(re.findall(pattern, inspect.getsource(Settings), flags=re.MULTILINE))
 
 # differs from train_gpt.py: names of llm.c
 def build_parser() -> argparse.ArgumentParser:
-    """A parser with a flag per field of `Settings`, with dashes or underscores, and the ALIASES."""
-    text, kinds = __doc__.split("\n\n")[0], {"int": int, "float": float, "str": str}
-    parser = argparse.ArgumentParser(description=text, usage="%(prog)s [flags]", allow_abbrev=False)
+    """A flag per field of Settings, with dashes or underscores, and the ALIASES."""
+    usage, kinds = "%(prog)s [flags]", {"int": int, "float": float, "str": str}
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], usage=usage, allow_abbrev=False)
     for field in dataclasses.fields(Settings):
         names = [field.name, ALIASES.get(field.name, field.name)]
-        flags = dict.fromkeys(f"--{s}" for name in names for s in (name.replace("_", "-"), name))
+        flags = [f"--{s}" for name in names for s in (name.replace("_", "-"), name)]
         option = {"type": kinds.get(field.type), "metavar": "X"}
         if field.type == "bool":
             option = {"action": argparse.BooleanOptionalAction}
         if field.name == "resume":
             option |= {"nargs": "?", "const": "latest"}
-        option["help"] = f"{help_texts()[field.name]} (default: {field.default})"
-        parser.add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, **option)
+        option["help"] = f"{field_comments()[field.name]} (default: {field.default})"
+        option |= {"dest": field.name, "default": argparse.SUPPRESS}
+        parser.add_argument(*dict.fromkeys(flags), **option)
     return parser
 
 def find_device(device: str) -> dict:
@@ -185,17 +184,17 @@ def find_device(device: str) -> dict:
     if device != "cpu" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         return {"device": "cuda", "name": gpu.name, "bf16": gpu.major >= 8}
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, TypeError):
+        name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return {"device": "cpu", "name": found[1] if found else platform.machine(), "bf16": fast}
+    return {"device": "cpu", "name": name, "bf16": fast}
 
 # differs from train_gpt.py: other settings
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, dict]:
-    """Command line -> settings with every `auto` resolved, and the hardware.
-
-    Raises UserError with all that is wrong with the settings at once."""
+    """Command line -> settings with every `auto` resolved, and the hardware. Raises UserError
+    with all that is wrong with the settings at once."""
     parser = build_parser()
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
@@ -208,7 +207,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, d
     problems = setting_errors(s, given)
     for flag in [word for word in unknown if word.startswith("-")] or unknown:
         close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-        problems.append(f"{flag}: unknown, " + (f"did you mean {close[0]}?" if close else "--help lists all flags"))
+        hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
+        problems.append(f"{flag}: unknown, {hint}")
     if not problems:
         asked, s = s, resolved(s, given, hardware)
         problems = misfits(asked, s, world_size)
@@ -217,7 +217,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, d
     return s, hardware
 
 def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
-    """The settings with every `auto`, and every 0 or default that stands for another value, replaced."""
+    """The settings with every `auto`, and every 0 or default that stands for another value,
+    replaced."""
     gpt, device = s.model_type == "gpt", hardware["device"]
     dtype = s.dtype if s.dtype != "auto" else "bf16" if hardware["bf16"] else "fp32"
     autos = {
@@ -229,38 +230,42 @@ def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
     s = dataclasses.replace(s, device=device, dtype=dtype, **autos)
     longest = min(s.max_doc_len or s.seq_len, s.seq_len)
     units = s.mlp_hidden / (s.top_k + s.num_shared)  # an MLP's, for all experts of a token
-    follows = {
-        "min_lr": s.max_lr / 10,
-        "warmup_steps": 0 if s.model_type == "ngpt" else min(s.warmup_steps, s.iterations // 10),
-    }
+    warmup = 0 if s.model_type == "ngpt" else min(s.warmup_steps, s.iterations // 10)
     return dataclasses.replace(
         s, max_doc_len=longest, eval_seq_len=s.eval_seq_len or (longest if gpt else s.seq_len),
         num_kv_heads=s.num_kv_heads or max(1, s.width // s.head_dim),
         expert_hidden=s.expert_hidden or 16 * max(1, round(units / 16)),
-        **follows | {name: given[name] for name in follows if name in given},
+        min_lr=given.get("min_lr", s.max_lr / 10),
+        warmup_steps=given.get("warmup_steps", warmup),
     )
 
 def setting_errors(s: Settings, given: dict) -> list[str]:
-    """A sentence for each value outside the bracket of its comment, and for each given one that nothing would read."""
-    ranges = {">0": lambda x: 0 < x < math.inf, ">=0": lambda x: 0 <= x < math.inf, "0..1": lambda x: 0 <= x <= 1}
+    """A sentence for each value outside the bracket of its comment, and for each given one that
+    nothing would read."""
+    ranges = {">0": lambda x: 0 < x < math.inf, ">=0": lambda x: 0 <= x < math.inf,
+              "0..1": lambda x: 0 <= x <= 1}
     bad = []
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
-        bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
-    for name, text in help_texts().items():
+        name = repr(s.experiment_name)
+        bad.append(f"--experiment_name {name}: use letters, digits and . _ + - only")
+    for name, text in field_comments().items():
         value = getattr(s, name)
         spec, *needs = text.rpartition("[")[2].removesuffix("]").split("; with ")
-        allowed = ranges.get(spec, lambda x, spec=spec: isinstance(x, bool) or x in spec.split("|"))
-        if "[" in text and not allowed(value):
-            bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}")
-        for other, values in (need.split("=") for need in needs if name in given):
+        listed = isinstance(value, bool) or value in spec.split("|")
+        if "[" in text and not (ranges[spec](value) if spec in ranges else listed):
+            shown = spec.replace("|", " or ").replace("..", " to ")
+            bad.append(f"--{name} {value}: must be {shown}")
+        for need in needs if name in given else []:
+            other, values = need.split("=")
             if getattr(s, other) not in values.split("|"):
-                bad.append(f"--{name}: has no effect without --{other} {values.replace('|', ' or ')}")
+                values = values.replace("|", " or ")
+                bad.append(f"--{name}: has no effect without --{other} {values}")
     return bad
 
 def misfits(asked: Settings, s: Settings, world_size: int) -> list[str]:
-    """A sentence for each setting that does not fit the machine, another setting, or the number of processes."""
-    rows, heads, kind = s.batch_tokens // s.seq_len, s.width // s.head_dim, s.model_type
-    cpu, moe = s.device == "cpu", kind == "moegpt"
+    """A sentence for each setting that does not fit the machine, another one, or world_size."""
+    rows, heads = s.batch_tokens // s.seq_len, s.width // s.head_dim
+    cpu, kind = s.device == "cpu", s.model_type
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
     checks = {  # sentence about the settings in quotes -> whether it is true
@@ -277,16 +282,19 @@ def misfits(asked: Settings, s: Settings, world_size: int) -> list[str]:
         "'mlp': ngpt has a gated MLP; use swiglu or geglu": kind == "ngpt" and not s.gated,
         "'eval_seq_len': gpt has positions for 'max_doc_len' only; lower it":
             kind == "gpt" and s.eval_seq_len > s.max_doc_len,
-        "'dense_first' must be less than 'num_layers'": moe and s.dense_first >= s.num_layers,
-        "'top_k' must not be above 'num_experts'": moe and s.top_k > s.num_experts,
+        "'dense_first' must be less than 'num_layers'":
+            kind == "moegpt" and s.dense_first >= s.num_layers,
+        "'top_k' must not be above 'num_experts'":
+            kind == "moegpt" and s.top_k > s.num_experts,
         "'min_lr' must not be above 'max_lr'": s.min_lr > s.max_lr,
-        "'beta1', 'beta2', 'muon_momentum' must be below 1": 1 in (s.beta1, s.beta2, s.muon_momentum),
+        "'beta1', 'beta2', 'muon_momentum' must be below 1":
+            1 in (s.beta1, s.beta2, s.muon_momentum),
         "'seed' must be below 2^63": s.seed >= 2**63,
         "'warmup_steps' must be less than 'iterations'": s.warmup_steps >= s.iterations,
         "'micro_tokens' must not be less than 'seq_len'": s.micro_tokens < s.seq_len,
         "'batch_tokens' must be a multiple of 'seq_len'": s.batch_tokens % s.seq_len,
-        f"{world_size} processes cannot share the {rows} rows of a step ('batch_tokens' / 'seq_len'): "
-        f"use {fits} processes": rows % world_size,
+        f"{world_size} processes cannot share the {rows} rows of a step ('batch_tokens' / "
+        f"'seq_len'): use {fits} processes": rows % world_size,
     }
     shown = dataclasses.asdict(s) | {"device": asked.device}
     return [re.sub(r"'(\w+)'", lambda name: f"--{name[1]} {shown[name[1]]}", sentence)
@@ -298,12 +306,14 @@ def misfits(asked: Settings, s: Settings, world_size: int) -> list[str]:
 # max_doc_len. The order of the rows does not depend on the number of processes.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
-GPT2_META = {"tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 50257, "eot": 50256, "splits": {}}
+GPT2_META = {
+    "tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 50257, "eot": 50256, "splits": {}}
 IGNORE = -1  # target that has no loss
 
 def data_folder(name: str) -> Path:
     """A data set by the name of its folder under data/, or by path."""
-    return Path(name) if os.sep in name or Path(name).is_dir() else Path(__file__).resolve().parent / "data" / name
+    given = os.sep in name or Path(name).is_dir()
+    return Path(name) if given else Path(__file__).resolve().parent / "data" / name
 
 def repair_command(folder: Path) -> str:
     """The command that makes the data set of that name."""
@@ -311,21 +321,25 @@ def repair_command(folder: Path) -> str:
         return "python data/cached_fineweb.py 9"
     return f"python data/{folder.name if folder.name == 'shakespeare_char' else 'stdlib'}.py"
 
-# differs from train_gpt.py: one sentence
 def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
-    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header or length or, given `vocab_size`, token."""
-    header, redo = np.fromfile(path, dtype="<i4", count=256), f"make it again with {repair_command(path.parent)}"
-    count, size = int(header[2]) if len(header) == 256 else 0, path.stat().st_size
-    if count < 1 or (*header[:2], size) != (SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES + 2 * count):
-        raise UserError(f"{path} is damaged, or no token shard of version {SHARD_VERSION}: {redo}")
+    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header, a wrong length or
+    (given `vocab_size`) a token id that the vocabulary does not have."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    redo = f"make it again with {repair_command(path.parent)}"
+    if len(header) < 256 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
+        found = f"magic {header[0]}, version {header[1]}" if len(header) == 256 else "a truncated header"
+        raise UserError(f"{path} is no token shard: {found}, expected {SHARD_MAGIC} and {SHARD_VERSION}; {redo}")
+    count, size = int(header[2]), path.stat().st_size
+    said = HEADER_BYTES + 2 * count
+    if count < 1 or size != said:
+        raise UserError(f"{path} is damaged: {size} bytes, {said} by its header; {redo}")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
-    if vocab_size and int(tokens.max()) >= vocab_size:
-        raise UserError(f"{path} holds token id {int(tokens.max())}, the vocabulary has {vocab_size}; {redo}")
+    if vocab_size and (top := int(tokens.max())) >= vocab_size:
+        raise UserError(f"{path} holds token id {top}, the vocabulary has {vocab_size}; {redo}")
     return tokens
 
 class Corpus(NamedTuple):
     """A data set: its meta.json and the paths of its shards."""
-
     folder: Path
     meta: dict
     train: list[Path]
@@ -336,35 +350,38 @@ class Corpus(NamedTuple):
         digest = hashlib.sha256()
         for path in self.train + self.val:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(65536))
+            digest.update(np.fromfile(path, dtype=np.uint8, count=65536))
         return digest.hexdigest()[:16]
 
-# differs from train_gpt.py: checks less
 def open_corpus(name: str) -> Corpus:
-    """Finds a data set; without meta.json it is taken for published FineWeb shards.
-
-    Raises FileNotFoundError with the command that makes it, UserError if meta.json is damaged."""
+    """A data set, checked; without meta.json it is taken for published FineWeb shards. Raises
+    FileNotFoundError with the command that makes it, UserError if it is damaged."""
     folder = data_folder(name)
     repair, meta_path = repair_command(folder), folder / "meta.json"
-    paths = [sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")]
-    if not all(paths):
-        raise FileNotFoundError(f"no train or val shards in {folder}; make them with: {repair}")
+    shards = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
     try:
         meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.exists() else GPT2_META
-        if not 0 <= (meta["eot"] or 0) < meta["vocab_size"] or not isinstance(meta["splits"], dict):
-            raise ValueError(f"vocab_size {meta['vocab_size']}, eot {meta['eot']}")
-    except (ValueError, KeyError, TypeError) as error:
+        said = {split: meta["splits"].get(split, {}).get("tokens") for split in shards}
+        size, eot = int(meta["vocab_size"]), meta["eot"]
+        if size < 1 or not (eot is None or 0 <= int(eot) < size):
+            raise ValueError(f"vocab_size {size}, eot {eot}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{meta_path} cannot be read ({error!r}); make it again with {repair}") from error
-    return Corpus(folder, meta, *paths)
+    for split, paths in shards.items():
+        if not paths:
+            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair}")
+        count = sum(len(open_shard(path)) for path in paths)
+        if said[split] not in (None, count):
+            raise UserError(f"{meta_path} says {said[split]} {split} tokens, the shards hold {count}; "
+                            f"make them again with {repair}")
+    return Corpus(folder, meta | {"vocab_size": size}, **shards)
 
-def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple[np.ndarray, ...]:
-    """Start and length of each piece of a shard: documents cut to at most `max_len` tokens.
-
-    The shard's last token is only a target. Without end-of-text tokens the shard is one document, cut from `offset`
-    on, so that every epoch cuts elsewhere. `clip` keeps only the first piece of a document (record 29)."""
+def piece_table(tokens, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple:
+    """Start and length of each piece of a shard: documents cut to at most `max_len` tokens; `clip` keeps first pieces
+    only (29). The last token is only a target. Without end-of-text tokens the shard is one document, cut from
+    `offset` on, so that every epoch cuts elsewhere."""
     last = len(tokens) - 1
-    starts = np.flatnonzero(tokens[:last] == eot) if eot is not None else np.array([min(offset, last)])
+    starts = np.array([min(offset, last)]) if eot is None else np.flatnonzero(tokens[:last] == eot)
     if eot is not None and (not len(starts) or starts[0]):
         starts = np.insert(starts, 0, 0)
     lengths = np.diff(np.append(starts, last))
@@ -373,11 +390,12 @@ def piece_table(tokens: np.ndarray, eot: int | None, max_len: int, clip: bool, o
     piece_starts = np.repeat(starts, counts) + within * max_len
     return piece_starts, np.minimum(max_len, np.repeat(starts + lengths, counts) - piece_starts)
 
-def gather_rows(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Inputs, targets (the true next tokens, also at the end of a piece) and piece numbers: (3, total) int32."""
+def gather_rows(tokens, starts, lengths) -> np.ndarray:
+    """Inputs, targets (the true next tokens, also at a piece's end), piece numbers, (3, total) int32."""
     begins = np.cumsum(lengths) - lengths
     index = np.repeat(starts - begins, lengths) + np.arange(lengths.sum())
-    return np.stack([tokens[index], tokens[index + 1], np.repeat(np.arange(len(starts)), lengths)]).astype(np.int32)
+    pieces = np.repeat(np.arange(len(starts)), lengths)
+    return np.stack([tokens[index], tokens[index + 1], pieces]).astype(np.int32)
 
 def training_rows(s: Settings, corpus: Corpus, epoch: int = 0, shard: int = 0, used: int = 0) -> Iterator[tuple]:
     """The rows of all training batches, (3, T) int32, those of train_gpt.py's Loader, and the place after each: epoch,
@@ -412,28 +430,30 @@ def next_batch(rows: Iterator[tuple], s: Settings) -> tuple[Tensor, dict]:
     return torch.from_numpy(own).to(s.device), taken[-1][1]
 
 class ValStream:
-    """The fixed validation stream: the first N tokens of the val split, each once, cut into rows of `seq_len`.
-
-    What is predicted does not depend on the number of processes or on the batch size; a row's documents do not see
-    each other, and a context is cut where a row starts."""
-
+    """The first N tokens of the val split, each once, cut into rows, where contexts are cut, too. What is predicted
+    depends on neither processes nor batch size; a row's documents do not see each other."""
     def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
         shards = [open_shard(path, corpus.meta["vocab_size"]) for path in corpus.val]
         available = sum(map(len, shards)) - 1
-        self.num_tokens, self.eot, self.seq_len = num_tokens or available, corpus.meta["eot"], seq_len
+        self.num_tokens, self.seq_len = num_tokens or available, seq_len
+        self.eot = corpus.meta["eot"]
         if not 0 < self.num_tokens <= available:
-            repair = "use --eval_tokens 0 for all" if available else f"make more with {repair_command(corpus.folder)}"
-            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} validation tokens; {repair}")
+            more = f"make more with {repair_command(corpus.folder)}"
+            repair = "use --eval_tokens 0 for all" if available else more
+            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} "
+                            f"validation tokens; {repair}")
         self.num_rows = -(-self.num_tokens // seq_len)
-        self.tokens = shards[0] if len(shards[0]) > self.num_tokens else np.concatenate(shards)
+        enough = len(shards[0]) > self.num_tokens
+        self.tokens = shards[0] if enough else np.concatenate(shards)
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        """Rows [first, first + count) as (3, count, T) int32: inputs, targets, documents; padded with target IGNORE."""
+        """Inputs, targets (IGNORE past the end) and documents of rows first, .., (3, count, T) int32."""
         batch = np.zeros((3, count * self.seq_len), dtype=np.int32)
         batch[1] = IGNORE
         start = first * self.seq_len
         size = max(0, min(count * self.seq_len, self.num_tokens - start))
-        batch[0, :size], batch[1, :size] = self.tokens[start:start + size], self.tokens[start + 1:start + size + 1]
+        batch[0, :size] = self.tokens[start:start + size]
+        batch[1, :size] = self.tokens[start + 1:start + size + 1]
         if self.eot is not None:
             batch[2] = np.cumsum(batch[0] == self.eot)
         return batch.reshape(3, count, self.seq_len)
@@ -491,7 +511,6 @@ def make_norm(s: Settings) -> nn.Module:
 
 class SelfAttention(nn.Module):
     """Causal self-attention; in ngpt of unit queries and keys with a learned scale."""
-
     def __init__(self, s: Settings):
         super().__init__()
         ngpt, bias, shared = s.model_type == "ngpt", s.model_type == "gpt", s.num_kv_heads * s.head_dim
@@ -523,7 +542,6 @@ class SelfAttention(nn.Module):
 
 class FeedForward(nn.Module):
     """down(act(up(x))), or gated down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv 2002.05202)."""
-
     def __init__(self, s: Settings, hidden: int):
         super().__init__()
         ngpt, bias = s.model_type == "ngpt", s.model_type == "gpt"
@@ -548,7 +566,6 @@ class FeedForward(nn.Module):
 class FineMixture(nn.Module):
     """DeepSeekMoE's layer: `top_k` of many small experts, weighted by the router's softmax, and the shared ones, which
     side by side are one MLP."""
-
     def __init__(self, s: Settings):
         super().__init__()
         self.top_k = s.top_k
@@ -582,7 +599,6 @@ class FineMixture(nn.Module):
 class TransformerLayer(nn.Module):
     """Attention, then MLP or mixture of experts, each of the normalized stream and added to it. In ngpt the stream is a
     point of the unit sphere, which each moves a learned part of the way to where it points, each dimension its own."""
-
     def __init__(self, s: Settings, number: int):
         super().__init__()
         self.attn = SelfAttention(s)
@@ -606,7 +622,6 @@ class TransformerLayer(nn.Module):
 # differs from train_gpt.py: the baselines
 class GPT(nn.Module):
     """The language model, fp32 on the CPU. Its initial weights depend on the seed alone."""
-
     # differs from train_gpt.py: the baselines
     def __init__(self, s: Settings, vocab_size: int):
         super().__init__()
@@ -736,12 +751,12 @@ def place_among_all() -> tuple[int, int]:
 
 def command_output(*command: str) -> str | None:
     """What a command prints, run in the script's folder; None where it fails or does not exist."""
+    options = dict(cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=30)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True,
-                              timeout=30).stdout.strip()
+        return subprocess.run(command, check=True, **options).stdout.strip()
 
 def bits_per_byte(loss: float, meta: dict) -> float | None:
-    """Loss in nats per token -> bits per byte of text, by the val split's tokens per byte; None where not known."""
+    """Loss in nats per token -> bits per byte, by the val split's tokens per byte; None if not known."""
     split = meta["splits"].get("val", {})
     known = split.get("bytes") and split.get("tokens")
     return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
@@ -749,7 +764,6 @@ def bits_per_byte(loss: float, meta: dict) -> float | None:
 @dataclass
 class Run:
     """How far a run is, and its files, which rank 0 writes."""
-
     s: Settings
     config: dict  # what config.json and every checkpoint say
     folder: Path
