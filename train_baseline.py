@@ -397,9 +397,9 @@ def gather_rows(tokens, starts, lengths) -> np.ndarray:
     pieces = np.repeat(np.arange(len(starts)), lengths)
     return np.stack([tokens[index], tokens[index + 1], pieces]).astype(np.int32)
 
-def training_rows(s: Settings, corpus: Corpus, epoch: int = 0, shard: int = 0, used: int = 0) -> Iterator[tuple]:
-    """The rows of all training batches, (3, T) int32, those of train_gpt.py's Loader, and the place after each: epoch,
-    shard and its used tokens, in the order of its pieces. A row starts with a piece; its last is cut and skipped."""
+def training_rows(s: Settings, corpus: Corpus, epoch=0, shard=0, used=0) -> Iterator[tuple]:
+    """The rows of all training batches, (3, T) int32, those of train_gpt.py's Loader, and the place
+    after each: epoch, shard and its used tokens, in the order of its pieces."""
     idle = 0  # shards in turn without a row
     while idle < len(corpus.train) + 2:
         idle += 1
@@ -407,23 +407,24 @@ def training_rows(s: Settings, corpus: Corpus, epoch: int = 0, shard: int = 0, u
         rng = np.random.default_rng((s.seed, epoch, shard))
         offset = int(rng.integers(s.max_doc_len)) if epoch else 0
         clip = s.long_docs == "clip"
-        starts, lengths = piece_table(tokens, corpus.meta["eot"], s.max_doc_len, clip, offset)
-        order = rng.permutation(len(starts)) if s.shuffle else slice(None)
-        starts, lengths = starts[order], lengths[order]
+        pieces = piece_table(tokens, corpus.meta["eot"], s.max_doc_len, clip, offset)
+        order = rng.permutation(len(pieces[0])) if s.shuffle else slice(None)
+        starts, lengths = (x[order] for x in pieces)
         ends = np.cumsum(lengths)
         first = np.searchsorted(ends, used, side="right")
         while (last := np.searchsorted(ends, used + s.seq_len)) < len(ends):
             sizes = lengths[first:last + 1].copy()
-            sizes[-1] -= sizes.sum() - s.seq_len
+            sizes[-1] -= sizes.sum() - s.seq_len  # the rest of the last piece is skipped
             used, idle = int(ends[last]), 0
-            yield gather_rows(tokens, starts[first:last + 1], sizes), {"epoch": epoch, "shard": shard, "used": used}
+            row = gather_rows(tokens, starts[first:last + 1], sizes)
+            yield row, {"epoch": epoch, "shard": shard, "used": used}
             first = last + 1
-        epochs, shard = divmod(shard + 1, len(corpus.train))
-        epoch, used = epoch + epochs, 0
+        turn, shard = divmod(shard + 1, len(corpus.train))
+        epoch, used = epoch + turn, 0
     raise UserError(f"no shard of {corpus.folder} fills a row of {s.seq_len} tokens: lower --seq_len")
 
 def next_batch(rows: Iterator[tuple], s: Settings) -> tuple[Tensor, dict]:
-    """This process's share of the next batch, (3, rows, T) int32 on the device, and the place after the batch."""
+    """This process's share of the next batch, (3, rows, T) int32, and the place after the batch."""
     rank, size = place_among_all()
     taken = [next(rows) for _ in range(s.batch_tokens // s.seq_len)]
     own = np.split(np.stack([row for row, _ in taken], axis=1), size, axis=1)[rank]
@@ -485,7 +486,7 @@ def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tenso
     return angle.cos(), angle.sin()
 
 def rope(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: rotates the pairs (x[i], x[i + K/2]) by the angle of their position, in fp32."""
+    """x with pairs (x[i], x[i + K/2]) rotated by the angle of their position, in fp32."""
     a, b = x_BTHK.float().chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x_BTHK)
 
@@ -496,7 +497,7 @@ def document_positions(docs_BT: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 def attention_mask(docs_BT: Tensor, window: Tensor | int) -> Tensor:
-    """True where a query may look at a key: causal, same document, inside the window; (B, 1, T, T)."""
+    """True where a query may look: causal, same document, inside the window; (B, 1, T, T)."""
     place = torch.arange(docs_BT.size(1), device=docs_BT.device)
     distance = place[:, None] - place
     near = (distance >= 0) & (distance < window)
@@ -513,7 +514,8 @@ class SelfAttention(nn.Module):
     """Causal self-attention; in ngpt of unit queries and keys with a learned scale."""
     def __init__(self, s: Settings):
         super().__init__()
-        ngpt, bias, shared = s.model_type == "ngpt", s.model_type == "gpt", s.num_kv_heads * s.head_dim
+        ngpt, bias = s.model_type == "ngpt", s.model_type == "gpt"
+        shared = s.num_kv_heads * s.head_dim
         self.head_dim, self.qk_norm, self.backend = s.head_dim, s.qk_norm, s.backend
         self.group = s.width // shared  # heads of queries for one of keys
         self.softmax_scale = s.head_dim ** (0.5 if ngpt else -0.5)
@@ -523,21 +525,22 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(s.width, s.width, bias)
         self.qk_scale = nn.Parameter(torch.full((s.width,), s.width**-0.5)) if ngpt else None
 
-    def forward(self, x_BTD: Tensor, mask: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask: Tensor, angles: tuple | None) -> Tensor:
         q, k, v = (f(x_BTD).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = (F.rms_norm(x, (self.head_dim,), eps=NORM_EPS).type_as(v) for x in (q, k))
-        if cos is not None:
-            q, k = rope(q, cos, sin), rope(k, cos, sin)
+        if angles is not None:
+            q, k = rope(q, *angles), rope(k, *angles)
         if self.qk_scale is not None:
             scale = (self.qk_scale * x_BTD.size(-1) ** 0.5).view(-1, self.head_dim)
             q, k = ((unit(x) * scale).type_as(v) for x in (q, k))
         k, v = (x.repeat_interleave(self.group, dim=2) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.backend == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.softmax_scale)
-        else:  # in bf16 on a CPU in 0.25 to 0.64 of the time of SDPA (records/LOG.md, 2026-11-20)
-            y = (q * self.softmax_scale @ k.mT).masked_fill(~mask, -math.inf).softmax(-1) @ v
+            y = F.scaled_dot_product_attention(q, k, v, mask, scale=self.softmax_scale)
+        else:  # in bf16 on a CPU 0.25 to 0.64 of SDPA's time (records/LOG.md, 2026-11-20)
+            scores = q * self.softmax_scale @ k.mT
+            y = scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
         return self.out(y.transpose(1, 2).flatten(2))
 
 class FeedForward(nn.Module):
@@ -564,25 +567,26 @@ class FeedForward(nn.Module):
         return self.down(self.activation(gate) * hidden)
 
 class FineMixture(nn.Module):
-    """DeepSeekMoE's layer: `top_k` of many small experts, weighted by the router's softmax, and the shared ones, which
-    side by side are one MLP."""
+    """DeepSeekMoE's layer: `top_k` of many small experts, weighted by the router's softmax, and the
+    shared ones, which side by side are one MLP."""
     def __init__(self, s: Settings):
         super().__init__()
         self.top_k = s.top_k
         self.router = nn.Parameter(torch.empty(s.num_experts, s.width))
-        self.experts = nn.ModuleList(FeedForward(s, s.expert_hidden) for _ in range(s.num_experts))
+        experts = (FeedForward(s, s.expert_hidden) for _ in range(s.num_experts))
+        self.experts = nn.ModuleList(experts)
         self.shared = FeedForward(s, s.num_shared * s.expert_hidden) if s.num_shared else None
         if s.compile:  # it reads how many tokens each expert has
             self.routed = torch.compiler.disable(self.routed)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        """Output; `balance` becomes the load-balancing loss (arXiv 2401.06066, eq. 12) of each row times its tokens."""
+        """Output; `balance` becomes the load-balancing loss (eq. 12) of each row times its tokens."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             scores_BTE = F.linear(x_BTD.float(), self.router).softmax(-1)
         gates_BTK, experts_BTK = scores_BTE.topk(self.top_k)
         y_NKD = self.routed(x_BTD.flatten(0, 1), experts_BTK.flatten())
         y = (y_NKD * gates_BTK.flatten(0, 1)[..., None]).sum(1).type_as(x_BTD).view_as(x_BTD)
-        # of each row, so that it depends on no micro-steps and processes; 1 where all experts have equal shares
+        # of each row: depends on no micro-steps and processes; 1 where all have equal shares
         chosen_BTE = torch.zeros_like(scores_BTE).scatter(-1, experts_BTK, 1.0)
         share_BE = chosen_BTE.mean(1) * (len(self.experts) / self.top_k)
         self.balance = (share_BE * scores_BTE.mean(1)).sum() * x_BTD.size(1)
@@ -597,20 +601,19 @@ class FineMixture(nn.Module):
         return y[order.argsort()].unflatten(0, (-1, self.top_k))
 
 class TransformerLayer(nn.Module):
-    """Attention, then MLP or mixture of experts, each of the normalized stream and added to it. In ngpt the stream is a
-    point of the unit sphere, which each moves a learned part of the way to where it points, each dimension its own."""
+    """Attention, then MLP or mixture of experts, each of the normalized stream and added to it. In
+    ngpt the stream is a point of the unit sphere, which each moves a learned part of the way."""
     def __init__(self, s: Settings, number: int):
         super().__init__()
         self.attn = SelfAttention(s)
         self.mlp = FineMixture(s) if number in s.mixture_layers else FeedForward(s, s.mlp_hidden)
         self.attn_norm, self.mlp_norm = make_norm(s), make_norm(s)
-        self.attn_step = self.mlp_step = None
-        if s.model_type == "ngpt":
-            self.attn_step = nn.Parameter(torch.full((s.width,), s.width**-0.5))
-            self.mlp_step = nn.Parameter(torch.full((s.width,), s.width**-0.5))
+        ngpt = s.model_type == "ngpt"
+        self.attn_step = nn.Parameter(torch.full((s.width,), s.width**-0.5)) if ngpt else None
+        self.mlp_step = nn.Parameter(torch.full((s.width,), s.width**-0.5)) if ngpt else None
 
-    def forward(self, x: Tensor, mask: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        x = self.add(x, self.attn(self.attn_norm(x), mask, cos, sin), self.attn_step)
+    def forward(self, x: Tensor, mask: Tensor, angles: tuple | None) -> Tensor:
+        x = self.add(x, self.attn(self.attn_norm(x), mask, angles), self.attn_step)
         return self.add(x, self.mlp(self.mlp_norm(x)), self.mlp_step)
 
     def add(self, x: Tensor, y: Tensor, step_D: Tensor | None) -> Tensor:
@@ -643,9 +646,9 @@ class GPT(nn.Module):
         initialize(self, s)
 
     # differs from train_gpt.py: load-balancing loss
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, docs_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy summed over the targets that are not IGNORE, in nats, and the load-balancing losses times
-        tokens, summed over layers and rows, 0 without experts: 0-D fp32. Document numbers rise along a row."""
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, docs_BT: Tensor) -> tuple:
+        """Cross-entropy summed over the targets that are not IGNORE, in nats, and the load-balancing
+        losses times tokens, summed over layers and rows, 0 without experts: 0-D fp32."""
         with torch.autocast(inputs_BT.device.type, torch.bfloat16, enabled=self.bf16):
             logits_BTV = self.head(self.trunk(inputs_BT, docs_BT, self.window))
         logits_NV, targets_N = logits_BTV.flatten(0, 1).float(), targets_BT.flatten().long()
@@ -653,21 +656,19 @@ class GPT(nn.Module):
         mixtures = [block.mlp for block in self.blocks if isinstance(block.mlp, FineMixture)]
         return loss, sum((mixture.balance for mixture in mixtures), torch.zeros_like(loss))
 
-    # differs from train_gpt.py: load-balancing loss
+    # differs from train_gpt.py: the baselines
     def trunk(self, inputs_BT: Tensor, docs_BT: Tensor, window: Tensor | int) -> Tensor:
-        """Residual stream after the last layer, (B, T, D)."""
+        """Residual stream after the last layer, (B, T, D). Document numbers rise along a row."""
         x = self.embed(inputs_BT)
-        cos, sin = self.cos[:inputs_BT.size(1)], self.sin[:inputs_BT.size(1)]
+        place_BT = document_positions(docs_BT)
         if self.positions is not None:
-            x = x + self.positions(document_positions(docs_BT))
-            cos = sin = None
-        elif self.logit_scale is not None:
-            # ngpt scales dimensions after rotating them, so q.k is no function of the distance alone
-            place = document_positions(docs_BT)
-            cos, sin = self.cos[place], self.sin[place]
+            x, angles = x + self.positions(place_BT), None
+        else:
+            # by document: ngpt scales after rotating, so q.k depends on more than the distance
+            angles = self.cos[place_BT], self.sin[place_BT]
         mask = attention_mask(docs_BT, window)
         for block in self.blocks:
-            x = block(x, mask, cos, sin)
+            x = block(x, mask, angles)
         return x
 
     # differs from train_gpt.py: no cap, a learned scale
@@ -678,14 +679,14 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def initialize(model: GPT, s: Settings):
-    """GPT-2's initial weights: those of residual projections are smaller by the root of their number."""
+    """GPT-2's initial weights: of residual projections smaller by the root of their number."""
     torch.manual_seed(s.seed)
     for name, p in model.named_parameters():
         if p.dim() > 1:
             std = s.width**-0.5 if s.model_type == "ngpt" else 0.02
-            residual = name.endswith(RESIDUAL)
-            std *= (2 * s.num_layers) ** -0.5 if residual else 1.0
-            p.copy_((torch.randn(p.shape[::-1]).T if residual else torch.randn(p.shape)) * std)
+            if name.endswith(RESIDUAL):
+                std *= (2 * s.num_layers) ** -0.5
+            p.normal_(0.0, std)
         elif name.endswith("bias"):
             p.zero_()
     normalize_rows(model, s)
@@ -700,25 +701,23 @@ def normalize_rows(model: GPT, s: Settings):
 # ==================== Optimizer and schedule ==================================================
 
 def make_optimizers(model: GPT, s: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW, of which matrices and tables decay and vectors do not (as in nanoGPT); before it, if asked for, Muon
-    (Jordan et al. 2024) for the matrices of attention, MLP and experts."""
-    named = dict(model.named_parameters())
-    muon = s.optimizer == "muon"
-    hidden = [n for n, p in named.items() if muon and n.startswith("blocks") and p.dim() == 2]
-    hidden = [named.pop(name) for name in hidden if not name.endswith("router")]
+    """AdamW, of which matrices and tables decay and vectors do not (as in nanoGPT); before it, if
+    asked for, Muon (Jordan et al. 2024) for the matrices of attention, MLP and experts."""
+    hidden, others, vectors = [], [], []
+    for name, p in model.named_parameters():
+        inner = name.startswith("blocks") and not name.endswith("router")
+        group = hidden if s.optimizer == "muon" and inner else others
+        (group if p.dim() > 1 else vectors).append(p)
     decay = 0.0 if s.model_type == "ngpt" else s.weight_decay  # ngpt's weights have norm 1
-    groups = [
-        {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": decay},
-        {"params": [p for p in named.values() if p.dim() == 1], "weight_decay": 0.0},
-    ]
+    groups = [{"params": others, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, s.max_lr, (s.beta1, s.beta2), s.adam_eps, fused=True)
     if not hidden:
         return [adamw]
     return [torch.optim.Muon(hidden, s.muon_lr, weight_decay=s.muon_weight_decay), adamw]
 
 def rate_scale(s: Settings, step: int) -> float:
-    """Factor on all learning rates at training step `step`: linear warm-up, then half a cosine down to min_lr, or for
-    wsd constant and at the end linear down to it."""
+    """Factor on all learning rates: linear warm-up, then half a cosine down to min_lr, or for wsd
+    constant and at the end linear down to it."""
     if step < s.warmup_steps:
         return (step + 1) / (s.warmup_steps + 1)
     if s.schedule == "cosine":
@@ -761,8 +760,12 @@ def bits_per_byte(loss: float, meta: dict) -> float | None:
     known = split.get("bytes") and split.get("tokens")
     return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
 
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 @dataclass
-class Run:
+class Progress:
     """How far a run is, and its files, which rank 0 writes."""
     s: Settings
     config: dict  # what config.json and every checkpoint say
@@ -775,7 +778,7 @@ class Run:
     signal: int = 0  # that has come
 
     def catch(self, number: int, frame):
-        """A first signal: save and stop, several ranks together. The second one ends the process at once."""
+        """A first signal: save and stop, several ranks together. The second one ends at once."""
         signal.signal(number, signal.SIG_DFL)
         self.signal = number
 
@@ -793,73 +796,99 @@ class Run:
         except OSError as error:
             self.print(f"warning: {self.folder / file}: {error.strerror}; training goes on")
 
-    def log(self, loss: str, text: str, **values):
-        """To all; to log.txt in the form of the public records."""
+    def log(self, kind: str, loss: float, text: str, **values):
+        """A train or val loss to all; to log.txt in the form of the public records."""
         step, ms, at = self.step, self.train_ms, f"{self.step}/{self.s.iterations}"
-        self.print(f"step {at}  {loss.replace('_', ' ').replace(':', ' ')}  {text}")
-        self.write(f"step:{at} {loss} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
-        times = {"step": step, "tokens": step * self.s.batch_tokens, "train_time_ms": ms}
-        self.write(json.dumps(times | values), "metrics.jsonl")
+        self.print(f"step {at}  {kind} loss {loss:.4f}  {text}")
+        times = f"train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
+        self.write(f"step:{at} {kind}_loss:{loss:.4f} {times}")
+        record = {"step": step, "tokens": step * self.s.batch_tokens, "train_time_ms": ms}
+        self.write(json.dumps(record | {f"{kind}_loss": loss} | values), "metrics.jsonl")
 
-def new_run(s: Settings, config: dict) -> Run:
+def new_run(s: Settings, config: dict) -> Progress:
     """A run with the heads of its files."""
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    run = Run(s, config, Path(s.log_dir, s.experiment_name, run_id))
+    run = Progress(s, config, Path(s.log_dir, s.experiment_name, run_id))
     if place_among_all()[0] == 0:
         run.folder.mkdir(parents=True)
         (run.folder / "config.json").write_text(json.dumps(config, indent=1))
-    bar, cuda = "=" * 100, torch.version.cuda
-    text = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__} compiled for CUDA {cuda}\n"
-    text += f"Running on {config['hardware']['name']}\nSettings: {json.dumps(config['settings'])}"
-    run.write(f"{Path(__file__).read_text(encoding='utf-8')}\n{bar}\n{text}\n{bar}")
+    run.write(Path(__file__).read_text(encoding="utf-8"))
+    run.write("=" * 100)
+    run.write(f"Running Python {sys.version}")
+    run.write(f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}")
+    run.write(f"Running on {config['hardware']['name']}")
+    run.write(f"Settings: {json.dumps(config['settings'])}\n" + "=" * 100)
     return run
 
 def find_state(place: Path) -> tuple[Path, dict]:
-    """The newest intact checkpoint at or in a place, and its meta.json. Raises FileNotFoundError without any."""
-    found = [path for depth in ("", "checkpoints/", "*/checkpoints/") for path in place.glob(f"{depth}step_*[0-9]")]
+    """The newest intact checkpoint at or in a place, and its meta.json. Raises FileNotFoundError
+    without any."""
+    found = list(place.rglob("step_*[0-9]"))
     if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
         found = [path for path in place.parent.glob("step_*[0-9]") if path.name <= place.name]
     for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             meta = json.loads((path / "meta.json").read_text())
-            if hashlib.sha256((path / "state.pt").read_bytes()).hexdigest() == meta["sha256"]:
+            if file_hash(path / "state.pt") == meta["sha256"]:
                 return path, meta
         print(f"checkpoint {path} is damaged; trying the one before it", flush=True)
-    raise FileNotFoundError(f"no intact checkpoint in {place}: start without --resume, or name a run's folder")
+    repair = "start without --resume, or name a run's folder"
+    raise FileNotFoundError(f"no intact checkpoint in {place}: {repair}")
 
-def resumed_run(s: Settings, config: dict) -> tuple[Run, dict]:
-    """The run that --resume names, and the state of its checkpoint. Raises UserError that names the settings, or data,
-    in which the checkpoint differs from this run."""
+def computed(config: dict) -> dict:
+    """What a resumed run must have in common with its checkpoint."""
+    names = [field.name for field in dataclasses.fields(Settings)]
+    same = {name: config["settings"].get(name) for name in names[:names.index("preset")]}
+    same["optimizer_state"] = config.get("optimizer_state")
+    return same | {"data": config["data"]["fingerprint"]}
+
+def resumed_run(s: Settings, config: dict) -> tuple[Progress, dict]:
+    """The run that --resume names, and the state of its checkpoint. Raises UserError that names
+    the settings, or data, in which they differ."""
     experiment = Path(s.log_dir, s.experiment_name)
     path, meta = find_state(experiment if s.resume == "latest" else Path(s.resume))
-    names = [field.name for field in dataclasses.fields(Settings)]
-    names = ["optimizer_state", *names[:names.index("preset")], "data"]
-    then, now = (c["settings"] | {"optimizer_state": c.get("optimizer_state"), "data": c["data"]["fingerprint"]}
-                 for c in (meta, config))
-    differing = [f"{name}: {then.get(name)} in the checkpoint, {now[name]} now"
-                 for name in names if then.get(name) != now[name]]
+    then = computed(meta)
+    differing = [f"{name}: {then[name]} in the checkpoint, {now} now"
+                 for name, now in computed(config).items() if then[name] != now]
     if differing:
-        raise UserError("\n  ".join([f"{path} has other settings; use them, or start without --resume:", *differing]))
+        first = f"{path} has other settings; use them, or start without --resume:"
+        raise UserError("\n  ".join([first, *differing]))
     step, ms = meta["step"], meta["train_time_ms"]
-    run = Run(s, config, path.parent.parent, step, ms, (step, ms), meta["val_loss"])
+    run = Progress(s, config, path.parent.parent, step, ms, (step, ms), meta["val_loss"])
     run.write(f"resumed after step {step}")
-    run.write(json.dumps({"event": "resume", "step": step, "config": config}), "metrics.jsonl")
+    event = {"event": "resume", "step": step, "config": config}
+    run.write(json.dumps(event), "metrics.jsonl")
     run.print(f"resumed {path} after step {step}")
-    return run, torch.load(path / "state.pt", map_location="cpu", weights_only=True) | {"place": meta["position"]}
+    saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return run, saved | {"place": meta["position"]}
+
+def run_config(s: Settings, hardware: dict, corpus: Corpus) -> dict:
+    """What config.json and the checkpoints say of a run."""
+    commit = command_output("git", "rev-parse", "HEAD")
+    changes = command_output("git", "status", "--porcelain", "-uno")
+    data = {"name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta}
+    return {
+        "settings": dataclasses.asdict(s), "script": Path(__file__).name,
+        "world_size": place_among_all()[1], "git": {"commit": commit, "dirty": bool(changes)},
+        "torch": torch.__version__, "hardware": hardware, "optimizer_state": "of torch.optim",
+        "data": data,
+    }
+
+def parameter_counts(model: GPT, s: Settings) -> tuple[int, int]:
+    """Parameters of the model, and how many of them a token uses."""
+    counts = {name: p.numel() for name, p in model.named_parameters()}
+    expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts
+    total = sum(counts.values())
+    return total, total - expert * (s.num_experts - s.top_k)
 
 # differs from train_gpt.py: plain
 def train(s: Settings, hardware: dict) -> int:
-    """One run, from its settings to its last checkpoint; returns the exit code. Every process does the same."""
-    rank, size = place_among_all()
+    """One run, from its settings to its last checkpoint; returns the exit code. Every process
+    does the same."""
+    size = place_among_all()[1]
     corpus = open_corpus(s.data)
     stream = ValStream(corpus, s.eval_tokens, s.eval_seq_len)
-    config = {
-        "settings": dataclasses.asdict(s), "script": Path(__file__).name, "world_size": size,
-        "git": {"commit": command_output("git", "rev-parse", "HEAD"),
-                "dirty": bool(command_output("git", "status", "--porcelain", "-uno"))},
-        "torch": torch.__version__, "hardware": hardware, "optimizer_state": "of torch.optim",
-        "data": {"name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta},
-    }
+    config = run_config(s, hardware, corpus)
     run, saved = resumed_run(s, config) if s.resume else (new_run(s, config), {})
     training = training_rows(s, corpus, **saved.get("place", {}))
     model = GPT(s, corpus.meta["vocab_size"]).to(s.device)
@@ -870,16 +899,19 @@ def train(s: Settings, hardware: dict) -> int:
             optimizer.load_state_dict(state)
         torch.set_rng_state(saved["rng"])
     compiled = torch.compile(model, dynamic=False) if s.compile else model
-    trained = DistributedDataParallel(compiled, broadcast_buffers=False) if size > 1 else compiled
-    counts = {name: p.numel() for name, p in model.named_parameters()}
-    expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts
-    every, idle = sum(counts.values()), expert * (s.num_experts - s.top_k)
-    run.print(f"{s.model_type}: {every:,} parameters, {every - idle:,} of them for a token; {s.dtype} on "
-              f"{hardware['name']}, preset {s.preset}, data {s.data}\nrun folder: {run.folder}")
+    trained = compiled
+    if size > 1:
+        trained = DistributedDataParallel(compiled, broadcast_buffers=False)
+    total, active = parameter_counts(model, s)
+    run.print(f"{s.model_type}: {total:,} parameters, {active:,} of them for a token; {s.dtype} "
+              f"on {hardware['name']}, preset {s.preset}, data {s.data}")
+    run.print(f"run folder: {run.folder}")
     share = s.batch_tokens // s.seq_len // size
-    rows = max(n for n in range(1, share + 1) if share % n == 0 and n * s.seq_len <= s.micro_tokens)
-    # Untimed: compiles, and orders the buckets of DistributedDataParallel as a resumed run has them.
-    sum(trained(*torch.zeros(3, rows, s.seq_len, dtype=torch.int32, device=s.device))).backward()
+    most = s.micro_tokens // s.seq_len
+    rows = max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
+    # Untimed: compiles, and orders DistributedDataParallel's buckets as a resumed run has them.
+    empty = torch.zeros(3, rows, s.seq_len, dtype=torch.int32, device=s.device)
+    sum(trained(*empty)).backward()
     model.zero_grad()
     losses = torch.zeros(s.log_every, device=s.device)  # of the steps since the last log line
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -906,7 +938,8 @@ def train(s: Settings, hardware: dict) -> int:
         last = run.step == s.iterations
         save = s.save_every and run.step % s.save_every == 0
         evaluate = last or s.eval_every and run.step % s.eval_every == 0
-        if evaluate or save or run.signal and size == 1 or run.step % s.log_every == 0:
+        stop = run.signal and size == 1
+        if evaluate or save or stop or run.step % s.log_every == 0:
             report(run, losses, norm.item(), began)
             if evaluate and run.status in ("done", "interrupted"):
                 validate(run, compiled, stream)
@@ -915,11 +948,11 @@ def train(s: Settings, hardware: dict) -> int:
             began = time.perf_counter()
     if run.status == "interrupted" or s.save_last and run.status in ("done", "target"):
         save_checkpoint(run, model, optimizers, place)
-    return finish(run, every, every - idle)
+    return finish(run, total, active)
 
-def report(run: Run, losses: Tensor, norm: float, began: float):
-    """Logs the last step; ends the run for a stop signal of any rank, and for a loss since the last call that is not
-    finite. Collective."""
+def report(run: Progress, losses: Tensor, norm: float, began: float):
+    """Logs the last step; ends the run for a stop signal of any rank, and for a loss since the
+    last call that is not finite. Collective."""
     s, step, (step_before, ms_before) = run.s, run.step, run.logged
     numbers = torch.cat((losses, torch.full_like(losses[:1], run.signal)))
     if dist.is_initialized():
@@ -938,35 +971,35 @@ def report(run: Run, losses: Tensor, norm: float, began: float):
     speed = 1000 * s.batch_tokens / step_ms
     eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
     run.log(
-        f"train_loss:{loss:.4f}", f"{step_ms:.1f} ms/step  {speed:,.0f} tokens/s  ETA {eta}",
-        train_loss=loss, lr=rate_scale(s, step - 1), seq_len=s.seq_len, window=s.window,
-        batch_tokens=s.batch_tokens, step_ms=step_ms, tokens_per_s=speed, grad_norm=norm,
+        "train", loss, f"{step_ms:.1f} ms/step  {speed:,.0f} tokens/s  ETA {eta}",
+        lr=rate_scale(s, step - 1), seq_len=s.seq_len, window=s.window, step_ms=step_ms,
+        batch_tokens=s.batch_tokens, tokens_per_s=speed, grad_norm=norm,
     )
     run.logged = step, run.train_ms
 
 @torch.no_grad()
-def validate(run: Run, model: nn.Module, stream: ValStream):
-    """Mean loss of the validation stream in nats per token, equal on all ranks, to `run` and all logs. Collective."""
-    s, step, (rank, size) = run.s, run.step, place_among_all()
+def validate(run: Progress, model: nn.Module, stream: ValStream):
+    """The mean loss of the validation stream in nats per token, to `run` and all logs. Collective."""
+    s, (rank, size) = run.s, place_among_all()
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // size)))
-    summed = torch.zeros((), dtype=torch.float64, device=s.device)
+    total = torch.zeros((), dtype=torch.float64, device=s.device)
     for start in range(rank * rows, stream.num_rows + rank * rows, rows * size):
-        summed += model(*torch.from_numpy(stream.rows(start, rows)).to(s.device))[0]
+        batch = torch.from_numpy(stream.rows(start, rows)).to(s.device)
+        total += model(*batch)[0]
     if size > 1:
-        dist.all_reduce(summed)
-    loss = summed.item() / stream.num_tokens
+        dist.all_reduce(total)
+    loss = total.item() / stream.num_tokens
     if not math.isfinite(loss):
-        run.status = f"the validation loss after step {step} is {loss}"
+        run.status = f"the validation loss after step {run.step} is {loss}"
         return
     run.val_loss, bpb = loss, bits_per_byte(loss, run.config["data"]["meta"])
-    bits = f"{bpb:.4f} bits per byte" if bpb else "nats per token"
-    run.log(f"val_loss:{loss:.4f}", bits, val_loss=loss, val_bpb=bpb)
+    run.log("val", loss, f"{bpb:.4f} bits per byte" if bpb else "nats per token", val_bpb=bpb)
     if s.target_loss and loss <= s.target_loss:
         run.status = "target"
 
-def save_checkpoint(run: Run, model: GPT, optimizers: list, place: dict):
-    """Writes a checkpoint on rank 0, under another name until it is complete, and keeps the newest ones. A full disk is
-    a warning, but at the end of the run an error."""
+def save_checkpoint(run: Progress, model: GPT, optimizers: list, place: dict):
+    """Writes a checkpoint on rank 0, under another name until it is complete, and keeps the newest
+    ones. A full disk is a warning, but at the end of the run an error."""
     if not all(p.isfinite().all() for p in model.parameters()):
         run.status = f"a weight after step {run.step} is not finite"
     if place_among_all()[0] or run.status.endswith("finite"):
@@ -975,39 +1008,39 @@ def save_checkpoint(run: Run, model: GPT, optimizers: list, place: dict):
     part = final.with_suffix(".tmp")
     states = [optimizer.state_dict() for optimizer in optimizers]
     state = {"model": model.state_dict(), "optimizers": states, "rng": torch.get_rng_state()}
+    meta = {"step": run.step, "train_time_ms": run.train_ms, "val_loss": run.val_loss}
     try:
         part.mkdir(parents=True, exist_ok=True)
         with open(part / "state.pt", "wb") as file:
             torch.save(state, file)
             os.fsync(file.fileno())
-        meta = run.config | {
-            "step": run.step, "position": place, "train_time_ms": run.train_ms, "val_loss": run.val_loss,
-            "sha256": hashlib.sha256((part / "state.pt").read_bytes()).hexdigest(),
-        }
+        meta |= run.config | {"position": place, "sha256": file_hash(part / "state.pt")}
         (part / "meta.json").write_text(json.dumps(meta, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # there if a run was resumed from an earlier one
         os.replace(part, final)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(part, ignore_errors=True)
-        text = f"could not write {final}: {str(error).splitlines()[0]}; earlier ones are intact: free some space"
+        reason = f"could not write {final}: {str(error).splitlines()[0]}"
+        text = f"{reason}; earlier ones are intact: free some space"
         if run.status != "done" or run.step == run.s.iterations:
             raise UserError(text) from error
         return run.print(f"warning: {text}; training goes on")
     run.print(f"checkpoint {final}")
-    for old in sorted(final.parent.glob("step_*[0-9]"), key=os.path.getmtime)[:-run.s.keep]:
+    others = sorted(final.parent.glob("step_*[0-9]"), key=os.path.getmtime)
+    for old in others[:-run.s.keep]:
         shutil.rmtree(old, ignore_errors=True)
 
-def finish(run: Run, parameters: int, active: int) -> int:
+def finish(run: Progress, total: int, active: int) -> int:
     """The end of the logs, and the exit code. Raises UserError where something was not finite."""
     s, ms, step, reached = run.s, run.train_ms, run.step, run.status == "target"
     wrong = run.status not in ("done", "interrupted", "target")
     memory = torch.cuda.max_memory_allocated() >> 20 if s.device == "cuda" else None
+    bpb = run.val_loss and bits_per_byte(run.val_loss, run.config["data"]["meta"])
     end = {
         "event": "end", "status": "nan" if wrong else run.status, "step": step,
-        "iterations": s.iterations, "val_loss": run.val_loss, "train_time_ms": ms,
-        "val_bpb": run.val_loss and bits_per_byte(run.val_loss, run.config["data"]["meta"]),
+        "iterations": s.iterations, "val_loss": run.val_loss, "train_time_ms": ms, "val_bpb": bpb,
         "tokens_per_s": 1000 * step * s.batch_tokens / ms if ms else None,
-        "params_total": parameters, "params_active": active, "peak_memory_mib": memory,
+        "params_total": total, "params_active": active, "peak_memory_mib": memory,
         "target_step": step if reached else None, "target_time_ms": ms if reached else None,
     }
     run.write(json.dumps(end), "metrics.jsonl")
@@ -1024,20 +1057,21 @@ def finish(run: Run, parameters: int, active: int) -> int:
 
 # differs from train_gpt.py: plain
 def main(argv: list[str] | None = None) -> int:
-    """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
-    code = 1
+    """Command line -> exit code. A sentence, not a traceback, for what the user can repair."""
+    code, local_rank = 1, int(os.environ.get("LOCAL_RANK", 0))
     try:
         s, hardware = parse_settings(argv, int(os.environ.get("WORLD_SIZE", 1)))
         torch.set_num_threads(s.threads or torch.get_num_threads())
+        if s.device == "cuda":
+            torch.cuda.set_device(local_rank)
         if "RANK" in os.environ:
-            if s.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if s.device == "cuda" else "gloo")
         code = train(s, hardware)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        memory = isinstance(error, torch.OutOfMemoryError)
-        if os.environ.get("LOCAL_RANK", "0") == "0" or memory:  # what is wrong everywhere is said once a machine
-            print(f"error: {error}" + "; use a smaller --micro-tokens" * memory, file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        print(f"error: {error}; use a smaller --micro-tokens", file=sys.stderr)
+    except (UserError, OSError) as error:
+        if local_rank == 0:  # what is wrong everywhere is said once a machine
+            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     finally:
