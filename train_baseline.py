@@ -1,25 +1,22 @@
-"""Train the models and optimizers that the speedrun is measured against, as plainly as nanoGPT does.
+"""Train what the speedrun is measured against, as plainly as nanoGPT does.
 
-    python train_baseline.py                                          # GPT-2's architecture, on whatever is there
-    python train_baseline.py --model-type moderngpt --num-kv-heads 2  # RMSNorm, RoPE, SwiGLU, grouped-query attention
-    python train_baseline.py --model-type ngpt --optimizer muon       # weights and states of unit norm
-    torchrun --standalone --nproc_per_node=8 train_baseline.py --preset gpt2    # nanoGPT's GPT-2 124M
+    python train_baseline.py                                    # GPT-2, on whatever is there
+    python train_baseline.py --model-type moderngpt --num-kv-heads 2     # as Llama
+    python train_baseline.py --model-type ngpt --optimizer muon          # all of unit norm
+    torchrun --standalone --nproc_per_node=8 train_baseline.py --preset gpt2    # nanoGPT's 124M
 
-The control of train_gpt.py: the same data, batches, validation and logs, but torch.optim's AdamW and Muon, autocast,
-DistributedDataParallel and clip_grad_norm_ where that has its own optimizer and kernels. Not yet measured on a GPU.
+The control of train_gpt.py: its data, batches, validation and logs, but torch.optim's AdamW and Muon,
+autocast and DistributedDataParallel. Not yet measured on a GPU. gpt: nanoGPT's GPT-2 (Radford et al.
+2019). moderngpt: RMSNorm, RoPE, no biases, gated MLP, as in Llama. ngpt: Loshchilov et al. 2024, arXiv
+2410.01131. moegpt: moderngpt with DeepSeekMoE's layers (Dai et al. 2024, arXiv 2401.06066).
 
-gpt: nanoGPT's GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases, tied head. moderngpt: pre-norm
-RMSNorm, RoPE, no biases, gated MLP, as in Llama. ngpt: Loshchilov et al. 2024, arXiv 2410.01131. moegpt: moderngpt with
-DeepSeekMoE's layers (Dai et al. 2024, arXiv 2401.06066). Documents are packed and never see each other.
-
-Shape suffixes: B rows, T tokens of a row, N = B * T, D model_dim, H heads, K key dim of a head or, of routing, choices
-of a token, E experts of a layer, V vocabulary.
+Shape suffixes: B rows, T tokens of a row, N = B * T, D model_dim, H heads, K key dim of a head or, of
+routing, choices of a token, E experts of a layer, V vocabulary. Documents never see each other.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import functools
 import hashlib
@@ -35,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,79 +44,78 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # ==================== Settings ================================================================
-# argparse is generated from the fields: name, type, default, and the comment as help. The bracket
-# holds the allowed values and, after `with`, those of another setting without which nothing reads
-# this one. A resumed run must have the same values down to `preset`.
+# argparse is generated from the fields. The bracket holds the allowed values and, after `with`,
+# those of another setting without which nothing reads this one.
 
 # differs from train_gpt.py: the baselines
 @dataclass(frozen=True)
 class Settings:
-    """What is computed, and from `preset` on how and where."""
-    seed: int = 0  # of the initial weights and of the order of shuffled data [>=0]
-    shuffle: bool = True  # documents of a shard; the speedrun keeps the published order
-    long_docs: str = "split"  # tokens past max_doc_len: further pieces, or skipped [split|clip]
+    """What is computed (and must stay in a resumed run), and from `preset` on how and where."""
+    seed: int = 0  # of initial weights and order of data [>=0]
+    shuffle: bool = True  # the documents of a shard
+    long_docs: str = "split"  # what is past max_doc_len: pieces, or skipped [split|clip]
     # --- model
     model_type: str = "gpt"  # architecture [gpt|moderngpt|ngpt|moegpt]
     num_layers: int = 12  # transformer layers [>0]
-    width: int = 768  # model_dim: size of the residual stream [>0]
-    head_dim: int = 64  # size of an attention head; num_heads = width / head_dim [>0]
-    num_kv_heads: int = 0  # of keys, values; 0: num_heads [>=0; with model_type=moderngpt|moegpt]
+    width: int = 768  # model_dim [>0]
+    head_dim: int = 64  # num_heads = width / head_dim [>0]
+    num_kv_heads: int = 0  # 0: num_heads [>=0; with model_type=moderngpt|moegpt]
     mlp: str = "auto"  # auto: gelu for gpt, else swiglu [auto|gelu|relu2|geglu|swiglu]
-    mlp_ratio: float = 4.0  # hidden size of a plain MLP / width; a gated one has 2/3 of it [>0]
-    tied: str = "auto"  # head = embedding; auto: gpt [auto|on|off; with model_type=gpt|moderngpt|moegpt]
-    norm_gain: bool = True  # learned gains in RMSNorm [on|off; with model_type=moderngpt|moegpt]
+    mlp_ratio: float = 4.0  # hidden size / width; a gated MLP has 2/3 of it [>0]
+    tied: str = "auto"  # head = embedding [auto|on|off; with model_type=gpt|moderngpt|moegpt]
+    norm_gain: bool = True  # gains in RMSNorm [on|off; with model_type=moderngpt|moegpt]
     qk_norm: bool = False  # RMSNorm of queries, keys [on|off; with model_type=moderngpt|moegpt]
-    rope_base: float = 10000.0  # 1 / slowest frequency [>0; with model_type=moderngpt|ngpt|moegpt]
-    window: int = 0  # tokens that a query sees, itself included; 0: its document [>=0]
+    rope_base: float = 1e4  # of RoPE [>0; with model_type=moderngpt|ngpt|moegpt]
+    window: int = 0  # tokens that a query sees; 0: its document [>=0]
     # --- mixture of experts
     num_experts: int = 16  # routed experts of a mixture layer [>0; with model_type=moegpt]
     top_k: int = 4  # of them for each token [>0; with model_type=moegpt]
-    num_shared: int = 2  # experts that serve every token [>=0; with model_type=moegpt]
-    expert_hidden: int = 0  # 0: a token's have an MLP's together [>=0; with model_type=moegpt]
+    num_shared: int = 2  # of every token [>=0; with model_type=moegpt]
+    expert_hidden: int = 0  # 0: like an MLP [>=0; with model_type=moegpt]
     dense_first: int = 1  # first layers that keep a dense MLP [>=0; with model_type=moegpt]
     balance: float = 0.01  # weight of the load-balancing loss [>=0; with model_type=moegpt]
     # --- training
     iterations: int = 5000  # optimizer steps; --max_steps [>0]
-    batch_tokens: int = 524288  # tokens of a step of all processes; --total_batch_size [>0]
+    batch_tokens: int = 524288  # of a step of all processes; --total_batch_size [>0]
     seq_len: int = 1024  # tokens of a row, packed from documents; --T [>0]
-    max_doc_len: int = 0  # longest piece of a document, in tokens; 0: the row's [>=0]
+    max_doc_len: int = 0  # longest piece of a document; 0: the row's [>=0]
     # --- optimizer
-    optimizer: str = "adamw"  # of the hidden matrices, those of attention and MLP [adamw|muon]
+    optimizer: str = "adamw"  # of the matrices of attention and MLP [adamw|muon]
     max_lr: float = 6e-4  # peak learning rate of AdamW [>=0]
-    min_lr: float = 6e-5  # at the end; not given: max_lr / 10. Muon's falls alike [>=0]
-    beta1: float = 0.9  # decay of AdamW's running mean of gradients [0..1]
+    min_lr: float = 6e-5  # at the end; not given: max_lr / 10 [>=0]
+    beta1: float = 0.9  # AdamW's decay of the mean gradient [0..1]
     beta2: float = 0.95  # and of their squares [0..1]
     adam_eps: float = 1e-8  # AdamW's epsilon [>0]
     weight_decay: float = 0.1  # of AdamW / its rate [>=0; with model_type=gpt|moderngpt|moegpt]
-    grad_clip: float = 1.0  # largest norm of the gradient of all parameters; 0: no limit [>=0]
-    muon_lr: float = 0.02  # learning rate of hidden matrices [>=0; with optimizer=muon]
+    grad_clip: float = 1.0  # largest norm of all gradients; 0: no limit [>=0]
+    muon_lr: float = 0.02  # Muon's learning rate [>=0; with optimizer=muon]
     muon_momentum: float = 0.95  # Nesterov's after its warm-up [0..1; with optimizer=muon]
     momentum_start: float = 0.85  # momentum at step 0 [0..1; with optimizer=muon]
     momentum_warmup: int = 300  # steps over which it rises [>=0; with optimizer=muon]
     muon_weight_decay: float = 0.0  # Muon's decay / rate [>=0; with optimizer=muon]
-    schedule: str = "cosine"  # after the warm-up: cosine, or constant then linear [cosine|wsd]
+    schedule: str = "cosine"  # constant, then linear: wsd [cosine|wsd]
     warmup_steps: int = 100  # rates rise; not given: at most iterations / 10 [>=0]
     cooldown: float = 0.4  # last share of the steps: rates fall [0..1; with schedule=wsd]
     # --- how and where it runs
     preset: str = "auto"  # settings that flags override [auto|cpu|gpu|gpt2]
     experiment_name: str = "train_baseline"  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
-    resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
+    resume: str = ""  # from the newest checkpoint (latest), this run or checkpoint
     data: str = "auto"  # data set: the name of a folder under data/, or a path
     eval_every: int = 250  # steps between validations; 0: only after the last step [>=0]
     eval_tokens: int = 10485760  # first tokens of the validation split; 0: all [>=0]
-    eval_seq_len: int = 0  # longest context in validation, tokens; 0: as in training [>=0]
-    target_loss: float = 0.0  # stop at a validation loss at or below, nats; 0 off [>=0]
-    save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
+    eval_seq_len: int = 0  # longest context in validation; 0: as trained [>=0]
+    target_loss: float = 0.0  # stop at this validation loss, nats; 0 off [>=0]
+    save_every: int = 0  # steps between checkpoints; 0: the last only [>=0]
     save_last: bool = True  # a checkpoint after the last step
     keep: int = 2  # checkpoints of a run that are kept [>0]
-    log_every: int = 10  # steps between console lines, which wait for the device [>0]
+    log_every: int = 10  # steps between console lines [>0]
     device: str = "auto"  # where to run [auto|cpu|cuda]
-    dtype: str = "auto"  # of products; auto: bf16 where it is fast [auto|bf16|fp32]
-    backend: str = "auto"  # SDPA, or the formula: auto in bf16 on a CPU [auto|sdpa|plain]
+    dtype: str = "auto"  # auto: bf16 where it is fast [auto|bf16|fp32]
+    backend: str = "auto"  # the formula is fast in bf16 on a CPU [auto|sdpa|plain]
     compile: bool = True  # torch.compile of the model
-    micro_tokens: int = 16384  # most tokens of a forward pass of a process [>0]
-    threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
+    micro_tokens: int = 16384  # most tokens of a forward pass [>0]
+    threads: int = 0  # CPU threads; 0: torch's choice [>=0]
 
     @property
     def gated(self) -> bool:
@@ -127,15 +123,14 @@ class Settings:
 
     @property
     def mlp_hidden(self) -> int:
-        """Hidden size of an MLP: of a gated one a multiple of 32."""
         size = self.mlp_ratio * self.width
         return 32 * math.ceil(size / 48) if self.gated else round(size)
 
     @property
     def mixture_layers(self) -> range:
         """Layers with a mixture of experts."""
-        last = self.num_layers
-        return range(self.dense_first if self.model_type == "moegpt" else last, last)
+        count = self.num_layers
+        return range(self.dense_first if self.model_type == "moegpt" else count, count)
 
 # differs from train_gpt.py: the baselines
 PRESETS: dict[str, dict] = {
@@ -157,16 +152,14 @@ class UserError(ValueError):
 @functools.cache
 def field_comments() -> dict[str, str]:
     """The comments of the fields of Settings, read from the source, by name."""
-    pattern = r"^    (\w+): \w+ = .+?  # (.+)$"
-    return dict(re.findall(pattern, inspect.getsource(Settings), flags=re.MULTILINE))
+    return dict(re.findall(r"\n    (\w+): \w+ = .+?  # (.+)", inspect.getsource(Settings)))
 
 # differs from train_gpt.py: names of llm.c
 def build_parser() -> argparse.ArgumentParser:
     """A flag per field of Settings, with dashes or underscores, and the ALIASES."""
-    usage, kinds = "%(prog)s [flags]", {"int": int, "float": float, "str": str}
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], usage=usage, allow_abbrev=False)
-    for field in dataclasses.fields(Settings):
+    text, kinds = __doc__.split("\n\n")[0], {"int": int, "float": float, "str": str}
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=text, allow_abbrev=False)
+    for field in fields(Settings):
         names = [field.name, ALIASES.get(field.name, field.name)]
         flags = [f"--{s}" for name in names for s in (name.replace("_", "-"), name)]
         option = {"type": kinds.get(field.type), "metavar": "X"}
@@ -174,8 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
             option = {"action": argparse.BooleanOptionalAction}
         if field.name == "resume":
             option |= {"nargs": "?", "const": "latest"}
-        option["help"] = f"{field_comments()[field.name]} (default: {field.default})"
-        option |= {"dest": field.name, "default": argparse.SUPPRESS}
+        text = f"{field_comments()[field.name]} (default: {field.default})"
+        option |= {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         parser.add_argument(*dict.fromkeys(flags), **option)
     return parser
 
@@ -193,8 +186,7 @@ def find_device(device: str) -> dict:
 
 # differs from train_gpt.py: other settings
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, dict]:
-    """Command line -> settings with every `auto` resolved, and the hardware. Raises UserError
-    with all that is wrong with the settings at once."""
+    """Settings with every `auto` resolved, and the hardware. Raises UserError with all faults."""
     parser = build_parser()
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
@@ -210,15 +202,14 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, d
         hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
         problems.append(f"{flag}: unknown, {hint}")
     if not problems:
-        asked, s = s, resolved(s, given, hardware)
-        problems = misfits(asked, s, world_size)
+        s = resolved(s, given, hardware)
+        problems = misfits(s, given, world_size)
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     return s, hardware
 
 def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
-    """The settings with every `auto`, and every 0 or default that stands for another value,
-    replaced."""
+    """The settings with every `auto`, and every 0 that stands for another value, replaced."""
     gpt, device = s.model_type == "gpt", hardware["device"]
     dtype = s.dtype if s.dtype != "auto" else "bf16" if hardware["bf16"] else "fp32"
     autos = {
@@ -227,51 +218,46 @@ def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
         "data": "fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib",
     }
     autos = {name: value for name, value in autos.items() if getattr(s, name) == "auto"}
-    s = dataclasses.replace(s, device=device, dtype=dtype, **autos)
+    s = replace(s, device=device, dtype=dtype, **autos)
     longest = min(s.max_doc_len or s.seq_len, s.seq_len)
     units = s.mlp_hidden / (s.top_k + s.num_shared)  # an MLP's, for all experts of a token
     warmup = 0 if s.model_type == "ngpt" else min(s.warmup_steps, s.iterations // 10)
-    return dataclasses.replace(
+    return replace(
         s, max_doc_len=longest, eval_seq_len=s.eval_seq_len or (longest if gpt else s.seq_len),
         num_kv_heads=s.num_kv_heads or max(1, s.width // s.head_dim),
         expert_hidden=s.expert_hidden or 16 * max(1, round(units / 16)),
-        min_lr=given.get("min_lr", s.max_lr / 10),
-        warmup_steps=given.get("warmup_steps", warmup),
+        min_lr=given.get("min_lr", s.max_lr / 10), warmup_steps=given.get("warmup_steps", warmup),
     )
 
 def setting_errors(s: Settings, given: dict) -> list[str]:
-    """A sentence for each value outside the bracket of its comment, and for each given one that
-    nothing would read."""
+    """A sentence for each value that its bracket forbids, and each given one that nothing reads."""
     ranges = {">0": lambda x: 0 < x < math.inf, ">=0": lambda x: 0 <= x < math.inf,
               "0..1": lambda x: 0 <= x <= 1}
     bad = []
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
-        name = repr(s.experiment_name)
-        bad.append(f"--experiment_name {name}: use letters, digits and . _ + - only")
+        bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
     for name, text in field_comments().items():
         value = getattr(s, name)
         spec, *needs = text.rpartition("[")[2].removesuffix("]").split("; with ")
         listed = isinstance(value, bool) or value in spec.split("|")
         if "[" in text and not (ranges[spec](value) if spec in ranges else listed):
-            shown = spec.replace("|", " or ").replace("..", " to ")
-            bad.append(f"--{name} {value}: must be {shown}")
+            bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ')}")
         for need in needs if name in given else []:
             other, values = need.split("=")
-            if getattr(s, other) not in values.split("|"):
-                values = values.replace("|", " or ")
-                bad.append(f"--{name}: has no effect without --{other} {values}")
+            if getattr(s, other) not in (values := values.split("|")):
+                bad.append(f"--{name}: has no effect without --{other} {' or '.join(values)}")
     return bad
 
-def misfits(asked: Settings, s: Settings, world_size: int) -> list[str]:
+def misfits(s: Settings, given: dict, world_size: int) -> list[str]:
     """A sentence for each setting that does not fit the machine, another one, or world_size."""
     rows, heads = s.batch_tokens // s.seq_len, s.width // s.head_dim
-    cpu, kind = s.device == "cpu", s.model_type
+    asked, cpu, kind = given.get("device"), s.device == "cpu", s.model_type
     compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
     checks = {  # sentence about the settings in quotes -> whether it is true
-        "'device' needs a CUDA device, leave it out": cpu and asked.device == "cuda",
+        "--device cuda needs a CUDA device, leave it out": cpu and asked == "cuda",
         "'preset' needs a CUDA device: use cpu, or add --device cpu":
-            cpu and s.preset != "cpu" and asked.device != "cpu",
+            cpu and s.preset != "cpu" and asked != "cpu",
         "'compile' needs a C++ compiler: install g++, or use --no-compile":
             cpu and s.compile and not compiler,
         "'width' must be a multiple of 'head_dim'": s.width % s.head_dim,
@@ -282,10 +268,8 @@ def misfits(asked: Settings, s: Settings, world_size: int) -> list[str]:
         "'mlp': ngpt has a gated MLP; use swiglu or geglu": kind == "ngpt" and not s.gated,
         "'eval_seq_len': gpt has positions for 'max_doc_len' only; lower it":
             kind == "gpt" and s.eval_seq_len > s.max_doc_len,
-        "'dense_first' must be less than 'num_layers'":
-            kind == "moegpt" and s.dense_first >= s.num_layers,
-        "'top_k' must not be above 'num_experts'":
-            kind == "moegpt" and s.top_k > s.num_experts,
+        "'dense_first' must be less than 'num_layers'": kind == "moegpt" and not s.mixture_layers,
+        "'top_k' must not be above 'num_experts'": kind == "moegpt" and s.top_k > s.num_experts,
         "'min_lr' must not be above 'max_lr'": s.min_lr > s.max_lr,
         "'beta1', 'beta2', 'muon_momentum' must be below 1":
             1 in (s.beta1, s.beta2, s.muon_momentum),
@@ -296,8 +280,7 @@ def misfits(asked: Settings, s: Settings, world_size: int) -> list[str]:
         f"{world_size} processes cannot share the {rows} rows of a step ('batch_tokens' / "
         f"'seq_len'): use {fits} processes": rows % world_size,
     }
-    shown = dataclasses.asdict(s) | {"device": asked.device}
-    return [re.sub(r"'(\w+)'", lambda name: f"--{name[1]} {shown[name[1]]}", sentence)
+    return [re.sub(r"'(\w+)'", lambda name: f"--{name[1]} {getattr(s, name[1])}", sentence)
             for sentence, wrong in checks.items() if wrong]
 
 # ==================== Data ====================================================================
@@ -398,8 +381,7 @@ def gather_rows(tokens, starts, lengths) -> np.ndarray:
     return np.stack([tokens[index], tokens[index + 1], pieces]).astype(np.int32)
 
 def training_rows(s: Settings, corpus: Corpus, epoch=0, shard=0, used=0) -> Iterator[tuple]:
-    """The rows of all training batches, (3, T) int32, those of train_gpt.py's Loader, and the place
-    after each: epoch, shard and its used tokens, in the order of its pieces."""
+    """The rows of train_gpt.py's Loader, (3, T) int32, and the place in the data after each."""
     idle = 0  # shards in turn without a row
     while idle < len(corpus.train) + 2:
         idle += 1
@@ -425,7 +407,7 @@ def training_rows(s: Settings, corpus: Corpus, epoch=0, shard=0, used=0) -> Iter
 
 def next_batch(rows: Iterator[tuple], s: Settings) -> tuple[Tensor, dict]:
     """This process's share of the next batch, (3, rows, T) int32, and the place after the batch."""
-    rank, size = place_among_all()
+    rank, size = own_place()
     taken = [next(rows) for _ in range(s.batch_tokens // s.seq_len)]
     own = np.split(np.stack([row for row, _ in taken], axis=1), size, axis=1)[rank]
     return torch.from_numpy(own).to(s.device), taken[-1][1]
@@ -469,10 +451,9 @@ RESIDUAL = ("out.weight", "down.weight")  # whose outputs are dimensions of the 
 SCALES = ("qk_scale", "up_scale", "gate_scale", "logit_scale", "attn_step", "mlp_step")
 # differs from train_gpt.py: last parts of names
 FP32_PARAMETERS = (*SCALES, "router")  # evals/hellaswag.py does not round these to bf16
+GELU = functools.partial(F.gelu, approximate="tanh")
 ACTIVATIONS = {
-    "gelu": functools.partial(F.gelu, approximate="tanh"), "relu2": lambda x: x.relu().square(),
-    "geglu": functools.partial(F.gelu, approximate="tanh"), "swiglu": F.silu,
-}
+    "gelu": GELU, "relu2": lambda x: x.relu().square(), "geglu": GELU, "swiglu": F.silu}
 
 def unit(x: Tensor) -> Tensor:
     """x with rows of norm 1, computed in fp32."""
@@ -485,18 +466,18 @@ def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tenso
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
     return angle.cos(), angle.sin()
 
-def rope(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rope(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
     """x with pairs (x[i], x[i + K/2]) rotated by the angle of their position, in fp32."""
     a, b = x_BTHK.float().chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x_BTHK)
 
-def document_positions(docs_BT: Tensor) -> Tensor:
+def document_positions(docs_BT) -> Tensor:
     """Place of each token in its document, (B, T)."""
     index = torch.arange(docs_BT.size(1), device=docs_BT.device).expand_as(docs_BT)
     starts = F.pad(docs_BT[:, 1:] != docs_BT[:, :-1], (1, 0), value=True)
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
-def attention_mask(docs_BT: Tensor, window: Tensor | int) -> Tensor:
+def attention_mask(docs_BT, window: Tensor | int) -> Tensor:
     """True where a query may look: causal, same document, inside the window; (B, 1, T, T)."""
     place = torch.arange(docs_BT.size(1), device=docs_BT.device)
     distance = place[:, None] - place
@@ -514,8 +495,7 @@ class SelfAttention(nn.Module):
     """Causal self-attention; in ngpt of unit queries and keys with a learned scale."""
     def __init__(self, s: Settings):
         super().__init__()
-        ngpt, bias = s.model_type == "ngpt", s.model_type == "gpt"
-        shared = s.num_kv_heads * s.head_dim
+        ngpt, bias, shared = s.model_type == "ngpt", s.model_type == "gpt", s.num_kv_heads * s.head_dim
         self.head_dim, self.qk_norm, self.backend = s.head_dim, s.qk_norm, s.backend
         self.group = s.width // shared  # heads of queries for one of keys
         self.softmax_scale = s.head_dim ** (0.5 if ngpt else -0.5)
@@ -525,7 +505,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(s.width, s.width, bias)
         self.qk_scale = nn.Parameter(torch.full((s.width,), s.width**-0.5)) if ngpt else None
 
-    def forward(self, x_BTD: Tensor, mask: Tensor, angles: tuple | None) -> Tensor:
+    def forward(self, x_BTD, mask: Tensor, angles: tuple | None) -> Tensor:
         q, k, v = (f(x_BTD).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = (F.rms_norm(x, (self.head_dim,), eps=NORM_EPS).type_as(v) for x in (q, k))
@@ -567,19 +547,17 @@ class FeedForward(nn.Module):
         return self.down(self.activation(gate) * hidden)
 
 class FineMixture(nn.Module):
-    """DeepSeekMoE's layer: `top_k` of many small experts, weighted by the router's softmax, and the
-    shared ones, which side by side are one MLP."""
+    """DeepSeekMoE's layer: `top_k` of many small experts, and shared ones, which are one MLP."""
     def __init__(self, s: Settings):
         super().__init__()
         self.top_k = s.top_k
         self.router = nn.Parameter(torch.empty(s.num_experts, s.width))
-        experts = (FeedForward(s, s.expert_hidden) for _ in range(s.num_experts))
-        self.experts = nn.ModuleList(experts)
+        self.experts = nn.ModuleList(FeedForward(s, s.expert_hidden) for _ in range(s.num_experts))
         self.shared = FeedForward(s, s.num_shared * s.expert_hidden) if s.num_shared else None
         if s.compile:  # it reads how many tokens each expert has
             self.routed = torch.compiler.disable(self.routed)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD) -> Tensor:
         """Output; `balance` becomes the load-balancing loss (eq. 12) of each row times its tokens."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             scores_BTE = F.linear(x_BTD.float(), self.router).softmax(-1)
@@ -592,7 +570,7 @@ class FineMixture(nn.Module):
         self.balance = (share_BE * scores_BTE.mean(1)).sum() * x_BTD.size(1)
         return y if self.shared is None else y + self.shared(x_BTD)
 
-    def routed(self, x_ND: Tensor, choices: Tensor) -> Tensor:
+    def routed(self, x_ND, choices: Tensor) -> Tensor:
         """Output of each expert that a token has chosen, (N, K, D). `choices`: (N * K,)."""
         order = choices.argsort(stable=True)
         counts = choices.bincount(minlength=len(self.experts)).tolist()
@@ -646,18 +624,17 @@ class GPT(nn.Module):
         initialize(self, s)
 
     # differs from train_gpt.py: load-balancing loss
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, docs_BT: Tensor) -> tuple:
-        """Cross-entropy summed over the targets that are not IGNORE, in nats, and the load-balancing
-        losses times tokens, summed over layers and rows, 0 without experts: 0-D fp32."""
+    def forward(self, inputs_BT, targets_BT, docs_BT) -> tuple:
+        """Cross-entropy in nats, load-balancing loss times tokens: sums over all targets, layers."""
         with torch.autocast(inputs_BT.device.type, torch.bfloat16, enabled=self.bf16):
             logits_BTV = self.head(self.trunk(inputs_BT, docs_BT, self.window))
         logits_NV, targets_N = logits_BTV.flatten(0, 1).float(), targets_BT.flatten().long()
         loss = F.cross_entropy(logits_NV, targets_N, reduction="sum", ignore_index=IGNORE)
-        mixtures = [block.mlp for block in self.blocks if isinstance(block.mlp, FineMixture)]
-        return loss, sum((mixture.balance for mixture in mixtures), torch.zeros_like(loss))
+        balances = [block.mlp.balance for block in self.blocks if hasattr(block.mlp, "router")]
+        return loss, sum(balances, torch.zeros_like(loss))
 
     # differs from train_gpt.py: the baselines
-    def trunk(self, inputs_BT: Tensor, docs_BT: Tensor, window: Tensor | int) -> Tensor:
+    def trunk(self, inputs_BT, docs_BT, window: Tensor | int) -> Tensor:
         """Residual stream after the last layer, (B, T, D). Document numbers rise along a row."""
         x = self.embed(inputs_BT)
         place_BT = document_positions(docs_BT)
@@ -672,7 +649,7 @@ class GPT(nn.Module):
         return x
 
     # differs from train_gpt.py: no cap, a learned scale
-    def head(self, x_BTD: Tensor) -> Tensor:
+    def head(self, x_BTD) -> Tensor:
         """Logits."""
         z = self.lm_head(self.norm(x_BTD))
         return z if self.logit_scale is None else z * (self.logit_scale * x_BTD.size(-1) ** 0.5)
@@ -716,8 +693,7 @@ def make_optimizers(model: GPT, s: Settings) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(hidden, s.muon_lr, weight_decay=s.muon_weight_decay), adamw]
 
 def rate_scale(s: Settings, step: int) -> float:
-    """Factor on all learning rates: linear warm-up, then half a cosine down to min_lr, or for wsd
-    constant and at the end linear down to it."""
+    """Factor on the rates: warm-up, then half a cosine to min_lr, or constant, then linear."""
     if step < s.warmup_steps:
         return (step + 1) / (s.warmup_steps + 1)
     if s.schedule == "cosine":
@@ -729,7 +705,7 @@ def rate_scale(s: Settings, step: int) -> float:
     return floor + (1 - floor) * left
 
 def set_rates(optimizers: list[torch.optim.Optimizer], s: Settings, step: int):
-    """The learning rates of training step `step`, and Muon's momentum, which rises in the first steps."""
+    """The learning rates of a step, and Muon's momentum, which rises in the first steps."""
     scale = rate_scale(s, step)
     warm = min(1.0, step / max(1, s.momentum_warmup))
     for optimizer in optimizers:
@@ -740,11 +716,10 @@ def set_rates(optimizers: list[torch.optim.Optimizer], s: Settings, step: int):
                 group["momentum"] = s.momentum_start + (s.muon_momentum - s.momentum_start) * warm
 
 # ==================== Training ================================================================
-# RUN/checkpoints/step_000500/ holds state.pt (weights by name, optimizers, random state) and
-# meta.json (settings, place in the data, clock, tokenizer, sha256 of state.pt). Rank 0 writes it,
-# all read it: several machines need one log folder.
+# RUN/checkpoints/step_000500/ holds state.pt (weights by name, optimizers) and meta.json (settings,
+# place in the data, clock, sha256 of state.pt). All ranks read it: machines need one log folder.
 
-def place_among_all() -> tuple[int, int]:
+def own_place() -> tuple[int, int]:
     """Rank of this process, and the number of all."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -783,14 +758,13 @@ class Progress:
         self.signal = number
 
     def print(self, text: str):
-        """To the console."""
-        if place_among_all()[0] == 0:
+        if own_place()[0] == 0:
             print(text, flush=True)
 
     def write(self, text: str, file: str = "log.txt"):
         """To a file. A full disk costs lines of the logs, not the run."""
         try:
-            if place_among_all()[0] == 0:
+            if own_place()[0] == 0:
                 with open(self.folder / file, "a", encoding="utf-8") as opened:
                     opened.write(text + "\n")
         except OSError as error:
@@ -809,20 +783,18 @@ def new_run(s: Settings, config: dict) -> Progress:
     """A run with the heads of its files."""
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
     run = Progress(s, config, Path(s.log_dir, s.experiment_name, run_id))
-    if place_among_all()[0] == 0:
+    if own_place()[0] == 0:
         run.folder.mkdir(parents=True)
         (run.folder / "config.json").write_text(json.dumps(config, indent=1))
-    run.write(Path(__file__).read_text(encoding="utf-8"))
-    run.write("=" * 100)
+    run.write(f"{Path(__file__).read_text(encoding='utf-8')}\n{'=' * 100}")
     run.write(f"Running Python {sys.version}")
     run.write(f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}")
     run.write(f"Running on {config['hardware']['name']}")
-    run.write(f"Settings: {json.dumps(config['settings'])}\n" + "=" * 100)
+    run.write(f"Settings: {json.dumps(config['settings'])}\n{'=' * 100}")
     return run
 
 def find_state(place: Path) -> tuple[Path, dict]:
-    """The newest intact checkpoint at or in a place, and its meta.json. Raises FileNotFoundError
-    without any."""
+    """The newest intact checkpoint at or in a place, and its meta.json, or FileNotFoundError."""
     found = list(place.rglob("step_*[0-9]"))
     if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
         found = [path for path in place.parent.glob("step_*[0-9]") if path.name <= place.name]
@@ -832,32 +804,29 @@ def find_state(place: Path) -> tuple[Path, dict]:
             if file_hash(path / "state.pt") == meta["sha256"]:
                 return path, meta
         print(f"checkpoint {path} is damaged; trying the one before it", flush=True)
-    repair = "start without --resume, or name a run's folder"
-    raise FileNotFoundError(f"no intact checkpoint in {place}: {repair}")
+    raise FileNotFoundError(f"no intact checkpoint in {place}: start without --resume")
 
 def computed(config: dict) -> dict:
     """What a resumed run must have in common with its checkpoint."""
-    names = [field.name for field in dataclasses.fields(Settings)]
+    names = [field.name for field in fields(Settings)]
     same = {name: config["settings"].get(name) for name in names[:names.index("preset")]}
     same["optimizer_state"] = config.get("optimizer_state")
     return same | {"data": config["data"]["fingerprint"]}
 
 def resumed_run(s: Settings, config: dict) -> tuple[Progress, dict]:
-    """The run that --resume names, and the state of its checkpoint. Raises UserError that names
-    the settings, or data, in which they differ."""
+    """The run that --resume names, and its state. Raises UserError that names what differs."""
     experiment = Path(s.log_dir, s.experiment_name)
     path, meta = find_state(experiment if s.resume == "latest" else Path(s.resume))
     then = computed(meta)
     differing = [f"{name}: {then[name]} in the checkpoint, {now} now"
                  for name, now in computed(config).items() if then[name] != now]
     if differing:
-        first = f"{path} has other settings; use them, or start without --resume:"
-        raise UserError("\n  ".join([first, *differing]))
+        text = f"{path} has other settings; use them, or start without --resume:"
+        raise UserError("\n  ".join([text, *differing]))
     step, ms = meta["step"], meta["train_time_ms"]
     run = Progress(s, config, path.parent.parent, step, ms, (step, ms), meta["val_loss"])
     run.write(f"resumed after step {step}")
-    event = {"event": "resume", "step": step, "config": config}
-    run.write(json.dumps(event), "metrics.jsonl")
+    run.write(json.dumps({"event": "resume", "step": step, "config": config}), "metrics.jsonl")
     run.print(f"resumed {path} after step {step}")
     saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     return run, saved | {"place": meta["position"]}
@@ -866,12 +835,11 @@ def run_config(s: Settings, hardware: dict, corpus: Corpus) -> dict:
     """What config.json and the checkpoints say of a run."""
     commit = command_output("git", "rev-parse", "HEAD")
     changes = command_output("git", "status", "--porcelain", "-uno")
-    data = {"name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta}
     return {
-        "settings": dataclasses.asdict(s), "script": Path(__file__).name,
-        "world_size": place_among_all()[1], "git": {"commit": commit, "dirty": bool(changes)},
-        "torch": torch.__version__, "hardware": hardware, "optimizer_state": "of torch.optim",
-        "data": data,
+        "settings": asdict(s), "script": Path(__file__).name, "world_size": own_place()[1],
+        "git": {"commit": commit, "dirty": bool(changes)}, "torch": torch.__version__,
+        "hardware": hardware, "optimizer_state": "of torch.optim", "data": {
+            "name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta},
     }
 
 def parameter_counts(model: GPT, s: Settings) -> tuple[int, int]:
@@ -883,9 +851,8 @@ def parameter_counts(model: GPT, s: Settings) -> tuple[int, int]:
 
 # differs from train_gpt.py: plain
 def train(s: Settings, hardware: dict) -> int:
-    """One run, from its settings to its last checkpoint; returns the exit code. Every process
-    does the same."""
-    size = place_among_all()[1]
+    """One run, from its settings to its exit code. Every process does the same."""
+    size = own_place()[1]
     corpus = open_corpus(s.data)
     stream = ValStream(corpus, s.eval_tokens, s.eval_seq_len)
     config = run_config(s, hardware, corpus)
@@ -897,23 +864,17 @@ def train(s: Settings, hardware: dict) -> int:
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        torch.set_rng_state(saved["rng"])
     compiled = torch.compile(model, dynamic=False) if s.compile else model
-    trained = compiled
-    if size > 1:
-        trained = DistributedDataParallel(compiled, broadcast_buffers=False)
+    trained = DistributedDataParallel(compiled, broadcast_buffers=False) if size > 1 else compiled
     total, active = parameter_counts(model, s)
     run.print(f"{s.model_type}: {total:,} parameters, {active:,} of them for a token; {s.dtype} "
               f"on {hardware['name']}, preset {s.preset}, data {s.data}")
     run.print(f"run folder: {run.folder}")
     share = s.batch_tokens // s.seq_len // size
-    most = s.micro_tokens // s.seq_len
-    rows = max(n for n in range(1, share + 1) if share % n == 0 and n <= most)
+    rows = max(n for n in range(1, share + 1) if share % n == 0 and n * s.seq_len <= s.micro_tokens)
     # Untimed: compiles, and orders DistributedDataParallel's buckets as a resumed run has them.
-    empty = torch.zeros(3, rows, s.seq_len, dtype=torch.int32, device=s.device)
-    sum(trained(*empty)).backward()
+    sum(trained(*torch.zeros(3, rows, s.seq_len, dtype=torch.int32, device=s.device))).backward()
     model.zero_grad()
-    losses = torch.zeros(s.log_every, device=s.device)  # of the steps since the last log line
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.catch)
 
@@ -921,13 +882,14 @@ def train(s: Settings, hardware: dict) -> int:
     while run.step < s.iterations and run.status == "done":
         set_rates(optimizers, s, run.step)
         batch, place = next_batch(training, s)
+        step_loss = torch.zeros((), device=s.device)
         for i, (inputs, targets, docs) in enumerate(batch.split(rows, dim=1)):
             alone = size == 1 or (i + 1) * rows == share
             with contextlib.nullcontext() if alone else trained.no_sync():
                 loss, balance = trained(inputs, targets, docs)
                 mean = (loss + s.balance * balance) / s.batch_tokens
                 (mean * size).backward()  # the gradients of the processes are averaged
-            losses[run.step % s.log_every] += loss.detach() / s.batch_tokens
+            step_loss += loss.detach() / s.batch_tokens
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
@@ -938,9 +900,8 @@ def train(s: Settings, hardware: dict) -> int:
         last = run.step == s.iterations
         save = s.save_every and run.step % s.save_every == 0
         evaluate = last or s.eval_every and run.step % s.eval_every == 0
-        stop = run.signal and size == 1
-        if evaluate or save or stop or run.step % s.log_every == 0:
-            report(run, losses, norm.item(), began)
+        if evaluate or save or run.signal and size == 1 or run.step % s.log_every == 0:
+            report(run, step_loss, norm.item(), began)
             if evaluate and run.status in ("done", "interrupted"):
                 validate(run, compiled, stream)
             if save and not last and run.status == "done":
@@ -950,37 +911,29 @@ def train(s: Settings, hardware: dict) -> int:
         save_checkpoint(run, model, optimizers, place)
     return finish(run, total, active)
 
-def report(run: Progress, losses: Tensor, norm: float, began: float):
-    """Logs the last step; ends the run for a stop signal of any rank, and for a loss since the
-    last call that is not finite. Collective."""
+def report(run: Progress, step_loss: Tensor, norm: float, began: float):
+    """Logs the last step; ends a run that got a signal or is not finite. Collective."""
     s, step, (step_before, ms_before) = run.s, run.step, run.logged
-    numbers = torch.cat((losses, torch.full_like(losses[:1], run.signal)))
+    numbers = torch.stack((step_loss, torch.full_like(step_loss, run.signal)))
     if dist.is_initialized():
         dist.all_reduce(numbers)
-    *values, stop = numbers.tolist()
+    loss, stop = numbers.tolist()
     run.train_ms += 1000 * (time.perf_counter() - began)
-    losses.zero_()
-    for done in range(step_before + 1, step + 1):
-        loss = values[(done - 1) % s.log_every]
-        if not math.isfinite(loss):
-            run.step, run.status = done, f"the loss of step {done} is {loss}"
-            return
+    if not math.isfinite(loss + norm):
+        run.status = f"the loss of step {step} is {loss}, the norm of its gradient {norm}"
+        return
     if stop and step < s.iterations:
         run.status = "interrupted"
     step_ms = (run.train_ms - ms_before) / (step - step_before)
     speed = 1000 * s.batch_tokens / step_ms
-    eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
-    run.log(
-        "train", loss, f"{step_ms:.1f} ms/step  {speed:,.0f} tokens/s  ETA {eta}",
-        lr=rate_scale(s, step - 1), seq_len=s.seq_len, window=s.window, step_ms=step_ms,
-        batch_tokens=s.batch_tokens, tokens_per_s=speed, grad_norm=norm,
-    )
+    run.log("train", loss, f"{step_ms:.1f} ms/step  {speed:,.0f} tokens/s", step_ms=step_ms,
+            tokens_per_s=speed, lr=rate_scale(s, step - 1), grad_norm=norm)
     run.logged = step, run.train_ms
 
 @torch.no_grad()
 def validate(run: Progress, model: nn.Module, stream: ValStream):
-    """The mean loss of the validation stream in nats per token, to `run` and all logs. Collective."""
-    s, (rank, size) = run.s, place_among_all()
+    """The mean loss of the validation stream in nats per token, logged. Collective."""
+    s, (rank, size) = run.s, own_place()
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // size)))
     total = torch.zeros((), dtype=torch.float64, device=s.device)
     for start in range(rank * rows, stream.num_rows + rank * rows, rows * size):
@@ -998,30 +951,24 @@ def validate(run: Progress, model: nn.Module, stream: ValStream):
         run.status = "target"
 
 def save_checkpoint(run: Progress, model: GPT, optimizers: list, place: dict):
-    """Writes a checkpoint on rank 0, under another name until it is complete, and keeps the newest
-    ones. A full disk is a warning, but at the end of the run an error."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        run.status = f"a weight after step {run.step} is not finite"
-    if place_among_all()[0] or run.status.endswith("finite"):
+    """Writes a checkpoint on rank 0. A full disk is a warning, but at the end of the run an error."""
+    if own_place()[0]:
         return
     final = run.folder / "checkpoints" / f"step_{run.step:06d}"
     part = final.with_suffix(".tmp")
     states = [optimizer.state_dict() for optimizer in optimizers]
-    state = {"model": model.state_dict(), "optimizers": states, "rng": torch.get_rng_state()}
     meta = {"step": run.step, "train_time_ms": run.train_ms, "val_loss": run.val_loss}
     try:
         part.mkdir(parents=True, exist_ok=True)
-        with open(part / "state.pt", "wb") as file:
-            torch.save(state, file)
-            os.fsync(file.fileno())
+        torch.save({"model": model.state_dict(), "optimizers": states}, part / "state.pt")
         meta |= run.config | {"position": place, "sha256": file_hash(part / "state.pt")}
         (part / "meta.json").write_text(json.dumps(meta, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # there if a run was resumed from an earlier one
         os.replace(part, final)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(part, ignore_errors=True)
-        reason = f"could not write {final}: {str(error).splitlines()[0]}"
-        text = f"{reason}; earlier ones are intact: free some space"
+        reason = str(error).splitlines()[0]
+        text = f"could not write {final}: {reason}; earlier ones are intact: free some space"
         if run.status != "done" or run.step == run.s.iterations:
             raise UserError(text) from error
         return run.print(f"warning: {text}; training goes on")
@@ -1045,13 +992,10 @@ def finish(run: Progress, total: int, active: int) -> int:
     }
     run.write(json.dumps(end), "metrics.jsonl")
     if wrong:
-        rates = "--max-lr" + " and --muon-lr" * (s.optimizer == "muon")
         kept = f"the checkpoints before it are kept in {run.folder}"
-        raise UserError(f"{run.status}: stopped, {kept}; lower {rates}")
-    if s.target_loss:
-        result = "reached" if reached else "not reached"
-        run.print(f"target loss {s.target_loss} {result}: step {step}, {ms / 1000:.2f} s")
-    run.print(f"log, metrics and checkpoints: {run.folder}")
+        raise UserError(f"{run.status}: stopped, {kept}; lower --max-lr and --muon-lr")
+    if reached:
+        run.print(f"target loss {s.target_loss} reached: step {step}, {ms / 1000:.2f} s")
     # SIGTERM: another rank got the signal
     return 128 + (run.signal or signal.SIGTERM) if run.status == "interrupted" else 0
 
