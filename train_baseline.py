@@ -2,7 +2,6 @@
 
     python train_baseline.py                                    # GPT-2, on whatever is there
     python train_baseline.py --model-type moderngpt --num-kv-heads 2     # as Llama
-    python train_baseline.py --model-type ngpt --optimizer muon          # all of unit norm
     torchrun --standalone --nproc_per_node=8 train_baseline.py --preset gpt2    # nanoGPT's 124M
 
 The control of train_gpt.py: its data, batches, validation and logs, but torch.optim's AdamW and Muon,
@@ -31,7 +30,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -60,14 +58,13 @@ class Settings:
     width: int = 768  # model_dim [>0]
     head_dim: int = 64  # num_heads = width / head_dim [>0]
     num_kv_heads: int = 0  # 0: num_heads [>=0; with model_type=moderngpt|moegpt]
-    mlp: str = "auto"  # auto: gelu for gpt, else swiglu [auto|gelu|relu2|geglu|swiglu]
+    mlp: str = "auto"  # auto: gelu for gpt, else swiglu [auto|gelu|relu2|swiglu]
     mlp_ratio: float = 4.0  # hidden size / width; a gated MLP has 2/3 of it [>0]
     tied: str = "auto"  # head = embedding [auto|on|off; with model_type=gpt|moderngpt|moegpt]
     norm_gain: bool = True  # gains in RMSNorm [on|off; with model_type=moderngpt|moegpt]
     qk_norm: bool = False  # RMSNorm of queries, keys [on|off; with model_type=moderngpt|moegpt]
     rope_base: float = 1e4  # of RoPE [>0; with model_type=moderngpt|ngpt|moegpt]
     window: int = 0  # tokens that a query sees; 0: its document [>=0]
-    # --- mixture of experts
     num_experts: int = 16  # routed experts of a mixture layer [>0; with model_type=moegpt]
     top_k: int = 4  # of them for each token [>0; with model_type=moegpt]
     num_shared: int = 2  # of every token [>=0; with model_type=moegpt]
@@ -79,7 +76,6 @@ class Settings:
     batch_tokens: int = 524288  # of a step of all processes; --total_batch_size [>0]
     seq_len: int = 1024  # tokens of a row, packed from documents; --T [>0]
     max_doc_len: int = 0  # longest piece of a document; 0: the row's [>=0]
-    # --- optimizer
     optimizer: str = "adamw"  # of the matrices of attention and MLP [adamw|muon]
     max_lr: float = 6e-4  # peak learning rate of AdamW [>=0]
     min_lr: float = 6e-5  # at the end; not given: max_lr / 10 [>=0]
@@ -118,19 +114,14 @@ class Settings:
     threads: int = 0  # CPU threads; 0: torch's choice [>=0]
 
     @property
-    def gated(self) -> bool:
-        return self.mlp in ("geglu", "swiglu")
-
-    @property
     def mlp_hidden(self) -> int:
         size = self.mlp_ratio * self.width
-        return 32 * math.ceil(size / 48) if self.gated else round(size)
+        return 32 * math.ceil(size / 48) if self.mlp == "swiglu" else round(size)
 
     @property
     def mixture_layers(self) -> range:
-        """Layers with a mixture of experts."""
-        count = self.num_layers
-        return range(self.dense_first if self.model_type == "moegpt" else count, count)
+        first = self.dense_first if self.model_type == "moegpt" else self.num_layers
+        return range(first, self.num_layers)
 
 # differs from train_gpt.py: the baselines
 PRESETS: dict[str, dict] = {
@@ -177,7 +168,7 @@ def find_device(device: str) -> dict:
     if device != "cpu" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         return {"device": "cuda", "name": gpu.name, "bf16": gpu.major >= 8}
-    name = platform.processor() or platform.machine()
+    name = platform.machine()
     with contextlib.suppress(OSError, TypeError):
         name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -252,27 +243,25 @@ def misfits(s: Settings, given: dict, world_size: int) -> list[str]:
     """A sentence for each setting that does not fit the machine, another one, or world_size."""
     rows, heads = s.batch_tokens // s.seq_len, s.width // s.head_dim
     asked, cpu, kind = given.get("device"), s.device == "cpu", s.model_type
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    compiler = not cpu or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
     checks = {  # sentence about the settings in quotes -> whether it is true
         "--device cuda needs a CUDA device, leave it out": cpu and asked == "cuda",
         "'preset' needs a CUDA device: use cpu, or add --device cpu":
             cpu and s.preset != "cpu" and asked != "cpu",
-        "'compile' needs a C++ compiler: install g++, or use --no-compile":
-            cpu and s.compile and not compiler,
+        "'compile' needs a C++ compiler: install g++, or use --no-compile": s.compile and not compiler,
         "'width' must be a multiple of 'head_dim'": s.width % s.head_dim,
         "'head_dim' must be a multiple of 4": s.head_dim % 4,
         f"'num_kv_heads' must divide the {heads} heads of queries": heads % s.num_kv_heads,
         "'mlp_ratio' leaves no hidden unit": s.mlp_hidden < 1,
-        "'mlp': gpt has no gated MLP; use gelu or relu2": kind == "gpt" and s.gated,
-        "'mlp': ngpt has a gated MLP; use swiglu or geglu": kind == "ngpt" and not s.gated,
+        "'mlp': gpt has no gated MLP; use gelu or relu2": kind == "gpt" and s.mlp == "swiglu",
+        "'mlp': ngpt has a gated MLP; use swiglu": kind == "ngpt" and s.mlp != "swiglu",
         "'eval_seq_len': gpt has positions for 'max_doc_len' only; lower it":
             kind == "gpt" and s.eval_seq_len > s.max_doc_len,
         "'dense_first' must be less than 'num_layers'": kind == "moegpt" and not s.mixture_layers,
         "'top_k' must not be above 'num_experts'": kind == "moegpt" and s.top_k > s.num_experts,
         "'min_lr' must not be above 'max_lr'": s.min_lr > s.max_lr,
-        "'beta1', 'beta2', 'muon_momentum' must be below 1":
-            1 in (s.beta1, s.beta2, s.muon_momentum),
+        "'beta1', 'beta2', 'muon_momentum' must be below 1": 1 in (s.beta1, s.beta2, s.muon_momentum),
         "'seed' must be below 2^63": s.seed >= 2**63,
         "'warmup_steps' must be less than 'iterations'": s.warmup_steps >= s.iterations,
         "'micro_tokens' must not be less than 'seq_len'": s.micro_tokens < s.seq_len,
@@ -284,9 +273,8 @@ def misfits(s: Settings, given: dict, world_size: int) -> list[str]:
             for sentence, wrong in checks.items() if wrong]
 
 # ==================== Data ====================================================================
-# Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. A
-# document starts with the end-of-text token. Rows are packed from pieces: documents cut to
-# max_doc_len. The order of the rows does not depend on the number of processes.
+# Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. Rows
+# are packed from pieces: documents, which start with the end-of-text token, cut to max_doc_len.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_BYTES = 20240520, 1, 1024
 GPT2_META = {
@@ -380,7 +368,7 @@ def gather_rows(tokens, starts, lengths) -> np.ndarray:
     pieces = np.repeat(np.arange(len(starts)), lengths)
     return np.stack([tokens[index], tokens[index + 1], pieces]).astype(np.int32)
 
-def training_rows(s: Settings, corpus: Corpus, epoch=0, shard=0, used=0) -> Iterator[tuple]:
+def training_rows(s: Settings, corpus: Corpus, epoch=0, shard=0, used=0):
     """The rows of train_gpt.py's Loader, (3, T) int32, and the place in the data after each."""
     idle = 0  # shards in turn without a row
     while idle < len(corpus.train) + 2:
@@ -388,24 +376,23 @@ def training_rows(s: Settings, corpus: Corpus, epoch=0, shard=0, used=0) -> Iter
         tokens = open_shard(corpus.train[shard], corpus.meta["vocab_size"])
         rng = np.random.default_rng((s.seed, epoch, shard))
         offset = int(rng.integers(s.max_doc_len)) if epoch else 0
-        clip = s.long_docs == "clip"
-        pieces = piece_table(tokens, corpus.meta["eot"], s.max_doc_len, clip, offset)
-        order = rng.permutation(len(pieces[0])) if s.shuffle else slice(None)
-        starts, lengths = (x[order] for x in pieces)
+        eot, clip = corpus.meta["eot"], s.long_docs == "clip"
+        starts, lengths = piece_table(tokens, eot, s.max_doc_len, clip, offset)
+        order = rng.permutation(len(starts)) if s.shuffle else slice(None)
+        starts, lengths = starts[order], lengths[order]
         ends = np.cumsum(lengths)
-        first = np.searchsorted(ends, used, side="right")
         while (last := np.searchsorted(ends, used + s.seq_len)) < len(ends):
+            first = np.searchsorted(ends, used, side="right")
             sizes = lengths[first:last + 1].copy()
             sizes[-1] -= sizes.sum() - s.seq_len  # the rest of the last piece is skipped
             used, idle = int(ends[last]), 0
             row = gather_rows(tokens, starts[first:last + 1], sizes)
             yield row, {"epoch": epoch, "shard": shard, "used": used}
-            first = last + 1
         turn, shard = divmod(shard + 1, len(corpus.train))
         epoch, used = epoch + turn, 0
     raise UserError(f"no shard of {corpus.folder} fills a row of {s.seq_len} tokens: lower --seq_len")
 
-def next_batch(rows: Iterator[tuple], s: Settings) -> tuple[Tensor, dict]:
+def next_batch(rows, s: Settings) -> tuple[Tensor, dict]:
     """This process's share of the next batch, (3, rows, T) int32, and the place after the batch."""
     rank, size = own_place()
     taken = [next(rows) for _ in range(s.batch_tokens // s.seq_len)]
@@ -448,12 +435,11 @@ class ValStream:
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
 NORM_EPS = 1e-5  # of LayerNorm and RMSNorm, GPT-2's
 RESIDUAL = ("out.weight", "down.weight")  # whose outputs are dimensions of the stream
-SCALES = ("qk_scale", "up_scale", "gate_scale", "logit_scale", "attn_step", "mlp_step")
 # differs from train_gpt.py: last parts of names
-FP32_PARAMETERS = (*SCALES, "router")  # evals/hellaswag.py does not round these to bf16
-GELU = functools.partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {
-    "gelu": GELU, "relu2": lambda x: x.relu().square(), "geglu": GELU, "swiglu": F.silu}
+FP32_PARAMETERS = (
+    "router", "qk_scale", "up_scale", "gate_scale", "logit_scale", "attn_step", "mlp_step")
+ACTIVATIONS = {"gelu": functools.partial(F.gelu, approximate="tanh"), "swiglu": F.silu,
+               "relu2": lambda x: x.relu().square()}
 
 def unit(x: Tensor) -> Tensor:
     """x with rows of norm 1, computed in fp32."""
@@ -481,8 +467,8 @@ def attention_mask(docs_BT, window: Tensor | int) -> Tensor:
     """True where a query may look: causal, same document, inside the window; (B, 1, T, T)."""
     place = torch.arange(docs_BT.size(1), device=docs_BT.device)
     distance = place[:, None] - place
-    near = (distance >= 0) & (distance < window)
-    return near & (docs_BT[:, None, :, None] == docs_BT[:, None, None, :])
+    same_document = docs_BT[:, None, :, None] == docs_BT[:, None, None, :]
+    return same_document & (distance >= 0) & (distance < window)
 
 def make_norm(s: Settings) -> nn.Module:
     """The normalization before a sublayer and the head; ngpt has none."""
@@ -530,7 +516,7 @@ class FeedForward(nn.Module):
         ngpt, bias = s.model_type == "ngpt", s.model_type == "gpt"
         self.activation = ACTIVATIONS[s.mlp]
         self.up = nn.Linear(s.width, hidden, bias)
-        self.gate = nn.Linear(s.width, hidden, bias) if s.gated else None
+        self.gate = nn.Linear(s.width, hidden, bias) if s.mlp == "swiglu" else None
         self.down = nn.Linear(hidden, s.width, bias)
         self.up_scale = nn.Parameter(torch.ones(hidden)) if ngpt else None
         self.gate_scale = nn.Parameter(torch.ones(hidden)) if ngpt else None
@@ -579,8 +565,7 @@ class FineMixture(nn.Module):
         return y[order.argsort()].unflatten(0, (-1, self.top_k))
 
 class TransformerLayer(nn.Module):
-    """Attention, then MLP or mixture of experts, each of the normalized stream and added to it. In
-    ngpt the stream is a point of the unit sphere, which each moves a learned part of the way."""
+    """Attention, then MLP or experts; in ngpt each moves a point of the unit sphere a learned way."""
     def __init__(self, s: Settings, number: int):
         super().__init__()
         self.attn = SelfAttention(s)
@@ -618,9 +603,8 @@ class GPT(nn.Module):
         if s.tied == "on":
             self.lm_head.weight = self.embed.weight
         self.logit_scale = nn.Parameter(torch.full((padded,), s.width**-0.5)) if ngpt else None
-        cos, sin = rotary_table(longest, s.head_dim, s.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rotary_table(longest, s.head_dim, s.rope_base), strict=True):
+            self.register_buffer(name, table, persistent=False)
         initialize(self, s)
 
     # differs from train_gpt.py: load-balancing loss
@@ -678,8 +662,7 @@ def normalize_rows(model: GPT, s: Settings):
 # ==================== Optimizer and schedule ==================================================
 
 def make_optimizers(model: GPT, s: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW, of which matrices and tables decay and vectors do not (as in nanoGPT); before it, if
-    asked for, Muon (Jordan et al. 2024) for the matrices of attention, MLP and experts."""
+    """AdamW, without decay of vectors; before it Muon (Jordan et al. 2024) for hidden matrices."""
     hidden, others, vectors = [], [], []
     for name, p in model.named_parameters():
         inner = name.startswith("blocks") and not name.endswith("router")
@@ -774,8 +757,7 @@ class Progress:
         """A train or val loss to all; to log.txt in the form of the public records."""
         step, ms, at = self.step, self.train_ms, f"{self.step}/{self.s.iterations}"
         self.print(f"step {at}  {kind} loss {loss:.4f}  {text}")
-        times = f"train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
-        self.write(f"step:{at} {kind}_loss:{loss:.4f} {times}")
+        self.write(f"step:{at} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
         record = {"step": step, "tokens": step * self.s.batch_tokens, "train_time_ms": ms}
         self.write(json.dumps(record | {f"{kind}_loss": loss} | values), "metrics.jsonl")
 
@@ -821,8 +803,8 @@ def resumed_run(s: Settings, config: dict) -> tuple[Progress, dict]:
     differing = [f"{name}: {then[name]} in the checkpoint, {now} now"
                  for name, now in computed(config).items() if then[name] != now]
     if differing:
-        text = f"{path} has other settings; use them, or start without --resume:"
-        raise UserError("\n  ".join([text, *differing]))
+        text = "\n  ".join(["use them, or start without --resume:", *differing])
+        raise UserError(f"{path} has other settings; {text}")
     step, ms = meta["step"], meta["train_time_ms"]
     run = Progress(s, config, path.parent.parent, step, ms, (step, ms), meta["val_loss"])
     run.write(f"resumed after step {step}")
@@ -833,21 +815,14 @@ def resumed_run(s: Settings, config: dict) -> tuple[Progress, dict]:
 
 def run_config(s: Settings, hardware: dict, corpus: Corpus) -> dict:
     """What config.json and the checkpoints say of a run."""
-    commit = command_output("git", "rev-parse", "HEAD")
-    changes = command_output("git", "status", "--porcelain", "-uno")
+    data = {"name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta}
+    git = {"commit": command_output("git", "rev-parse", "HEAD"),
+           "dirty": bool(command_output("git", "status", "--porcelain", "-uno"))}
     return {
         "settings": asdict(s), "script": Path(__file__).name, "world_size": own_place()[1],
-        "git": {"commit": commit, "dirty": bool(changes)}, "torch": torch.__version__,
-        "hardware": hardware, "optimizer_state": "of torch.optim", "data": {
-            "name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta},
+        "git": git, "torch": torch.__version__, "hardware": hardware, "data": data,
+        "optimizer_state": "of torch.optim",
     }
-
-def parameter_counts(model: GPT, s: Settings) -> tuple[int, int]:
-    """Parameters of the model, and how many of them a token uses."""
-    counts = {name: p.numel() for name, p in model.named_parameters()}
-    expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts
-    total = sum(counts.values())
-    return total, total - expert * (s.num_experts - s.top_k)
 
 # differs from train_gpt.py: plain
 def train(s: Settings, hardware: dict) -> int:
@@ -866,10 +841,12 @@ def train(s: Settings, hardware: dict) -> int:
             optimizer.load_state_dict(state)
     compiled = torch.compile(model, dynamic=False) if s.compile else model
     trained = DistributedDataParallel(compiled, broadcast_buffers=False) if size > 1 else compiled
-    total, active = parameter_counts(model, s)
-    run.print(f"{s.model_type}: {total:,} parameters, {active:,} of them for a token; {s.dtype} "
-              f"on {hardware['name']}, preset {s.preset}, data {s.data}")
-    run.print(f"run folder: {run.folder}")
+    counts = {name: p.numel() for name, p in model.named_parameters()}
+    total = sum(counts.values())
+    expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts
+    active = total - expert * (s.num_experts - s.top_k)
+    run.print(f"{s.model_type}: {total:,} parameters, {active:,} of them for a token; {s.device}, "
+              f"{s.dtype}, preset {s.preset}, data {s.data}\nrun folder: {run.folder}")
     share = s.batch_tokens // s.seq_len // size
     rows = max(n for n in range(1, share + 1) if share % n == 0 and n * s.seq_len <= s.micro_tokens)
     # Untimed: compiles, and orders DistributedDataParallel's buckets as a resumed run has them.
@@ -877,7 +854,6 @@ def train(s: Settings, hardware: dict) -> int:
     model.zero_grad()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.catch)
-
     began = time.perf_counter()
     while run.step < s.iterations and run.status == "done":
         set_rates(optimizers, s, run.step)
@@ -896,7 +872,6 @@ def train(s: Settings, hardware: dict) -> int:
         model.zero_grad()
         normalize_rows(model, s)
         run.step += 1
-
         last = run.step == s.iterations
         save = s.save_every and run.step % s.save_every == 0
         evaluate = last or s.eval_every and run.step % s.eval_every == 0
@@ -937,8 +912,7 @@ def validate(run: Progress, model: nn.Module, stream: ValStream):
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // size)))
     total = torch.zeros((), dtype=torch.float64, device=s.device)
     for start in range(rank * rows, stream.num_rows + rank * rows, rows * size):
-        batch = torch.from_numpy(stream.rows(start, rows)).to(s.device)
-        total += model(*batch)[0]
+        total += model(*torch.from_numpy(stream.rows(start, rows)).to(s.device))[0]
     if size > 1:
         dist.all_reduce(total)
     loss = total.item() / stream.num_tokens
@@ -956,11 +930,11 @@ def save_checkpoint(run: Progress, model: GPT, optimizers: list, place: dict):
         return
     final = run.folder / "checkpoints" / f"step_{run.step:06d}"
     part = final.with_suffix(".tmp")
-    states = [optimizer.state_dict() for optimizer in optimizers]
+    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     meta = {"step": run.step, "train_time_ms": run.train_ms, "val_loss": run.val_loss}
     try:
         part.mkdir(parents=True, exist_ok=True)
-        torch.save({"model": model.state_dict(), "optimizers": states}, part / "state.pt")
+        torch.save(state, part / "state.pt")
         meta |= run.config | {"position": place, "sha256": file_hash(part / "state.pt")}
         (part / "meta.json").write_text(json.dumps(meta, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # there if a run was resumed from an earlier one
@@ -981,19 +955,17 @@ def finish(run: Progress, total: int, active: int) -> int:
     """The end of the logs, and the exit code. Raises UserError where something was not finite."""
     s, ms, step, reached = run.s, run.train_ms, run.step, run.status == "target"
     wrong = run.status not in ("done", "interrupted", "target")
-    memory = torch.cuda.max_memory_allocated() >> 20 if s.device == "cuda" else None
     bpb = run.val_loss and bits_per_byte(run.val_loss, run.config["data"]["meta"])
     end = {
         "event": "end", "status": "nan" if wrong else run.status, "step": step,
         "iterations": s.iterations, "val_loss": run.val_loss, "train_time_ms": ms, "val_bpb": bpb,
-        "tokens_per_s": 1000 * step * s.batch_tokens / ms if ms else None,
-        "params_total": total, "params_active": active, "peak_memory_mib": memory,
+        "params_total": total, "params_active": active,
+        "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20 or None,
         "target_step": step if reached else None, "target_time_ms": ms if reached else None,
     }
     run.write(json.dumps(end), "metrics.jsonl")
     if wrong:
-        kept = f"the checkpoints before it are kept in {run.folder}"
-        raise UserError(f"{run.status}: stopped, {kept}; lower --max-lr and --muon-lr")
+        raise UserError(f"{run.status}; lower --max-lr and --muon-lr. Checkpoints: {run.folder}")
     if reached:
         run.print(f"target loss {s.target_loss} reached: step {step}, {ms / 1000:.2f} s")
     # SIGTERM: another rank got the signal
@@ -1019,8 +991,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         code = 130
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # after an error NCCL might wait here for ranks that are elsewhere
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
