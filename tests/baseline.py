@@ -63,7 +63,7 @@ def random_model(s: Settings, seed: int = 0, size: float = 0.3) -> GPT:
             noise = torch.randn(p.shape, generator=random)
             if s.model_type == "ngpt" and p.dim() > 1:
                 p.copy_(noise)
-            elif name.endswith(tb.SCALES):
+            elif name.endswith(tb.FP32_PARAMETERS):
                 p.mul_((1 + size * noise.abs()) * noise.sign())
             else:
                 p.add_(size * noise)
@@ -130,7 +130,7 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
-ACTIVATIONS = {"gelu": gelu, "geglu": gelu, "swiglu": silu, "relu2": lambda x: torch.where(x > 0, x, 0.0) ** 2}
+ACTIVATIONS = {"gelu": gelu, "swiglu": silu, "relu2": lambda x: torch.where(x > 0, x, 0.0) ** 2}
 
 
 class Plain:
@@ -208,7 +208,7 @@ class Plain:
         act, hidden, down = ACTIVATIONS[s.mlp], x @ p[name + "up.weight"].T, p[name + "down.weight"].T
         if s.model_type == "gpt":
             return act(hidden + p[name + "up.bias"]) @ down + p[name + "down.bias"]
-        if not s.gated:
+        if s.mlp != "swiglu":
             return act(hidden) @ down
         gate = x @ p[name + "gate.weight"].T
         if s.model_type == "ngpt":  # equations 20 and 21

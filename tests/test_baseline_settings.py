@@ -17,7 +17,7 @@ from train_baseline import GPT, Settings, UserError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 # setting -> the other one in the bracket of its comment, and the values with which it is read
-READ_WITH = {name: (found[1], found[2].split("|")) for name, text in tb.help_texts().items()
+READ_WITH = {name: (found[1], found[2].split("|")) for name, text in tb.field_comments().items()
              if (found := re.search(r"with (\w+)=([\w|]+)\]$", text))}
 PAIRS = [("--max_steps 7", "--iterations 7"), ("--total_batch_size 64", "--batch_tokens 64"),
          ("--T 16", "--seq_len 16"), ("--max-steps 7", "--iterations 7"),
@@ -73,7 +73,7 @@ def test_every_setting_that_trains_is_checked_on_resume():
     checked = set(names[:names.index("preset")])
     assert not checked & {"device", "dtype", "backend", "compile", "threads", "micro_tokens", "log_every", "data"}
     assert checked >= {"model_type", "optimizer", "seed", "iterations", "max_lr", "weight_decay", "schedule", "mlp"}
-    assert READ_WITH.keys() == {name for name, text in tb.help_texts().items() if "; with " in text}
+    assert READ_WITH.keys() == {name for name, text in tb.field_comments().items() if "; with " in text}
     assert len(READ_WITH) > 15
 
 
@@ -84,7 +84,7 @@ def test_every_setting_that_trains_is_checked_on_resume():
 def test_a_flag_that_nothing_would_read_is_refused(name, monkeypatch):
     """And accepted where it is read."""
     other, values = READ_WITH[name]
-    choices = tb.help_texts()[other].rpartition("[")[2].rstrip("]").split("|")
+    choices = tb.field_comments()[other].rpartition("[")[2].rstrip("]").split("|")
     assert set(values) < set(choices)
     value = flags_of(name)
     for choice in choices:
@@ -357,7 +357,7 @@ def test_a_cpu_that_is_fast_in_bf16_has_the_formula(dtype, backend, monkeypatch)
 
 def test_settings_of_the_same_name_have_the_same_type():
     others = {field.name: field for field in dataclasses.fields(train_gpt.Settings)}
-    shared = FIELDS.keys() & others.keys() - set(train_gpt.STAGED)
+    shared = FIELDS.keys() & others.keys() - set(train_gpt.staged_settings())
     differing = {name for name in shared if FIELDS[name].type != others[name].type}
     assert differing <= {"mlp_ratio"} and len(shared) > 30  # of a gated MLP it is no whole number
 
