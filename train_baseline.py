@@ -645,9 +645,9 @@ def initialize(model: GPT, s: Settings):
     for name, p in model.named_parameters():
         if p.dim() > 1:
             std = s.width**-0.5 if s.model_type == "ngpt" else 0.02
-            if name.endswith(RESIDUAL):
-                std *= (2 * s.num_layers) ** -0.5
-            p.normal_(0.0, std)
+            residual = name.endswith(RESIDUAL)  # drawn transposed since the first version
+            std *= (2 * s.num_layers) ** -0.5 if residual else 1.0
+            p.copy_((torch.randn(p.shape[::-1]).T if residual else torch.randn(p.shape)) * std)
         elif name.endswith("bias"):
             p.zero_()
     normalize_rows(model, s)
@@ -902,7 +902,8 @@ def report(run: Progress, step_loss: Tensor, norm: float, began: float):
     step_ms = (run.train_ms - ms_before) / (step - step_before)
     speed = 1000 * s.batch_tokens / step_ms
     run.log("train", loss, f"{step_ms:.1f} ms/step  {speed:,.0f} tokens/s", step_ms=step_ms,
-            tokens_per_s=speed, lr=rate_scale(s, step - 1), grad_norm=norm)
+            tokens_per_s=speed, lr=rate_scale(s, step - 1), grad_norm=norm,
+            seq_len=s.seq_len, window=s.window, batch_tokens=s.batch_tokens)
     run.logged = step, run.train_ms
 
 @torch.no_grad()
@@ -952,15 +953,15 @@ def save_checkpoint(run: Progress, model: GPT, optimizers: list, place: dict):
         shutil.rmtree(old, ignore_errors=True)
 
 def finish(run: Progress, total: int, active: int) -> int:
-    """The end of the logs, and the exit code. Raises UserError where something was not finite."""
+    """The end of the logs, and the exit code, SIGTERM's if another rank got a signal; or UserError."""
     s, ms, step, reached = run.s, run.train_ms, run.step, run.status == "target"
     wrong = run.status not in ("done", "interrupted", "target")
     bpb = run.val_loss and bits_per_byte(run.val_loss, run.config["data"]["meta"])
     end = {
         "event": "end", "status": "nan" if wrong else run.status, "step": step,
-        "iterations": s.iterations, "val_loss": run.val_loss, "train_time_ms": ms, "val_bpb": bpb,
-        "params_total": total, "params_active": active,
-        "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20 or None,
+        "iterations": s.iterations, "train_time_ms": ms, "val_loss": run.val_loss, "val_bpb": bpb,
+        "tokens_per_s": 1000 * step * s.batch_tokens / ms, "params_total": total,
+        "params_active": active, "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20 or None,
         "target_step": step if reached else None, "target_time_ms": ms if reached else None,
     }
     run.write(json.dumps(end), "metrics.jsonl")
@@ -968,7 +969,6 @@ def finish(run: Progress, total: int, active: int) -> int:
         raise UserError(f"{run.status}; lower --max-lr and --muon-lr. Checkpoints: {run.folder}")
     if reached:
         run.print(f"target loss {s.target_loss} reached: step {step}, {ms / 1000:.2f} s")
-    # SIGTERM: another rank got the signal
     return 128 + (run.signal or signal.SIGTERM) if run.status == "interrupted" else 0
 
 # differs from train_gpt.py: plain
