@@ -58,7 +58,7 @@ class Settings:
     width: int = 768  # model_dim [>0]
     head_dim: int = 64  # num_heads = width / head_dim [>0]
     num_kv_heads: int = 0  # 0: num_heads [>=0; with model_type=moderngpt|moegpt]
-    mlp: str = "auto"  # auto: gelu for gpt, else swiglu [auto|gelu|relu2|swiglu]
+    mlp: str = "auto"  # auto: by model [auto|gelu|relu2|swiglu|geglu]
     mlp_ratio: float = 4.0  # hidden size / width; a gated MLP has 2/3 of it [>0]
     tied: str = "auto"  # head = embedding [auto|on|off; with model_type=gpt|moderngpt|moegpt]
     norm_gain: bool = True  # gains in RMSNorm [on|off; with model_type=moderngpt|moegpt]
@@ -116,7 +116,7 @@ class Settings:
     @property
     def mlp_hidden(self) -> int:
         size = self.mlp_ratio * self.width
-        return 32 * math.ceil(size / 48) if self.mlp == "swiglu" else round(size)
+        return 32 * math.ceil(size / 48) if "glu" in self.mlp else round(size)
 
     @property
     def mixture_layers(self) -> range:
@@ -254,17 +254,17 @@ def misfits(s: Settings, given: dict, world_size: int) -> list[str]:
         "'head_dim' must be a multiple of 4": s.head_dim % 4,
         f"'num_kv_heads' must divide the {heads} heads of queries": heads % s.num_kv_heads,
         "'mlp_ratio' leaves no hidden unit": s.mlp_hidden < 1,
-        "'mlp': gpt has no gated MLP; use gelu or relu2": kind == "gpt" and s.mlp == "swiglu",
-        "'mlp': ngpt has a gated MLP; use swiglu": kind == "ngpt" and s.mlp != "swiglu",
+        "'mlp': gpt has no gated MLP; use gelu or relu2": kind == "gpt" and "glu" in s.mlp,
+        "'mlp': ngpt has a gated MLP; use swiglu": kind == "ngpt" and "glu" not in s.mlp,
         "'eval_seq_len': gpt has positions for 'max_doc_len' only; lower it":
             kind == "gpt" and s.eval_seq_len > s.max_doc_len,
-        "'dense_first' must be less than 'num_layers'": kind == "moegpt" and not s.mixture_layers,
-        "'top_k' must not be above 'num_experts'": kind == "moegpt" and s.top_k > s.num_experts,
-        "'min_lr' must not be above 'max_lr'": s.min_lr > s.max_lr,
+        "'dense_first' must be below 'num_layers'": kind == "moegpt" and not s.mixture_layers,
+        "'top_k' must be at most 'num_experts'": kind == "moegpt" and s.top_k > s.num_experts,
+        "'min_lr' must be at most 'max_lr'": s.min_lr > s.max_lr,
         "'beta1', 'beta2', 'muon_momentum' must be below 1": 1 in (s.beta1, s.beta2, s.muon_momentum),
         "'seed' must be below 2^63": s.seed >= 2**63,
-        "'warmup_steps' must be less than 'iterations'": s.warmup_steps >= s.iterations,
-        "'micro_tokens' must not be less than 'seq_len'": s.micro_tokens < s.seq_len,
+        "'warmup_steps' must be below 'iterations'": s.warmup_steps >= s.iterations,
+        "'micro_tokens' must be at least 'seq_len'": s.micro_tokens < s.seq_len,
         "'batch_tokens' must be a multiple of 'seq_len'": s.batch_tokens % s.seq_len,
         f"{world_size} processes cannot share the {rows} rows of a step ('batch_tokens' / "
         f"'seq_len'): use {fits} processes": rows % world_size,
@@ -438,8 +438,8 @@ RESIDUAL = ("out.weight", "down.weight")  # whose outputs are dimensions of the 
 # differs from train_gpt.py: last parts of names
 FP32_PARAMETERS = (
     "router", "qk_scale", "up_scale", "gate_scale", "logit_scale", "attn_step", "mlp_step")
-ACTIVATIONS = {"gelu": functools.partial(F.gelu, approximate="tanh"), "swiglu": F.silu,
-               "relu2": lambda x: x.relu().square()}
+GELU = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"gelu": GELU, "geglu": GELU, "swiglu": F.silu, "relu2": lambda x: x.relu().square()}
 
 def unit(x: Tensor) -> Tensor:
     """x with rows of norm 1, computed in fp32."""
@@ -516,7 +516,7 @@ class FeedForward(nn.Module):
         ngpt, bias = s.model_type == "ngpt", s.model_type == "gpt"
         self.activation = ACTIVATIONS[s.mlp]
         self.up = nn.Linear(s.width, hidden, bias)
-        self.gate = nn.Linear(s.width, hidden, bias) if s.mlp == "swiglu" else None
+        self.gate = nn.Linear(s.width, hidden, bias) if "glu" in s.mlp else None
         self.down = nn.Linear(hidden, s.width, bias)
         self.up_scale = nn.Parameter(torch.ones(hidden)) if ngpt else None
         self.gate_scale = nn.Parameter(torch.ones(hidden)) if ngpt else None
@@ -645,9 +645,9 @@ def initialize(model: GPT, s: Settings):
     for name, p in model.named_parameters():
         if p.dim() > 1:
             std = s.width**-0.5 if s.model_type == "ngpt" else 0.02
-            if name.endswith(RESIDUAL):
-                std *= (2 * s.num_layers) ** -0.5
-            p.normal_(0.0, std)
+            residual = name.endswith(RESIDUAL)  # drawn transposed since the first version
+            std *= (2 * s.num_layers) ** -0.5 if residual else 1.0
+            p.copy_((torch.randn(p.shape[::-1]).T if residual else torch.randn(p.shape)) * std)
         elif name.endswith("bias"):
             p.zero_()
     normalize_rows(model, s)
@@ -902,7 +902,8 @@ def report(run: Progress, step_loss: Tensor, norm: float, began: float):
     step_ms = (run.train_ms - ms_before) / (step - step_before)
     speed = 1000 * s.batch_tokens / step_ms
     run.log("train", loss, f"{step_ms:.1f} ms/step  {speed:,.0f} tokens/s", step_ms=step_ms,
-            tokens_per_s=speed, lr=rate_scale(s, step - 1), grad_norm=norm)
+            tokens_per_s=speed, lr=rate_scale(s, step - 1), grad_norm=norm,
+            seq_len=s.seq_len, window=s.window, batch_tokens=s.batch_tokens)
     run.logged = step, run.train_ms
 
 @torch.no_grad()
@@ -952,15 +953,15 @@ def save_checkpoint(run: Progress, model: GPT, optimizers: list, place: dict):
         shutil.rmtree(old, ignore_errors=True)
 
 def finish(run: Progress, total: int, active: int) -> int:
-    """The end of the logs, and the exit code. Raises UserError where something was not finite."""
+    """The end of the logs, and the exit code, SIGTERM's if another rank got a signal; or UserError."""
     s, ms, step, reached = run.s, run.train_ms, run.step, run.status == "target"
     wrong = run.status not in ("done", "interrupted", "target")
     bpb = run.val_loss and bits_per_byte(run.val_loss, run.config["data"]["meta"])
     end = {
         "event": "end", "status": "nan" if wrong else run.status, "step": step,
-        "iterations": s.iterations, "val_loss": run.val_loss, "train_time_ms": ms, "val_bpb": bpb,
-        "params_total": total, "params_active": active,
-        "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20 or None,
+        "iterations": s.iterations, "train_time_ms": ms, "val_loss": run.val_loss, "val_bpb": bpb,
+        "tokens_per_s": 1000 * step * s.batch_tokens / ms, "params_total": total,
+        "params_active": active, "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20 or None,
         "target_step": step if reached else None, "target_time_ms": ms if reached else None,
     }
     run.write(json.dumps(end), "metrics.jsonl")
@@ -968,7 +969,6 @@ def finish(run: Progress, total: int, active: int) -> int:
         raise UserError(f"{run.status}; lower --max-lr and --muon-lr. Checkpoints: {run.folder}")
     if reached:
         run.print(f"target loss {s.target_loss} reached: step {step}, {ms / 1000:.2f} s")
-    # SIGTERM: another rank got the signal
     return 128 + (run.signal or signal.SIGTERM) if run.status == "interrupted" else 0
 
 # differs from train_gpt.py: plain

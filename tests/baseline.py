@@ -130,7 +130,7 @@ def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
 
 
-ACTIVATIONS = {"gelu": gelu, "swiglu": silu, "relu2": lambda x: torch.where(x > 0, x, 0.0) ** 2}
+ACTIVATIONS = {"gelu": gelu, "geglu": gelu, "swiglu": silu, "relu2": lambda x: torch.where(x > 0, x, 0.0) ** 2}
 
 
 class Plain:
@@ -208,7 +208,7 @@ class Plain:
         act, hidden, down = ACTIVATIONS[s.mlp], x @ p[name + "up.weight"].T, p[name + "down.weight"].T
         if s.model_type == "gpt":
             return act(hidden + p[name + "up.bias"]) @ down + p[name + "down.bias"]
-        if s.mlp != "swiglu":
+        if not s.mlp.endswith("glu"):
             return act(hidden) @ down
         gate = x @ p[name + "gate.weight"].T
         if s.model_type == "ngpt":  # equations 20 and 21

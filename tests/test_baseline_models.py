@@ -13,7 +13,8 @@ from train_baseline import GPT, FineMixture
 
 MODERN = {
     "plain": {}, "GQA": dict(num_kv_heads=2), "MQA": dict(num_kv_heads=1),
-    "gelu": dict(mlp="gelu"), "relu2": dict(mlp="relu2"), "QK-norm": dict(qk_norm=True, num_kv_heads=2),
+    "gelu": dict(mlp="gelu"), "relu2": dict(mlp="relu2"), "geglu": dict(mlp="geglu"),
+    "QK-norm": dict(qk_norm=True, num_kv_heads=2),
     "no gains": dict(norm_gain=False), "window": dict(window=5), "tied": dict(tied="on"),
     "base": dict(rope_base=50.0), "two heads": dict(head_dim=16), "formula": dict(backend="plain", window=7),
 }
@@ -21,7 +22,7 @@ VARIANTS = {
     **{f"moderngpt, {name}": ("moderngpt", changes) for name, changes in MODERN.items()},
     "gpt": ("gpt", {}), "gpt, relu2": ("gpt", dict(mlp="relu2")), "gpt, own head": ("gpt", dict(tied="off")),
     "gpt, window": ("gpt", dict(window=6, backend="plain")),
-    "ngpt": ("ngpt", {}), "ngpt, window": ("ngpt", dict(window=9)),
+    "ngpt": ("ngpt", {}), "ngpt, window": ("ngpt", dict(window=9, mlp="geglu")),
     "moegpt": ("moegpt", dict(dense_first=0)), "moegpt, dense first": ("moegpt", dict(num_experts=5, top_k=3)),
     "moegpt, GQA": ("moegpt", dict(num_kv_heads=2, num_shared=2, qk_norm=True, norm_gain=False)),
     "moegpt, nothing shared": ("moegpt", dict(num_shared=0, top_k=1, mlp="relu2")),
@@ -251,13 +252,14 @@ def test_the_seed_alone_decides_the_initial_weights(model_type):
     assert not torch.equal(GPT(other, VOCAB).embed.weight, first["embed.weight"])
 
 
-@pytest.mark.parametrize("mlp, hidden", [("gelu", 128), ("relu2", 128), ("swiglu", 96)])
+@pytest.mark.parametrize("mlp, hidden", [("gelu", 128), ("relu2", 128), ("swiglu", 96), ("geglu", 96)])
 def test_a_gated_mlp_has_about_as_many_parameters(mlp, hidden):
     """2/3 of 4 * 32 is 85.3, rounded up to a multiple of 32."""
     s = settings("moderngpt", mlp=mlp, mlp_ratio=4)
     block = GPT(s, VOCAB).blocks[0].mlp
-    matrices = 3 if mlp == "swiglu" else 2
-    assert s.mlp_hidden == hidden and sum(p.numel() for p in block.parameters()) == matrices * 32 * hidden
+    matrices = 3 if mlp.endswith("glu") else 2
+    assert s.mlp_hidden == hidden
+    assert sum(p.numel() for p in block.parameters()) == matrices * 32 * hidden
 
 
 def test_gpt2_124m_has_124_million_parameters():
