@@ -254,7 +254,7 @@ def misfits(s: Settings, given: dict, world_size: int) -> list[str]:
         "'head_dim' must be a multiple of 4": s.head_dim % 4,
         f"'num_kv_heads' must divide the {heads} heads of queries": heads % s.num_kv_heads,
         "'mlp_ratio' leaves no hidden unit": s.mlp_hidden < 1,
-        "'mlp': gpt has no gated MLP; use gelu or relu2": kind == "gpt" and "glu" in s.mlp,
+        "'mlp': gpt has no gated MLP; use gelu, relu2": kind == "gpt" and "glu" in s.mlp,
         "'mlp': ngpt has a gated MLP; use swiglu": kind == "ngpt" and "glu" not in s.mlp,
         "'eval_seq_len': gpt has positions for 'max_doc_len' only; lower it":
             kind == "gpt" and s.eval_seq_len > s.max_doc_len,
