@@ -840,7 +840,7 @@ def train(s: Settings, hardware: dict) -> int:
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
     compiled = torch.compile(model, dynamic=False) if s.compile else model
-    trained = DistributedDataParallel(compiled, broadcast_buffers=False) if size > 1 else compiled
+    trained = DistributedDataParallel(compiled) if size > 1 else compiled
     counts = {name: p.numel() for name, p in model.named_parameters()}
     total = sum(counts.values())
     expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts

@@ -153,12 +153,20 @@ def run_all(jobs: list, workers: int, command: str, path: Path, execute: Callabl
             raise
     return failed
 
-def micro_step(script, model, optimizer, batch, window, weights: list[float]):
-    """Forward and backward of some rows, (3, B, T), as in the script's `train`; their summed next-token loss."""
+def micro_step(script, model, optimizer, batch, window, weights: list[float], place: tuple[int, int] = (0, 0)):
+    """Forward and backward of some rows, (3, B, T), as in the script's `train`; their summed next-token loss. `place`:
+    step and number of the micro-step, for the noise of routers."""
     inputs, targets, docs = batch
-    targets = script.future_targets(targets, docs, len(weights) - 1)
-    losses = model(inputs, targets, docs, window)
-    sum(w * loss for w, loss in zip(weights, losses, strict=True)).backward()
+    targets, balance, noise = script.future_targets(targets, docs, len(weights) - 1), None, ()
+    if hasattr(optimizer, "balance"):  # train_moe.py's
+        balance = optimizer.balance
+        noise = (balance.noise(*place, *inputs.shape) if balance else None,)
+    values = model(inputs, targets, docs, window, *noise)
+    losses, sums = values[:len(weights)], values[len(weights):]
+    loss = sum(w * loss for w, loss in zip(weights, losses, strict=True))
+    if balance:
+        loss = loss + balance.add(sums, weights[0], optimizer.last_micro_step)
+    loss.backward()
     return losses[0].detach()
 
 def share_cores(jobs: int) -> None:

@@ -416,7 +416,7 @@ class Timed:
         weights = [w / stage.batch_tokens for w in script.future_weights(stages, step)]
         for i, batch in enumerate(micro_steps):
             self.optimizer.last_micro_step = i == len(micro_steps) - 1
-            loss = common.micro_step(script, self.model, self.optimizer, batch, self.window, weights)
+            loss = common.micro_step(script, self.model, self.optimizer, batch, self.window, weights, (step, i))
             self.loss += loss / stage.batch_tokens
         self.optimizer.step(script.lr_scale(s, stages, step), script.momentum_at(s, step))
 

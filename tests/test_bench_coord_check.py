@@ -139,6 +139,16 @@ def scaled(monkeypatch, pattern, script=train_gpt, power=-1.0):
     monkeypatch.setattr(script, "trained_rules", trained_rules)
 
 
+def after_init(monkeypatch, script, change):
+    """Models of the script are changed after they were built."""
+    original = script.GPT.__init__
+
+    def init(model, s, vocab_size):
+        original(model, s, vocab_size)
+        change(model, s)
+    monkeypatch.setattr(script.GPT, "__init__", init)
+
+
 def test_initial_weights_divided_twice(check, monkeypatch):
     original = train_gpt.uniform_matrix  # which divides by the root of the width, the base's being 64
     monkeypatch.setattr(train_gpt, "uniform_matrix", lambda *shape: original(*shape) * (64 / shape[-1]) ** 0.5)
@@ -164,13 +174,7 @@ def test_head_rate_scaled_on_top_of_its_multiplier(check, monkeypatch):
 
 
 def test_head_without_its_factor(check, monkeypatch):
-    original = train_gpt.GPT.__init__
-
-    def init(model, s, vocab_size):
-        original(model, s, vocab_size)
-        model.cap = s.softcap
-
-    monkeypatch.setattr(train_gpt.GPT, "__init__", init)
+    after_init(monkeypatch, train_gpt, lambda model, s: setattr(model, "cap", s.softcap))
     code, _, report = check()
     assert code == 1 and failing(report)[0] in LOGITS
     assert beyond(report)["logits", cc.CHANGE] == pytest.approx(1, abs=0.1)
@@ -214,7 +218,7 @@ def test_a_split_by_head_with_the_factor_relative_to_the_base_passes(check, monk
 
 
 def test_router_without_its_multiplier(check, monkeypatch):
-    scaled(monkeypatch, lambda shape, rule: rule.pattern == "routers", train_moe, multiplier=1)
+    after_init(monkeypatch, train_moe, lambda model, s: setattr(model, "router_scale", 1.0))
     code, _, report = check(*MIXTURE, "--router", "softmax_topk", script="train_moe.py")
     assert code == 1
     assert beyond(report)["learned router logits", cc.CHANGE] > 0.7
