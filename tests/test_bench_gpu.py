@@ -229,7 +229,7 @@ def test_wrong_experts_are_found(bench, monkeypatch, off, equal, same):
 def test_routings_and_sizes_of_the_kinds(bench):
     for kind, shape in (("mixtral", (8, 1536, 2)), ("deepseek", (64, 384, 6)), ("speed", (8, 1536, 1))):
         s = gpu.kind_settings(bench._replace(tiny=False), kind)
-        assert (s.experts, s.hidden, s.choices, s.width) == (*shape, 768)
+        assert (s.num_experts, s.hidden, s.top_k, s.width) == (*shape, 768)
     s, loads = gpu.kind_settings(bench, "mixtral"), {}
     for routing in gpu.ROUTINGS:
         leaves, experts = gpu.draw_experts(bench, s, 800, routing)

@@ -100,7 +100,7 @@ def test_models_are_the_presets_and_a_control_without_experts(data):
     parsed = {who: train_moe.parse_settings([*sweep.flags, *m.flags.split()], 1)[0] for who, m in sweep.models.items()}
     assert list(parsed) == ["dense", "mixtral", "deepseek", "speed"]
     assert {who: (s.num_experts, s.router) for who, s in parsed.items() if who != "dense"} == {
-        "mixtral": (8, "noisy_topk"), "deepseek": (8, "sigmoid_bias"), "speed": (8, "sigmoid_bias")}
+        "mixtral": (8, "noisy_topk"), "deepseek": (16, "sigmoid_bias"), "speed": (8, "sigmoid_bias")}
     assert parsed["dense"].num_experts == 0 and not parsed["dense"].save_last
     for who, m in sweep.models.items():
         counts = train_moe.parameter_counts(train_moe.GPT(parsed[who], helpers.VOCAB))
