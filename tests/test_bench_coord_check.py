@@ -366,11 +366,13 @@ def report_rows(capsys, *flags: str) -> tuple[str, dict[str, list[str]]]:
     return about, {row[0]: row[1:] for row in cells}
 
 
-def test_report_says_what_is_scaled_and_why(capsys):
-    wide = ["--preset", "cpu", "--device", "cpu", "--width", "384", "--base-width", "96", "--bigram", "50"]
+def test_report_says_what_is_scaled_and_why(capsys, tmp_path):
+    data = helpers.make_data(tmp_path / "bytes", vocab_size=256, eot=None)
+    wide = ["--preset", "cpu", "--device", "cpu", "--width", "384", "--base-width", "96", "--bigram", "50",
+            "--data", str(data)]
     about, rows = report_rows(capsys, *wide)
     assert about == "muP from width 96 to 384, m = 4; attention scale 0.1963 at head_dim 48"
-    assert rows["lm_head"][:5] == ["output", "384 x 384*", "384", "-", "adamw"]
+    assert rows["lm_head"][:5] == ["output", "256 x 384*", "384", "-", "adamw"]
     assert rows["lm_head"][5:9] == ["1", "0.25", "-", "0.25"]
     assert rows["blocks.*.mlp.up"][:3] == ["hidden", "1536* x 384*", "384"]
     assert float(rows["blocks.*.mlp.up"][3]) == pytest.approx(0.5 * 384**-0.5, rel=0.03)
