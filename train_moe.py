@@ -529,37 +529,27 @@ def arrange(experts_NK, num_experts: int, impl: str) -> Grouping:
     quarter = -(-len(g.order_R) // (64 * num_experts))
     return pad_groups(g, 16 * quarter if impl == "bmm" else LOOP_ROWS)
 
-class Spread(torch.autograd.Function):
-    """Rows of the tokens, sorted: (R, D). Backward gathers and adds up a token's: no atomics."""
+def take(x_ND, rows_R) -> Tensor:
+    """Rows by number, (R, D); 0 for the number N, which only padding has."""
+    if len(rows_R) <= len(x_ND):
+        return x_ND[rows_R]
+    there = (rows_R < len(x_ND))[:, None]
+    return torch.where(there, x_ND[rows_R.clamp_max(len(x_ND) - 1)], 0)
+
+class Reorder(torch.autograd.Function):
+    """The rows `index`, and backward the rows `back`: no atomics."""
     @staticmethod
-    def forward(ctx, x_ND, order_R, inverse_R, choices: int) -> Tensor:
-        ctx.save_for_backward(inverse_R)
-        ctx.choices = choices
-        return x_ND[(order_R // choices).clamp_max(len(x_ND) - 1)]  # padding: any row
+    def forward(ctx, x_ND, index_R, back_N) -> Tensor:
+        ctx.save_for_backward(index_R, back_N)
+        return take(x_ND, index_R)
 
     @staticmethod
     def backward(ctx, grad_RD):
-        (inverse,) = ctx.saved_tensors
-        return grad_RD[inverse].unflatten(0, (-1, ctx.choices)).sum(1), None, None, None
+        index, back = ctx.saved_tensors
+        return take(grad_RD, back), None, None
 
-class Collect(torch.autograd.Function):
-    """Sorted rows in the order of the choices, (N * K, D): a permutation, and backward its inverse."""
-    @staticmethod
-    def forward(ctx, y_RD, order_R, inverse_R) -> Tensor:
-        ctx.save_for_backward(order_R)
-        return y_RD[inverse_R]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (order,) = ctx.saved_tensors
-        if len(order) == len(grad):
-            return grad[order], None, None
-        rows = grad[order.clamp_max(len(grad) - 1)]
-        return torch.where((order < len(grad))[:, None], rows, 0), None, None
-
-@expert_operator(
-    "nanospeedrun_train_moe::loop", schema="(Tensor x, Tensor weight, Tensor ends) -> Tensor")
-def loop_product(x_RD, weight_EDF, ends_E):
+@expert_operator("nanospeedrun_train_moe::loop")
+def loop_product(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """A product for each expert, whose rows' ends are read on the host; what is behind stays unwritten, unread."""
     out_RF, start = x_RD.new_empty(len(x_RD), weight_EDF.size(2)), 0
     for weight, end in zip(weight_EDF, ends_E.tolist(), strict=True):
@@ -567,9 +557,8 @@ def loop_product(x_RD, weight_EDF, ends_E):
         start = end
     return out_RF
 
-@expert_operator(
-    "nanospeedrun_train_moe::loop_weight", schema="(Tensor x, Tensor grad, Tensor ends) -> Tensor")
-def loop_weight_gradient(x_RD, grad_RF, ends_E):
+@expert_operator("nanospeedrun_train_moe::loop_weight")
+def loop_weight_gradient(x_RD: Tensor, grad_RF: Tensor, ends_E: Tensor) -> Tensor:
     out_EDF, start = x_RD.new_empty(len(ends_E), x_RD.size(1), grad_RF.size(1)), 0
     for out, end in zip(out_EDF, ends_E.tolist(), strict=True):
         torch.mm(x_RD[start:end].T, grad_RF[start:end], out=out)
@@ -603,29 +592,26 @@ def expert_mlp(x_ND, up_EDF, down_EFD, experts_NK, impl: str) -> Tensor:
     choices = experts_NK.size(1)
     g = arrange(experts_NK, len(up_EDF), impl)
     if impl == "triton":
-        y, _ = fused_experts(x_ND, up_EDF, down_EFD, g.order_R, g.ends_E, choices)
+        y = FusedExperts.apply(x_ND, up_EDF, down_EFD, g.order_R, g.ends_E, choices)
         return y.unflatten(0, (-1, choices))
-    x_RD = Spread.apply(x_ND, g.order_R, g.inverse_R, choices)
+    x_NKD = x_ND[:, None].expand(-1, choices, -1)
+    x_RD = Reorder.apply(x_NKD.flatten(0, 1), g.order_R, g.inverse_R)
     post_RF = expert_product(x_RD, up_EDF, g, impl).relu().square()
     y_RD = expert_product(post_RF, down_EFD, g, impl)
-    return Collect.apply(y_RD, g.order_R, g.inverse_R).unflatten(0, (-1, choices))
+    return Reorder.apply(y_RD, g.inverse_R, g.order_R).unflatten(0, (-1, choices))
 
 # --- the same, fused: gather, ReLU^2 and scatter inside the products
 
 def expert_product_kernel(
     a, b, index, ends, post, out, experts, rows, cols, depth,
     BACKWARD: tl.constexpr, SCATTER: tl.constexpr, EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):
     """out[j] = relu(a[index[j]] @ b[e])^2 for each sorted row j, e being its expert, or in the backward pass
     (a[index[j]] @ b[e].T) * 2 sqrt(post[j]); with SCATTER the product alone: out[index[j]] = a[j] @ b[e], or b[e].T.
     Expert e has the tiles from number ends[e - 1] // ROWS + e on: enough for any rows, and those in excess end at
-    once. Tiles run down GROUP rows before they go right: b stays in the L2."""
-    tiles_down, tiles_right = rows // ROWS + experts, tl.cdiv(cols, COLS)
-    group = tl.program_id(0) // (GROUP * tiles_right)
-    within = tl.program_id(0) % (GROUP * tiles_right)
-    height = min(tiles_down - group * GROUP, GROUP)
-    tile = group * GROUP + within % height
+    once. Tiles run to the right first: an expert's matrix stays in the L2."""
+    tile = tl.program_id(1)
     e = tl.arange(0, EXPERTS)
     earlier = tl.load(ends + e, e < experts, rows) // ROWS + e < tile
     expert = tl.sum(earlier.to(tl.int32), 0)
@@ -637,14 +623,14 @@ def expert_product_kernel(
         indexed = tl.load(index + row, row < end, 0)[:, None]
         row = row.to(tl.int64)[:, None]
         source, target = (row, indexed) if SCATTER else (indexed, row)
-        col = ((within // height) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
+        col = (tl.program_id(0) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
         b += expert.to(tl.int64) * depth * cols
-        k = tl.arange(0, DEPTH)
         total = tl.zeros((ROWS, COLS), dtype=tl.float32)
         for start in range(0, depth, DEPTH):
-            across, down = (start + k)[None, :], (start + k)[:, None]
+            k = start + tl.arange(0, DEPTH).to(tl.int64)
+            across, down = k[None, :], k[:, None]
             left = tl.load(a + source * depth + across, (row < end) & (across < depth), 0.0)
-            where = col * depth + down if BACKWARD else down.to(tl.int64) * cols + col
+            where = col * depth + down if BACKWARD else down * cols + col
             right = tl.load(b + where, (col < cols) & (down < depth), 0.0)
             total = tl.dot(left, right, total, input_precision="ieee")
         inside = (row < end) & (col < cols)
@@ -688,19 +674,24 @@ def expert_tile(x: Tensor, num_stages: int) -> dict:
     cols, depth = (128, 32) if small else (256, 64)
     return dict(ROWS=128, COLS=cols, DEPTH=depth, num_warps=8, num_stages=num_stages)
 
-def fused_product(a, b_EKM, index_R, ends_E, post=None, backward=False, scatter=False) -> Tensor:
+@expert_operator("nanospeedrun_train_moe::product")
+def fused_product(
+        a: Tensor, b_EKM: Tensor, index_R: Tensor, ends_E: Tensor, post: Tensor | None,
+        backward: bool, scatter: bool) -> Tensor:
     """(R, M), or in the backward pass, which multiplies by b[e].T, (R, K): see the kernel."""
     experts, depth, cols = (b_EKM.mT if backward else b_EKM).shape
     rows, tile = len(index_R), expert_tile(a, num_stages=3)
     out = a.new_empty(rows, cols)
-    grid = ((rows // tile["ROWS"] + experts) * -(-cols // tile["COLS"]),)
+    grid = -(-cols // tile["COLS"]), rows // tile["ROWS"] + experts
     triton_kernel(expert_product_kernel)[grid](
         a.contiguous(), b_EKM.contiguous(), index_R, ends_E, out if post is None else post, out,
         experts, rows, cols, depth, BACKWARD=backward, SCATTER=scatter,
-        EXPERTS=1 << (experts - 1).bit_length(), GROUP=8, **tile)
+        EXPERTS=1 << (experts - 1).bit_length(), **tile)
     return out
 
-def fused_weight_gradient(a, b, index_R, ends_E, gather_a: bool) -> Tensor:
+@expert_operator("nanospeedrun_train_moe::product_weight")
+def fused_weight_gradient(
+        a: Tensor, b: Tensor, index_R: Tensor, ends_E: Tensor, gather_a: bool) -> Tensor:
     """(E, columns of a, columns of b), exactly 0 for an expert without rows: see the kernel."""
     experts, rows, cols = len(ends_E), a.size(1), b.size(1)
     out = a.new_empty(experts, rows, cols)
@@ -710,40 +701,29 @@ def fused_weight_gradient(a, b, index_R, ends_E, gather_a: bool) -> Tensor:
         a.contiguous(), b.contiguous(), index_R, ends_E, out, rows, cols, GATHER_A=gather_a, **tile)
     return out
 
-@expert_operator(
-    "nanospeedrun_train_moe::experts",
-    schema="(Tensor x, Tensor up, Tensor down, Tensor order, Tensor ends, int choices) -> "
-           "(Tensor, Tensor)")
-def fused_experts(x_ND, up_EDF, down_EFD, order_R, ends_E, choices):
-    """y[order[j]] = relu(x[order[j] // choices] @ up[e])^2 @ down[e], (R, D), and the hidden values of sorted rows,
-    (R, F). An expert may have no rows: its gradients are then exactly 0."""
-    post_RF = fused_product(x_ND, up_EDF, order_R // choices, ends_E)
-    return fused_product(post_RF, down_EFD, order_R, ends_E, scatter=True), post_RF
+fused_product.register_fake(lambda a, b, index, ends, post, backward, scatter: a.new_empty(
+    len(index), b.size(1 if backward else 2)))
+fused_weight_gradient.register_fake(lambda a, b, index, ends, gather_a: a.new_empty(
+    len(ends), a.size(1), b.size(1)))
 
-@expert_operator(
-    "nanospeedrun_train_moe::experts_backward",
-    schema="(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor order, Tensor ends, "
-           "Tensor post, int choices) -> (Tensor, Tensor, Tensor)")
-def fused_experts_backward(grad_RD, x_ND, up_EDF, down_EFD, order_R, ends_E, post_RF, choices):
-    pre_RF = fused_product(grad_RD, down_EFD, order_R, ends_E, post_RF, backward=True)
-    x_RD = fused_product(pre_RF, up_EDF, order_R, ends_E, backward=True, scatter=True)
-    up = fused_weight_gradient(x_ND, pre_RF, order_R // choices, ends_E, gather_a=True)
-    down = fused_weight_gradient(post_RF, grad_RD, order_R, ends_E, gather_a=False)
-    return x_RD.unflatten(0, (-1, choices)).sum(1), up, down
+class FusedExperts(torch.autograd.Function):
+    """y[order[j]] = relu(x[order[j] // choices] @ up[e])^2 @ down[e], (R, D). An expert may have no rows: its
+    gradients are then exactly 0."""
+    @staticmethod
+    def forward(ctx, x_ND, up_EDF, down_EFD, order_R, ends_E, choices: int) -> Tensor:
+        post_RF = fused_product(x_ND, up_EDF, order_R // choices, ends_E, None, False, False)
+        ctx.save_for_backward(x_ND, up_EDF, down_EFD, order_R, ends_E, post_RF)
+        ctx.choices = choices
+        return fused_product(post_RF, down_EFD, order_R, ends_E, None, False, True)
 
-def _experts_backward(ctx, grad_RD, _):
-    return *fused_experts_backward(grad_RD, *ctx.saved_tensors, ctx.choices), None, None, None
-
-def _experts_context(ctx, inputs, output):
-    *tensors, ctx.choices = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
-
-fused_experts.register_fake(lambda x, up, down, order, *_: (
-    x.new_empty(len(order), x.size(1)), x.new_empty(len(order), up.size(2))))
-fused_experts_backward.register_fake(
-    lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
-fused_experts.register_autograd(_experts_backward, setup_context=_experts_context)
+    @staticmethod
+    def backward(ctx, grad_RD):
+        x_ND, up, down, order, ends, post = ctx.saved_tensors
+        pre_RF = fused_product(grad_RD, down, order, ends, post, True, False)
+        x_RD = fused_product(pre_RF, up, order, ends, None, True, True)
+        x = x_RD.unflatten(0, (-1, ctx.choices)).sum(1)
+        up = fused_weight_gradient(x_ND, pre_RF, order // ctx.choices, ends, True)
+        return x, up, fused_weight_gradient(post, grad_RD, order, ends, False), None, None, None
 
 # ┌─ Routers ────────────────────────────────────────────────────────────────────────────────────┐
 ROUTER_STD = 0.01  # of the routers' initial weights

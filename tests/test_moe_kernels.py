@@ -64,7 +64,7 @@ class Case(NamedTuple):
         """Output and the gradients of input and both weights."""
         order = self.chosen.argsort(stable=True)
         ends = self.chosen.bincount(minlength=len(self.up)).cumsum(0).int()
-        y = (function or tm.fused_experts)(self.x, self.up, self.down, order, ends, self.choices)[0]
+        y = (function or tm.FusedExperts.apply)(self.x, self.up, self.down, order, ends, self.choices)
         return [y.detach(), *torch.autograd.grad(y, (self.x, self.up, self.down), self.grad)]
 
     def loop(self) -> list[torch.Tensor]:
@@ -147,7 +147,7 @@ def test_results_are_the_same_to_the_bit_whatever_the_memory_held_before(where):
 
 def test_fused_experts_are_one_node_of_a_compiled_graph(where):
     case = make_case(where, *ROUTINGS["empty"])
-    compiled = torch.compile(lambda *inputs: tm.fused_experts(*inputs), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *inputs: tm.FusedExperts.apply(*inputs), fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, case.fused(compiled), case.fused()))
 
 
