@@ -6,18 +6,12 @@ sends each token to a few of many feed-forward experts, so that the model has mo
     python train_moe.py --num-experts 0 --experiment_name dense    # the dense control: train_gpt.py's losses
     torchrun --standalone --nproc_per_node=8 train_moe.py --preset speed-speedrun
 
-Three parts. RECORD is what a competitor changes: hyperparameters, model, optimizer, schedule, and the loop, `train`.
-KERNELS has its fast forms, SERVICE all that surrounds a run: both are those of train_gpt.py, byte for byte, and so is
-most of RECORD (tests/test_shared_code.py). New are the settings of the mixture; experts and routers; in Optimizer the
-experts as a batch of matrices for Muon, idle ones left alone, and Balance; reports of the routers.
+Three parts: RECORD is what a competitor changes, KERNELS has its fast forms, SERVICE all that surrounds a run; the
+latter two are those of train_gpt.py, byte for byte, and so is most of RECORD (tests/test_shared_code.py). New are the
+settings of the mixture, experts and routers, their part of the optimizer, Balance, and reports of the routers.
 
-No token is dropped, unless --capacity-factor is given, and shapes do not depend on the routing: the rows of all tokens
-are sorted by expert, multiplied by the stacked weights in one grouped product, and permuted back. Nothing is read from
-the device but in log steps, --moe-impl loop excepted. Losses are cross-entropies, without the routers' penalties.
-
-Measured on 2 CPU cores (AMD EPYC, torch 2.13.0; bench/moe.py, records/2026-11-20_moe_cpu) at `cpu` size: the dense
-control's final loss, 1.134 +- 0.044 (n = 3), takes `deepseek` 0.855 times its tokens at 1.33 times the step time,
-`speed` 0.898 at 1.15 (n = 4); `mixtral`, 1.173 +- 0.011 at 1.44, does not get there. Not measured on a GPU.
+No token is dropped, unless --capacity-factor is given, and shapes do not depend on the routing. Losses are
+cross-entropies, without the routers' penalties. Measured on 2 CPU cores only: docs/moe.md.
 Shape suffixes: B rows, T tokens of a row, N = B * T, D model_dim, H heads, K key dim of a head or, of routing, choices
 of a token, V vocabulary; E experts of a layer, F hidden size of one, R = N * K sorted rows, M mixture layers, S sums.
 """
@@ -484,7 +478,7 @@ def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=Non
 # A token's choice number n = token * K + k becomes row j of the rows sorted by expert, order[j] = n;
 # expert e has the rows from ends[e - 1] up to ends[e]. Shapes do not depend on how many those are.
 
-LOOP_ROWS = 64  # multiple of the rows of a product in `loop`
+LOOP_ROWS = 64  # `loop` multiplies multiples of it: oneDNN makes a new kernel for each new size
 expert_operator = functools.partial(torch.library.custom_op, mutates_args=())
 
 class Grouping(NamedTuple):
@@ -519,15 +513,6 @@ def pad_groups(g: Grouping, size: int) -> Grouping:
     owner = torch.searchsorted(block_ends, block, right=True).clamp_max(experts - 1)
     ends = (block_ends * size).to(torch.int32)
     return Grouping(order, row[g.inverse_R], ends, F.one_hot(owner, experts))
-
-def arrange(experts_NK, num_experts: int, impl: str) -> Grouping:
-    """Sorted rows as a backend wants them: `bmm` in about four blocks an expert; `loop` in multiples of LOOP_ROWS, as
-    oneDNN makes a new kernel for each new size."""
-    g = group_rows(experts_NK, num_experts)
-    if impl in ("grouped", "triton"):
-        return g
-    quarter = -(-len(g.order_R) // (64 * num_experts))
-    return pad_groups(g, 16 * quarter if impl == "bmm" else LOOP_ROWS)
 
 def take(x_ND, rows_R) -> Tensor:
     """Rows by number, (R, D); 0 for the number N, which only padding has."""
@@ -589,11 +574,15 @@ def expert_product(x_RD, weight_EDF, g: Grouping, impl: str) -> Tensor:
 
 def expert_mlp(x_ND, up_EDF, down_EFD, experts_NK, impl: str) -> Tensor:
     """relu(x @ up[e])^2 @ down[e] for each expert e that a token has chosen, (N, K, D)."""
-    choices = experts_NK.size(1)
-    g = arrange(experts_NK, len(up_EDF), impl)
+    choices, experts = experts_NK.size(1), len(up_EDF)
+    g = group_rows(experts_NK, experts)
     if impl == "triton":
         y = FusedExperts.apply(x_ND, up_EDF, down_EFD, g.order_R, g.ends_E, choices)
         return y.unflatten(0, (-1, choices))
+    if impl == "loop":
+        g = pad_groups(g, LOOP_ROWS)
+    if impl == "bmm":  # about four blocks an expert
+        g = pad_groups(g, 16 * -(-experts_NK.numel() // (64 * experts)))
     x_NKD = x_ND[:, None].expand(-1, choices, -1)
     x_RD = Reorder.apply(x_NKD.flatten(0, 1), g.order_R, g.inverse_R)
     post_RF = expert_product(x_RD, up_EDF, g, impl).relu().square()
@@ -647,11 +636,9 @@ def expert_weight_kernel(
 ):
     """One tile of out[e] = a.T @ b, summed over expert e's rows: a[index[j]] and b[j], or else a[j] and b[index[j]].
     The tiles of an expert run together: its rows stay in the L2."""
-    expert, tiles_down = tl.program_id(1).to(tl.int64), tl.cdiv(rows, ROWS)
-    row = (tl.program_id(0) % tiles_down) * ROWS + tl.arange(0, ROWS)
-    row = row.to(tl.int64)[:, None]
-    col = (tl.program_id(0) // tiles_down) * COLS + tl.arange(0, COLS)
-    col = col.to(tl.int64)[None, :]
+    expert = tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    col = (tl.program_id(0) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
     begin = tl.load(ends + expert - 1, expert > 0, 0)
     end = tl.load(ends + expert)
     total = tl.zeros((ROWS, COLS), dtype=tl.float32)
@@ -696,7 +683,7 @@ def fused_weight_gradient(
     experts, rows, cols = len(ends_E), a.size(1), b.size(1)
     out = a.new_empty(experts, rows, cols)
     tile = expert_tile(a, num_stages=5)  # an index comes before what it points to: 5 hold 3 tiles
-    grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]), experts)
+    grid = -(-cols // tile["COLS"]), -(-rows // tile["ROWS"]), experts
     triton_kernel(expert_weight_kernel)[grid](
         a.contiguous(), b.contiguous(), index_R, ends_E, out, rows, cols, GATHER_A=gather_a, **tile)
     return out
@@ -727,16 +714,14 @@ class FusedExperts(torch.autograd.Function):
 
 # ┌─ Routers ────────────────────────────────────────────────────────────────────────────────────┐
 ROUTER_STD = 0.01  # of the routers' initial weights
-DROP_PARTS = 8  # parts of a row by which dropped choices are counted
 NOISE_FLOOR = 0.01  # least std of noisy_topk's noise: chance_of_choice divides by it
 
 def named_sums(sums: Tensor, num_experts: int) -> dict[str, Tensor]:
-    """What a router sums over tokens, the last axis, by name. By expert: how often it was chosen, its gates
-    (noisy_topk) or share of the scores, its chance to be chosen under another noise (noisy_topk, else 0). Choices
-    dropped in each part of the row. Entropy of the scores, key of the last choice less that of the next, squared
-    log-sum-exp and mean square of the logits."""
-    sizes = {"chosen": num_experts, "importance": num_experts, "load": num_experts,
-             "dropped": DROP_PARTS, "entropy": 1, "margin": 1, "z": 1, "logit": 1}
+    """What a router sums over tokens, the last axis, by name. By expert: choices, gates (noisy_topk) or shares of the
+    scores, chance to be chosen under another noise (noisy_topk, else 0). Choices dropped, entropy of the scores, last
+    choice's key less the next one's, squared log-sum-exp and mean square of the logits."""
+    by_expert = dict.fromkeys(("chosen", "importance", "load"), num_experts)
+    sizes = by_expert | dict.fromkeys(("dropped", "entropy", "margin", "z", "logit"), 1)
     return dict(zip(sizes, sums.split(list(sizes.values()), dim=-1), strict=True))
 
 def chance_of_choice(clean_NE, noise_std_NE, noisy_NE, top_NK, choices: int) -> Tensor:
@@ -749,10 +734,6 @@ def chance_of_choice(clean_NE, noise_std_NE, noisy_NE, top_NK, choices: int) -> 
     threshold = torch.where(noisy_NE > outside, outside, inside)
     return torch.special.ndtr((clean_NE - threshold) / noise_std_NE)
 
-def among(experts: Tensor, num_experts: int) -> Tensor:
-    """Numbers of experts (.., K) -> (.., E), True for those."""
-    return (experts[..., None] == torch.arange(num_experts, device=experts.device)).any(-2)
-
 class Routing(NamedTuple):
     """What a router decides, and sums for its balance and its report."""
     experts_NK: Tensor
@@ -761,74 +742,66 @@ class Routing(NamedTuple):
 
 class Router(NamedTuple):
     """How tokens choose: everything that is not learned."""
-    kind: str
-    num_experts: int
-    choices: int
-    norm: bool
-    scale: float
-    capacity: float
+    s: Settings
 
     def __call__(self, x_BTD, weight_RD, bias_E, noise_BTE) -> Routing:
         """Routing of normed tokens. weight: (E, D) fp32, noisy_topk (2E, D), the second half for the noise's size;
         bias: sigmoid_bias's, for the choice alone; noise: standard normal, None in evaluation."""
-        training, sigmoid = torch.is_grad_enabled(), self.kind == "sigmoid_bias"
+        s, sigmoid = self.s, self.s.router == "sigmoid_bias"
         products = F.linear(x_BTD.float().flatten(0, 1), weight_RD)
-        logits, *noise_logits = products.split(self.num_experts, dim=1)
+        logits, *noise_logits = products.split(s.num_experts, dim=1)
         keys, noise_std = logits, None
         if noise_BTE is not None:
             noise_std = F.softplus(noise_logits[0]) + NOISE_FLOOR
             keys = logits + noise_BTE.flatten(0, 1) * noise_std
         scores = torch.sigmoid(logits) if sigmoid else keys.softmax(-1)
         keys = scores + bias_E if sigmoid else keys
-        top, experts = keys.topk(min(self.choices + 1, self.num_experts))
-        experts = experts[:, :self.choices]
+        top, experts = keys.topk(min(s.top_k + 1, s.num_experts))
+        experts = experts[:, :s.top_k]
         gates = scores.gather(1, experts)
-        if self.norm and self.choices > 1:  # a lone one would be constant: nothing to learn from
+        if s.route_norm and s.top_k > 1:  # a lone one would be constant: nothing to learn from
             gates = gates / gates.sum(-1, keepdim=True).clamp_min(1e-20)
-        kept = sums = None
-        if training and self.capacity:
-            kept = self.kept(experts.view(*x_BTD.shape[:2], -1))
-        if training:
-            sums = self.sums(logits, noise_std, keys, scores, top, experts, gates, kept)
-        gates = gates * self.scale
-        return Routing(experts, gates if kept is None else gates * kept.view_as(gates), sums)
+        if not torch.is_grad_enabled():
+            return Routing(experts, gates * s.gate_scale, None)
+        kept = self.kept(experts, x_BTD.size(1))
+        sums = self.sums(logits, noise_std, keys, scores, top, experts, gates, kept)
+        return Routing(experts, gates * s.gate_scale * kept, sums)
 
-    def kept(self, experts_BTK) -> Tensor:
-        """False where earlier tokens of the row have filled an expert. What a token loses depends on nothing that comes
-        after it, nor on other rows (unlike GShard's order of first choices first)."""
-        even = experts_BTK.size(1) * self.choices / self.num_experts
-        chosen = among(experts_BTK, self.num_experts).int()
-        earlier = (chosen.cumsum(1) - chosen).gather(2, experts_BTK)
-        return earlier < math.ceil(self.capacity * even)
+    def kept(self, experts_NK, length: int) -> Tensor:
+        """False where earlier tokens of the row have filled an expert: what a token loses depends on nothing that
+        comes after it, nor on other rows (unlike GShard's order of first choices first)."""
+        s = self.s
+        if not s.capacity_factor:
+            return torch.ones_like(experts_NK, dtype=torch.bool)
+        experts_BTK = experts_NK.unflatten(0, (-1, length))
+        chosen = F.one_hot(experts_BTK, s.num_experts).sum(2)
+        earlier = (chosen.cumsum(1) - chosen).gather(2, experts_BTK).flatten(0, 1)
+        return earlier < math.ceil(s.capacity_factor * (length * s.top_k / s.num_experts))
 
-    def sums(self, logits, noise_std, keys, scores, top, experts_NK, gates_NK, kept_BTK) -> Tensor:
+    def sums(self, logits, noise_std, keys, scores, top, experts_NK, gates_NK, kept_NK) -> Tensor:
         """The sums that named_sums names, (S,) fp32. Only what penalties read has a gradient: that of the entropy is
         infinite where a score underflows."""
-        chosen = among(experts_NK, self.num_experts).sum(0)
+        choices, experts = self.s.top_k, self.s.num_experts
+        chosen = F.one_hot(experts_NK, experts).sum((0, 1)).float()
         share = scores / scores.sum(-1, keepdim=True)
         importance, load = share.sum(0), torch.zeros_like(share[0])
         if noise_std is not None:
             importance = torch.zeros_like(share).scatter(1, experts_NK, gates_NK).sum(0)
-            load = chance_of_choice(logits, noise_std, keys, top, self.choices).sum(0)
-        dropped = share.new_zeros(DROP_PARTS)
-        if kept_BTK is not None:
-            length = kept_BTK.size(1)
-            part = torch.arange(length, device=share.device) * DROP_PARTS // length
-            dropped = (~kept_BTK).sum((0, 2)).float() @ F.one_hot(part, DROP_PARTS).float()
+            load = chance_of_choice(logits, noise_std, keys, top, choices).sum(0)
+        dropped = (~kept_NK).sum().float()
         entropy = torch.special.entr(share.detach()).sum()
-        margin = (top[:, self.choices - 1] - top[:, -1]).detach().sum()  # 0 if all are chosen
+        margin = (top[:, choices - 1] - top[:, -1]).detach().sum()  # 0 if all are chosen
         z = logits.logsumexp(-1).square().sum()
-        logit = (logits.detach().square() / self.num_experts).sum()
-        single = torch.stack((entropy, margin, z, logit))
-        return torch.cat((chosen.float(), importance, load, dropped, single))
+        logit = (logits.detach().square() / experts).sum()
+        single = torch.stack((dropped, entropy, margin, z, logit))
+        return torch.cat((chosen, importance, load, single))
 
 class Mixture(nn.Module):
     """Feed-forward layer in which each token has some of many experts, and perhaps shared ones."""
     def __init__(self, s: Settings):
         super().__init__()
         experts, self.impl = s.num_experts, s.moe_impl
-        self.router = Router(
-            s.router, experts, s.top_k, s.route_norm, s.gate_scale, s.capacity_factor)
+        self.router = Router(s)
         up = uniform_matrix(experts, s.hidden, s.width).mT
         self.experts_up = nn.Parameter(up.contiguous())  # (E, D, F)
         self.experts_down = nn.Parameter(torch.zeros(experts, s.hidden, s.width))  # (E, F, D)
@@ -839,8 +812,8 @@ class Mixture(nn.Module):
         """Output and sums. Gates are applied after the experts: before, ReLU^2 would square them."""
         shared = self.shared(x_BTD) if self.shared is not None else None
         experts, gates, sums = self.router(x_BTD, *router)
-        weights = self.experts_up, self.experts_down
-        y_NKD = expert_mlp(x_BTD.flatten(0, 1), *weights, experts, self.impl)
+        x_ND = x_BTD.flatten(0, 1)
+        y_NKD = expert_mlp(x_ND, self.experts_up, self.experts_down, experts, self.impl)
         y = (y_NKD * gates[..., None]).sum(1).type_as(x_BTD).view_as(x_BTD)
         return y if shared is None else y + shared, sums
 
@@ -1135,7 +1108,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
         kind = kinds.get(name.split(".")[0], "small")
         counts["experts" if ".experts_" in name else kind] += p.numel()
     routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, Mixture)]
-    share = routers[0].choices / routers[0].num_experts if routers else 0.0
+    share = routers[0].s.top_k / routers[0].s.num_experts if routers else 0.0
     total, idle = sum(counts.values()), round(counts["experts"] * (1 - share))
     matmul = sum(counts[kind] for kind in ("hidden", "experts", "router", "head")) - idle
     return {"total": total, "active": total - idle, **counts, "matmul": matmul}
@@ -1437,8 +1410,7 @@ class Bank:
     # differs from train_gpt.py: experts without a token are left alone
     def step(self, scale: float, mu: float, step: int, busy: Tensor | None = None):
         """Waits for the own gradients, updates the own pieces and sends them off, asynchronously. `busy`: which experts
-        saw a token, and True. Updates have full size however small the gradient, and without one would repeat old ones;
-        so idle experts keep weights and moments."""
+        saw a token, and True; the others keep weights and moments, or they would repeat old updates in full size."""
         for work, _ in self.in_flight:
             work.wait()
         self.in_flight = []
@@ -1527,10 +1499,9 @@ class Bank:
         self.receive_weights()
 
 def penalty(name: str, weight: float, sums_MS, num_experts: int) -> tuple:
-    """What makes routers balance, by sums per token: its value in each layer, 1 where all experts are equal, but for z;
-    by which of the sums it has a slope; and weight * that slope. importance, load: 1 + CV^2 (Shazeer et al. 2017,
-    arXiv 1701.06538); switch: E * sum_i f_i P_i (Fedus et al. 2021, arXiv 2101.03961), f_i the share of all choices,
-    without gradient; z: mean squared log-sum-exp (Zoph et al. 2022, arXiv 2202.08906)."""
+    """A penalty by sums per token: its value in each layer, by which of the sums it has a slope, weight * that slope.
+    importance, load: 1 + CV^2 (Shazeer et al. 2017, arXiv 1701.06538); switch: E * sum_i f_i P_i (Fedus et al. 2021,
+    arXiv 2101.03961), f_i without gradient; z: mean squared log-sum-exp (Zoph et al. 2022, arXiv 2202.08906)."""
     sums = named_sums(sums_MS, num_experts)
     if name == "z":
         return sums["z"].squeeze(-1), "z", torch.full_like(sums["z"], weight)
@@ -1555,36 +1526,30 @@ def balance_update(sums_MS, bias_ME, bias_step, weights: dict[str, float], num_e
     return slopes, bias - bias.mean(-1, keepdim=True)
 
 class Balance:
-    """What keeps routers from sending all tokens to few experts, by the sums over all tokens of a step.
+    """What keeps routers from sending all tokens to few experts. Penalties such as CV^2 are no means over tokens and
+    would depend on how a batch is split; so what is added to the loss is their linearization at the sums of the step
+    before, sum(slopes * sums): the gradient for the whole batch, one step late, for a small all-reduce."""
+    SAVED = "bias", "slopes", "report_sums"
 
-    Penalties that are no means over tokens, such as CV^2, would depend on how a batch is split into micro-steps and
-    ranks; so what is added to the loss is their linearization at the sums of the step before: sum(slopes * sums). It
-    has the penalties' gradient for the whole batch, one step late, and needs one small all-reduce a step."""
     def __init__(self, model: nn.Module, s: Settings, world: World):
         self.s, self.world, self.bias = s, world, model.router_bias
-        self.size = len(self.bias), 3 * s.num_experts + DROP_PARTS + 4  # of the sums, (M, S)
+        self.size = len(self.bias), 3 * s.num_experts + 5  # of the sums, (M, S)
         self.update_function = compiled(balance_update, s)
         self.generator = torch.Generator(s.device)
         self.reset()
 
     def reset(self):
         """As before the first step: slopes of evenly loaded experts, which turn no router."""
-        self.sums = torch.zeros(self.size, device=self.s.device)  # of this step, per token
-        self.in_flight, self.report_steps = None, 0
+        s, self.in_flight, self.report_steps = self.s, None, 0
+        self.sums = torch.zeros(self.size, device=s.device)  # of this step, per token
         self.report_sums = torch.zeros_like(self.sums)
         self.bias.zero_()
-        self.slopes, _ = self.updated(torch.full_like(self.sums, 1 / self.s.num_experts), 0.0)
-
-    def updated(self, sums_MS, bias_step: float) -> tuple:
-        """Slopes and bias after a step with these sums."""
-        bias_step = torch.full((), bias_step, device=self.s.device)
-        return self.update_function(
-            sums_MS, self.bias, bias_step, self.s.penalties, self.s.num_experts)
+        even = torch.full_like(self.sums, 1 / s.num_experts)
+        self.slopes, _ = balance_update(even, self.bias, 0.0, s.penalties, s.num_experts)
 
     def noise(self, step: int, micro_step: int, rows: int, seq_len: int) -> Tensor | None:
-        """Standard normal noise for noisy_topk, (B, M, T, E) fp32: each row's from a generator with its own seed, made
-        of the run's, the step and the row's number in the batch. So it does not depend on the number of ranks or
-        micro-steps, and a resumed run draws what it would have drawn."""
+        """Standard normal noise for noisy_topk, (B, M, T, E) fp32. Each row has its own seed, by run, step and number
+        in the batch: ranks, micro-steps and a resumption change nothing."""
         if self.s.router != "noisy_topk":
             return None
         shape = rows, self.size[0], seq_len, self.s.num_experts
@@ -1593,12 +1558,11 @@ class Balance:
         for row, out in enumerate(noise, start=first):
             key = hashlib.sha256(f"{self.s.seed} {step} {row}".encode()).digest()
             self.generator.manual_seed(int.from_bytes(key[:7], "little"))
-            torch.randn(out.shape, generator=self.generator, device=out.device, out=out)
+            out.normal_(generator=self.generator)
         return noise
 
     def add(self, sums: Tensor, weight: float, last: bool) -> Tensor:
-        """What a micro-step's sums add to its share of the loss. weight: 1 / tokens of the batch. The last one's start
-        on their way to the other ranks, before the gradients do."""
+        """What a micro-step's sums add to the loss. weight: 1 / tokens of the batch. The last starts the all-reduce."""
         sums_MS = sums.view(self.size) * weight
         self.sums += sums_MS.detach()
         if last and self.world.size > 1:
@@ -1618,28 +1582,31 @@ class Balance:
         if s.router == "sigmoid_bias":
             left = (s.iterations - step) / max(1.0, s.bias_cooldown * s.iterations)
             rate = s.bias_rate * min(1.0, left)
-        self.slopes, bias = self.updated(self.sums, rate)
+        rate = torch.full((), rate, device=s.device)
+        self.slopes, bias = self.update_function(
+            self.sums, self.bias, rate, s.penalties, s.num_experts)
         self.bias.copy_(bias)
         self.report_sums += self.sums
         self.report_steps += 1
         self.sums.zero_()
 
+    def due(self, step: int) -> bool:
+        return step % self.s.log_every == 0 and self.report_steps >= self.s.router_every
+
     def report(self) -> dict[str, list]:
         """Numbers of the steps since the last report; waits for the device."""
-        sums, self.report_steps = self.report_sums / max(1, self.report_steps), 0
+        sums, self.report_steps = self.report_sums / self.report_steps, 0
         self.report_sums = torch.zeros_like(self.sums)
         return router_report(sums.cpu(), self.bias.cpu(), self.s)
 
     def state_dict(self) -> dict:
-        tensors = {"bias": self.bias, "slopes": self.slopes, "report_sums": self.report_sums}
-        saved = {name: t.to("cpu", copy=True) for name, t in tensors.items()}
-        return saved | {"report_steps": self.report_steps}
+        tensors = {name: getattr(self, name).to("cpu", copy=True) for name in self.SAVED}
+        return tensors | {"report_steps": self.report_steps}
 
     def load_state_dict(self, saved: dict):
-        self.bias.copy_(saved["bias"])
-        self.slopes = saved["slopes"].to(self.s.device)
-        self.report_sums = saved["report_sums"].to(self.s.device)
         self.report_steps = saved["report_steps"]
+        for name in self.SAVED:
+            getattr(self, name).copy_(saved[name])
 
 # differs from train_gpt.py: balance of the experts
 class MuonAdamW:
@@ -1863,16 +1830,15 @@ def bits_per_byte(loss: float, meta: dict) -> float | None:
 
 # ┌─ Reports of the routers ─────────────────────────────────────────────────────────────────────┐
 def router_report(sums_MS, bias_ME, s: Settings) -> dict[str, list]:
-    """Numbers of each mixture layer, from sums per token over some steps: each expert's share of the choices (load),
-    e^its entropy, largest / mean, standard deviation / mean (cv); dropped share of choices, in all and in each 1/8 of a
-    row; entropy of the router's scores in nats, gap between last choice and next, rms of logits; range of the bias;
-    penalties; experts below 1/20 of the mean."""
+    """Numbers of each mixture layer, from sums per token over some steps. load: each expert's share of the choices;
+    effective_experts: e^its entropy; cv: standard deviation / mean; dropped: share of the choices; score_entropy: nats;
+    margin: last choice's key less the next one's; dead: experts below 1/20 of the mean."""
     sums, even = named_sums(sums_MS, s.num_experts), 1 / s.num_experts
-    load, dropped = sums["chosen"] / s.top_k, sums["dropped"] / s.top_k
+    load = sums["chosen"] / s.top_k
     values = {
         "load": load, "effective_experts": torch.special.entr(load).sum(-1).exp(),
         "max_over_mean": load.amax(-1) / even, "cv": load.std(-1, correction=0) / even,
-        "dropped": dropped.sum(-1), "dropped_by_part": dropped * DROP_PARTS,
+        "dropped": sums["dropped"][:, 0] / s.top_k,
         "score_entropy": sums["entropy"][:, 0], "margin": sums["margin"][:, 0],
         "logit_rms": sums["logit"][:, 0].sqrt(),
         "bias_min": bias_ME.amin(-1), "bias_max": bias_ME.amax(-1),
@@ -1890,14 +1856,12 @@ def router_lines(report: dict[str, list], s: Settings) -> list[str]:
     lines = [f"routers: effective experts {' '.join(f'{x:.1f}' for x in effective)} "
              f"of {s.num_experts}, max/mean {max(report['max_over_mean']):.2f}, "
              f"CV {max(report['cv']):.2f}, dead {sum(map(len, dead))}{drops}"]
-    for layer, experts in zip(s.mixtures, dead, strict=True):
-        if experts:
-            lines.append(f"ALARM: layer {layer}: dead experts {', '.join(map(str, experts))}: "
-                         "less than 1/20 of an even share of tokens")
+    lines += [f"ALARM: layer {layer}: dead experts {', '.join(map(str, experts))}: "
+              "less than 1/20 of an even share of tokens"
+              for layer, experts in zip(s.mixtures, dead, strict=True) if experts]
     limit = max(1.5 * s.top_k, s.num_experts / 4)
-    for layer, x in zip(s.mixtures, effective, strict=True):
-        if x < limit < s.num_experts:
-            lines.append(f"ALARM: layer {layer}: collapse: {x:.1f} of {s.num_experts} experts are effectively used")
+    lines += [f"ALARM: layer {layer}: collapse: {x:.1f} of {s.num_experts} experts are effectively used"
+              for layer, x in zip(s.mixtures, effective, strict=True) if x < limit < s.num_experts]
     return lines
 
 def log_routers(run: Run, step: int, report: dict[str, list]):
@@ -1908,9 +1872,8 @@ def log_routers(run: Run, step: int, report: dict[str, list]):
         run.log.line(f"{alarm} (step {step})")
     run.log.metric(event="routers", step=step, layers=s.mixtures, experts=s.num_experts, **report)
     if run.log.wandb is not None:
-        single = {name: row for name, row in report.items() if isinstance(row[0], float)}
-        numbers = {f"routers/{name}/layer{i}": x for name, row in single.items()
-                   for i, x in zip(s.mixtures, row, strict=True)}
+        numbers = {f"routers/{name}/layer{i}": x for name, row in report.items()
+                   for i, x in zip(s.mixtures, row, strict=True) if isinstance(x, float)}
         run.log.wandb.log(numbers, step=step)
 
 # ┌─ Training ───────────────────────────────────────────────────────────────────────────────────┐
@@ -1963,15 +1926,12 @@ def train(run: Run):
             run.log_step(
                 step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
                 batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
-            due = step % s.log_every == 0  # not where a signal or a checkpoint brought the line about
-            if balance and (last or (due and balance.report_steps >= s.router_every)):
-                log_routers(run, step, balance.report())
         if last or (s.eval_every and step % s.eval_every == 0):
             with run.clock.paused():
                 val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
                 run.log_validation(step, val_loss)
-            if balance and run.status == "target" and balance.report_steps:
-                log_routers(run, step, balance.report())
+        if balance and (last or run.status == "target" or balance.due(step)):
+            log_routers(run, step, balance.report())
         if save and not last and not run.over:
             run.save(step, optimizer)
     run.finish(step, optimizer)

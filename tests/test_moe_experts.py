@@ -111,7 +111,7 @@ def test_compiled_experts_are_one_graph_for_all_routings(impl, dtype):
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_nothing_is_read_from_the_device(kind, impl):
     """Routing, experts and gradients on tensors without values, of which nothing can be read."""
-    router = tm.Router(kind, 8, 2, norm=True, scale=1.0, capacity=1.0)
+    router = tm.Router(tm.Settings(router=kind, num_experts=8, top_k=2, route_scale=1.0, capacity_factor=1.0))
     with FakeTensorMode():
         x = torch.empty(4, 8, D, dtype=torch.bfloat16, requires_grad=True)
         up, down = (torch.empty(8, *shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((D, F), (F, D)))

@@ -145,7 +145,7 @@ def test_results_are_the_same_to_the_bit_whatever_the_memory_held_before(where):
     assert all(map(torch.equal, first, second))
 
 
-def test_fused_experts_are_one_node_of_a_compiled_graph(where):
+def test_fused_experts_are_in_one_compiled_graph(where):
     case = make_case(where, *ROUTINGS["empty"])
     compiled = torch.compile(lambda *inputs: tm.FusedExperts.apply(*inputs), fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, case.fused(compiled), case.fused()))
