@@ -478,60 +478,47 @@ def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=Non
 # A token's choice number n = token * K + k becomes row j of the rows sorted by expert, order[j] = n;
 # expert e has the rows from ends[e - 1] up to ends[e]. Shapes do not depend on how many those are.
 
-LOOP_ROWS = 64  # `loop` multiplies multiples of it: oneDNN makes a new kernel for each new size
+LOOP_ROWS = 64  # in a block of `loop`: oneDNN makes a new kernel for each new number of rows
+TILE_ROWS = 128  # in a block of `triton`, a tile
 expert_operator = functools.partial(torch.library.custom_op, mutates_args=())
 
 class Grouping(NamedTuple):
-    """Choices sorted by expert, perhaps with padding."""
+    """Choices sorted by expert, in blocks that each have one expert."""
     order_R: Tensor  # row -> number of the choice; N * K: padding
     inverse_R: Tensor  # number of the choice -> row
     ends_E: Tensor  # int32: where the rows of each expert end
-    owner_GE: Tensor | None = None  # of G equal blocks of rows, for `bmm`: 1 at its expert
+    owner_G: Tensor  # expert of each block
 
-def group_rows(experts_NK, num_experts: int) -> Grouping:
-    """Sorts the choices by expert, tokens in order. Nothing is read from the device."""
+def group_rows(experts_NK, num_experts: int, size: int = 1) -> Grouping:
+    """Sorts the choices by expert, tokens in order, in blocks of `size` rows: padding fills the last one of an expert.
+    Nothing is read from the device."""
     flat = experts_NK.flatten().to(torch.int32)  # a sort of shorter keys takes fewer passes
     order = flat.argsort(stable=True)
-    row = torch.arange(len(order), device=order.device)
-    inverse = torch.empty_like(order).scatter_(0, order, row)
     number = torch.arange(num_experts, dtype=torch.int32, device=flat.device)
     ends = torch.searchsorted(flat[order], number, right=True, out_int32=True)
-    return Grouping(order, inverse, ends)
-
-def pad_groups(g: Grouping, size: int) -> Grouping:
-    """The same in blocks of `size` rows, each of one expert: padding fills an expert's last one."""
-    rows, experts = len(g.order_R), len(g.ends_E)
-    count = -(-rows // size) + experts  # enough for any routing
-    sizes = torch.diff(g.ends_E, prepend=g.ends_E.new_zeros(1))
+    sizes = torch.diff(ends, prepend=ends.new_zeros(1))
     blocks = -(-sizes // size)
     block_ends = blocks.cumsum(0)
-    shift = (block_ends - blocks) * size - (g.ends_E - sizes)  # of an expert's first row
-    row = torch.arange(rows, device=sizes.device)
-    row = row + shift[torch.searchsorted(g.ends_E, row.to(torch.int32), right=True)]
-    order = torch.full((count * size,), rows, device=row.device).scatter_(0, row, g.order_R)
-    block = torch.arange(count, device=row.device)
-    owner = torch.searchsorted(block_ends, block, right=True).clamp_max(experts - 1)
-    ends = (block_ends * size).to(torch.int32)
-    return Grouping(order, row[g.inverse_R], ends, F.one_hot(owner, experts))
-
-def take(x_ND, rows_R) -> Tensor:
-    """Rows by number, (R, D); 0 for the number N, which only padding has."""
-    if len(rows_R) <= len(x_ND):
-        return x_ND[rows_R]
-    there = (rows_R < len(x_ND))[:, None]
-    return torch.where(there, x_ND[rows_R.clamp_max(len(x_ND) - 1)], 0)
+    shift = (block_ends - blocks) * size - (ends - sizes)  # of an expert's first row
+    row = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
+    inverse = torch.empty_like(order).scatter_(0, order, row)
+    count = -(-len(flat) // size) + (num_experts if size > 1 else 0)  # enough for any routing
+    order = order.new_full((count * size,), len(flat)).scatter_(0, row, order)
+    block = torch.arange(count, device=flat.device)
+    owner = torch.searchsorted(block_ends, block, right=True).clamp_max(num_experts - 1)
+    return Grouping(order, inverse, (block_ends * size).to(torch.int32), owner)
 
 class Reorder(torch.autograd.Function):
-    """The rows `index`, and backward the rows `back`: no atomics."""
+    """The rows `index`, 0 for the number N, which only padding has; backward the rows `back`: no atomics."""
     @staticmethod
     def forward(ctx, x_ND, index_R, back_N) -> Tensor:
-        ctx.save_for_backward(index_R, back_N)
-        return take(x_ND, index_R)
+        ctx.save_for_backward(back_N)
+        return F.pad(x_ND, (0, 0, 0, 1))[index_R]
 
     @staticmethod
     def backward(ctx, grad_RD):
-        index, back = ctx.saved_tensors
-        return take(grad_RD, back), None, None
+        (back,) = ctx.saved_tensors
+        return F.pad(grad_RD, (0, 0, 0, 1))[back], None, None
 
 @expert_operator("nanospeedrun_train_moe::loop")
 def loop_product(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
@@ -568,21 +555,19 @@ def expert_product(x_RD, weight_EDF, g: Grouping, impl: str) -> Tensor:
     if impl == "loop":
         return loop_product(x_RD, weight_EDF, g.ends_E)
     # the blocks' matrices by a product, so that its gradient is one: no atomics
-    blocks = g.owner_GE.to(x_RD.dtype) @ weight_EDF.flatten(1)
+    owner_GE = F.one_hot(g.owner_G, len(weight_EDF)).to(x_RD.dtype)
+    blocks = owner_GE @ weight_EDF.flatten(1)
     x_GBD = x_RD.unflatten(0, (len(blocks), -1))
     return (x_GBD @ blocks.unflatten(1, weight_EDF.shape[1:])).flatten(0, 1)
 
 def expert_mlp(x_ND, up_EDF, down_EFD, experts_NK, impl: str) -> Tensor:
     """relu(x @ up[e])^2 @ down[e] for each expert e that a token has chosen, (N, K, D)."""
     choices, experts = experts_NK.size(1), len(up_EDF)
-    g = group_rows(experts_NK, experts)
+    quarter = -(-experts_NK.numel() // (64 * experts))  # for about four blocks an expert
+    sizes = {"bmm": 16 * quarter, "loop": LOOP_ROWS, "triton": TILE_ROWS}
+    g = group_rows(experts_NK, experts, sizes.get(impl, 1))
     if impl == "triton":
-        y = FusedExperts.apply(x_ND, up_EDF, down_EFD, g.order_R, g.ends_E, choices)
-        return y.unflatten(0, (-1, choices))
-    if impl == "loop":
-        g = pad_groups(g, LOOP_ROWS)
-    if impl == "bmm":  # about four blocks an expert
-        g = pad_groups(g, 16 * -(-experts_NK.numel() // (64 * experts)))
+        return FusedExperts.apply(x_ND, up_EDF, down_EFD, g, choices).unflatten(0, (-1, choices))
     x_NKD = x_ND[:, None].expand(-1, choices, -1)
     x_RD = Reorder.apply(x_NKD.flatten(0, 1), g.order_R, g.inverse_R)
     post_RF = expert_product(x_RD, up_EDF, g, impl).relu().square()
@@ -592,50 +577,41 @@ def expert_mlp(x_ND, up_EDF, down_EFD, experts_NK, impl: str) -> Tensor:
 # --- the same, fused: gather, ReLU^2 and scatter inside the products
 
 def expert_product_kernel(
-    a, b, index, ends, post, out, experts, rows, cols, depth,
-    BACKWARD: tl.constexpr, SCATTER: tl.constexpr, EXPERTS: tl.constexpr,
+    a, b, index, owner, post, out, limit, cols, depth,
+    BACKWARD: tl.constexpr, SCATTER: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):
     """out[j] = relu(a[index[j]] @ b[e])^2 for each sorted row j, e being its expert, or in the backward pass
     (a[index[j]] @ b[e].T) * 2 sqrt(post[j]); with SCATTER the product alone: out[index[j]] = a[j] @ b[e], or b[e].T.
-    Expert e has the tiles from number ends[e - 1] // ROWS + e on: enough for any rows, and those in excess end at
-    once. Tiles run to the right first: an expert's matrix stays in the L2."""
-    tile = tl.program_id(1)
-    e = tl.arange(0, EXPERTS)
-    earlier = tl.load(ends + e, e < experts, rows) // ROWS + e < tile
-    expert = tl.sum(earlier.to(tl.int32), 0)
-    begin = tl.load(ends + expert - 1, expert > 0, 0)
-    end = tl.load(ends + expert)
-    first = begin + (tile - expert - begin // ROWS) * ROWS
-    if first < end:
-        row = first + tl.arange(0, ROWS)
-        indexed = tl.load(index + row, row < end, 0)[:, None]
-        row = row.to(tl.int64)[:, None]
-        source, target = (row, indexed) if SCATTER else (indexed, row)
-        col = (tl.program_id(0) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
-        b += expert.to(tl.int64) * depth * cols
-        total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-        for start in range(0, depth, DEPTH):
-            k = start + tl.arange(0, DEPTH).to(tl.int64)
-            across, down = k[None, :], k[:, None]
-            left = tl.load(a + source * depth + across, (row < end) & (across < depth), 0.0)
-            where = col * depth + down if BACKWARD else down * cols + col
-            right = tl.load(b + where, (col < cols) & (down < depth), 0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
-        inside = (row < end) & (col < cols)
-        if BACKWARD and not SCATTER:
-            before = tl.load(post + target * cols + col, inside, 0.0)
-            total *= 2 * tl.sqrt(before.to(tl.float32))
-        elif not SCATTER:
-            total = tl.maximum(total, 0.0) * total
-        tl.store(out + target * cols + col, total.to(out.dtype.element_ty), inside)
+    Padding, whose index is `limit`, gets 0. Tiles run to the right first: an expert's matrix stays in the L2."""
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    indexed = tl.load(index + row)[:, None]
+    row, real = row.to(tl.int64)[:, None], indexed < limit
+    source, target = (row, indexed) if SCATTER else (indexed, row)
+    col = (tl.program_id(0) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
+    b += tl.load(owner + tl.program_id(1)) * depth * cols
+    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(0, depth, DEPTH):
+        k = start + tl.arange(0, DEPTH).to(tl.int64)
+        across, down = k[None, :], k[:, None]
+        left = tl.load(a + source * depth + across, real & (across < depth), 0.0)
+        where = col * depth + down if BACKWARD else down * cols + col
+        right = tl.load(b + where, (col < cols) & (down < depth), 0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    inside = (col < cols) & (real if SCATTER else row >= 0)
+    if BACKWARD and not SCATTER:
+        before = tl.load(post + target * cols + col, inside, 0.0)
+        total *= 2 * tl.sqrt(before.to(tl.float32))
+    elif not SCATTER:
+        total = tl.maximum(total, 0.0) * total
+    tl.store(out + target * cols + col, total.to(out.dtype.element_ty), inside)
 
 def expert_weight_kernel(
-    a, b, index, ends, out, rows, cols,
+    a, b, index, ends, out, limit, rows, cols,
     GATHER_A: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):
-    """One tile of out[e] = a.T @ b, summed over expert e's rows: a[index[j]] and b[j], or else a[j] and b[index[j]].
-    The tiles of an expert run together: its rows stay in the L2."""
+    """One tile of out[e] = a.T @ b, summed over expert e's rows, blocks of DEPTH: a[index[j]] and b[j], or else a[j]
+    and b[index[j]]. The tiles of an expert run together: its rows stay in the L2."""
     expert = tl.program_id(2).to(tl.int64)
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = (tl.program_id(0) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
@@ -643,13 +619,12 @@ def expert_weight_kernel(
     end = tl.load(ends + expert)
     total = tl.zeros((ROWS, COLS), dtype=tl.float32)
     for start in range(begin, end, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        there = k < end
-        source, k = tl.load(index + k, there, 0), k.to(tl.int64)
+        k = start + tl.arange(0, DEPTH).to(tl.int64)
+        source = tl.load(index + k)
         left, right = (source, k) if GATHER_A else (k, source)
-        inside = (row < rows) & there[None, :]
+        inside = (row < rows) & (left < (limit if GATHER_A else end))[None, :]
         left = tl.load(a + left[None, :] * rows + row, inside, 0.0)
-        inside = (col < cols) & there[:, None]
+        inside = (col < cols) & (right < (end if GATHER_A else limit))[:, None]
         right = tl.load(b + right[:, None] * cols + col, inside, 0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
     inside = (row < rows) & (col < cols)
@@ -659,21 +634,19 @@ def expert_tile(x: Tensor, num_stages: int) -> dict:
     """Tile and launch options: three tiles of each operand have to fit in shared memory."""
     small = small_shared_memory(x.device.type) or x.element_size() > 2
     cols, depth = (128, 32) if small else (256, 64)
-    return dict(ROWS=128, COLS=cols, DEPTH=depth, num_warps=8, num_stages=num_stages)
+    return dict(ROWS=TILE_ROWS, COLS=cols, DEPTH=depth, num_warps=8, num_stages=num_stages)
 
 @expert_operator("nanospeedrun_train_moe::product")
 def fused_product(
-        a: Tensor, b_EKM: Tensor, index_R: Tensor, ends_E: Tensor, post: Tensor | None,
-        backward: bool, scatter: bool) -> Tensor:
-    """(R, M), or in the backward pass, which multiplies by b[e].T, (R, K): see the kernel."""
-    experts, depth, cols = (b_EKM.mT if backward else b_EKM).shape
-    rows, tile = len(index_R), expert_tile(a, num_stages=3)
-    out = a.new_empty(rows, cols)
-    grid = -(-cols // tile["COLS"]), rows // tile["ROWS"] + experts
+        a: Tensor, b_EKM: Tensor, index_R: Tensor, owner_G: Tensor, post: Tensor | None,
+        backward: bool, scattered: int) -> Tensor:
+    """(R, M), or with b[e].T in the backward pass (R, K); scattered: rows then. See the kernel."""
+    _, depth, cols = (b_EKM.mT if backward else b_EKM).shape
+    out, tile = a.new_empty(scattered or len(index_R), cols), expert_tile(a, num_stages=3)
+    grid = -(-cols // tile["COLS"]), len(owner_G)
     triton_kernel(expert_product_kernel)[grid](
-        a.contiguous(), b_EKM.contiguous(), index_R, ends_E, out if post is None else post, out,
-        experts, rows, cols, depth, BACKWARD=backward, SCATTER=scatter,
-        EXPERTS=1 << (experts - 1).bit_length(), **tile)
+        a.contiguous(), b_EKM.contiguous(), index_R, owner_G, out if post is None else post, out,
+        scattered or len(a), cols, depth, BACKWARD=backward, SCATTER=scattered > 0, **tile)
     return out
 
 @expert_operator("nanospeedrun_train_moe::product_weight")
@@ -685,32 +658,33 @@ def fused_weight_gradient(
     tile = expert_tile(a, num_stages=5)  # an index comes before what it points to: 5 hold 3 tiles
     grid = -(-cols // tile["COLS"]), -(-rows // tile["ROWS"]), experts
     triton_kernel(expert_weight_kernel)[grid](
-        a.contiguous(), b.contiguous(), index_R, ends_E, out, rows, cols, GATHER_A=gather_a, **tile)
+        a.contiguous(), b.contiguous(), index_R, ends_E, out, len(a if gather_a else b),
+        rows, cols, GATHER_A=gather_a, **tile)
     return out
 
-fused_product.register_fake(lambda a, b, index, ends, post, backward, scatter: a.new_empty(
-    len(index), b.size(1 if backward else 2)))
+fused_product.register_fake(lambda a, b, index, owner, post, backward, scattered: a.new_empty(
+    scattered or len(index), b.size(1 if backward else 2)))
 fused_weight_gradient.register_fake(lambda a, b, index, ends, gather_a: a.new_empty(
     len(ends), a.size(1), b.size(1)))
 
 class FusedExperts(torch.autograd.Function):
-    """y[order[j]] = relu(x[order[j] // choices] @ up[e])^2 @ down[e], (R, D). An expert may have no rows: its
-    gradients are then exactly 0."""
+    """y[order[j]] = relu(x[order[j] // choices] @ up[e])^2 @ down[e], (N * K, D)."""
     @staticmethod
-    def forward(ctx, x_ND, up_EDF, down_EFD, order_R, ends_E, choices: int) -> Tensor:
-        post_RF = fused_product(x_ND, up_EDF, order_R // choices, ends_E, None, False, False)
-        ctx.save_for_backward(x_ND, up_EDF, down_EFD, order_R, ends_E, post_RF)
+    def forward(ctx, x_ND, up_EDF, down_EFD, g: Grouping, choices: int) -> Tensor:
+        order, _, ends, owner = g
+        post_RF = fused_product(x_ND, up_EDF, order // choices, owner, None, False, 0)
+        ctx.save_for_backward(x_ND, up_EDF, down_EFD, order, ends, owner, post_RF)
         ctx.choices = choices
-        return fused_product(post_RF, down_EFD, order_R, ends_E, None, False, True)
+        return fused_product(post_RF, down_EFD, order, owner, None, False, choices * len(x_ND))
 
     @staticmethod
-    def backward(ctx, grad_RD):
-        x_ND, up, down, order, ends, post = ctx.saved_tensors
-        pre_RF = fused_product(grad_RD, down, order, ends, post, True, False)
-        x_RD = fused_product(pre_RF, up, order, ends, None, True, True)
-        x = x_RD.unflatten(0, (-1, ctx.choices)).sum(1)
+    def backward(ctx, grad):
+        x_ND, up, down, order, ends, owner, post = ctx.saved_tensors
+        pre_RF = fused_product(grad, down, order, owner, post, True, 0)
+        x = fused_product(pre_RF, up, order, owner, None, True, len(grad))
         up = fused_weight_gradient(x_ND, pre_RF, order // ctx.choices, ends, True)
-        return x, up, fused_weight_gradient(post, grad_RD, order, ends, False), None, None, None
+        down = fused_weight_gradient(post, grad, order, ends, False)
+        return x.unflatten(0, (-1, ctx.choices)).sum(1), up, down, None, None
 
 # ┌─ Routers ────────────────────────────────────────────────────────────────────────────────────┐
 ROUTER_STD = 0.01  # of the routers' initial weights

@@ -143,21 +143,20 @@ def test_rows_are_sorted_by_expert_and_padded_to_blocks_of_one(routing):
     assert g.order_R.tolist() == sorted(range(len(flat)), key=lambda i: (flat[i], i))
     assert g.ends_E.tolist() == [sum(e <= last for e in flat) for last in range(count)]
     assert g.ends_E.dtype == torch.int32  # what grouped_mm takes
-    padded = tm.pad_groups(g, 16)
-    owner = padded.owner_GE.argmax(1).repeat_interleave(len(padded.order_R) // len(padded.owner_GE))
+    padded = tm.group_rows(experts, count, 16)
+    owner = padded.owner_G.repeat_interleave(len(padded.order_R) // len(padded.owner_G))
     rows = padded.order_R.tolist()
     assert sorted(i for i in rows if i < len(flat)) == list(range(len(flat)))  # each choice once, the rest is padding
     for grouping in (g, padded):
         assert torch.equal(grouping.order_R[grouping.inverse_R], torch.arange(len(flat)))
     assert all(flat[i] == e for i, e in zip(rows, owner.tolist(), strict=True) if i < len(flat))
-    uneven = tm.pad_groups(tm.group_rows(torch.zeros_like(experts), count), 16)  # the worst case takes no more
+    uneven = tm.group_rows(torch.zeros_like(experts), count, 16)  # the worst case takes no more
     assert [t.shape for t in padded] == [t.shape for t in uneven]
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["sorted", "padded"])
 def test_gradients_of_spread_and_collect(padded):
-    g = tm.group_rows(choose(7, 4, 2), 4)
-    g = tm.pad_groups(g, 16) if padded else g
+    g = tm.group_rows(choose(7, 4, 2), 4, 16 if padded else 1)
     real = (g.order_R < 14)[:, None]
     x, y = (torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (7, len(g.order_R)))
     assert padded == (not real.all())
@@ -167,8 +166,7 @@ def test_gradients_of_spread_and_collect(padded):
 
 @pytest.mark.parametrize("impl", ["bmm", "loop"])  # grouped_mm has no fp64
 def test_gradients_of_the_product(impl):
-    g = tm.group_rows(choose(7, 4, 2, never=(2,)), 4)
-    g = tm.pad_groups(g, 16) if impl == "bmm" else g
+    g = tm.group_rows(choose(7, 4, 2, never=(2,)), 4, 16 if impl == "bmm" else 1)
     x = torch.randn(len(g.order_R), 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: tm.expert_product(x, w, g, impl), (x, weight))
