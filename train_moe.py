@@ -6,9 +6,8 @@ sends each token to a few of many feed-forward experts, so that the model has mo
     python train_moe.py --num-experts 0 --experiment_name dense    # the dense control: train_gpt.py's losses
     torchrun --standalone --nproc_per_node=8 train_moe.py --preset speed-speedrun
 
-Three parts: RECORD is what a competitor changes, KERNELS has its fast forms, SERVICE all that surrounds a run; the
-latter two are those of train_gpt.py, byte for byte, and so is most of RECORD (tests/test_shared_code.py). New are the
-settings of the mixture, experts and routers, their part of the optimizer, Balance, and reports of the routers.
+Three parts, as in train_gpt.py, whose KERNELS, SERVICE and most of RECORD are here, too, byte for byte. New are
+the settings of the mixture, experts and routers, their part of the optimizer, Balance, and reports of the routers.
 
 No token is dropped, unless --capacity-factor is given, and shapes do not depend on the routing. Losses are
 cross-entropies, without the routers' penalties. Measured on 2 CPU cores only: docs/moe.md.
@@ -169,8 +168,7 @@ class Hyperparameters:
 
     @property
     def gate_scale(self) -> float:
-        """Factor on gates. Normed ones are 1 / top_k on average, a lone sigmoid starts at 1/2: a smaller gate is a
-        smaller learning rate, as Muon's updates have one size."""
+        """Factor on gates, for a mean of 1: smaller ones would be a smaller rate, as Muon's updates have one size."""
         if self.route_norm and self.top_k > 1:
             return self.route_scale or float(self.top_k)
         return self.route_scale or (2.0 if self.router == "sigmoid_bias" else 1.0)
@@ -314,8 +312,7 @@ def auto_mixtures(s: Settings) -> str:
     return "".join("M" if s.dense_first <= i < last else "D" for i in range(s.num_layers))
 
 def auto_experts(s: Settings, hardware: Hardware) -> str:
-    """Grouped products where they read their group sizes on the device, Hopper and datacentre Blackwell in bf16; on
-    other GPUs padded batches, static, too; on a CPU, which has nothing to wait for, a loop (records/LOG.md)."""
+    """Grouped products where they read their sizes on the device; else static batches, on a CPU a loop."""
     if hardware.device == "cpu":
         return "loop"
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
@@ -490,8 +487,7 @@ class Grouping(NamedTuple):
     owner_G: Tensor  # expert of each block
 
 def group_rows(experts_NK, num_experts: int, size: int = 1) -> Grouping:
-    """Sorts the choices by expert, tokens in order, in blocks of `size` rows: padding fills the last one of an expert.
-    Nothing is read from the device."""
+    """Sorts the choices by expert, in blocks of `size` rows, the last padded. Nothing is read from the device."""
     flat = experts_NK.flatten().to(torch.int32)  # a sort of shorter keys takes fewer passes
     order = flat.argsort(stable=True)
     number = torch.arange(num_experts, dtype=torch.int32, device=flat.device)
@@ -520,7 +516,7 @@ class Reorder(torch.autograd.Function):
         (back,) = ctx.saved_tensors
         return F.pad(grad_RD, (0, 0, 0, 1))[back], None, None
 
-@expert_operator("nanospeedrun_train_moe::loop")
+@expert_operator("train_moe::loop")
 def loop_product(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
     """A product for each expert, whose rows' ends are read on the host; what is behind stays unwritten, unread."""
     out_RF, start = x_RD.new_empty(len(x_RD), weight_EDF.size(2)), 0
@@ -529,24 +525,22 @@ def loop_product(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
         start = end
     return out_RF
 
-@expert_operator("nanospeedrun_train_moe::loop_weight")
-def loop_weight_gradient(x_RD: Tensor, grad_RF: Tensor, ends_E: Tensor) -> Tensor:
-    out_EDF, start = x_RD.new_empty(len(ends_E), x_RD.size(1), grad_RF.size(1)), 0
-    for out, end in zip(out_EDF, ends_E.tolist(), strict=True):
+@expert_operator("train_moe::loop_backward")
+def loop_gradients(
+        grad_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
+    x_grad, weight_grad, start = torch.empty_like(x_RD), torch.empty_like(weight_EDF), 0
+    for weight, out, end in zip(weight_EDF, weight_grad, ends_E.tolist(), strict=True):
+        torch.mm(grad_RF[start:end], weight.T, out=x_grad[start:end])
         torch.mm(x_RD[start:end].T, grad_RF[start:end], out=out)
         start = end
-    return out_EDF
-
-def _loop_backward(ctx, grad):
-    x, weight, ends = ctx.saved_tensors
-    grad = grad.contiguous()
-    return loop_product(grad, weight.mT, ends), loop_weight_gradient(x, grad, ends), None
+    return x_grad, weight_grad
 
 loop_product.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.size(2)))
-loop_weight_gradient.register_fake(
-    lambda x, grad, ends: x.new_empty(len(ends), x.size(1), grad.size(1)))
+loop_gradients.register_fake(
+    lambda grad, x, weight, ends: (torch.empty_like(x), torch.empty_like(weight)))
 loop_product.register_autograd(
-    _loop_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    lambda ctx, grad: (*loop_gradients(grad.contiguous(), *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 def expert_product(x_RD, weight_EDF, g: Grouping, impl: str) -> Tensor:
     """Each sorted row times its expert's matrix, (R, F)."""
@@ -636,7 +630,7 @@ def expert_tile(x: Tensor, num_stages: int) -> dict:
     cols, depth = (128, 32) if small else (256, 64)
     return dict(ROWS=TILE_ROWS, COLS=cols, DEPTH=depth, num_warps=8, num_stages=num_stages)
 
-@expert_operator("nanospeedrun_train_moe::product")
+@expert_operator("train_moe::product")
 def fused_product(
         a: Tensor, b_EKM: Tensor, index_R: Tensor, owner_G: Tensor, post: Tensor | None,
         backward: bool, scattered: int) -> Tensor:
@@ -649,8 +643,8 @@ def fused_product(
         scattered or len(a), cols, depth, BACKWARD=backward, SCATTER=scattered > 0, **tile)
     return out
 
-@expert_operator("nanospeedrun_train_moe::product_weight")
-def fused_weight_gradient(
+@expert_operator("train_moe::product_weight")
+def fused_gradient(
         a: Tensor, b: Tensor, index_R: Tensor, ends_E: Tensor, gather_a: bool) -> Tensor:
     """(E, columns of a, columns of b), exactly 0 for an expert without rows: see the kernel."""
     experts, rows, cols = len(ends_E), a.size(1), b.size(1)
@@ -664,7 +658,7 @@ def fused_weight_gradient(
 
 fused_product.register_fake(lambda a, b, index, owner, post, backward, scattered: a.new_empty(
     scattered or len(index), b.size(1 if backward else 2)))
-fused_weight_gradient.register_fake(lambda a, b, index, ends, gather_a: a.new_empty(
+fused_gradient.register_fake(lambda a, b, index, ends, gather_a: a.new_empty(
     len(ends), a.size(1), b.size(1)))
 
 class FusedExperts(torch.autograd.Function):
@@ -682,8 +676,8 @@ class FusedExperts(torch.autograd.Function):
         x_ND, up, down, order, ends, owner, post = ctx.saved_tensors
         pre_RF = fused_product(grad, down, order, owner, post, True, 0)
         x = fused_product(pre_RF, up, order, owner, None, True, len(grad))
-        up = fused_weight_gradient(x_ND, pre_RF, order // ctx.choices, ends, True)
-        down = fused_weight_gradient(post, grad, order, ends, False)
+        up = fused_gradient(x_ND, pre_RF, order // ctx.choices, ends, True)
+        down = fused_gradient(post, grad, order, ends, False)
         return x.unflatten(0, (-1, ctx.choices)).sum(1), up, down, None, None
 
 # ┌─ Routers ────────────────────────────────────────────────────────────────────────────────────┐
@@ -699,9 +693,8 @@ def named_sums(sums: Tensor, num_experts: int) -> dict[str, Tensor]:
     return dict(zip(sizes, sums.split(list(sizes.values()), dim=-1), strict=True))
 
 def chance_of_choice(clean_NE, noise_std_NE, noisy_NE, top_NK, choices: int) -> Tensor:
-    """Probability that an expert is among the chosen if its own noise is drawn again, (N, E): that it exceeds the
-    K-th largest noisy logit of the others (Shazeer et al. 2017, arXiv 1701.06538, appendix A). `top_NK`: the K + 1
-    largest, in order; if there is no K + 1st, all are chosen."""
+    """Probability that an expert, its own noise drawn again, exceeds the K-th largest noisy logit of the others, (N, E)
+    (Shazeer et al. 2017, arXiv 1701.06538, appendix A). `top_NK`: the K + 1 largest, if there are, in order."""
     if top_NK.size(1) == choices:
         return torch.ones_like(clean_NE)
     inside, outside = top_NK[:, choices - 1:].split(1, dim=1)
@@ -742,8 +735,7 @@ class Router(NamedTuple):
         return Routing(experts, gates * s.gate_scale * kept, sums)
 
     def kept(self, experts_NK, length: int) -> Tensor:
-        """False where earlier tokens of the row have filled an expert: what a token loses depends on nothing that
-        comes after it, nor on other rows (unlike GShard's order of first choices first)."""
+        """False where earlier tokens of the row, alone, have filled an expert (unlike GShard's first choices first)."""
         s = self.s
         if not s.capacity_factor:
             return torch.ones_like(experts_NK, dtype=torch.bool)
@@ -753,8 +745,7 @@ class Router(NamedTuple):
         return earlier < math.ceil(s.capacity_factor * (length * s.top_k / s.num_experts))
 
     def sums(self, logits, noise_std, keys, scores, top, experts_NK, gates_NK, kept_NK) -> Tensor:
-        """The sums that named_sums names, (S,) fp32. Only what penalties read has a gradient: that of the entropy is
-        infinite where a score underflows."""
+        """See named_sums, (S,) fp32. Only penalties have gradients: the entropy's is infinite if a score underflows."""
         choices, experts = self.s.top_k, self.s.num_experts
         chosen = F.one_hot(experts_NK, experts).sum((0, 1)).float()
         share = scores / scores.sum(-1, keepdim=True)
@@ -774,22 +765,20 @@ class Mixture(nn.Module):
     """Feed-forward layer in which each token has some of many experts, and perhaps shared ones."""
     def __init__(self, s: Settings):
         super().__init__()
-        experts, self.impl = s.num_experts, s.moe_impl
-        self.router = Router(s)
-        up = uniform_matrix(experts, s.hidden, s.width).mT
-        self.experts_up = nn.Parameter(up.contiguous())  # (E, D, F)
-        self.experts_down = nn.Parameter(torch.zeros(experts, s.hidden, s.width))  # (E, F, D)
+        self.impl, self.router = s.moe_impl, Router(s)
+        up_EFD = uniform_matrix(s.num_experts, s.hidden, s.width)
+        self.experts_up = nn.Parameter(up_EFD.mT.contiguous())
+        self.experts_down = nn.Parameter(torch.zeros_like(up_EFD))
         shared = s.num_shared * s.hidden  # side by side they are one MLP
         self.shared = MLP(s, shared) if shared else None
 
     def forward(self, x_BTD, router: tuple) -> tuple:
         """Output and sums. Gates are applied after the experts: before, ReLU^2 would square them."""
-        shared = self.shared(x_BTD) if self.shared is not None else None
         experts, gates, sums = self.router(x_BTD, *router)
         x_ND = x_BTD.flatten(0, 1)
         y_NKD = expert_mlp(x_ND, self.experts_up, self.experts_down, experts, self.impl)
         y = (y_NKD * gates[..., None]).sum(1).type_as(x_BTD).view_as(x_BTD)
-        return y if shared is None else y + shared, sums
+        return y if self.shared is None else y + self.shared(x_BTD), sums
 
 # ┌─ Model ──────────────────────────────────────────────────────────────────────────────────────┐
 GATE_DIM = 12  # dimensions of the residual stream that gates read (28)
@@ -1074,9 +1063,8 @@ def future_targets(targets_BT, docs_BT, count: int) -> Tensor:
 # differs from train_gpt.py: experts and routers
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Number of parameters by kind; `matmul`: that multiply a token (for FLOPs), `active`: it meets."""
-    kinds = {
-        "embed": "embedding", "value_embeds": "embedding", "blocks": "hidden", "lm_head": "head",
-        "routers": "router"}
+    kinds = dict(
+        embed="embedding", value_embeds="embedding", blocks="hidden", lm_head="head", routers="router")
     counts = dict.fromkeys(("hidden", "experts", "router", "embedding", "head", "small"), 0)
     for name, p in model.named_parameters():
         kind = kinds.get(name.split(".")[0], "small")
@@ -1113,9 +1101,8 @@ def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: 
 
 # differs from train_gpt.py: sorted rows of the mixtures
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
-    """Bytes of the tokens of a forward pass, estimated: 34 activations a layer and dimension, ten more for each choice
-    in a mixture (half if compiled, by the 34 GiB of the public records at 49,152 tokens) and, but for FlexAttention, a
-    row of scores; for `bmm` the experts' weights in each of its about 5 blocks an expert."""
+    """Bytes of the tokens of a forward pass, estimated: 34 activations a layer and dimension, 10 for each choice (half
+    if compiled, by the 34 GiB of the public records at 49,152 tokens), scores but for FlexAttention, bmm's weights."""
     size, mixtures = s.torch_dtype.itemsize, len(s.mixtures)
     scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * seq_len
     activations = (34 * s.num_layers + 10 * s.top_k * mixtures) / (1 + s.compile)
@@ -1158,9 +1145,8 @@ class Rule(NamedTuple):
 # differs from train_gpt.py: experts and routers
 def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
-    parameters as in 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are
-    stored as (hidden, model), which gives both the factor sqrt(mlp_ratio). An expert's factor is that
-    of its own matrices, at least 1."""
+    parameters as in 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are stored as (hidden,
+    model), which gives both the factor sqrt(mlp_ratio), experts that of their own matrices, at least 1."""
     width, hidden, adam, eps = s.width, s.mlp_ratio * s.width, s.adam_lr, s.adam_eps
     kind, lr, *rest = hidden_rule(s)
     mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
@@ -1367,8 +1353,7 @@ class Bank:
         self.in_flight.append((work, packed))
 
     def my_experts(self) -> Tensor | None:
-        """The number of the expert, counted through all layers, that each own piece (AdamW: each entry of it) belongs
-        to; what belongs to none has the number past the last one. None: no experts."""
+        """The expert, counted through all layers, of each own piece (AdamW: each entry of it); past the last: none."""
         layers, count, numbers = self.s.mixtures, self.s.num_experts, {}
         if not any(".experts_" in name for name in self.params):
             return None
@@ -1522,8 +1507,7 @@ class Balance:
         self.slopes, _ = balance_update(even, self.bias, 0.0, s.penalties, s.num_experts)
 
     def noise(self, step: int, micro_step: int, rows: int, seq_len: int) -> Tensor | None:
-        """Standard normal noise for noisy_topk, (B, M, T, E) fp32. Each row has its own seed, by run, step and number
-        in the batch: ranks, micro-steps and a resumption change nothing."""
+        """Standard normal noise for noisy_topk, (B, M, T, E) fp32: a function of run, step and a row's number alone."""
         if self.s.router != "noisy_topk":
             return None
         shape = rows, self.size[0], seq_len, self.s.num_experts
@@ -1564,14 +1548,12 @@ class Balance:
         self.report_steps += 1
         self.sums.zero_()
 
-    def due(self, step: int) -> bool:
-        return step % self.s.log_every == 0 and self.report_steps >= self.s.router_every
-
     def report(self) -> dict[str, list]:
         """Numbers of the steps since the last report; waits for the device."""
-        sums, self.report_steps = self.report_sums / self.report_steps, 0
-        self.report_sums = torch.zeros_like(self.sums)
-        return router_report(sums.cpu(), self.bias.cpu(), self.s)
+        sums = (self.report_sums / self.report_steps).cpu()
+        self.report_sums.zero_()
+        self.report_steps = 0
+        return router_report(sums, self.bias.cpu(), self.s)
 
     def state_dict(self) -> dict:
         tensors = {name: getattr(self, name).to("cpu", copy=True) for name in self.SAVED}
@@ -1636,13 +1618,12 @@ class MuonAdamW:
 
     # differs from train_gpt.py: balance of the experts
     def state_dict(self) -> dict:
-        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor, on rank 0 only}}, "balance": Balance's}.
-        Collective."""
+        """{"steps": n, "state": {key: {name: whole fp32 tensor, on rank 0 only}}, "balance": Balance's}. Collective."""
         state = {}
         for bank in self.banks:
             for key in bank.state:
                 state.setdefault(key, {}).update(bank.full(key))
-        balance = self.balance.state_dict() if self.balance else None
+        balance = self.balance and self.balance.state_dict()
         return {"steps": self.steps, "state": state, "balance": balance}
 
     # differs from train_gpt.py: balance of the experts
@@ -1823,8 +1804,7 @@ def router_report(sums_MS, bias_ME, s: Settings) -> dict[str, list]:
     return {name: value.tolist() for name, value in values.items()} | {"dead": dead}
 
 def router_lines(report: dict[str, list], s: Settings) -> list[str]:
-    """A line about all layers, and an alarm for each with dead experts or a collapse: choices as good as limited to
-    half more experts than a token has, or to a quarter of them."""
+    """A line about all layers, and alarms: dead experts, or a collapse to few, by the effective experts."""
     effective, dead = report["effective_experts"], report["dead"]
     drops = f", dropped {100 * max(report['dropped']):.1f} %" if s.capacity_factor else ""
     lines = [f"routers: effective experts {' '.join(f'{x:.1f}' for x in effective)} "
@@ -1880,7 +1860,7 @@ def train(run: Run):
             targets_KBT = future_targets(targets_BT, docs_BT, stage.mtp)
             noise = balance.noise(step, i, *inputs_BT.shape) if balance else None
             values = model(inputs_BT, targets_KBT, docs_BT, window, noise)
-            losses_K, sums = values.split((len(weights), len(values) - len(weights)))
+            losses_K, sums = values[:len(weights)], values[len(weights):]
             loss = sum(w * loss for w, loss in zip(weights, losses_K, strict=True))
             if balance:
                 loss = loss + balance.add(sums, 1 / stage.batch_tokens, optimizer.last_micro_step)
@@ -1904,7 +1884,8 @@ def train(run: Run):
             with run.clock.paused():
                 val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
                 run.log_validation(step, val_loss)
-        if balance and (last or run.status == "target" or balance.due(step)):
+        due = step % s.log_every == 0 and balance and balance.report_steps >= s.router_every
+        if balance and (due or last or run.status == "target"):
             log_routers(run, step, balance.report())
         if save and not last and not run.over:
             run.save(step, optimizer)

@@ -312,14 +312,14 @@ def kind_settings(b: Bench, kind: str) -> train_moe.Settings:
 
 def draw_experts(b: Bench, s: train_moe.Settings, tokens: int, routing: str) -> tuple[dict[str, Tensor], Tensor]:
     """Input and weights in bf16; each token's experts, (N, K): any, more often the first ones, or never each third."""
-    keys = torch.rand(tokens, s.experts, device=b.device)
+    keys = torch.rand(tokens, s.num_experts, device=b.device)
     if routing == "skewed":
-        keys += torch.linspace(1, 0, s.experts, device=b.device)
+        keys += torch.linspace(1, 0, s.num_experts, device=b.device)
     if routing == "idle":
         keys[:, ::3] = -1
-    leaves = {"x": randn(b, tokens, s.width), "up": randn(b, s.experts, s.width, s.hidden, scale=0.5 * s.width**-0.5),
-              "down": randn(b, s.experts, s.hidden, s.width, scale=0.02)}
-    return leaves, keys.topk(s.choices).indices
+    leaves = {"x": randn(b, tokens, s.width), "up": randn(b, s.num_experts, s.width, s.hidden, scale=0.5 * s.width**-0.5),
+              "down": randn(b, s.num_experts, s.hidden, s.width, scale=0.02)}
+    return leaves, keys.topk(s.top_k).indices
 
 def expert_outputs(b: Bench, kind: str, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output and gradients under each routing, for the same bf16 values in any dtype; all but the loop compiled."""

@@ -198,5 +198,5 @@ def test_expert_product_kernel(capability, backward, scatter, compiled_kernels, 
 def test_expert_weight_kernel(capability, gather_a, compiled_kernels, tmp_path):
     x, index = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(128, dtype=torch.int64)
     ends = torch.zeros(8, dtype=torch.int32)
-    code = build_launched(capability, lambda: tm.fused_weight_gradient(x, x, index, ends, gather_a))
+    code = build_launched(capability, lambda: tm.fused_gradient(x, x, index, ends, gather_a))
     check_experts(code, capability, tmp_path)
