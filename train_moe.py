@@ -6,11 +6,18 @@ sends each token to a few of many feed-forward experts, so that the model has mo
     python train_moe.py --num-experts 0 --experiment_name dense    # the dense control: train_gpt.py's losses
     torchrun --standalone --nproc_per_node=8 train_moe.py --preset speed-speedrun
 
-Three parts, as in train_gpt.py, whose KERNELS, SERVICE and most of RECORD are here, too, byte for byte. New are
-the settings of the mixture, experts and routers, their part of the optimizer, Balance, and reports of the routers.
+Three parts. RECORD is what a competitor changes: hyperparameters, model, optimizer, schedule, and the loop, `train`.
+KERNELS has its fast forms, SERVICE all that surrounds a run: both are those of train_gpt.py, byte for byte, and so is
+most of RECORD (tests/test_shared_code.py). New are the settings of the mixture; experts and routers; in Optimizer the
+experts as a batch of matrices for Muon, idle ones left alone, and Balance; reports of the routers.
 
-No token is dropped, unless --capacity-factor is given, and shapes do not depend on the routing. Losses are
-cross-entropies, without the routers' penalties. Measured on 2 CPU cores only: docs/moe.md.
+No token is dropped, unless --capacity-factor is given, and shapes do not depend on the routing: the rows of all tokens
+are sorted by expert, multiplied by the stacked weights in one grouped product, and permuted back. Nothing is read from
+the device but in log steps, --moe-impl loop excepted. Losses are cross-entropies, without the routers' penalties.
+
+Measured on 2 CPU cores (AMD EPYC, torch 2.13.0; bench/moe.py, records/2026-11-20_moe_cpu) at `cpu` size: the dense
+control's final loss, 1.134 +- 0.044 (n = 3), takes `deepseek` 0.855 times its tokens at 1.33 times the step time,
+`speed` 0.898 at 1.15 (n = 4); `mixtral`, 1.173 +- 0.011 at 1.44, does not get there. Not measured on a GPU.
 Shape suffixes: B rows, T tokens of a row, N = B * T, D model_dim, H heads, K key dim of a head or, of routing, choices
 of a token, V vocabulary; E experts of a layer, F hidden size of one, R = N * K sorted rows, M mixture layers, S sums.
 """
@@ -168,7 +175,8 @@ class Hyperparameters:
 
     @property
     def gate_scale(self) -> float:
-        """Factor on gates, for a mean of 1: smaller ones would be a smaller rate, as Muon's updates have one size."""
+        """Factor on gates. Normed ones are 1 / top_k on average, a lone sigmoid starts at 1/2: a smaller gate is a
+        smaller learning rate, as Muon's updates have one size."""
         if self.route_norm and self.top_k > 1:
             return self.route_scale or float(self.top_k)
         return self.route_scale or (2.0 if self.router == "sigmoid_bias" else 1.0)
@@ -312,7 +320,8 @@ def auto_mixtures(s: Settings) -> str:
     return "".join("M" if s.dense_first <= i < last else "D" for i in range(s.num_layers))
 
 def auto_experts(s: Settings, hardware: Hardware) -> str:
-    """Grouped products where they read their sizes on the device; else static batches, on a CPU a loop."""
+    """Grouped products where they read their group sizes on the device, Hopper and datacentre Blackwell in bf16; on
+    other GPUs padded batches, static, too; on a CPU, which has nothing to wait for, a loop (records/LOG.md)."""
     if hardware.device == "cpu":
         return "loop"
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
@@ -475,49 +484,82 @@ def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=Non
 # A token's choice number n = token * K + k becomes row j of the rows sorted by expert, order[j] = n;
 # expert e has the rows from ends[e - 1] up to ends[e]. Shapes do not depend on how many those are.
 
-LOOP_ROWS = 64  # in a block of `loop`: oneDNN makes a new kernel for each new number of rows
-TILE_ROWS = 128  # in a block of `triton`, a tile
+LOOP_ROWS = 64  # multiple of the rows of a product in `loop`
 expert_operator = functools.partial(torch.library.custom_op, mutates_args=())
 
 class Grouping(NamedTuple):
-    """Choices sorted by expert, in blocks that each have one expert."""
+    """Choices sorted by expert, perhaps with padding."""
     order_R: Tensor  # row -> number of the choice; N * K: padding
     inverse_R: Tensor  # number of the choice -> row
     ends_E: Tensor  # int32: where the rows of each expert end
-    owner_G: Tensor  # expert of each block
+    owner_GE: Tensor | None = None  # of G equal blocks of rows, for `bmm`: 1 at its expert
 
-def group_rows(experts_NK, num_experts: int, size: int = 1) -> Grouping:
-    """Sorts the choices by expert, in blocks of `size` rows, the last padded. Nothing is read from the device."""
+def group_rows(experts_NK, num_experts: int) -> Grouping:
+    """Sorts the choices by expert, tokens in order. Nothing is read from the device."""
     flat = experts_NK.flatten().to(torch.int32)  # a sort of shorter keys takes fewer passes
     order = flat.argsort(stable=True)
+    row = torch.arange(len(order), device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, row)
     number = torch.arange(num_experts, dtype=torch.int32, device=flat.device)
     ends = torch.searchsorted(flat[order], number, right=True, out_int32=True)
-    sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+    return Grouping(order, inverse, ends)
+
+def pad_groups(g: Grouping, size: int) -> Grouping:
+    """The same in blocks of `size` rows, each of one expert: padding fills an expert's last one."""
+    rows, experts = len(g.order_R), len(g.ends_E)
+    count = -(-rows // size) + experts  # enough for any routing
+    sizes = torch.diff(g.ends_E, prepend=g.ends_E.new_zeros(1))
     blocks = -(-sizes // size)
     block_ends = blocks.cumsum(0)
-    shift = (block_ends - blocks) * size - (ends - sizes)  # of an expert's first row
-    row = torch.arange(len(flat), device=flat.device) + shift[flat[order]]
-    inverse = torch.empty_like(order).scatter_(0, order, row)
-    count = -(-len(flat) // size) + (num_experts if size > 1 else 0)  # enough for any routing
-    order = order.new_full((count * size,), len(flat)).scatter_(0, row, order)
-    block = torch.arange(count, device=flat.device)
-    owner = torch.searchsorted(block_ends, block, right=True).clamp_max(num_experts - 1)
-    return Grouping(order, inverse, (block_ends * size).to(torch.int32), owner)
+    shift = (block_ends - blocks) * size - (g.ends_E - sizes)  # of an expert's first row
+    row = torch.arange(rows, device=sizes.device)
+    row = row + shift[torch.searchsorted(g.ends_E, row.to(torch.int32), right=True)]
+    order = torch.full((count * size,), rows, device=row.device).scatter_(0, row, g.order_R)
+    block = torch.arange(count, device=row.device)
+    owner = torch.searchsorted(block_ends, block, right=True).clamp_max(experts - 1)
+    ends = (block_ends * size).to(torch.int32)
+    return Grouping(order, row[g.inverse_R], ends, F.one_hot(owner, experts))
 
-class Reorder(torch.autograd.Function):
-    """The rows `index`, 0 for the number N, which only padding has; backward the rows `back`: no atomics."""
+def arrange(experts_NK, num_experts: int, impl: str) -> Grouping:
+    """Sorted rows as a backend wants them: `bmm` in about four blocks an expert; `loop` in multiples of LOOP_ROWS, as
+    oneDNN makes a new kernel for each new size."""
+    g = group_rows(experts_NK, num_experts)
+    if impl in ("grouped", "triton"):
+        return g
+    quarter = -(-len(g.order_R) // (64 * num_experts))
+    return pad_groups(g, 16 * quarter if impl == "bmm" else LOOP_ROWS)
+
+class Spread(torch.autograd.Function):
+    """Rows of the tokens, sorted: (R, D). Backward gathers and adds up a token's: no atomics."""
     @staticmethod
-    def forward(ctx, x_ND, index_R, back_N) -> Tensor:
-        ctx.save_for_backward(back_N)
-        return F.pad(x_ND, (0, 0, 0, 1))[index_R]
+    def forward(ctx, x_ND, order_R, inverse_R, choices: int) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        ctx.choices = choices
+        return x_ND[(order_R // choices).clamp_max(len(x_ND) - 1)]  # padding: any row
 
     @staticmethod
     def backward(ctx, grad_RD):
-        (back,) = ctx.saved_tensors
-        return F.pad(grad_RD, (0, 0, 0, 1))[back], None, None
+        (inverse,) = ctx.saved_tensors
+        return grad_RD[inverse].unflatten(0, (-1, ctx.choices)).sum(1), None, None, None
 
-@expert_operator("train_moe::loop")
-def loop_product(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
+class Collect(torch.autograd.Function):
+    """Sorted rows in the order of the choices, (N * K, D): a permutation, and backward its inverse."""
+    @staticmethod
+    def forward(ctx, y_RD, order_R, inverse_R) -> Tensor:
+        ctx.save_for_backward(order_R)
+        return y_RD[inverse_R]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (order,) = ctx.saved_tensors
+        if len(order) == len(grad):
+            return grad[order], None, None
+        rows = grad[order.clamp_max(len(grad) - 1)]
+        return torch.where((order < len(grad))[:, None], rows, 0), None, None
+
+@expert_operator(
+    "nanospeedrun_train_moe::loop", schema="(Tensor x, Tensor weight, Tensor ends) -> Tensor")
+def loop_product(x_RD, weight_EDF, ends_E):
     """A product for each expert, whose rows' ends are read on the host; what is behind stays unwritten, unread."""
     out_RF, start = x_RD.new_empty(len(x_RD), weight_EDF.size(2)), 0
     for weight, end in zip(weight_EDF, ends_E.tolist(), strict=True):
@@ -525,22 +567,25 @@ def loop_product(x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> Tensor:
         start = end
     return out_RF
 
-@expert_operator("train_moe::loop_backward")
-def loop_gradients(
-        grad_RF: Tensor, x_RD: Tensor, weight_EDF: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
-    x_grad, weight_grad, start = torch.empty_like(x_RD), torch.empty_like(weight_EDF), 0
-    for weight, out, end in zip(weight_EDF, weight_grad, ends_E.tolist(), strict=True):
-        torch.mm(grad_RF[start:end], weight.T, out=x_grad[start:end])
+@expert_operator(
+    "nanospeedrun_train_moe::loop_weight", schema="(Tensor x, Tensor grad, Tensor ends) -> Tensor")
+def loop_weight_gradient(x_RD, grad_RF, ends_E):
+    out_EDF, start = x_RD.new_empty(len(ends_E), x_RD.size(1), grad_RF.size(1)), 0
+    for out, end in zip(out_EDF, ends_E.tolist(), strict=True):
         torch.mm(x_RD[start:end].T, grad_RF[start:end], out=out)
         start = end
-    return x_grad, weight_grad
+    return out_EDF
+
+def _loop_backward(ctx, grad):
+    x, weight, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    return loop_product(grad, weight.mT, ends), loop_weight_gradient(x, grad, ends), None
 
 loop_product.register_fake(lambda x, weight, ends: x.new_empty(len(x), weight.size(2)))
-loop_gradients.register_fake(
-    lambda grad, x, weight, ends: (torch.empty_like(x), torch.empty_like(weight)))
+loop_weight_gradient.register_fake(
+    lambda x, grad, ends: x.new_empty(len(ends), x.size(1), grad.size(1)))
 loop_product.register_autograd(
-    lambda ctx, grad: (*loop_gradients(grad.contiguous(), *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    _loop_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 def expert_product(x_RD, weight_EDF, g: Grouping, impl: str) -> Tensor:
     """Each sorted row times its expert's matrix, (R, F)."""
@@ -549,76 +594,89 @@ def expert_product(x_RD, weight_EDF, g: Grouping, impl: str) -> Tensor:
     if impl == "loop":
         return loop_product(x_RD, weight_EDF, g.ends_E)
     # the blocks' matrices by a product, so that its gradient is one: no atomics
-    owner_GE = F.one_hot(g.owner_G, len(weight_EDF)).to(x_RD.dtype)
-    blocks = owner_GE @ weight_EDF.flatten(1)
+    blocks = g.owner_GE.to(x_RD.dtype) @ weight_EDF.flatten(1)
     x_GBD = x_RD.unflatten(0, (len(blocks), -1))
     return (x_GBD @ blocks.unflatten(1, weight_EDF.shape[1:])).flatten(0, 1)
 
 def expert_mlp(x_ND, up_EDF, down_EFD, experts_NK, impl: str) -> Tensor:
     """relu(x @ up[e])^2 @ down[e] for each expert e that a token has chosen, (N, K, D)."""
-    choices, experts = experts_NK.size(1), len(up_EDF)
-    quarter = -(-experts_NK.numel() // (64 * experts))  # for about four blocks an expert
-    sizes = {"bmm": 16 * quarter, "loop": LOOP_ROWS, "triton": TILE_ROWS}
-    g = group_rows(experts_NK, experts, sizes.get(impl, 1))
+    choices = experts_NK.size(1)
+    g = arrange(experts_NK, len(up_EDF), impl)
     if impl == "triton":
-        return FusedExperts.apply(x_ND, up_EDF, down_EFD, g, choices).unflatten(0, (-1, choices))
-    x_NKD = x_ND[:, None].expand(-1, choices, -1)
-    x_RD = Reorder.apply(x_NKD.flatten(0, 1), g.order_R, g.inverse_R)
+        y, _ = fused_experts(x_ND, up_EDF, down_EFD, g.order_R, g.ends_E, choices)
+        return y.unflatten(0, (-1, choices))
+    x_RD = Spread.apply(x_ND, g.order_R, g.inverse_R, choices)
     post_RF = expert_product(x_RD, up_EDF, g, impl).relu().square()
     y_RD = expert_product(post_RF, down_EFD, g, impl)
-    return Reorder.apply(y_RD, g.inverse_R, g.order_R).unflatten(0, (-1, choices))
+    return Collect.apply(y_RD, g.order_R, g.inverse_R).unflatten(0, (-1, choices))
 
 # --- the same, fused: gather, ReLU^2 and scatter inside the products
 
 def expert_product_kernel(
-    a, b, index, owner, post, out, limit, cols, depth,
-    BACKWARD: tl.constexpr, SCATTER: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    a, b, index, ends, post, out, experts, rows, cols, depth,
+    BACKWARD: tl.constexpr, SCATTER: tl.constexpr, EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):
     """out[j] = relu(a[index[j]] @ b[e])^2 for each sorted row j, e being its expert, or in the backward pass
     (a[index[j]] @ b[e].T) * 2 sqrt(post[j]); with SCATTER the product alone: out[index[j]] = a[j] @ b[e], or b[e].T.
-    Padding, whose index is `limit`, gets 0. Tiles run to the right first: an expert's matrix stays in the L2."""
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    indexed = tl.load(index + row)[:, None]
-    row, real = row.to(tl.int64)[:, None], indexed < limit
-    source, target = (row, indexed) if SCATTER else (indexed, row)
-    col = (tl.program_id(0) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
-    b += tl.load(owner + tl.program_id(1)) * depth * cols
-    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for start in range(0, depth, DEPTH):
-        k = start + tl.arange(0, DEPTH).to(tl.int64)
-        across, down = k[None, :], k[:, None]
-        left = tl.load(a + source * depth + across, real & (across < depth), 0.0)
-        where = col * depth + down if BACKWARD else down * cols + col
-        right = tl.load(b + where, (col < cols) & (down < depth), 0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    inside = (col < cols) & (real if SCATTER else row >= 0)
-    if BACKWARD and not SCATTER:
-        before = tl.load(post + target * cols + col, inside, 0.0)
-        total *= 2 * tl.sqrt(before.to(tl.float32))
-    elif not SCATTER:
-        total = tl.maximum(total, 0.0) * total
-    tl.store(out + target * cols + col, total.to(out.dtype.element_ty), inside)
+    Expert e has the tiles from number ends[e - 1] // ROWS + e on: enough for any rows, and those in excess end at
+    once. Tiles run down GROUP rows before they go right: b stays in the L2."""
+    tiles_down, tiles_right = rows // ROWS + experts, tl.cdiv(cols, COLS)
+    group = tl.program_id(0) // (GROUP * tiles_right)
+    within = tl.program_id(0) % (GROUP * tiles_right)
+    height = min(tiles_down - group * GROUP, GROUP)
+    tile = group * GROUP + within % height
+    e = tl.arange(0, EXPERTS)
+    earlier = tl.load(ends + e, e < experts, rows) // ROWS + e < tile
+    expert = tl.sum(earlier.to(tl.int32), 0)
+    begin = tl.load(ends + expert - 1, expert > 0, 0)
+    end = tl.load(ends + expert)
+    first = begin + (tile - expert - begin // ROWS) * ROWS
+    if first < end:
+        row = first + tl.arange(0, ROWS)
+        indexed = tl.load(index + row, row < end, 0)[:, None]
+        row = row.to(tl.int64)[:, None]
+        source, target = (row, indexed) if SCATTER else (indexed, row)
+        col = ((within // height) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
+        b += expert.to(tl.int64) * depth * cols
+        k = tl.arange(0, DEPTH)
+        total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            across, down = (start + k)[None, :], (start + k)[:, None]
+            left = tl.load(a + source * depth + across, (row < end) & (across < depth), 0.0)
+            where = col * depth + down if BACKWARD else down.to(tl.int64) * cols + col
+            right = tl.load(b + where, (col < cols) & (down < depth), 0.0)
+            total = tl.dot(left, right, total, input_precision="ieee")
+        inside = (row < end) & (col < cols)
+        if BACKWARD and not SCATTER:
+            before = tl.load(post + target * cols + col, inside, 0.0)
+            total *= 2 * tl.sqrt(before.to(tl.float32))
+        elif not SCATTER:
+            total = tl.maximum(total, 0.0) * total
+        tl.store(out + target * cols + col, total.to(out.dtype.element_ty), inside)
 
 def expert_weight_kernel(
-    a, b, index, ends, out, limit, rows, cols,
+    a, b, index, ends, out, rows, cols,
     GATHER_A: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):
-    """One tile of out[e] = a.T @ b, summed over expert e's rows, blocks of DEPTH: a[index[j]] and b[j], or else a[j]
-    and b[index[j]]. The tiles of an expert run together: its rows stay in the L2."""
-    expert = tl.program_id(2).to(tl.int64)
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    col = (tl.program_id(0) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
+    """One tile of out[e] = a.T @ b, summed over expert e's rows: a[index[j]] and b[j], or else a[j] and b[index[j]].
+    The tiles of an expert run together: its rows stay in the L2."""
+    expert, tiles_down = tl.program_id(1).to(tl.int64), tl.cdiv(rows, ROWS)
+    row = (tl.program_id(0) % tiles_down) * ROWS + tl.arange(0, ROWS)
+    row = row.to(tl.int64)[:, None]
+    col = (tl.program_id(0) // tiles_down) * COLS + tl.arange(0, COLS)
+    col = col.to(tl.int64)[None, :]
     begin = tl.load(ends + expert - 1, expert > 0, 0)
     end = tl.load(ends + expert)
     total = tl.zeros((ROWS, COLS), dtype=tl.float32)
     for start in range(begin, end, DEPTH):
-        k = start + tl.arange(0, DEPTH).to(tl.int64)
-        source = tl.load(index + k)
+        k = start + tl.arange(0, DEPTH)
+        there = k < end
+        source, k = tl.load(index + k, there, 0), k.to(tl.int64)
         left, right = (source, k) if GATHER_A else (k, source)
-        inside = (row < rows) & (left < (limit if GATHER_A else end))[None, :]
+        inside = (row < rows) & there[None, :]
         left = tl.load(a + left[None, :] * rows + row, inside, 0.0)
-        inside = (col < cols) & (right < (end if GATHER_A else limit))[:, None]
+        inside = (col < cols) & there[:, None]
         right = tl.load(b + right[:, None] * cols + col, inside, 0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
     inside = (row < rows) & (col < cols)
@@ -628,78 +686,92 @@ def expert_tile(x: Tensor, num_stages: int) -> dict:
     """Tile and launch options: three tiles of each operand have to fit in shared memory."""
     small = small_shared_memory(x.device.type) or x.element_size() > 2
     cols, depth = (128, 32) if small else (256, 64)
-    return dict(ROWS=TILE_ROWS, COLS=cols, DEPTH=depth, num_warps=8, num_stages=num_stages)
+    return dict(ROWS=128, COLS=cols, DEPTH=depth, num_warps=8, num_stages=num_stages)
 
-@expert_operator("train_moe::product")
-def fused_product(
-        a: Tensor, b_EKM: Tensor, index_R: Tensor, owner_G: Tensor, post: Tensor | None,
-        backward: bool, scattered: int) -> Tensor:
-    """(R, M), or with b[e].T in the backward pass (R, K); scattered: rows then. See the kernel."""
-    _, depth, cols = (b_EKM.mT if backward else b_EKM).shape
-    out, tile = a.new_empty(scattered or len(index_R), cols), expert_tile(a, num_stages=3)
-    grid = -(-cols // tile["COLS"]), len(owner_G)
+def fused_product(a, b_EKM, index_R, ends_E, post=None, backward=False, scatter=False) -> Tensor:
+    """(R, M), or in the backward pass, which multiplies by b[e].T, (R, K): see the kernel."""
+    experts, depth, cols = (b_EKM.mT if backward else b_EKM).shape
+    rows, tile = len(index_R), expert_tile(a, num_stages=3)
+    out = a.new_empty(rows, cols)
+    grid = ((rows // tile["ROWS"] + experts) * -(-cols // tile["COLS"]),)
     triton_kernel(expert_product_kernel)[grid](
-        a.contiguous(), b_EKM.contiguous(), index_R, owner_G, out if post is None else post, out,
-        scattered or len(a), cols, depth, BACKWARD=backward, SCATTER=scattered > 0, **tile)
+        a.contiguous(), b_EKM.contiguous(), index_R, ends_E, out if post is None else post, out,
+        experts, rows, cols, depth, BACKWARD=backward, SCATTER=scatter,
+        EXPERTS=1 << (experts - 1).bit_length(), GROUP=8, **tile)
     return out
 
-@expert_operator("train_moe::product_weight")
-def fused_gradient(
-        a: Tensor, b: Tensor, index_R: Tensor, ends_E: Tensor, gather_a: bool) -> Tensor:
+def fused_weight_gradient(a, b, index_R, ends_E, gather_a: bool) -> Tensor:
     """(E, columns of a, columns of b), exactly 0 for an expert without rows: see the kernel."""
     experts, rows, cols = len(ends_E), a.size(1), b.size(1)
     out = a.new_empty(experts, rows, cols)
     tile = expert_tile(a, num_stages=5)  # an index comes before what it points to: 5 hold 3 tiles
-    grid = -(-cols // tile["COLS"]), -(-rows // tile["ROWS"]), experts
+    grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]), experts)
     triton_kernel(expert_weight_kernel)[grid](
-        a.contiguous(), b.contiguous(), index_R, ends_E, out, len(a if gather_a else b),
-        rows, cols, GATHER_A=gather_a, **tile)
+        a.contiguous(), b.contiguous(), index_R, ends_E, out, rows, cols, GATHER_A=gather_a, **tile)
     return out
 
-fused_product.register_fake(lambda a, b, index, owner, post, backward, scattered: a.new_empty(
-    scattered or len(index), b.size(1 if backward else 2)))
-fused_gradient.register_fake(lambda a, b, index, ends, gather_a: a.new_empty(
-    len(ends), a.size(1), b.size(1)))
+@expert_operator(
+    "nanospeedrun_train_moe::experts",
+    schema="(Tensor x, Tensor up, Tensor down, Tensor order, Tensor ends, int choices) -> "
+           "(Tensor, Tensor)")
+def fused_experts(x_ND, up_EDF, down_EFD, order_R, ends_E, choices):
+    """y[order[j]] = relu(x[order[j] // choices] @ up[e])^2 @ down[e], (R, D), and the hidden values of sorted rows,
+    (R, F). An expert may have no rows: its gradients are then exactly 0."""
+    post_RF = fused_product(x_ND, up_EDF, order_R // choices, ends_E)
+    return fused_product(post_RF, down_EFD, order_R, ends_E, scatter=True), post_RF
 
-class FusedExperts(torch.autograd.Function):
-    """y[order[j]] = relu(x[order[j] // choices] @ up[e])^2 @ down[e], (N * K, D)."""
-    @staticmethod
-    def forward(ctx, x_ND, up_EDF, down_EFD, g: Grouping, choices: int) -> Tensor:
-        order, _, ends, owner = g
-        post_RF = fused_product(x_ND, up_EDF, order // choices, owner, None, False, 0)
-        ctx.save_for_backward(x_ND, up_EDF, down_EFD, order, ends, owner, post_RF)
-        ctx.choices = choices
-        return fused_product(post_RF, down_EFD, order, owner, None, False, choices * len(x_ND))
+@expert_operator(
+    "nanospeedrun_train_moe::experts_backward",
+    schema="(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor order, Tensor ends, "
+           "Tensor post, int choices) -> (Tensor, Tensor, Tensor)")
+def fused_experts_backward(grad_RD, x_ND, up_EDF, down_EFD, order_R, ends_E, post_RF, choices):
+    pre_RF = fused_product(grad_RD, down_EFD, order_R, ends_E, post_RF, backward=True)
+    x_RD = fused_product(pre_RF, up_EDF, order_R, ends_E, backward=True, scatter=True)
+    up = fused_weight_gradient(x_ND, pre_RF, order_R // choices, ends_E, gather_a=True)
+    down = fused_weight_gradient(post_RF, grad_RD, order_R, ends_E, gather_a=False)
+    return x_RD.unflatten(0, (-1, choices)).sum(1), up, down
 
-    @staticmethod
-    def backward(ctx, grad):
-        x_ND, up, down, order, ends, owner, post = ctx.saved_tensors
-        pre_RF = fused_product(grad, down, order, owner, post, True, 0)
-        x = fused_product(pre_RF, up, order, owner, None, True, len(grad))
-        up = fused_gradient(x_ND, pre_RF, order // ctx.choices, ends, True)
-        down = fused_gradient(post, grad, order, ends, False)
-        return x.unflatten(0, (-1, ctx.choices)).sum(1), up, down, None, None
+def _experts_backward(ctx, grad_RD, _):
+    return *fused_experts_backward(grad_RD, *ctx.saved_tensors, ctx.choices), None, None, None
+
+def _experts_context(ctx, inputs, output):
+    *tensors, ctx.choices = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+fused_experts.register_fake(lambda x, up, down, order, *_: (
+    x.new_empty(len(order), x.size(1)), x.new_empty(len(order), up.size(2))))
+fused_experts_backward.register_fake(
+    lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
+fused_experts.register_autograd(_experts_backward, setup_context=_experts_context)
 
 # ┌─ Routers ────────────────────────────────────────────────────────────────────────────────────┐
 ROUTER_STD = 0.01  # of the routers' initial weights
+DROP_PARTS = 8  # parts of a row by which dropped choices are counted
 NOISE_FLOOR = 0.01  # least std of noisy_topk's noise: chance_of_choice divides by it
 
 def named_sums(sums: Tensor, num_experts: int) -> dict[str, Tensor]:
-    """What a router sums over tokens, the last axis, by name. By expert: choices, gates (noisy_topk) or shares of the
-    scores, chance to be chosen under another noise (noisy_topk, else 0). Choices dropped, entropy of the scores, last
-    choice's key less the next one's, squared log-sum-exp and mean square of the logits."""
-    by_expert = dict.fromkeys(("chosen", "importance", "load"), num_experts)
-    sizes = by_expert | dict.fromkeys(("dropped", "entropy", "margin", "z", "logit"), 1)
+    """What a router sums over tokens, the last axis, by name. By expert: how often it was chosen, its gates
+    (noisy_topk) or share of the scores, its chance to be chosen under another noise (noisy_topk, else 0). Choices
+    dropped in each part of the row. Entropy of the scores, key of the last choice less that of the next, squared
+    log-sum-exp and mean square of the logits."""
+    sizes = {"chosen": num_experts, "importance": num_experts, "load": num_experts,
+             "dropped": DROP_PARTS, "entropy": 1, "margin": 1, "z": 1, "logit": 1}
     return dict(zip(sizes, sums.split(list(sizes.values()), dim=-1), strict=True))
 
 def chance_of_choice(clean_NE, noise_std_NE, noisy_NE, top_NK, choices: int) -> Tensor:
-    """Probability that an expert, its own noise drawn again, exceeds the K-th largest noisy logit of the others, (N, E)
-    (Shazeer et al. 2017, arXiv 1701.06538, appendix A). `top_NK`: the K + 1 largest, if there are, in order."""
+    """Probability that an expert is among the chosen if its own noise is drawn again, (N, E): that it exceeds the
+    K-th largest noisy logit of the others (Shazeer et al. 2017, arXiv 1701.06538, appendix A). `top_NK`: the K + 1
+    largest, in order; if there is no K + 1st, all are chosen."""
     if top_NK.size(1) == choices:
         return torch.ones_like(clean_NE)
     inside, outside = top_NK[:, choices - 1:].split(1, dim=1)
     threshold = torch.where(noisy_NE > outside, outside, inside)
     return torch.special.ndtr((clean_NE - threshold) / noise_std_NE)
+
+def among(experts: Tensor, num_experts: int) -> Tensor:
+    """Numbers of experts (.., K) -> (.., E), True for those."""
+    return (experts[..., None] == torch.arange(num_experts, device=experts.device)).any(-2)
 
 class Routing(NamedTuple):
     """What a router decides, and sums for its balance and its report."""
@@ -709,76 +781,88 @@ class Routing(NamedTuple):
 
 class Router(NamedTuple):
     """How tokens choose: everything that is not learned."""
-    s: Settings
+    kind: str
+    num_experts: int
+    choices: int
+    norm: bool
+    scale: float
+    capacity: float
 
     def __call__(self, x_BTD, weight_RD, bias_E, noise_BTE) -> Routing:
         """Routing of normed tokens. weight: (E, D) fp32, noisy_topk (2E, D), the second half for the noise's size;
         bias: sigmoid_bias's, for the choice alone; noise: standard normal, None in evaluation."""
-        s, sigmoid = self.s, self.s.router == "sigmoid_bias"
+        training, sigmoid = torch.is_grad_enabled(), self.kind == "sigmoid_bias"
         products = F.linear(x_BTD.float().flatten(0, 1), weight_RD)
-        logits, *noise_logits = products.split(s.num_experts, dim=1)
+        logits, *noise_logits = products.split(self.num_experts, dim=1)
         keys, noise_std = logits, None
         if noise_BTE is not None:
             noise_std = F.softplus(noise_logits[0]) + NOISE_FLOOR
             keys = logits + noise_BTE.flatten(0, 1) * noise_std
         scores = torch.sigmoid(logits) if sigmoid else keys.softmax(-1)
         keys = scores + bias_E if sigmoid else keys
-        top, experts = keys.topk(min(s.top_k + 1, s.num_experts))
-        experts = experts[:, :s.top_k]
+        top, experts = keys.topk(min(self.choices + 1, self.num_experts))
+        experts = experts[:, :self.choices]
         gates = scores.gather(1, experts)
-        if s.route_norm and s.top_k > 1:  # a lone one would be constant: nothing to learn from
+        if self.norm and self.choices > 1:  # a lone one would be constant: nothing to learn from
             gates = gates / gates.sum(-1, keepdim=True).clamp_min(1e-20)
-        if not torch.is_grad_enabled():
-            return Routing(experts, gates * s.gate_scale, None)
-        kept = self.kept(experts, x_BTD.size(1))
-        sums = self.sums(logits, noise_std, keys, scores, top, experts, gates, kept)
-        return Routing(experts, gates * s.gate_scale * kept, sums)
+        kept = sums = None
+        if training and self.capacity:
+            kept = self.kept(experts.view(*x_BTD.shape[:2], -1))
+        if training:
+            sums = self.sums(logits, noise_std, keys, scores, top, experts, gates, kept)
+        gates = gates * self.scale
+        return Routing(experts, gates if kept is None else gates * kept.view_as(gates), sums)
 
-    def kept(self, experts_NK, length: int) -> Tensor:
-        """False where earlier tokens of the row, alone, have filled an expert (unlike GShard's first choices first)."""
-        s = self.s
-        if not s.capacity_factor:
-            return torch.ones_like(experts_NK, dtype=torch.bool)
-        experts_BTK = experts_NK.unflatten(0, (-1, length))
-        chosen = F.one_hot(experts_BTK, s.num_experts).sum(2)
-        earlier = (chosen.cumsum(1) - chosen).gather(2, experts_BTK).flatten(0, 1)
-        return earlier < math.ceil(s.capacity_factor * (length * s.top_k / s.num_experts))
+    def kept(self, experts_BTK) -> Tensor:
+        """False where earlier tokens of the row have filled an expert. What a token loses depends on nothing that comes
+        after it, nor on other rows (unlike GShard's order of first choices first)."""
+        even = experts_BTK.size(1) * self.choices / self.num_experts
+        chosen = among(experts_BTK, self.num_experts).int()
+        earlier = (chosen.cumsum(1) - chosen).gather(2, experts_BTK)
+        return earlier < math.ceil(self.capacity * even)
 
-    def sums(self, logits, noise_std, keys, scores, top, experts_NK, gates_NK, kept_NK) -> Tensor:
-        """See named_sums, (S,) fp32. Only penalties have gradients: the entropy's is infinite if a score underflows."""
-        choices, experts = self.s.top_k, self.s.num_experts
-        chosen = F.one_hot(experts_NK, experts).sum((0, 1)).float()
+    def sums(self, logits, noise_std, keys, scores, top, experts_NK, gates_NK, kept_BTK) -> Tensor:
+        """The sums that named_sums names, (S,) fp32. Only what penalties read has a gradient: that of the entropy is
+        infinite where a score underflows."""
+        chosen = among(experts_NK, self.num_experts).sum(0)
         share = scores / scores.sum(-1, keepdim=True)
         importance, load = share.sum(0), torch.zeros_like(share[0])
         if noise_std is not None:
             importance = torch.zeros_like(share).scatter(1, experts_NK, gates_NK).sum(0)
-            load = chance_of_choice(logits, noise_std, keys, top, choices).sum(0)
-        dropped = (~kept_NK).sum().float()
+            load = chance_of_choice(logits, noise_std, keys, top, self.choices).sum(0)
+        dropped = share.new_zeros(DROP_PARTS)
+        if kept_BTK is not None:
+            length = kept_BTK.size(1)
+            part = torch.arange(length, device=share.device) * DROP_PARTS // length
+            dropped = (~kept_BTK).sum((0, 2)).float() @ F.one_hot(part, DROP_PARTS).float()
         entropy = torch.special.entr(share.detach()).sum()
-        margin = (top[:, choices - 1] - top[:, -1]).detach().sum()  # 0 if all are chosen
+        margin = (top[:, self.choices - 1] - top[:, -1]).detach().sum()  # 0 if all are chosen
         z = logits.logsumexp(-1).square().sum()
-        logit = (logits.detach().square() / experts).sum()
-        single = torch.stack((dropped, entropy, margin, z, logit))
-        return torch.cat((chosen, importance, load, single))
+        logit = (logits.detach().square() / self.num_experts).sum()
+        single = torch.stack((entropy, margin, z, logit))
+        return torch.cat((chosen.float(), importance, load, dropped, single))
 
 class Mixture(nn.Module):
     """Feed-forward layer in which each token has some of many experts, and perhaps shared ones."""
     def __init__(self, s: Settings):
         super().__init__()
-        self.impl, self.router = s.moe_impl, Router(s)
-        up_EFD = uniform_matrix(s.num_experts, s.hidden, s.width)
-        self.experts_up = nn.Parameter(up_EFD.mT.contiguous())
-        self.experts_down = nn.Parameter(torch.zeros_like(up_EFD))
+        experts, self.impl = s.num_experts, s.moe_impl
+        self.router = Router(
+            s.router, experts, s.top_k, s.route_norm, s.gate_scale, s.capacity_factor)
+        up = uniform_matrix(experts, s.hidden, s.width).mT
+        self.experts_up = nn.Parameter(up.contiguous())  # (E, D, F)
+        self.experts_down = nn.Parameter(torch.zeros(experts, s.hidden, s.width))  # (E, F, D)
         shared = s.num_shared * s.hidden  # side by side they are one MLP
         self.shared = MLP(s, shared) if shared else None
 
     def forward(self, x_BTD, router: tuple) -> tuple:
         """Output and sums. Gates are applied after the experts: before, ReLU^2 would square them."""
+        shared = self.shared(x_BTD) if self.shared is not None else None
         experts, gates, sums = self.router(x_BTD, *router)
-        x_ND = x_BTD.flatten(0, 1)
-        y_NKD = expert_mlp(x_ND, self.experts_up, self.experts_down, experts, self.impl)
+        weights = self.experts_up, self.experts_down
+        y_NKD = expert_mlp(x_BTD.flatten(0, 1), *weights, experts, self.impl)
         y = (y_NKD * gates[..., None]).sum(1).type_as(x_BTD).view_as(x_BTD)
-        return y if self.shared is None else y + self.shared(x_BTD), sums
+        return y if shared is None else y + shared, sums
 
 # ┌─ Model ──────────────────────────────────────────────────────────────────────────────────────┐
 GATE_DIM = 12  # dimensions of the residual stream that gates read (28)
@@ -1063,14 +1147,15 @@ def future_targets(targets_BT, docs_BT, count: int) -> Tensor:
 # differs from train_gpt.py: experts and routers
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Number of parameters by kind; `matmul`: that multiply a token (for FLOPs), `active`: it meets."""
-    kinds = dict(
-        embed="embedding", value_embeds="embedding", blocks="hidden", lm_head="head", routers="router")
+    kinds = {
+        "embed": "embedding", "value_embeds": "embedding", "blocks": "hidden", "lm_head": "head",
+        "routers": "router"}
     counts = dict.fromkeys(("hidden", "experts", "router", "embedding", "head", "small"), 0)
     for name, p in model.named_parameters():
         kind = kinds.get(name.split(".")[0], "small")
         counts["experts" if ".experts_" in name else kind] += p.numel()
     routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, Mixture)]
-    share = routers[0].s.top_k / routers[0].s.num_experts if routers else 0.0
+    share = routers[0].choices / routers[0].num_experts if routers else 0.0
     total, idle = sum(counts.values()), round(counts["experts"] * (1 - share))
     matmul = sum(counts[kind] for kind in ("hidden", "experts", "router", "head")) - idle
     return {"total": total, "active": total - idle, **counts, "matmul": matmul}
@@ -1101,8 +1186,9 @@ def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: 
 
 # differs from train_gpt.py: sorted rows of the mixtures
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
-    """Bytes of the tokens of a forward pass, estimated: 34 activations a layer and dimension, 10 for each choice (half
-    if compiled, by the 34 GiB of the public records at 49,152 tokens), scores but for FlexAttention, bmm's weights."""
+    """Bytes of the tokens of a forward pass, estimated: 34 activations a layer and dimension, ten more for each choice
+    in a mixture (half if compiled, by the 34 GiB of the public records at 49,152 tokens) and, but for FlexAttention, a
+    row of scores; for `bmm` the experts' weights in each of its about 5 blocks an expert."""
     size, mixtures = s.torch_dtype.itemsize, len(s.mixtures)
     scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * seq_len
     activations = (34 * s.num_layers + 10 * s.top_k * mixtures) / (1 + s.compile)
@@ -1145,8 +1231,9 @@ class Rule(NamedTuple):
 # differs from train_gpt.py: experts and routers
 def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
-    parameters as in 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are stored as (hidden,
-    model), which gives both the factor sqrt(mlp_ratio), experts that of their own matrices, at least 1."""
+    parameters as in 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are
+    stored as (hidden, model), which gives both the factor sqrt(mlp_ratio). An expert's factor is that
+    of its own matrices, at least 1."""
     width, hidden, adam, eps = s.width, s.mlp_ratio * s.width, s.adam_lr, s.adam_eps
     kind, lr, *rest = hidden_rule(s)
     mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
@@ -1353,7 +1440,8 @@ class Bank:
         self.in_flight.append((work, packed))
 
     def my_experts(self) -> Tensor | None:
-        """The expert, counted through all layers, of each own piece (AdamW: each entry of it); past the last: none."""
+        """The number of the expert, counted through all layers, that each own piece (AdamW: each entry of it) belongs
+        to; what belongs to none has the number past the last one. None: no experts."""
         layers, count, numbers = self.s.mixtures, self.s.num_experts, {}
         if not any(".experts_" in name for name in self.params):
             return None
@@ -1369,7 +1457,8 @@ class Bank:
     # differs from train_gpt.py: experts without a token are left alone
     def step(self, scale: float, mu: float, step: int, busy: Tensor | None = None):
         """Waits for the own gradients, updates the own pieces and sends them off, asynchronously. `busy`: which experts
-        saw a token, and True; the others keep weights and moments, or they would repeat old updates in full size."""
+        saw a token, and True. Updates have full size however small the gradient, and without one would repeat old ones;
+        so idle experts keep weights and moments."""
         for work, _ in self.in_flight:
             work.wait()
         self.in_flight = []
@@ -1458,9 +1547,10 @@ class Bank:
         self.receive_weights()
 
 def penalty(name: str, weight: float, sums_MS, num_experts: int) -> tuple:
-    """A penalty by sums per token: its value in each layer, by which of the sums it has a slope, weight * that slope.
-    importance, load: 1 + CV^2 (Shazeer et al. 2017, arXiv 1701.06538); switch: E * sum_i f_i P_i (Fedus et al. 2021,
-    arXiv 2101.03961), f_i without gradient; z: mean squared log-sum-exp (Zoph et al. 2022, arXiv 2202.08906)."""
+    """What makes routers balance, by sums per token: its value in each layer, 1 where all experts are equal, but for z;
+    by which of the sums it has a slope; and weight * that slope. importance, load: 1 + CV^2 (Shazeer et al. 2017,
+    arXiv 1701.06538); switch: E * sum_i f_i P_i (Fedus et al. 2021, arXiv 2101.03961), f_i the share of all choices,
+    without gradient; z: mean squared log-sum-exp (Zoph et al. 2022, arXiv 2202.08906)."""
     sums = named_sums(sums_MS, num_experts)
     if name == "z":
         return sums["z"].squeeze(-1), "z", torch.full_like(sums["z"], weight)
@@ -1485,29 +1575,36 @@ def balance_update(sums_MS, bias_ME, bias_step, weights: dict[str, float], num_e
     return slopes, bias - bias.mean(-1, keepdim=True)
 
 class Balance:
-    """What keeps routers from sending all tokens to few experts. Penalties such as CV^2 are no means over tokens and
-    would depend on how a batch is split; so what is added to the loss is their linearization at the sums of the step
-    before, sum(slopes * sums): the gradient for the whole batch, one step late, for a small all-reduce."""
-    SAVED = "bias", "slopes", "report_sums"
+    """What keeps routers from sending all tokens to few experts, by the sums over all tokens of a step.
 
+    Penalties that are no means over tokens, such as CV^2, would depend on how a batch is split into micro-steps and
+    ranks; so what is added to the loss is their linearization at the sums of the step before: sum(slopes * sums). It
+    has the penalties' gradient for the whole batch, one step late, and needs one small all-reduce a step."""
     def __init__(self, model: nn.Module, s: Settings, world: World):
         self.s, self.world, self.bias = s, world, model.router_bias
-        self.size = len(self.bias), 3 * s.num_experts + 5  # of the sums, (M, S)
+        self.size = len(self.bias), 3 * s.num_experts + DROP_PARTS + 4  # of the sums, (M, S)
         self.update_function = compiled(balance_update, s)
         self.generator = torch.Generator(s.device)
         self.reset()
 
     def reset(self):
         """As before the first step: slopes of evenly loaded experts, which turn no router."""
-        s, self.in_flight, self.report_steps = self.s, None, 0
-        self.sums = torch.zeros(self.size, device=s.device)  # of this step, per token
+        self.sums = torch.zeros(self.size, device=self.s.device)  # of this step, per token
+        self.in_flight, self.report_steps = None, 0
         self.report_sums = torch.zeros_like(self.sums)
         self.bias.zero_()
-        even = torch.full_like(self.sums, 1 / s.num_experts)
-        self.slopes, _ = balance_update(even, self.bias, 0.0, s.penalties, s.num_experts)
+        self.slopes, _ = self.updated(torch.full_like(self.sums, 1 / self.s.num_experts), 0.0)
+
+    def updated(self, sums_MS, bias_step: float) -> tuple:
+        """Slopes and bias after a step with these sums."""
+        bias_step = torch.full((), bias_step, device=self.s.device)
+        return self.update_function(
+            sums_MS, self.bias, bias_step, self.s.penalties, self.s.num_experts)
 
     def noise(self, step: int, micro_step: int, rows: int, seq_len: int) -> Tensor | None:
-        """Standard normal noise for noisy_topk, (B, M, T, E) fp32: a function of run, step and a row's number alone."""
+        """Standard normal noise for noisy_topk, (B, M, T, E) fp32: each row's from a generator with its own seed, made
+        of the run's, the step and the row's number in the batch. So it does not depend on the number of ranks or
+        micro-steps, and a resumed run draws what it would have drawn."""
         if self.s.router != "noisy_topk":
             return None
         shape = rows, self.size[0], seq_len, self.s.num_experts
@@ -1516,11 +1613,12 @@ class Balance:
         for row, out in enumerate(noise, start=first):
             key = hashlib.sha256(f"{self.s.seed} {step} {row}".encode()).digest()
             self.generator.manual_seed(int.from_bytes(key[:7], "little"))
-            out.normal_(generator=self.generator)
+            torch.randn(out.shape, generator=self.generator, device=out.device, out=out)
         return noise
 
     def add(self, sums: Tensor, weight: float, last: bool) -> Tensor:
-        """What a micro-step's sums add to the loss. weight: 1 / tokens of the batch. The last starts the all-reduce."""
+        """What a micro-step's sums add to its share of the loss. weight: 1 / tokens of the batch. The last one's start
+        on their way to the other ranks, before the gradients do."""
         sums_MS = sums.view(self.size) * weight
         self.sums += sums_MS.detach()
         if last and self.world.size > 1:
@@ -1540,9 +1638,7 @@ class Balance:
         if s.router == "sigmoid_bias":
             left = (s.iterations - step) / max(1.0, s.bias_cooldown * s.iterations)
             rate = s.bias_rate * min(1.0, left)
-        rate = torch.full((), rate, device=s.device)
-        self.slopes, bias = self.update_function(
-            self.sums, self.bias, rate, s.penalties, s.num_experts)
+        self.slopes, bias = self.updated(self.sums, rate)
         self.bias.copy_(bias)
         self.report_sums += self.sums
         self.report_steps += 1
@@ -1550,19 +1646,20 @@ class Balance:
 
     def report(self) -> dict[str, list]:
         """Numbers of the steps since the last report; waits for the device."""
-        sums = (self.report_sums / self.report_steps).cpu()
-        self.report_sums.zero_()
-        self.report_steps = 0
-        return router_report(sums, self.bias.cpu(), self.s)
+        sums, self.report_steps = self.report_sums / max(1, self.report_steps), 0
+        self.report_sums = torch.zeros_like(self.sums)
+        return router_report(sums.cpu(), self.bias.cpu(), self.s)
 
     def state_dict(self) -> dict:
-        tensors = {name: getattr(self, name).to("cpu", copy=True) for name in self.SAVED}
-        return tensors | {"report_steps": self.report_steps}
+        tensors = {"bias": self.bias, "slopes": self.slopes, "report_sums": self.report_sums}
+        saved = {name: t.to("cpu", copy=True) for name, t in tensors.items()}
+        return saved | {"report_steps": self.report_steps}
 
     def load_state_dict(self, saved: dict):
+        self.bias.copy_(saved["bias"])
+        self.slopes = saved["slopes"].to(self.s.device)
+        self.report_sums = saved["report_sums"].to(self.s.device)
         self.report_steps = saved["report_steps"]
-        for name in self.SAVED:
-            getattr(self, name).copy_(saved[name])
 
 # differs from train_gpt.py: balance of the experts
 class MuonAdamW:
@@ -1618,12 +1715,13 @@ class MuonAdamW:
 
     # differs from train_gpt.py: balance of the experts
     def state_dict(self) -> dict:
-        """{"steps": n, "state": {key: {name: whole fp32 tensor, on rank 0 only}}, "balance": Balance's}. Collective."""
+        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor, on rank 0 only}}, "balance": Balance's}.
+        Collective."""
         state = {}
         for bank in self.banks:
             for key in bank.state:
                 state.setdefault(key, {}).update(bank.full(key))
-        balance = self.balance and self.balance.state_dict()
+        balance = self.balance.state_dict() if self.balance else None
         return {"steps": self.steps, "state": state, "balance": balance}
 
     # differs from train_gpt.py: balance of the experts
@@ -1785,15 +1883,16 @@ def bits_per_byte(loss: float, meta: dict) -> float | None:
 
 # ┌─ Reports of the routers ─────────────────────────────────────────────────────────────────────┐
 def router_report(sums_MS, bias_ME, s: Settings) -> dict[str, list]:
-    """Numbers of each mixture layer, from sums per token over some steps. load: each expert's share of the choices;
-    effective_experts: e^its entropy; cv: standard deviation / mean; dropped: share of the choices; score_entropy: nats;
-    margin: last choice's key less the next one's; dead: experts below 1/20 of the mean."""
+    """Numbers of each mixture layer, from sums per token over some steps: each expert's share of the choices (load),
+    e^its entropy, largest / mean, standard deviation / mean (cv); dropped share of choices, in all and in each 1/8 of a
+    row; entropy of the router's scores in nats, gap between last choice and next, rms of logits; range of the bias;
+    penalties; experts below 1/20 of the mean."""
     sums, even = named_sums(sums_MS, s.num_experts), 1 / s.num_experts
-    load = sums["chosen"] / s.top_k
+    load, dropped = sums["chosen"] / s.top_k, sums["dropped"] / s.top_k
     values = {
         "load": load, "effective_experts": torch.special.entr(load).sum(-1).exp(),
         "max_over_mean": load.amax(-1) / even, "cv": load.std(-1, correction=0) / even,
-        "dropped": sums["dropped"][:, 0] / s.top_k,
+        "dropped": dropped.sum(-1), "dropped_by_part": dropped * DROP_PARTS,
         "score_entropy": sums["entropy"][:, 0], "margin": sums["margin"][:, 0],
         "logit_rms": sums["logit"][:, 0].sqrt(),
         "bias_min": bias_ME.amin(-1), "bias_max": bias_ME.amax(-1),
@@ -1804,18 +1903,21 @@ def router_report(sums_MS, bias_ME, s: Settings) -> dict[str, list]:
     return {name: value.tolist() for name, value in values.items()} | {"dead": dead}
 
 def router_lines(report: dict[str, list], s: Settings) -> list[str]:
-    """A line about all layers, and alarms: dead experts, or a collapse to few, by the effective experts."""
+    """A line about all layers, and an alarm for each with dead experts or a collapse: choices as good as limited to
+    half more experts than a token has, or to a quarter of them."""
     effective, dead = report["effective_experts"], report["dead"]
     drops = f", dropped {100 * max(report['dropped']):.1f} %" if s.capacity_factor else ""
     lines = [f"routers: effective experts {' '.join(f'{x:.1f}' for x in effective)} "
              f"of {s.num_experts}, max/mean {max(report['max_over_mean']):.2f}, "
              f"CV {max(report['cv']):.2f}, dead {sum(map(len, dead))}{drops}"]
-    lines += [f"ALARM: layer {layer}: dead experts {', '.join(map(str, experts))}: "
-              "less than 1/20 of an even share of tokens"
-              for layer, experts in zip(s.mixtures, dead, strict=True) if experts]
+    for layer, experts in zip(s.mixtures, dead, strict=True):
+        if experts:
+            lines.append(f"ALARM: layer {layer}: dead experts {', '.join(map(str, experts))}: "
+                         "less than 1/20 of an even share of tokens")
     limit = max(1.5 * s.top_k, s.num_experts / 4)
-    lines += [f"ALARM: layer {layer}: collapse: {x:.1f} of {s.num_experts} experts are effectively used"
-              for layer, x in zip(s.mixtures, effective, strict=True) if x < limit < s.num_experts]
+    for layer, x in zip(s.mixtures, effective, strict=True):
+        if x < limit < s.num_experts:
+            lines.append(f"ALARM: layer {layer}: collapse: {x:.1f} of {s.num_experts} experts are effectively used")
     return lines
 
 def log_routers(run: Run, step: int, report: dict[str, list]):
@@ -1826,8 +1928,9 @@ def log_routers(run: Run, step: int, report: dict[str, list]):
         run.log.line(f"{alarm} (step {step})")
     run.log.metric(event="routers", step=step, layers=s.mixtures, experts=s.num_experts, **report)
     if run.log.wandb is not None:
-        numbers = {f"routers/{name}/layer{i}": x for name, row in report.items()
-                   for i, x in zip(s.mixtures, row, strict=True) if isinstance(x, float)}
+        single = {name: row for name, row in report.items() if isinstance(row[0], float)}
+        numbers = {f"routers/{name}/layer{i}": x for name, row in single.items()
+                   for i, x in zip(s.mixtures, row, strict=True)}
         run.log.wandb.log(numbers, step=step)
 
 # ┌─ Training ───────────────────────────────────────────────────────────────────────────────────┐
@@ -1860,7 +1963,7 @@ def train(run: Run):
             targets_KBT = future_targets(targets_BT, docs_BT, stage.mtp)
             noise = balance.noise(step, i, *inputs_BT.shape) if balance else None
             values = model(inputs_BT, targets_KBT, docs_BT, window, noise)
-            losses_K, sums = values[:len(weights)], values[len(weights):]
+            losses_K, sums = values.split((len(weights), len(values) - len(weights)))
             loss = sum(w * loss for w, loss in zip(weights, losses_K, strict=True))
             if balance:
                 loss = loss + balance.add(sums, 1 / stage.batch_tokens, optimizer.last_micro_step)
@@ -1880,13 +1983,15 @@ def train(run: Run):
             run.log_step(
                 step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
                 batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
+            due = step % s.log_every == 0  # not where a signal or a checkpoint brought the line about
+            if balance and (last or (due and balance.report_steps >= s.router_every)):
+                log_routers(run, step, balance.report())
         if last or (s.eval_every and step % s.eval_every == 0):
             with run.clock.paused():
                 val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
                 run.log_validation(step, val_loss)
-        due = step % s.log_every == 0 and balance and balance.report_steps >= s.router_every
-        if balance and (due or last or run.status == "target"):
-            log_routers(run, step, balance.report())
+            if balance and run.status == "target" and balance.report_steps:
+                log_routers(run, step, balance.report())
         if save and not last and not run.over:
             run.save(step, optimizer)
     run.finish(step, optimizer)

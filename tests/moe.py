@@ -64,8 +64,8 @@ def all_penalties(sums: torch.Tensor, num_experts: int) -> dict[str, torch.Tenso
 
 
 def sum_size(num_experts: int) -> int:
-    """Length of a router's sums: three by expert, five more."""
-    return 3 * num_experts + 5
+    """Length of a router's sums: three by expert, dropped choices in 8 parts of a row, four more."""
+    return 3 * num_experts + 8 + 4
 
 
 def layer_sums(model: GPT, s: Settings, batch: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

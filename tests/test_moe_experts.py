@@ -111,7 +111,7 @@ def test_compiled_experts_are_one_graph_for_all_routings(impl, dtype):
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_nothing_is_read_from_the_device(kind, impl):
     """Routing, experts and gradients on tensors without values, of which nothing can be read."""
-    router = tm.Router(tm.Settings(router=kind, num_experts=8, top_k=2, route_scale=1.0, capacity_factor=1.0))
+    router = tm.Router(kind, 8, 2, norm=True, scale=1.0, capacity=1.0)
     with FakeTensorMode():
         x = torch.empty(4, 8, D, dtype=torch.bfloat16, requires_grad=True)
         up, down = (torch.empty(8, *shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((D, F), (F, D)))
@@ -143,30 +143,32 @@ def test_rows_are_sorted_by_expert_and_padded_to_blocks_of_one(routing):
     assert g.order_R.tolist() == sorted(range(len(flat)), key=lambda i: (flat[i], i))
     assert g.ends_E.tolist() == [sum(e <= last for e in flat) for last in range(count)]
     assert g.ends_E.dtype == torch.int32  # what grouped_mm takes
-    padded = tm.group_rows(experts, count, 16)
-    owner = padded.owner_G.repeat_interleave(len(padded.order_R) // len(padded.owner_G))
+    padded = tm.pad_groups(g, 16)
+    owner = padded.owner_GE.argmax(1).repeat_interleave(len(padded.order_R) // len(padded.owner_GE))
     rows = padded.order_R.tolist()
     assert sorted(i for i in rows if i < len(flat)) == list(range(len(flat)))  # each choice once, the rest is padding
     for grouping in (g, padded):
         assert torch.equal(grouping.order_R[grouping.inverse_R], torch.arange(len(flat)))
     assert all(flat[i] == e for i, e in zip(rows, owner.tolist(), strict=True) if i < len(flat))
-    uneven = tm.group_rows(torch.zeros_like(experts), count, 16)  # the worst case takes no more
+    uneven = tm.pad_groups(tm.group_rows(torch.zeros_like(experts), count), 16)  # the worst case takes no more
     assert [t.shape for t in padded] == [t.shape for t in uneven]
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["sorted", "padded"])
 def test_gradients_of_spread_and_collect(padded):
-    g = tm.group_rows(choose(7, 4, 2), 4, 16 if padded else 1)
-    real = (g.order_R < 14)[:, None]
+    g = tm.group_rows(choose(7, 4, 2), 4)
+    g = tm.pad_groups(g, 16) if padded else g
+    real = (g.order_R < 14)[:, None]  # padding takes any row, and gives no gradient
     x, y = (torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (7, len(g.order_R)))
     assert padded == (not real.all())
-    assert torch.autograd.gradcheck(lambda x: tm.Reorder.apply(x.repeat_interleave(2, 0), g.order_R, g.inverse_R), x)
-    assert torch.autograd.gradcheck(lambda y: tm.Reorder.apply(y, g.inverse_R, g.order_R), y)
+    assert torch.autograd.gradcheck(lambda x: tm.Spread.apply(x, g.order_R, g.inverse_R, 2) * real, x)
+    assert torch.autograd.gradcheck(lambda y: tm.Collect.apply(y, g.order_R, g.inverse_R), y)
 
 
 @pytest.mark.parametrize("impl", ["bmm", "loop"])  # grouped_mm has no fp64
 def test_gradients_of_the_product(impl):
-    g = tm.group_rows(choose(7, 4, 2, never=(2,)), 4, 16 if impl == "bmm" else 1)
+    g = tm.group_rows(choose(7, 4, 2, never=(2,)), 4)
+    g = tm.pad_groups(g, 16) if impl == "bmm" else g
     x = torch.randn(len(g.order_R), 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, w: tm.expert_product(x, w, g, impl), (x, weight))

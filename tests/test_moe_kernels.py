@@ -62,8 +62,9 @@ class Case(NamedTuple):
 
     def fused(self, function=None) -> list[torch.Tensor]:
         """Output and the gradients of input and both weights."""
-        g = tm.group_rows(self.chosen, len(self.up), tm.TILE_ROWS)
-        y = (function or tm.FusedExperts.apply)(self.x, self.up, self.down, g, self.choices)
+        order = self.chosen.argsort(stable=True)
+        ends = self.chosen.bincount(minlength=len(self.up)).cumsum(0).int()
+        y = (function or tm.fused_experts)(self.x, self.up, self.down, order, ends, self.choices)[0]
         return [y.detach(), *torch.autograd.grad(y, (self.x, self.up, self.down), self.grad)]
 
     def loop(self) -> list[torch.Tensor]:
@@ -144,9 +145,9 @@ def test_results_are_the_same_to_the_bit_whatever_the_memory_held_before(where):
     assert all(map(torch.equal, first, second))
 
 
-def test_fused_experts_are_in_one_compiled_graph(where):
+def test_fused_experts_are_one_node_of_a_compiled_graph(where):
     case = make_case(where, *ROUTINGS["empty"])
-    compiled = torch.compile(lambda *inputs: tm.FusedExperts.apply(*inputs), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *inputs: tm.fused_experts(*inputs), fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, case.fused(compiled), case.fused()))
 
 
@@ -167,7 +168,7 @@ def build_launched(capability: int, call):
     """Machine code of the kernel that `call` launches, for bf16."""
     options = launched(pytest.MonkeyPatch(), capability, call)
     function = options.pop("function")
-    kinds = dict(index="*i64", owner="*i64", ends="*i32") | dict.fromkeys(("a", "b", "post", "out"), "*bf16")
+    kinds = dict(index="*i64", ends="*i32") | dict.fromkeys(("a", "b", "post", "out"), "*bf16")
     names = function.__code__.co_varnames[:function.__code__.co_argcount]
     settings = {name: options.pop(name) for name in ("num_warps", "num_stages")}
     types = {name: kinds.get(name, "i32") for name in names if name not in options}
@@ -188,8 +189,8 @@ def check_experts(code, capability: int, folder):
 @pytest.mark.parametrize("scatter", [False, True])
 def test_expert_product_kernel(capability, backward, scatter, compiled_kernels, tmp_path):
     x, weight = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(8, 64, 64, dtype=torch.bfloat16)
-    index, owner = torch.zeros(128, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    code = build_launched(capability, lambda: tm.fused_product(x, weight, index, owner, x, backward, 128 * scatter))
+    index, ends = torch.zeros(128, dtype=torch.int64), torch.zeros(8, dtype=torch.int32)
+    code = build_launched(capability, lambda: tm.fused_product(x, weight, index, ends, x, backward, scatter))
     check_experts(code, capability, tmp_path)
 
 
@@ -198,5 +199,5 @@ def test_expert_product_kernel(capability, backward, scatter, compiled_kernels, 
 def test_expert_weight_kernel(capability, gather_a, compiled_kernels, tmp_path):
     x, index = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(128, dtype=torch.int64)
     ends = torch.zeros(8, dtype=torch.int32)
-    code = build_launched(capability, lambda: tm.fused_gradient(x, x, index, ends, gather_a))
+    code = build_launched(capability, lambda: tm.fused_weight_gradient(x, x, index, ends, gather_a))
     check_experts(code, capability, tmp_path)

@@ -261,7 +261,7 @@ def test_penalties_of_a_batch_from_its_logits(norm):
     for kind, z in (("softmax_topk", clean), ("noisy_topk", clean + noise[0].double().numpy() * spread)):
         noisy, (p, order) = kind == "noisy_topk", (np.exp(z), np.argsort(-z, axis=1)[:, :2])
         p /= p.sum(1, keepdims=True)
-        router = tm.Router(tm.Settings(router=kind, num_experts=EXPERTS, top_k=2, route_norm=norm, route_scale=1.0))
+        router = tm.Router(kind, EXPERTS, 2, norm, 1.0, 0.0)
         sums = router(x, weight[:None if noisy else EXPERTS], torch.zeros(EXPERTS), noise if noisy else None).sums_S
         found = {name: value.item() for name, value in all_penalties(sums[None] / 300, EXPERTS).items()}
         gates = np.zeros_like(p)

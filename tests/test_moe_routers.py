@@ -15,8 +15,8 @@ E, ROWS, T = 8, 3, 24
 
 
 def router(kind: str = "softmax_topk", **changes) -> Router:
-    given = dict(num_experts=E, top_k=2, route_scale=1.0)
-    return Router(tm.Settings(router=kind, **given | changes))
+    given = dict(num_experts=E, choices=2, norm=True, scale=1.0, capacity=0.0)
+    return Router(kind, **given | changes)
 
 
 def random_inputs(seed: int = 0, dim: int = 16, std: float = 0.5) -> tuple:
@@ -42,7 +42,7 @@ def peaked(choices: int, even: bool, kind: str, height: float = 50.0) -> torch.T
     x = torch.zeros(E, E).scatter_(1, (start[:, None] + torch.arange(choices)) % E, height)[None]
     weight = torch.cat([torch.eye(E), torch.zeros(E, E)]) if kind == "noisy_topk" else torch.eye(E)
     noise = torch.zeros(1, E, E) if kind == "noisy_topk" else None
-    return router(kind, top_k=choices)(x, weight, torch.zeros(E), noise).sums_S[None] / E
+    return router(kind, choices=choices)(x, weight, torch.zeros(E), noise).sums_S[None] / E
 
 
 def balance(world: World = World(), **changes) -> Balance:  # noqa: B008
@@ -58,7 +58,7 @@ def balance(world: World = World(), **changes) -> Balance:  # noqa: B008
 @pytest.mark.parametrize("norm", [True, False])
 def test_choices_and_gates_equal_a_slow_reference(kind, choices, norm):
     """Normed gates sum to route_scale; that of a single choice is its score, or its router would learn nothing."""
-    routing, _, (x, weight, bias, noise) = routed(kind, top_k=choices, route_norm=norm, route_scale=2.5)
+    routing, _, (x, weight, bias, noise) = routed(kind, choices=choices, norm=norm, scale=2.5)
     for n, token in enumerate(x.flatten(0, 1)):
         logits = weight[:E] @ token
         if kind == "noisy_topk":
@@ -77,7 +77,7 @@ def test_choices_and_gates_equal_a_slow_reference(kind, choices, norm):
 
 def test_bias_moves_choices_but_no_gates():
     x, weight, bias, _ = random_inputs()
-    plain, biased = (router("sigmoid_bias", route_norm=False)(x, weight[:E], b, None) for b in (0 * bias, bias))
+    plain, biased = (router("sigmoid_bias", norm=False)(x, weight[:E], b, None) for b in (0 * bias, bias))
     assert not torch.equal(plain.experts_NK, biased.experts_NK)
     scores = (x.flatten(0, 1) @ weight[:E].T).sigmoid()
     for routing in (plain, biased):
@@ -235,7 +235,7 @@ def test_descending_the_penalties_balances_a_router(kind):
 @pytest.mark.parametrize("capacity", [0.0, 0.5])
 def test_sums_equal_slow_references(kind, capacity):
     """Each of named_sums, token by token."""
-    routing, _, (x, weight, bias, noise) = routed(kind, capacity_factor=capacity, route_scale=3.0)
+    routing, _, (x, weight, bias, noise) = routed(kind, capacity=capacity, scale=3.0)
     found, tokens = tm.named_sums(routing.sums_S, E), ROWS * T
     assert routing.sums_S.shape == (sum_size(E),)
     logits = x.flatten(0, 1) @ weight[:E].T
@@ -250,20 +250,20 @@ def test_sums_equal_slow_references(kind, capacity):
                 "logit": logits.square().mean(1).sum(), "importance": share.sum(0), "load": torch.zeros(E)}
     ranked = keys.sort(1, descending=True)
     expected["margin"] = (ranked.values[:, 1] - ranked.values[:, 2]).sum()
-    chosen, importance, dropped, places = [0] * E, torch.zeros(E), 0, {}
+    chosen, importance, dropped, places = [0] * E, torch.zeros(E), [0] * 8, {}
     for n, experts in enumerate(ranked.indices[:, :2].tolist()):
         for e in experts:
             chosen[e] += 1
             importance[e] += scores[n, e] / scores[n, experts].sum()
             if capacity and places.setdefault((n // T, e), 0) >= math.ceil(capacity * T * 2 / E):
-                dropped += 1
+                dropped[n % T * 8 // T] += 1
             places[n // T, e] = places.get((n // T, e), 0) + 1
     expected |= {"chosen": torch.tensor(chosen), "dropped": torch.tensor(dropped)}
     if kind == "noisy_topk":  # summed gates, and chances, which have their own test
         std = torch.nn.functional.softplus(x.flatten(0, 1) @ weight[E:].T) + 0.01
         load = tm.chance_of_choice(logits, std, noisy, ranked.values[:, :3], 2)
         expected |= {"importance": importance, "load": load.sum(0)}
-    assert expected.keys() == found.keys() and sum(chosen) == 2 * tokens and bool(dropped) == bool(capacity)
+    assert expected.keys() == found.keys() and sum(chosen) == 2 * tokens and bool(sum(dropped)) == bool(capacity)
     for name, value in expected.items():
         assert torch.allclose(found[name], value.float().flatten(), rtol=1e-4, atol=1e-4), name
 
@@ -280,7 +280,7 @@ def test_no_sums_without_gradients():
 def test_capacity_drops_what_a_slow_reference_drops(kind):
     """In the order of the row, for each row by itself; the gates of what is dropped are 0, the others stay."""
     free, *_ = routed(kind)
-    routing, r, _ = routed(kind, capacity_factor=0.75)
+    routing, r, _ = routed(kind, capacity=0.75)
     limit, kept = math.ceil(0.75 * T * 2 / E), []
     for row in free.experts_NK.view(ROWS, T, 2).tolist():
         taken = [0] * E
@@ -292,15 +292,16 @@ def test_capacity_drops_what_a_slow_reference_drops(kind):
     assert 0 < kept.float().mean() < 1 and torch.equal(routing.experts_NK, free.experts_NK)
     assert torch.equal(routing.gates_NK, free.gates_NK * kept)
     dropped = tm.named_sums(routing.sums_S, E)["dropped"]
-    assert dropped.item() == (~kept).sum()
+    by_token = (~kept).view(ROWS, T, 2).sum((0, 2))
+    assert torch.equal(dropped, by_token.view(8, T // 8).sum(1).float()) and dropped[0] < dropped[-1]
     with torch.no_grad():
-        assert routed(kind, capacity_factor=0.75)[0].gates_NK.count_nonzero() == 2 * ROWS * T  # none in evaluation
+        assert routed(kind, capacity=0.75)[0].gates_NK.count_nonzero() == 2 * ROWS * T  # none in evaluation
 
 
 def test_capacity_of_an_even_share_drops_nothing_of_an_even_row():
     """Token n is sure of the experts n and n + 1."""
     x = torch.eye(E).add(torch.eye(E).roll(1, 1)).repeat(ROWS, T // E, 1)
-    sums = tm.named_sums(router(capacity_factor=1.0)(x, torch.eye(E), torch.zeros(E), None).sums_S, E)
+    sums = tm.named_sums(router(capacity=1.0)(x, torch.eye(E), torch.zeros(E), None).sums_S, E)
     assert not sums["dropped"].any() and (sums["chosen"] == ROWS * T * 2 / E).all()
 
 
@@ -374,15 +375,15 @@ def test_report_of_an_even_and_an_uneven_layer():
     entropy = -sum(p * math.log(p) for p in uneven)
     cv = E * math.sqrt(sum((p - 1 / E)**2 for p in uneven) / E)
     expected = {"effective_experts": [8.0, math.exp(entropy)],
-                "max_over_mean": [1.0, 2.4], "cv": [0.0, cv], "dropped": [0.05, 0.05], "score_entropy": [0.1, 0.1],
+                "max_over_mean": [1.0, 2.4], "cv": [0.0, cv], "dropped": [0.4, 0.4], "score_entropy": [0.1, 0.1],
                 "margin": [0.1, 0.1], "logit_rms": [0.1**0.5] * 2, "bias_min": [-1, 1 / 15], "bias_max": [-1 / 15, 1],
                 "importance_loss": [1.0, 1.0], "load_loss": [1.0, 1.0], "z_loss": [0.1, 0.1]}
     for name, values in expected.items():
         assert report[name] == pytest.approx(values, abs=1e-5), name
-    assert report["dead"] == [[], [7]]
+    assert report["dead"] == [[], [7]] and report["dropped_by_part"][0] == pytest.approx([0.4] * 8)
     assert report["load"][1] == pytest.approx(uneven)
     assert line == (f"routers: effective experts 8.0 {math.exp(entropy):.1f} of 8, max/mean 2.40, CV {cv:.2f}, dead 1, "
-                    "dropped 5.0 %")
+                    "dropped 40.0 %")
     assert alarms == ["ALARM: layer 2: dead experts 7: less than 1/20 of an even share of tokens"]
 
 
