@@ -110,7 +110,7 @@ class Hyperparameters:
     bias_rate: float = 0.001  # bias's step against load [>=0; with router sigmoid_bias]
     bias_cooldown: float = 0.15  # last fraction, of its fall [0..1; with router sigmoid_bias]
     capacity_factor: float = 0.0  # most tokens / even share; 0: any [>=0; with num_experts]
-    moe_impl: str = "auto"  # [auto|grouped|bmm|loop|triton; with num_experts; free on resume]
+    moe_impl: str = "auto"  # [auto|grouped|bmm|loop; with num_experts; free on resume]
     router_every: int = 50  # least steps of a report [>0; with num_experts; free on resume]
     expert_lr: float = 1.0  # factor on the rate of experts [>0; with num_experts]
     router_lr: float = 0.005  # learning rate of the routers, AdamW [>=0; with num_experts]
@@ -310,7 +310,7 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
     if s.warmup_steps >= s.iterations:
         bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
-    return bad + stage_errors(s, world_size) + mixture_errors(s, given, hardware)
+    return bad + stage_errors(s, world_size) + mixture_errors(s, given)
 
 def auto_mixtures(s: Settings) -> str:
     """Mixtures in all layers but the first and last ones that stay dense."""
@@ -327,11 +327,10 @@ def auto_experts(s: Settings, hardware: Hardware) -> str:
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
     return "grouped" if bf16 and hardware.capability in ((9, 0), (10, 0)) else "bmm"
 
-def mixture_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
+def mixture_errors(s: Settings, given: dict) -> list[str]:
     """A sentence for each setting of the mixture that does not fit another one, or the machine."""
     if not s.num_experts:
         return []
-    here = hardware.device == "cuda" or os.environ.get("TRITON_INTERPRET")
     letters = len(s.moe_layers) == s.num_layers and set(s.moe_layers) <= set("MD")
     dense = "D" in s.moe_layers
     problems = [
@@ -352,8 +351,6 @@ def mixture_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
          f"--fp8_mlp: {s.num_shared} shared experts of size {s.hidden} are no multiple of 16"),
         (s.moe_impl == "grouped" and s.dtype == "fp32" and s.compile,
          "--moe_impl grouped: torch compiles it in bf16 only: use bmm, loop or --no-compile"),
-        (s.moe_impl == "triton" and not (here and importlib.util.find_spec("triton")),
-         "--moe_impl triton needs Triton and CUDA (or TRITON_INTERPRET=1, to test): use auto"),
     ]
     return [text for wrong, text in problems if wrong]
 
@@ -524,7 +521,7 @@ def arrange(experts_NK, num_experts: int, impl: str) -> Grouping:
     """Sorted rows as a backend wants them: `bmm` in about four blocks an expert; `loop` in multiples of LOOP_ROWS, as
     oneDNN makes a new kernel for each new size."""
     g = group_rows(experts_NK, num_experts)
-    if impl in ("grouped", "triton"):
+    if impl == "grouped":
         return g
     quarter = -(-len(g.order_R) // (64 * num_experts))
     return pad_groups(g, 16 * quarter if impl == "bmm" else LOOP_ROWS)
@@ -602,148 +599,10 @@ def expert_mlp(x_ND, up_EDF, down_EFD, experts_NK, impl: str) -> Tensor:
     """relu(x @ up[e])^2 @ down[e] for each expert e that a token has chosen, (N, K, D)."""
     choices = experts_NK.size(1)
     g = arrange(experts_NK, len(up_EDF), impl)
-    if impl == "triton":
-        y, _ = fused_experts(x_ND, up_EDF, down_EFD, g.order_R, g.ends_E, choices)
-        return y.unflatten(0, (-1, choices))
     x_RD = Spread.apply(x_ND, g.order_R, g.inverse_R, choices)
     post_RF = expert_product(x_RD, up_EDF, g, impl).relu().square()
     y_RD = expert_product(post_RF, down_EFD, g, impl)
     return Collect.apply(y_RD, g.order_R, g.inverse_R).unflatten(0, (-1, choices))
-
-# --- the same, fused: gather, ReLU^2 and scatter inside the products
-
-def expert_product_kernel(
-    a, b, index, ends, post, out, experts, rows, cols, depth,
-    BACKWARD: tl.constexpr, SCATTER: tl.constexpr, EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-):
-    """out[j] = relu(a[index[j]] @ b[e])^2 for each sorted row j, e being its expert, or in the backward pass
-    (a[index[j]] @ b[e].T) * 2 sqrt(post[j]); with SCATTER the product alone: out[index[j]] = a[j] @ b[e], or b[e].T.
-    Expert e has the tiles from number ends[e - 1] // ROWS + e on: enough for any rows, and those in excess end at
-    once. Tiles run down GROUP rows before they go right: b stays in the L2."""
-    tiles_down, tiles_right = rows // ROWS + experts, tl.cdiv(cols, COLS)
-    group = tl.program_id(0) // (GROUP * tiles_right)
-    within = tl.program_id(0) % (GROUP * tiles_right)
-    height = min(tiles_down - group * GROUP, GROUP)
-    tile = group * GROUP + within % height
-    e = tl.arange(0, EXPERTS)
-    earlier = tl.load(ends + e, e < experts, rows) // ROWS + e < tile
-    expert = tl.sum(earlier.to(tl.int32), 0)
-    begin = tl.load(ends + expert - 1, expert > 0, 0)
-    end = tl.load(ends + expert)
-    first = begin + (tile - expert - begin // ROWS) * ROWS
-    if first < end:
-        row = first + tl.arange(0, ROWS)
-        indexed = tl.load(index + row, row < end, 0)[:, None]
-        row = row.to(tl.int64)[:, None]
-        source, target = (row, indexed) if SCATTER else (indexed, row)
-        col = ((within // height) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
-        b += expert.to(tl.int64) * depth * cols
-        k = tl.arange(0, DEPTH)
-        total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-        for start in range(0, depth, DEPTH):
-            across, down = (start + k)[None, :], (start + k)[:, None]
-            left = tl.load(a + source * depth + across, (row < end) & (across < depth), 0.0)
-            where = col * depth + down if BACKWARD else down.to(tl.int64) * cols + col
-            right = tl.load(b + where, (col < cols) & (down < depth), 0.0)
-            total = tl.dot(left, right, total, input_precision="ieee")
-        inside = (row < end) & (col < cols)
-        if BACKWARD and not SCATTER:
-            before = tl.load(post + target * cols + col, inside, 0.0)
-            total *= 2 * tl.sqrt(before.to(tl.float32))
-        elif not SCATTER:
-            total = tl.maximum(total, 0.0) * total
-        tl.store(out + target * cols + col, total.to(out.dtype.element_ty), inside)
-
-def expert_weight_kernel(
-    a, b, index, ends, out, rows, cols,
-    GATHER_A: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-):
-    """One tile of out[e] = a.T @ b, summed over expert e's rows: a[index[j]] and b[j], or else a[j] and b[index[j]].
-    The tiles of an expert run together: its rows stay in the L2."""
-    expert, tiles_down = tl.program_id(1).to(tl.int64), tl.cdiv(rows, ROWS)
-    row = (tl.program_id(0) % tiles_down) * ROWS + tl.arange(0, ROWS)
-    row = row.to(tl.int64)[:, None]
-    col = (tl.program_id(0) // tiles_down) * COLS + tl.arange(0, COLS)
-    col = col.to(tl.int64)[None, :]
-    begin = tl.load(ends + expert - 1, expert > 0, 0)
-    end = tl.load(ends + expert)
-    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for start in range(begin, end, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        there = k < end
-        source, k = tl.load(index + k, there, 0), k.to(tl.int64)
-        left, right = (source, k) if GATHER_A else (k, source)
-        inside = (row < rows) & there[None, :]
-        left = tl.load(a + left[None, :] * rows + row, inside, 0.0)
-        inside = (col < cols) & there[:, None]
-        right = tl.load(b + right[:, None] * cols + col, inside, 0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    inside = (row < rows) & (col < cols)
-    tl.store(out + (expert * rows + row) * cols + col, total.to(out.dtype.element_ty), inside)
-
-def expert_tile(x: Tensor, num_stages: int) -> dict:
-    """Tile and launch options: three tiles of each operand have to fit in shared memory."""
-    small = small_shared_memory(x.device.type) or x.element_size() > 2
-    cols, depth = (128, 32) if small else (256, 64)
-    return dict(ROWS=128, COLS=cols, DEPTH=depth, num_warps=8, num_stages=num_stages)
-
-def fused_product(a, b_EKM, index_R, ends_E, post=None, backward=False, scatter=False) -> Tensor:
-    """(R, M), or in the backward pass, which multiplies by b[e].T, (R, K): see the kernel."""
-    experts, depth, cols = (b_EKM.mT if backward else b_EKM).shape
-    rows, tile = len(index_R), expert_tile(a, num_stages=3)
-    out = a.new_empty(rows, cols)
-    grid = ((rows // tile["ROWS"] + experts) * -(-cols // tile["COLS"]),)
-    triton_kernel(expert_product_kernel)[grid](
-        a.contiguous(), b_EKM.contiguous(), index_R, ends_E, out if post is None else post, out,
-        experts, rows, cols, depth, BACKWARD=backward, SCATTER=scatter,
-        EXPERTS=1 << (experts - 1).bit_length(), GROUP=8, **tile)
-    return out
-
-def fused_weight_gradient(a, b, index_R, ends_E, gather_a: bool) -> Tensor:
-    """(E, columns of a, columns of b), exactly 0 for an expert without rows: see the kernel."""
-    experts, rows, cols = len(ends_E), a.size(1), b.size(1)
-    out = a.new_empty(experts, rows, cols)
-    tile = expert_tile(a, num_stages=5)  # an index comes before what it points to: 5 hold 3 tiles
-    grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]), experts)
-    triton_kernel(expert_weight_kernel)[grid](
-        a.contiguous(), b.contiguous(), index_R, ends_E, out, rows, cols, GATHER_A=gather_a, **tile)
-    return out
-
-@expert_operator(
-    "nanospeedrun_train_moe::experts",
-    schema="(Tensor x, Tensor up, Tensor down, Tensor order, Tensor ends, int choices) -> "
-           "(Tensor, Tensor)")
-def fused_experts(x_ND, up_EDF, down_EFD, order_R, ends_E, choices):
-    """y[order[j]] = relu(x[order[j] // choices] @ up[e])^2 @ down[e], (R, D), and the hidden values of sorted rows,
-    (R, F). An expert may have no rows: its gradients are then exactly 0."""
-    post_RF = fused_product(x_ND, up_EDF, order_R // choices, ends_E)
-    return fused_product(post_RF, down_EFD, order_R, ends_E, scatter=True), post_RF
-
-@expert_operator(
-    "nanospeedrun_train_moe::experts_backward",
-    schema="(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor order, Tensor ends, "
-           "Tensor post, int choices) -> (Tensor, Tensor, Tensor)")
-def fused_experts_backward(grad_RD, x_ND, up_EDF, down_EFD, order_R, ends_E, post_RF, choices):
-    pre_RF = fused_product(grad_RD, down_EFD, order_R, ends_E, post_RF, backward=True)
-    x_RD = fused_product(pre_RF, up_EDF, order_R, ends_E, backward=True, scatter=True)
-    up = fused_weight_gradient(x_ND, pre_RF, order_R // choices, ends_E, gather_a=True)
-    down = fused_weight_gradient(post_RF, grad_RD, order_R, ends_E, gather_a=False)
-    return x_RD.unflatten(0, (-1, choices)).sum(1), up, down
-
-def _experts_backward(ctx, grad_RD, _):
-    return *fused_experts_backward(grad_RD, *ctx.saved_tensors, ctx.choices), None, None, None
-
-def _experts_context(ctx, inputs, output):
-    *tensors, ctx.choices = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
-
-fused_experts.register_fake(lambda x, up, down, order, *_: (
-    x.new_empty(len(order), x.size(1)), x.new_empty(len(order), up.size(2))))
-fused_experts_backward.register_fake(
-    lambda grad, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]))
-fused_experts.register_autograd(_experts_backward, setup_context=_experts_context)
 
 # ┌─ Routers ────────────────────────────────────────────────────────────────────────────────────┐
 ROUTER_STD = 0.01  # of the routers' initial weights

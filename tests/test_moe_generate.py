@@ -23,7 +23,7 @@ KINDS = {
     "shared, fine": dict(router="sigmoid_bias", num_shared=2, num_experts=8, top_k=4, moe_layers="DMMM"),
     "capacity": dict(router="noisy_topk", capacity_factor=0.25),
     "all experts": dict(router="softmax_topk", top_k=4, moe_layers="MDDD"),
-    "from a GPU": dict(router="sigmoid_bias", moe_impl="triton", dtype="bf16", compile=True, kernels="gram+mlp"),
+    "from a GPU": dict(router="sigmoid_bias", moe_impl="bmm", dtype="bf16", compile=True, kernels="gram+mlp"),
 }
 
 

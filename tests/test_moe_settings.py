@@ -165,7 +165,7 @@ def test_settings_of_other_routers_are_refused(name, routers, monkeypatch):
     ("--route-scale -1", ["--route_scale -1.0", "must be >=0"]),
     ("--bias-cooldown 1.5 --router sigmoid_bias", ["--bias_cooldown 1.5", "0 to 1"]),
     ("--router best", ["--router best", "noisy_topk or softmax_topk or sigmoid_bias"]),
-    ("--moe-impl cuda", ["--moe_impl cuda", "auto or grouped or bmm or loop or triton"]),
+    ("--moe-impl cuda", ["--moe_impl cuda", "auto or grouped or bmm or loop"]),
     ("--moe-layers M", ["--moe_layers M", "each of the 2 layers"]),
     ("--moe-layers MX", ["--moe_layers MX", "M or D"]),
     ("--moe-layers DD", ["--moe_layers DD", "--num_experts 0"]),
@@ -185,11 +185,6 @@ def test_wrong_flags_are_refused_in_one_sentence_each(argv, words, monkeypatch):
 
 def test_a_negative_number_of_experts_is_refused(monkeypatch):
     assert "--num_experts -1: must be >=0" in problems("--num-experts", "-1", monkeypatch=monkeypatch)
-
-
-def test_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "--moe_impl triton needs" in problems("--moe-impl", "triton", monkeypatch=monkeypatch)
 
 
 def test_all_that_is_wrong_is_said_at_once_and_without_a_traceback(tmp_path, capsys):
