@@ -334,17 +334,14 @@ def expert_outputs(b: Bench, kind: str, impl: str, dtype: torch.dtype) -> dict[s
     return found
 
 def check_experts(b: Bench, kind: str, impl: str) -> dict:
-    if impl == "triton":
-        need_kernels(b)
-    low = torch.float32 if b.device == "cpu" and impl == "triton" else torch.bfloat16  # as in `equality`
-    fast, again = (expert_outputs(b, kind, impl, low) for _ in range(2))
-    plain, exact = (expert_outputs(b, kind, "loop", dtype) for dtype in (low, torch.float32))
+    fast, again = (expert_outputs(b, kind, impl, torch.bfloat16) for _ in range(2))
+    plain, exact = (expert_outputs(b, kind, "loop", dtype) for dtype in (torch.bfloat16, torch.float32))
     result, same = errors(fast, plain, exact, 1e-3), all(map(torch.equal, fast.values(), again.values()))
     return result | {"same_twice": same, "ok": result["ok"] and same}
 
 def moe_equality(b: Bench) -> Rows:
     return {f"{kind}, {impl}": functools.partial(check_experts, b, kind, impl)
-            for kind in KINDS for impl in ("grouped", "bmm", "triton")}
+            for kind in KINDS for impl in ("grouped", "bmm")}
 
 # --- Steps
 
@@ -484,8 +481,6 @@ def moe_steps(b: Bench) -> Rows:
     dense = functools.cache(lambda: ready(b, [*flags, "--num-experts", "0"]))
 
     def compare(kind: str, impl: str) -> dict:
-        if impl == "triton":
-            need_kernels(b)
         both = dense(), ready(b, [*flags, "--preset", f"{kind}-speedrun", "--moe-impl", impl, *small])
         timed = in_turn(b, *(t.block for t, _ in both))
         both[1][0].close()
@@ -495,7 +490,7 @@ def moe_steps(b: Bench) -> Rows:
                             for name, (t, memory) in zip(("base", "variant"), both, strict=True))
         return {"lines": {"": mixture | {"ratio": timed["ratio"]}, "dense beside it": control}}
 
-    rows = [(kind, impl) for some in (KINDS[:2], KINDS[2:]) for impl in ("grouped", "triton") for kind in some]
+    rows = [(kind, impl) for some in (KINDS[:2], KINDS[2:]) for impl in ("grouped", "bmm") for kind in some]
     return {f"{kind}, {impl}": functools.partial(compare, kind, impl) for kind, impl in [*rows, ("mixtral", "loop")]}
 
 # --- Resume, ablate
