@@ -70,13 +70,13 @@ floats = tuple[float, ...]
 @dataclass(frozen=True)
 class Hyperparameters:
     """What is computed. A resumed run must have the same."""
-    seed: int = 0  # of the initial weights and of the order of shuffled data [>=0]
+    seed: int = 0  # of initial weights and the order of shuffled data [>=0]
     shuffle: bool = True  # shuffle a shard's documents; the speedrun keeps their order
     long_docs: str = "split"  # past max_doc_len: more pieces, or skipped (29) [split|clip]
     # --- model
     num_layers: int = 12  # transformer layers [>0]
     width: int = 768  # model_dim: size of the residual stream [>0]
-    head_dim: int = 128  # size of an attention head; num_heads = width / head_dim [>0]
+    head_dim: int = 128  # size of a head; num_heads = width / head_dim [>0]
     mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
     attention: str = "auto"  # by layer: L long window, S short, P short, paired, - none
     paired: bool = True  # auto attention has P layers: queries see two heads' keys (58)
@@ -2104,7 +2104,7 @@ def loss_gradient_kernel(
         hit += tl.where(col[None, :] == target[:, None], grad[:, None], 0.0)
     lse = tl.load(lses + row, row < rows, 0.0)
     result = weight[:, None] * tl.exp(z - lse[:, None]) - hit
-    result *= z * (slope - slope * share) if CAPPED else slope
+    result = result * z * (slope - slope * share) if CAPPED else result * slope
     result = result.to(out.dtype.element_ty)
     tl.store(out + where, result, inside)
     if TRANSPOSED:
@@ -2263,7 +2263,7 @@ class RunSettings:
     experiment_name: str = Path(__file__).stem  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
     resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
-    data: str = "auto"  # data set: the name of a folder under data/, or a path
+    data: str = "auto"  # data set: a folder's name under data/, or a path
     # --- evaluation
     eval_every: int = 125  # steps between evaluations; 0: only after the last [>=0]
     eval_tokens: int = 10485760  # first tokens of the validation split; 0: all [>=0]
@@ -2273,11 +2273,11 @@ class RunSettings:
     # --- checkpoints, logs, profiling
     save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
     save_last: bool = True  # a checkpoint after the last step
-    keep: int = 2  # checkpoints of a run that are kept [>0]
+    keep: int = 2  # checkpoints that a run keeps [>0]
     log_every: int = 10  # steps between console lines, which wait for the device [>0]
-    wandb: bool = False  # metrics to Weights & Biases, too (WANDB_MODE=offline works)
+    wandb: bool = False  # metrics to Weights & Biases (WANDB_MODE=offline works)
     enable_profiling: bool = False  # a trace per process, for logger.py profile
-    profile_start: int = 10  # first profiled step of this process [>=0]
+    profile_start: int = 10  # first profiled step of a process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
     # --- hardware
     device: str = "auto"  # where to run [auto|cpu|cuda]
@@ -2288,7 +2288,7 @@ class RunSettings:
     fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
     compile: bool = True  # torch.compile of model and optimizer
     compile_unit: str = "auto"  # one graph; per block reductions start early [auto|model|block]
-    micro_tokens: int = 49152  # most tokens of one forward and backward pass [>0]
+    micro_tokens: int = 49152  # most tokens of a forward pass [>0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
     @property
@@ -2400,7 +2400,7 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     hardware = detect_hardware(given.get("device", "auto"))
     size, why = choose_preset(hardware, world_size, given.get("data", "auto"))
     wanted = given.get("preset", "auto")  # or a preset, KIND, KIND-auto
-    full = f"{wanted.removesuffix('auto').removesuffix('-')}-{size}".removeprefix("-")
+    full = size if wanted == "auto" else f"{wanted.removesuffix('-auto')}-{size}"
     preset = full if wanted not in PRESETS and full in PRESETS else wanted
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     problems = field_errors(s) + unread_errors(s, given)
@@ -2577,6 +2577,8 @@ class Loader:
         batch, position = self.pending.result()
         if step + 1 < self.s.iterations:
             self._prepare(step + 1)
+        # pinned anew: the allocator reuses memory only after the copy; not in a worker: that is GPU 0's
+        batch = batch if self.s.device == "cpu" else batch.pin_memory()
         return batch.to(self.s.device, non_blocking=True), position
 
     def make_batch(self, stage: Stage) -> Tensor:
@@ -2587,9 +2589,7 @@ class Loader:
             if row // micro_rows % self.world.size == self.world.rank:
                 rows.append(gather_rows(tokens, starts, lengths))
         batch = np.concatenate(rows, axis=1).reshape(3, -1, micro_rows, stage.seq_len)
-        batch = torch.from_numpy(np.ascontiguousarray(batch.swapaxes(0, 1)))
-        # pinned anew: the allocator gives memory out again only when the copy from it is done
-        return batch if self.s.device == "cpu" else batch.pin_memory()
+        return torch.from_numpy(np.ascontiguousarray(batch.swapaxes(0, 1)))
 
     def _next_row(self, stage: Stage) -> tuple:
         """Tokens of the shard, or the next one if too few are left; starts and lengths of the row's pieces."""
@@ -2656,7 +2656,7 @@ def find_checkpoint(s: Settings) -> tuple[Path, dict]:
     """The checkpoint that --resume names, and its meta.json. A damaged one is reported and the one
     before it taken. Raises FileNotFoundError if there is none, UserError if all are damaged."""
     place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
-    found = list(place.rglob("step_*[0-9]"))
+    found = [p for up in ("", "*/") for p in place.glob(up + "checkpoints/step_*[0-9]")]
     if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
         found = [path for path in place.parent.glob("step_*[0-9]") if path.name <= place.name]
     if not found:

@@ -166,6 +166,17 @@ def test_latest_is_the_newest_of_all_runs_of_the_experiment(tmp_path):
     assert (path, meta["step"]) == (tmp_path / "x" / "c" / "checkpoints" / "step_000001", 1)
 
 
+def test_checkpoints_behind_a_link_are_found_those_of_other_experiments_are_not(tmp_path):
+    """Runs are kept on another disk; logs/ itself is the folder of many experiments."""
+    saved = write_checkpoint(tmp_path / "disk" / "run", 3, {}, {}, keep=9)
+    (tmp_path / "logs" / "x").mkdir(parents=True)
+    (tmp_path / "logs" / "x" / "run").symlink_to(tmp_path / "disk" / "run")
+    path, _ = find_checkpoint(settings(log_dir=str(tmp_path / "logs"), experiment_name="x", resume="latest"))
+    assert path.resolve() == saved
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*logs: start without --resume"):
+        find_checkpoint(settings(resume=str(tmp_path / "logs")))
+
+
 def test_a_finished_run_resumes_to_its_end(tmp_path, capsys):
     assert train_gpt.main(tiny(tmp_path)) == 0
     before = load_state(run_folder(tmp_path), 8)
