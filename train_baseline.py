@@ -8,7 +8,6 @@ The control of train_gpt.py: its data, batches, validation and logs, but torch.o
 autocast and DistributedDataParallel. Not yet measured on a GPU. gpt: nanoGPT's GPT-2 (Radford et al.
 2019). moderngpt: RMSNorm, RoPE, no biases, gated MLP, as in Llama. ngpt: Loshchilov et al. 2024, arXiv
 2410.01131. moegpt: moderngpt with DeepSeekMoE's layers (Dai et al. 2024, arXiv 2401.06066).
-
 Shape suffixes: B rows, T tokens of a row, N = B * T, D model_dim, H heads, K key dim of a head or, of
 routing, choices of a token, E experts of a layer, V vocabulary. Documents never see each other.
 """
@@ -936,14 +935,15 @@ def save_checkpoint(run: Progress, model: GPT, optimizers: list, place: dict):
     try:
         part.mkdir(parents=True, exist_ok=True)
         torch.save(state, part / "state.pt")
+        with open(part / "state.pt", "rb+") as file:
+            os.fsync(file)
         meta |= run.config | {"position": place, "sha256": file_hash(part / "state.pt")}
         (part / "meta.json").write_text(json.dumps(meta, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # there if a run was resumed from an earlier one
         os.replace(part, final)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(part, ignore_errors=True)
-        reason = str(error).splitlines()[0]
-        text = f"could not write {final}: {reason}; earlier ones are intact: free some space"
+        text = f"could not write {final}: {str(error).splitlines()[0]}; free some space, earlier ones are intact"
         if run.status != "done" or run.step == run.s.iterations:
             raise UserError(text) from error
         return run.print(f"warning: {text}; training goes on")
