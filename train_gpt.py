@@ -1833,7 +1833,7 @@ def field_errors(s: Settings, given: dict) -> list[str]:
 
 def size_errors(s: Settings) -> list[str]:
     """A sentence for each integer that is too large to be tried."""
-    most, bad = {"seed": 2**63, "num_layers": 10**4, "threads": 2**12}, []
+    most, bad = {"seed": 2**63, "num_layers": 2**11, "threads": 2**12}, []
     for name in help_texts():
         value, limit = getattr(s, name), most.get(name, 2**31)
         for number in value if isinstance(value, tuple) else (value,):
