@@ -499,7 +499,12 @@ def printable(text: object) -> str:
 
 
 def say(text: str) -> None:
-    print(printable(text))
+    """Print the summary of what a command did. Raises OSError, saying what failed, when nobody can take it."""
+    try:
+        print(printable(text), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
+        raise OSError(f"the data set is there, but standard output takes nothing: {error.strerror}") from error
 
 
 def warn(text: str) -> None:
@@ -516,23 +521,11 @@ def run(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        flush_output()
     except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
         sys.exit(f"error: {printable(describe(error))}")
     except KeyboardInterrupt:
         print("interrupted: run the same command again to go on", file=sys.stderr)
         sys.exit(130)
-
-
-def flush_output() -> None:
-    """Raise OSError, saying what failed, when standard output is full or its reader is gone."""
-    if sys.stdout is None:  # closed by the shell: >&-
-        return
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more when it ends
-        raise OSError(f"the data set is written, but standard output is not: {error.strerror}") from error
 
 
 def describe(error: Exception) -> str:

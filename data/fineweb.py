@@ -503,11 +503,7 @@ def start_pool(workers: int, vocab: dict) -> ProcessPoolExecutor:
 
 def next_batch(pending: deque) -> Iterator[tuple[Document, np.ndarray]]:
     batch, future = pending.popleft()
-    try:
-        return zip(batch, future.result(), strict=True)
-    except BrokenProcessPool as error:
-        advice = "if memory ran out, give fewer --workers; the same command goes on after the last finished shard"
-        raise RuntimeError(f"a process that tokenizes was killed: {advice}") from error
+    return zip(batch, future.result(), strict=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -664,11 +660,20 @@ class Job:
         counts = [c.get(key) if isinstance(c, dict) else None for c in saved["splits"].values() for key in COUNTS]
         return entries and all(is_whole(value, -1, 2**62) for value in numbers + counts)
 
+    def finished(self) -> list[Path]:
+        """The shards that progress.json calls finished."""
+        shards = [(name, number) for name, stream in self.streams.items() for number in range(stream.saved["shards"])]
+        return [self.path(*self.source.shard(name, number)) for name, number in shards]
+
     def check_shards(self) -> None:
-        """Raise unless every shard that progress.json calls finished is there and whole."""
-        for name, stream in self.streams.items():
-            for number in range(stream.saved["shards"]):
-                read_shard_header(self.path(*self.source.shard(name, number)), self.again())
+        """Raise unless every finished shard is there and whole."""
+        for path in self.finished():
+            read_shard_header(path, self.again())
+
+    def remove_others(self) -> None:
+        """Remove shards that a killed run wrote last and did not note: what is made now may need fewer."""
+        for path in set(self.out.glob("*.bin")) - set(self.finished()):
+            path.unlink()
 
     def check_input(self) -> None:
         """Find where each stream goes on in the input as it is now, by the content of the documents used so far.
@@ -724,6 +729,7 @@ class Job:
 
         Raises ValueError when a split got no document.
         """
+        self.remove_others()
         self.save()  # before the first shard, so that the folder is known as this run's whenever it is killed
         for document, tokens in tokenized(pool, self.wanted(), depth):
             self.take(document, tokens)
@@ -849,10 +855,13 @@ def make(job: Job, workers: int, total: int | None) -> None:
         name = printable(job.out.name)
         with tqdm(total=total, initial=job.total(), unit="tok", unit_scale=True, desc=name) as bar:
             job.run(pool, 2 * workers + 1, bar)
+    except BrokenProcessPool as error:
+        advice = "if memory ran out, give fewer --workers; the same command goes on after the last finished shard"
+        raise RuntimeError(f"a process that tokenizes was killed: {advice}") from error
     finally:
         pool.shutdown(cancel_futures=True)
     if job.skipped():
-        warn(f"skipped {job.skipped():,} rows without text, the first: {job.source.skipped.first}")
+        warn(f"rows without text, skipped: {job.skipped():,}; the first: {job.source.skipped.first}")
     splits = read_meta(job.out)["splits"]
     counts = " + ".join(f"{splits[split]['tokens']:,} {split}" for split in ("train", "val"))
     say(f"{job.out}: written, {counts} tokens; {job.source.what_is_val()}")
