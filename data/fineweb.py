@@ -54,6 +54,7 @@ from common import (
     check_regular,
     command_line,
     count_bytes,
+    describe,
     held_out,
     is_whole,
     kind_of,
@@ -180,7 +181,7 @@ class HubSource:
                     self.skipped.add(index, f"row {index} has no string `text`")
         except Exception as error:  # of the HTTP client, the file system layer or the Parquet reader
             raise RuntimeError(
-                f"reading {repo} from the hub stopped ({type(error).__name__}: {error}): "
+                f"reading {repo} from the hub stopped ({type(error).__name__}: {describe(error)}): "
                 "run the same command again to go on"
             ) from error
 
