@@ -251,7 +251,7 @@ def parse_args() -> argparse.Namespace:
 
 def made_with(args: argparse.Namespace, out: Path) -> str:
     """The command for the same data set, which may hold more shards than were asked for last."""
-    last = max(out.glob("*_train_*.bin"))
+    last = max(out.glob(f"*_train_{'[0-9]' * 6}.bin"))
     options = {"--version": args.version != "10B" and args.version, "--revision": args.revision, "--out": args.out}
     given = [word for option, value in options.items() if value for word in (option, value)]
     return command_line("cached_fineweb.py", int(last.stem[-6:]), *given)

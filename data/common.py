@@ -78,6 +78,8 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or the names in a folder, are on disk."""
+    if os.name == "nt":  # opens no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -93,7 +95,7 @@ def advice(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "; free some space there and run the same command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "; choose another --out"
+        return "; choose another folder"
     return ""
 
 

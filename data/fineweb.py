@@ -653,18 +653,20 @@ class Job:
             return False
         if self.complete or self.source.pinned:
             saved.setdefault("used", [])
-        numbers = [saved.get("shards"), saved.get("document"), saved.get("offset")]
+        numbers = [saved.get("shards"), saved.get("offset")]
         used = saved.get("used")
         entries = isinstance(used, list) and all(
             isinstance(entry, list) and list(map(type, entry)) == [str, int, str] for entry in used
         )
         counts = [c.get(key) if isinstance(c, dict) else None for c in saved["splits"].values() for key in COUNTS]
-        return entries and all(is_whole(value, -1, 2**62) for value in numbers + counts)
+        good = all(is_whole(value, 0, 2**62) for value in numbers + counts)
+        return good and entries and is_whole(saved.get("document"), -1, 2**62)
 
-    def finished(self) -> list[Path]:
+    def finished(self) -> Iterator[Path]:
         """The shards that progress.json calls finished."""
-        shards = [(name, number) for name, stream in self.streams.items() for number in range(stream.saved["shards"])]
-        return [self.path(*self.source.shard(name, number)) for name, number in shards]
+        for name, stream in self.streams.items():
+            for number in range(stream.saved["shards"]):
+                yield self.path(*self.source.shard(name, number))
 
     def check_shards(self) -> None:
         """Raise unless every finished shard is there and whole."""

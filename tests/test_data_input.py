@@ -241,6 +241,7 @@ def test_shard_that_a_killed_run_did_not_note_does_not_stay(tmp_path, monkeypatc
         {"streams": []},
         {"streams": {"train": 5}},
         {"streams": {"train": {"shards": "1"}}},
+        {"streams": {"train": {"shards": 1, "document": 0, "offset": -1, "used": [], "splits": {}}}},
         {"streams": {"train": {"shards": 1, "document": 0, "offset": 1, "used": [["a", "1", "x"]], "splits": {}}}},
         {"streams": {"train": {"shards": 1, "document": 0, "offset": 1, "splits": {}}}},  # of an older version
         {"streams": {"train": {"shards": 1e400, "document": 0, "offset": 1, "used": [], "splits": {"train": 3}}}},
@@ -255,6 +256,18 @@ def test_damaged_progress_is_one_sentence(tmp_path, damage):
         ValueError, match="progress.json is damaged, or of an older version: remove .* and run the same"
     ):
         fineweb.Job(tmp_path, local(path, fraction=0.2), common.BYTE_VOCAB, 100)
+
+
+def test_progress_with_endless_shards_names_the_first_that_is_missing(tmp_path):
+    path = write_rows(tmp_path / "in.jsonl", TEXTS)
+    fineweb.Job(tmp_path, local(path), common.BYTE_VOCAB, 100).save()
+    progress = json.loads((tmp_path / "progress.json").read_text())
+    progress["streams"]["train"]["shards"] = 2**62
+    (tmp_path / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(
+        FileNotFoundError, match="x_train_000000.bin does not exist: remove .* and run the same command"
+    ):
+        fineweb.Job(tmp_path, local(path), common.BYTE_VOCAB, 100)
 
 
 def test_finished_data_set_of_an_older_version_is_complete(tmp_path):

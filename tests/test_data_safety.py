@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -442,6 +442,78 @@ def test_json_that_cannot_be_read_is_a_sentence(tmp_path, text):
         common.read_json(tmp_path / "meta.json")
 
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A data set of each kind that own text gives: {file name: (folder, JSON)}."""
+    root = tmp_path_factory.mktemp("finished")
+    (root / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(40)))
+    char, tokens = make_folder(root / "char" / "x"), make_folder(root / "tokens" / "x")
+    char_text().make(char)
+    result = run_script("fineweb.py", *fineweb_args(root), "--out", tokens)
+    assert result.returncode == 0, result.stderr
+    return [(folder, name) for folder, name in ((char, "meta.json"), (tokens, "meta.json"), (tokens, "progress.json"))]
+
+
+def fineweb_args(root):
+    return ["--input", str(root / "a.jsonl"), "--tokenizer", "byte", "--shard-tokens", "100", "--workers", "1"]
+
+
+def places(value, path=()):
+    """Paths of all values in a JSON value."""
+    yield path
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+@settings(max_examples=300, deadline=None)
+@given(file=st.integers(0, 2), place=st.integers(0, 99), unfinished=st.booleans(), value=VALUES)
+def test_any_json_is_accepted_or_refused_in_a_sentence(finished, file, place, unfinished, value):
+    folder, name = finished[file]
+    path = folder / name
+    raw = path.read_bytes()
+    record = target = json.loads(raw)
+    all_places = list(places(record))[1:]
+    *above, last = all_places[place % len(all_places)]
+    for key in above:
+        target = target[key]
+    target[last] = value
+    published = cached_fineweb.VERSIONS["10B"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["fineweb.py", *fineweb_args(folder.parent.parent), "--out", str(folder)])
+        source = fineweb.LocalSource(fineweb.parse_args().input, "x", 0.05)
+    makers = [
+        lambda: common.read_meta(folder),
+        lambda: common.load_tokenizer(common.read_json(folder / "meta.json") or {}),
+        lambda: common.remake_hint(folder / "x_val_000000.bin").encode("utf-8", "surrogatepass"),
+        lambda: stdlib.check_own(folder),
+        lambda: stdlib.complete(folder),
+        lambda: char_text().complete(folder),
+        lambda: cached_fineweb.recorded_commit(published, folder),
+        lambda: fineweb.Job(folder, source, common.BYTE_VOCAB, 100),
+    ]
+    try:
+        path.write_text(json.dumps(record))
+        if unfinished and name == "progress.json":
+            (folder / "meta.json").rename(folder / "meta")
+        for make in makers:
+            try:
+                make()
+            except (ValueError, FileNotFoundError) as error:  # what run() catches
+                assert len(common.printable(common.describe(error))) < 1000
+    finally:
+        if (folder / "meta").exists():
+            (folder / "meta").rename(folder / "meta.json")
+        path.write_bytes(raw)
+
+
 @pytest.mark.parametrize("spec", [[], "byte", {"kind": []}, {"kind": "char"}, {"kind": "char", "chars": 5}])
 @pytest.mark.parametrize("more", [{}, {"chars": "aa"}, {"chars": ["a", "b"]}])
 def test_tokenizer_of_the_wrong_type(spec, more):
@@ -569,8 +641,8 @@ def test_errors_are_one_line(error, sentence):
     [
         (errno.ENOSPC, "No space left on device; free some space there and run the same command again"),
         (errno.EDQUOT, "; free some space there and run the same command again"),
-        (errno.EACCES, "Permission denied; choose another --out"),
-        (errno.EROFS, "Read-only file system; choose another --out"),
+        (errno.EACCES, "Permission denied; choose another folder"),
+        (errno.EROFS, "Read-only file system; choose another folder"),
         (errno.EIO, "Input/output error"),
     ],
 )
@@ -601,7 +673,7 @@ def test_folder_that_cannot_be_made_is_named(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
-    with pytest.raises(OSError, match="cannot make the folder .*/x: Permission denied; choose another --out"):
+    with pytest.raises(OSError, match="cannot make the folder .*/x: Permission denied; choose another folder"):
         common.check_folder(tmp_path / "x", "x")
 
 
