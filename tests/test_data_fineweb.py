@@ -47,7 +47,11 @@ class Bar:
 
 @pytest.fixture(scope="module", autouse=True)
 def byte_worker():
+    """Tokenizing in this process, without waiting for the disk (test_data_safety.py looks at that)."""
     fineweb.WORKER.update(tokenizer=common.load_tokenizer(common.BYTE_VOCAB), eot=EOT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def run_script(*args, cwd=ROOT, **env):
