@@ -284,7 +284,7 @@ def read_json(path: Path) -> dict | None:
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Create the folder of a data set, and remove the temporary files that a killed command left in it.
+    """Create the folder of a data set.
 
     Raises ValueError for a name shards cannot have and for a folder with shards of another data set, which would be
     trained on too.
@@ -297,9 +297,6 @@ def check_folder(folder: Path, name: str) -> None:
     others = sorted(path.name for path in folder.glob("*.bin") if not path.name.startswith(known))
     if others:
         raise ValueError(f"{folder} already holds {others[0]}, a shard of another data set: choose another --out")
-    for path in folder.glob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():
-            path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
@@ -317,21 +314,32 @@ LOCKS = {}  # folder: the open descriptor that holds its lock until this process
 
 
 def lock_folder(folder: Path) -> None:
-    """Keep other data tools out of a folder while this process lives. Raises RuntimeError when one is at work there.
+    """Keep other data tools out of a folder while this process lives, and remove what a killed one left half-written.
 
-    The system lets go of the lock when the process ends, however it ends. Where there are no locks, there is none.
+    Raises RuntimeError when one is at work there. The system lets go of the lock when the process ends, however it
+    ends. Where there are no locks, there is none.
     """
+    if folder not in LOCKS:
+        LOCKS[folder] = take_lock(folder)
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def take_lock(folder: Path) -> int | None:
     try:
         import fcntl
     except ImportError:  # Windows
-        return
-    descriptor = LOCKS.setdefault(folder, os.open(folder, os.O_RDONLY))
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(descriptor)
         raise RuntimeError(f"another command is writing to {folder}: wait for it, or choose another --out") from None
     except OSError:  # some network file systems
         pass
+    return descriptor
 
 
 def held_out(key: str, fraction: float) -> bool:

@@ -152,11 +152,11 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out.resolve()
     check_folder(out, NAME)
-    lock_folder(out)
     check_own(out)
     if not args.force and (splits := complete(out)):
         say(summary(out, splits, "already complete"))
         return
+    lock_folder(out)
     say(summary(out, make(out, Path(sysconfig.get_path("stdlib"))), "written"))
 
 

@@ -105,7 +105,7 @@ def test_leftovers_of_killed_runs_are_removed_and_nothing_else(tmp_path):
     keep = [".notes.tmp", "a.tmp", ".a.12x.tmp"]
     for name in [".meta.json.123.tmp", ".x_train_000000.bin.4.tmp", *keep]:
         (tmp_path / name).write_text("")
-    common.check_folder(tmp_path, "x")
+    common.lock_folder(tmp_path)
     assert sorted(contents(tmp_path)) == sorted(keep)
 
 
@@ -152,6 +152,7 @@ def test_one_command_at_a_time_writes_a_folder(tmp_path):
         assert_one_error(result, f"another command is writing to {tmp_path}", "choose another --out")
         holder.kill()
     assert list(tmp_path.iterdir()) == []
+    common.lock_folder(tmp_path)
     common.lock_folder(tmp_path)
 
 
