@@ -24,10 +24,12 @@ from helpers import documents, make_data, tiny
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
+import logger
 import train_gpt
 import train_moe
 
 SCRIPTS = pytest.mark.parametrize("script", [train_gpt, train_moe], ids=lambda script: script.__name__)
+CONTROLS = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # which would drive a terminal
 HUGE = [2**31, 2**32, 2**63, 10**12, 10**30]
 WORDS = ["", " ", "nan", "-inf", "1e400", "1e-400", "0x10", "1,2", ",", "auto", "None", "true", "-", "--", "~", "..", "/", "a/b", "é", "٣",
          "\x1b[2J\x07", "\x00"[:0] + "\r\n", "\u202e", "\udcff", "9" * 400, "9" * 5000, "x" * 5000]
@@ -89,7 +91,7 @@ def check_outcome(main, argv: list, allowed=(0, 1, 2)) -> tuple[int, str]:
     code, out, err = outcome(main, argv)
     assert code in allowed
     for text in (out, err):
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text), "control characters"
+        assert not re.search(CONTROLS, text), "control characters"
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == (code in (1, 2)) and "Traceback" not in err and len(err) < 10_000
     return code, err
@@ -143,14 +145,14 @@ def test_settings(script):
         code, _, err = outcome(main, ["--device", "cpu", *argv])
         assert code in (0, 2) or isinstance(code, str)
         assert code != 2 or err.startswith(("error: ", "usage:"))
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", err), "control characters"
+        assert not re.search(CONTROLS, err), "control characters"
     check()
 
 
 @SCRIPTS
 def test_settings_of_a_run(script):
     """Values that are small enough to train with, or too large to try."""
-    values = st.sampled_from([*WORDS[:12], *map(str, NUMBERS)])
+    values = st.sampled_from([*WORDS[:12], *(str(x) for x in NUMBERS if x not in (65535, 65536))])
     left_out = ("help", "iterations", "device", "data", "log_dir", "experiment_name", "compile", "enable_profiling", "wandb")
     names = st.sampled_from([name for name in script.help_texts() if name not in left_out])
 
@@ -338,6 +340,20 @@ def test_meta_of_checkpoints(script, runs):
     check()
 
 
+ODD = [None, True, "x", [], {}, -1, 2**63 - 1, 2**63, 10**400, -1e299, 1e299, math.nan, math.inf]
+
+
+def test_each_number_of_a_checkpoint(runs):
+    """Each key that is read, with each odd value."""
+    for key in train_gpt.META.keys() - {"settings"}:
+        for value in ODD if key not in ("data", "position") else [{part: odd} for part in train_gpt.META[key] for odd in ODD]:
+            with copy_of(runs[train_gpt]) as (folder, paths):
+                meta = json.loads((paths[-1] / "meta.json").read_text())
+                changed = meta[key] | value if isinstance(value, dict) and value else value
+                (paths[-1] / "meta.json").write_text(json.dumps(meta | {key: changed}))
+                goes_on(train_gpt, folder)
+
+
 TENSORS = {
     "other shape": lambda t: torch.zeros(*t.shape, 2, dtype=t.dtype), "shorter": lambda t: t.flatten()[:1].clone(),
     "empty": lambda t: t.flatten()[:0].clone(), "turned": lambda t: t.T.contiguous() if t.dim() == 2 else t.flip(0),
@@ -414,3 +430,74 @@ def test_files_of_a_run_that_are_something_else(runs, kind, name):
         where = paths[-1] if name in ("state.pt", "meta.json") else paths[-1].parents[1]
         THINGS[kind](where / name)
         goes_on(train_gpt, folder)
+
+
+# --- logs
+
+LINES = [b"", b"=" * 100, b"step:1/2 val_loss:nan train_time:1ms step_avg:1ms", b"step:1/2 val_loss:1e400 train_time:-1ms", b"s:1 trl:3.2",
+         b"step:" + b"9" * 5000 + b"/1 train_loss:1", b"import sitecustomize\x1b]0;title\x07", b"[" * 5000, b"{}", b"null", b"5",
+         b'{"step": 1, "train_loss": null}', b'{"event": "end", "status": "\\u001b[2J"}', b'{"event": "routers"}', b"\xff\xfe\x00",
+         b"-" * 40 + b"\n# ../evil.py\n" + b"-" * 40, b"Running Python \xc2\x9b31m"]
+
+
+@st.composite
+def mutated_log(draw, content: bytes):
+    """A log with one to four lines changed, each somewhere in its last ones or its first."""
+    lines = content.split(b"\n")
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, min(30, len(lines) - 1))) * draw(st.sampled_from([1, -1]))
+        word = draw(st.sampled_from([str(x).encode() for x in NUMBERS] + [w.encode(errors="surrogateescape") for w in WORDS]))
+        action = draw(st.sampled_from(["number", "number", "string", "line", "line", "remove", "twice", "cut"]))
+        if action == "number":
+            lines[at] = re.sub(rb"\d[\d.e]*", lambda _, word=word: word, lines[at], count=draw(st.integers(1, 3)))
+        elif action == "string":
+            lines[at] = re.sub(rb"[a-z_]+", lambda _, word=word: word, lines[at], count=draw(st.integers(1, 3)))
+        elif action == "line":
+            lines.insert(at, draw(st.sampled_from(LINES)))
+        elif action == "remove":
+            lines[at] = b""
+        elif action == "twice":
+            lines[at:at] = lines[at:][:20]
+        else:
+            lines[at] = lines[at][:len(lines[at]) // 2]
+    return b"\n".join(lines)
+
+
+COMMANDS = {  # of logger.py, on a run `a` that is odd and a whole one, `b`
+    "show": ["a"], "show --json": ["a"], "show --markdown": ["a"], "compare --json": ["a", "b"], "compare --no-plot": ["a", "b"],
+    "diff": ["a", "b"], "diff --json": ["b", "a"], "stats --target 3.28": ["a", "b"], "stats --json": ["a"], "verify": ["."],
+    "extract -o out/log.py": ["a"], "export -o out/all.csv": ["a"], "export -o out/all.json": ["a", "b"],
+    "board --html out/board.html": ["."], "--experiment-name x --log-dir . --no-plot": [], "profile": ["a"],
+}
+
+
+@cases(150)
+@given(st.data())
+def test_logs(runs, data):
+    (run,) = runs[data.draw(st.sampled_from([train_gpt, train_moe]))].glob("logs/x/*")
+    with tempfile.TemporaryDirectory(prefix="fuzz") as name, contextlib.chdir(name):
+        for copied in ("x/a", "x/b"):
+            shutil.copytree(run, copied, ignore=shutil.ignore_patterns("checkpoints"))
+        os.mkdir("out")
+        for file in data.draw(st.sampled_from([["metrics.jsonl"], ["log.txt"], ["config.json"], ["log.txt", "config.json"]])):
+            path = Path("x/a", file)
+            strategy = json_bytes(json.loads(path.read_text())) if file == "config.json" else mutated_log(path.read_bytes())
+            path.write_bytes(data.draw(strategy))
+            if file == "log.txt":
+                Path("x/a/metrics.jsonl").unlink()
+        before = files_in(Path.cwd())
+        command = data.draw(st.sampled_from(sorted(COMMANDS)))
+        check_log_command([*command.split(), *(f"x/{word}" for word in COMMANDS[command])])
+        after = files_in(Path.cwd())
+        assert before.items() <= after.items() and all("/out/" in new or new.endswith("x/logs.txt") for new in after.keys() - before.keys())
+        for new in Path("out").rglob("*"):
+            assert new.suffix in (".py", ".csv", ".json", ".html", "") and new.stem not in ("numpy", "sitecustomize", "evil")
+
+
+def check_log_command(argv: list[str]):
+    """As check_outcome, but a check of logger.py that fails is code 1 without an error."""
+    code, out, err = outcome(logger.main, argv)
+    assert code in (0, 1, 2) and "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) <= 1
+    for text in (out, err):
+        assert not re.search(CONTROLS, text), "control characters"
