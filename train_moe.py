@@ -2540,8 +2540,8 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
 
 # ┌─ Files ──────────────────────────────────────────────────────────────────────────────────────┐
 def printable(text: str) -> str:
-    """A text whose control characters, which would drive a terminal, are shown instead."""
-    return re.sub(r"[^\n\t -~\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff]", lambda c: ascii(c[0])[1:-1], text)
+    """A text whose control characters, which would drive a terminal, are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 def misfit(value, like, name: str) -> str:
     """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
@@ -2583,9 +2583,12 @@ def sync(path: Path):
 def write_json(path: Path, value: dict):
     """A JSON file, on the disk, in place of the old one at once."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 def file_hash(path: Path) -> str:
@@ -3103,12 +3106,13 @@ class Run:
         self.vocab_size = self.corpus.meta["vocab_size"]
         self.s = s = self._fit_eval_tokens()
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
-        self.fingerprint = self.corpus.fingerprint()
-        if on_rank_zero(world, lambda: self.fingerprint) != self.fingerprint:
+        own = self.corpus.fingerprint() if world.local_rank == 0 else None  # once a machine
+        self.fingerprint = on_rank_zero(world, lambda: own)
+        if own not in (None, self.fingerprint):
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
         self.checkpoint, self.meta, self.state, self.changed = None, {}, {}, {}
         if s.resume:  # before a model is built that may be another
-            for found in on_rank_zero(world, checkpoints_in, resume_place(s))[:1]:
+            for found in on_rank_zero(world, lambda: checkpoints_in(resume_place(s))[:1]):
                 self._changes(*found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
@@ -3139,7 +3143,8 @@ class Run:
         self.position = self.step_position = meta.get("position", Loader.FIRST)
         if "data_fingerprint" in self.changed:
             self.position = Loader.FIRST
-        self.val_loss, self.val_step = meta.get("val_loss"), meta.get("val_step", self.step)
+        self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
+        self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
 
     def _resume(self, optimizer):
         """Takes the checkpoint that --resume names. Raises NothingToDo if its run is over. Collective."""
@@ -3247,6 +3252,7 @@ class Run:
         with contextlib.suppress(OSError, RuntimeError):  # the first error is the one to tell
             if whole and self.step > self.saved_step and self._all_have(error):
                 self.save(self.step, self.optimizer)
+        with contextlib.suppress(OSError, RuntimeError):
             self._end_record(self.step, error=f"{kind.__name__}: {error}")
 
     def _all_have(self, error: BaseException) -> bool:
@@ -3254,7 +3260,7 @@ class Run:
         then what is in flight on all of them is the same."""
         if self.world.size == 1:
             return True
-        store, names = dist.distributed_c10d._get_default_store(), []
+        store = dist.distributed_c10d._get_default_store()
         names = [f"error/{rank}" for rank in range(self.world.size)]
         store.set(names[self.world.rank], str(self.step if isinstance(error, (UserError, OSError)) else -1))
         store.wait(names, timedelta(seconds=10))
@@ -3302,13 +3308,12 @@ class Run:
             self._end_record(step)
             rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
             flags = ", ".join("--" + n.replace("_", "-") for n in rates if n != "stage_lr")
-            raise TrainingStopped(f"{what}: stopped, {self.kept()}; lower {flags}")
+            ways = ", with --resume and --allow-change" if self.saved_step else ""
+            raise TrainingStopped(f"{what}: stopped, {self.kept()}; lower {flags}{ways}")
 
     def kept(self) -> str:
         """What is on the disk, in words."""
-        if not self.saved_step:
-            return "nothing had been saved"
-        return f"{self.checkpoint} is kept, for --resume with --allow-change"
+        return f"{self.checkpoint} is kept" if self.saved_step else f"{self.log.folder} has no checkpoint"
 
     def log_step(self, step: int, loss: float, **more):
         """A training loss to all logs, with what is known of the steps since the last one."""
@@ -3375,6 +3380,7 @@ class Run:
             try:
                 self.checkpoint = on_rank_zero(self.world, write_checkpoint, *arguments)
             except OSError as error:
+                self.save_error = str(error)
                 self.log.print(f"warning: {error}; {self.kept()}, training goes on")
                 return False
             self.saved_step = step
@@ -3394,7 +3400,7 @@ class Run:
         self.log.line(memory)
         self.log.print(f"{memory}\nlog, metrics and checkpoints: {folder}")
         if not saved:
-            raise TrainingStopped(f"the last checkpoint could not be written to {folder}: the warning says why")
+            raise TrainingStopped(f"the last checkpoint: {self.save_error}; {self.kept()}")
         if s.enable_profiling:
             self._end_profile(step)
 
