@@ -1898,19 +1898,19 @@ def printable(text: str) -> str:
 
 def misfit(value, like, name: str) -> str:
     """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
-    have all its keys, tensors its shape and dtype; integers are not negative, floats are finite;
-    a tuple is a choice."""
+    have all its keys, tensors its shape and kind; numbers are finite and not negative; a tuple is a
+    choice."""
     if isinstance(like, tuple):
         return min((misfit(value, one, name) for one in like), key=len)
     if isinstance(like, dict) and isinstance(value, dict):
         parts = (misfit(value.get(key), part, f"{name}: {key}") for key, part in like.items())
         return next(filter(None, parts), "")
     if isinstance(like, Tensor) and isinstance(value, Tensor):
-        is_, not_ = ((tuple(x.shape), x.dtype) for x in (value, like))
+        is_, not_ = ((tuple(x.shape), x.dtype, x.layout, x.device.type) for x in (value, like))
         return "" if is_ == not_ else f"{name} is {is_}, not {not_}"
     fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
     if isinstance(like, float):
-        fits = type(value) in (int, float) and abs(value) < 1e300
+        fits = type(value) in (int, float) and 0 <= value < 1e300
     kinds = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
     kind, shown = kinds.get(type(like), type(like).__name__), " ".join(repr(value).split())
     return "" if fits else f"{name} is {shown:.60}, not {kind}"
@@ -2234,7 +2234,7 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
 def is_whole(path: Path, meta: dict) -> bool:
     """Whether the state.pt of a checkpoint is there, by its size."""
     file = path / "state.pt"
-    return file.is_file() and file.stat().st_size == meta.get("bytes", file.stat().st_size)
+    return file.is_file() and meta.get("bytes") in (None, file.stat().st_size)
 
 def resume_place(s: Settings) -> Path:
     """The folder that --resume names."""

@@ -466,6 +466,8 @@ WRONG_CONTENT = {
     "shorter": change_state(optimizer=weights(torch.arange(49.0))),
     "another dtype": change_state(optimizer=weights(torch.arange(50))),
     "another shape": change_state(optimizer=weights(torch.arange(50.0).view(5, 10))),
+    "sparse": change_state(optimizer=weights(torch.arange(50.0).to_sparse())),
+    "of no device": change_state(optimizer=weights(torch.empty(50, device="meta"))),
     "a number": change_state(optimizer=weights(5.0)),
     "another name": change_state(optimizer={"steps": 4, "state": {"master": {"v": torch.arange(50.0)}}}),
     "no moments": change_state(optimizer={"steps": 4, "state": {}}),
@@ -482,10 +484,12 @@ WRONG_CONTENT = {
     "settings are a list": change_meta(settings=[]),
     "position of text": change_meta(position={"epoch": 0, "shard": "0", "used": 0}),
     "position past the shards": change_meta(position={"epoch": 0, "shard": 1, "used": 0}),
+    "time is negative": change_meta(train_time_ms=-1e299),
     "time is infinite": change_meta(train_time_ms=float("inf")),
     "no data": change_meta(data={}),
     "loss is text": change_meta(val_loss="low"),
     "saved is text": change_meta(saved="last"),
+    "saved leaves no larger one": change_meta(saved=2**63 - 1),
 }
 
 
