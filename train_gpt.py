@@ -299,12 +299,6 @@ class Stage(NamedTuple):
         most = max(1, s.micro_tokens // self.seq_len)
         return max(n for n in divisors(self.batch_tokens // self.seq_len // world_size) if n <= most)
 
-@functools.cache
-def divisors(count: int) -> list[int]:
-    """All divisors of a number, sorted."""
-    small = [n for n in range(1, math.isqrt(count) + 1) if count % n == 0]
-    return sorted({*small, *(count // n for n in small)})
-
 def staged_settings() -> list[str]:
     """The settings that may have a value per stage, in the order of the fields of Stage."""
     return [name for name in help_texts() if "per stage" in bracket(name)]
@@ -1838,6 +1832,12 @@ def size_errors(s: Settings) -> list[str]:
             if type(number) is int and number >= limit:
                 bad.append(f"--{name} {min(number, 10**99):.6g}: must be below {limit}")
     return bad
+
+@functools.cache
+def divisors(count: int) -> list[int]:
+    """All divisors of a number, sorted."""
+    small = [n for n in range(1, math.isqrt(count) + 1) if count % n == 0]
+    return sorted({*small, *(count // n for n in small)})
 
 def unread_without(s: Settings, name: str) -> str:
     """The setting without which nothing reads this one, if it is not set so; else nothing."""
