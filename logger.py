@@ -69,13 +69,15 @@ MAX_LAYERS = 100  # of a report: each is a panel of a figure
 MAX_LOADS = 1_000_000  # shares of experts kept in all reports of a run
 MAX_SCORES = 400  # HellaSwag scores kept of a run
 MAX_KEYS, MAX_VALUE = 64, 200  # keys of a record, characters of a text in it
+MAX_LINE = 2000  # bytes read of a line with a record
+MAX_PARTS = 100  # files of a source
 MAX_SECTIONS = 6  # parts between separators that are kept
 MAX_COLUMNS = 1000  # of an exported table
 MAX_CELL = 500  # characters of a cell of a table
 MAX_TEXT = 16 << 20  # characters read of config.json, README.md and hellaswag.jsonl
 HUGE, TINY = 1e30, 1e-100  # a number beyond is infinite or 0: none of a training run is
 STEP = re.compile(r"step:(\d{1,15})(?:/(\d{1,15}))?", re.ASCII)
-NUMBER = re.compile(r"([+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf))(ms|s)?", re.ASCII | re.IGNORECASE)
+NUMBER = re.compile(r"([+-]?(?:\d++(?:\.\d*+)?|\.\d++)(?:e[+-]?\d++)?|[+-]?(?:nan|inf))(ms|s)?", re.ASCII | re.I)
 DECIMAL = rb"(\d{1,15}(?:\.\d{0,15})?)"
 USUAL_STEP = re.compile(  # nearly every line of every log; the others go through parse_step_line
     rb"step:(\d{1,15})/(\d{1,15}) (?:(val|train)_loss:%b )?train_time:%b(m?)s step_avg:(?:nan|%b)ms"
@@ -98,9 +100,9 @@ FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "driver": r"Driver Version: (\S+)",
     "world_size": r"^Running pytorch .* with world_size (\d{1,5})",
     "gpu": r"^Running pytorch .{0,300} on (\S.{0,100}?) with world_size",
-    "cpu": r"^(?:Running on )?(?:CPU|Model name):\s*([^,\n]+)",
+    "cpu": r"^(?:Running on )?(?:CPU|Model name):[ \t]*([^,\n]+)",
     "train_tokens": r"^Training DataLoader: total number of tokens: (\d{1,18})",
-    "params_total": r"^\s*Total parameters: ([\d,]{1,24})",
+    "params_total": r"^[ \t]*Total parameters: ([\d,]{1,24})",
     "settings": r"^Settings: (\{.{1,100000}\})$",
 }
 FACTS = {key: re.compile(form, re.ASCII | re.I | re.M) for key, form in FACTS.items()}
@@ -149,7 +151,8 @@ class Trace:
             while records and records[-1]["step"] > step:  # in order
                 records.pop()
         self.changes = [change for change in self.changes if change[0] <= step]
-        self.scores = {at: score for at, score in self.scores.items() if at <= step}
+        if self.scores and max(self.scores) > step:
+            self.scores = {at: score for at, score in self.scores.items() if at <= step}
 
     def add(self, row, trials=False):
         """Append a record. One whose step goes back replaces those it repeats, or starts the next of several `trials`:
@@ -345,7 +348,7 @@ class LogParser:
         """A line that has not the usual form."""
         if not line.startswith(RECORDS):
             return
-        line = line[:10_000].decode("utf-8", "replace")
+        line = line[:MAX_LINE].decode("utf-8", "replace")
         if match := PEAK.search(line):
             values = zip(("peak_memory_mib", "peak_reserved_mib"), match.groups(), strict=True)
             self.trace.end = {key: int(value) for key, value in values if value}
@@ -396,9 +399,12 @@ def split_source(trace, source):
     trace.code_hash = hashlib.sha256(source.strip()).hexdigest()[:12] if source.strip() else None
     if len(source) == MAX_SECTION:
         trace.note(f"the source is longer than {MAX_SECTION >> 20} MiB: it was cut")
-    names, texts = ["train_gpt.py", *PART.findall(source)], PART.split(source)[::2]
+    first, *others = PART.split(source, MAX_PARTS)
+    names, texts = [b"train_gpt.py", *others[::2]], [first, *others[1::2]]
+    if len(others) == 2 * MAX_PARTS:
+        trace.note(f"the source holds {MAX_PARTS} files or more: those after them are in the last one")
     for name, text in zip(names, texts, strict=True):
-        name = name if isinstance(name, str) else name.decode("ascii", "replace")
+        name = name.decode("ascii", "replace")
         trace.parts[name] = text.decode("utf-8", "replace").strip("\n") + "\n"
 
 
@@ -484,8 +490,8 @@ def too_deep(text, most=200):
     """Whether brackets in `text` are nested deeper than `most`; those within strings count, too."""
     if text.count("[") + text.count("{") <= most:
         return False
-    depths = accumulate(1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
-    return max(depths) > most
+    depths = accumulate(1 if bracket[0] in "[{" else -1 for bracket in re.finditer(r"[\[\]{}]", text))
+    return any(depth > most for depth in depths)
 
 
 def parse_record(line):
@@ -1525,7 +1531,7 @@ class Table:
         columns = [list(column) for column in zip(self.headings, *self.rows, strict=True)]
         for column, align in zip(columns, self.aligns, strict=True):
             widths = [sum(1 + (east_asian_width(c) in "WF") for c in cell) for cell in column]
-            pads = [" " * (max(widths) - width) for width in widths]
+            pads = [" " * (widest - width) for widest in [max(widths)] for width in widths]
             column[:] = [cell + pad if align == "<" else pad + cell for cell, pad in zip(column, pads, strict=True)]
         return [*filter(None, [self.title]), *("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))]
 
@@ -1959,12 +1965,14 @@ def compare_figure(groups):
                 losses = resample(samples, x, grid)
                 ax.fill_between(grid / size, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)
                 ax.plot(grid / size, losses.mean(0), color=colour, label=f"{label_of(name)} (n={len(samples)})")
-                lows, highs = [*lows, losses.min()], [*highs, losses.mean(0)[20]]
+                low, high = losses.min(), losses.mean(0)[20]
+                lows, highs = lows + [low] * bool(np.isfinite(low)), highs + [high] * bool(np.isfinite(high))
         text = f"{label} ({unit})" if unit else label
         ax.set_xlabel(text) if ax.lines else not_logged(ax, "no two common validations")
-    if lows:
+    if lows and highs:
         axes[0].set_ylim(min(lows) - 0.05, max(highs) + 0.05)
-        axes[0].legend(frameon=False)
+    if any(ax.lines for ax in axes):
+        next(ax for ax in axes if ax.lines).legend(frameon=False)
     axes[0].set_ylabel("validation loss (nats/token)")
     return figure
 
@@ -2270,6 +2278,7 @@ def diff_runs(args):
     result["effect"] = effect_of(*loaded)
     result["notes"] += [f"{name}: {text}" for name, runs in zip("AB", loaded, strict=True)
                         for text in group_warnings(*samples_of(runs)) if "code versions" in text]
+    result["notes"] += [f"{name}: {text}" for name, run in zip("AB", (a, b), strict=True) for text in changes_of(run)]
     result["unified_diff"] = unified(a.trace.parts, b.trace.parts, ("a", "b"))
     if args.json:
         say_json(result)
