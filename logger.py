@@ -1784,7 +1784,7 @@ def loss_limits(runs):
     late = sorted(y for points, i in zip(curves, cuts, strict=True) for _, y in points[i:])
     low, top = min(late[0], fallen), late[int(0.995 * len(late))]  # a few spikes may leave, too
     high = max(fallen, min(top, low + max(2 * (fallen - low), 1.0)))
-    pad = 0.05 * (high - low) or 0.05
+    pad = 0.05 * (high - low) or 0.05 * max(1.0, abs(high))
     return low - pad, high + pad
 
 
@@ -1980,13 +1980,13 @@ def compare_figure(groups):
 def save_figures(make, folder):
     """Write the {file name: Figure} that make() returns into `folder`; returns the paths. RuntimeError if matplotlib is
     missing."""
-    try:
-        figures = make()
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"no plot without {error.name}: pip install {error.name}, or pass --no-plot") from None
-    folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a run name in a script the font lacks: a box
+        warnings.simplefilter("ignore")  # of glyphs that the font lacks: a box; of numbers too large to be drawn: a gap
+        try:
+            figures = make()
+        except ModuleNotFoundError as error:
+            raise RuntimeError(f"no plot without {error.name}: pip install {error.name}, or pass --no-plot") from None
+        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
             image = io.BytesIO()
             figure.savefig(image, format=Path(name).suffix[1:] or "png")
@@ -2584,7 +2584,10 @@ def export_wandb(paths, project):
         for trial, rows in enumerate(run.trace.trials, 1):
             name = printable(facts["run_id"]) + (f"-{trial}" if len(run.trace.trials) > 1 else "")
             config = {**facts, **settings_of(run)}
-            target = wandb.init(project=project, name=name, config=config, reinit="finish_previous")
+            try:
+                target = wandb.init(project=project, name=name, config=config, reinit="finish_previous")
+            except Exception as error:  # wandb's own kinds: without a login, without a network
+                raise RuntimeError(f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline keeps runs here") from None
             for row in rows:
                 values = {key: value for key, value in row.items() if number(value) is not None}
                 target.log(values, step=row["step"])
