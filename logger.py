@@ -2446,7 +2446,7 @@ def extract_source(args):
     if not parts:
         if not os.path.exists(args.log):
             raise FileNotFoundError(f"'{args.log}' is not there")
-        why = f" ({run.trace.notes[0]})" if run.trace.notes else ""
+        why = "".join(f" ({note})" for note in run.trace.notes if note.startswith("cannot be read"))
         raise ValueError(f"'{args.log}' holds no source{why}: expected a log that begins with it, or our run folder")
     if args.output is None:
         give([json.dumps(parts) + "\n" if args.json else next(iter(parts.values()))])
@@ -2586,7 +2586,7 @@ def export_wandb(paths, project):
             config = {**facts, **settings_of(run)}
             try:
                 target = wandb.init(project=project, name=name, config=config, reinit="finish_previous")
-            except Exception as error:  # wandb's own kinds: without a login, without a network
+            except (OSError, RuntimeError, getattr(wandb, "Error", ValueError)) as error:  # no login, no network
                 raise RuntimeError(f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline keeps runs here") from None
             for row in rows:
                 values = {key: value for key, value in row.items() if number(value) is not None}

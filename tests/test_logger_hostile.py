@@ -201,9 +201,12 @@ def test_encodings_that_lack_characters(tmp_path, variables):
 
 def test_wandb_without_a_login_is_one_sentence(tmp_path, capsys, monkeypatch):
     class Wandb:
+        class Error(Exception):
+            pass
+
         @staticmethod
         def init(**options):
-            raise KeyError(f"no key{EVIL}")
+            raise Wandb.Error(f"no key{EVIL}")
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     said = error(capsys, "export", write(tmp_path / "a.txt", log_text()), "--wandb", "p")
