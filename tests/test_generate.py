@@ -19,6 +19,7 @@ from train_gpt import GPT, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 50
+ABOUT = {"script": "train_gpt.py", "train_time_ms": 1.0, "position": {"epoch": 0, "shard": 0, "used": 0}}
 BYTES = {"tokenizer": {"kind": "byte"}, "vocab_size": 257, "eot": 256, "splits": {}}
 CHARS = {"tokenizer": {"kind": "char", "chars": "\n abcdé€"}, "vocab_size": 8, "eot": None, "splits": {}}
 
@@ -45,15 +46,21 @@ def save(run: Path, vocab: dict, s: Settings | None = None, step: int = 10, mode
     s = s or settings()
     model = model or random_model(s, vocab["vocab_size"])
     state = {"optimizer": {"steps": step, "state": {"master": {n: p.detach() for n, p in model.named_parameters()}}}}
-    meta = {"settings": dataclasses.asdict(s), "script": "train_gpt.py", "data": {"meta": vocab}} | meta
+    meta = ABOUT | {"settings": dataclasses.asdict(s), "data": {"fingerprint": "", "meta": vocab}} | meta
     return train_gpt.write_checkpoint(run, step, state, meta, keep=9)
+
+
+@pytest.fixture
+def capsys(capsysbinary):
+    """Of bytes: what a random model writes is no UTF-8."""
+    return capsysbinary
 
 
 def run(capsys, *flags) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of generate.main, on the CPU unless a flag says otherwise."""
     capsys.readouterr()
     code = generate.main(["--device", "cpu", *map(str, flags)])
-    return code, *capsys.readouterr()
+    return code, *(stream.decode(errors="surrogateescape") for stream in capsys.readouterr())
 
 
 def text_of(capsys, *flags) -> str:

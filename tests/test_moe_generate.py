@@ -31,7 +31,8 @@ def save(folder: Path, s: Settings, model: GPT, balance: dict | None) -> Path:
     """A checkpoint as train_moe.py writes it."""
     master = {name: p.detach() for name, p in model.named_parameters()}
     state = {"optimizer": {"steps": 10, "state": {"master": master}, "balance": balance}}
-    meta = {"settings": dataclasses.asdict(s), "script": "train_moe.py", "data": {"meta": VOCABULARY}}
+    meta = {"settings": dataclasses.asdict(s), "script": "train_moe.py", "train_time_ms": 1.0,
+            "data": {"fingerprint": "", "meta": VOCABULARY}, "position": {"epoch": 0, "shard": 0, "used": 0}}
     return train_moe.write_checkpoint(folder, 10, state, meta, keep=9)
 
 
