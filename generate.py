@@ -79,7 +79,7 @@ def use_newest(place: Path, use: Callable[[Path, dict], T]) -> T:
     if damaged:
         path, reason = damaged[-1]
         raise ValueError(f"checkpoint {path} cannot be used ({reason}): name another one with --checkpoint")
-    raise FileNotFoundError(f"no whole checkpoint in {place}: train with python train_gpt.py, or name the folder of a "
+    raise FileNotFoundError(f"no checkpoint in {place}: train with python train_gpt.py, or name the folder of a "
                             "checkpoint, run or experiment with --checkpoint")
 
 
@@ -126,8 +126,8 @@ def build_model(script: ModuleType, s, vocab_size: int, weights: dict, size: int
         if next(seen) > len(weights) + 8:  # some names are assigned twice
             raise ValueError(f"its settings ask for more than the {len(weights)} tensors of state.pt")
 
-    if s.num_layers > len(weights):
-        raise ValueError(f"its settings ask for {s.num_layers} layers, state.pt has {len(weights)} tensors")
+    if (layers := max(s.num_layers, len(getattr(s, "attention", "")))) > len(weights):
+        raise ValueError(f"its settings ask for {layers} layers, state.pt has {len(weights)} tensors")
     hook = nn.modules.module.register_module_parameter_registration_hook(no_more)
     try:
         with torch.device("meta"):
