@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -312,7 +313,7 @@ def test_redirected_text_is_the_bytes_as_they_are(tmp_path, capsys):
     assert start.prompt == [256, *prompt]
     tokens = generate.sample(start.decoder, start.prompt, BYTES, generate.parse(
         ["--max-tokens", "200", "--temperature", "3"]), generator())
-    assert out == prompt + bytes(tokens) + b"\n" and len(out) > 100 and len(set(out)) > 30
+    assert out == prompt + bytes(tokens) + b"\n" and len(out) > 60 and len(set(out)) > 30
 
 
 class Terminal(io.TextIOWrapper):
@@ -696,8 +697,9 @@ def test_the_command_line_from_another_folder(trained):
 ])
 def test_a_stdout_that_is_full_or_closed(trained, target, code, sentence):
     """A reader that has seen enough is no error, an interpreter that complains at its end is."""
-    command = f"'{sys.executable}' '{ROOT / 'generate.py'}' --num-samples 20 {target}; exit ${{PIPESTATUS[0]}}"
-    result = subprocess.run(["bash", "-c", command], cwd=trained.parent, capture_output=True, text=True, errors="replace")
+    command = f"'{sys.executable}' '{ROOT / 'generate.py'}' --num-samples 20 --max-tokens 20 {target}; exit ${{PIPESTATUS[0]}}"
+    options = dict(cwd=trained.parent, capture_output=True, text=True, errors="replace")
+    result = subprocess.run(["bash", "-c", command], **options)
     assert result.returncode == code and sentence in result.stderr, result.stderr
     assert "Traceback" not in result.stderr and "Exception" not in result.stderr, result.stderr
     assert ("error" in result.stderr) == bool(code), result.stderr
@@ -719,7 +721,8 @@ def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path, script):
 def test_consoles_without_unicode(trained):
     """On a terminal; redirected, the bytes are as they are."""
     command = [sys.executable, "-c", "import sys, generate\nsys.stdout.isatty = lambda: True\nsys.exit(generate.main("
-               "sys.argv[1:]))", "--checkpoint", str(trained / "chars"), "--max-tokens", "40", "--prompt", "é€"]
+               "sys.argv[1:]))", "--checkpoint", str(trained / "tinychars"), "--max-tokens", "40", "--prompt", "é€"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True)
-    assert result.returncode == 0 and result.stdout.startswith(rb"\xe9\u20ac") and result.stdout.isascii(), result.stderr
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(rb"\xe9\u20ac") and result.stdout.isascii()

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import helpers
+import hypothesis
 import moe
 import numpy as np
 import pytest
@@ -380,6 +381,22 @@ def test_a_damaged_line_is_named(tmp_path, text, problem):
     path.write_bytes("\n".join([line(), text, line(), ""]).encode("latin-1"))
     with pytest.raises(ValueError, match=f"{path} is damaged, line 2: .*{re.escape(problem)}.*--download"):
         read_tasks(path)
+
+
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+                      lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner), max_leaves=5)
+
+
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(VALUES, VALUES, VALUES)
+def test_any_row_is_a_task_or_a_sentence(ctx, endings, label):
+    for row in (dict(ctx=ctx, endings=list("abcd"), label=label), dict(ctx="a", endings=endings, label=1), ctx,
+                dict(ctx_a=ctx, ctx_b=endings, endings=list("abcd"), label=label)):
+        try:
+            task = hellaswag.parse_task(json.dumps(row).encode())
+            assert isinstance(task.context, str) and task.label in range(4) and type(task.label) is int
+        except ValueError as error:
+            assert len(str(error)) < 300
 
 
 def test_missing_and_empty_files(tmp_path):
