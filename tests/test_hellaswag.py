@@ -384,7 +384,8 @@ def test_a_damaged_line_is_named(tmp_path, text, problem):
 
 
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-                      lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner), max_leaves=5)
+                      lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+                      max_leaves=5)
 
 
 @hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
