@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from data.common import MAX_VOCAB_SIZE, Tokenizer, load_tokenizer
-from train_gpt import META, checkpoints_in, misfit, out_of_memory, printable, read_json, read_state
+from train_gpt import checkpoints_in, misfit, out_of_memory, printable, read_meta, read_state  # noqa: F401
 
 MAX_PROMPT = 8192  # tokens: the mask of the pass over the prompt has this number squared of entries
 MAX_MASK = 32768  # tokens: the same for the masks that a decoder is made with
@@ -81,11 +81,6 @@ def use_newest(place: Path, use: Callable[[Path, dict], T]) -> T:
         raise ValueError(f"checkpoint {path} cannot be used ({reason}): name another one with --checkpoint")
     raise FileNotFoundError(f"no checkpoint in {place}: train with python train_gpt.py, or name the folder of a "
                             "checkpoint, run or experiment with --checkpoint")
-
-
-def read_meta(path: Path) -> dict:
-    """meta.json of a checkpoint. Raises ValueError if it is damaged."""
-    return read_json(path / "meta.json", META)
 
 
 def import_script(name: str) -> ModuleType:
@@ -348,15 +343,12 @@ def write_text(chunks: Iterable[bytes]):
 def read_vocabulary(vocab: dict) -> Tokenizer:
     """The tokenizer of a data set's meta.json. Raises Unusable if that is not built as one, or promises more tokens
     than the tokenizer has; RuntimeError if tiktoken's files are not at hand."""
-    like = {"vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}}
-    spec = {"char": {"chars": ""}, "tiktoken": {"name": ""}}
     try:
-        if wrong := misfit(vocab, like, "data") or misfit(
-                vocab["tokenizer"], spec.get(vocab["tokenizer"]["kind"], {}), "tokenizer"):
+        if wrong := misfit(vocab, {"vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}}, "data"):
             raise ValueError(wrong)
         tokenizer = load_tokenizer(vocab)
         chars, size, eot = getattr(tokenizer, "chars", None), vocab["vocab_size"], vocab.get("eot")
-        known = tokenizer.encoding.n_vocab if chars is None else len(set(chars))
+        known = tokenizer.encoding.n_vocab if chars is None else len(chars)
         if not 0 < size <= min(known, MAX_VOCAB_SIZE) or (eot or 0) >= size:
             raise ValueError(f"it has a vocabulary of {size}, its tokenizer of {known}, eot is {eot}")
         (chars or "").encode()

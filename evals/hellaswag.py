@@ -64,7 +64,7 @@ sys.path.insert(0, str(ROOT))
 from data.common import GPT2_VOCAB, load_tokenizer, write_json  # noqa: E402
 from generate import Parser, guarded, import_script, load_model, named, note, say, use_newest  # noqa: E402
 from generate import number as parse_number  # noqa: E402
-from train_gpt import checkpoints_in, misfit, out_of_memory, read_json, sync  # noqa: E402
+from train_gpt import checkpoints_in, misfit, out_of_memory, read_json, read_meta, sync  # noqa: E402
 
 FILE = ROOT / "data" / "hellaswag" / "hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # or HELLASWAG_URL
@@ -513,7 +513,7 @@ def tokens_at(run: Path, step: int) -> int | None:
 def is_there(path: Path, sha256: str) -> bool:
     """Whether the checkpoint has not been deleted or replaced meanwhile."""
     try:
-        return (path / "state.pt").is_file() and read_json(path / "meta.json", {"sha256": ""})["sha256"] == sha256
+        return (path / "state.pt").is_file() and read_meta(path)["sha256"] == sha256
     except ValueError:
         return False
 

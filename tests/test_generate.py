@@ -697,7 +697,8 @@ def test_the_command_line_from_another_folder(trained):
 ])
 def test_a_stdout_that_is_full_or_closed(trained, target, code, sentence):
     """A reader that has seen enough is no error, an interpreter that complains at its end is."""
-    command = f"'{sys.executable}' '{ROOT / 'generate.py'}' --num-samples 20 --max-tokens 20 {target}; exit ${{PIPESTATUS[0]}}"
+    command = f"'{sys.executable}' '{ROOT / 'generate.py'}' --num-samples 20 --max-tokens 20 {target}; " \
+              "exit ${PIPESTATUS[0]}"
     options = dict(cwd=trained.parent, capture_output=True, text=True, errors="replace")
     result = subprocess.run(["bash", "-c", command], **options)
     assert result.returncode == code and sentence in result.stderr, result.stderr

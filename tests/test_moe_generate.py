@@ -102,7 +102,7 @@ def test_a_checkpoint_without_its_bias_is_one_sentence(tmp_path, capsys, balance
     assert (code, out, err.count("\n")) == (1, "", 1) and "does not fit this train_moe.py" in err
 
 
-@pytest.mark.parametrize("name", ["num_experts", "top_k", "num_shared", "moe_layers", "router", "expert_hidden", "moe_impl"])
+@pytest.mark.parametrize("name", ["num_experts", "top_k", "num_shared", "moe_layers", "router", "expert_hidden"])
 def test_settings_that_state_pt_does_not_fit(tmp_path, capsys, name):
     """A text or a sentence, nothing is allocated, and the checkpoint before it is taken."""
     run_folder = save_random(tmp_path, settings(num_shared=1)).parent.parent
@@ -113,7 +113,7 @@ def test_settings_that_state_pt_does_not_fit(tmp_path, capsys, name):
         (path / "meta.json").write_text(json.dumps(before | {"settings": before["settings"] | {name: value}}))
         code, out, err = run(capsys, "--checkpoint", run_folder, "--max-tokens", 2)
         assert code == 0 and "\x1b" not in err and len(err) < 1000
-        known = name in before["settings"] and name not in ("moe_impl", "router")
+        known = name in before["settings"] and name not in ("router",)
         assert not known or ("step_000011 cannot be used" in err and "step_000010: cpu" in err), (value, err)
 
 
