@@ -14,8 +14,8 @@ from torch import Tensor
 import train_baseline as tb
 from train_baseline import GPT, Settings
 
-CPU = {"device": "cpu", "name": "test CPU", "bf16": False}
-H100 = {"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "bf16": True}
+CPU = {"device": "cpu", "name": "test CPU", "memory_gib": 8.0, "bf16": False}
+H100 = {"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "memory_gib": 79.6, "bf16": True}
 TYPES = ("gpt", "moderngpt", "ngpt", "moegpt")
 # Every run spells out device, dtype and threads, so that it is the same arithmetic on every machine.
 TINY = dict(
