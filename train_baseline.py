@@ -302,10 +302,10 @@ def least_memory(s: Settings) -> float:
     """Bytes that a process needs at the very least, far below the expected ones: weights, gradients
     and AdamW's moments, an activation of each layer for a row, the mask of a row, a batch."""
     length, mixtures = max(s.seq_len, s.eval_seq_len), len(s.mixture_layers)
-    dense = 2 * s.width + 2 * s.mlp_hidden * (s.num_layers > mixtures)
-    experts = mixtures * s.num_experts * (3 * s.expert_hidden + 1)
-    weights = s.width * (s.num_layers * dense + experts + s.max_doc_len)
-    return 16 * weights + 2 * s.num_layers * s.seq_len * s.width + length**2 + 12 * s.batch_tokens
+    experts = mixtures * s.num_experts * 2 * s.expert_hidden
+    dense = 2 * s.num_layers * s.width + 2 * (s.num_layers - mixtures) * s.mlp_hidden
+    activations = 2 * s.num_layers * s.seq_len * s.width
+    return 16 * s.width * (dense + experts) + activations + length**2 + 12 * s.batch_tokens
 
 def misfits(s: Settings, given: dict, hardware: dict, world_size: int) -> list[str]:
     """A sentence for each setting that does not fit the machine, another one, or world_size."""
@@ -313,14 +313,14 @@ def misfits(s: Settings, given: dict, hardware: dict, world_size: int) -> list[s
     asked, cpu, kind = given.get("device"), s.device == "cpu", s.model_type
     compiler = not cpu or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     fits = ", ".join(map(str, divisors(rows)[:12])) if rows else ""
-    known = {*help_texts(), "", "data_fingerprint"}
+    strange = [x for x in allowed_changes(s) if x not in {*help_texts(), "", "data_fingerprint"}]
     least, memory = least_memory(s) / 2**30, hardware["memory_gib"]
     checks = {  # sentence about the settings in quotes -> whether it is true
         "--device cuda needs a CUDA device, leave it out": cpu and asked == "cuda",
         "'preset' needs a CUDA device: use cpu, or add --device cpu":
             cpu and s.preset != "cpu" and asked != "cpu",
         "'compile' needs a C++ compiler: install g++, or use --no-compile": s.compile and not compiler,
-        "'allow_change' names what is no setting": not known.issuperset(allowed_changes(s)),
+        f"--allow_change: {', '.join(strange)}: no such setting": strange,
         f"this needs more than {least:,.0f} GiB, {hardware['name']} has {memory:.1f}: lower 'width', "
         "'num_layers', 'mlp_ratio', 'num_experts', 'seq_len', 'eval_seq_len' or 'batch_tokens'":
             least > memory,
@@ -482,6 +482,14 @@ def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
     with contextlib.suppress(OSError):  # of a read-only folder all are hashed each time
         write_json(cache, known)
     return hashes
+
+def old_fingerprint(corpus: Corpus) -> str:
+    """That of checkpoints without `saved`: names, sizes and first 64 KiB of all shards."""
+    digest = hashlib.sha256()
+    for path in corpus.train + corpus.val:
+        digest.update(f"{path.name} {path.stat().st_size}".encode())
+        digest.update(np.fromfile(path, dtype=np.uint8, count=65536))
+    return digest.hexdigest()[:16]
 
 DATA_META = {
     "vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}, "splits": {}, "name": (None, ""),
@@ -981,7 +989,7 @@ def resume_place(s: Settings) -> Path:
 def run_state(model: GPT, optimizers: list) -> dict:
     """All tensors that training changes, in the places that they have in a checkpoint."""
     moments = {i: {"state": x.state_dict()["state"]} for i, x in enumerate(optimizers)}
-    return {"model": model.state_dict(), "optimizers": moments}
+    return {"model": dict(model.state_dict()), "optimizers": moments}
 
 def leaves(tree: dict, like: dict) -> list[Tensor]:
     """What a tree has in the places of another one's tensors, in its order."""
@@ -1177,7 +1185,7 @@ class Run:
         self.checkpoint, self.meta, self.changed = None, {}, {}
         if s.resume:  # before a model is built that may be another
             for found in on_rank_zero(world, checkpoints_in, resume_place(s))[:1]:
-                changed_settings(s, self.fingerprint, *found)
+                self._changes(*found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
         self.over = False  # the target is reached, or all ranks know of a signal
@@ -1192,6 +1200,10 @@ class Run:
             return s
         self.notes.append(f"eval_tokens {available}: all that the validation split has")
         return replace(s, eval_tokens=available)
+
+    def _changes(self, path: Path, meta: dict) -> dict:
+        old = not meta["saved"]  # of before whole shards were hashed
+        return changed_settings(self.s, old_fingerprint(self.corpus) if old else self.fingerprint, path, meta)
 
     # differs from train_gpt.py: no loader
     def _set_progress(self):
@@ -1220,7 +1232,7 @@ class Run:
         self.checkpoint, self.meta = on_rank_zero(self.world, take)
         for x in leaves(own, own) if self.world.size > 1 else []:
             dist.broadcast(x, 0)
-        self.changed = changed_settings(s, self.fingerprint, self.checkpoint, self.meta)
+        self.changed = self._changes(self.checkpoint, self.meta)
         self._set_progress()
         kept = self.meta["settings"].get("keep")
         self.s = replace(s, keep=s.keep or (kept if type(kept) is int and kept > 0 else 2))

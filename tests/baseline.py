@@ -3,6 +3,7 @@
 The equations take one document at a time, one head at a time and one token at a time, from a model's parameters."""
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -301,16 +302,35 @@ def load_state(folder: Path, step: int) -> dict[str, Tensor]:
     return flatten(torch.load(path, map_location="cpu", weights_only=True), "")
 
 
+def rewrite_state(path: Path, state):
+    """Another state.pt in a checkpoint, whose hash and size its meta.json says."""
+    torch.save(state, path / "state.pt")
+    rewrite_meta(path, sha256=tb.file_hash(path / "state.pt"), bytes=(path / "state.pt").stat().st_size)
+
+
+def rewrite_meta(path: Path, **changes):
+    """Other values in a checkpoint's meta.json; None: the key goes."""
+    meta = json.loads((path / "meta.json").read_text()) | changes
+    (path / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+
+
 def script_runs(world, command_lines: list[list[str]]) -> list[int]:
-    """Runs of the script's loop, in a process that stands for one of torchrun's."""
-    return [tb.train(*tb.parse_settings(argv, world.size)) for argv in command_lines]
+    """Runs of the script's loop, in a process that stands for one of torchrun's; how each ended."""
+    ended = []
+    for argv in command_lines:
+        s, hardware, notes = tb.parse_settings(argv, world.size)
+        run = tb.Run(s, hardware, tb.World(*world), notes)
+        with run.undo:
+            tb.train(run)
+        ended.append(run.status)
+    return ended
 
 
 def shared_batches(world, data: str) -> list[Tensor]:
     """The share of a process in 20 batches."""
     s = settings("gpt")
     rows = tb.training_rows(s, tb.open_corpus(data))
-    return [tb.next_batch(rows, s)[0] for _ in range(20)]
+    return [tb.next_batch(rows, s, tb.World(*world))[0] for _ in range(20)]
 
 
 def launch(argv: list[str], before: str = ""):
