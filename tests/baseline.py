@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import helpers
+import pytest
 import torch
 from helpers import VOCAB, flags, make_data, run_folder
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 import train_baseline as tb
 from train_baseline import GPT, Settings
 
+needs_gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+                                reason="torch was built without gloo")
 CPU = {"device": "cpu", "name": "test CPU", "memory_gib": 8.0, "bf16": False}
 H100 = {"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "memory_gib": 79.6, "bf16": True}
 TYPES = ("gpt", "moderngpt", "ngpt", "moegpt")
@@ -319,10 +322,13 @@ def script_runs(world, command_lines: list[list[str]]) -> list[int]:
     ended = []
     for argv in command_lines:
         s, hardware, notes = tb.parse_settings(argv, world.size)
-        run = tb.Run(s, hardware, tb.World(*world), notes)
-        with run.undo:
-            tb.train(run)
-        ended.append(run.status)
+        try:
+            run = tb.Run(s, hardware, tb.World(*world), notes)
+            with run.undo:
+                tb.train(run)
+            ended.append(run.status)
+        except (tb.UserError, OSError) as error:
+            ended.append(f"{type(error).__name__}: {error}")
     return ended
 
 

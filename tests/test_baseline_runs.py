@@ -15,6 +15,7 @@ from baseline import (
     load_state,
     logits,
     loss,
+    needs_gloo,
     packed,
     random_model,
     rewrite_state,
@@ -46,8 +47,6 @@ import train_gpt
 from evals import hellaswag
 from train_baseline import GPT
 
-needs_gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-                                reason="torch was built without gloo")
 CHARS = "\n" + "".join(map(chr, range(48, 47 + VOCAB)))
 KINDS = {**{name: (name, {}) for name in TYPES},
          "moderngpt, muon": ("moderngpt", dict(optimizer="muon", muon_weight_decay=0.1)),
