@@ -1135,7 +1135,7 @@ class ValStream:
     """The first N tokens of the val split, each once, cut into rows, where contexts are cut, too. What is predicted
     depends on neither processes nor batch size; a row's documents do not see each other."""
     def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
-        available = sum(corpus.lengths[path] for path in corpus.val) - 1
+        available = sum(map(shard_length, corpus.val)) - 1
         self.num_tokens, self.seq_len = num_tokens or available, seq_len
         self.eot = corpus.meta["eot"]
         if not 0 < self.num_tokens <= available:
@@ -1652,7 +1652,7 @@ class RunSettings:
     experiment_name: str = Path(__file__).stem  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
     resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
-    allow_change: str = ""  # settings that may differ then: muon_lr,iterations [with resume]
+    allow_change: str = ""  # with --resume: settings that may differ, as muon_lr,iterations
     data: str = "auto"  # data set: a folder's name under data/, or a path
     # --- evaluation
     eval_every: int = 125  # steps between evaluations; 0: only after the last [>=0]
@@ -1800,7 +1800,7 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     full = size if wanted == "auto" else f"{wanted.removesuffix('-auto')}-{size}"
     preset = full if wanted not in PRESETS and full in PRESETS else wanted
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
-    problems = size_errors(s) or field_errors(s, given) + unread_errors(s, given)
+    problems = size_errors(s) or field_errors(s) + unread_errors(s, given)
     auto = {} if size_errors(s) else run_auto(s, hardware, world_size) | record_auto(s, hardware)
     auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
     s = replace(s, **{name: value for name, (value, _) in auto.items()})
@@ -1812,7 +1812,7 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     return s, hardware, notes
 
-def field_errors(s: Settings, given: dict) -> list[str]:
+def field_errors(s: Settings) -> list[str]:
     """A sentence for each field whose value is outside the bracket of its comment."""
     def allowed(value, spec: str) -> bool:
         if spec in (">0", ">=0"):
@@ -1825,8 +1825,6 @@ def field_errors(s: Settings, given: dict) -> list[str]:
         values = value if isinstance(value, tuple) else (value,)
         if re.match(r">|0\.\.1|\w+\|", spec) and not all(allowed(v, spec) for v in values):
             bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}")
-        if value == "" and name in given:
-            bad.append(f"--{name} is empty: name something, or leave it out")
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
         bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
     return bad
@@ -1867,9 +1865,12 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     triton = importlib.util.find_spec("triton") and (cuda or os.environ.get("TRITON_INTERPRET"))
     odd = [f"--width {s.width}"] * (s.width % 16 > 0) + [f"--seq_len {n}" for n in s.seq_len if n % 16]
     lengths = *s.seq_len, s.eval_seq_len
-    changes = [name for name in allowed_changes(s) if name not in {*help_texts(), "", "data_fingerprint"}]
+    empty = ", ".join(f"--{name}" for name in ("resume", "data", "log_dir") if given.get(name) == "")
+    unknown_change = {*allowed_changes(s)} - {*help_texts(), "", "data_fingerprint"}
     problems = [
-        (changes, f"--allow_change: {', '.join(changes)}: no such setting"),
+        (empty, f"{empty}: is empty; name something, or leave it out"),
+        (s.allow_change and not s.resume, "--allow_change: has no effect without --resume"),
+        (unknown_change, f"--allow_change: {', '.join(sorted(unknown_change))}: no such setting"),
         (s.device == "cuda" and not cuda,
          "--device cuda: this machine has no usable CUDA device; leave the flag out"),
         (needs_cuda and not cuda,
@@ -1910,14 +1911,16 @@ def misfit(value, like, name: str) -> str:
     fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
     if isinstance(like, float):
         fits = type(value) in (int, float) and abs(value) < 1e300
-    return "" if fits else f"{name} is {value!r:.60}, not {type(like).__name__} like {like!r:.60}"
+    kinds = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
+    kind, shown = kinds.get(type(like), type(like).__name__), " ".join(repr(value).split())
+    return "" if fits else f"{name} is {shown:.60}, not {kind}"
 
 def read_json(path: Path, like: dict) -> dict:
     """The object in a JSON file. Raises ValueError that says how it is not built like another."""
     try:
         value = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} cannot be read: {error!r:.200}") from error
+        raise ValueError(f"{path.name}: {error!r:.200}") from error
     if wrong := misfit(value, like, path.name):
         raise ValueError(wrong)
     return value
@@ -1994,12 +1997,11 @@ def open_shard(path: Path, vocab_size: int, most: int | None = None) -> np.ndarr
     return tokens
 
 class Corpus(NamedTuple):
-    """A data set: its meta.json, the paths of its shards, the tokens of each."""
+    """A data set: its meta.json and the paths of its shards."""
     folder: Path
     meta: dict
     train: list[Path]
     val: list[Path]
-    lengths: dict[Path, int]
 
     def fingerprint(self) -> str:
         """Hash of all shards, and of what their tokens mean: equal data, equal fingerprint."""
@@ -2010,16 +2012,20 @@ class Corpus(NamedTuple):
 
 def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
     """sha256 of whole files. A hidden file there keeps those of unchanged size, time and inode."""
-    cache, hashes = folder / ".hashes.json", {}
-    known = read_json(cache, {}) if cache.is_file() else {}
+    cache, hashes, before = folder / ".hashes.json", {}, {}
+    with contextlib.suppress(ValueError):  # not there, or cut short
+        before = read_json(cache, {})
+    known = dict(before)
     for path in paths:
         stat = path.stat()
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        same = isinstance(known.get(path.name), list) and known[path.name][:-1] == state
-        hashes[path] = known[path.name][-1] if same else file_hash(path)
+        found = before.get(path.name)
+        same = isinstance(found, list) and found[:-1] == state
+        hashes[path] = found[-1] if same else file_hash(path)
         known[path.name] = [*state, hashes[path]]
-    with contextlib.suppress(OSError):  # of a read-only folder all are hashed each time
-        write_json(cache, known)
+    if known != before:
+        with contextlib.suppress(OSError):  # of a read-only folder all are hashed each time
+            write_json(cache, known)
     return hashes
 
 DATA_META = {
@@ -2036,6 +2042,8 @@ def read_data_meta(folder: Path, shards: list[Path]) -> dict:
         return GPT2_META
     try:
         meta = read_json(path, DATA_META)
+        if "eot" not in meta:
+            raise ValueError("eot, the end-of-text token or null, is missing")
         size, eot = meta["vocab_size"], meta["eot"]
         if not 0 < size <= 65536 or (eot is not None and eot >= size):
             raise ValueError(f"vocab_size {size}, eot {eot}: 1 to 65536, and below it")
@@ -2043,7 +2051,7 @@ def read_data_meta(folder: Path, shards: list[Path]) -> dict:
             if wrong := misfit(meta["splits"].get(split, {}), SPLIT_META, split):
                 raise ValueError(wrong)
     except ValueError as error:
-        raise UserError(f"{path}, which says what the tokens are: {error}; make it again with {repair}") from error
+        raise UserError(f"{path} cannot be read ({error}); make it again with {repair}") from error
     return meta
 
 def open_corpus(name: str) -> Corpus:
@@ -2054,14 +2062,13 @@ def open_corpus(name: str) -> Corpus:
     for split, paths in shards.items():
         if not paths:
             raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair_command(folder)}")
-    meta, lengths = read_data_meta(folder, shards["train"] + shards["val"]), {}
+    meta = read_data_meta(folder, shards["train"] + shards["val"])
     for split, paths in shards.items():
-        lengths |= {path: shard_length(path) for path in paths}
-        said, count = meta["splits"].get(split, {}).get("tokens"), sum(lengths[path] for path in paths)
+        said, count = meta["splits"].get(split, {}).get("tokens"), sum(map(shard_length, paths))
         if said not in (None, count):
             raise UserError(f"{folder / 'meta.json'} says {said} {split} tokens, the shards hold {count}; "
                             f"make them again with {repair_command(folder)}")
-    return Corpus(folder, meta, **shards, lengths=lengths)
+    return Corpus(folder, meta, **shards)
 
 class Loader:
     """The training batches of one process, each prepared in the background while the one before it is in use.
@@ -2450,7 +2457,7 @@ class Run:
     def _fit_eval_tokens(self) -> Settings:
         """The settings; where a preset's eval_tokens, not the user's, are more than the split has: all."""
         s, preset = self.s, {"eval_tokens": RunSettings.eval_tokens} | PRESETS.get(self.s.preset, {})
-        available = sum(self.corpus.lengths[path] for path in self.corpus.val) - 1
+        available = sum(map(shard_length, self.corpus.val)) - 1
         if not 0 < available < s.eval_tokens == preset["eval_tokens"]:
             return s
         self.notes.append(f"eval_tokens {available}: all that the validation split has")
