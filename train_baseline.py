@@ -322,7 +322,7 @@ def misfits(s: Settings, given: dict, hardware: dict, world_size: int) -> list[s
         "'compile' needs a C++ compiler: install g++, or use --no-compile": s.compile and not compiler,
         f"--allow_change: {', '.join(strange)}: no such setting": strange,
         f"this needs more than {least:,.0f} GiB, {hardware['name']} has {memory:.1f}: lower 'width', "
-        "'num_layers', 'mlp_ratio', 'num_experts', 'seq_len', 'eval_seq_len' or 'batch_tokens'":
+        "'num_layers', 'mlp_ratio', 'num_experts', 'expert_hidden', 'seq_len', 'eval_seq_len' or 'batch_tokens'":
             least > memory,
         "'width' must be a multiple of 'head_dim'": s.width % s.head_dim,
         "'head_dim' must be a multiple of 4": s.head_dim % 4,
