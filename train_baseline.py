@@ -103,7 +103,7 @@ class Settings:
     experiment_name: str = "train_baseline"  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
     resume: str = ""  # from the newest checkpoint (latest), this run or checkpoint
-    allow_change: str = ""  # settings that may differ then: max_lr,iterations [with resume]
+    allow_change: str = ""  # with --resume: settings that may differ, as max_lr,iterations
     data: str = "auto"  # data set: the name of a folder under data/, or a path
     eval_every: int = 250  # steps between validations; 0: only after the last step [>=0]
     eval_tokens: int = 10485760  # first tokens of the validation split; 0: all [>=0]
@@ -217,7 +217,7 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
         wide = world_size >= 8 and data_folder(given.get("data", "fineweb10B")).is_dir()
         preset = "cpu" if hardware["device"] == "cpu" else "gpt2" if wide else "gpu"
     s = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
-    problems = size_errors(s) or field_errors(s, given)
+    problems = size_errors(s) or field_errors(s)
     unread = {name: unread_without(s, name) for name in given}
     problems += [f"--{name}: has no effect without {other}" for name, other in unread.items() if other]
     for flag in [word for word in unknown if word.startswith("-")] or unknown:
@@ -252,7 +252,7 @@ def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
         min_lr=given.get("min_lr", s.max_lr / 10), warmup_steps=given.get("warmup_steps", warmup),
     )
 
-def field_errors(s: Settings, given: dict) -> list[str]:
+def field_errors(s: Settings) -> list[str]:
     """A sentence for each field whose value is outside the bracket of its comment."""
     def allowed(value, spec: str) -> bool:
         if spec in (">0", ">=0"):
@@ -265,8 +265,6 @@ def field_errors(s: Settings, given: dict) -> list[str]:
         values = value if isinstance(value, tuple) else (value,)
         if re.match(r">|0\.\.1|\w+\|", spec) and not all(allowed(v, spec) for v in values):
             bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}")
-        if value == "" and name in given:
-            bad.append(f"--{name} is empty: name something, or leave it out")
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
         bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
     return bad
@@ -313,14 +311,17 @@ def misfits(s: Settings, given: dict, hardware: dict, world_size: int) -> list[s
     asked, cpu, kind = given.get("device"), s.device == "cpu", s.model_type
     compiler = not cpu or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     fits = ", ".join(map(str, divisors(rows)[:12])) if rows else ""
-    strange = [x for x in allowed_changes(s) if x not in {*help_texts(), "", "data_fingerprint"}]
+    empty = ", ".join(f"--{name}" for name in ("resume", "data", "log_dir") if given.get(name) == "")
+    strange = {*allowed_changes(s)} - {*help_texts(), "", "data_fingerprint"}
     least, memory = least_memory(s) / 2**30, hardware["memory_gib"]
     checks = {  # sentence about the settings in quotes -> whether it is true
         "--device cuda needs a CUDA device, leave it out": cpu and asked == "cuda",
         "'preset' needs a CUDA device: use cpu, or add --device cpu":
             cpu and s.preset != "cpu" and asked != "cpu",
         "'compile' needs a C++ compiler: install g++, or use --no-compile": s.compile and not compiler,
-        f"--allow_change: {', '.join(strange)}: no such setting": strange,
+        f"{empty}: is empty; name something, or leave it out": empty,
+        "--allow_change: has no effect without --resume": s.allow_change and not s.resume,
+        f"--allow_change: {', '.join(sorted(strange))}: no such setting": strange,
         f"this needs more than {least:,.0f} GiB, {hardware['name']} has {memory:.1f}: lower 'width', "
         "'num_layers', 'mlp_ratio', 'num_experts', 'expert_hidden', 'seq_len', 'eval_seq_len' or 'batch_tokens'":
             least > memory,
@@ -370,14 +371,16 @@ def misfit(value, like, name: str) -> str:
     fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
     if isinstance(like, float):
         fits = type(value) in (int, float) and abs(value) < 1e300
-    return "" if fits else f"{name} is {value!r:.60}, not {type(like).__name__} like {like!r:.60}"
+    kinds = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
+    kind, shown = kinds.get(type(like), type(like).__name__), " ".join(repr(value).split())
+    return "" if fits else f"{name} is {shown:.60}, not {kind}"
 
 def read_json(path: Path, like: dict) -> dict:
     """The object in a JSON file. Raises ValueError that says how it is not built like another."""
     try:
         value = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} cannot be read: {error!r:.200}") from error
+        raise ValueError(f"{path.name}: {error!r:.200}") from error
     if wrong := misfit(value, like, path.name):
         raise ValueError(wrong)
     return value
@@ -455,12 +458,11 @@ def open_shard(path: Path, vocab_size: int, most: int | None = None) -> np.ndarr
     return tokens
 
 class Corpus(NamedTuple):
-    """A data set: its meta.json, the paths of its shards, the tokens of each."""
+    """A data set: its meta.json and the paths of its shards."""
     folder: Path
     meta: dict
     train: list[Path]
     val: list[Path]
-    lengths: dict[Path, int]
 
     def fingerprint(self) -> str:
         """Hash of all shards, and of what their tokens mean: equal data, equal fingerprint."""
@@ -471,16 +473,20 @@ class Corpus(NamedTuple):
 
 def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
     """sha256 of whole files. A hidden file there keeps those of unchanged size, time and inode."""
-    cache, hashes = folder / ".hashes.json", {}
-    known = read_json(cache, {}) if cache.is_file() else {}
+    cache, hashes, before = folder / ".hashes.json", {}, {}
+    with contextlib.suppress(ValueError):  # not there, or cut short
+        before = read_json(cache, {})
+    known = dict(before)
     for path in paths:
         stat = path.stat()
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        same = isinstance(known.get(path.name), list) and known[path.name][:-1] == state
-        hashes[path] = known[path.name][-1] if same else file_hash(path)
+        found = before.get(path.name)
+        same = isinstance(found, list) and found[:-1] == state
+        hashes[path] = found[-1] if same else file_hash(path)
         known[path.name] = [*state, hashes[path]]
-    with contextlib.suppress(OSError):  # of a read-only folder all are hashed each time
-        write_json(cache, known)
+    if known != before:
+        with contextlib.suppress(OSError):  # of a read-only folder all are hashed each time
+            write_json(cache, known)
     return hashes
 
 def old_fingerprint(corpus: Corpus) -> str:
@@ -505,6 +511,8 @@ def read_data_meta(folder: Path, shards: list[Path]) -> dict:
         return GPT2_META
     try:
         meta = read_json(path, DATA_META)
+        if "eot" not in meta:
+            raise ValueError("eot, the end-of-text token or null, is missing")
         size, eot = meta["vocab_size"], meta["eot"]
         if not 0 < size <= 65536 or (eot is not None and eot >= size):
             raise ValueError(f"vocab_size {size}, eot {eot}: 1 to 65536, and below it")
@@ -512,7 +520,7 @@ def read_data_meta(folder: Path, shards: list[Path]) -> dict:
             if wrong := misfit(meta["splits"].get(split, {}), SPLIT_META, split):
                 raise ValueError(wrong)
     except ValueError as error:
-        raise UserError(f"{path}, which says what the tokens are: {error}; make it again with {repair}") from error
+        raise UserError(f"{path} cannot be read ({error}); make it again with {repair}") from error
     return meta
 
 def open_corpus(name: str) -> Corpus:
@@ -523,14 +531,13 @@ def open_corpus(name: str) -> Corpus:
     for split, paths in shards.items():
         if not paths:
             raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair_command(folder)}")
-    meta, lengths = read_data_meta(folder, shards["train"] + shards["val"]), {}
+    meta = read_data_meta(folder, shards["train"] + shards["val"])
     for split, paths in shards.items():
-        lengths |= {path: shard_length(path) for path in paths}
-        said, count = meta["splits"].get(split, {}).get("tokens"), sum(lengths[path] for path in paths)
+        said, count = meta["splits"].get(split, {}).get("tokens"), sum(map(shard_length, paths))
         if said not in (None, count):
             raise UserError(f"{folder / 'meta.json'} says {said} {split} tokens, the shards hold {count}; "
                             f"make them again with {repair_command(folder)}")
-    return Corpus(folder, meta, **shards, lengths=lengths)
+    return Corpus(folder, meta, **shards)
 
 def piece_table(tokens, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple:
     """Start and length of each piece of a shard: documents cut to at most `max_len` tokens; `clip` keeps first pieces
@@ -598,7 +605,7 @@ class ValStream:
     """The first N tokens of the val split, each once, cut into rows, where contexts are cut, too. What is predicted
     depends on neither processes nor batch size; a row's documents do not see each other."""
     def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
-        available = sum(corpus.lengths[path] for path in corpus.val) - 1
+        available = sum(map(shard_length, corpus.val)) - 1
         self.num_tokens, self.seq_len = num_tokens or available, seq_len
         self.eot = corpus.meta["eot"]
         if not 0 < self.num_tokens <= available:
@@ -1195,7 +1202,7 @@ class Run:
     def _fit_eval_tokens(self) -> Settings:
         """The settings; where a preset's eval_tokens, not the user's, are more than the split has: all."""
         s, preset = self.s, {"eval_tokens": Settings.eval_tokens} | PRESETS.get(self.s.preset, {})
-        available = sum(self.corpus.lengths[path] for path in self.corpus.val) - 1
+        available = sum(map(shard_length, self.corpus.val)) - 1
         if not 0 < available < s.eval_tokens == preset["eval_tokens"]:
             return s
         self.notes.append(f"eval_tokens {available}: all that the validation split has")

@@ -464,7 +464,7 @@ def test_a_state_of_another_kind_gives_way_to_the_one_before(name, copied, argv,
     changed_state(checkpoint(copied, 6), STATES[name])
     assert tb.main([*argv, "--resume"]) == 0
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"checkpoint \S+step_000006 cannot be used \(.+\); trying the one before it\n", err, re.DOTALL)
+    assert re.fullmatch(r"checkpoint \S+step_000006 cannot be used \(.+\); trying the one before it\n", err)
     assert "after step 3" in out
     assert_same_end(copied, base)
 
@@ -573,8 +573,8 @@ def test_other_data_start_anew_where_that_is_allowed(copied, argv, tmp_path, cap
 
 
 @pytest.mark.parametrize("words, said", [
-    (["--resume", ""], "--resume is empty: name something, or leave it out"),
-    (["--data", ""], "--data is empty"),
+    (["--resume", ""], "--resume: is empty; name something, or leave it out"),
+    (["--data", ""], "--data: is empty"),
     (["--resume", "--allow-change", "speed"], "--allow_change: speed: no such setting"),
     (["--allow-change", "max_lr"], "--allow_change: has no effect without --resume"),
 ])

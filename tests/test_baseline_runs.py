@@ -361,7 +361,7 @@ def test_a_checkpoint_of_the_sharded_optimizer_is_refused(tmp_path, whole, capsy
         rewrite_state(path, {"optimizer": {"steps": 8}})
     assert tb.main([*tiny(tmp_path, data=whole("gpt").parents[3] / "data", **SAVES), "--resume"]) == 1
     said = capsys.readouterr().err
-    assert "state.pt: model is None, not dict" in said and said.endswith("or name a run's folder\n")
+    assert "state.pt: model is None, not an object" in said and said.endswith("or name a run's folder\n")
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, whole, capsys):
