@@ -276,7 +276,7 @@ def size_errors(s: Settings) -> list[str]:
         value, limit = getattr(s, name), most.get(name, 2**31)
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) is int and number >= limit:
-                bad.append(f"--{name} {number:.6g}: must be below {limit}")
+                bad.append(f"--{name} {min(number, 10**99):.6g}: must be below {limit}")
     return bad
 
 def unread_without(s: Settings, name: str) -> str:
@@ -471,6 +471,14 @@ class Corpus(NamedTuple):
             digest.update(f"{path.name} {hashed}".encode())
         return digest.hexdigest()[:16]
 
+    def fingerprint_before(self) -> str:
+        """The one in checkpoints without `saved`: of names, sizes and first 64 KiB of all shards."""
+        digest = hashlib.sha256()
+        for path in self.train + self.val:
+            digest.update(f"{path.name} {path.stat().st_size}".encode())
+            digest.update(np.fromfile(path, dtype=np.uint8, count=65536))
+        return digest.hexdigest()[:16]
+
 def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
     """sha256 of whole files. A hidden file there keeps those of unchanged size, time and inode."""
     cache, hashes, before = folder / ".hashes.json", {}, {}
@@ -488,14 +496,6 @@ def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
         with contextlib.suppress(OSError):  # of a read-only folder all are hashed each time
             write_json(cache, known)
     return hashes
-
-def old_fingerprint(corpus: Corpus) -> str:
-    """That of checkpoints without `saved`: names, sizes and first 64 KiB of all shards."""
-    digest = hashlib.sha256()
-    for path in corpus.train + corpus.val:
-        digest.update(f"{path.name} {path.stat().st_size}".encode())
-        digest.update(np.fromfile(path, dtype=np.uint8, count=65536))
-    return digest.hexdigest()[:16]
 
 DATA_META = {
     "vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}, "splits": {}, "name": (None, ""),
@@ -922,6 +922,14 @@ def tell_damage(path: Path, reason):
     text = f"checkpoint {path} cannot be used ({reason}); trying the one before it"
     print(printable(text), file=sys.stderr)
 
+def read_meta(path: Path) -> dict:
+    """meta.json of a checkpoint. Raises ValueError that says what is wrong with it."""
+    meta = read_json(path / "meta.json", META)
+    meta["saved"] = meta.get("saved") or 0  # earlier versions wrote none
+    if meta["saved"] >= 2**62:
+        raise ValueError(f"saved is {meta['saved']}, which leaves no larger number")
+    return meta
+
 def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) -> list[tuple[Path, dict]]:
     """Checkpoints of a run's or an experiment's folder, newest first, with their meta.json; of one checkpoint: it,
     and those of earlier steps. Which is newest says meta.json's `saved`, not a file time, which copies lose."""
@@ -932,7 +940,7 @@ def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) ->
     for path in found:
         if re.fullmatch(r"step_\d+(\.old)?", path.name) and (path / "meta.json").exists():
             try:
-                metas[path] = {"saved": 0} | read_json(path / "meta.json", META)  # old ones have none
+                metas[path] = read_meta(path)
             except ValueError as error:
                 tell(path, error)
 
@@ -1208,9 +1216,10 @@ class Run:
         self.notes.append(f"eval_tokens {available}: all that the validation split has")
         return replace(s, eval_tokens=available)
 
-    def _changes(self, path: Path, meta: dict) -> dict:
-        old = not meta["saved"]  # of before whole shards were hashed
-        return changed_settings(self.s, old_fingerprint(self.corpus) if old else self.fingerprint, path, meta)
+    def _changes(self, path: Path, meta: dict) -> dict[str, list]:
+        """What differs in a checkpoint, see `changed_settings`."""
+        own = self.fingerprint if meta["saved"] else self.corpus.fingerprint_before()
+        return changed_settings(self.s, own, path, meta)
 
     # differs from train_gpt.py: no loader
     def _set_progress(self):
