@@ -1480,8 +1480,9 @@ def train(run: Run):
     share = s.batch_tokens // s.seq_len // size
     rows = max(n for n in divisors(share) if n * s.seq_len <= s.micro_tokens)
     # Untimed: compiles, and orders DistributedDataParallel's buckets as a resumed run has them.
-    docs = torch.arange(s.seq_len, dtype=torch.int32, device=s.device).expand(rows, -1)
-    sum(trained(torch.zeros_like(docs), torch.zeros_like(docs), docs.contiguous())).backward()
+    batch = torch.zeros(3, rows, s.seq_len, dtype=torch.int32, device=s.device)
+    batch[2] = torch.arange(s.seq_len)  # documents of a token: gpt has few positions
+    sum(trained(*batch)).backward()
     model.zero_grad()
     step = run.start()
     training = training_rows(s, run.corpus, **run.position)

@@ -1,5 +1,5 @@
-"""What train_baseline.py keeps when something goes wrong: signals, errors, a full disk, closed pipes, damaged or strange
-checkpoints, a second process; what it says of data and numbers that cannot work; changed settings of a resumed run."""
+"""What train_baseline.py keeps when something goes wrong: signals, errors, a full disk, closed pipes, strange checkpoints,
+a second process; what it says of data and numbers that cannot work; changed settings of a resumed run."""
 import contextlib
 import io
 import itertools
@@ -397,8 +397,7 @@ def test_a_run_keeps_its_keep(argv, base, tmp_path, monkeypatch):
 
 
 def test_an_old_checkpoint_resumes(copied, argv, base, capsys):
-    """Of before the counter: without saved, val_step and bytes, and with the fingerprint of then. Other data are refused
-    as they were."""
+    """Of before the counter: without saved, val_step and bytes, with the fingerprint of then. Other data are refused."""
     corpus = tb.open_corpus(str(base / "data"))
     for step in (3, 6):
         meta = json.loads((checkpoint(copied, step) / "meta.json").read_text())
@@ -530,7 +529,8 @@ def test_a_run_is_one_process(copied, argv, capsys):
 
 def test_changed_settings_are_used_and_recorded(copied, argv, monkeypatch, capsys):
     """Rates and all that lies in torch.optim's groups: the new ones, not the checkpoint's."""
-    new = dict(max_lr=0.5, min_lr=0.5, weight_decay=0.25, beta1=0.5, adam_eps=1e-4, muon_lr=0.125, muon_weight_decay=0.5)
+    new = dict(max_lr=0.5, min_lr=0.5, weight_decay=0.25, beta1=0.5, adam_eps=1e-4, muon_lr=0.125,
+               muon_weight_decay=0.5)
     argv = [*argv, *flags(**new), "--resume"]
     assert tb.main(argv) == 1
     said = capsys.readouterr().err
@@ -596,7 +596,8 @@ def test_tokens_without_meta_json_are_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("changes", [
     dict(vocab_size="256"), dict(vocab_size=255.5), dict(eot=-5), dict(eot=64), dict(vocab_size=10**400),
-    dict(splits={"val": {"tokens": "500"}}), dict(tokenizer="byte"), dict(splits={"train": {"tokens": 20000}})], ids=str)
+    dict(splits={"val": {"tokens": "500"}}), dict(tokenizer="byte"), dict(splits={"train": {"tokens": 20000}}),
+], ids=lambda changes: str(changes)[:50])
 def test_a_meta_json_of_the_data_that_cannot_be_is_refused(changes, tmp_path, capsys):
     make_data(tmp_path / "data", **changes)
     assert tb.main(tiny(tmp_path)) == 1

@@ -73,7 +73,7 @@ def test_every_setting_that_trains_is_checked_on_resume():
     checked = set(names[:names.index("preset")])
     assert not checked & {"device", "dtype", "backend", "compile", "threads", "micro_tokens", "log_every", "data"}
     assert checked >= {"model_type", "optimizer", "seed", "iterations", "max_lr", "weight_decay", "schedule", "mlp"}
-    assert READ_WITH.keys() == {name for name, text in tb.help_texts().items() if "[" in text and "with " in text.rpartition("[")[2]}
+    assert READ_WITH.keys() == {name for name in FIELDS if any(part.startswith("with ") for part in tb.bracket(name))}
     assert len(READ_WITH) > 15
 
 
