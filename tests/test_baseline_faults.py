@@ -1,4 +1,4 @@
-"""What train_baseline.py keeps when something goes wrong: signals, errors, a full disk, closed pipes, strange checkpoints,
+"""What train_baseline.py keeps when something goes wrong: signals, errors, a full disk, closed pipes, odd checkpoints,
 a second process; what it says of data and numbers that cannot work; changed settings of a resumed run."""
 import contextlib
 import io
@@ -397,7 +397,7 @@ def test_a_run_keeps_its_keep(argv, base, tmp_path, monkeypatch):
 
 
 def test_an_old_checkpoint_resumes(copied, argv, base, capsys):
-    """Of before the counter: without saved, val_step and bytes, with the fingerprint of then. Other data are refused."""
+    """Without saved, val_step and bytes, with the fingerprint of before the counter. Other data are refused."""
     corpus = tb.open_corpus(str(base / "data"))
     for step in (3, 6):
         meta = json.loads((checkpoint(copied, step) / "meta.json").read_text())
