@@ -1024,8 +1024,8 @@ def find_checkpoint(place: Path, like: dict, num_shards: int) -> tuple[Path, dic
             place_left = meta["position"]["shard"] < num_shards
             if wrong := misfit(state, like, "state.pt") or "its position" * (not place_left):
                 raise ValueError(wrong)
-            moments = [x for part in state["optimizers"].values() for x in part["state"].values()]
-            if {x["step"].item() for x in moments if "step" in x} != {meta["step"]}:
+            moments = leaves(state["optimizers"], like["optimizers"])
+            if {x.item() for x in moments if not x.dim()} != {meta["step"]}:  # AdamW counts them
                 raise ValueError("state.pt is of another step")
             return path, meta, state
         except (OSError, ValueError) as error:
@@ -1199,7 +1199,8 @@ class Run:
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
         self.checkpoint, self.meta, self.changed = None, {}, {}
         if s.resume:  # before a model is built that may be another
-            for found in on_rank_zero(world, checkpoints_in, resume_place(s))[:1]:
+            look = functools.partial(checkpoints_in, tell=lambda *_: None)  # _resume tells
+            for found in on_rank_zero(world, look, resume_place(s))[:1]:
                 self._changes(*found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
