@@ -561,10 +561,14 @@ def test_a_finished_run_goes_on_with_more_steps(base, tmp_path, argv):
     assert steps_saved(folder)[-1] == 12 and records(folder)[-1]["status"] == "done"
 
 
-def test_rows_of_another_length_begin_where_the_data_were(copied, argv):
-    """Half as long: the next row starts at the token after the last one used."""
+def test_rows_of_another_length_begin_where_the_data_were(copied, argv, tmp_path):
+    """Half as long: the next row starts at the first token that is not used up, also within a piece."""
     change = ["--seq-len", "16", "--max-doc-len", "16", "--allow-change", "seq-len,max_doc_len"]
     assert tb.main([*argv, "--resume", *change]) == 0
+    corpus = tb.open_corpus(str(make_data(tmp_path / "other", train=[documents(200, 5)], eot=None)))
+    s = baseline.settings("moderngpt", seq_len=16, max_doc_len=32, shuffle=False)
+    row, place = next(tb.training_rows(s, corpus, epoch=0, shard=0, used=40))
+    assert row[0].tolist() == documents(200, 5)[40:56].tolist() and place == {"epoch": 0, "shard": 0, "used": 64}
 
 
 def test_other_data_start_anew_where_that_is_allowed(copied, argv, tmp_path, capsys):
