@@ -353,24 +353,24 @@ def allowed_changes(s: Settings) -> list[str]:
 # ==================== Files ===================================================================
 
 def printable(text: str) -> str:
-    """A text whose control characters, which would drive a terminal, are shown instead."""
-    return re.sub(r"[^\n\t -~\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff]", lambda c: ascii(c[0])[1:-1], text)
+    """A text whose control characters, which would drive a terminal, are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 def misfit(value, like, name: str) -> str:
     """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
-    have all its keys, tensors its shape and dtype; integers are not negative, floats are finite;
-    a tuple is a choice."""
+    have all its keys, tensors its shape and kind; numbers are finite and not negative; a tuple is a
+    choice."""
     if isinstance(like, tuple):
         return min((misfit(value, one, name) for one in like), key=len)
     if isinstance(like, dict) and isinstance(value, dict):
         parts = (misfit(value.get(key), part, f"{name}: {key}") for key, part in like.items())
         return next(filter(None, parts), "")
     if isinstance(like, Tensor) and isinstance(value, Tensor):
-        is_, not_ = ((tuple(x.shape), x.dtype) for x in (value, like))
+        is_, not_ = ((tuple(x.shape), x.dtype, x.layout, x.device.type) for x in (value, like))
         return "" if is_ == not_ else f"{name} is {is_}, not {not_}"
     fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
     if isinstance(like, float):
-        fits = type(value) in (int, float) and abs(value) < 1e300
+        fits = type(value) in (int, float) and 0 <= value < 1e300
     kinds = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
     kind, shown = kinds.get(type(like), type(like).__name__), " ".join(repr(value).split())
     return "" if fits else f"{name} is {shown:.60}, not {kind}"
@@ -396,9 +396,12 @@ def sync(path: Path):
 def write_json(path: Path, value: dict):
     """A JSON file, on the disk, in place of the old one at once."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 def file_hash(path: Path) -> str:
@@ -995,7 +998,7 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
 def is_whole(path: Path, meta: dict) -> bool:
     """Whether the state.pt of a checkpoint is there, by its size."""
     file = path / "state.pt"
-    return file.is_file() and file.stat().st_size == meta.get("bytes", file.stat().st_size)
+    return file.is_file() and meta.get("bytes") in (None, file.stat().st_size)
 
 def resume_place(s: Settings) -> Path:
     """The folder that --resume names."""
@@ -1005,6 +1008,11 @@ def run_state(model: GPT, optimizers: list) -> dict:
     """All tensors that training changes, in the places that they have in a checkpoint."""
     moments = {i: {"state": x.state_dict()["state"]} for i, x in enumerate(optimizers)}
     return {"model": dict(model.state_dict()), "optimizers": moments}
+
+def empty_like(tree: dict) -> dict:
+    """Such tensors on the CPU, where those of a checkpoint are; without values they take no memory."""
+    return {key: empty_like(part) if isinstance(part, dict) else torch.empty_like(part, device="cpu")
+            for key, part in tree.items()}
 
 def leaves(tree: dict, like: dict) -> list[Tensor]:
     """What a tree has in the places of another one's tensors, in its order."""
@@ -1194,13 +1202,14 @@ class Run:
         self.clock, self.corpus = Clock(s.device), open_corpus(s.data)
         self.s = s = self._fit_eval_tokens()
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
-        self.fingerprint = self.corpus.fingerprint()
-        if on_rank_zero(world, lambda: self.fingerprint) != self.fingerprint:
+        own = self.corpus.fingerprint() if world.local_rank == 0 else None  # once a machine
+        self.fingerprint = on_rank_zero(world, lambda: own)
+        if own not in (None, self.fingerprint):
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
         self.checkpoint, self.meta, self.changed = None, {}, {}
         if s.resume:  # before a model is built that may be another
             look = functools.partial(checkpoints_in, tell=lambda *_: None)  # _resume tells
-            for found in on_rank_zero(world, look, resume_place(s))[:1]:
+            for found in on_rank_zero(world, lambda: look(resume_place(s))[:1]):
                 self._changes(*found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
@@ -1231,7 +1240,8 @@ class Run:
         self.position = {key: meta.get("position", first)[key] for key in first}
         if "data_fingerprint" in self.changed:
             self.position = first
-        self.val_loss, self.val_step = meta.get("val_loss"), meta.get("val_step", self.step)
+        self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
+        self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
         self.whole = True  # no step is half done
 
     # differs from train_gpt.py: torch.optim's state
@@ -1241,8 +1251,9 @@ class Run:
         s, own = self.s, run_state(self.model, self.optimizers)
 
         def take() -> tuple:
-            path, meta, saved = find_checkpoint(resume_place(s), own, len(self.corpus.train))
-            for x, there in zip(leaves(own, own), leaves(saved, own), strict=True):
+            like = empty_like(own)
+            path, meta, saved = find_checkpoint(resume_place(s), like, len(self.corpus.train))
+            for x, there in zip(leaves(own, own), leaves(saved, like), strict=True):
                 x.copy_(there)
             return path, meta
 
@@ -1319,6 +1330,7 @@ class Run:
         with contextlib.suppress(OSError, RuntimeError):  # the first error is the one to tell
             if self.whole and self.step > self.saved_step and self._all_have(error):
                 self.save(self.step)
+        with contextlib.suppress(OSError, RuntimeError):
             self._end_record(self.step, error=f"{kind.__name__}: {error}")
 
     def _all_have(self, error: BaseException) -> bool:
@@ -1326,7 +1338,7 @@ class Run:
         then what is in flight on all of them is the same."""
         if self.world.size == 1:
             return True
-        store, names = dist.distributed_c10d._get_default_store(), []
+        store = dist.distributed_c10d._get_default_store()
         names = [f"error/{rank}" for rank in range(self.world.size)]
         store.set(names[self.world.rank], str(self.step if isinstance(error, (UserError, OSError)) else -1))
         store.wait(names, timedelta(seconds=10))
@@ -1361,13 +1373,12 @@ class Run:
             self._end_record(step)
             rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
             flags = ", ".join("--" + n.replace("_", "-") for n in rates if n != "stage_lr")
-            raise TrainingStopped(f"{what}: stopped, {self.kept()}; lower {flags}")
+            ways = ", with --resume and --allow-change" if self.saved_step else ""
+            raise TrainingStopped(f"{what}: stopped, {self.kept()}; lower {flags}{ways}")
 
     def kept(self) -> str:
         """What is on the disk, in words."""
-        if not self.saved_step:
-            return "nothing had been saved"
-        return f"{self.checkpoint} is kept, for --resume with --allow-change"
+        return f"{self.checkpoint} is kept" if self.saved_step else f"{self.log.folder} has no checkpoint"
 
     # differs from train_gpt.py: the norm
     def log_step(self, step: int, loss: float, norm: float):
@@ -1436,6 +1447,7 @@ class Run:
             try:
                 self.checkpoint = on_rank_zero(self.world, write_checkpoint, *arguments)
             except OSError as error:
+                self.save_error = str(error)
                 self.log.print(f"warning: {error}; {self.kept()}, training goes on")
                 return False
             self.saved_step = step
@@ -1445,7 +1457,7 @@ class Run:
     # differs from train_gpt.py: no profiler
     def finish(self, step: int):
         """Last checkpoint, end of the logs. Raises TrainingStopped if it could not be written."""
-        s, folder, ms = self.s, self.log.folder, self.clock.stop()
+        s, ms = self.s, self.clock.stop()
         saved = self.save(step) if self.status == "interrupted" or s.save_last else True
         self._end_record(step)
         self._note_validation(step)
@@ -1453,7 +1465,7 @@ class Run:
             reached = "reached" if self.status == "target" else "not reached"
             self.log.print(f"target loss {s.target_loss} {reached}: step {step}, {ms / 1000:.2f} s")
         if not saved:
-            raise TrainingStopped(f"the last checkpoint could not be written to {folder}: the warning says why")
+            raise TrainingStopped(f"the last checkpoint: {self.save_error}; {self.kept()}")
 
     # differs from train_gpt.py: plain
     def _end_record(self, step: int, **more):

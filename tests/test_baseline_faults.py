@@ -325,7 +325,7 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(argv, tmp_path, mo
         next(calls) >= 3 and (file.write(b"half") and fail(RuntimeError("unexpected pos"))()), save(state, file)))
     assert tb.main([*argv, "--keep", "1"]) == 1
     folder = run_folder(tmp_path)
-    assert "the last checkpoint could not be written" in capsys.readouterr().err
+    assert "error: the last checkpoint: could not write" in capsys.readouterr().err
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000006"]
 
 
