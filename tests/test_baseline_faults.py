@@ -706,3 +706,9 @@ def only_rank_zero_reads(world, argv: list[str]) -> list[str]:
     if world.rank:
         tb.find_checkpoint = tb.checkpoints_in = fail(AssertionError("rank 1 has no checkpoints"))
     return script_runs(world, [argv])
+
+
+def test_a_checkpoint_is_held_against_tensors_on_the_cpu():
+    """As it is loaded there, also where the model is on a GPU."""
+    found = tb.empty_like({"a": {"b": torch.zeros(3, 2, device="meta", dtype=torch.bfloat16)}})["a"]["b"]
+    assert tb.misfit(torch.zeros(3, 2, dtype=torch.bfloat16), found, "b") == ""
