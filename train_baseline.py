@@ -4,14 +4,19 @@
     python train_baseline.py --model-type moderngpt --num-kv-heads 2     # as Llama
     torchrun --standalone --nproc_per_node=8 train_baseline.py --preset gpt2    # nanoGPT's 124M
 
-The control of train_gpt.py: its data, batches, validation and logs, but torch.optim's AdamW and Muon,
-autocast and DistributedDataParallel. Not yet measured on a GPU. gpt: nanoGPT's GPT-2 (Radford et al.
-2019). moderngpt: RMSNorm, RoPE, no biases, gated MLP, as in Llama. ngpt: Loshchilov et al. 2024, arXiv
-2410.01131. moegpt: moderngpt with DeepSeekMoE's layers (Dai et al. 2024, arXiv 2401.06066).
+The control of train_gpt.py: its data, batches, validation, checkpoints and logs, but torch.optim's AdamW
+and Muon, autocast and DistributedDataParallel. Not yet measured on a GPU. gpt: nanoGPT's GPT-2 (Radford
+et al. 2019). moderngpt: RMSNorm, RoPE, no biases, gated MLP, as in Llama. ngpt: Loshchilov et al. 2024,
+arXiv 2410.01131. moegpt: moderngpt with DeepSeekMoE's layers (Dai et al. 2024, arXiv 2401.06066).
 Shape suffixes: B rows, T tokens of a row, N = B * T, D model_dim, H heads, K key dim of a head or, of
 routing, choices of a token, E experts of a layer, V vocabulary. Documents never see each other.
 """
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
 import argparse
 import contextlib
@@ -25,11 +30,12 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 # differs from train_gpt.py: the baselines
 @dataclass(frozen=True)
 class Settings:
-    """What is computed (and must stay in a resumed run), and from `preset` on how and where."""
+    """What is computed (and stays in a resumed run, but for --allow-change), and from `preset` on how and where."""
     seed: int = 0  # of initial weights and order of data [>=0]
     shuffle: bool = True  # the documents of a shard
     long_docs: str = "split"  # what is past max_doc_len: pieces, or skipped [split|clip]
@@ -56,20 +62,20 @@ class Settings:
     num_layers: int = 12  # transformer layers [>0]
     width: int = 768  # model_dim [>0]
     head_dim: int = 64  # num_heads = width / head_dim [>0]
-    num_kv_heads: int = 0  # 0: num_heads [>=0; with model_type=moderngpt|moegpt]
+    num_kv_heads: int = 0  # 0: num_heads [>=0; with model_type moderngpt|moegpt]
     mlp: str = "auto"  # auto: by model [auto|gelu|relu2|swiglu|geglu]
     mlp_ratio: float = 4.0  # hidden size / width; a gated MLP has 2/3 of it [>0]
-    tied: str = "auto"  # head = embedding [auto|on|off; with model_type=gpt|moderngpt|moegpt]
-    norm_gain: bool = True  # gains in RMSNorm [on|off; with model_type=moderngpt|moegpt]
-    qk_norm: bool = False  # RMSNorm of queries, keys [on|off; with model_type=moderngpt|moegpt]
-    rope_base: float = 1e4  # of RoPE [>0; with model_type=moderngpt|ngpt|moegpt]
+    tied: str = "auto"  # head = embedding [auto|on|off; with model_type gpt|moderngpt|moegpt]
+    norm_gain: bool = True  # gains in RMSNorm [with model_type moderngpt|moegpt]
+    qk_norm: bool = False  # RMSNorm of queries, keys [with model_type moderngpt|moegpt]
+    rope_base: float = 1e4  # of RoPE [>0; with model_type moderngpt|ngpt|moegpt]
     window: int = 0  # tokens that a query sees; 0: its document [>=0]
-    num_experts: int = 16  # routed experts of a mixture layer [>0; with model_type=moegpt]
-    top_k: int = 4  # of them for each token [>0; with model_type=moegpt]
-    num_shared: int = 2  # of every token [>=0; with model_type=moegpt]
-    expert_hidden: int = 0  # 0: like an MLP [>=0; with model_type=moegpt]
-    dense_first: int = 1  # first layers that keep a dense MLP [>=0; with model_type=moegpt]
-    balance: float = 0.01  # weight of the load-balancing loss [>=0; with model_type=moegpt]
+    num_experts: int = 16  # routed experts of a mixture layer [>0; with model_type moegpt]
+    top_k: int = 4  # of them for each token [>0; with model_type moegpt]
+    num_shared: int = 2  # of every token [>=0; with model_type moegpt]
+    expert_hidden: int = 0  # 0: like an MLP [>=0; with model_type moegpt]
+    dense_first: int = 1  # first layers that keep a dense MLP [>=0; with model_type moegpt]
+    balance: float = 0.01  # weight of the load-balancing loss [>=0; with model_type moegpt]
     # --- training
     iterations: int = 5000  # optimizer steps; --max_steps [>0]
     batch_tokens: int = 524288  # of a step of all processes; --total_batch_size [>0]
@@ -81,29 +87,31 @@ class Settings:
     beta1: float = 0.9  # AdamW's decay of the mean gradient [0..1]
     beta2: float = 0.95  # and of their squares [0..1]
     adam_eps: float = 1e-8  # AdamW's epsilon [>0]
-    weight_decay: float = 0.1  # of AdamW / its rate [>=0; with model_type=gpt|moderngpt|moegpt]
+    weight_decay: float = 0.1  # of AdamW / its rate [>=0; with model_type gpt|moderngpt|moegpt]
     grad_clip: float = 1.0  # largest norm of all gradients; 0: no limit [>=0]
-    muon_lr: float = 0.02  # Muon's learning rate [>=0; with optimizer=muon]
-    muon_momentum: float = 0.95  # Nesterov's after its warm-up [0..1; with optimizer=muon]
-    momentum_start: float = 0.85  # momentum at step 0 [0..1; with optimizer=muon]
-    momentum_warmup: int = 300  # steps over which it rises [>=0; with optimizer=muon]
-    muon_weight_decay: float = 0.0  # Muon's decay / rate [>=0; with optimizer=muon]
+    muon_lr: float = 0.02  # Muon's learning rate [>=0; with optimizer muon]
+    muon_momentum: float = 0.95  # Nesterov's after its warm-up [0..1; with optimizer muon]
+    momentum_start: float = 0.85  # momentum at step 0 [0..1; with optimizer muon]
+    momentum_warmup: int = 300  # steps over which it rises [>=0; with optimizer muon]
+    muon_weight_decay: float = 0.0  # Muon's decay / rate [>=0; with optimizer muon]
     schedule: str = "cosine"  # constant, then linear: wsd [cosine|wsd]
     warmup_steps: int = 100  # rates rise; not given: at most iterations / 10 [>=0]
-    cooldown: float = 0.4  # last share of the steps: rates fall [0..1; with schedule=wsd]
+    cooldown: float = 0.4  # last share of the steps: rates fall [0..1; with schedule wsd]
+
     # --- how and where it runs
-    preset: str = "auto"  # settings that flags override [auto|cpu|gpu|gpt2]
+    preset: str = "auto"  # settings that flags override
     experiment_name: str = "train_baseline"  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
     resume: str = ""  # from the newest checkpoint (latest), this run or checkpoint
+    allow_change: str = ""  # with --resume: settings that may differ, as max_lr,iterations
     data: str = "auto"  # data set: the name of a folder under data/, or a path
     eval_every: int = 250  # steps between validations; 0: only after the last step [>=0]
     eval_tokens: int = 10485760  # first tokens of the validation split; 0: all [>=0]
     eval_seq_len: int = 0  # longest context in validation; 0: as trained [>=0]
     target_loss: float = 0.0  # stop at this validation loss, nats; 0 off [>=0]
-    save_every: int = 0  # steps between checkpoints; 0: the last only [>=0]
+    save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
     save_last: bool = True  # a checkpoint after the last step
-    keep: int = 2  # checkpoints of a run that are kept [>0]
+    keep: int = 0  # checkpoints that a run keeps; 0: 2, or what the run had [>=0]
     log_every: int = 10  # steps between console lines [>0]
     device: str = "auto"  # where to run [auto|cpu|cuda]
     dtype: str = "auto"  # auto: bf16 where it is fast [auto|bf16|fp32]
@@ -114,7 +122,7 @@ class Settings:
 
     @property
     def mlp_hidden(self) -> int:
-        size = self.mlp_ratio * self.width
+        size = min(self.mlp_ratio * self.width, 2.0**60)
         return 32 * math.ceil(size / 48) if "glu" in self.mlp else round(size)
 
     @property
@@ -139,15 +147,35 @@ ALIASES = {"iterations": "max_steps", "batch_tokens": "total_batch_size", "seq_l
 class UserError(ValueError):
     """Wrong input that one sentence explains; `main` prints it without a traceback."""
 
+class TrainingStopped(RuntimeError):
+    """Training cannot go on (NaN, no space for the last checkpoint); what was saved stays usable."""
+
+class NothingToDo(Exception):
+    """The run that --resume names is over."""
+
+# differs from train_gpt.py: one class
 @functools.cache
-def field_comments() -> dict[str, str]:
+def help_texts() -> dict[str, str]:
     """The comments of the fields of Settings, read from the source, by name."""
-    return dict(re.findall(r"\n    (\w+): \w+ = .+?  # (.+)", inspect.getsource(Settings)))
+    texts = dict(re.findall(r"\n    (\w+): \w+ = .+?  # (.+)", inspect.getsource(Settings)))
+    return texts | {"preset": f"{texts['preset']} [auto|{'|'.join(PRESETS)}]"}
+
+def bracket(name: str) -> list[str]:
+    """The parts of the bracket that ends a comment: allowed values, `per stage`, `with ..`."""
+    found = re.search(r"\[([^\]]+)\]$", help_texts()[name])
+    return found[1].split("; ") if found else []
+
+def whole(text: str) -> int:
+    """A whole number, also as 1e6 or 1_000_000."""
+    number = float(text)
+    return int(number) if "e" in text.lower() and number.is_integer() else int(text)
+
+whole.__name__ = "int"  # for argparse's "invalid .. value"
 
 # differs from train_gpt.py: names of llm.c
 def build_parser() -> argparse.ArgumentParser:
     """A flag per field of Settings, with dashes or underscores, and the ALIASES."""
-    text, kinds = __doc__.split("\n\n")[0], {"int": int, "float": float, "str": str}
+    text, kinds = __doc__.split("\n\n")[0], {"int": whole, "float": float, "str": str}
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=text, allow_abbrev=False)
     for field in fields(Settings):
         names = [field.name, ALIASES.get(field.name, field.name)]
@@ -157,26 +185,29 @@ def build_parser() -> argparse.ArgumentParser:
             option = {"action": argparse.BooleanOptionalAction}
         if field.name == "resume":
             option |= {"nargs": "?", "const": "latest"}
-        text = f"{field_comments()[field.name]} (default: {field.default})"
+        text = f"{help_texts()[field.name]} (default: {field.default})"
         option |= {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         parser.add_argument(*dict.fromkeys(flags), **option)
     return parser
 
 def find_device(device: str) -> dict:
-    """Device (cuda or cpu), its name, and whether it is fast in bf16."""
+    """Device (cuda or cpu), its name and memory, and whether it is fast in bf16."""
     if device != "cpu" and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        return {"device": "cuda", "name": gpu.name, "bf16": gpu.major >= 8}
+        memory = gpu.total_memory / 2**30
+        return {"device": "cuda", "name": gpu.name, "memory_gib": memory, "bf16": gpu.major >= 8}
     name = platform.machine()
     with contextlib.suppress(OSError, TypeError):
         name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
-    return {"device": "cpu", "name": name, "bf16": fast}
+    return {"device": "cpu", "name": name, "memory_gib": memory, "bf16": fast}
 
 # differs from train_gpt.py: other settings
-def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, dict]:
-    """Settings with every `auto` resolved, and the hardware. Raises UserError with all faults."""
+def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
+    """Settings with every `auto` resolved, the hardware, and a line about them, list[str]. Raises
+    UserError with all faults."""
     parser = build_parser()
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
@@ -186,17 +217,19 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple[Settings, d
         wide = world_size >= 8 and data_folder(given.get("data", "fineweb10B")).is_dir()
         preset = "cpu" if hardware["device"] == "cpu" else "gpt2" if wide else "gpu"
     s = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
-    problems = setting_errors(s, given)
+    problems = size_errors(s) or field_errors(s)
+    unread = {name: unread_without(s, name) for name in given}
+    problems += [f"--{name}: has no effect without {other}" for name, other in unread.items() if other]
     for flag in [word for word in unknown if word.startswith("-")] or unknown:
         close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
         problems.append(f"{flag}: unknown, {hint}")
     if not problems:
         s = resolved(s, given, hardware)
-        problems = misfits(s, given, world_size)
+        problems = misfits(s, given, hardware, world_size)
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
-    return s, hardware
+    return s, hardware, [f"preset {preset}: {s.device}, {s.dtype}, data {s.data}"]
 
 def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
     """The settings with every `auto`, and every 0 that stands for another value, replaced."""
@@ -219,36 +252,79 @@ def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
         min_lr=given.get("min_lr", s.max_lr / 10), warmup_steps=given.get("warmup_steps", warmup),
     )
 
-def setting_errors(s: Settings, given: dict) -> list[str]:
-    """A sentence for each value that its bracket forbids, and each given one that nothing reads."""
-    ranges = {">0": lambda x: 0 < x < math.inf, ">=0": lambda x: 0 <= x < math.inf,
-              "0..1": lambda x: 0 <= x <= 1}
+def field_errors(s: Settings) -> list[str]:
+    """A sentence for each field whose value is outside the bracket of its comment."""
+    def allowed(value, spec: str) -> bool:
+        if spec in (">0", ">=0"):
+            return 0 < value < math.inf or (spec == ">=0" and value == 0)
+        return 0 <= value <= 1 if spec == "0..1" else value in spec.split("|")
+
     bad = []
+    for name in help_texts():
+        value, spec = getattr(s, name), "".join(bracket(name)[:1])
+        values = value if isinstance(value, tuple) else (value,)
+        if re.match(r">|0\.\.1|\w+\|", spec) and not all(allowed(v, spec) for v in values):
+            bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}")
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
         bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
-    for name, text in field_comments().items():
-        value = getattr(s, name)
-        spec, *needs = text.rpartition("[")[2].removesuffix("]").split("; with ")
-        listed = isinstance(value, bool) or value in spec.split("|")
-        if "[" in text and not (ranges[spec](value) if spec in ranges else listed):
-            bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ')}")
-        for need in needs if name in given else []:
-            other, values = need.split("=")
-            if getattr(s, other) not in (values := values.split("|")):
-                bad.append(f"--{name}: has no effect without --{other} {' or '.join(values)}")
     return bad
 
-def misfits(s: Settings, given: dict, world_size: int) -> list[str]:
+def size_errors(s: Settings) -> list[str]:
+    """A sentence for each integer that is too large to be tried."""
+    most, bad = {"seed": 2**63, "num_layers": 2**11, "threads": 2**12}, []
+    for name in help_texts():
+        value, limit = getattr(s, name), most.get(name, 2**31)
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int and number >= limit:
+                bad.append(f"--{name} {min(number, 10**99):.6g}: must be below {limit}")
+    return bad
+
+def unread_without(s: Settings, name: str) -> str:
+    """The setting without which nothing reads this one, if it is not set so; else nothing."""
+    conditions = [part.split() for part in bracket(name) if part.startswith("with ")]
+    for _, other, *values in conditions:
+        value = getattr(s, other)
+        if value in values[0].split("|") if values else value:
+            return unread_without(s, other)
+        return " ".join([f"--{other}", *values]).replace("|", " or ")
+    return ""
+
+@functools.cache
+def divisors(count: int) -> list[int]:
+    """All divisors of a number, sorted."""
+    small = [n for n in range(1, math.isqrt(count) + 1) if count % n == 0]
+    return sorted({*small, *(count // n for n in small)})
+
+# differs from train_gpt.py: the baselines
+def least_memory(s: Settings) -> float:
+    """Bytes that a process needs at the very least, far below the expected ones: weights, gradients
+    and AdamW's moments, an activation of each layer for a row, the mask of a row, a batch."""
+    length, mixtures = max(s.seq_len, s.eval_seq_len), len(s.mixture_layers)
+    experts = mixtures * s.num_experts * 2 * s.expert_hidden
+    dense = 2 * s.num_layers * s.width + 2 * (s.num_layers - mixtures) * s.mlp_hidden
+    activations = 2 * s.num_layers * s.seq_len * s.width
+    return 16 * s.width * (dense + experts) + activations + length**2 + 12 * s.batch_tokens
+
+def misfits(s: Settings, given: dict, hardware: dict, world_size: int) -> list[str]:
     """A sentence for each setting that does not fit the machine, another one, or world_size."""
     rows, heads = s.batch_tokens // s.seq_len, s.width // s.head_dim
     asked, cpu, kind = given.get("device"), s.device == "cpu", s.model_type
     compiler = not cpu or shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+    fits = ", ".join(map(str, divisors(rows)[:12])) if rows else ""
+    empty = ", ".join(f"--{name}" for name in ("resume", "data", "log_dir") if given.get(name) == "")
+    strange = {*allowed_changes(s)} - {*help_texts(), "", "data_fingerprint"}
+    least, memory = least_memory(s) / 2**30, hardware["memory_gib"]
     checks = {  # sentence about the settings in quotes -> whether it is true
         "--device cuda needs a CUDA device, leave it out": cpu and asked == "cuda",
         "'preset' needs a CUDA device: use cpu, or add --device cpu":
             cpu and s.preset != "cpu" and asked != "cpu",
         "'compile' needs a C++ compiler: install g++, or use --no-compile": s.compile and not compiler,
+        f"{empty}: is empty; name something, or leave it out": empty,
+        "--allow_change: has no effect without --resume": s.allow_change and not s.resume,
+        f"--allow_change: {', '.join(sorted(strange))}: no such setting": strange,
+        f"this needs more than {least:,.0f} GiB, {hardware['name']} has {memory:.1f}: lower 'width', "
+        "'num_layers', 'mlp_ratio', 'num_experts', 'expert_hidden', 'seq_len', 'eval_seq_len' or 'batch_tokens'":
+            least > memory,
         "'width' must be a multiple of 'head_dim'": s.width % s.head_dim,
         "'head_dim' must be a multiple of 4": s.head_dim % 4,
         f"'num_kv_heads' must divide the {heads} heads of queries": heads % s.num_kv_heads,
@@ -259,17 +335,78 @@ def misfits(s: Settings, given: dict, world_size: int) -> list[str]:
             kind == "gpt" and s.eval_seq_len > s.max_doc_len,
         "'dense_first' must be below 'num_layers'": kind == "moegpt" and not s.mixture_layers,
         "'top_k' must be at most 'num_experts'": kind == "moegpt" and s.top_k > s.num_experts,
+        "'num_experts' must be below 4096": s.num_experts >= 4096,
         "'min_lr' must be at most 'max_lr'": s.min_lr > s.max_lr,
         "'beta1', 'beta2', 'muon_momentum' must be below 1": 1 in (s.beta1, s.beta2, s.muon_momentum),
-        "'seed' must be below 2^63": s.seed >= 2**63,
         "'warmup_steps' must be below 'iterations'": s.warmup_steps >= s.iterations,
         "'micro_tokens' must be at least 'seq_len'": s.micro_tokens < s.seq_len,
-        "'batch_tokens' must be a multiple of 'seq_len'": s.batch_tokens % s.seq_len,
+        "'batch_tokens' must be a multiple of 'seq_len'": s.batch_tokens % s.seq_len or not rows,
         f"{world_size} processes cannot share the {rows} rows of a step ('batch_tokens' / "
         f"'seq_len'): use {fits} processes": rows % world_size,
     }
     return [re.sub(r"'(\w+)'", lambda name: f"--{name[1]} {getattr(s, name[1])}", sentence)
             for sentence, wrong in checks.items() if wrong]
+
+def allowed_changes(s: Settings) -> list[str]:
+    return s.allow_change.replace("-", "_").split(",")
+
+# ==================== Files ===================================================================
+
+def printable(text: str) -> str:
+    """A text whose control characters, which would drive a terminal, are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+def misfit(value, like, name: str) -> str:
+    """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
+    have all its keys, tensors its shape and kind; numbers are finite and not negative; a tuple is a
+    choice."""
+    if isinstance(like, tuple):
+        return min((misfit(value, one, name) for one in like), key=len)
+    if isinstance(like, dict) and isinstance(value, dict):
+        parts = (misfit(value.get(key), part, f"{name}: {key}") for key, part in like.items())
+        return next(filter(None, parts), "")
+    if isinstance(like, Tensor) and isinstance(value, Tensor):
+        is_, not_ = ((tuple(x.shape), x.dtype, x.layout, x.device.type) for x in (value, like))
+        return "" if is_ == not_ else f"{name} is {is_}, not {not_}"
+    fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
+    if isinstance(like, float):
+        fits = type(value) in (int, float) and 0 <= value < 1e300
+    kinds = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
+    kind, shown = kinds.get(type(like), type(like).__name__), " ".join(repr(value).split())
+    return "" if fits else f"{name} is {shown:.60}, not {kind}"
+
+def read_json(path: Path, like: dict) -> dict:
+    """The object in a JSON file. Raises ValueError that says how it is not built like another."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {error!r:.200}") from error
+    if wrong := misfit(value, like, path.name):
+        raise ValueError(wrong)
+    return value
+
+def sync(path: Path):
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+def write_json(path: Path, value: dict):
+    """A JSON file, on the disk, in place of the old one at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 # ==================== Data ====================================================================
 # Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens. Rows
@@ -286,16 +423,21 @@ def data_folder(name: str) -> Path:
     return Path(name) if given else Path(__file__).resolve().parent / "data" / name
 
 def repair_command(folder: Path) -> str:
-    """The command that makes the data set of that name."""
+    """The command that makes a data set again: what its meta.json says, or by its name."""
+    with contextlib.suppress(ValueError):
+        return printable(read_json(folder / "meta.json", {"made_with": ""})["made_with"])
     if folder.name.startswith("fineweb"):
         return "python data/cached_fineweb.py 9"
-    return f"python data/{folder.name if folder.name == 'shakespeare_char' else 'stdlib'}.py"
+    if folder.name in ("stdlib", "shakespeare_char"):
+        return f"python data/{folder.name}.py"
+    return f"python data/fineweb.py --input YOUR_TEXT --out {folder}"
 
-def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
-    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header, a wrong length or
-    (given `vocab_size`) a token id that the vocabulary does not have."""
-    header = np.fromfile(path, dtype="<i4", count=256)
+def shard_length(path: Path) -> int:
+    """Tokens of a shard, by its header. Raises UserError if it or the file's length is wrong."""
     redo = f"make it again with {repair_command(path.parent)}"
+    if not path.is_file():
+        raise UserError(f"{path} is no file; {redo}")
+    header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
         found = f"magic {header[0]}, version {header[1]}" if len(header) == 256 else "a truncated header"
         raise UserError(f"{path} is no token shard: {found}, expected {SHARD_MAGIC} and {SHARD_VERSION}; {redo}")
@@ -303,8 +445,18 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     said = HEADER_BYTES + 2 * count
     if count < 1 or size != said:
         raise UserError(f"{path} is damaged: {size} bytes, {said} by its header; {redo}")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
-    if vocab_size and (top := int(tokens.max())) >= vocab_size:
+    return count
+
+def open_shard(path: Path, vocab_size: int, most: int | None = None) -> np.ndarray:
+    """The tokens of a shard, or its first ones, in memory: a file that is cut short meanwhile ends
+    no process. Raises UserError as `shard_length` does, or for a token id past the vocabulary."""
+    count = shard_length(path)
+    count = min(count, most or count)
+    tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
+    if len(tokens) < count:
+        raise UserError(f"{path} became shorter while it was read")
+    if (top := int(tokens.max())) >= vocab_size:
+        redo = f"make it again with {repair_command(path.parent)}"
         raise UserError(f"{path} holds token id {top}, the vocabulary has {vocab_size}; {redo}")
     return tokens
 
@@ -316,35 +468,79 @@ class Corpus(NamedTuple):
     val: list[Path]
 
     def fingerprint(self) -> str:
-        """Hash of names, sizes and first 64 KiB of all shards: equal data, equal fingerprint."""
+        """Hash of all shards, and of what their tokens mean: equal data, equal fingerprint."""
+        digest = hashlib.sha256(f"{self.meta['vocab_size']} {self.meta['eot']}".encode())
+        for path, hashed in shard_hashes(self.folder, self.train + self.val).items():
+            digest.update(f"{path.name} {hashed}".encode())
+        return digest.hexdigest()[:16]
+
+    def fingerprint_before(self) -> str:
+        """The one in checkpoints without `saved`: of names, sizes and first 64 KiB of all shards."""
         digest = hashlib.sha256()
         for path in self.train + self.val:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
             digest.update(np.fromfile(path, dtype=np.uint8, count=65536))
         return digest.hexdigest()[:16]
 
-def open_corpus(name: str) -> Corpus:
-    """A data set, checked; without meta.json it is taken for published FineWeb shards. Raises
-    FileNotFoundError with the command that makes it, UserError if it is damaged."""
-    folder = data_folder(name)
-    repair, meta_path = repair_command(folder), folder / "meta.json"
-    shards = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
+def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
+    """sha256 of whole files. A hidden file there keeps those of unchanged size, time and inode."""
+    cache, hashes, before = folder / ".hashes.json", {}, {}
+    with contextlib.suppress(ValueError):  # not there, or cut short
+        before = read_json(cache, {})
+    known = dict(before)
+    for path in paths:
+        stat = path.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        found = before.get(path.name)
+        same = isinstance(found, list) and found[:-1] == state
+        hashes[path] = found[-1] if same else file_hash(path)
+        known[path.name] = [*state, hashes[path]]
+    if known != before:
+        with contextlib.suppress(OSError):  # of a read-only folder all are hashed each time
+            write_json(cache, known)
+    return hashes
+
+DATA_META = {
+    "vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}, "splits": {}, "name": (None, ""),
+}
+SPLIT_META = {"tokens": (None, 0), "bytes": (None, 0)}
+
+def read_data_meta(folder: Path, shards: list[Path]) -> dict:
+    """meta.json of a data set. Only the published FineWeb shards, known by their names, may lack it.
+    Raises UserError with the command that makes the data set again."""
+    path, repair = folder / "meta.json", repair_command(folder)
+    published = all(re.match(r"fineweb(edu)?_(train|val)_\d{6}\.bin", shard.name) for shard in shards)
+    if not path.exists() and published and folder.name.startswith("fineweb"):
+        return GPT2_META
     try:
-        meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.exists() else GPT2_META
-        said = {split: meta["splits"].get(split, {}).get("tokens") for split in shards}
-        size, eot = int(meta["vocab_size"]), meta["eot"]
-        if size < 1 or not (eot is None or 0 <= int(eot) < size):
-            raise ValueError(f"vocab_size {size}, eot {eot}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{meta_path} cannot be read ({error!r}); make it again with {repair}") from error
+        meta = read_json(path, DATA_META)
+        if "eot" not in meta:
+            raise ValueError("eot, the end-of-text token or null, is missing")
+        size, eot = meta["vocab_size"], meta["eot"]
+        if not 0 < size <= 65536 or (eot is not None and eot >= size):
+            raise ValueError(f"vocab_size {size}, eot {eot}: 1 to 65536, and below it")
+        for split in ("train", "val"):
+            if wrong := misfit(meta["splits"].get(split, {}), SPLIT_META, split):
+                raise ValueError(wrong)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); make it again with {repair}") from error
+    return meta
+
+def open_corpus(name: str) -> Corpus:
+    """A data set, checked. Raises FileNotFoundError with the command that makes it, UserError if it
+    is damaged."""
+    folder = data_folder(name)
+    shards = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
     for split, paths in shards.items():
         if not paths:
-            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair}")
-        count = sum(len(open_shard(path)) for path in paths)
-        if said[split] not in (None, count):
-            raise UserError(f"{meta_path} says {said[split]} {split} tokens, the shards hold {count}; "
-                            f"make them again with {repair}")
-    return Corpus(folder, meta | {"vocab_size": size}, **shards)
+            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair_command(folder)}")
+    meta = read_data_meta(folder, shards["train"] + shards["val"])
+    for split, paths in shards.items():
+        said, count = meta["splits"].get(split, {}).get("tokens"), sum(map(shard_length, paths))
+        if said not in (None, count):
+            raise UserError(f"{folder / 'meta.json'} says {said} {split} tokens, the shards hold {count}; "
+                            f"make them again with {repair_command(folder)}")
+    return Corpus(folder, meta, **shards)
 
 def piece_table(tokens, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple:
     """Start and length of each piece of a shard: documents cut to at most `max_len` tokens; `clip` keeps first pieces
@@ -359,6 +555,19 @@ def piece_table(tokens, eot: int | None, max_len: int, clip: bool, offset: int) 
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     piece_starts = np.repeat(starts, counts) + within * max_len
     return piece_starts, np.minimum(max_len, np.repeat(starts + lengths, counts) - piece_starts)
+
+def pack_row(starts, lengths, ends, used: int, seq_len: int) -> tuple | None:
+    """Starts and lengths of the next row's pieces, and tokens of the shard used up after it; None if too few are
+    left. Given: those of all pieces in order, their ends in tokens, and how many tokens are used up before."""
+    first = np.searchsorted(ends, used, side="right")
+    last = np.searchsorted(ends, used + seq_len)
+    if last == len(ends):
+        return None
+    starts, lengths = starts[first:last + 1].copy(), lengths[first:last + 1].copy()
+    starts[0] += used - (ends[first] - lengths[0])  # 0, unless max_doc_len has changed
+    lengths[0] = ends[first] - used
+    lengths[-1] -= lengths.sum() - seq_len
+    return starts, lengths, int(ends[last])
 
 def gather_rows(tokens, starts, lengths) -> np.ndarray:
     """Inputs, targets (the true next tokens, also at a piece's end), piece numbers, (3, total) int32."""
@@ -380,30 +589,26 @@ def training_rows(s: Settings, corpus: Corpus, epoch=0, shard=0, used=0):
         order = rng.permutation(len(starts)) if s.shuffle else slice(None)
         starts, lengths = starts[order], lengths[order]
         ends = np.cumsum(lengths)
-        while (last := np.searchsorted(ends, used + s.seq_len)) < len(ends):
-            first = np.searchsorted(ends, used, side="right")
-            sizes = lengths[first:last + 1].copy()
-            sizes[-1] -= sizes.sum() - s.seq_len  # the rest of the last piece is skipped
-            used, idle = int(ends[last]), 0
-            row = gather_rows(tokens, starts[first:last + 1], sizes)
-            yield row, {"epoch": epoch, "shard": shard, "used": used}
+        while row := pack_row(starts, lengths, ends, used, s.seq_len):
+            *pieces, used = row
+            idle = 0
+            yield gather_rows(tokens, *pieces), {"epoch": epoch, "shard": shard, "used": used}
         turn, shard = divmod(shard + 1, len(corpus.train))
         epoch, used = epoch + turn, 0
     raise UserError(f"no shard of {corpus.folder} fills a row of {s.seq_len} tokens: lower --seq_len")
 
-def next_batch(rows, s: Settings) -> tuple[Tensor, dict]:
+def next_batch(rows, s: Settings, world: World) -> tuple[Tensor, dict]:
     """This process's share of the next batch, (3, rows, T) int32, and the place after the batch."""
-    rank, size = own_place()
     taken = [next(rows) for _ in range(s.batch_tokens // s.seq_len)]
-    own = np.split(np.stack([row for row, _ in taken], axis=1), size, axis=1)[rank]
+    batch = np.stack([row for row, _ in taken], axis=1)
+    own = np.split(batch, world.size, axis=1)[world.rank]
     return torch.from_numpy(own).to(s.device), taken[-1][1]
 
 class ValStream:
     """The first N tokens of the val split, each once, cut into rows, where contexts are cut, too. What is predicted
     depends on neither processes nor batch size; a row's documents do not see each other."""
     def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
-        shards = [open_shard(path, corpus.meta["vocab_size"]) for path in corpus.val]
-        available = sum(map(len, shards)) - 1
+        available = sum(map(shard_length, corpus.val)) - 1
         self.num_tokens, self.seq_len = num_tokens or available, seq_len
         self.eot = corpus.meta["eot"]
         if not 0 < self.num_tokens <= available:
@@ -411,9 +616,12 @@ class ValStream:
             repair = "use --eval_tokens 0 for all" if available else more
             raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} "
                             f"validation tokens; {repair}")
-        self.num_rows = -(-self.num_tokens // seq_len)
-        enough = len(shards[0]) > self.num_tokens
-        self.tokens = shards[0] if enough else np.concatenate(shards)
+        self.num_rows, left, parts = -(-self.num_tokens // seq_len), self.num_tokens + 1, []
+        for path in corpus.val:
+            if left > 0:
+                parts.append(open_shard(path, corpus.meta["vocab_size"], left))
+                left -= len(parts[-1])
+        self.tokens = np.concatenate(parts)
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Inputs, targets (IGNORE past the end) and documents of rows first, .., (3, count, T) int32."""
@@ -670,9 +878,14 @@ def make_optimizers(model: GPT, s: Settings) -> list[torch.optim.Optimizer]:
     decay = 0.0 if s.model_type == "ngpt" else s.weight_decay  # ngpt's weights have norm 1
     groups = [{"params": others, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, s.max_lr, (s.beta1, s.beta2), s.adam_eps, fused=True)
+    moments = {p: {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                   "exp_avg_sq": torch.zeros_like(p)} for p in (*others, *vectors)}
+    adamw.state.update(moments)  # zeros, as torch makes in the first step: a checkpoint is held against them
     if not hidden:
         return [adamw]
-    return [torch.optim.Muon(hidden, s.muon_lr, weight_decay=s.muon_weight_decay), adamw]
+    muon = torch.optim.Muon(hidden, s.muon_lr, weight_decay=s.muon_weight_decay)
+    muon.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in hidden})
+    return [muon, adamw]
 
 def rate_scale(s: Settings, step: int) -> float:
     """Factor on the rates: warm-up, then half a cosine to min_lr, or constant, then linear."""
@@ -697,13 +910,185 @@ def set_rates(optimizers: list[torch.optim.Optimizer], s: Settings, step: int):
             if muon:
                 group["momentum"] = s.momentum_start + (s.muon_momentum - s.momentum_start) * warm
 
-# ==================== Training ================================================================
-# RUN/checkpoints/step_000500/ holds state.pt (weights by name, optimizers) and meta.json (settings,
-# place in the data, clock, sha256 of state.pt). All ranks read it: machines need one log folder.
+# ==================== Checkpoints =============================================================
+# RUN/checkpoints/step_000500/ holds state.pt (weights by name, optimizers) and meta.json (settings, place in the data,
+# clock, order of writing, sha256 of state.pt). Rank 0 reads and writes them. It is written under another name, synced
+# to the disk and renamed; only then older ones go. What ends in .tmp, or has no meta.json, counts for nothing. One of
+# the same step stays, as .old, until the new one is in its place.
 
-def own_place() -> tuple[int, int]:
-    """Rank of this process, and the number of all."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+META = {  # a meta.json is built like this one
+    "step": 0, "sha256": "", "settings": {}, "train_time_ms": 0.0, "data": {"fingerprint": "", "meta": {}},
+    "position": {"epoch": 0, "shard": 0, "used": 0}, "val_loss": (None, 0.0), "val_step": (None, 0),
+    "saved": (None, 0), "bytes": (None, 0)}
+
+def tell_damage(path: Path, reason):
+    text = f"checkpoint {path} cannot be used ({reason}); trying the one before it"
+    print(printable(text), file=sys.stderr)
+
+def read_meta(path: Path) -> dict:
+    """meta.json of a checkpoint. Raises ValueError that says what is wrong with it."""
+    meta = read_json(path / "meta.json", META)
+    meta["saved"] = meta.get("saved") or 0  # earlier versions wrote none
+    if meta["saved"] >= 2**62:
+        raise ValueError(f"saved is {meta['saved']}, which leaves no larger number")
+    return meta
+
+def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) -> list[tuple[Path, dict]]:
+    """Checkpoints of a run's or an experiment's folder, newest first, with their meta.json; of one checkpoint: it,
+    and those of earlier steps. Which is newest says meta.json's `saved`, not a file time, which copies lose."""
+    found = [path for up in depths for path in place.glob(up + "checkpoints/step_*")]
+    if place.name.startswith("step_"):
+        found = [path for path in place.parent.glob("step_*") if path.name <= place.name]
+    metas = {}
+    for path in found:
+        if re.fullmatch(r"step_\d+(\.old)?", path.name) and (path / "meta.json").exists():
+            try:
+                metas[path] = read_meta(path)
+            except ValueError as error:
+                tell(path, error)
+
+    def age(path: Path) -> tuple:
+        meta = metas[path]
+        return path == place, meta["saved"], path.parent.parent.name, meta["step"]
+    return [(path, metas[path]) for path in sorted(metas, key=age, reverse=True)]
+
+def read_state(path: Path, meta: dict) -> dict:
+    """What the state.pt of a checkpoint holds. Raises ValueError if it is not what was written."""
+    file = path / "state.pt"
+    if not file.is_file() or file_hash(file) != meta["sha256"]:
+        raise ValueError("state.pt does not match its sha256")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # noqa: BLE001 - what unpickler and zip reader raise has no end
+        raise ValueError(f"state.pt cannot be read: {repr(error).splitlines()[0]:.200}") from error
+
+def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int) -> Path:
+    """The checkpoint, on the disk; then all but the newest `keep` are removed. Raises OSError where it cannot be
+    written, and leaves nothing half-written then; earlier checkpoints stay."""
+    final = run_folder / "checkpoints" / f"step_{step:06d}"
+    temporary, old = final.with_suffix(".tmp"), final.with_suffix(".old")
+    known = checkpoints_in(run_folder, ("",), tell=lambda *_: None)
+    try:
+        for leftover in final.parent.glob("*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+        sync(temporary / "state.pt")
+        written = {"sha256": file_hash(temporary / "state.pt"), "bytes": (temporary / "state.pt").stat().st_size}
+        saved = max([time.time_ns(), *(m["saved"] + 1 for _, m in known)])
+        write_json(temporary / "meta.json", meta | {"step": step, "saved": saved} | written)
+        if final.exists():  # a run went back to an earlier one
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
+        os.replace(temporary, final)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"could not write {final}: {str(error).splitlines()[0]}") from error
+    for folder in final.absolute().parents[:5]:  # up to the one that holds log_dir: all may be new
+        with contextlib.suppress(OSError):  # some file systems cannot
+            sync(folder)
+    others = [path for path, m in known if path != final and is_whole(path, m)]
+    for path in [old, *others[keep - 1:]]:
+        with contextlib.suppress(OSError):
+            os.replace(path, path.with_suffix(".tmp"))
+        shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+    return final
+
+def is_whole(path: Path, meta: dict) -> bool:
+    """Whether the state.pt of a checkpoint is there, by its size."""
+    file = path / "state.pt"
+    return file.is_file() and meta.get("bytes") in (None, file.stat().st_size)
+
+def resume_place(s: Settings) -> Path:
+    """The folder that --resume names."""
+    return Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
+
+def run_state(model: GPT, optimizers: list) -> dict:
+    """All tensors that training changes, in the places that they have in a checkpoint."""
+    moments = {i: {"state": x.state_dict()["state"]} for i, x in enumerate(optimizers)}
+    return {"model": dict(model.state_dict()), "optimizers": moments}
+
+def empty_like(tree: dict) -> dict:
+    """Such tensors on the CPU, where those of a checkpoint are; without values they take no memory."""
+    return {key: empty_like(part) if isinstance(part, dict) else torch.empty_like(part, device="cpu")
+            for key, part in tree.items()}
+
+def leaves(tree: dict, like: dict) -> list[Tensor]:
+    """What a tree has in the places of another one's tensors, in its order."""
+    parts = [leaves(tree[key], part) if isinstance(part, dict) else [tree[key]]
+             for key, part in like.items()]
+    return [leaf for part in parts for leaf in part]
+
+# differs from train_gpt.py: torch.optim's state
+def find_checkpoint(place: Path, like: dict, num_shards: int) -> tuple[Path, dict, dict]:
+    """The newest checkpoint in a place, its meta.json and state. One whose state is not built like `like` is told and
+    the one before it taken. Raises FileNotFoundError if none is left."""
+    for path, meta in checkpoints_in(place):
+        try:
+            state = read_state(path, meta)
+            if isinstance(state, dict) and isinstance(state.get("optimizers"), list):
+                state["optimizers"] = dict(enumerate(state["optimizers"]))
+            place_left = meta["position"]["shard"] < num_shards
+            if wrong := misfit(state, like, "state.pt") or "its position" * (not place_left):
+                raise ValueError(wrong)
+            moments = leaves(state["optimizers"], like["optimizers"])
+            if {x.item() for x in moments if not x.dim()} != {meta["step"]}:  # AdamW counts them
+                raise ValueError("state.pt is of another step")
+            return path, meta, state
+        except (OSError, ValueError) as error:
+            tell_damage(path, error)
+    raise FileNotFoundError(f"no whole checkpoint in {place}: start without --resume, or name a run's folder")
+
+# differs from train_gpt.py: one class of settings
+def changed_settings(s: Settings, fingerprint: str, path: Path, meta: dict) -> dict[str, list]:
+    """The settings that train, or data, in which a checkpoint differs: name -> [then, now]. Raises
+    UserError that names those which --allow-change does not."""
+    names = [field.name for field in fields(Settings)]
+    now = {name: getattr(s, name) for name in names[:names.index("preset")]}
+    now["data_fingerprint"] = fingerprint
+    then = meta["settings"] | {"data_fingerprint": meta["data"]["fingerprint"]}
+    changed = {key: [then.get(key), value] for key, value in now.items() if then.get(key) != value}
+    if refused := [key for key in changed if key not in allowed_changes(s)]:
+        ways = f"use them, start without --resume, or add --allow-change {','.join(refused)}"
+        lines = ["{}: {} in the checkpoint, {} now".format(key, *changed[key]) for key in refused]
+        raise UserError("\n  ".join([f"{path} has other settings; {ways}:", *lines]))
+    return changed
+
+# ==================== Run =====================================================================
+
+def peak_memory_mib(device: str) -> tuple[int, int]:
+    """Peak allocated and reserved MiB of the GPU; on a CPU peak resident memory, twice."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
+
+class Clock:
+    """Training time in ms as the public rules count it: without validation, checkpoints, profiles, warm-up."""
+    def __init__(self, device: str):
+        self.total_ms, self.started = 0.0, None
+        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def start(self):
+        self.wait()
+        self.started = time.perf_counter()
+
+    def stop(self) -> float:
+        self.wait()
+        if self.started is not None:
+            self.total_ms += 1000 * (time.perf_counter() - self.started)
+        self.started = None
+        return self.total_ms
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that does not count; the time until then, in ms."""
+        running = self.started is not None
+        yield self.stop()
+        if running:
+            self.start()
 
 def command_output(*command: str) -> str | None:
     """What a command prints, run in the script's folder; None where it fails or does not exist."""
@@ -711,152 +1096,416 @@ def command_output(*command: str) -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, check=True, **options).stdout.strip()
 
-def bits_per_byte(loss: float, meta: dict) -> float | None:
-    """Loss in nats per token -> bits per byte, by the val split's tokens per byte; None if not known."""
-    split = meta["splits"].get("val", {})
-    known = split.get("bytes") and split.get("tokens")
-    return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
+def lock_folder(folder: Path):
+    """An open file that keeps other processes from this run; the system frees it when this one ends.
+    Raises UserError that says who has it."""
+    import fcntl  # not on Windows
+    file = open(folder / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
+    except OSError:
+        print(f"note: {folder} cannot be locked here: start no second --resume of it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {platform.node()}, started {time.ctime()}")
+    file.flush()
+    return file
 
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class World(NamedTuple):
+    """The place of this process among all."""
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
 
-@dataclass
-class Progress:
-    """How far a run is, and its files, which rank 0 writes."""
-    s: Settings
-    config: dict  # what config.json and every checkpoint say
-    folder: Path
-    step: int = 0  # steps done
-    train_ms: float = 0.0  # they took, without validation and checkpoints
-    logged: tuple[int, float] = (0, 0.0)  # step and train_ms of the last log line
-    val_loss: float | None = None
-    status: str = "done"  # or interrupted, target; else what is not finite
-    signal: int = 0  # that has come
+def on_rank_zero(world: World, function, *arguments):
+    """What `function` returns on rank 0, everywhere; as what it raises there. Collective."""
+    answer: list = [None, None]
+    if world.rank == 0:
+        try:
+            answer[0] = function(*arguments)
+        except Exception as error:  # noqa: BLE001 - raised again below, on all ranks
+            answer[1] = error
+    if world.size > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
-    def catch(self, number: int, frame):
-        """A first signal: save and stop, several ranks together. The second one ends at once."""
-        signal.signal(number, signal.SIG_DFL)
-        self.signal = number
+# differs from train_gpt.py: no wandb
+class RunLog:
+    """The files of a run, by rank 0: log.txt (public record format), metrics.jsonl, config.json."""
+    # differs from train_gpt.py: no wandb
+    def __init__(self, folder: Path):
+        self.main, self.folder = False, folder
+        self.failed, self.pipe_closed = set(), False
+
+    # differs from train_gpt.py: no wandb
+    def open(self, config: dict, resumed_at: int | None, changed: dict):
+        """On rank 0: writes the head of the files or, in a resumed run, where it goes on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.main, self.lock = True, lock_folder(self.folder)
+        if resumed_at is not None:
+            self.line(f"resumed after step {resumed_at}")
+            self.metric(event="resume", step=resumed_at, config=config, changed=changed)
+            return
+        (self.folder / "config.json").write_text(json.dumps(config, indent=1))
+        source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
+        self.line(f"{source}\n{bar}\nRunning Python {sys.version}\n"
+                  f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}\n"
+                  f"Running on {config['hardware']['name']}\nSettings: {json.dumps(config['settings'])}\n{bar}")
 
     def print(self, text: str):
-        if own_place()[0] == 0:
-            print(text, flush=True)
-
-    def write(self, text: str, file: str = "log.txt"):
-        """To a file. A full disk costs lines of the logs, not the run."""
+        """To the console. A full disk or a lost terminal cost lines; a closed pipe ends the run (see Run)."""
+        if not self.main:
+            return
         try:
-            if own_place()[0] == 0:
-                with open(self.folder / file, "a", encoding="utf-8") as opened:
-                    opened.write(text + "\n")
+            print(printable(text), flush=True)
         except OSError as error:
-            self.print(f"warning: {self.folder / file}: {error.strerror}; training goes on")
+            self.pipe_closed = self.pipe_closed or isinstance(error, BrokenPipeError)
+            if "console" not in self.failed:
+                with contextlib.suppress(OSError):
+                    print(f"warning: console: {error.strerror}; log.txt has all", file=sys.stderr)
+            self.failed.add("console")
 
-    def log(self, kind: str, loss: float, text: str, **values):
-        """A train or val loss to all; to log.txt in the form of the public records."""
-        step, ms, at = self.step, self.train_ms, f"{self.step}/{self.s.iterations}"
-        self.print(f"step {at}  {kind} loss {loss:.4f}  {text}")
-        self.write(f"step:{at} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
-        record = {"step": step, "tokens": step * self.s.batch_tokens, "train_time_ms": ms}
-        self.write(json.dumps(record | {f"{kind}_loss": loss} | values), "metrics.jsonl")
+    def line(self, text: str, name: str = "log.txt"):
+        """To log.txt, on a line of its own, also where a full disk or kill -9 cut the last one. What
+        cannot be written costs lines of the logs, not the run."""
+        if not self.main:
+            return
+        try:
+            with open(self.folder / name, "a+b") as file:
+                file.seek(-1 if file.tell() else 0, os.SEEK_END)
+                start = "" if file.read(1) in (b"", b"\n") else "\n"
+                file.write(f"{start}{text}\n".encode(errors="backslashreplace"))
+        except OSError as error:
+            if name not in self.failed:
+                self.print(f"warning: {self.folder / name}: {error.strerror}; training goes on")
+            self.failed.add(name)
 
-def new_run(s: Settings, config: dict) -> Progress:
-    """A run with the heads of its files."""
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    run = Progress(s, config, Path(s.log_dir, s.experiment_name, run_id))
-    if own_place()[0] == 0:
-        run.folder.mkdir(parents=True)
-        (run.folder / "config.json").write_text(json.dumps(config, indent=1))
-    run.write(f"{Path(__file__).read_text(encoding='utf-8')}\n{'=' * 100}")
-    run.write(f"Running Python {sys.version}")
-    run.write(f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}")
-    run.write(f"Running on {config['hardware']['name']}")
-    run.write(f"Settings: {json.dumps(config['settings'])}\n{'=' * 100}")
-    return run
+    # differs from train_gpt.py: no wandb
+    def metric(self, **values):
+        self.line(json.dumps(values), "metrics.jsonl")
 
-def find_state(place: Path) -> tuple[Path, dict]:
-    """The newest intact checkpoint at or in a place, and its meta.json, or FileNotFoundError."""
-    found = list(place.rglob("step_*[0-9]"))
-    if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
-        found = [path for path in place.parent.glob("step_*[0-9]") if path.name <= place.name]
-    for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            meta = json.loads((path / "meta.json").read_text())
-            if file_hash(path / "state.pt") == meta["sha256"]:
-                return path, meta
-        print(f"checkpoint {path} is damaged; trying the one before it", flush=True)
-    raise FileNotFoundError(f"no intact checkpoint in {place}: start without --resume")
-
-def computed(config: dict) -> dict:
-    """What a resumed run must have in common with its checkpoint."""
-    names = [field.name for field in fields(Settings)]
-    same = {name: config["settings"].get(name) for name in names[:names.index("preset")]}
-    same["optimizer_state"] = config.get("optimizer_state")
-    return same | {"data": config["data"]["fingerprint"]}
-
-def resumed_run(s: Settings, config: dict) -> tuple[Progress, dict]:
-    """The run that --resume names, and its state. Raises UserError that names what differs."""
-    experiment = Path(s.log_dir, s.experiment_name)
-    path, meta = find_state(experiment if s.resume == "latest" else Path(s.resume))
-    then = computed(meta)
-    differing = [f"{name}: {then[name]} in the checkpoint, {now} now"
-                 for name, now in computed(config).items() if then[name] != now]
-    if differing:
-        text = "\n  ".join(["use them, or start without --resume:", *differing])
-        raise UserError(f"{path} has other settings; {text}")
-    step, ms = meta["step"], meta["train_time_ms"]
-    run = Progress(s, config, path.parent.parent, step, ms, (step, ms), meta["val_loss"])
-    run.write(f"resumed after step {step}")
-    run.write(json.dumps({"event": "resume", "step": step, "config": config}), "metrics.jsonl")
-    run.print(f"resumed {path} after step {step}")
-    saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    return run, saved | {"place": meta["position"]}
-
-def run_config(s: Settings, hardware: dict, corpus: Corpus) -> dict:
-    """What config.json and the checkpoints say of a run."""
-    data = {"name": corpus.folder.name, "fingerprint": corpus.fingerprint(), "meta": corpus.meta}
-    git = {"commit": command_output("git", "rev-parse", "HEAD"),
-           "dirty": bool(command_output("git", "status", "--porcelain", "-uno"))}
-    return {
-        "settings": asdict(s), "script": Path(__file__).name, "world_size": own_place()[1],
-        "git": git, "torch": torch.__version__, "hardware": hardware, "data": data,
-        "optimizer_state": "of torch.optim",
-    }
+    # differs from train_gpt.py: no wandb
+    def close(self):
+        if self.main:
+            self.lock.close()
 
 # differs from train_gpt.py: plain
-def train(s: Settings, hardware: dict) -> int:
-    """One run, from its settings to its exit code. Every process does the same."""
-    size = own_place()[1]
-    corpus = open_corpus(s.data)
-    stream = ValStream(corpus, s.eval_tokens, s.eval_seq_len)
-    config = run_config(s, hardware, corpus)
-    run, saved = resumed_run(s, config) if s.resume else (new_run(s, config), {})
-    training = training_rows(s, corpus, **saved.get("place", {}))
-    model = GPT(s, corpus.meta["vocab_size"]).to(s.device)
+class Run:
+    """What surrounds the training, on every rank. `train` calls the methods from top to bottom."""
+    # differs from train_gpt.py: plain
+    def __init__(self, s: Settings, hardware: dict, world: World, notes: list[str]):
+        self.s, self.hardware, self.world, self.notes = s, hardware, world, notes
+        self.clock, self.corpus = Clock(s.device), open_corpus(s.data)
+        self.s = s = self._fit_eval_tokens()
+        self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
+        own = self.corpus.fingerprint() if world.local_rank == 0 else None  # once a machine
+        self.fingerprint = on_rank_zero(world, lambda: own)
+        if own not in (None, self.fingerprint):
+            raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
+        self.checkpoint, self.meta, self.changed = None, {}, {}
+        if s.resume:  # before a model is built that may be another
+            look = functools.partial(checkpoints_in, tell=lambda *_: None)  # _resume tells
+            for found in on_rank_zero(world, lambda: look(resume_place(s))[:1]):
+                self._changes(*found)
+        self._set_progress()
+        self.status = "done"  # or target, interrupted, nan, error
+        self.over = False  # the target is reached, or all ranks know of a signal
+        self.stop_signal, self.undo = 0, contextlib.ExitStack()
+
+    # differs from train_gpt.py: one class of settings
+    def _fit_eval_tokens(self) -> Settings:
+        """The settings; where a preset's eval_tokens, not the user's, are more than the split has: all."""
+        s, preset = self.s, {"eval_tokens": Settings.eval_tokens} | PRESETS.get(self.s.preset, {})
+        available = sum(map(shard_length, self.corpus.val)) - 1
+        if not 0 < available < s.eval_tokens == preset["eval_tokens"]:
+            return s
+        self.notes.append(f"eval_tokens {available}: all that the validation split has")
+        return replace(s, eval_tokens=available)
+
+    def _changes(self, path: Path, meta: dict) -> dict[str, list]:
+        """What differs in a checkpoint, see `changed_settings`."""
+        own = self.fingerprint if meta["saved"] else self.corpus.fingerprint_before()
+        return changed_settings(self.s, own, path, meta)
+
+    # differs from train_gpt.py: no loader
+    def _set_progress(self):
+        """What is done: as the checkpoint says, or nothing."""
+        meta, first = self.meta, META["position"]
+        self.step = self.logged_step = self.saved_step = meta.get("step", 0)
+        self.clock.total_ms = self.logged_ms = meta.get("train_time_ms", 0.0)
+        self.position = {key: meta.get("position", first)[key] for key in first}
+        if "data_fingerprint" in self.changed:
+            self.position = first
+        self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
+        self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
+        self.whole = True  # no step is half done
+
+    # differs from train_gpt.py: torch.optim's state
+    def _resume(self):
+        """Takes the checkpoint that --resume names: its tensors, while rates and decays are those of
+        the settings. Raises NothingToDo if its run is over. Collective."""
+        s, own = self.s, run_state(self.model, self.optimizers)
+
+        def take() -> tuple:
+            like = empty_like(own)
+            path, meta, saved = find_checkpoint(resume_place(s), like, len(self.corpus.train))
+            for x, there in zip(leaves(own, own), leaves(saved, like), strict=True):
+                x.copy_(there)
+            return path, meta
+
+        self.checkpoint, self.meta = on_rank_zero(self.world, take)
+        for x in leaves(own, own) if self.world.size > 1 else []:
+            dist.broadcast(x, 0)
+        self.changed = self._changes(self.checkpoint, self.meta)
+        self._set_progress()
+        kept = self.meta["settings"].get("keep")
+        self.s = replace(s, keep=s.keep or (kept if type(kept) is int and kept > 0 else 2))
+        reached = s.target_loss and self.val_loss is not None and self.val_loss <= s.target_loss
+        if self.val_step == self.step and (self.step >= s.iterations or reached):
+            told = f"{self.checkpoint}: this run has ended, after step {self.step} of {s.iterations}"
+            raise NothingToDo(f"{told}; to go on: --iterations N --allow-change iterations")
+
+    # differs from train_gpt.py: plain
+    def open(self, model: GPT, optimizers: list):
+        """Opens the run's folder, new or the checkpoint's; prints what is trained. Collective."""
+        self.model, self.optimizers = model, optimizers
+        if self.s.resume:
+            self._resume()
+        s, corpus = self.s, self.corpus
+        commit = command_output("git", "rev-parse", "HEAD")
+        changes = command_output("git", "status", "--porcelain", "-uno")
+        self.config = {
+            "settings": asdict(s), "script": Path(__file__).name, "world_size": self.world.size,
+            "git": {"commit": commit, "dirty": None if changes is None else bool(changes)},
+            "torch": torch.__version__, "hardware": self.hardware, "optimizer_state": "of torch.optim",
+            "data": {"name": corpus.folder.name, "fingerprint": self.fingerprint, "meta": corpus.meta},
+        }
+        run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
+        folder = Path(s.log_dir) / s.experiment_name / run_id
+        self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder)
+        self.undo.callback(self.log.close)
+        resumed_at = self.meta.get("step")
+        on_rank_zero(self.world, self.log.open, self.config, resumed_at, self.changed)
+        self.notes += [f"{name}: {then} before, {now} from here on" for name, (then, now) in self.changed.items()]
+        counts = {name: p.numel() for name, p in model.named_parameters()}
+        self.total = sum(counts.values())
+        expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts
+        self.active = self.total - expert * (s.num_experts - s.top_k)
+        self.notes += [f"{s.model_type}: {self.total:,} parameters, {self.active:,} of them for a token",
+                       f"run folder: {self.log.folder}"]
+        self.notes += [f"resumed {self.checkpoint} after step {self.step}"] * (self.checkpoint is not None)
+        self.log.print("\n".join(self.notes))
+
+    # differs from train_gpt.py: no loader
+    def start(self) -> int:
+        """The first step: 0, or the checkpoint's. From here on signals and errors save what is done."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        self.undo.push(self._on_error)
+        return self.step
+
+    def _on_signal(self, number: int, frame):
+        """First signal: save, stop after this step (several ranks: the next logged one). The same again, by a
+        person: end at once; a lost terminal sends SIGHUP twice."""
+        if number == self.stop_signal and number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.stop_signal = self.stop_signal or number
+        if self.world.rank == 0:
+            with contextlib.suppress(OSError):  # print is not for signal handlers
+                name = signal.Signals(number).name
+                os.write(2, f"{name}: saves and stops; again: stops at once\n".encode())
+
+    # differs from train_gpt.py: plain
+    def _on_error(self, kind, error, trace):
+        """Whatever else ends the loop: the last whole step is saved, if all ranks are here, and the logs end."""
+        if error is None or isinstance(error, TrainingStopped):
+            return
+        self.status = "error"
+        with contextlib.suppress(OSError, RuntimeError):  # the first error is the one to tell
+            if self.whole and self.step > self.saved_step and self._all_have(error):
+                self.save(self.step)
+        with contextlib.suppress(OSError, RuntimeError):
+            self._end_record(self.step, error=f"{kind.__name__}: {error}")
+
+    def _all_have(self, error: BaseException) -> bool:
+        """Whether every rank has come to an error of the data or the disk after the same step: only
+        then what is in flight on all of them is the same."""
+        if self.world.size == 1:
+            return True
+        store = dist.distributed_c10d._get_default_store()
+        names = [f"error/{rank}" for rank in range(self.world.size)]
+        store.set(names[self.world.rank], str(self.step if isinstance(error, (UserError, OSError)) else -1))
+        store.wait(names, timedelta(seconds=10))
+        return {int(store.get(name)) for name in names} == {self.step}
+
+    # differs from train_gpt.py: no profiler
+    def log_due(self, step: int, position: dict) -> bool:
+        """After a step: whether to log it: each log_every-th, after a signal if alone."""
+        self.step, self.position, self.whole = step, position, True
+        if self.log.pipe_closed:
+            self.stop_signal = self.stop_signal or signal.SIGPIPE
+        return step % self.s.log_every == 0 or bool(self.stop_signal and self.world.size == 1)
+
+    def read_losses(self, losses: list[Tensor], step: int) -> float:
+        """The newest of the losses of the steps up to this one; waits for the device, tells all ranks of a signal.
+        Raises TrainingStopped at the first loss that is not finite. Collective."""
+        numbers = F.pad(torch.stack(losses), (0, 1), value=float(self.stop_signal))
+        if self.world.size > 1:
+            dist.all_reduce(numbers)
+        *values, stop = numbers.tolist()
+        for done, loss in enumerate(values, start=step - len(values) + 1):
+            self._stop_unless(math.isfinite(loss), f"the loss of step {done} is {loss}", done)
+        if stop and step < self.s.iterations:
+            self.status, self.over = "interrupted", True
+            self.stop_signal = self.stop_signal or signal.SIGTERM
+        return values[-1]
+
+    def _stop_unless(self, finite: bool, what: str, step: int):
+        """Ends logs and run. A checkpoint is written only after a look at losses and weights."""
+        if not finite:
+            self.status = "nan"
+            self._end_record(step)
+            rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
+            flags = ", ".join("--" + n.replace("_", "-") for n in rates if n != "stage_lr")
+            ways = ", with --resume and --allow-change" if self.saved_step else ""
+            raise TrainingStopped(f"{what}: stopped, {self.kept()}; lower {flags}{ways}")
+
+    def kept(self) -> str:
+        """What is on the disk, in words."""
+        return f"{self.checkpoint} is kept" if self.saved_step else f"{self.log.folder} has no checkpoint"
+
+    # differs from train_gpt.py: the norm
+    def log_step(self, step: int, loss: float, norm: float):
+        """A training loss to all logs, with what is known of the steps since the last one."""
+        s = self.s
+        self._stop_unless(math.isfinite(norm), f"the norm of the gradient of step {step} is {norm}", step)
+        with self.clock.paused() as ms:
+            step_ms = (ms - self.logged_ms) / (step - self.logged_step)
+        self.logged_step, self.logged_ms = step, ms
+        rate = 1000 * s.batch_tokens / step_ms
+        self._log_loss(step, "train", loss, ms, f"  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s",
+                       step_ms=step_ms, tokens_per_s=rate, lr=rate_scale(s, step - 1), grad_norm=norm,
+                       seq_len=s.seq_len, window=s.window, batch_tokens=s.batch_tokens)
+
+    def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
+        """One line on the console and in log.txt, one object in metrics.jsonl."""
+        of, mean = f"{step}/{self.s.iterations}", ms / step
+        self.log.print(f"step {of}  {kind} loss {loss:.4f}{console}")
+        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{mean:.2f}ms")
+        more |= {"tokens": self.tokens_at(step), "train_time_ms": ms}
+        self.log.metric(step=step, **{f"{kind}_loss": loss}, **more)
+
+    # differs from train_gpt.py: no stages
+    def tokens_at(self, step: int) -> int:
+        return step * self.s.batch_tokens
+
+    def validation_due(self, step: int) -> bool:
+        """Whether to look at the validation loss now. An interrupted run leaves it to the resumed one."""
+        last, every = step == self.s.iterations, self.s.eval_every
+        due = last or (every and step % every == 0)
+        return bool(due and step > self.val_step and self.status != "interrupted")
+
+    def log_validation(self, step: int, loss: float):
+        """A validation loss to all logs. Raises TrainingStopped if it is not finite."""
+        self._stop_unless(math.isfinite(loss), f"the validation loss after step {step} is {loss}", step)
+        self.val_loss, self.val_step, ms, bpb = loss, step, self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
+        bits = f", {bpb:.4f} bits per byte" if bpb else ""
+        console = f" nats per token{bits}  train time {ms / 1000:.1f} s"
+        self._log_loss(step, "val", loss, ms, console, val_bpb=bpb)
+        if self.s.target_loss and loss <= self.s.target_loss:
+            self.status, self.over = "target", True
+        if step < self.s.iterations:
+            self._note_validation(step)
+
+    def _note_validation(self, step: int):
+        """Adds the validation loss to a checkpoint of the same step, so that a resumed run has it."""
+        if self.log.main and step == self.saved_step == self.val_step:
+            path = self.checkpoint / "meta.json"
+            with contextlib.suppress(OSError, ValueError):  # without it the resumed run looks again
+                write_json(path, read_json(path, META) | {"val_loss": self.val_loss, "val_step": step})
+
+    # differs from train_gpt.py: torch.optim's state
+    def save(self, step: int) -> bool:
+        """Writes a checkpoint, outside the clock; False, and a warning, if that failed. Collective."""
+        if step == self.saved_step:
+            return True
+        with self.clock.paused() as ms:
+            moments = [x.state_dict() for x in self.optimizers]
+            state = {"model": self.model.state_dict(), "optimizers": moments}
+            meta = self.config | dict(
+                position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step)
+            finite = on_rank_zero(
+                self.world, lambda: all(x.isfinite().all() for x in state["model"].values()))
+            self._stop_unless(finite, f"the weights after step {step} are not finite", step)
+            arguments = self.log.folder, step, state, meta, self.s.keep or 2
+            try:
+                self.checkpoint = on_rank_zero(self.world, write_checkpoint, *arguments)
+            except OSError as error:
+                self.save_error = str(error)
+                self.log.print(f"warning: {error}; {self.kept()}, training goes on")
+                return False
+            self.saved_step = step
+            self.log.print(f"checkpoint {self.checkpoint}")
+            return True
+
+    # differs from train_gpt.py: no profiler
+    def finish(self, step: int):
+        """Last checkpoint, end of the logs. Raises TrainingStopped if it could not be written."""
+        s, ms = self.s, self.clock.stop()
+        saved = self.save(step) if self.status == "interrupted" or s.save_last else True
+        self._end_record(step)
+        self._note_validation(step)
+        if s.target_loss:
+            reached = "reached" if self.status == "target" else "not reached"
+            self.log.print(f"target loss {s.target_loss} {reached}: step {step}, {ms / 1000:.2f} s")
+        if not saved:
+            raise TrainingStopped(f"the last checkpoint: {self.save_error}; {self.kept()}")
+
+    # differs from train_gpt.py: plain
+    def _end_record(self, step: int, **more):
+        """The last object of metrics.jsonl."""
+        ms, tokens, loss = self.clock.stop(), self.tokens_at(step), self.val_loss
+        target = (step, ms) if self.status == "target" else (None, None)
+        self.log.metric(
+            event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=loss,
+            val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
+            tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.total,
+            params_active=self.active, peak_memory_mib=peak_memory_mib(self.s.device)[0],
+            target_step=target[0], target_time_ms=target[1], **more)
+
+# ==================== Training ================================================================
+
+# differs from train_gpt.py: plain
+def train(run: Run):
+    """One run. Every process does the same."""
+    s, size = run.s, run.world.size
+    model = GPT(s, run.corpus.meta["vocab_size"]).to(s.device)
     optimizers = make_optimizers(model, s)
-    if saved:
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+    run.open(model, optimizers)
     compiled = torch.compile(model, dynamic=False) if s.compile else model
     trained = DistributedDataParallel(compiled) if size > 1 else compiled
-    counts = {name: p.numel() for name, p in model.named_parameters()}
-    total = sum(counts.values())
-    expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts
-    active = total - expert * (s.num_experts - s.top_k)
-    run.print(f"{s.model_type}: {total:,} parameters, {active:,} of them for a token; {s.device}, "
-              f"{s.dtype}, preset {s.preset}, data {s.data}\nrun folder: {run.folder}")
     share = s.batch_tokens // s.seq_len // size
-    rows = max(n for n in range(1, share + 1) if share % n == 0 and n * s.seq_len <= s.micro_tokens)
+    rows = max(n for n in divisors(share) if n * s.seq_len <= s.micro_tokens)
     # Untimed: compiles, and orders DistributedDataParallel's buckets as a resumed run has them.
-    sum(trained(*torch.zeros(3, rows, s.seq_len, dtype=torch.int32, device=s.device))).backward()
+    batch = torch.zeros(3, rows, s.seq_len, dtype=torch.int32, device=s.device)
+    batch[2] = torch.arange(s.seq_len)  # documents of a token: gpt has few positions
+    sum(trained(*batch)).backward()
     model.zero_grad()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, run.catch)
-    began = time.perf_counter()
-    while run.step < s.iterations and run.status == "done":
-        set_rates(optimizers, s, run.step)
-        batch, place = next_batch(training, s)
+    step = run.start()
+    training = training_rows(s, run.corpus, **run.position)
+    losses = []  # of the steps since the last log line, on the device
+    if run.validation_due(step):  # of a checkpoint whose own was cut short
+        validate(run, compiled, step)
+    run.clock.start()
+    while step < s.iterations and not run.over:
+        set_rates(optimizers, s, step)
+        batch, position = next_batch(training, s, run.world)
         step_loss = torch.zeros((), device=s.device)
         for i, (inputs, targets, docs) in enumerate(batch.split(rows, dim=1)):
             alone = size == 1 or (i + 1) * rows == share
@@ -866,135 +1515,103 @@ def train(s: Settings, hardware: dict) -> int:
                 (mean * size).backward()  # the gradients of the processes are averaged
             step_loss += loss.detach() / s.batch_tokens
         norm = nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+        run.whole = False
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
         normalize_rows(model, s)
-        run.step += 1
-        last = run.step == s.iterations
-        save = s.save_every and run.step % s.save_every == 0
-        evaluate = last or s.eval_every and run.step % s.eval_every == 0
-        if evaluate or save or run.signal and size == 1 or run.step % s.log_every == 0:
-            report(run, step_loss, norm.item(), began)
-            if evaluate and run.status in ("done", "interrupted"):
-                validate(run, compiled, stream)
-            if save and not last and run.status == "done":
-                save_checkpoint(run, model, optimizers, place)
-            began = time.perf_counter()
-    if run.status == "interrupted" or s.save_last and run.status in ("done", "target"):
-        save_checkpoint(run, model, optimizers, place)
-    return finish(run, total, active)
-
-def report(run: Progress, step_loss: Tensor, norm: float, began: float):
-    """Logs the last step; ends a run that got a signal or is not finite. Collective."""
-    s, step, (step_before, ms_before) = run.s, run.step, run.logged
-    numbers = torch.stack((step_loss, torch.full_like(step_loss, run.signal)))
-    if dist.is_initialized():
-        dist.all_reduce(numbers)
-    loss, stop = numbers.tolist()
-    run.train_ms += 1000 * (time.perf_counter() - began)
-    if not math.isfinite(loss + norm):
-        run.status = f"the loss of step {step} is {loss}, the norm of its gradient {norm}"
-        return
-    if stop and step < s.iterations:
-        run.status = "interrupted"
-    step_ms = (run.train_ms - ms_before) / (step - step_before)
-    speed = 1000 * s.batch_tokens / step_ms
-    run.log("train", loss, f"{step_ms:.1f} ms/step  {speed:,.0f} tokens/s", step_ms=step_ms,
-            tokens_per_s=speed, lr=rate_scale(s, step - 1), grad_norm=norm,
-            seq_len=s.seq_len, window=s.window, batch_tokens=s.batch_tokens)
-    run.logged = step, run.train_ms
+        losses.append(step_loss)
+        step += 1
+        last = step == s.iterations
+        save = s.save_last if last else s.save_every and step % s.save_every == 0
+        if run.log_due(step, position) or last or save:
+            train_loss = run.read_losses(losses, step)  # raises if one is not finite
+            losses.clear()
+            run.log_step(step, train_loss, norm.item())
+        if save or run.over:  # first: what follows may fail
+            run.save(step)
+        if run.validation_due(step):
+            validate(run, compiled, step)
+    run.finish(step)
 
 @torch.no_grad()
-def validate(run: Progress, model: nn.Module, stream: ValStream):
-    """The mean loss of the validation stream in nats per token, logged. Collective."""
-    s, (rank, size) = run.s, own_place()
-    rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // size)))
-    total = torch.zeros((), dtype=torch.float64, device=s.device)
-    for start in range(rank * rows, stream.num_rows + rank * rows, rows * size):
-        total += model(*torch.from_numpy(stream.rows(start, rows)).to(s.device))[0]
-    if size > 1:
-        dist.all_reduce(total)
-    loss = total.item() / stream.num_tokens
-    if not math.isfinite(loss):
-        run.status = f"the validation loss after step {run.step} is {loss}"
-        return
-    run.val_loss, bpb = loss, bits_per_byte(loss, run.config["data"]["meta"])
-    run.log("val", loss, f"{bpb:.4f} bits per byte" if bpb else "nats per token", val_bpb=bpb)
-    if s.target_loss and loss <= s.target_loss:
-        run.status = "target"
+def validate(run: Run, model: nn.Module, step: int):
+    """The mean loss of the validation stream in nats per token, logged, outside the clock. Collective."""
+    s, stream, (rank, _, size) = run.s, run.stream, run.world
+    with run.clock.paused():
+        rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // size)))
+        total = torch.zeros((), dtype=torch.float64, device=s.device)
+        for start in range(rank * rows, stream.num_rows + rank * rows, rows * size):
+            total += model(*torch.from_numpy(stream.rows(start, rows)).to(s.device))[0]
+        if size > 1:
+            dist.all_reduce(total)
+        run.log_validation(step, total.item() / stream.num_tokens)
 
-def save_checkpoint(run: Progress, model: GPT, optimizers: list, place: dict):
-    """Writes a checkpoint on rank 0. A full disk is a warning, but at the end of the run an error."""
-    if own_place()[0]:
-        return
-    final = run.folder / "checkpoints" / f"step_{run.step:06d}"
-    part = final.with_suffix(".tmp")
-    state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    meta = {"step": run.step, "train_time_ms": run.train_ms, "val_loss": run.val_loss}
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        torch.save(state, part / "state.pt")
-        with open(part / "state.pt", "rb+") as file:
-            os.fsync(file)
-        meta |= run.config | {"position": place, "sha256": file_hash(part / "state.pt")}
-        (part / "meta.json").write_text(json.dumps(meta, indent=1))
-        shutil.rmtree(final, ignore_errors=True)  # there if a run was resumed from an earlier one
-        os.replace(part, final)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        shutil.rmtree(part, ignore_errors=True)
-        text = f"could not write {final}: {str(error).splitlines()[0]}; free some space, earlier ones are intact"
-        if run.status != "done" or run.step == run.s.iterations:
-            raise UserError(text) from error
-        return run.print(f"warning: {text}; training goes on")
-    run.print(f"checkpoint {final}")
-    others = sorted(final.parent.glob("step_*[0-9]"), key=os.path.getmtime)
-    for old in others[:-run.s.keep]:
-        shutil.rmtree(old, ignore_errors=True)
+def bits_per_byte(loss: float, meta: dict) -> float | None:
+    """Loss in nats per token -> bits per byte, by the val split's tokens per byte; None if not known."""
+    split = meta["splits"].get("val", {})
+    known = split.get("bytes") and split.get("tokens")
+    return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
 
-def finish(run: Progress, total: int, active: int) -> int:
-    """The end of the logs, and the exit code, SIGTERM's if another rank got a signal; or UserError."""
-    s, ms, step, reached = run.s, run.train_ms, run.step, run.status == "target"
-    wrong = run.status not in ("done", "interrupted", "target")
-    bpb = run.val_loss and bits_per_byte(run.val_loss, run.config["data"]["meta"])
-    end = {
-        "event": "end", "status": "nan" if wrong else run.status, "step": step,
-        "iterations": s.iterations, "train_time_ms": ms, "val_loss": run.val_loss, "val_bpb": bpb,
-        "tokens_per_s": 1000 * step * s.batch_tokens / ms, "params_total": total,
-        "params_active": active, "peak_memory_mib": torch.cuda.max_memory_allocated() >> 20 or None,
-        "target_step": step if reached else None, "target_time_ms": ms if reached else None,
-    }
-    run.write(json.dumps(end), "metrics.jsonl")
-    if wrong:
-        raise UserError(f"{run.status}; lower --max-lr and --muon-lr. Checkpoints: {run.folder}")
-    if reached:
-        run.print(f"target loss {s.target_loss} reached: step {step}, {ms / 1000:.2f} s")
-    return 128 + (run.signal or signal.SIGTERM) if run.status == "interrupted" else 0
+def start_processes(device: str) -> World:
+    """The process group that torchrun announces in the environment, joined; alone without it."""
+    if "RANK" not in os.environ:
+        return World()
+    world = World(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # 2.13 renames collectives
+    import torch._dynamo  # noqa: F401 - later it would keep the group alive past its end
+    if device == "cpu":
+        dist.init_process_group("gloo")
+        return world
+    gpus = torch.cuda.device_count()
+    if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
+        raise UserError(f"torchrun started more processes than there are GPUs: use --nproc_per_node={gpus}")
+    torch.cuda.set_device(world.local_rank)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))
+    return world
 
-# differs from train_gpt.py: plain
 def main(argv: list[str] | None = None) -> int:
-    """Command line -> exit code. A sentence, not a traceback, for what the user can repair."""
-    code, local_rank = 1, int(os.environ.get("LOCAL_RANK", 0))
+    """Command line -> exit code. One sentence instead of a traceback for what a user can repair."""
+    code, world_size = 1, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # says once a machine what all ranks know
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
     try:
-        s, hardware = parse_settings(argv, int(os.environ.get("WORLD_SIZE", 1)))
+        s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())
-        if s.device == "cuda":
-            torch.cuda.set_device(local_rank)
-        if "RANK" in os.environ:
-            dist.init_process_group("nccl" if s.device == "cuda" else "gloo")
-        code = train(s, hardware)
-    except torch.OutOfMemoryError as error:
-        print(f"error: {error}; use a smaller --micro-tokens", file=sys.stderr)
-    except (UserError, OSError) as error:
-        if local_rank == 0:  # what is wrong everywhere is said once a machine
-            print(f"error: {error}", file=sys.stderr)
+        run = Run(s, hardware, start_processes(s.device), notes)
+        with run.undo:
+            train(run)
+        # torchrun would call a clean stop a failure, and show a traceback
+        stopped = run.status == "interrupted" and "TORCHELASTIC_RUN_ID" not in os.environ
+        code = 128 + run.stop_signal if stopped else 0
+    except NothingToDo as done:
+        code = 0
+        if first:
+            print(printable(str(done)))
     except KeyboardInterrupt:
         code = 130
-    finally:
-        # after an error NCCL might wait here for ranks that are elsewhere
+    except Exception as error:
+        memory = out_of_memory(error)
+        if not memory and not isinstance(error, (UserError, OSError, TrainingStopped)):
+            raise
+        hint = "; use a smaller --micro-tokens, and --seq-len if that is as large" if memory else ""
+        if first or memory:
+            print(printable(f"error: {error}{hint}"), file=sys.stderr)
+    finally:  # after an error NCCL might wait here for ranks that are elsewhere
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe, a full disk: the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+def out_of_memory(error: Exception) -> bool:
+    """Of the GPU, or of a CPU, where torch raises a plain RuntimeError."""
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,10 +3,12 @@
 The equations take one document at a time, one head at a time and one token at a time, from a model's parameters."""
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import helpers
+import pytest
 import torch
 from helpers import VOCAB, flags, make_data, run_folder
 from torch import Tensor
@@ -14,8 +16,10 @@ from torch import Tensor
 import train_baseline as tb
 from train_baseline import GPT, Settings
 
-CPU = {"device": "cpu", "name": "test CPU", "bf16": False}
-H100 = {"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "bf16": True}
+needs_gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+                                reason="torch was built without gloo")
+CPU = {"device": "cpu", "name": "test CPU", "memory_gib": 8.0, "bf16": False}
+H100 = {"device": "cuda", "name": "NVIDIA H100 80GB HBM3", "memory_gib": 79.6, "bf16": True}
 TYPES = ("gpt", "moderngpt", "ngpt", "moegpt")
 # Every run spells out device, dtype and threads, so that it is the same arithmetic on every machine.
 TINY = dict(
@@ -301,16 +305,38 @@ def load_state(folder: Path, step: int) -> dict[str, Tensor]:
     return flatten(torch.load(path, map_location="cpu", weights_only=True), "")
 
 
+def rewrite_state(path: Path, state):
+    """Another state.pt in a checkpoint, whose hash and size its meta.json says."""
+    torch.save(state, path / "state.pt")
+    rewrite_meta(path, sha256=tb.file_hash(path / "state.pt"), bytes=(path / "state.pt").stat().st_size)
+
+
+def rewrite_meta(path: Path, **changes):
+    """Other values in a checkpoint's meta.json; None: the key goes."""
+    meta = json.loads((path / "meta.json").read_text()) | changes
+    (path / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+
+
 def script_runs(world, command_lines: list[list[str]]) -> list[int]:
-    """Runs of the script's loop, in a process that stands for one of torchrun's."""
-    return [tb.train(*tb.parse_settings(argv, world.size)) for argv in command_lines]
+    """Runs of the script's loop, in a process that stands for one of torchrun's; how each ended."""
+    ended = []
+    for argv in command_lines:
+        s, hardware, notes = tb.parse_settings(argv, world.size)
+        try:
+            run = tb.Run(s, hardware, tb.World(*world), notes)
+            with run.undo:
+                tb.train(run)
+            ended.append(run.status)
+        except (tb.UserError, OSError) as error:
+            ended.append(f"{type(error).__name__}: {error}")
+    return ended
 
 
 def shared_batches(world, data: str) -> list[Tensor]:
     """The share of a process in 20 batches."""
     s = settings("gpt")
     rows = tb.training_rows(s, tb.open_corpus(data))
-    return [tb.next_batch(rows, s)[0] for _ in range(20)]
+    return [tb.next_batch(rows, s, tb.World(*world))[0] for _ in range(20)]
 
 
 def launch(argv: list[str], before: str = ""):

@@ -15,8 +15,10 @@ from baseline import (
     load_state,
     logits,
     loss,
+    needs_gloo,
     packed,
     random_model,
+    rewrite_state,
     run,
     script_runs,
     settings,
@@ -45,8 +47,6 @@ import train_gpt
 from evals import hellaswag
 from train_baseline import GPT
 
-needs_gloo = pytest.mark.skipif(not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-                                reason="torch was built without gloo")
 CHARS = "\n" + "".join(map(chr, range(48, 47 + VOCAB)))
 KINDS = {**{name: (name, {}) for name in TYPES},
          "moderngpt, muon": ("moderngpt", dict(optimizer="muon", muon_weight_decay=0.1)),
@@ -287,7 +287,7 @@ def test_balance_spreads_the_load(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_run_continues_to_the_bit(kind, tmp_path, monkeypatch, whole):
-    """Ended within step 6 without a last word; the checkpoint is that of step 3."""
+    """Ended within step 6 by an error that is none of the data; what is saved is step 5."""
     model_type, changes = KINDS[kind]
     expected, calls = whole(kind), itertools.count(1)
     argv = tiny(tmp_path, model_type, data=expected.parents[3] / "data", **SAVES, **changes)
@@ -301,7 +301,7 @@ def test_resumed_run_continues_to_the_bit(kind, tmp_path, monkeypatch, whole):
         patch.setattr(tb, "next_batch", next_batch)
         assert tb.main(argv) == 130
     folder = run_folder(tmp_path)
-    assert steps_saved(folder) == [3]
+    assert steps_saved(folder) == [3, 5] and records(folder)[-1]["status"] == "error"
     assert tb.main([*argv, "--resume"]) == 0
     assert losses(folder) == losses(expected) and len(set(losses(folder)["train_loss"].values())) == 8
     for step in (6, 8):
@@ -354,14 +354,14 @@ def test_a_run_is_not_resumed_with_other_settings(change, word, whole, capsys):
 
 
 def test_a_checkpoint_of_the_sharded_optimizer_is_refused(tmp_path, whole, capsys):
-    """Of before torch.optim: its meta.json does not know the kind of state."""
-    shutil.copytree(whole("gpt"), tmp_path / "logs" / "x" / "run")
-    for path in (tmp_path / "logs" / "x" / "run" / "checkpoints").iterdir():
-        meta = json.loads((path / "meta.json").read_text())
-        del meta["optimizer_state"]
-        (path / "meta.json").write_text(json.dumps(meta))
+    """Of before torch.optim: its state has neither model nor optimizers."""
+    folder = tmp_path / "logs" / "x" / "run"
+    shutil.copytree(whole("gpt"), folder)
+    for path in (folder / "checkpoints").iterdir():
+        rewrite_state(path, {"optimizer": {"steps": 8}})
     assert tb.main([*tiny(tmp_path, data=whole("gpt").parents[3] / "data", **SAVES), "--resume"]) == 1
-    assert "optimizer_state: None in the checkpoint, of torch.optim now" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "state.pt: model is None, not an object" in said and said.endswith("or name a run's folder\n")
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, whole, capsys):
@@ -374,11 +374,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, whole, capsy
     content[len(content) // 2] ^= 1
     broken.write_bytes(content)
     assert tb.main(argv) == 0
-    assert "step_000008 is damaged; trying the one before" in capsys.readouterr().out
+    said = capsys.readouterr().err
+    assert "step_000008 cannot be used (state.pt does not match its sha256); trying the one before it" in said
     assert_same_state(load_state(folder, 8), load_state(expected, 8))
     for path in (folder / "checkpoints").iterdir():
         (path / "state.pt").unlink()
-    assert tb.main(argv) == 1 and "no intact checkpoint" in capsys.readouterr().err
+    assert tb.main(argv) == 1 and "no whole checkpoint" in capsys.readouterr().err
 
 
 def test_only_the_newest_checkpoints_stay_and_a_full_disk_costs_none(tmp_path, monkeypatch, capsys):
@@ -416,7 +417,8 @@ def two_ranks(tmp_path_factory, whole):
         metrics.write_text("\n".join(early) + "\n")
         command_lines.append([*tiny(old, model_type, **where, micro_tokens=64), "--resume"])
         found[kind].append(old)
-    assert run_ranks(script_runs, 2, base, command_lines) == [[0] * len(command_lines)] * 2
+    ended = ["target" if "--target-loss" in argv else "done" for argv in command_lines]
+    assert run_ranks(script_runs, 2, base, command_lines) == [ended] * 2
     return {kind: [run_folder(folder) for folder in folders] for kind, folders in found.items()}
 
 
@@ -459,7 +461,7 @@ def test_a_compiled_run_has_the_same_losses(kind, tmp_path, monkeypatch, whole):
     compile_traced, (model_type, changes) = torch.compile, KINDS[kind]
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_traced(
         f, backend="eager", fullgraph=model_type != "moegpt", **options))
-    monkeypatch.setattr(tb, "misfits", lambda asked, s, size: [])
+    monkeypatch.setattr(tb, "misfits", lambda *_: [])
     torch._dynamo.reset()
     data = whole(kind).parents[3] / "data"
     folder = run(tmp_path, model_type, data=data, compile=True, **SAVES, **changes)
@@ -501,7 +503,7 @@ def test_the_same_data_in_the_same_order_as_train_gpt(changes, tmp_path):
     rows = tb.training_rows(own, tb.open_corpus(data))
     for step in range(20):
         (expected,), position = loader.next(step)
-        found, place = tb.next_batch(rows, own)
+        found, place = tb.next_batch(rows, own, tb.World())
         assert torch.equal(found[:2], expected[:2]) and place == position, step
         assert torch.equal(found[2].diff(), expected[2].diff()), "documents begin at the same places of a row"
     loader.close()
@@ -510,7 +512,7 @@ def test_the_same_data_in_the_same_order_as_train_gpt(changes, tmp_path):
 @needs_gloo
 def test_processes_share_the_batch_of_one(tmp_path):
     data = str(make_data(tmp_path / "data"))
-    one, two = shared_batches(None, data), run_ranks(shared_batches, 2, tmp_path, data)
+    one, two = shared_batches((0, 0, 1), data), run_ranks(shared_batches, 2, tmp_path, data)
     for batch, parts in zip(one, zip(*two, strict=True), strict=True):
         assert torch.equal(torch.cat(parts, dim=1), batch) and parts[0].size(1) == 2
 
