@@ -2465,7 +2465,8 @@ class Run:
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
         self.checkpoint, self.meta, self.state, self.changed = None, {}, {}, {}
         if s.resume:  # before a model is built that may be another
-            for found in on_rank_zero(world, lambda: checkpoints_in(resume_place(s))[:1]):
+            known = on_rank_zero(world, lambda: checkpoints_in(resume_place(s), tell=lambda *_: None))
+            for found in known[:1]:
                 self._changes(*found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
@@ -2833,7 +2834,7 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)  # does nothing where the console is closed from the start
     except OSError:  # a closed pipe, a full disk: the interpreter would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

@@ -189,6 +189,16 @@ def test_a_full_disk_under_the_console_costs_its_lines_only(tmp_path, whole):
     assert losses(run_folder(tmp_path)) == losses(whole) and steps_saved(run_folder(tmp_path)) == [8]
 
 
+@pytest.mark.parametrize("name", ["train_gpt.py", "train_baseline.py"])
+def test_a_console_that_is_closed_from_the_start_is_not_missed(name, tmp_path):
+    """`>&- 2>&-`: sys.stdout and sys.stderr are None then."""
+    argv = " ".join(map(str, tiny(tmp_path, iterations=1)[:6]))
+    flags = "--preset cpu --iterations 1 --width 24 --head-dim 12 --eval-tokens 300 --dtype fp32 --no-compile"
+    command = f"{sys.executable} {SCRIPT.with_name(name)} {argv} {flags} --num-layers 2 >&- 2>&-"
+    assert subprocess.run(command, shell=True, env=environment(), timeout=240).returncode == 0
+    assert steps_saved(run_folder(tmp_path)) == [1]
+
+
 def test_a_console_that_lacks_characters_is_written_all_the_same(tmp_path):
     argv = tiny(tmp_path, log_dir=tmp_path / "übung\x1b[31m")
     env = environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
