@@ -2587,9 +2587,10 @@ def write_json(path: Path, value: dict):
         temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
         sync(temporary)
         os.replace(temporary, path)
-    finally:
+        sync(path.parent)
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
@@ -2988,14 +2989,13 @@ def lock_folder(folder: Path):
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} of {platform.node()}".encode())
     except BlockingIOError as error:
         file.seek(0)
         raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
-    except OSError:
-        print(f"note: {folder} cannot be locked here: start no second --resume of it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {platform.node()}, started {time.ctime()}")
-    file.flush()
+    except OSError as error:
+        print(f"note: {folder / 'lock'}: {error.strerror}; start no second --resume of it")
     return file
 
 class RunLog:
@@ -3014,7 +3014,7 @@ class RunLog:
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config, changed=changed)
             return
-        (self.folder / "config.json").write_text(json.dumps(config, indent=1))
+        write_json(self.folder / "config.json", config)
         source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
         cpu = (f"Running on CPU: {hardware.name}, {torch.get_num_threads()} threads, {hardware.memory_gib:.1f} GiB, "
                f"{torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")

@@ -343,6 +343,15 @@ def test_a_log_that_cannot_be_written_is_told_once(tmp_path, capsys):
     assert (tmp_path / "log.txt").read_text() == "a line\n" * 5
 
 
+def test_a_full_disk_at_the_start_names_the_file(tmp_path, monkeypatch, capsys):
+    def full(path):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train_gpt, "sync", full)
+    assert train_gpt.main(tiny(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "config.json cannot be written: No space left on device" in error and error.count("\n") == 1
+
+
 def test_wandb_that_cannot_start_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     def init(**_):
         raise RuntimeError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])\nmore")
