@@ -366,8 +366,8 @@ def misfit(value, like, name: str) -> str:
         parts = (misfit(value.get(key), part, f"{name}: {key}") for key, part in like.items())
         return next(filter(None, parts), "")
     if isinstance(like, Tensor) and isinstance(value, Tensor):
-        is_, not_ = ((tuple(x.shape), x.dtype, x.layout, x.device.type) for x in (value, like))
-        return "" if is_ == not_ else f"{name} is {is_}, not {not_}"
+        is_, not_ = ((tuple(x.shape), x.dtype, x.layout) for x in (value, like))
+        return "" if is_ == not_ and not value.is_meta else f"{name} is {is_}, not {not_}"
     fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
     if isinstance(like, float):
         fits = type(value) in (int, float) and 0 <= value < 1e300
@@ -400,9 +400,10 @@ def write_json(path: Path, value: dict):
         temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
         sync(temporary)
         os.replace(temporary, path)
-    finally:
+        sync(path.parent)
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
@@ -1103,14 +1104,13 @@ def lock_folder(folder: Path):
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} of {platform.node()}".encode())
     except BlockingIOError as error:
         file.seek(0)
         raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
-    except OSError:
-        print(f"note: {folder} cannot be locked here: start no second --resume of it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {platform.node()}, started {time.ctime()}")
-    file.flush()
+    except OSError as error:
+        print(f"note: {folder / 'lock'}: {error.strerror}; start no second --resume of it")
     return file
 
 class World(NamedTuple):
@@ -1150,7 +1150,7 @@ class RunLog:
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config, changed=changed)
             return
-        (self.folder / "config.json").write_text(json.dumps(config, indent=1))
+        write_json(self.folder / "config.json", config)
         source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
         self.line(f"{source}\n{bar}\nRunning Python {sys.version}\n"
                   f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}\n"
@@ -1603,7 +1603,7 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)  # does nothing where the console is closed from the start
     except OSError:  # a closed pipe, a full disk: the interpreter would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

@@ -2587,9 +2587,10 @@ def write_json(path: Path, value: dict):
         temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
         sync(temporary)
         os.replace(temporary, path)
-    finally:
+        sync(path.parent)
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-    sync(path.parent)
+        raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
@@ -2988,14 +2989,13 @@ def lock_folder(folder: Path):
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} of {platform.node()}".encode())
     except BlockingIOError as error:
         file.seek(0)
         raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
-    except OSError:
-        print(f"note: {folder} cannot be locked here: start no second --resume of it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {platform.node()}, started {time.ctime()}")
-    file.flush()
+    except OSError as error:
+        print(f"note: {folder / 'lock'}: {error.strerror}; start no second --resume of it")
     return file
 
 class RunLog:
@@ -3014,7 +3014,7 @@ class RunLog:
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config, changed=changed)
             return
-        (self.folder / "config.json").write_text(json.dumps(config, indent=1))
+        write_json(self.folder / "config.json", config)
         source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
         cpu = (f"Running on CPU: {hardware.name}, {torch.get_num_threads()} threads, {hardware.memory_gib:.1f} GiB, "
                f"{torch.backends.cpu.get_cpu_capability()}, {platform.platform()}")
@@ -3112,7 +3112,8 @@ class Run:
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
         self.checkpoint, self.meta, self.state, self.changed = None, {}, {}, {}
         if s.resume:  # before a model is built that may be another
-            for found in on_rank_zero(world, lambda: checkpoints_in(resume_place(s))[:1]):
+            known = on_rank_zero(world, lambda: checkpoints_in(resume_place(s), tell=lambda *_: None))
+            for found in known[:1]:
                 self._changes(*found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
@@ -3480,7 +3481,7 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
     try:
-        sys.stdout.flush()
+        print(end="", flush=True)  # does nothing where the console is closed from the start
     except OSError:  # a closed pipe, a full disk: the interpreter would complain at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code

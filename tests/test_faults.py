@@ -189,6 +189,16 @@ def test_a_full_disk_under_the_console_costs_its_lines_only(tmp_path, whole):
     assert losses(run_folder(tmp_path)) == losses(whole) and steps_saved(run_folder(tmp_path)) == [8]
 
 
+@pytest.mark.parametrize("name", ["train_gpt.py", "train_baseline.py"])
+def test_a_console_that_is_closed_from_the_start_is_not_missed(name, tmp_path):
+    """`>&- 2>&-`: sys.stdout and sys.stderr are None then."""
+    argv = " ".join(map(str, tiny(tmp_path, iterations=1)[:6]))
+    flags = "--preset cpu --iterations 1 --width 24 --head-dim 12 --eval-tokens 300 --dtype fp32 --no-compile"
+    command = f"{sys.executable} {SCRIPT.with_name(name)} {argv} {flags} --num-layers 2 >&- 2>&-"
+    assert subprocess.run(command, shell=True, env=environment(), timeout=240).returncode == 0
+    assert steps_saved(run_folder(tmp_path)) == [1]
+
+
 def test_a_console_that_lacks_characters_is_written_all_the_same(tmp_path):
     argv = tiny(tmp_path, log_dir=tmp_path / "übung\x1b[31m")
     env = environment(PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
@@ -331,6 +341,15 @@ def test_a_log_that_cannot_be_written_is_told_once(tmp_path, capsys):
         log.line("a line")
     assert capsys.readouterr().out.count("metrics.jsonl: No space left on device; training goes on") == 1
     assert (tmp_path / "log.txt").read_text() == "a line\n" * 5
+
+
+def test_a_full_disk_at_the_start_names_the_file(tmp_path, monkeypatch, capsys):
+    def full(path):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train_gpt, "sync", full)
+    assert train_gpt.main(tiny(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "config.json cannot be written: No space left on device" in error and error.count("\n") == 1
 
 
 def test_wandb_that_cannot_start_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
