@@ -97,7 +97,7 @@ def check_outcome(main, argv: list, allowed=(0, 1, 2)) -> tuple[int, str]:
     assert code in allowed
     for text in (out, err) if main is not generate.main else (err,):  # a sample's bytes stay as they are
         assert not re.search(CONTROLS, text), "control characters"
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    errors = re.findall(r"^(?:\S+\.py: )?error: ", err, re.MULTILINE)
     assert len(errors) == (code in (1, 2)) and "Traceback" not in err and len(err) < 10_000
     return code, err
 
