@@ -211,6 +211,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     parser = build_parser()
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
+    if [] in given.values():  # what argparse makes of --max-lr=--
+        raise UserError("a flag is given -- as its value")
     hardware = find_device(given.get("device", "auto"))
     preset = given.get("preset", "auto")
     if preset == "auto":

@@ -2434,7 +2434,10 @@ def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tupl
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     """Command line -> Settings with every `auto` resolved, Hardware, and lines that explain the choices, list[str].
     Raises UserError with all that is wrong with the settings at once."""
-    given = vars(build_parser().parse_args(dashed(sys.argv[1:] if argv is None else argv)))
+    parser = build_parser()
+    given = vars(parser.parse_args(dashed(sys.argv[1:] if argv is None else argv)))
+    if [] in given.values():  # what argparse makes of --muon-lr=--
+        parser.error("a flag is given -- as its value")
     hardware = detect_hardware(given.get("device", "auto"))
     size, why = choose_preset(hardware, world_size, given.get("data", "auto"))
     wanted = given.get("preset", "auto")  # or a preset, KIND, KIND-auto
@@ -2898,8 +2901,10 @@ def find_checkpoint(place: Path, like: dict, num_shards: int) -> tuple[Path, dic
             wrong = misfit(state, like, "state.pt") or "its position" * (not place_left)
             if wrong or state["optimizer"]["steps"] != meta["step"]:
                 raise ValueError(wrong or "state.pt is of another step")
+            state["rng"] = state["rng"].contiguous()
+            torch.Generator().set_state(state["rng"])
             return path, meta, state
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             tell_damage(path, error)
     raise FileNotFoundError(f"no whole checkpoint in {place}: start without --resume, or name a run's folder")
 

@@ -415,7 +415,7 @@ DAMAGE = {
 }
 
 
-STATE = {"optimizer": {"steps": 4, "state": {"master": {"w": torch.arange(50.0)}}}, "rng": torch.arange(4)}
+STATE = {"optimizer": {"steps": 4, "state": {"master": {"w": torch.arange(50.0)}}}, "rng": torch.get_rng_state()}
 
 
 def state(step: int) -> dict:
@@ -475,6 +475,7 @@ WRONG_CONTENT = {
     "steps as text": change_state(optimizer={**STATE["optimizer"], "steps": "4"}),
     "no optimizer": change_state(optimizer=None),
     "no random state": change_state(rng=None),
+    "a random state of zeros": change_state(rng=torch.zeros_like(torch.get_rng_state())),
     "a list": change_state(all=[1, 2]),
     "a tensor": change_state(all=torch.zeros(3)),
     "step is text": change_meta(step="4"),

@@ -231,6 +231,7 @@ def test_checkpoints_of_before_a_setting_was_there_or_left_are_told_by_name():
     (["--iter", "5"], ["--iter"]),  # no abbreviations: a new flag must not change what an old command means
     (["--iterations", "many"], ["--iterations", "many"]),
     (["--iterations", "1.5"], ["--iterations", "1.5"]),
+    (["--muon-lr=--"], ["-- as its value"]),
     (["--iterations", "1.55e1"], ["--iterations", "1.55e1"]),
     (["--iterations", "1e400"], ["--iterations", "1e400"]),
     (["--iterations", "nan"], ["--iterations", "nan"]),
