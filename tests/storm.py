@@ -325,8 +325,8 @@ class Storm:
         r, problems, began = {}, [], time.time()
         r |= self.kill(case, folder, "killed", False)
         if not r["fired"]:
-            shutil.rmtree(folder)
-            return r | {"verdict": "not fired", "problems": []}
+            failed = [] if r["code"] == 0 else [f"the run ended before its signal: {folder}/killed.out"]
+            return r | {"verdict": "FAIL" if failed else "not fired", "problems": failed}
         text = (folder / "killed.out").read_text(errors="replace")
         problems += self.ending(case, r["code"], text)
         if case.twice and (found := checkpoints(folder, self.grok)):

@@ -128,7 +128,18 @@ def short(script, folder: Path, **changes) -> list[str]:
     return tiny(folder, **{"momentum_warmup": 0, "momentum_cooldown": 0, **changes})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Runs that do not wait for the disk, and do not ask git."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        for script in (train_gpt, train_moe, train_baseline):
+            patch.setattr(script, "command_output", lambda *command: None)
+        yield
+
+
 # --- settings
+
 
 def names_and_values(script):
     """Flags, as words: any setting, any value."""
@@ -142,7 +153,7 @@ def names_and_values(script):
 
 @SCRIPTS
 def test_settings(script):
-    @cases(400)
+    @cases(250)
     @given(names_and_values(script))
     def check(argv):
         def main(words):
@@ -166,7 +177,7 @@ def test_settings_of_a_run(script):
     left_out = ("help", "iterations", "device", "data", "log_dir", "experiment_name", "compile", "enable_profiling", "wandb")
     names = st.sampled_from([name for name in kinds if name not in left_out])
 
-    @cases(60)
+    @cases(40)
     @given(st.dictionaries(names, values, min_size=1, max_size=2))
     def check(changes):
         switches = {name for name in changes if kinds[name] == "bool"}
@@ -179,6 +190,7 @@ def test_settings_of_a_run(script):
 
 
 # --- JSON
+
 
 DEEP = functools.reduce(lambda inner, _: [inner], range(300), [])
 VALUES = st.one_of(st.none(), st.booleans(), st.sampled_from([*NUMBERS, 10**400]), st.sampled_from(WORDS),
@@ -230,7 +242,8 @@ def example_meta() -> dict:
 
 # --- data
 
-@cases(80)
+
+@cases(60)
 @given(st.data())
 def test_meta_of_data(data):
     script = data.draw(st.sampled_from([train_gpt, train_moe, train_baseline]))
@@ -300,6 +313,7 @@ def test_cache_of_hashes(data):
 
 # --- checkpoints
 
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders with a run that has checkpoints of the steps 1 and 2, by script."""
@@ -334,7 +348,7 @@ def goes_on(script, folder: Path):
 
 @SCRIPTS
 def test_meta_of_checkpoints(script, runs):
-    @cases(40)
+    @cases(30)
     @given(st.data())
     def check(data):
         with copy_of(runs[script]) as (folder, paths):
@@ -347,7 +361,7 @@ def test_meta_of_checkpoints(script, runs):
     check()
 
 
-ODD = [None, True, "x", [], {}, -1, 2**63 - 1, 2**63, 10**400, -1e299, 1e299, math.nan, math.inf]
+ODD = [None, True, "x", [], -1, 2**63 - 1, 10**400, -1e299, 1e299, math.nan]
 
 
 def test_each_number_of_a_checkpoint(runs):
@@ -417,7 +431,7 @@ def save_state(path: Path, content: bytes):
 
 @SCRIPTS
 def test_states_with_the_right_hash(script, runs):
-    @cases(50)
+    @cases(35)
     @given(st.data())
     def check(data):
         with copy_of(runs[script]) as (folder, paths):
@@ -486,7 +500,7 @@ COMMANDS = {  # of logger.py, on a run `a` that is odd and a whole one, `b`
 }
 
 
-@cases(150)
+@cases(100)
 @given(st.data())
 def test_logs(runs, data):
     (run,) = runs[data.draw(st.sampled_from([train_gpt, train_moe]))].glob("logs/x/*")
