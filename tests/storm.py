@@ -59,10 +59,9 @@ TRAPS = {  # phase -> the function at whose call, and how, the signal comes
     "resume": ("torch.load", "within"), "note": ("Run._note_validation", "before"),
 }
 NAMES = {  # what other scripts call these
-    "train_baseline.py": {"MuonAdamW.step": "next_batch", "evaluate": "validate", "write_checkpoint": "save_checkpoint",
-                          "RunLog.line": "Progress.write", "Run._note_validation": "report"},
-    "train_grokking.py": {"MuonAdamW.step": "step_numbers", "evaluate": "mean_scores", "write_checkpoint": "write_file",
-                          "RunLog.line": "say", "open_corpus": "make_equations", "Run._note_validation": "write_metrics"},
+    "train_baseline.py": {"MuonAdamW.step": "next_batch", "evaluate": "validate"},
+    "train_grokking.py": {"MuonAdamW.step": "step_numbers", "evaluate": "mean_scores", "write_checkpoint": "RunFolder.save",
+                          "RunLog.line": "RunFolder.say", "open_corpus": "make_equations", "Run._note_validation": "RunFolder.report"},
 }
 INJECT = r'''
 import json, os, shutil, signal, sys, threading, time
@@ -108,7 +107,7 @@ def half_removed(original, path, *args, **kwargs):
     return original(path, *args, **kwargs)
 
 def half_a_line(original, owner, text, *more):
-    folder = owner if isinstance(owner, os.PathLike) else owner.folder
+    folder = getattr(owner, "folder", None) or owner.path
     with open(os.path.join(folder, more[0] if more else "log.txt"), "a") as file:
         file.write(text[:int(len(text) * spec["part"])])
     fire()
