@@ -15,9 +15,17 @@ Grokking: Power et al. 2022 (arXiv 2201.02177), whose operations and token forma
 Tveit et al. 2025 (arXiv 2504.16041). Measured here: records/2026-11-20_grokking.
 Shapes: N equations, T tokens of one, D width, H heads, K key dim of a head, V vocabulary.
 """
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
+import contextlib
 import copy
 import difflib
+import errno
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -25,7 +33,6 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
@@ -46,9 +53,7 @@ from torch import Tensor
 class UserError(ValueError):
     """Wrong input that one sentence explains; `main` prints it without a traceback."""
 
-
 # --- Settings -------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Config:
@@ -59,13 +64,14 @@ class Config:
     log_dir: str = "logs"  # folder of all experiments
     seed: int = 0  # of weights, split and order of the equations [>= 0, < 4294967296]
     resume: str = ""  # latest run, a run's folder or a checkpoint file to go on with
-    prime: int = 223  # p: numbers are 0 to p - 1, results modulo p [> 1]
+    allow_change: str = ""  # settings that --resume may change, as lr,weight_decay
+    prime: int = 223  # p: numbers are 0 to p - 1, results modulo p [> 1, < 1000000]
     operation: str = "/"  # on a and b [+|-|*|/|x2y2|x2xyy2|x2xyy2x|x3xy|x3xy2y]
     train_fraction: float = 0.5  # part of the equations that is trained on [> 0, < 1]
-    layers: int = 2  # transformer layers [> 0]
-    width: int = 128  # of the residual stream, a multiple of heads [> 0]
-    heads: int = 4  # attention heads [> 0]
-    mlp_ratio: int = 4  # hidden size of the MLP / width [> 0]
+    layers: int = 2  # transformer layers [> 0, <= 1000]
+    width: int = 128  # of the residual stream, a multiple of heads [> 0, <= 1000000000]
+    heads: int = 4  # attention heads [> 0, <= 1000000000]
+    mlp_ratio: int = 4  # hidden size of the MLP / width [> 0, <= 1000000]
     optimizer: str = "adamw"  # of the matrices of attention and MLP [adamw|muon]
     lr: float = 0.001  # AdamW's rate; with muon that of all other weights [>= 0]
     beta1: float = 0.9  # decay of AdamW's mean of gradients [>= 0, < 1]
@@ -75,19 +81,18 @@ class Config:
     muon_lr: float = 0.02  # Muon's rate [>= 0]
     muon_momentum: float = 0.95  # Nesterov momentum [>= 0, < 1]
     muon_weight_decay: float = 0.1  # its decay / rate; with 1 it learns nothing [>= 0]
-    warmup_steps: int = 10  # in which the rates rise to what they stay [>= 0]
-    batch_size: int = 512  # equations of a step; all where there are fewer [> 0]
-    iterations: int = 15000  # optimizer steps, at most [> 0]
-    eval_every: int = 400  # steps between evaluations on all equations [> 0]
+    warmup_steps: int = 10  # in which the rates rise to what they stay [>= 0, <= 1000000000]
+    batch_size: int = 512  # equations of a step; all where there are fewer [> 0, <= 1000000000]
+    iterations: int = 15000  # optimizer steps, at most [> 0, <= 1000000000]
+    eval_every: int = 400  # steps between evaluations on all equations [> 0, <= 1000000000]
     stop_accuracy: float = 0.99  # stop a tenth later than this; 0: never [>= 0, <= 1]
-    save_every: int = 10  # evaluations between checkpoints [> 0]
+    save_every: int = 10  # evaluations between checkpoints [> 0, <= 1000000000]
     plot: bool = True  # draw curve.png at the end (bench/grokking.py)
     sweep: bool = False  # draw a phase diagram instead (bench/grokking.py)
     device: str = "auto"  # where to run [auto|cpu|cuda]
     dtype: str = "auto"  # of products; auto: bf16 where it is fast [auto|bf16|fp32]
     compile: bool = True  # torch.compile of a step and of the evaluation
-    threads: int = 0  # CPU threads; 0: torch's choice [>= 0]
-
+    threads: int = 0  # CPU threads; 0: torch's choice [>= 0, <= 1024]
 
 # differs from train_gpt.py: another task
 PRESETS: dict[str, dict] = {
@@ -98,10 +103,12 @@ PRESETS: dict[str, dict] = {
                   eval_every=50, dtype="fp32", compile=False),
 }
 FREE_ON_RESUME = {"preset", "experiment_name", "log_dir", "resume", "iterations", "stop_accuracy", "save_every",
-                  "plot", "sweep", "device", "dtype", "compile", "threads"}
+                  "plot", "sweep", "device", "dtype", "compile", "threads", "allow_change"}
+# that decide the equations or the shapes of the weights: no --allow-change
+FIXED = {"seed", "prime", "operation", "train_fraction", "layers", "width", "heads", "mlp_ratio", "optimizer"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 COMPARE = {">": gt, ">=": ge, "<": lt, "<=": le}
-
 
 @functools.cache
 def flag_comments() -> dict[str, str]:
@@ -109,6 +116,11 @@ def flag_comments() -> dict[str, str]:
     source = inspect.getsource(Config)
     return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, re.MULTILINE))
 
+def whole_number(word: str) -> int:
+    """12, 1_000 or 1e6, for argparse."""
+    if not float(word).is_integer():  # nor are nan and inf
+        raise ValueError
+    return int(float(word)) if {*"e.E"} & {*word} else int(word)
 
 def flag_parser() -> argparse.ArgumentParser:
     """One flag for each setting, with dashes or underscores."""
@@ -116,7 +128,7 @@ def flag_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, allow_abbrev=False, exit_on_error=False)
     for field in fields(Config):
         flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
-        options = dict(type=field.type, metavar="X")
+        options = dict(type=whole_number if field.type is int else field.type, metavar="X")
         if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
         if field.name == "resume":
@@ -124,7 +136,6 @@ def flag_parser() -> argparse.ArgumentParser:
         text = f"{flag_comments()[field.name]} (default: {field.default})"
         parser.add_argument(*sorted(flags), default=argparse.SUPPRESS, help=text, **options)
     return parser
-
 
 # differs from train_gpt.py: fewer choices
 def parse_settings(argv: list[str] | None) -> tuple[Config, list[str]]:
@@ -151,7 +162,6 @@ def parse_settings(argv: list[str] | None) -> tuple[Config, list[str]]:
         notes.append("no C++ compiler: install g++ for faster steps")
     return replace(s, device=device, dtype=dtype, compile=compile), notes
 
-
 def setting_problems(s: Config, given: dict) -> list[str]:
     """A sentence for each setting that its bracket, another setting or this machine does not allow."""
     problems = []
@@ -161,7 +171,16 @@ def setting_problems(s: Config, given: dict) -> list[str]:
         fits = all(COMPARE[sign](value, int(bound)) for sign, bound in bounds)
         if not fits or ("|" in bracket and value not in bracket.split("|")):
             allowed = bracket.replace("|", " or ").replace(", ", " and ")
-            problems.append(f"--{name} {value}: must be {allowed}")
+            problems.append(f"--{name} {str(value)[:40]}: must be {allowed}")
+        elif value == math.inf:
+            problems.append(f"--{name} inf: must be a finite number")
+        elif name in given and value == "" or "\0" in str(value):
+            hint = "; leave the value out for the latest run" if name == "resume" else ""
+            problems.append(f"--{name} {value!r}: must be a name{hint}")
+    problems += [f"--allow_change {name}: no run can go on with another one" for name in s.allow_change.split(",")
+                 if name in FIXED or name not in ("", *flag_comments())]
+    if s.allow_change and not s.resume:
+        problems.append("--allow_change: has no effect without --resume")
     if problems:
         return problems
     if not is_prime(s.prime):
@@ -175,9 +194,39 @@ def setting_problems(s: Config, given: dict) -> list[str]:
         problems.append(f"--width {s.width}: must be a multiple of --heads {s.heads}")
     if s.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
+    need, there = memory_needed(s), memory_there(s)
+    if not problems and need > there:
+        problems.append(f"at least {need / 1e9:,.1f} GB of memory are needed, {there / 1e9:,.1f} GB are there: "
+                        f"use {smaller(s, there)}")
     unread = [name for name in given if name.startswith("muon") and s.optimizer != "muon"]
     return problems + [f"--{name}: has no effect without --optimizer muon" for name in unread]
 
+def memory_needed(s: Config) -> int:
+    """Bytes without which a run cannot be: weights, gradients, moments, one step's activations, equations."""
+    count, width = s.prime**2, s.width
+    weights = s.layers * (4 + 2 * s.mlp_ratio) * width**2 + 2 * s.prime * width
+    tokens = 5 * (s.layers - 1) + 1  # of the last layer one
+    activations = tokens * (6 + 2 * s.mlp_ratio) * width + 2 * s.prime
+    rows = min(s.batch_size, int(s.train_fraction * count))
+    return 4 * (4 * weights + rows * activations) + 100 * count
+
+def memory_there(s: Config) -> int:
+    """Bytes of the GPU, or of this machine or container."""
+    if s.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties().total_memory
+    total, container = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "max"
+    with contextlib.suppress(OSError):
+        container = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    return min(total, int(container)) if container.isdecimal() else total
+
+def smaller(s: Config, limit: float) -> str:
+    """Flags, each of which alone may bring `memory_needed` down to the limit."""
+    found = []
+    for name in ("batch_size", "layers", "width"):
+        halves = [getattr(s, name) >> n for n in range(1, 31)]
+        fit = [n for n in halves if n and memory_needed(replace(s, **{name: n})) <= limit]
+        found += [f"--{name} {n}" for n in fit[:1]]
+    return " or ".join(found) or "a smaller --prime"
 
 # --- Data -----------------------------------------------------------------------------------------------------
 # An equation is five tokens, EOS a op b =, and an answer. Tokens: EOS, =, nine operations, 0 to p - 1.
@@ -197,10 +246,8 @@ EOS, EQUALS, FIRST_OPERATION = 0, 1, 2
 FIRST_NUMBER = FIRST_OPERATION + len(OPERATIONS)
 Weights = dict[str, Tensor]
 
-
 def is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
-
 
 def make_equations(s: Config) -> tuple[Tensor, Tensor]:
     """All equations as rows a, b, answer, (N, 3): those to train on, which the seed draws, and the others."""
@@ -213,7 +260,6 @@ def make_equations(s: Config) -> tuple[Tensor, Tensor]:
     equations = torch.tensor(rows)
     return equations[trained].to(s.device), equations[~trained].to(s.device)
 
-
 @functools.lru_cache(maxsize=1)
 def epoch_order(s: Config, count: int, epoch: int) -> Tensor:
     """Order of the training equations. Seed and epoch alone decide it: a resumed run needs only the step."""
@@ -221,18 +267,15 @@ def epoch_order(s: Config, count: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(count, generator=generator).to(s.device)
 
-
 def batch_at(s: Config, count: int, step: int) -> tuple[Tensor, Tensor]:
     """Order of a step's epoch, and where its batch starts there. Equations that fill no batch are left out."""
     size = min(s.batch_size, count)
     epoch, batch = divmod(step, count // size)
     return epoch_order(s, count, epoch), torch.tensor(batch * size, device=s.device)
 
-
 # --- Model ----------------------------------------------------------------------------------------------------
 # nanuGPT's: learned positions, post-norm layers with biases, a LayerNorm at the end, an untied head with bias.
 # Weights are a dict of fp32 tensors, those of all layers in one, so that Muon updates equal shapes in one call.
-
 
 def initial_weights(s: Config) -> Weights:
     """torch's own defaults for these modules, as in the reference: embeddings N(0, 1); linear layers and biases
@@ -263,11 +306,9 @@ def initial_weights(s: Config) -> Weights:
         "head_bias": uniform(narrow, vocab_size),
     }
 
-
 def dense(x: Tensor, weight: Tensor, bias: Tensor, s: Config) -> Tensor:
     """A product in s.dtype with fp32 weights."""
     return F.linear(*(z.to(DTYPES[s.dtype]) for z in (x, weight, bias)))
-
 
 def embed(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
     """Embedded EOS a op b =, (N, 5, D). Numbers are looked up by a product with one-hot rows: its gradient is the
@@ -279,7 +320,6 @@ def embed(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
     eos_ND, symbol_ND, equals_ND = (table[i].expand_as(a_ND) for i in (EOS, symbol, EQUALS))
     return torch.stack([eos_ND, a_ND, symbol_ND, b_ND, equals_ND], dim=1) + w["position"]
 
-
 def attention_sums(q_NQHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor) -> Tensor:
     """Causal attention of the last Q of T tokens, (N, Q, H, K), in fp32. As sums, which torch.compile fuses: with
     scaled_dot_product_attention a step takes 32 ms instead of 20, for so few tokens."""
@@ -289,7 +329,6 @@ def attention_sums(q_NQHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor) -> Tensor:
     visible_QT = positions[-q.size(1):, None] >= positions[None, :]
     weights_NQTH = scores_NQTH.masked_fill(~visible_QT[None, :, :, None], -math.inf).softmax(dim=2)
     return (weights_NQTH[..., None] * v[:, None]).sum(2)
-
 
 def layer(w: Weights, i: int, x_NTD: Tensor, s: Config, last: bool) -> Tensor:
     """Layer i, (N, T, D), or, of the last one, only the last token's output, (N, 1, D): nothing reads the others,
@@ -308,7 +347,6 @@ def layer(w: Weights, i: int, x_NTD: Tensor, s: Config, last: bool) -> Tensor:
     y = dense(hidden, w["mlp"][i, 1].mT, w["down_bias"][i], s)
     return F.layer_norm(x + y.float(), (s.width,), w["norm"][i, 1], w["norm_bias"][i, 1])
 
-
 def logits(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
     """Logits of the answers, (N, V), in fp32 for every dtype: in bf16 those of 20 would be 0.125 apart."""
     x = embed(w, a_N, b_N, s)
@@ -317,11 +355,9 @@ def logits(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
     x = F.layer_norm(x[:, -1], (s.width,), w["last_norm"], w["last_norm_bias"])
     return F.linear(x, w["head"], w["head_bias"])
 
-
 # --- Optimizer ------------------------------------------------------------------------------------------------
 # torch.optim's AdamW and Muon (tests compare them) as functions, so that forward, backward and update are one
 # compiled graph, and the equal matrices of all layers one product.
-
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest (semi-)orthogonal matrices, (.., rows, cols), about: their singular values go to about 1."""
@@ -334,7 +370,6 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         square = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, square, x, beta=3.4445)
     return (x.mT if tall else x).reshape(matrices.shape).float()
-
 
 def update_weights(w: Weights, grads: Weights, moments: dict, numbers: Tensor, s: Config):
     """One step of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) and of AdamW (Loshchilov & Hutter
@@ -356,13 +391,11 @@ def update_weights(w: Weights, grads: Weights, moments: dict, numbers: Tensor, s
         update = mean / correction1 / ((square / correction2).sqrt() + s.adam_eps)
         w[name].sub_(s.lr * scale * (update + s.weight_decay * w[name]))
 
-
 def step_numbers(s: Config, step: int) -> Tensor:
     """What changes from step to step: scale of the rates, a warm-up; 1 - beta1^step and 1 - beta2^step."""
     scale = min(1.0, (step + 1) / max(1, s.warmup_steps))
     corrections = [1 - beta ** (step + 1) for beta in (s.beta1, s.beta2)]
     return torch.tensor([scale, *corrections], device=s.device)
-
 
 def train_step(w: Weights, moments: dict, train, order, start, numbers, s: Config) -> Tensor:
     """Batch, forward, backward and update, one graph; returns the mean loss of the batch."""
@@ -376,12 +409,11 @@ def train_step(w: Weights, moments: dict, train, order, start, numbers, s: Confi
     update_weights(w, grads, moments, numbers, s)
     return value
 
-
 # --- Evaluation -----------------------------------------------------------------------------------------------
 
 EVAL_ROWS = 2048  # equations of one pass, which fit the caches of a CPU core
 MILESTONES = ("train_99", "val_50", "val_95", "val_99")  # percent of equations
-
+METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "weight_norm", "lr", "time_s")
 
 def score(w: Weights, rows_N3: Tensor, s: Config) -> Tensor:
     """Losses, and whether the answers are right, (2, N)."""
@@ -390,14 +422,12 @@ def score(w: Weights, rows_N3: Tensor, s: Config) -> Tensor:
     losses_N = F.cross_entropy(z_NV, targets_N, reduction="none")
     return torch.stack([losses_N, (z_NV.argmax(dim=-1) == targets_N).float()])
 
-
 def mean_scores(score, w: Weights, equations: Tensor, s: Config) -> list[float]:
     """Mean loss of some equations, and the share that is answered rightly."""
     size = min(EVAL_ROWS, len(equations))
     whole = F.pad(equations, (0, 0, 0, -len(equations) % size))  # equal shapes: one graph
     scores = torch.cat([score(w, rows, s) for rows in whole.split(size)], dim=1)
     return scores[:, :len(equations)].double().mean(dim=1).tolist()
-
 
 def milestones(metrics: list[dict]) -> dict[str, int | None]:
     """First evaluated step at which each accuracy was reached, None: never; gap: train_99 to val_99."""
@@ -409,179 +439,410 @@ def milestones(metrics: list[dict]) -> dict[str, int | None]:
     both = None not in (found["train_99"], found["val_99"])
     return found | {"gap": found["val_99"] - found["train_99"] if both else None}
 
-
 # --- Checkpoints and logs -------------------------------------------------------------------------------------
-# RUN/ckpt.pt is the newest state, RUN/ckpt_best.pt that of the best validation accuracy.
-
+# RUN/ckpt.pt is the newest state, RUN/ckpt_best.pt that of the best validation accuracy. Which of several is the
+# newest says `saved` in them, which rises with each; a file's time changes when it is copied.
 
 def initial_state(s: Config) -> dict:
-    """The content of a checkpoint, at step 0. Times in ms."""
+    """The content of a checkpoint without its settings, at step 0. Times in ms."""
     w = {name: z.to(s.device) for name, z in initial_weights(s).items()}
     hidden = ("attention", "mlp") if s.optimizer == "muon" else ()
     rest = [name for name in w if name not in hidden]
     names = {"momentum": hidden, "exp_avg": rest, "exp_avg_sq": rest}
     moments = {key: {name: torch.zeros_like(w[name]) for name in names[key]} for key in names}
-    return dict(step=0, weights=w, moments=moments, metrics=[], train_ms=0.0, eval_ms=0.0)
+    return dict(step=0, weights=w, moments=moments, metrics=[], train_ms=0.0, eval_ms=0.0, saved=0, changes=[],
+                status="running")
 
+def all_finite(state: dict) -> bool:
+    """Whether weights and moments are numbers; waits for the device."""
+    parts = (state["weights"], *state["moments"].values())
+    return all(bool(z.isfinite().all()) for part in parts for z in part.values())
 
-def load_checkpoint(s: Config) -> tuple[Path, dict]:
-    """Path and content of the newest checkpoint that --resume names. Raises FileNotFoundError without any, and
-    UserError if it is damaged or has other settings."""
-    place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
-    found = [place] if place.is_file() else [*place.glob("ckpt*.pt"), *place.glob("*/ckpt*.pt")]
-    if not found:
+def glance(path: Path) -> dict:
+    """A checkpoint's content, its tensors not yet read. Raises whatever the content of a file can raise."""
+    infos = zipfile.ZipFile(path).infolist()
+    if any(i.compress_type or i.filename.endswith(".pkl") and i.file_size > 2**28 for i in infos):
+        raise ValueError("not as torch.save writes it")
+    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
+        raise ValueError("no checkpoint of train_grokking.py")
+    state = {"saved": 0, "changes": [], "status": "done"} | state  # which older ones lack
+    kinds = {type(value) for value in state["settings"].values()}
+    if not type(state["saved"]) is type(state["step"]) is int or kinds - {str, int, float, bool}:
+        raise ValueError("counters or settings of a wrong type")
+    return state
+
+def adopted(found, wanted, name: str):
+    """A loaded value in the form of a wanted one: dicts have its keys, tensors its shape and are copied into it.
+    Raises ValueError that names what differs."""
+    if type(found) is not type(wanted):
+        raise ValueError(f"{name} is of type {type(found).__name__}, not {type(wanted).__name__}")
+    if isinstance(wanted, dict):
+        if odd := found.keys() ^ wanted.keys():
+            raise ValueError(f"{name} lacks or should not have {', '.join(sorted(map(str, odd)))}")
+        return {key: adopted(found[key], wanted[key], f"{name} {key}") for key in wanted}
+    if isinstance(wanted, Tensor):
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {wanted.dtype} {tuple(wanted.shape)}")
+        found = wanted.copy_(found)
+    if not (isinstance(found, str | list) or torch.as_tensor(found).isfinite().all()):
+        raise ValueError(f"{name} is not finite")
+    return found
+
+def whole_state(s: Config, path: Path, state: dict) -> dict:
+    """The content of a checkpoint, read and checked. Raises whatever the content of a file can raise."""
+    if part := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+        raise EOFError(f"wrong checksum of {part}")
+    state = {name: value for name, value in state.items() if name != "settings"}
+    state = adopted(state, initial_state(s), "the state")
+    form = {"step": 0} | dict.fromkeys(METRICS, 0.0)
+    steps = [adopted(m, form, "an evaluation")["step"] for m in state["metrics"]]
+    if sorted({0, *steps}) != [0, *steps] or state["step"] < max(steps, default=0):
+        raise ValueError(f"steps of its evaluations are not in order: {steps[:5]}")
+    json.dumps(state["changes"])  # or a TypeError
+    return state
+
+def load_checkpoint(s: Config, place: Path, notes: list[str]) -> tuple[Path, dict]:
+    """Path and content of the newest whole checkpoint of a run or an experiment, or of a file, if that is whole;
+    notes: which are damaged. Raises FileNotFoundError or UserError."""
+    single, found, damaged = place.is_file(), [], []
+    paths = place.parent.glob("ckpt*.pt") if single else (*place.glob("ckpt*.pt"), *place.glob("*/ckpt*.pt"))
+    paths = {path for path in (place, *paths) if path.is_file()}  # no FIFO
+    if not paths:
         raise FileNotFoundError(f"no checkpoint in {place}: start without --resume, or name a run's folder")
-    path = max(found, key=lambda path: path.stat().st_mtime_ns)
-    try:
-        if part := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-            raise EOFError(f"wrong checksum of {part}")
-        state = torch.load(path, map_location=s.device, weights_only=True)
-        check_same_run(s, path, state["settings"])
-    except (EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): resume the run's other checkpoint") from error
-    return path, state
+    for path in sorted(paths):
+        try:
+            state = glance(path)
+            found.append(((path == place, state["saved"], path.parent.name, state["step"]), path, state))
+        except Exception as error:  # noqa: BLE001 - which, the content decides
+            damaged.append(f"{path} is damaged ({told(error)[:300]})")
+    for _, path, state in sorted(found, key=lambda item: item[0], reverse=True):
+        changed = check_same_run(s, path, state["settings"])
+        try:
+            state = whole_state(s, path, state)
+            state["changes"] += [{"step": state["step"], "changed": changed}] if changed else []
+            notes += [f"{line}: another checkpoint is taken" for line in damaged]
+            return path, state
+        except Exception as error:  # noqa: BLE001
+            damaged.append(f"{path} is damaged ({told(error)[:300]})")
+    raise UserError("\n  ".join([f"no whole checkpoint in {place}:", *damaged]))
 
-
-def check_same_run(s: Config, path: Path, then: dict):
-    """Raises UserError that names the settings in which a checkpoint differs from this run."""
+def check_same_run(s: Config, path: Path, then: dict) -> dict[str, list]:
+    """Settings that --allow-change lets differ from a checkpoint's, name -> [then, now]. Raises UserError that names
+    all others that do."""
     gone = {"orthogonalizer": "newton_schulz"}  # older checkpoints have it; there is no other now
     now, then = gone | asdict(s), gone | then
-    lines = [f"--{name}: {then.get(name)} in the checkpoint, {now[name]} now" for name in now
-             if name not in FREE_ON_RESUME and then.get(name) != now[name]]
-    if lines:
-        lines.insert(0, f"{path} has other settings; use them, or start without --resume:")
-        raise UserError("\n  ".join(lines))
+    changed = {name: [then.get(name), now[name]] for name in now if then.get(name) != now[name]}
+    allowed = s.allow_change.split(",")
+    others = {name: pair for name, pair in changed.items() if name not in (*FREE_ON_RESUME, *allowed)}
+    if not others:
+        return {name: pair for name, pair in changed.items() if name in allowed}
+    hint = "" if others.keys() & {*FIXED, *gone} else f"--allow-change {','.join(others)}, "
+    lines = [f"--{name}: {' '.join(str(old).split())[:80]} in the checkpoint, {new} now"
+             for name, (old, new) in others.items()]
+    raise UserError("\n  ".join([f"{path} has other settings; {hint}use them, or start without --resume:", *lines]))
 
+def sync_names(folder: Path):
+    """Makes new names in a folder outlast a loss of power, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
-def say(folder: Path, text: str):
-    """Prints a line, and adds it to log.txt."""
-    print(text, flush=True)
-    with open(folder / "log.txt", "a", encoding="utf-8") as file:
-        file.write(text + "\n")
+def take_folder(folder: Path):
+    """The open file RUN/lock, whose lock ends with this process at the latest. Raises UserError: another has it."""
+    file = open(folder / "lock", "a+", encoding="utf-8", errors="replace")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"{folder} is in use by {file.read(200)}: wait for its end, or end it") from error
+    except OSError:
+        pass  # a full disk, or a file system without locks
+    return file
 
-
-def write_file(path: Path, content: bytes | dict):
-    """Replaces a file by a complete one. Raises OSError, and keeps the old one, on a full disk."""
-    if isinstance(content, dict):
-        torch.save(content, buffer := io.BytesIO())
-        content = buffer.getvalue()
+def write_file(path: Path, content: bytes, sync: bool = True):
+    """Replaces a file by a complete one, which outlasts a loss of power if synced. Raises OSError, and keeps the
+    old one, on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def write_metrics(folder: Path, s: Config, state: dict, status: str) -> dict:
-    """Writes metrics.json and returns its content."""
-    git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty"
-    result = {
-        "config": state["settings"],
-        "environment": {"torch": torch.__version__, "git": subprocess.getoutput(git),
-                        "platform": platform.platform(), "threads": torch.get_num_threads(),
-                        "device": torch.cuda.get_device_name() if s.device == "cuda" else "cpu"},
-        "parameters": sum(w.numel() for w in state["weights"].values()),
-        "milestones": milestones(state["metrics"]),
-        "total_steps": state["step"],
-        "train_time_s": state["train_ms"] / 1000,
-        "eval_time_s": state["eval_ms"] / 1000,
-        "step_ms": state["train_ms"] / max(1, state["step"]),
-        "best_val_acc": max((m["val_acc"] for m in state["metrics"]), default=None),
-        "status": status,
-        "metrics": state["metrics"],
-    }
-    write_file(folder / "metrics.json", json.dumps(result, indent=1).encode())
-    return result
-
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        sync_names(path.parent)
 
 # --- Training -------------------------------------------------------------------------------------------------
-
 
 def bench_grokking(*arguments: str) -> int:
     """Runs bench/grokking.py, which draws and sweeps; its exit code."""
     tool = Path(__file__).resolve().parent / "bench" / "grokking.py"
     return subprocess.call([sys.executable, str(tool), *arguments])
 
-
 def past_target(s: Config, state: dict) -> bool:
     """True a tenth more steps after the accuracy to stop at, so that the curve shows it."""
     good = [m["step"] for m in state["metrics"] if m["val_acc"] >= s.stop_accuracy > 0]
     return state["step"] >= 1.1 * min(good, default=math.inf)
 
+def must_evaluate(s: Config, state: dict) -> bool:
+    """Whether an evaluation is due that has not been: a checkpoint may have been written before it."""
+    step, metrics = state["step"], state["metrics"]
+    due = step and (step % s.eval_every == 0 or step in (30, 100, s.iterations))  # 30: left end of a logarithmic axis
+    return bool(due) and not (metrics and metrics[-1]["step"] >= step)
+
+def is_over(s: Config, state: dict) -> bool:
+    return not must_evaluate(s, state) and (state["step"] >= s.iterations or past_target(s, state))
+
+class Training:
+    """A run under way: settings, folder, content of its checkpoints, the signals that ask it to stop."""
+
+    def __init__(self, s: Config, folder: Path, state: dict, kept: int | None):
+        self.s, self.folder, self.state = s, folder, state
+        self.kept = kept  # step of the newest checkpoint
+        self.signals: list[int] = []
+        self.whole = True  # False while a step changes the weights
+        self.do_step, self.do_score = train_step, score
+        self.train_set, self.val_set = make_equations(s)
+        self.began = time.perf_counter()
+
+    def warm_up(self):
+        """Compiles, and runs on copies, outside the clock."""
+        s, train_set, weights = self.s, self.train_set, self.state["weights"]
+        self.do_step, self.do_score = (torch.compile(f, dynamic=False, fullgraph=True) for f in (train_step, score))
+        copies = copy.deepcopy((weights, self.state["moments"]))
+        self.do_step(*copies, train_set, *batch_at(s, len(train_set), 0), step_numbers(s, 0), s)
+        for equations in (train_set, self.val_set):
+            mean_scores(self.do_score, weights, equations, s)
+
+    def stop(self, number: int, frame):
+        """On a signal: asks to stop. A second one ends the process, but for SIGHUP: a closed terminal sends two."""
+        self.signals.append(number)
+        for other in STOPS:
+            signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # no print: the signal may have come within one
+            os.write(2, f"{signal.Signals(number).name}: saving; once more ends it at once\n".encode())
+
+    def say(self, text: str):
+        """Prints a line, and adds it to log.txt. A full disk costs lines; where nobody reads them the run stops."""
+        text = harmless(text)
+        with contextlib.suppress(OSError):
+            with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # `| head`, a terminal that is gone
+                self.signals.append(signal.SIGPIPE)
+                sys.stdout = open(os.devnull, "w")
+
+    def lap(self, name: str):
+        """Adds the time since the last call to train_ms or eval_ms."""
+        now = time.perf_counter()
+        self.state[name] += 1000 * (now - self.began)
+        self.began = now
+
+    def write(self, name: str, content: bytes, sync: bool = True) -> str:
+        """Replaces a file. Where that fails, the old one stays: a warning, which is returned."""
+        try:
+            write_file(self.folder / name, content, sync)
+        except OSError as error:
+            problem = f"{self.folder / name} cannot be written ({error.strerror}); {self.outlook()}"
+            self.say(f"warning: {problem}")
+            return problem
+        return ""
+
+    def save(self, name: str) -> str:
+        """Replaces a checkpoint; see `write`."""
+        self.state["saved"] = max(time.time_ns(), self.state["saved"] + 1)
+        torch.save(self.state, buffer := io.BytesIO())
+        problem = self.write(name, buffer.getvalue())
+        self.kept = self.kept if problem else self.state["step"]
+        return problem
+
+    def report(self, status: str) -> dict:
+        """Writes metrics.json and returns its content."""
+        state = self.state
+        git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty"
+        result = {
+            "config": state["settings"],
+            "environment": {"torch": torch.__version__, "git": subprocess.getoutput(git),
+                            "platform": platform.platform(), "threads": torch.get_num_threads(),
+                            "device": torch.cuda.get_device_name() if self.s.device == "cuda" else "cpu"},
+            "parameters": sum(w.numel() for w in state["weights"].values()),
+            "milestones": milestones(state["metrics"]),
+            "total_steps": state["step"],
+            "train_time_s": state["train_ms"] / 1000,
+            "eval_time_s": state["eval_ms"] / 1000,
+            "step_ms": state["train_ms"] / max(1, state["step"]),
+            "best_val_acc": max((m["val_acc"] for m in state["metrics"]), default=None),
+            "status": status,
+            "changes": state["changes"],
+            "metrics": state["metrics"],
+        }
+        # a running one's is not synced: --resume writes again what a loss of power takes
+        self.write("metrics.json", json.dumps(result, indent=1).encode(), sync=status != "running")
+        return result
+
+    def outlook(self) -> str:
+        if self.kept is None:
+            return "there is no checkpoint yet"
+        return f"the checkpoint of step {self.kept:,} is kept, --resume {self.folder} goes on"
+
+    def require_finite(self, *numbers: float):
+        """Raises UserError if weights, moments or these numbers are not finite: they replace no checkpoint."""
+        if all(map(math.isfinite, numbers)) and all_finite(self.state):
+            return
+        self.report("nan")
+        rates = "lr,muon_lr" if self.s.optimizer == "muon" else "lr"
+        raise UserError(f"not finite after step {self.state['step']}: stopped, {self.outlook()}; "
+                        f"lower --{rates.replace(',', ' or --')} (and --allow-change {rates})")
+
+    def evaluate(self):
+        """All equations, a line, metrics.json, checkpoints. One before: an evaluation may fail."""
+        s, state, weights = self.s, self.state, self.state["weights"]
+        step, metrics = state["step"], state["metrics"]
+        self.require_finite()
+        self.lap("train_ms")
+        if step % (s.eval_every * s.save_every) == 0 or step == s.iterations:
+            self.save("ckpt.pt")
+        m = {"step": step}
+        m["train_loss"], m["train_acc"] = mean_scores(self.do_score, weights, self.train_set, s)
+        m["val_loss"], m["val_acc"] = mean_scores(self.do_score, weights, self.val_set, s)
+        m["weight_norm"] = math.sqrt(sum(w.square().sum().item() for w in weights.values()))
+        m["lr"] = s.lr * step_numbers(s, step - 1)[0].item()
+        m["time_s"] = state["train_ms"] / 1000
+        self.require_finite(*m.values())
+        best = all((m["val_acc"], -m["val_loss"]) > (old["val_acc"], -old["val_loss"]) for old in metrics)
+        metrics.append(m)
+        self.say(f"step {step:,}/{s.iterations:,}  train {100 * m['train_acc']:.2f} % (loss {m['train_loss']:.3g})  "
+                 f"val {100 * m['val_acc']:.2f} % (loss {m['val_loss']:.3g})  |w| {m['weight_norm']:.1f}  "
+                 f"{state['train_ms'] / step:.1f} ms/step")
+        self.report("running")
+        if best:
+            self.save("ckpt_best.pt")
+        self.lap("eval_ms")
+
+    def loop(self):
+        """Steps and evaluations, until the run is over or is to stop."""
+        s, state = self.s, self.state
+        self.began = time.perf_counter()
+        while not (self.signals or is_over(s, state)):
+            if must_evaluate(s, state):
+                self.evaluate()
+                continue
+            order, start = batch_at(s, len(self.train_set), state["step"])
+            numbers = step_numbers(s, state["step"])
+            self.whole = False
+            self.do_step(state["weights"], state["moments"], self.train_set, order, start, numbers, s)
+            state["step"] += 1
+            self.whole = True
+
+    def end(self) -> int:
+        """Saves, and says how the run ended; its exit code. Raises UserError where it cannot save."""
+        s, state, stopped = self.s, self.state, not is_over(self.s, self.state)
+        self.require_finite()
+        self.lap("train_ms")
+        state["status"] = "interrupted" if stopped else "target" if past_target(s, state) else "done"
+        problem = self.save("ckpt.pt")
+        result = self.report("error" if problem else state["status"])
+        if problem:
+            raise UserError(problem)
+        self.say("   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
+        self.say(f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
+                 f"{result['eval_time_s']:.1f} s; {state['status']}: {self.folder}")
+        unread = signal.SIGPIPE in self.signals
+        if s.plot and not unread:
+            bench_grokking("plot", str(self.folder), "--out", str(self.folder / "curve.png"))
+        if stopped and unread:
+            raise UserError(f"nobody reads what is printed: stopped, {self.outlook()}")
+        return 128 + self.signals[0] if stopped else 0
+
+    def fail(self, error: Exception):
+        """Saves the state before an error, unless that came in the middle of a step. Raises UserError for an error
+        that one sentence explains."""
+        new = self.whole and self.state["step"] > (self.kept or 0) and all_finite(self.state)
+        problem = self.save("ckpt.pt") if new else ""
+        self.report("error")
+        if isinstance(error, MemoryError | OSError | RuntimeError):
+            half = smaller(self.s, memory_needed(self.s) / 2)
+            what = f"out of memory: use {half}" if lacks_memory(error) else told(error)
+            raise UserError(f"{what}; after step {self.state['step']:,}, {problem or self.outlook()}") from error
+
+    def run(self, notes: list[str]) -> int:
+        """Goes on from where the state is to the end; the exit code."""
+        s = self.s
+        self.state |= {"settings": asdict(s), "status": "running"}
+        self.say("\n".join(notes))
+        self.say(f"{s.operation} mod {s.prime}: {len(self.train_set):,} equations for training, {len(self.val_set):,} "
+                 f"for validation; {s.layers} layer(s), width {s.width}, {s.optimizer}, seed {s.seed}")
+        if s.compile:
+            self.warm_up()
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # that nohup ignores
+                signal.signal(number, self.stop)
+        try:
+            self.loop()
+            return self.end()
+        except UserError:
+            raise
+        except Exception as error:
+            self.fail(error)
+            raise
 
 # differs from train_gpt.py: another task
 @torch.no_grad()  # torch.func takes the gradients; everywhere, as torch.compile makes a graph for each mode
 def train(s: Config, notes: list[str]) -> int:
-    """A whole run; its exit code. Raises UserError where the loss is not finite, OSError on a full disk."""
-    path, state = load_checkpoint(s) if s.resume else (None, initial_state(s))
-    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    folder = path.parent if path else Path(s.log_dir) / s.experiment_name / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    state["settings"] = asdict(s)
-    weights, moments, metrics = state["weights"], state["moments"], state["metrics"]
-    train_set, val_set = make_equations(s)
-    notes.append(f"{s.operation} mod {s.prime}: {len(train_set):,} equations for training, {len(val_set):,} for "
-                 f"validation; {s.layers} layer(s), width {s.width}, {s.optimizer}, seed {s.seed}")
-    notes.append(f"resumed {path} after step {state['step']:,}" if path else f"run folder: {folder}")
-    say(folder, "\n".join(notes))
+    """A whole run; its exit code. Raises UserError for what ends it early."""
+    if not s.resume:
+        run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+        folder = Path(s.log_dir) / s.experiment_name / run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        for place in folder.absolute().parents:
+            sync_names(place)
+        with take_folder(folder):
+            return Training(s, folder, initial_state(s), None).run([*notes, f"run folder: {folder}"])
+    place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
+    path, state = load_checkpoint(s, place, [])
+    if is_over(s, state) and state["status"] != "running":
+        print(harmless(f"{path.parent} has ended after step {state['step']:,}: nothing to do, nothing written; "
+                       "more --iterations or --stop-accuracy 0 let it go on"))
+        return 0
+    with take_folder(path.parent):  # then again: who had it before may have written
+        path, state = load_checkpoint(s, place if place.is_file() else path.parent, notes)
+        notes.append(f"resumed {path} after step {state['step']:,}")
+        return Training(s, path.parent, state, state["step"]).run(notes)
 
-    do_step, do_score = train_step, score
-    if s.compile:  # and run on copies, outside the clock
-        do_step, do_score = (torch.compile(f, dynamic=False, fullgraph=True) for f in (train_step, score))
-        copies = copy.deepcopy((weights, moments))
-        do_step(*copies, train_set, *batch_at(s, len(train_set), 0), step_numbers(s, 0), s)
-        for equations in (train_set, val_set):
-            mean_scores(do_score, weights, equations, s)
+def lacks_memory(error: Exception) -> bool:
+    """Whether an error is that of an allocator: Python's, torch's on a GPU or on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    began = time.perf_counter()
-    while state["step"] < s.iterations and not past_target(s, state) and not signals:
-        order, start = batch_at(s, len(train_set), state["step"])
-        numbers = step_numbers(s, state["step"])
-        loss = do_step(weights, moments, train_set, order, start, numbers, s)
-        step = state["step"] = state["step"] + 1
-        if step % s.eval_every and step not in (30, 100, s.iterations):  # the left end of a logarithmic axis
-            continue
-        loss.item()  # waits for the device
-        state["train_ms"] += 1000 * (time.perf_counter() - began)
-        began = time.perf_counter()
-        m = {"step": step}
-        m["train_loss"], m["train_acc"] = mean_scores(do_score, weights, train_set, s)
-        m["val_loss"], m["val_acc"] = mean_scores(do_score, weights, val_set, s)
-        m["weight_norm"] = math.sqrt(sum(w.square().sum().item() for w in weights.values()))
-        m["lr"] = s.lr * numbers[0].item()
-        m["time_s"] = state["train_ms"] / 1000
-        if not all(map(math.isfinite, m.values())):
-            write_metrics(folder, s, state, "nan")
-            raise UserError(f"not finite after step {step}: stopped, {folder} keeps what was before; lower --lr")
-        best = all((m["val_acc"], -m["val_loss"]) > (old["val_acc"], -old["val_loss"]) for old in metrics)
-        metrics.append(m)
-        say(folder, f"step {step:,}/{s.iterations:,}  train {100 * m['train_acc']:.2f} % (loss {m['train_loss']:.3g})"
-                    f"  val {100 * m['val_acc']:.2f} % (loss {m['val_loss']:.3g})  |w| {m['weight_norm']:.1f}  "
-                    f"{state['train_ms'] / step:.1f} ms/step")
-        write_metrics(folder, s, state, "running")
-        if best:
-            write_file(folder / "ckpt_best.pt", state)
-        if step % (s.eval_every * s.save_every) == 0:
-            write_file(folder / "ckpt.pt", state)
-        state["eval_ms"] += 1000 * (time.perf_counter() - began)
-        began = time.perf_counter()
+def told(error: Exception) -> str:
+    """An error in one sentence, with the file's name where there is one."""
+    if lacks_memory(error):
+        return "out of memory: use a smaller --batch-size, --layers, --width or --prime"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    return str(error) if isinstance(error, UserError) else (str(error).strip() or repr(error)).splitlines()[0]
 
-    state["train_ms"] += 1000 * (time.perf_counter() - began)
-    write_file(folder / "ckpt.pt", state)
-    status = "interrupted" if signals else "target" if past_target(s, state) else "done"
-    result = write_metrics(folder, s, state, status)
-    say(folder, "   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
-    say(folder, f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
-                f"{result['eval_time_s']:.1f} s; {status}: {folder}")
-    if s.plot:
-        bench_grokking("plot", str(folder), "--out", str(folder / "curve.png"))
-    return 128 + signals[0] if signals else 0
-
+def harmless(text: str) -> str:
+    """Text whose control characters, which can drive a terminal, are spelled out; line feeds stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 # differs from train_gpt.py: one process
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # characters that the console's encoding lacks
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the first lines
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     argv = sys.argv[1:] if argv is None else argv
     try:
         s, notes = parse_settings(argv)
@@ -589,12 +850,19 @@ def main(argv: list[str] | None = None) -> int:
             return bench_grokking("sweep", "--", *(flag for flag in argv if flag != "--sweep"))
         torch.set_num_threads(s.threads or torch.get_num_threads())
         return train(s, notes)
-    except (UserError, argparse.ArgumentError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, argparse.ArgumentError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not lacks_memory(error):
+            raise
+        with contextlib.suppress(OSError):
+            print(f"error: {harmless(told(error))}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
         return 130
-
+    finally:
+        try:  # or Python ends with an exception about what a full disk has not taken
+            print(end="", flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")
 
 if __name__ == "__main__":
     sys.exit(main())
