@@ -153,6 +153,12 @@ def draw_cell(axes, x: int, y: int, c: Cell, scale) -> None:
     axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, facecolor=color, edgecolor=EDGES[c.phase], linewidth=3))
     axes.text(x, y, c.text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
 
+def save_figure(figure, path: Path) -> None:
+    """Replaces an image as a whole."""
+    part = path.with_name(path.name + ".tmp")
+    figure.savefig(part, dpi=130, format=path.suffix[1:] or "png")
+    part.replace(path)
+
 def plot_phases(runs: list[dict], path: Path) -> None:
     """Decay to the right, optimizer and rate downwards, colour: steps to 99 % validation accuracy."""
     found = make_cells(runs)
@@ -170,7 +176,7 @@ def plot_phases(runs: list[dict], path: Path) -> None:
     figure.colorbar(scale, ax=axes, format="{x:,.0f}", label="steps to 99 % validation, median of seeds")
     c = runs[0]["config"]
     axes.set_title(f"{c['operation']} mod {c['prime']}, at most {c['iterations']:,} steps")
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 def write_report(jobs: list[Job], out: Path) -> None:
     """phase.png and a printed table from the finished runs of these jobs; there may be others in runs.jsonl."""
@@ -186,27 +192,40 @@ def write_report(jobs: list[Job], out: Path) -> None:
 
 # --- Curves of several runs
 
+def is_result(result: dict) -> bool:
+    """Whether a run's numbers are in range, and nothing in its settings drives a terminal."""
+    steps = [m["step"] for m in result["metrics"]]
+    shares = [m[name] for m in result["metrics"] for name in ("train_acc", "val_acc")]
+    others = [result["step_ms"], *(result["milestones"][name] or 0 for name in MILESTONES)]
+    words = [str(x) for pair in result["config"].items() if pair[0] not in IGNORED for x in pair]
+    return (steps == sorted({*steps}) and all(0 < step < 1e12 for step in steps)
+            and all(0 <= x <= 1 for x in shares) and all(abs(x) < 1e12 for x in others)
+            and result["config"]["optimizer"] in NAMES and all(map(str.isprintable, words)))
+
 def read_result(file: Path) -> dict:
     """metrics.json of a run. Raises ValueError where it is none."""
-    names = ("config", "metrics", "milestones", "parameters", "step_ms", "status")
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        return {name: result[name] for name in names}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: is no metrics.json of train_grokking.py ({error!r})") from error
+        wrong = "" if is_result(result) else "a value out of range"
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        wrong = repr(error)
+    if wrong:
+        raise ValueError(f"{str(file)!r}: is no metrics.json of train_grokking.py ({wrong})")
+    return result
 
 def read_results(places: list[Path]) -> list[dict]:
     """Runs, each given as its metrics.json, its folder, or that of an experiment. Raises FileNotFoundError."""
     results = []
     for place in places:
-        files = [place] if place.is_file() else sorted([*place.glob("metrics.json"), *place.glob("*/metrics.json")])
-        if not files:
-            raise FileNotFoundError(f"no metrics.json in {place}: name runs of train_grokking.py, or an experiment")
-        results += map(read_result, files)
+        files = [place, *place.glob("metrics.json"), *place.glob("*/metrics.json")]
+        if not any(map(Path.is_file, files)):
+            raise FileNotFoundError(f"no metrics.json in {str(place)!r}: name runs of train_grokking.py")
+        results += map(read_result, filter(Path.is_file, sorted(files)))
     return [result for result in results if result["metrics"]]
 
 IGNORED = {"seed", "resume", "log_dir", "experiment_name", "preset", "device", "threads", "compile", "save_every",
-           "plot", "full", "iterations", "stop_accuracy", "eval_every", "sweep"}  # what does not change the curve
+           "plot", "full", "iterations", "stop_accuracy", "eval_every", "sweep",
+           "allow_change"}  # what does not change the curve
 
 def group(results: list[dict]) -> dict[str, list[dict]]:
     """Label -> runs that differ in nothing but the seed. The label names what differs between groups."""
@@ -272,7 +291,7 @@ def plot_curves(groups: dict[str, list[dict]], path: Path) -> None:
     axes.set_ylabel("accuracy")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper left", fontsize=9)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
 
 # --- Command line
 

@@ -180,6 +180,44 @@ def test_what_is_no_run_is_told(tmp_path, capsys):
     assert grokking.main(["plot", str(tmp_path)]) == 1 and "is no metrics.json of" in capsys.readouterr().err
 
 
+WRONG = {
+    "no json": lambda r: "{", "a list": lambda r: [r], "deep": lambda r: "[" * 100000, "no object": lambda r: 3,
+    "no step": lambda r: r["metrics"][0].pop("step"), "a text": lambda r: r["metrics"][0].update(val_acc="1"),
+    "nan": lambda r: r["metrics"][0].update(val_acc=float("nan")), "more than all": lambda r: r["metrics"][0].update(
+        val_acc=1.5), "order": lambda r: r["metrics"].reverse(), "no settings": lambda r: r.update(config=None),
+    "another optimizer": lambda r: r["config"].update(optimizer=["sgd"]), "huge": lambda r: r.update(step_ms=10**400),
+    "a word": lambda r: r["milestones"].update(gap="x"), "controls": lambda r: r["config"].update(operation="\x1b[2J"),
+    "metrics": lambda r: r.update(metrics={"step": 1}), "no milestones": lambda r: r.pop("milestones"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_result_is_one_sentence(name, tmp_path, capsys):
+    write_run(tmp_path / "run\x1b", [10, 20])
+    file = tmp_path / "run\x1b" / "metrics.json"
+    result = json.loads(file.read_text())
+    wrong = WRONG[name](result)
+    file.write_text(wrong if isinstance(wrong, str) else json.dumps(wrong if name in ("a list", "no object") else result))
+    assert grokking.main(["plot", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and "is no metrics.json of" in err and err.count("\n") == 1 and len(err) < 500
+    assert "\x1b" not in out + err and not (tmp_path / "x.png").exists()
+
+
+def test_an_image_is_replaced_as_a_whole(tmp_path, monkeypatch, capsys):
+    def fill_disk(figure, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    write_run(tmp_path / "run", [10, 20])
+    image = tmp_path / "curve.png"
+    assert grokking.main(["plot", str(tmp_path), "--out", str(image)]) == 0
+    before = image.read_bytes()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fill_disk)
+    assert grokking.main(["plot", str(tmp_path), "--out", str(image)]) == 1
+    assert image.read_bytes() == before and "No space left" in capsys.readouterr().err
+
+
 def test_the_script_starts_the_sweep(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(train_grokking.subprocess, "call", lambda command: started.append(command) or 7)
