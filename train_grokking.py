@@ -208,7 +208,7 @@ def memory_needed(s: Config) -> int:
     tokens = 5 * (s.layers - 1) + 1  # of the last layer one
     activations = tokens * (6 + 2 * s.mlp_ratio) * width + 2 * s.prime
     rows = min(s.batch_size, int(s.train_fraction * count))
-    return 4 * (4 * weights + rows * activations) + 100 * count
+    return 4 * (4 * weights + rows * activations) + 150 * count
 
 def memory_there(s: Config) -> int:
     """Bytes of the GPU, or of this machine or container."""
@@ -485,7 +485,8 @@ def adopted(found, wanted, name: str):
         if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
             raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {wanted.dtype} {tuple(wanted.shape)}")
         found = wanted.copy_(found)
-    if not (isinstance(found, str | list) or torch.as_tensor(found).isfinite().all()):
+    largest = found.abs().max().item() if isinstance(found, Tensor) else found
+    if not (isinstance(largest, str | list) or math.isfinite(largest)):
         raise ValueError(f"{name} is not finite")
     return found
 
@@ -563,7 +564,7 @@ def take_folder(folder: Path):
         pass  # a full disk, or a file system without locks
     return file
 
-def write_file(path: Path, content: bytes, sync: bool = True):
+def write_file(path: Path, content: bytes | memoryview, sync: bool = True):
     """Replaces a file by a complete one, which outlasts a loss of power if synced. Raises OSError, and keeps the
     old one, on a full disk."""
     temporary = path.with_name(path.name + ".tmp")
@@ -649,7 +650,7 @@ class Training:
         self.state[name] += 1000 * (now - self.began)
         self.began = now
 
-    def write(self, name: str, content: bytes, sync: bool = True) -> str:
+    def write(self, name: str, content: bytes | memoryview, sync: bool = True) -> str:
         """Replaces a file. Where that fails, the old one stays: a warning, which is returned."""
         try:
             write_file(self.folder / name, content, sync)
@@ -663,7 +664,7 @@ class Training:
         """Replaces a checkpoint; see `write`."""
         self.state["saved"] = max(time.time_ns(), self.state["saved"] + 1)
         torch.save(self.state, buffer := io.BytesIO())
-        problem = self.write(name, buffer.getvalue())
+        problem = self.write(name, buffer.getbuffer())
         self.kept = self.kept if problem else self.state["step"]
         return problem
 
@@ -758,18 +759,19 @@ class Training:
         self.say("   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
         self.say(f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
                  f"{result['eval_time_s']:.1f} s; {state['status']}: {self.folder}")
-        unread = signal.SIGPIPE in self.signals
-        if s.plot and not unread:
+        if s.plot and signal.SIGPIPE not in self.signals:
             bench_grokking("plot", str(self.folder), "--out", str(self.folder / "curve.png"))
-        if stopped and unread:
+        if stopped and self.signals[0] == signal.SIGPIPE:
             raise UserError(f"nobody reads what is printed: stopped, {self.outlook()}")
         return 128 + self.signals[0] if stopped else 0
 
     def fail(self, error: Exception):
         """Saves the state before an error, unless that came in the middle of a step. Raises UserError for an error
         that one sentence explains."""
-        new = self.whole and self.state["step"] > (self.kept or 0) and all_finite(self.state)
-        problem = self.save("ckpt.pt") if new else ""
+        problem = ""
+        with contextlib.suppress(MemoryError, RuntimeError):  # the same once more
+            if self.whole and self.state["step"] > (self.kept or 0) and all_finite(self.state):
+                problem = self.save("ckpt.pt")
         self.report("error")
         if isinstance(error, MemoryError | OSError | RuntimeError):
             half = smaller(self.s, memory_needed(self.s) / 2)
@@ -839,8 +841,9 @@ def harmless(text: str) -> str:
 # differs from train_gpt.py: one process
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # characters that the console's encoding lacks
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # characters that the console's encoding lacks
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the first lines
         signal.signal(signal.SIGINT, signal.default_int_handler)
     argv = sys.argv[1:] if argv is None else argv

@@ -182,12 +182,12 @@ def test_what_is_no_run_is_told(tmp_path, capsys):
 
 WRONG = {
     "no json": lambda r: "{", "a list": lambda r: [r], "deep": lambda r: "[" * 100000, "no object": lambda r: 3,
-    "no step": lambda r: r["metrics"][0].pop("step"), "a text": lambda r: r["metrics"][0].update(val_acc="1"),
+    "no step": lambda r: r["metrics"][0].pop("step") and None, "a text": lambda r: r["metrics"][0].update(val_acc="1"),
     "nan": lambda r: r["metrics"][0].update(val_acc=float("nan")), "more than all": lambda r: r["metrics"][0].update(
         val_acc=1.5), "order": lambda r: r["metrics"].reverse(), "no settings": lambda r: r.update(config=None),
     "another optimizer": lambda r: r["config"].update(optimizer=["sgd"]), "huge": lambda r: r.update(step_ms=10**400),
     "a word": lambda r: r["milestones"].update(gap="x"), "controls": lambda r: r["config"].update(operation="\x1b[2J"),
-    "metrics": lambda r: r.update(metrics={"step": 1}), "no milestones": lambda r: r.pop("milestones"),
+    "metrics": lambda r: r.update(metrics={"step": 1}), "no milestones": lambda r: r.pop("milestones") and None,
 }
 
 
@@ -196,8 +196,8 @@ def test_what_is_no_result_is_one_sentence(name, tmp_path, capsys):
     write_run(tmp_path / "run\x1b", [10, 20])
     file = tmp_path / "run\x1b" / "metrics.json"
     result = json.loads(file.read_text())
-    wrong = WRONG[name](result)
-    file.write_text(wrong if isinstance(wrong, str) else json.dumps(wrong if name in ("a list", "no object") else result))
+    wrong = WRONG[name](result)  # the text, another value, or None: it has changed the result
+    file.write_text(wrong if isinstance(wrong, str) else json.dumps(wrong or result))
     assert grokking.main(["plot", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 1
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and "is no metrics.json of" in err and err.count("\n") == 1 and len(err) < 500
