@@ -25,6 +25,11 @@ Shape suffixes of tensors: B rows, T tokens of a row, D model_dim, H heads, K ke
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
+
 import argparse
 import contextlib
 import difflib
@@ -39,13 +44,13 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -241,7 +246,20 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
     if s.warmup_steps >= s.iterations:
         bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
+    least, memory = least_memory(s, world_size) / 2**30, hardware.memory_gib
+    if least > memory:
+        bad.append(f"this needs more than {least:,.0f} GiB, {hardware.name} has {memory:.1f}: lower --width, "
+                   "--num_layers, --seq_len, --micro_tokens or --batch_tokens")
     return bad + stage_errors(s, world_size)
+
+def least_memory(s: Settings, world_size: int) -> float:
+    """Bytes that a process needs at the very least, far below the expected ones: bf16 weights, an activation of each
+    layer for a row, a batch on its way, where there is no FlexAttention the mask of a row."""
+    length = max(s.seq_len)
+    weights = s.num_layers * (4 + 2 * s.mlp_ratio) * s.width + s.bigram
+    mask = 0 if s.backend == "flex" else length**2
+    batch = 12 * max(s.batch_tokens) / world_size
+    return 2 * s.width * (weights + s.num_layers * length) + mask + batch
 
 def stage_errors(s: Settings, world_size: int) -> list[str]:
     """A sentence for each stage whose batch does not split into whole rows, equally for all."""
@@ -255,7 +273,7 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
         if t.batch_tokens % t.seq_len:
             bad.append(f"--batch_tokens {t.batch_tokens} must be a multiple of --seq_len {t.seq_len}")
         elif rows % world_size:
-            fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+            fits = ", ".join(map(str, divisors(rows)[:12]))
             bad.append(f"{world_size} processes cannot share the {rows} rows of a step (batch_tokens "
                        f"{t.batch_tokens} / seq_len {t.seq_len}): use {fits} processes")
         elif t.seq_len > s.micro_tokens:
@@ -278,9 +296,14 @@ class Stage(NamedTuple):
 
     def micro_rows(self, s: Settings, world_size: int) -> int:
         """Rows of one forward pass: the most that fit into micro_tokens and divide the share of a process."""
-        rows = self.batch_tokens // self.seq_len // world_size
         most = max(1, s.micro_tokens // self.seq_len)
-        return max(n for n in range(1, min(rows, most) + 1) if rows % n == 0)
+        return max(n for n in divisors(self.batch_tokens // self.seq_len // world_size) if n <= most)
+
+@functools.cache
+def divisors(count: int) -> list[int]:
+    """All divisors of a number, sorted."""
+    small = [n for n in range(1, math.isqrt(count) + 1) if count % n == 0]
+    return sorted({*small, *(count // n for n in small)})
 
 def staged_settings() -> list[str]:
     """The settings that may have a value per stage, in the order of the fields of Stage."""
@@ -1112,8 +1135,7 @@ class ValStream:
     """The first N tokens of the val split, each once, cut into rows, where contexts are cut, too. What is predicted
     depends on neither processes nor batch size; a row's documents do not see each other."""
     def __init__(self, corpus: Corpus, num_tokens: int, seq_len: int):
-        shards = [open_shard(path, corpus.meta["vocab_size"]) for path in corpus.val]
-        available = sum(map(len, shards)) - 1
+        available = sum(map(shard_length, corpus.val)) - 1
         self.num_tokens, self.seq_len = num_tokens or available, seq_len
         self.eot = corpus.meta["eot"]
         if not 0 < self.num_tokens <= available:
@@ -1121,9 +1143,12 @@ class ValStream:
             repair = "use --eval_tokens 0 for all" if available else more
             raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} "
                             f"validation tokens; {repair}")
-        self.num_rows = -(-self.num_tokens // seq_len)
-        enough = len(shards[0]) > self.num_tokens
-        self.tokens = shards[0] if enough else np.concatenate(shards)
+        self.num_rows, left, parts = -(-self.num_tokens // seq_len), self.num_tokens + 1, []
+        for path in corpus.val:
+            if left > 0:
+                parts.append(open_shard(path, corpus.meta["vocab_size"], left))
+                left -= len(parts[-1])
+        self.tokens = np.concatenate(parts)
 
     def rows(self, first: int, count: int) -> np.ndarray:
         """Inputs, targets (IGNORE past the end) and documents of rows first, .., (3, count, T) int32."""
@@ -1181,6 +1206,13 @@ def train(run: Run):
     step = run.start(optimizer)  # 0, or the checkpoint's
     losses = []  # of the steps since the last log line, on the device
 
+    def validate():
+        with run.clock.paused():
+            val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
+            run.log_validation(step, val_loss)
+
+    if run.validation_due(step):  # of a checkpoint whose own was cut short
+        validate()
     run.clock.start()
     while step < s.iterations and not run.over:
         # --- a batch, by micro-steps: forward, backward; the last one's gradients are reduced
@@ -1200,21 +1232,19 @@ def train(run: Run):
         losses.append(step_loss)
         step += 1
 
-        # --- log, evaluation, checkpoint
+        # --- log, checkpoint, evaluation
         last = step == s.iterations
-        save = s.save_every and step % s.save_every == 0
+        save = s.save_last if last else s.save_every and step % s.save_every == 0
         if run.log_due(step) or last or save:
             train_loss = run.read_losses(losses, step)  # raises if one is not finite
             losses.clear()
             run.log_step(
                 step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
                 batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
-        if last or (s.eval_every and step % s.eval_every == 0):
-            with run.clock.paused():
-                val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
-                run.log_validation(step, val_loss)
-        if save and not last and not run.over:
+        if save or run.over:  # first: what follows may fail
             run.save(step, optimizer)
+        if run.validation_due(step):
+            validate()
     run.finish(step, optimizer)
 
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
@@ -1612,6 +1642,9 @@ class UserError(ValueError):
 class TrainingStopped(RuntimeError):
     """Training cannot go on (NaN, no space for the last checkpoint); what was saved stays usable."""
 
+class NothingToDo(Exception):
+    """The run that --resume names is over."""
+
 @dataclass(frozen=True)
 class RunSettings:
     """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
@@ -1619,6 +1652,7 @@ class RunSettings:
     experiment_name: str = Path(__file__).stem  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
     resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
+    allow_change: str = ""  # with --resume: settings that may differ, as muon_lr,iterations
     data: str = "auto"  # data set: a folder's name under data/, or a path
     # --- evaluation
     eval_every: int = 125  # steps between evaluations; 0: only after the last [>=0]
@@ -1629,7 +1663,7 @@ class RunSettings:
     # --- checkpoints, logs, profiling
     save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
     save_last: bool = True  # a checkpoint after the last step
-    keep: int = 2  # checkpoints that a run keeps [>0]
+    keep: int = 0  # checkpoints that a run keeps; 0: 2, or what the run had [>=0]
     log_every: int = 10  # steps between console lines, which wait for the device [>0]
     wandb: bool = False  # metrics to Weights & Biases (WANDB_MODE=offline works)
     enable_profiling: bool = False  # a trace per process, for logger.py profile
@@ -1679,6 +1713,13 @@ def dashed(argv: list[str]) -> list[str]:
     """A command line whose flags have dashes for underscores: both are accepted."""
     return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
+def whole(text: str) -> int:
+    """A whole number, also as 1e6 or 1_000_000."""
+    number = float(text)
+    return int(number) if "e" in text.lower() and number.is_integer() else int(text)
+
+whole.__name__ = "int"  # for argparse's "invalid .. value"
+
 def build_parser() -> Parser:
     """One flag per field of Settings."""
     def list_of(kind: type):
@@ -1689,7 +1730,7 @@ def build_parser() -> Parser:
 
     layout = functools.partial(argparse.HelpFormatter, max_help_position=36, width=118)
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, formatter_class=layout)
-    kinds = {"int": int, "float": float, "str": str, "ints": list_of(int), "floats": list_of(float)}
+    kinds = {"int": whole, "float": float, "str": str, "ints": list_of(whole), "floats": list_of(float)}
     for field in fields(Settings):
         default, several = field.default, isinstance(field.default, tuple)
         shown = ",".join(map(str, default)) if several else default
@@ -1759,14 +1800,14 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     full = size if wanted == "auto" else f"{wanted.removesuffix('-auto')}-{size}"
     preset = full if wanted not in PRESETS and full in PRESETS else wanted
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
-    problems = field_errors(s) + unread_errors(s, given)
-    auto = run_auto(s, hardware, world_size) | record_auto(s, hardware)
+    problems = size_errors(s) or field_errors(s) + unread_errors(s, given)
+    auto = {} if size_errors(s) else run_auto(s, hardware, world_size) | record_auto(s, hardware)
     auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
     s = replace(s, **{name: value for name, (value, _) in auto.items()})
     notes = [f"preset {preset}: {'asked for' if wanted == preset else why}"]
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
-    problems += run_errors(s, given, hardware) + unfit
+    problems += [] if size_errors(s) else run_errors(s, given, hardware) + unfit
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     return s, hardware, notes
@@ -1784,10 +1825,18 @@ def field_errors(s: Settings) -> list[str]:
         values = value if isinstance(value, tuple) else (value,)
         if re.match(r">|0\.\.1|\w+\|", spec) and not all(allowed(v, spec) for v in values):
             bad.append(f"--{name} {value}: must be {spec.replace('|', ' or ').replace('..', ' to ')}")
-    if s.seed >= 2**63:
-        bad.append(f"--seed {s.seed}: must be below 2^63")
     if not re.fullmatch(r"\w[\w.+-]*", s.experiment_name):
         bad.append(f"--experiment_name {s.experiment_name!r}: use letters, digits and . _ + - only")
+    return bad
+
+def size_errors(s: Settings) -> list[str]:
+    """A sentence for each integer that is too large to be tried."""
+    most, bad = {"seed": 2**63, "num_layers": 2**11, "threads": 2**12}, []
+    for name in help_texts():
+        value, limit = getattr(s, name), most.get(name, 2**31)
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int and number >= limit:
+                bad.append(f"--{name} {min(number, 10**99):.6g}: must be below {limit}")
     return bad
 
 def unread_without(s: Settings, name: str) -> str:
@@ -1816,7 +1865,12 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     triton = importlib.util.find_spec("triton") and (cuda or os.environ.get("TRITON_INTERPRET"))
     odd = [f"--width {s.width}"] * (s.width % 16 > 0) + [f"--seq_len {n}" for n in s.seq_len if n % 16]
     lengths = *s.seq_len, s.eval_seq_len
+    empty = ", ".join(f"--{name}" for name in ("resume", "data", "log_dir") if given.get(name) == "")
+    unknown_change = {*allowed_changes(s)} - {*help_texts(), "", "data_fingerprint"}
     problems = [
+        (empty, f"{empty}: is empty; name something, or leave it out"),
+        (s.allow_change and not s.resume, "--allow_change: has no effect without --resume"),
+        (unknown_change, f"--allow_change: {', '.join(sorted(unknown_change))}: no such setting"),
         (s.device == "cuda" and not cuda,
          "--device cuda: this machine has no usable CUDA device; leave the flag out"),
         (needs_cuda and not cuda,
@@ -1837,6 +1891,60 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     ]
     return [text for wrong, text in problems if wrong]
 
+# ┌─ Files ──────────────────────────────────────────────────────────────────────────────────────┐
+def printable(text: str) -> str:
+    """A text whose control characters, which would drive a terminal, are shown instead."""
+    return re.sub(r"[^\n\t -~\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff]", lambda c: ascii(c[0])[1:-1], text)
+
+def misfit(value, like, name: str) -> str:
+    """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
+    have all its keys, tensors its shape and dtype; integers are not negative, floats are finite;
+    a tuple is a choice."""
+    if isinstance(like, tuple):
+        return min((misfit(value, one, name) for one in like), key=len)
+    if isinstance(like, dict) and isinstance(value, dict):
+        parts = (misfit(value.get(key), part, f"{name}: {key}") for key, part in like.items())
+        return next(filter(None, parts), "")
+    if isinstance(like, Tensor) and isinstance(value, Tensor):
+        is_, not_ = ((tuple(x.shape), x.dtype) for x in (value, like))
+        return "" if is_ == not_ else f"{name} is {is_}, not {not_}"
+    fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
+    if isinstance(like, float):
+        fits = type(value) in (int, float) and abs(value) < 1e300
+    kinds = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
+    kind, shown = kinds.get(type(like), type(like).__name__), " ".join(repr(value).split())
+    return "" if fits else f"{name} is {shown:.60}, not {kind}"
+
+def read_json(path: Path, like: dict) -> dict:
+    """The object in a JSON file. Raises ValueError that says how it is not built like another."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {error!r:.200}") from error
+    if wrong := misfit(value, like, path.name):
+        raise ValueError(wrong)
+    return value
+
+def sync(path: Path):
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+def write_json(path: Path, value: dict):
+    """A JSON file, on the disk, in place of the old one at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 # ┌─ Data ───────────────────────────────────────────────────────────────────────────────────────┐
 # Shards have the public format: 256 int32 (magic, version, token count), then uint16 tokens; documents start with
 # the end-of-text token. Every process walks over all rows: their order is the same for any number of processes.
@@ -1851,16 +1959,21 @@ def data_folder(name: str) -> Path:
     return Path(name) if given else Path(__file__).resolve().parent / "data" / name
 
 def repair_command(folder: Path) -> str:
-    """The command that makes the data set of that name."""
+    """The command that makes a data set again: what its meta.json says, or by its name."""
+    with contextlib.suppress(ValueError):
+        return printable(read_json(folder / "meta.json", {"made_with": ""})["made_with"])
     if folder.name.startswith("fineweb"):
         return "python data/cached_fineweb.py 9"
-    return f"python data/{folder.name if folder.name == 'shakespeare_char' else 'stdlib'}.py"
+    if folder.name in ("stdlib", "shakespeare_char"):
+        return f"python data/{folder.name}.py"
+    return f"python data/fineweb.py --input YOUR_TEXT --out {folder}"
 
-def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
-    """Tokens of a shard, memory-mapped. Raises UserError for a wrong header, a wrong length or
-    (given `vocab_size`) a token id that the vocabulary does not have."""
-    header = np.fromfile(path, dtype="<i4", count=256)
+def shard_length(path: Path) -> int:
+    """Tokens of a shard, by its header. Raises UserError if it or the file's length is wrong."""
     redo = f"make it again with {repair_command(path.parent)}"
+    if not path.is_file():
+        raise UserError(f"{path} is no file; {redo}")
+    header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256 or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
         found = f"magic {header[0]}, version {header[1]}" if len(header) == 256 else "a truncated header"
         raise UserError(f"{path} is no token shard: {found}, expected {SHARD_MAGIC} and {SHARD_VERSION}; {redo}")
@@ -1868,8 +1981,18 @@ def open_shard(path: Path, vocab_size: int | None = None) -> np.ndarray:
     said = HEADER_BYTES + 2 * count
     if count < 1 or size != said:
         raise UserError(f"{path} is damaged: {size} bytes, {said} by its header; {redo}")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
-    if vocab_size and (top := int(tokens.max())) >= vocab_size:
+    return count
+
+def open_shard(path: Path, vocab_size: int, most: int | None = None) -> np.ndarray:
+    """The tokens of a shard, or its first ones, in memory: a file that is cut short meanwhile ends
+    no process. Raises UserError as `shard_length` does, or for a token id past the vocabulary."""
+    count = shard_length(path)
+    count = min(count, most or count)
+    tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
+    if len(tokens) < count:
+        raise UserError(f"{path} became shorter while it was read")
+    if (top := int(tokens.max())) >= vocab_size:
+        redo = f"make it again with {repair_command(path.parent)}"
         raise UserError(f"{path} holds token id {top}, the vocabulary has {vocab_size}; {redo}")
     return tokens
 
@@ -1881,35 +2004,79 @@ class Corpus(NamedTuple):
     val: list[Path]
 
     def fingerprint(self) -> str:
-        """Hash of names, sizes and first 64 KiB of all shards: equal data, equal fingerprint."""
+        """Hash of all shards, and of what their tokens mean: equal data, equal fingerprint."""
+        digest = hashlib.sha256(f"{self.meta['vocab_size']} {self.meta['eot']}".encode())
+        for path, hashed in shard_hashes(self.folder, self.train + self.val).items():
+            digest.update(f"{path.name} {hashed}".encode())
+        return digest.hexdigest()[:16]
+
+    def fingerprint_before(self) -> str:
+        """The one in checkpoints without `saved`: of names, sizes and first 64 KiB of all shards."""
         digest = hashlib.sha256()
         for path in self.train + self.val:
             digest.update(f"{path.name} {path.stat().st_size}".encode())
             digest.update(np.fromfile(path, dtype=np.uint8, count=65536))
         return digest.hexdigest()[:16]
 
-def open_corpus(name: str) -> Corpus:
-    """A data set, checked; without meta.json it is taken for published FineWeb shards. Raises
-    FileNotFoundError with the command that makes it, UserError if it is damaged."""
-    folder = data_folder(name)
-    repair, meta_path = repair_command(folder), folder / "meta.json"
-    shards = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
+def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
+    """sha256 of whole files. A hidden file there keeps those of unchanged size, time and inode."""
+    cache, hashes, before = folder / ".hashes.json", {}, {}
+    with contextlib.suppress(ValueError):  # not there, or cut short
+        before = read_json(cache, {})
+    known = dict(before)
+    for path in paths:
+        stat = path.stat()
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        found = before.get(path.name)
+        same = isinstance(found, list) and found[:-1] == state
+        hashes[path] = found[-1] if same else file_hash(path)
+        known[path.name] = [*state, hashes[path]]
+    if known != before:
+        with contextlib.suppress(OSError):  # of a read-only folder all are hashed each time
+            write_json(cache, known)
+    return hashes
+
+DATA_META = {
+    "vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}, "splits": {}, "name": (None, ""),
+}
+SPLIT_META = {"tokens": (None, 0), "bytes": (None, 0)}
+
+def read_data_meta(folder: Path, shards: list[Path]) -> dict:
+    """meta.json of a data set. Only the published FineWeb shards, known by their names, may lack it.
+    Raises UserError with the command that makes the data set again."""
+    path, repair = folder / "meta.json", repair_command(folder)
+    published = all(re.match(r"fineweb(edu)?_(train|val)_\d{6}\.bin", shard.name) for shard in shards)
+    if not path.exists() and published and folder.name.startswith("fineweb"):
+        return GPT2_META
     try:
-        meta = json.loads(meta_path.read_text(encoding="utf-8")) if meta_path.exists() else GPT2_META
-        said = {split: meta["splits"].get(split, {}).get("tokens") for split in shards}
-        size, eot = int(meta["vocab_size"]), meta["eot"]
-        if size < 1 or not (eot is None or 0 <= int(eot) < size):
-            raise ValueError(f"vocab_size {size}, eot {eot}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{meta_path} cannot be read ({error!r}); make it again with {repair}") from error
+        meta = read_json(path, DATA_META)
+        if "eot" not in meta:
+            raise ValueError("eot, the end-of-text token or null, is missing")
+        size, eot = meta["vocab_size"], meta["eot"]
+        if not 0 < size <= 65536 or (eot is not None and eot >= size):
+            raise ValueError(f"vocab_size {size}, eot {eot}: 1 to 65536, and below it")
+        for split in ("train", "val"):
+            if wrong := misfit(meta["splits"].get(split, {}), SPLIT_META, split):
+                raise ValueError(wrong)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); make it again with {repair}") from error
+    return meta
+
+def open_corpus(name: str) -> Corpus:
+    """A data set, checked. Raises FileNotFoundError with the command that makes it, UserError if it
+    is damaged."""
+    folder = data_folder(name)
+    shards = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
     for split, paths in shards.items():
         if not paths:
-            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair}")
-        count = sum(len(open_shard(path)) for path in paths)
-        if said[split] not in (None, count):
-            raise UserError(f"{meta_path} says {said[split]} {split} tokens, the shards hold {count}; "
-                            f"make them again with {repair}")
-    return Corpus(folder, meta | {"vocab_size": size}, **shards)
+            raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair_command(folder)}")
+    meta = read_data_meta(folder, shards["train"] + shards["val"])
+    for split, paths in shards.items():
+        said, count = meta["splits"].get(split, {}).get("tokens"), sum(map(shard_length, paths))
+        if said not in (None, count):
+            raise UserError(f"{folder / 'meta.json'} says {said} {split} tokens, the shards hold {count}; "
+                            f"make them again with {repair_command(folder)}")
+    return Corpus(folder, meta, **shards)
 
 class Loader:
     """The training batches of one process, each prepared in the background while the one before it is in use.
@@ -1978,67 +2145,129 @@ class Loader:
 
 # ┌─ Checkpoints ────────────────────────────────────────────────────────────────────────────────┐
 # RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json (settings, data
-# and position in it, clock, sha256 of state.pt). It is written under another name and renamed when complete.
+# and position in it, clock, order of writing, sha256 of state.pt). It is written under another name, synced to the
+# disk and renamed; only then older ones go, renamed first as well: what ends in .tmp, or has no meta.json, counts for
+# nothing. One of the same step stays, as .old, until the new one is in its place.
 
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+META = {  # a meta.json is built like this one
+    "step": 0, "sha256": "", "settings": {}, "train_time_ms": 0.0, "data": {"fingerprint": "", "meta": {}},
+    "position": {"epoch": 0, "shard": 0, "used": 0}, "val_loss": (None, 0.0), "val_step": (None, 0),
+    "saved": (None, 0), "bytes": (None, 0)}
+
+def tell_damage(path: Path, reason):
+    text = f"checkpoint {path} cannot be used ({reason}); trying the one before it"
+    print(printable(text), file=sys.stderr)
+
+def read_meta(path: Path) -> dict:
+    """meta.json of a checkpoint. Raises ValueError that says what is wrong with it."""
+    meta = read_json(path / "meta.json", META)
+    meta["saved"] = meta.get("saved") or 0  # earlier versions wrote none
+    if meta["saved"] >= 2**62:
+        raise ValueError(f"saved is {meta['saved']}, which leaves no larger number")
+    return meta
+
+def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) -> list[tuple[Path, dict]]:
+    """Checkpoints of a run's or an experiment's folder, newest first, with their meta.json; of one checkpoint: it,
+    and those of earlier steps. Which is newest says meta.json's `saved`, not a file time, which copies lose."""
+    found = [path for up in depths for path in place.glob(up + "checkpoints/step_*")]
+    if place.name.startswith("step_"):
+        found = [path for path in place.parent.glob("step_*") if path.name <= place.name]
+    metas = {}
+    for path in found:
+        if re.fullmatch(r"step_\d+(\.old)?", path.name) and (path / "meta.json").exists():
+            try:
+                metas[path] = read_meta(path)
+            except ValueError as error:
+                tell(path, error)
+
+    def age(path: Path) -> tuple:
+        meta = metas[path]
+        return path == place, meta["saved"], path.parent.parent.name, meta["step"]
+    return [(path, metas[path]) for path in sorted(metas, key=age, reverse=True)]
+
+def read_state(path: Path, meta: dict) -> dict:
+    """What the state.pt of a checkpoint holds. Raises ValueError if it is not what was written."""
+    file = path / "state.pt"
+    if not file.is_file() or file_hash(file) != meta["sha256"]:
+        raise ValueError("state.pt does not match its sha256")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # noqa: BLE001 - what unpickler and zip reader raise has no end
+        raise ValueError(f"state.pt cannot be read: {repr(error).splitlines()[0]:.200}") from error
 
 def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int) -> Path:
-    """The checkpoint, written; then all but the newest `keep` are removed. Raises OSError when the disk is full, and
-    leaves nothing half-written then; earlier checkpoints stay."""
+    """The checkpoint, on the disk; then all but the newest `keep` are removed. Raises OSError where it cannot be
+    written, and leaves nothing half-written then; earlier checkpoints stay."""
     final = run_folder / "checkpoints" / f"step_{step:06d}"
-    temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = final.with_suffix(".tmp"), final.with_suffix(".old")
+    known = checkpoints_in(run_folder, ("",), tell=lambda *_: None)
     try:
+        for leftover in final.parent.glob("*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         with open(temporary / "state.pt", "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        meta = meta | {"step": step, "sha256": file_hash(temporary / "state.pt")}
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        sync(temporary / "state.pt")
+        written = {"sha256": file_hash(temporary / "state.pt"), "bytes": (temporary / "state.pt").stat().st_size}
+        saved = max([time.time_ns(), *(m["saved"] + 1 for _, m in known)])
+        write_json(temporary / "meta.json", meta | {"step": step, "saved": saved} | written)
+        if final.exists():  # a run went back to an earlier one
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(final, old)
+        os.replace(temporary, final)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"could not write {final}: {str(error).splitlines()[0]}") from error
-    shutil.rmtree(final, ignore_errors=True)  # there if a run went back to an earlier one
-    os.replace(temporary, final)
-    others = set(final.parent.glob("step_*[0-9]")) - {final}  # by age, not by step
-    for old in sorted(others, key=lambda path: -path.stat().st_mtime_ns)[keep - 1:]:
-        shutil.rmtree(old, ignore_errors=True)
+    for folder in final.absolute().parents[:5]:  # up to the one that holds log_dir: all may be new
+        with contextlib.suppress(OSError):  # some file systems cannot
+            sync(folder)
+    others = [path for path, m in known if path != final and is_whole(path, m)]
+    for path in [old, *others[keep - 1:]]:
+        with contextlib.suppress(OSError):
+            os.replace(path, path.with_suffix(".tmp"))
+        shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
     return final
 
-def find_checkpoint(s: Settings) -> tuple[Path, dict]:
-    """The checkpoint that --resume names, and its meta.json. A damaged one is reported and the one
-    before it taken. Raises FileNotFoundError if there is none, UserError if all are damaged."""
-    place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
-    found = [p for up in ("", "*/") for p in place.glob(up + "checkpoints/step_*[0-9]")]
-    if place.name.startswith("step_"):  # one checkpoint; those before it are its fallback
-        found = [path for path in place.parent.glob("step_*[0-9]") if path.name <= place.name]
-    if not found:
-        raise FileNotFoundError(f"no checkpoint in {place}: start without --resume, or name a run's folder")
-    for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name), reverse=True):
-        try:
-            meta = json.loads((path / "meta.json").read_text())
-            if file_hash(path / "state.pt") == meta["sha256"]:
-                return path, meta
-            reason = "state.pt does not match its sha256"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = repr(error)
-        print(f"checkpoint {path} is damaged ({reason}); trying the one before it", flush=True)
-    raise UserError(f"all {len(found)} checkpoint(s) in {place} are damaged: start without --resume")
+def is_whole(path: Path, meta: dict) -> bool:
+    """Whether the state.pt of a checkpoint is there, by its size."""
+    file = path / "state.pt"
+    return file.is_file() and file.stat().st_size == meta.get("bytes", file.stat().st_size)
 
-def check_resumable(s: Settings, fingerprint: str, path: Path, meta: dict):
-    """Raises UserError that names the hyperparameters, or data, in which a checkpoint differs."""
+def resume_place(s: Settings) -> Path:
+    """The folder that --resume names."""
+    return Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
+
+def find_checkpoint(place: Path, like: dict, num_shards: int) -> tuple[Path, dict, dict]:
+    """The newest checkpoint in a place, its meta.json and state. One whose state is not built like `like` is told and
+    the one before it taken. Raises FileNotFoundError if none is left."""
+    for path, meta in checkpoints_in(place):
+        try:
+            state = read_state(path, meta)
+            place_left = meta["position"]["shard"] < num_shards
+            wrong = misfit(state, like, "state.pt") or "its position" * (not place_left)
+            if wrong or state["optimizer"]["steps"] != meta["step"]:
+                raise ValueError(wrong or "state.pt is of another step")
+            return path, meta, state
+        except (OSError, ValueError) as error:
+            tell_damage(path, error)
+    raise FileNotFoundError(f"no whole checkpoint in {place}: start without --resume, or name a run's folder")
+
+def changed_settings(s: Settings, fingerprint: str, path: Path, meta: dict) -> dict[str, list]:
+    """The hyperparameters, or data, in which a checkpoint differs: name -> [then, now]. Raises
+    UserError that names those which --allow-change does not."""
     names = [field.name for field in fields(Hyperparameters)]
     compared = {name: getattr(s, name) for name in names if "free on resume" not in bracket(name)}
     now = json.loads(json.dumps(compared)) | {"data_fingerprint": fingerprint}
     then = meta["settings"] | {"data_fingerprint": meta["data"]["fingerprint"]}
-    differing = [f"{key}: {then.get(key)} in the checkpoint, {value} now"
-                 for key, value in now.items() if then.get(key) != value]
-    if differing:
-        first = f"{path} has other settings; use them, or start without --resume:"
-        raise UserError("\n  ".join([first, *differing]))
+    changed = {key: [then.get(key), value] for key, value in now.items() if then.get(key) != value}
+    if refused := [key for key in changed if key not in allowed_changes(s)]:
+        ways = f"use them, start without --resume, or add --allow-change {','.join(refused)}"
+        lines = ["{}: {} in the checkpoint, {} now".format(key, *changed[key]) for key in refused]
+        raise UserError("\n  ".join([f"{path} has other settings; {ways}:", *lines]))
+    return changed
+
+def allowed_changes(s: Settings) -> list[str]:
+    return s.allow_change.replace("-", "_").split(",")
 
 # ┌─ Clock, profiler, log files ─────────────────────────────────────────────────────────────────┐
 def seconds_since_process_start() -> float:
@@ -2102,25 +2331,38 @@ def command_output(*command: str) -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, check=True, **options).stdout.strip()
 
+def lock_folder(folder: Path):
+    """An open file that keeps other processes from this run; the system frees it when this one ends.
+    Raises UserError that says who has it."""
+    import fcntl  # not on Windows
+    file = open(folder / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
+    except OSError:
+        print(f"note: {folder} cannot be locked here: start no second --resume of it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {platform.node()}, started {time.ctime()}")
+    file.flush()
+    return file
+
 class RunLog:
     """The files of a run, by rank 0: log.txt (public record format), metrics.jsonl, config.json; wandb."""
     def __init__(self, folder: Path):
         self.main, self.folder, self.wandb = False, folder, None
+        self.failed, self.pipe_closed = set(), False
 
-    def open(self, s: Settings, hardware: Hardware, config: dict, resumed_at: int | None):
+    def open(self, s: Settings, hardware: Hardware, config: dict, resumed_at: int | None, changed: dict):
         """On rank 0: writes the head of the files or, in a resumed run, where it goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.main, name = True, self.folder.name
+        self.main, self.lock = True, lock_folder(self.folder)
         if s.wandb:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError("--wandb: Weights & Biases is not installed; pip install wandb") from error
-            self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=name, id=name,
-                                    dir=str(self.folder), resume="allow", config=config)
+            self._open_wandb(s, config, resumed_at is None)
         if resumed_at is not None:
             self.line(f"resumed after step {resumed_at}")
-            self.metric(event="resume", step=resumed_at, config=config)
+            self.metric(event="resume", step=resumed_at, config=config, changed=changed)
             return
         (self.folder / "config.json").write_text(json.dumps(config, indent=1))
         source, bar = Path(__file__).read_text(encoding="utf-8"), "=" * 100
@@ -2131,19 +2373,46 @@ class RunLog:
                   f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}\n{gpu or cpu}\n"
                   f"Settings: {json.dumps(config['settings'])}\n{bar}")  # the source knows only its defaults
 
-    def print(self, text: str):
-        if self.main:
-            print(text, flush=True)
+    def _open_wandb(self, s: Settings, config: dict, new: bool):
+        try:
+            import wandb
+            name = self.folder.name
+            self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=name, id=name,
+                                    dir=str(self.folder), resume="allow", config=config)
+        except Exception as error:  # noqa: BLE001 - wandb's own, of its network, of its import
+            if new:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            missing = isinstance(error, ImportError)
+            repair = "pip install wandb" if missing else "wandb login, or set WANDB_MODE=offline"
+            raise UserError(f"--wandb: {str(error).splitlines()[0]:.200}; {repair}") from error
 
-    def line(self, text: str, name: str = "log.txt"):
-        """To log.txt. A full disk costs lines of the logs, not the run."""
+    def print(self, text: str):
+        """To the console. A full disk or a lost terminal cost lines; a closed pipe ends the run (see Run)."""
         if not self.main:
             return
         try:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            print(printable(text), flush=True)
         except OSError as error:
-            self.print(f"warning: {self.folder / name}: {error.strerror}; training goes on")
+            self.pipe_closed = self.pipe_closed or isinstance(error, BrokenPipeError)
+            if "console" not in self.failed:
+                with contextlib.suppress(OSError):
+                    print(f"warning: console: {error.strerror}; log.txt has all", file=sys.stderr)
+            self.failed.add("console")
+
+    def line(self, text: str, name: str = "log.txt"):
+        """To log.txt, on a line of its own, also where a full disk or kill -9 cut the last one. What
+        cannot be written costs lines of the logs, not the run."""
+        if not self.main:
+            return
+        try:
+            with open(self.folder / name, "a+b") as file:
+                file.seek(-1 if file.tell() else 0, os.SEEK_END)
+                start = "" if file.read(1) in (b"", b"\n") else "\n"
+                file.write(f"{start}{text}\n".encode(errors="backslashreplace"))
+        except OSError as error:
+            if name not in self.failed:
+                self.print(f"warning: {self.folder / name}: {error.strerror}; training goes on")
+            self.failed.add(name)
 
     def metric(self, **values):
         """To metrics.jsonl and wandb."""
@@ -2155,6 +2424,8 @@ class RunLog:
     def close(self):
         if self.wandb is not None:
             self.wandb.finish()
+        if self.main:
+            self.lock.close()
 
 # ┌─ Run ────────────────────────────────────────────────────────────────────────────────────────┐
 class World(NamedTuple):
@@ -2183,25 +2454,68 @@ class Run:
         self.s, self.hardware, self.world, self.notes = s, hardware, world, notes
         self.stages, self.clock, self.corpus = stage_table(s), Clock(s.device), open_corpus(s.data)
         self.vocab_size = self.corpus.meta["vocab_size"]
+        self.s = s = self._fit_eval_tokens()
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
         self.fingerprint = self.corpus.fingerprint()
         if on_rank_zero(world, lambda: self.fingerprint) != self.fingerprint:
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
-        self.checkpoint, self.meta = None, {}
-        if s.resume:
-            self.checkpoint, self.meta = on_rank_zero(world, find_checkpoint, s)
-            check_resumable(s, self.fingerprint, self.checkpoint, self.meta)
-        self.first_step = self.logged_step = self.meta.get("step", 0)
-        self.clock.total_ms = self.logged_ms = self.meta.get("train_time_ms", 0.0)
-        self.position, self.val_loss = self.meta.get("position", Loader.FIRST), self.meta.get("val_loss")
-        self.status = "done"  # or target, interrupted, nan
+        self.checkpoint, self.meta, self.state, self.changed = None, {}, {}, {}
+        if s.resume:  # before a model is built that may be another
+            for found in on_rank_zero(world, checkpoints_in, resume_place(s))[:1]:
+                self._changes(*found)
+        self._set_progress()
+        self.status = "done"  # or target, interrupted, nan, error
         self.over = False  # the target is reached, or all ranks know of a signal
         self.stop_signal, self.first_step_s, self.profiler = 0, None, None
         self.compile_s, self.warm_graphs = 0.0, 0
         self.undo = contextlib.ExitStack()
 
+    def _fit_eval_tokens(self) -> Settings:
+        """The settings; where a preset's eval_tokens, not the user's, are more than the split has: all."""
+        s, preset = self.s, {"eval_tokens": RunSettings.eval_tokens} | PRESETS.get(self.s.preset, {})
+        available = sum(map(shard_length, self.corpus.val)) - 1
+        if not 0 < available < s.eval_tokens == preset["eval_tokens"]:
+            return s
+        self.notes.append(f"eval_tokens {available}: all that the validation split has")
+        return replace(s, eval_tokens=available)
+
+    def _changes(self, path: Path, meta: dict) -> dict[str, list]:
+        """What differs in a checkpoint, see `changed_settings`."""
+        own = self.fingerprint if meta["saved"] else self.corpus.fingerprint_before()
+        return changed_settings(self.s, own, path, meta)
+
+    def _set_progress(self):
+        """What is done: as the checkpoint says, or nothing."""
+        meta = self.meta
+        self.first_step = self.logged_step = self.step = self.saved_step = meta.get("step", 0)
+        self.clock.total_ms = self.logged_ms = meta.get("train_time_ms", 0.0)
+        self.position = self.step_position = meta.get("position", Loader.FIRST)
+        if "data_fingerprint" in self.changed:
+            self.position = Loader.FIRST
+        self.val_loss, self.val_step = meta.get("val_loss"), meta.get("val_step", self.step)
+
+    def _resume(self, optimizer):
+        """Takes the checkpoint that --resume names. Raises NothingToDo if its run is over. Collective."""
+        s, like = self.s, {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+
+        def take() -> tuple:
+            path, meta, self.state = find_checkpoint(resume_place(s), like, len(self.corpus.train))
+            return path, meta
+
+        self.checkpoint, self.meta = on_rank_zero(self.world, take)
+        self.changed = self._changes(self.checkpoint, self.meta)
+        self._set_progress()
+        kept = self.meta["settings"].get("keep")
+        self.s = replace(s, keep=s.keep or (kept if type(kept) is int and kept > 0 else 2))
+        reached = s.target_loss and self.val_loss is not None and self.val_loss <= s.target_loss
+        if self.val_step == self.step and (self.step >= s.iterations or reached):
+            told = f"{self.checkpoint}: this run has ended, after step {self.step} of {s.iterations}"
+            raise NothingToDo(f"{told}; to go on: --iterations N --allow-change iterations")
+
     def open(self, model: nn.Module, optimizer):
         """Opens the run's folder, new or the checkpoint's; prints choices and derived numbers. Collective."""
+        if self.s.resume:
+            self._resume(optimizer)
         s, corpus, self.counts = self.s, self.corpus, parameter_counts(model)
         commit = command_output("git", "rev-parse", "HEAD")
         changes = command_output("git", "status", "--porcelain", "-uno")
@@ -2215,7 +2529,9 @@ class Run:
         folder = Path(s.log_dir) / s.experiment_name / run_id
         self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder)
         self.undo.callback(self.log.close)
-        on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, self.meta.get("step"))
+        resumed_at = self.meta.get("step")
+        on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, resumed_at, self.changed)
+        self.notes += [f"{name}: {then} before, {now} from here on" for name, (then, now) in self.changed.items()]
         self.log.print("\n".join([*self.notes, *self.summary(optimizer), f"run folder: {self.log.folder}"]))
         self.opened = time.perf_counter()
 
@@ -2242,18 +2558,17 @@ class Run:
 
     def start(self, optimizer) -> int:
         """The first step: 0, or the checkpoint's, which is loaded. Loader, profiler and signal handlers start."""
-        s, step = self.s, self.first_step
+        s, step, self.optimizer = self.s, self.first_step, optimizer
         if self.checkpoint:
-            saved, path = {}, self.checkpoint / "state.pt"
-            if self.world.rank == 0:
-                saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved, self.state = self.state, {}
             optimizer.load_state_dict(saved.get("optimizer", {}))
             torch.set_rng_state(on_rank_zero(self.world, lambda: saved["rng"]))
             self.log.print(f"resumed {self.checkpoint} after step {step}")
         self.loader = Loader(s, self.corpus, self.world, self.position, step)
         self.undo.callback(self.loader.close)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
         if s.enable_profiling:
             profiler = make_profiler(s, self.world, self.log.folder / "profile")
             self.profiler = self.undo.enter_context(profiler)
@@ -2261,14 +2576,42 @@ class Run:
         gc.freeze()  # the collector's pauses are as long as a step (47)
         gc.disable()
         self.undo.callback(gc.enable)
+        self.undo.push(self._on_error)
         return step
 
     def _on_signal(self, number: int, frame):
-        """First signal: save, stop after this step (several ranks: the next logged one). Second: end at once."""
-        if self.stop_signal:
+        """First signal: save, stop after this step (several ranks: the next logged one). The same again, by a
+        person: end at once; a lost terminal sends SIGHUP twice."""
+        if number == self.stop_signal and number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.stop_signal = number
+        self.stop_signal = self.stop_signal or number
+        if self.world.rank == 0:
+            with contextlib.suppress(OSError):  # print is not for signal handlers
+                name = signal.Signals(number).name
+                os.write(2, f"{name}: saves and stops; again: stops at once\n".encode())
+
+    def _on_error(self, kind, error, trace):
+        """Whatever else ends the loop: the last whole step is saved, if all ranks are here, and the logs end."""
+        whole = getattr(self.optimizer, "steps", self.step) == self.step
+        if error is None or isinstance(error, TrainingStopped):
+            return
+        self.status, self.position = "error", self.step_position
+        with contextlib.suppress(OSError, RuntimeError):  # the first error is the one to tell
+            if whole and self.step > self.saved_step and self._all_have(error):
+                self.save(self.step, self.optimizer)
+            self._end_record(self.step, error=f"{kind.__name__}: {error}")
+
+    def _all_have(self, error: BaseException) -> bool:
+        """Whether every rank has come to an error of the data or the disk after the same step: only
+        then what is in flight on all of them is the same."""
+        if self.world.size == 1:
+            return True
+        store, names = dist.distributed_c10d._get_default_store(), []
+        names = [f"error/{rank}" for rank in range(self.world.size)]
+        store.set(names[self.world.rank], str(self.step if isinstance(error, (UserError, OSError)) else -1))
+        store.wait(names, timedelta(seconds=10))
+        return {int(store.get(name)) for name in names} == {self.step}
 
     def next_batch(self, step: int) -> Tensor:
         """The micro-steps of a step, (micro-steps, 3, B, T): inputs, targets, document numbers."""
@@ -2280,6 +2623,9 @@ class Run:
 
     def log_due(self, step: int) -> bool:
         """After a step: the profiler's turn; whether to log it: each log_every-th, after a signal if alone."""
+        self.step, self.step_position = step, self.position
+        if self.log.pipe_closed:
+            self.stop_signal = self.stop_signal or signal.SIGPIPE
         if self.first_step_s is None:
             self.clock.wait()
             self.first_step_s = seconds_since_process_start()
@@ -2309,8 +2655,13 @@ class Run:
             self._end_record(step)
             rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
             flags = ", ".join("--" + n.replace("_", "-") for n in rates if n != "stage_lr")
-            kept = f"stopped, the checkpoints before it are kept in {self.log.folder}"
-            raise TrainingStopped(f"{what}: {kept}; lower {flags}")
+            raise TrainingStopped(f"{what}: stopped, {self.kept()}; lower {flags}")
+
+    def kept(self) -> str:
+        """What is on the disk, in words."""
+        if not self.saved_step:
+            return "nothing had been saved"
+        return f"{self.checkpoint} is kept, for --resume with --allow-change"
 
     def log_step(self, step: int, loss: float, **more):
         """A training loss to all logs, with what is known of the steps since the last one."""
@@ -2337,32 +2688,50 @@ class Run:
         """Training tokens used up by the first `step` steps."""
         return sum((min(step, t.end) - t.start) * t.batch_tokens for t in self.stages if step > t.start)
 
+    def validation_due(self, step: int) -> bool:
+        """Whether to look at the validation loss now. An interrupted run leaves it to the resumed one."""
+        last, every = step == self.s.iterations, self.s.eval_every
+        due = last or (every and step % every == 0)
+        return bool(due and step > self.val_step and self.status != "interrupted")
+
     def log_validation(self, step: int, loss: float):
         """A validation loss to all logs. Raises TrainingStopped if it is not finite."""
         self._stop_unless(math.isfinite(loss), f"the validation loss after step {step} is {loss}", step)
-        self.val_loss, ms, bpb = loss, self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
+        self.val_loss, self.val_step, ms, bpb = loss, step, self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
         bits = f", {bpb:.4f} bits per byte" if bpb else ""
         console = f" nats per token{bits}  train time {ms / 1000:.1f} s"
         self._log_loss(step, "val", loss, ms, console, val_bpb=bpb)
         if self.s.target_loss and loss <= self.s.target_loss:
             self.status, self.over = "target", True
+        if step < self.s.iterations:
+            self._note_validation(step)
+
+    def _note_validation(self, step: int):
+        """Adds the validation loss to a checkpoint of the same step, so that a resumed run has it."""
+        if self.log.main and step == self.saved_step == self.val_step:
+            path = self.checkpoint / "meta.json"
+            with contextlib.suppress(OSError, ValueError):  # without it the resumed run looks again
+                write_json(path, read_json(path, META) | {"val_loss": self.val_loss, "val_step": step})
 
     def save(self, step: int, optimizer) -> bool:
         """Writes a checkpoint, outside the clock; False, and a warning, if that failed. Collective."""
+        if step == self.saved_step:
+            return True
         with self.clock.paused() as ms:
             state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-            meta = self.config | dict(position=self.position, train_time_ms=ms, val_loss=self.val_loss)
+            meta = self.config | dict(
+                position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step)
             weights = state["optimizer"]["state"]["master"].values()  # {} but on rank 0
             finite = on_rank_zero(self.world, lambda: all(x.isfinite().all() for x in weights))
             self._stop_unless(finite, f"the weights after step {step} are not finite", step)
-            arguments = self.log.folder, step, state, meta, self.s.keep
+            arguments = self.log.folder, step, state, meta, self.s.keep or 2
             try:
-                path = on_rank_zero(self.world, write_checkpoint, *arguments)
+                self.checkpoint = on_rank_zero(self.world, write_checkpoint, *arguments)
             except OSError as error:
-                kept = "training goes on, earlier checkpoints are intact: free some space"
-                self.log.print(f"warning: {error}; {kept}")
+                self.log.print(f"warning: {error}; {self.kept()}, training goes on")
                 return False
-            self.log.print(f"checkpoint {path}")
+            self.saved_step = step
+            self.log.print(f"checkpoint {self.checkpoint}")
             return True
 
     def finish(self, step: int, optimizer):
@@ -2370,6 +2739,7 @@ class Run:
         s, folder, ms = self.s, self.log.folder, self.clock.stop()
         saved = self.save(step, optimizer) if self.status == "interrupted" or s.save_last else True
         self._end_record(step)
+        self._note_validation(step)
         if s.target_loss:
             reached = "reached" if self.status == "target" else "not reached"
             self.log.print(f"target loss {s.target_loss} {reached}: step {step}, {ms / 1000:.2f} s")
@@ -2377,7 +2747,7 @@ class Run:
         self.log.line(memory)
         self.log.print(f"{memory}\nlog, metrics and checkpoints: {folder}")
         if not saved:
-            raise TrainingStopped(f"the last checkpoint could not be written to {folder}: free some space")
+            raise TrainingStopped(f"the last checkpoint could not be written to {folder}: the warning says why")
         if s.enable_profiling:
             self._end_profile(step)
 
@@ -2395,7 +2765,7 @@ class Run:
             self.log.print(f"graphs compiled after the warm-up: {late}")
             assert not late, "a graph was compiled after the warm-up, inside the training time"
 
-    def _end_record(self, step: int):
+    def _end_record(self, step: int, **more):
         """The last object of metrics.jsonl."""
         ms, tokens, loss = self.clock.stop(), self.tokens_at(step), self.val_loss
         target = (step, ms) if self.status == "target" else (None, None)
@@ -2405,7 +2775,7 @@ class Run:
             tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.counts["total"],
             params_active=self.counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
             first_step_s=self.first_step_s, compile_s=self.compile_s,
-            target_step=target[0], target_time_ms=target[1])
+            target_step=target[0], target_time_ms=target[1], **more)
 
 def start_processes(device: str) -> World:
     """The process group that torchrun announces in the environment, joined; alone without it."""
@@ -2427,24 +2797,45 @@ def start_processes(device: str) -> World:
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what a user can repair."""
     code, world_size = 1, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # says once a machine what all ranks know
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
     try:
         s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())
         run = Run(s, hardware, start_processes(s.device), notes)
         with run.undo:
             train(run)
-        code = 128 + run.stop_signal if run.status == "interrupted" else 0
-    except (UserError, OSError, TrainingStopped, torch.OutOfMemoryError) as error:
-        memory = isinstance(error, torch.OutOfMemoryError)
-        hint = "; use a smaller --micro-tokens, and --seq-len if that is as large" if memory else ""
-        if os.environ.get("LOCAL_RANK", "0") == "0" or memory:  # the rest is said once a machine
-            print(f"error: {error}{hint}", file=sys.stderr)
+        # torchrun would call a clean stop a failure, and show a traceback
+        stopped = run.status == "interrupted" and "TORCHELASTIC_RUN_ID" not in os.environ
+        code = 128 + run.stop_signal if stopped else 0
+    except NothingToDo as done:
+        code = 0
+        if first:
+            print(printable(str(done)))
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:
+        memory = out_of_memory(error)
+        if not memory and not isinstance(error, (UserError, OSError, TrainingStopped)):
+            raise
+        hint = "; use a smaller --micro-tokens, and --seq-len if that is as large" if memory else ""
+        if first or memory:
+            print(printable(f"error: {error}{hint}"), file=sys.stderr)
     finally:  # after an error NCCL might wait here for ranks that are elsewhere
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe, a full disk: the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+def out_of_memory(error: Exception) -> bool:
+    """Of the GPU, or of a CPU, where torch raises a plain RuntimeError."""
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 if __name__ == "__main__":
     sys.exit(main())

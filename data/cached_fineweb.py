@@ -8,11 +8,13 @@ missing is downloaded; a shard that is not whole is fetched again. HF_ENDPOINT a
 huggingface_hub are respected.
 """
 
+import interrupt  # noqa: F401  (first: its docstring)
+
+# isort: split
 import argparse
 import errno
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,14 +23,23 @@ from typing import NamedTuple
 
 from common import (
     GPT2_VOCAB,
+    Parser,
     check_folder,
+    command_line,
     count_bytes,
     load_shard,
+    lock_folder,
+    printable,
     read_json,
     read_shard_header,
     run,
+    say,
     shard_path,
+    sync,
     token_byte_lengths,
+    warn,
+    whole_number,
+    write_json,
     write_meta,
 )
 
@@ -90,8 +101,10 @@ def explain(what: str, error: Exception) -> Exception | None:
         return FileNotFoundError(f"the hub has no {what} ({type(error).__name__}): check --version and --revision")
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return RuntimeError(f"disk full while downloading {what}: free some space and run the same command again")
-    if getattr(error, "errno", None) in (errno.EACCES, errno.EROFS):
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS):
         return RuntimeError(f"no permission to write {what}: choose another --out")
+    if isinstance(error, OSError) and error.filename:  # the disk's, not the network's
+        return RuntimeError(f"cannot write {error.filename} while downloading {what}: {error.strerror}")
     return None
 
 
@@ -119,13 +132,15 @@ def fetch_shard(published: Published, commit: str, path: Path) -> None:
         call = partial(hf_hub_download, published.repo, path.name, force_download=attempt > 0, **place)
         with_retries(f"{published.repo}/{path.name}", call)
         try:
-            read_shard_header(path)
+            read_shard_header(path, "try again later")
+            sync(path)
+            sync(path.parent)
             return
         except ValueError as error:
             path.unlink()
             if attempt == 1:
                 raise ValueError(f"{published.repo} at {commit} serves a bad shard twice: {error}") from error
-            print(f"warning: {error}; downloading it again", file=sys.stderr)
+            warn(f"{error}; downloading it again")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -142,11 +157,13 @@ def missing_paths(paths: list[Path]) -> Iterator[Path]:
     """Shards to download. A file that is not a whole shard is removed: the hub library would take it for finished."""
     for path in paths:
         try:
-            read_shard_header(path)
+            read_shard_header(path, "not whole")
         except FileNotFoundError:
             yield path
         except ValueError as error:
-            print(f"warning: {error}; downloading it again", file=sys.stderr)
+            if not path.is_file():  # a FIFO or a folder is not ours to remove
+                raise
+            warn(f"{error}; downloading it again")
             path.unlink()
             yield path
 
@@ -168,7 +185,7 @@ def count_splits(published: Published, out: Path) -> dict:
     try:
         lengths = token_byte_lengths(GPT2_VOCAB)
     except RuntimeError as error:
-        print(f"warning: no byte count for val, so no bits per byte: {error}", file=sys.stderr)
+        warn(f"no byte count for val, so no bits per byte: {error}")
     else:
         splits["val"]["bytes"] = count_bytes(load_shard(shard_path(out, published.prefix, "val", 0)), lengths)
     return splits
@@ -179,14 +196,14 @@ def source_line(published: Published, commit: str) -> str:
 
 
 def recorded_commit(published: Published, out: Path) -> str | None:
-    """The commit whose shards the folder holds by its meta.json, None without one.
+    """The commit whose shards the folder holds by its meta.json, or by its progress.json where a download was cut off.
 
-    Raises ValueError for a folder with shards from elsewhere, such as those data/fineweb.py makes.
+    None without either. Raises ValueError for a folder with shards from elsewhere, such as those of data/fineweb.py.
     """
-    meta = read_json(out / "meta.json")
-    if meta is None and not (out / "progress.json").exists():
+    record = read_json(out / "meta.json") or read_json(out / "progress.json")
+    if record is None:
         return None
-    match = re.match(rf"{re.escape(published.repo)} at ([^;]+);", (meta or {}).get("source", ""))
+    match = re.match(rf"{re.escape(published.repo)} at ([^;]+);", str(record.get("source")))
     if not match:
         raise ValueError(f"{out} holds shards that do not come from {published.repo}: choose another --out")
     return match[1]
@@ -195,6 +212,7 @@ def recorded_commit(published: Published, out: Path) -> str | None:
 def download(published: Published, out: Path, count: int, revision: str | None) -> tuple[int, str]:
     """Bring the folder to at least `count` train shards; returns (shards downloaded, their commit).
 
+    While shards arrive, progress.json stands for meta.json, which would count other shards than there are.
     Raises ValueError when the folder holds another revision than the one asked for. Needs no network when no shard is
     missing and no other revision is asked for.
     """
@@ -208,7 +226,10 @@ def download(published: Published, out: Path, count: int, revision: str | None) 
     if recorded and commit != recorded:
         raise ValueError(f"{out} holds shards of revision {recorded}, not {commit}: choose another --out")
     check_space(out, len(missing) * size)
-    for path in tqdm(missing, unit="shard", desc=out.name):
+    if missing:
+        write_json(out / "progress.json", {"source": source_line(published, commit)})
+        (out / "meta.json").unlink(missing_ok=True)
+    for path in tqdm(missing, unit="shard", desc=printable(out.name)):
         fetch_shard(published, commit, path)
     for leftover in out.glob(".cache/huggingface/download/*.incomplete"):  # of killed runs, up to 200 MB each
         leftover.unlink()
@@ -220,25 +241,37 @@ def download(published: Published, out: Path, count: int, revision: str | None) 
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("count", type=int, metavar="N", help="train shards to have, 100M tokens each")
+    parser = Parser(__doc__)
+    parser.add_argument("count", type=partial(whole_number, low=0), metavar="N", help="train shards, 100M tokens each")
     parser.add_argument("--version", choices=VERSIONS, default="10B", help="data set (default: 10B)")
     parser.add_argument("--revision", help="commit, branch or tag of the hub repository instead of the pinned one")
     parser.add_argument("--out", type=Path, help="output folder (default: data/fineweb10B etc.)")
     return parser.parse_args()
 
 
+def made_with(args: argparse.Namespace, out: Path) -> str:
+    """The command for the same data set, which may hold more shards than were asked for last."""
+    last = max(out.glob(f"*_train_{'[0-9]' * 6}.bin"))
+    options = {"--version": args.version != "10B" and args.version, "--revision": args.revision, "--out": args.out}
+    given = [word for option, value in options.items() if value for word in (option, value)]
+    return command_line("cached_fineweb.py", int(last.stem[-6:]), *given)
+
+
 def main() -> None:
     args = parse_args()
     published = VERSIONS[args.version]
     if not 1 <= args.count <= published.train_shards:
-        raise ValueError(f"N = {args.count}: version {args.version} has 1 to {published.train_shards} train shards")
+        has = f"has 1 to {published.train_shards} train shards of 100M tokens each"
+        raise ValueError(f"N = {args.count}: version {args.version} {has}, and N is their number")
     out = args.out.resolve() if args.out else Path(__file__).resolve().parent / published.folder
     check_folder(out, published.prefix)
+    lock_folder(out)
     downloaded, commit = download(published, out, args.count, args.revision)
+    about = {"source": source_line(published, commit), "made_with": made_with(args, out)}
     splits = count_splits(published, out)
-    write_meta(out, name=out.name, vocab=GPT2_VOCAB, source=source_line(published, commit), splits=splits)
-    print(f"{out}: {downloaded} shards downloaded, {splits['train']['tokens']:,} train tokens in all")
+    write_meta(out, name=out.name, vocab=GPT2_VOCAB, splits=splits, **about)
+    (out / "progress.json").unlink(missing_ok=True)
+    say(f"{out}: {downloaded} shards downloaded, {splits['train']['tokens']:,} train tokens in all")
 
 
 if __name__ == "__main__":

@@ -5,18 +5,38 @@
 
 The vocabulary is the sorted set of the text's characters (65), train is the first 90% of the characters (1,003,854)
 and val the rest (111,540), so losses compare with nanoGPT's. There is no eot: the text is one document.
+
+A folder with the data set of another text is left as it is.
 """
 
-import argparse
+import interrupt  # noqa: F401  (first: its docstring)
+
+# isort: split
 import hashlib
-import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import numpy as np
-from common import check_folder, run, shard_path, write_atomic, write_meta, write_shard
+from common import (
+    Parser,
+    check_folder,
+    check_regular,
+    command_line,
+    load_shard,
+    lock_folder,
+    naming,
+    read_json,
+    run,
+    say,
+    shard_path,
+    warn,
+    write_atomic,
+    write_json,
+    write_meta,
+    write_shard,
+)
 
 # Andrej Karpathy's char-rnn repository (MIT; the text itself is in the public domain), at its last commit.
 URL = (
@@ -27,6 +47,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SIZE = 1_115_394
 MAX_CHARS = 65_535
 TRAIN_FRACTION = 0.9
+FOLDER = Path(__file__).resolve().parent / "shakespeare_char"
 
 
 def is_shakespeare(raw: bytes) -> bool:
@@ -51,11 +72,11 @@ def download(path: Path, url: str = URL, tries: int = 3) -> None:
 
 def read_text(path: Path) -> str:
     """The text of a file, verbatim. Raises ValueError when it is not UTF-8."""
-    if not path.is_file():
-        raise FileNotFoundError(f"input {path} is not a file: pass a UTF-8 text with --input")
-    raw = path.read_bytes()
+    check_regular(path)
+    with naming(path):
+        raw = path.read_bytes()
     if not is_shakespeare(raw):
-        print(f"warning: {path} is not Tiny Shakespeare; losses will not compare with nanoGPT's", file=sys.stderr)
+        warn(f"{path} is not Tiny Shakespeare; losses will not compare with nanoGPT's")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -70,38 +91,90 @@ def encode(text: str) -> tuple[str, np.ndarray]:
     return "".join(chr(point) for point in points), tokens
 
 
-def make(out: Path, text: str, source: str) -> dict:
-    """Write both shards and meta.json; returns the splits."""
-    chars, tokens = encode(text)
-    cut = int(len(text) * TRAIN_FRACTION)
-    if cut == 0:
-        raise ValueError(f"the text has {len(text)} characters, too few to split into train and val")
-    (out / "meta.json").unlink(missing_ok=True)
-    splits = {}
-    for split, part in {"train": slice(cut), "val": slice(cut, None)}.items():
-        write_shard(shard_path(out, out.name, split, 0), tokens[part])
-        splits[split] = {"tokens": len(text[part]), "bytes": len(text[part].encode("utf-8"))}
-    vocab = {"tokenizer": {"kind": "char", "chars": chars}, "vocab_size": len(chars), "eot": None}
-    write_meta(out, name=out.name, vocab=vocab, source=source, splits=splits)
-    return splits
+class Text:
+    """A text ready to be written: the tokens of each split, and what meta.json says of them."""
+
+    def __init__(self, text: str, source: str, made_with: str):
+        self.sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        self.source, self.made_with = source, made_with
+        self.chars, tokens = encode(text)
+        cut = int(len(text) * TRAIN_FRACTION)
+        if cut == 0:
+            raise ValueError(f"the text has {len(text)} characters, too few to split into train and val")
+        self.tokens, self.splits = {}, {}
+        for split, part in {"train": slice(cut), "val": slice(cut, None)}.items():
+            self.tokens[split] = tokens[part]
+            self.splits[split] = {"tokens": len(text[part]), "bytes": len(text[part].encode("utf-8"))}
+
+    def make(self, out: Path) -> None:
+        """Write both shards and meta.json. progress.json says until then whose folder it is."""
+        write_json(out / "progress.json", {"text_sha256": self.sha256, "made_with": self.made_with})
+        (out / "meta.json").unlink(missing_ok=True)
+        for split, tokens in self.tokens.items():
+            write_shard(shard_path(out, out.name, split, 0), tokens)
+        vocab = {"tokenizer": {"kind": "char", "chars": self.chars}, "vocab_size": len(self.chars), "eot": None}
+        about = {"source": self.source, "made_with": self.made_with, "text_sha256": self.sha256}
+        write_meta(out, name=out.name, vocab=vocab, splits=self.splits, **about)
+        (out / "progress.json").unlink()
+
+    def complete(self, out: Path) -> bool:
+        """Whether the folder holds this text's data set, whole. Raises ValueError for what belongs to another text."""
+        meta, progress = read_json(out / "meta.json"), read_json(out / "progress.json")
+        same = [self.same_tokens(out, split) for split in self.tokens]
+        if self.is_of(meta, same) and progress is None:
+            return all(same) and meta.get("splits") == self.splits
+        if self.is_of(progress or meta, same) or not (meta or progress or any(out.glob("*.bin"))):
+            return False
+        raise ValueError(f"{out} holds a data set of other text, which would be lost: choose another --out")
+
+    def is_of(self, record: dict | None, same: list[bool]) -> bool:
+        """Whether meta.json or progress.json is of this text. Without its hash, as in older data sets, tokens tell."""
+        if record is None or "text_sha256" in record:
+            return record is not None and record["text_sha256"] == self.sha256
+        old = "Tiny Shakespeare, public domain"
+        return all(same) or str(record.get("source")).startswith(old) and self.source.startswith(old)
+
+    def same_tokens(self, out: Path, split: str) -> bool:
+        try:
+            return np.array_equal(load_shard(shard_path(out, out.name, split, 0)), self.tokens[split])
+        except (ValueError, FileNotFoundError):
+            return False
+
+
+def find_text(given: Path | None, out: Path) -> Path:
+    """The file to read: the one given, or the download, which lies in the data set's folder."""
+    if given:
+        return given
+    path = out / "input.txt"
+    if not path.exists():
+        download(path)
+    check_regular(path)
+    if not is_shakespeare(path.read_bytes()):
+        raise ValueError(f"{path} is not Tiny Shakespeare, and the download would replace it: choose another --out")
+    return path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parent / "shakespeare_char"
+    parser = Parser(__doc__)
     parser.add_argument("--input", type=Path, help="a local UTF-8 text instead of the download")
-    parser.add_argument("--out", type=Path, default=default, help="output folder (default: data/shakespeare_char)")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="output folder (default: data/shakespeare_char)")
     args = parser.parse_args()
     out = args.out.resolve()
+    if args.input and not args.input.exists():
+        raise FileNotFoundError(f"input {args.input} does not exist: pass a UTF-8 text with --input")
     check_folder(out, out.name)
-    path = args.input or out / "input.txt"
-    if not args.input and not (path.is_file() and is_shakespeare(path.read_bytes())):
-        download(path)
-    text = read_text(path)
-    known = is_shakespeare(text.encode("utf-8"))
+    lock_folder(out)
+    path = find_text(args.input, out)
+    raw_text = read_text(path)
+    known = is_shakespeare(raw_text.encode("utf-8"))
     source = f"Tiny Shakespeare, public domain, {URL}" if known else f"characters of {path.name}, given by the user"
-    splits = make(out, text, source)
-    print(f"{out}: written, {splits['train']['tokens']:,} train + {splits['val']['tokens']:,} val character tokens")
+    options = [*(["--input", path] if args.input else []), *([] if out == FOLDER else ["--out", out])]
+    text = Text(raw_text, source, command_line("shakespeare_char.py", *options))
+    verb = "already complete" if text.complete(out) else "written"
+    if verb == "written":
+        text.make(out)
+    counts = " + ".join(f"{counts['tokens']:,} {split}" for split, counts in text.splits.items())
+    say(f"{out}: {verb}, {counts} character tokens")
 
 
 if __name__ == "__main__":

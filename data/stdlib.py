@@ -7,7 +7,9 @@ packages and generated files are left out. One document is one file, in the orde
 files are held out for val depends only on their names.
 """
 
-import argparse
+import interrupt  # noqa: F401  (first: its docstring)
+
+# isort: split
 import platform
 import sysconfig
 from pathlib import Path
@@ -15,17 +17,24 @@ from pathlib import Path
 import numpy as np
 from common import (
     BYTE_VOCAB,
+    Parser,
     check_folder,
+    command_line,
     held_out,
+    lock_folder,
     read_json,
+    read_meta,
     read_shard_header,
     run,
+    say,
     shard_path,
     write_meta,
     write_shard,
 )
 
 NAME = "stdlib"
+FOLDER = Path(__file__).resolve().parent / NAME
+SOURCE = "source files of the standard library of "
 SPLITS = ("train", "val")
 VAL_FRACTION = 0.08
 EOT = BYTE_VOCAB["eot"]
@@ -40,7 +49,7 @@ EXCLUDED_FOLDERS = {
 def source_text() -> str:
     """The `source` line of meta.json; a folder with the same line is up to date."""
     version = f"{platform.python_implementation()} {platform.python_version()}"
-    return f"source files of the standard library of {version}, without tests; PSF License Version 2"
+    return f"{SOURCE}{version}, without tests; PSF License Version 2"
 
 
 def wanted(relative: Path) -> bool:
@@ -99,20 +108,34 @@ def make(out: Path, root: Path) -> dict:
         tokens = pack(texts[split])
         write_shard(shard_path(out, NAME, split, 0), tokens)
         splits[split] = {"tokens": tokens.size, "bytes": tokens.size - len(texts[split])}
-    write_meta(out, name=NAME, vocab=BYTE_VOCAB, source=source_text(), splits=splits)
+    command = command_line("stdlib.py", *([] if out == FOLDER else ["--out", out]))
+    write_meta(out, name=NAME, vocab=BYTE_VOCAB, source=source_text(), made_with=command, splits=splits)
     return splits
+
+
+def check_own(out: Path) -> None:
+    """Raise ValueError for a folder with another data set of the same name: text of the user, say from stdlib.txt.
+
+    A damaged meta.json passes: the data set is remade.
+    """
+    try:
+        source = (read_json(out / "meta.json") or {}).get("source", SOURCE)
+    except ValueError:
+        source = SOURCE
+    if (out / "progress.json").exists() or not str(source).startswith(SOURCE):
+        raise ValueError(f"{out} holds a data set of other text: choose another --out")
 
 
 def complete(out: Path) -> dict | None:
     """The splits of a finished data set of this Python version in `out`, else None."""
     try:
-        meta = read_json(out / "meta.json")
-        if meta is None or meta.get("source") != source_text():
+        meta = read_meta(out)
+        if meta is None or meta["source"] != source_text():
             return None
         same = all(
             meta["splits"][split]["tokens"] == read_shard_header(shard_path(out, NAME, split, 0)) for split in SPLITS
         )
-    except (ValueError, KeyError, TypeError, FileNotFoundError):  # a damaged data set is remade
+    except (ValueError, FileNotFoundError):  # a damaged data set is remade
         return None
     return meta["splits"] if same else None
 
@@ -123,16 +146,18 @@ def summary(out: Path, splits: dict, verb: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).resolve().parent / NAME
-    parser.add_argument("--out", type=Path, default=default, help="output folder (default: data/stdlib)")
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="output folder (default: data/stdlib)")
     parser.add_argument("--force", action="store_true", help="remake a data set that is already complete")
     args = parser.parse_args()
-    check_folder(args.out, NAME)
-    if not args.force and (splits := complete(args.out)):
-        print(summary(args.out, splits, "already complete"))
+    out = args.out.resolve()
+    check_folder(out, NAME)
+    check_own(out)
+    if not args.force and (splits := complete(out)):
+        say(summary(out, splits, "already complete"))
         return
-    print(summary(args.out, make(args.out, Path(sysconfig.get_path("stdlib"))), "written"))
+    lock_folder(out)
+    say(summary(out, make(out, Path(sysconfig.get_path("stdlib"))), "written"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Bad input: each ends with one sentence on stderr that names what is wrong and how to repair it, never a traceback."""
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -49,7 +50,7 @@ def edit_meta(folder, **changes):
 
 @pytest.mark.parametrize("name, command", [
     ("stdlib", "python data/stdlib.py"), ("shakespeare_char", "python data/shakespeare_char.py"),
-    ("fineweb10B", "python data/cached_fineweb.py 9"), ("mine", "python data/stdlib.py"),
+    ("fineweb10B", "python data/cached_fineweb.py 9"), ("mine", "python data/fineweb.py --input"),
 ])
 def test_no_data_names_the_command_that_makes_it(name, command, tmp_path, fails):
     fails(tiny(tmp_path, data=tmp_path / name), "no train shards", str(tmp_path / name), command)
@@ -87,13 +88,13 @@ def test_damaged_shard(damage, split, tmp_path, fails):
     path = tmp_path / "data" / f"data_{split}_000000.bin"
     change, words = SHARDS[damage]
     change(path)
-    fails(tiny(tmp_path), str(path), *words, "make it again with python data/stdlib.py")
+    fails(tiny(tmp_path), str(path), *words, "make it again with python data/fineweb.py")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_token_beyond_the_vocabulary(split, tmp_path, fails):
     tokens = documents(1000, 0)
-    tokens[500] = VOCAB
+    tokens[200] = VOCAB  # among those that are evaluated
     make_data(tmp_path / "data", **{split: [tokens]})
     fails(tiny(tmp_path), f"data_{split}_000000.bin holds token id 64", "vocabulary", "64", "make it again with")
 
@@ -130,23 +131,66 @@ def test_meta_without_a_key_that_is_needed(key, tmp_path, fails):
     argv = tiny(tmp_path)
     path = tmp_path / "data" / "meta.json"
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
-    fails(argv, str(path), "cannot be read", key, "make it again with python data/stdlib.py")
+    fails(argv, str(path), "cannot be read", key, "make it again with python data/fineweb.py")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "5", '"text"', "\x00"])
 def test_meta_that_is_no_object(text, tmp_path, fails):
     argv = tiny(tmp_path)
     (tmp_path / "data" / "meta.json").write_text(text)
-    fails(argv, "meta.json", "cannot be read", "make it again with python data/stdlib.py")
+    fails(argv, "meta.json", "cannot be read", "make it again with python data/fineweb.py")
 
 
-def test_shards_without_meta_are_those_of_gpt2(tmp_path, capsys):
+def test_fineweb_shards_without_meta_are_those_of_gpt2(tmp_path, capsys):
     """The published FineWeb shards: 50257 tokens, 50256 at a document's start; no bits per byte."""
-    made = make_data(tmp_path / "data", train=[[50256, *range(500)]], val=[[50256, *range(400)]], vocab_size=50257)
+    made = make_data(tmp_path / "fineweb10B", [[50256, *range(500)]], [[50256, *range(400)]], vocab_size=50257)
+    for path in [*made.glob("*.bin")]:
+        path.rename(path.with_name(path.name.replace("fineweb10B", "fineweb")))
     (made / "meta.json").unlink()
-    assert train_gpt.main(tiny(tmp_path, iterations=1)) == 0
+    assert train_gpt.main(tiny(tmp_path, iterations=1, data=made)) == 0
     assert "vocabulary 50257" in capsys.readouterr().out
     assert [r["val_bpb"] for r in records(run_folder(tmp_path)) if "val_bpb" in r] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["data", "fineweb10B"])  # a name alone says nothing of the tokens
+def test_other_shards_without_meta_are_refused(name, tmp_path, fails):
+    """Byte data that was half made, or copied without it, is not taken for GPT-2's tokens."""
+    made = make_data(tmp_path / name)
+    (made / "meta.json").unlink()
+    fails(tiny(tmp_path, data=made), str(made / "meta.json"), "cannot be read", "make it again with")
+
+
+def test_advice_names_the_command_that_made_the_data(tmp_path, fails):
+    """With its control characters shown."""
+    made = make_data(tmp_path / "data", vocab_size=9, made_with="python data/fineweb.py --input 'a\x1b[1m.txt'")
+    fails(tiny(tmp_path, data=made), "eot 63", r"again with python data/fineweb.py --input 'a\x1b[1m.txt'")
+
+
+@pytest.mark.parametrize("change", [
+    {"vocab_size": "64"}, {"vocab_size": 64.5}, {"vocab_size": True}, {"vocab_size": 10**30}, {"eot": -5}, {"eot": 63.0},
+    {"splits": {"train": {"tokens": "3000"}}}, {"splits": {"val": {"tokens": 500, "bytes": -1}}}, {"tokenizer": None},
+    {"splits": {"val": {"bytes": "1000"}}}, {"name": 7}, {"tokenizer": {"kind": 3}},
+], ids=str)
+def test_meta_of_wrong_types_is_told(change, tmp_path, fails):
+    argv = tiny(tmp_path)
+    edit_meta(tmp_path / "data", **change)
+    fails(argv, str(tmp_path / "data"), "again with")
+
+
+@pytest.mark.parametrize("value", ["1e400", "NaN", "[" * 10**5, "1" * 10**4], ids=["inf", "nan", "nested", "digits"])
+def test_meta_that_json_reads_oddly_is_told(value, tmp_path, fails):
+    argv = tiny(tmp_path)
+    path = tmp_path / "data" / "meta.json"
+    path.write_text(path.read_text().replace('"vocab_size": 64', f'"vocab_size": {value}'))
+    fails(argv, str(path), "cannot be read", "again with")
+
+
+def test_a_pipe_in_place_of_a_shard_is_refused(tmp_path, fails):
+    """Opening it would wait for ever."""
+    argv = tiny(tmp_path)
+    (tmp_path / "data" / "data_train_000001.bin").unlink()
+    os.mkfifo(tmp_path / "data" / "data_train_000001.bin")
+    fails(argv, "data_train_000001.bin is no file", "again with")
 
 
 @pytest.mark.parametrize("wanted", [500, 10**9])

@@ -64,7 +64,7 @@ def test_damaged_shard_is_refused_with_the_command_that_remakes_it(tmp_path, dam
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=message) as error:
         common.load_shard(path)
-    assert str(path) in str(error.value) and "python data/stdlib.py --force" in str(error.value)
+    assert str(path) in str(error.value) and "python data/stdlib.py" in str(error.value)
 
 
 def test_missing_shard_is_named(tmp_path):
@@ -116,13 +116,15 @@ def test_check_folder_refuses_the_shards_of_another_data_set(tmp_path):
 
 def test_write_meta_gives_the_documented_fields(tmp_path):
     splits = {"train": {"tokens": 5, "bytes": 4}, "val": {"tokens": 2, "bytes": None}}
-    common.write_meta(tmp_path, name="x", vocab=common.GPT2_VOCAB, source="here", splits=splits)
+    about = {"source": "here", "made_with": "python data/x.py"}
+    common.write_meta(tmp_path, name="x", vocab=common.GPT2_VOCAB, splits=splits, **about)
     assert json.loads((tmp_path / "meta.json").read_text()) == {
         "name": "x",
         "tokenizer": {"kind": "tiktoken", "name": "gpt2"},
         "vocab_size": 50257,
         "eot": 50256,
         "source": "here",
+        "made_with": "python data/x.py",
         "splits": splits,
     }
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,11 @@ class Bar:
 
 @pytest.fixture(scope="module", autouse=True)
 def byte_worker():
+    """Tokenizing in this process, without waiting for the disk (test_data_safety.py looks at that)."""
     fineweb.WORKER.update(tokenizer=common.load_tokenizer(common.BYTE_VOCAB), eot=EOT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def run_script(*args, cwd=ROOT, **env):
@@ -55,7 +60,9 @@ def run_script(*args, cwd=ROOT, **env):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """{name: bytes} of the files in a folder, without the command that made them, which names the folder."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {name: re.sub(rb'"made_with": ".*"', b'"made_with": ""', raw) for name, raw in files.items()}
 
 
 def write_jsonl(path, rows):
@@ -122,6 +129,7 @@ def test_all_local_formats_give_the_same_documents(tmp_path):
     expected = [(str(row["id"]), row["text"]) for row in rows] * 3 + [("sub/d.txt", "text d\n")]
     assert [(document.key, document.text) for document in documents] == expected
     assert [document.index for document in documents] == list(range(31))
+    assert fineweb.LocalSource([folder], "mixed", 0.1).left_out == [(".md file", "ignored.md")]
     later = list(fineweb.LocalSource([folder], "mixed", 0.1).documents(17))
     assert later == documents[17:]
 
@@ -363,7 +371,7 @@ def test_killed_run_resumes_to_the_same_bytes(corpus, tmp_path, kind):
     assert workers or not Path(f"/proc/self/task/{os.getpid()}/children").exists()
     process.send_signal(getattr(signal, kind))
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == {"SIGKILL": -signal.SIGKILL, "SIGINT": 1}[kind]
+    assert process.returncode == {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}[kind]
     assert kind == "SIGKILL" or "interrupted: run the same command again" in error and "Traceback" not in error
     assert wait_for_end(workers)
     finished = {name: raw for name, raw in contents(out).items() if name.endswith(".bin")}
@@ -397,10 +405,11 @@ def test_complete_folder_is_left_alone(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (["--shard-tokens", "60_000"], "other shard_tokens"),
-        (["--val-fraction", "0.3"], "other val_fraction"),
-        (["--num_tokens", "70000"], "other num_tokens"),
-        (["--input", "other.jsonl"], "other files"),
+        (["--shard-tokens", "60_000"], "shard_tokens 50000, not 60000"),
+        (["--val-fraction", "0.3"], "val_fraction 0.2, not 0.3"),
+        (["--num_tokens", "7e4"], "num_tokens null, not 70000"),
+        (["--tokenizer", "gpt2"], 'tokenizer {"kind": "byte"}, not {"kind": "tiktoken"'),
+        (["--val-input", "other.jsonl"], "val_fraction 0.2, not null"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, monkeypatch, change, named):
@@ -412,7 +421,7 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, monkeypatch, ch
     fineweb.make_job(parse(command(path, out))).save()
     before = contents(out)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"{named}: choose another --out"):
+    with pytest.raises(ValueError, match=f"{re.escape(named)}.*: choose another --out"):
         fineweb.make_job(parse(parser_args))
     assert contents(out) == before
 
@@ -447,12 +456,16 @@ def test_folder_of_downloaded_shards_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"title": "b"}\n', "a.jsonl line 2 has no string `text`"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"text"', "a.jsonl line 3 is not JSON"),
+        ("a.jsonl", b'\n{"text": 7}\n{"title": "b"}\n', "the input has no text: .*a.jsonl line 2 has no string `text`"),
+        ("a.jsonl", b'\n\n{"text"', "a.jsonl line 3 is not JSON"),
+        ("a.jsonl", b"\xff", "a.jsonl line 1 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl line 1 is not JSON .nested too deeply"),
+        ("a.jsonl", b"9" * 5000, "a.jsonl line 1 is not JSON"),
+        ("a.jsonl", b"", "the input has no text: its files are empty"),
         ("a.jsonl", b'["text"]', "a.jsonl line 1 has no string `text`"),
         ("a.jsonl", b'{"text": null}', "a.jsonl line 1 has no string `text`"),
         ("a.txt", b"\xff", "a.txt is not UTF-8"),
-        ("a.parquet", b"PAR0", "a.parquet is not a Parquet file"),
+        ("a.parquet", b"PAR0", "a.parquet is not a whole Parquet file"),
         ("a.jsonl", b"null", "a.jsonl line 1 has no string `text`"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz is not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 99)[:-9], "a.jsonl.gz is not a whole gzip file"),
@@ -472,7 +485,7 @@ def test_missing_input_is_one_line_and_makes_nothing(tmp_path):
 
 
 def test_input_that_leaves_val_empty_is_refused(tmp_path):
-    path = write_jsonl(tmp_path / "in.jsonl", [{"text": "only one"}])
+    path = write_jsonl(tmp_path / "in.jsonl", [{"text": "one of two"}, {"text": "the other"}])
     with pytest.raises(ValueError, match="no document fell in val.*--val-fraction"):
         build(tmp_path / "x", fineweb.LocalSource([path], "x", 0.01), 100)
     assert not (tmp_path / "x" / "meta.json").exists()

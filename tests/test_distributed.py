@@ -273,8 +273,7 @@ def test_signal_to_one_process_stops_all_and_they_go_on_to_the_bit(script, tmp_p
     (tmp_path / "signalled.py").write_text(SIGNALLED)
     whole, logs, two = script("2"), tmp_path / "logs", ["--standalone", "--nproc_per_node=2"]
     flags = script_flags(whole.parent / "chain", logs, log_every=2, save_every=0)
-    with pytest.raises(AssertionError, match="step_000004"):  # the exit code is not 0
-        finish([launch(two, flags, str(tmp_path / "signalled.py"))])
+    finish([launch(two, flags, str(tmp_path / "signalled.py"))])  # exit code 0: torchrun shows no traceback
     folder = run_folder(logs)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
     assert '"status": "interrupted", "step": 4' in (folder / "metrics.jsonl").read_text()

@@ -134,7 +134,7 @@ def whole(tmp_path_factory):
 
 
 def killed(folder: Path, monkeypatch, router: str, in_step: int) -> Path:
-    """A run that ends without a last word after some micro-steps of a step."""
+    """A run that ends after some micro-steps of a step, as by kill -9: the checkpoint that its end wrote is removed."""
     def add(self, *args, calls=[], real=tm.Balance.add):  # noqa: B006 - counts over the run
         calls.append(1)
         if len(calls) == 4 * (in_step - 1) + 3:
@@ -143,6 +143,7 @@ def killed(folder: Path, monkeypatch, router: str, in_step: int) -> Path:
     with monkeypatch.context() as patch:
         patch.setattr(tm.Balance, "add", add)
         assert tm.main(moe_flags(folder, router)) == 130
+    shutil.rmtree(run_folder(folder) / "checkpoints" / f"step_{in_step - 1:06d}")
     return run_folder(folder)
 
 

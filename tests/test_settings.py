@@ -121,7 +121,7 @@ def test_resume_without_a_value_is_latest():
 
 RANGE = re.compile(r">=?0|0\.\.1|\w+(\|\w+)+")
 WITH = re.compile(r"with (\w+)(?: ([\w|]+))?")
-FREE_TEXT = {"experiment_name", "log_dir", "resume", "data", "attention", "kernels"}
+FREE_TEXT = {"experiment_name", "allow_change", "log_dir", "resume", "data", "attention", "kernels"}
 
 
 def defaults_of(name: str) -> tuple:
@@ -176,11 +176,11 @@ def other_value(name: str):
     return value + "x" if isinstance(value, str) else (*value, 1) if isinstance(value, tuple) else value + 1
 
 
-def resumed(name: str, fingerprint: str = "same"):
+def resumed(name: str, fingerprint: str = "same", allow: str = ""):
     """What the check says where this setting of the checkpoint's run differs; its files are JSON."""
     then = dataclasses.replace(Settings(), **{name: other_value(name)}) if name else Settings()
     meta = {"settings": dataclasses.asdict(then), "data": {"fingerprint": fingerprint}}
-    train_gpt.check_resumable(Settings(), "same", SCRIPT, json.loads(json.dumps(meta)))
+    return train_gpt.changed_settings(Settings(allow_change=allow), "same", SCRIPT, json.loads(json.dumps(meta)))
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Hyperparameters)])
@@ -195,7 +195,15 @@ def test_a_resumed_run_must_have_the_same_hyperparameters(name):
 
 @pytest.mark.parametrize("name", ["", *(field.name for field in dataclasses.fields(RunSettings))])
 def test_a_resumed_run_may_run_otherwise(name):
-    resumed(name)
+    assert resumed(name) == {}
+
+
+def test_changes_that_are_allowed_are_told():
+    then, now = other_value("muon_lr"), Settings().muon_lr
+    assert resumed("muon_lr", allow="iterations,muon-lr") == {"muon_lr": [then, now]}
+    assert resumed("", "other", allow="data_fingerprint") == {"data_fingerprint": ["other", "same"]}
+    with pytest.raises(UserError, match="or add --allow-change muon_lr:"):
+        resumed("muon_lr", allow="adam_lr")
 
 
 def test_a_resumed_run_must_have_the_same_data():
@@ -208,7 +216,7 @@ def test_checkpoints_of_before_a_setting_was_there_or_left_are_told_by_name():
     settings_then = dataclasses.asdict(Settings()) | {"hellaswag_every": 3}
     del settings_then["xsa"], settings_then["keep"]
     with pytest.raises(UserError) as refused:
-        train_gpt.check_resumable(Settings(), "same", SCRIPT, json.loads(json.dumps(
+        train_gpt.changed_settings(Settings(), "same", SCRIPT, json.loads(json.dumps(
             {"settings": settings_then, "data": {"fingerprint": "same"}})))
     assert [line.strip() for line in str(refused.value).splitlines()[1:]] == ["xsa: None in the checkpoint, True now"]
 
@@ -223,6 +231,9 @@ def test_checkpoints_of_before_a_setting_was_there_or_left_are_told_by_name():
     (["--iter", "5"], ["--iter"]),  # no abbreviations: a new flag must not change what an old command means
     (["--iterations", "many"], ["--iterations", "many"]),
     (["--iterations", "1.5"], ["--iterations", "1.5"]),
+    (["--iterations", "1.55e1"], ["--iterations", "1.55e1"]),
+    (["--iterations", "1e400"], ["--iterations", "1e400"]),
+    (["--iterations", "nan"], ["--iterations", "nan"]),
     (["--muon-lr", "fast"], ["--muon-lr", "fast"]),
     (["--batch-tokens", "8,x"], ["--batch-tokens", "8,x"]),
 ])
@@ -243,6 +254,17 @@ def test_unknown_flag_or_wrong_type_is_one_sentence_and_exit_code_2(argv, words,
     (["--muon-lr", "nan"], "--muon_lr nan: must be >=0"),
     (["--schedule", "cosine"], "--schedule cosine: must be linear or wsd"),
     (["--preset", "huge"], "--preset huge: must be auto or cpu or gpu or speedrun or medium"),
+    (["--data", ""], "--data: is empty"),
+    (["--resume", ""], "--resume: is empty"),
+    (["--allow-change", "muon-lr"], "--allow_change: has no effect without --resume"),
+    (["--resume", "--allow-change", "muon-lr,speed"], "--allow_change: speed: no such setting"),
+    (["--width", "2147483648"], "--width 2.14748e+09: must be below 2147483648"),
+    (["--iterations", "1e30"], "--iterations 1e+30: must be below 2147483648"),
+    (["--threads", "1000000000000"], "--threads 1e+12: must be below 4096"),
+    (["--batch-tokens", str(10**18)], "--batch_tokens 1e+18: must be below 2147483648"),
+    (["--num-layers", "100000"], "--num_layers 100000: must be below 2048"),
+    (["--width", "9999984", "--head-dim", "48"], "lower --width, --num_layers"),
+    (["--bigram", "2147483647"], "lower --width, --num_layers"),
     (["--preset", ""], "--preset : must be auto or cpu or gpu or speedrun or medium"),
     (["--device", "tpu"], "--device tpu: must be auto or cpu or cuda"),
     (["--window", "64,0"], "--window (64, 0): must be >0"),
@@ -279,7 +301,7 @@ def test_a_setting_that_cannot_work_is_named_with_what_is_allowed(argv, said):
      ["--width 100", "--value_embeds 3", "--warmup_steps 999", "--batch_tokens 8000"]),
     (["--window", "1,2", "--seq-len", "1,2"], ["--window has 2", "--seq_len has 2"]),
     (["--backend", "flex", "--value-embeds", "3"], ["--backend flex", "--value_embeds 3"]),  # machine and model
-    (["--keep", "0", "--kernels", "gramm"], ["--keep 0", "--kernels gramm: gramm is none", "--kernels gramm needs"]),
+    (["--keep", "-1", "--kernels", "gramm"], ["--keep -1", "--kernels gramm: gramm is none", "--kernels gramm needs"]),
 ])
 def test_all_problems_are_told_at_once(argv, said):
     told = problems(*argv)
