@@ -15,17 +15,16 @@ Grokking: Power et al. 2022 (arXiv 2201.02177), whose operations and token forma
 Tveit et al. 2025 (arXiv 2504.16041). Measured here: records/2026-11-20_grokking.
 Shapes: N equations, T tokens of one, D width, H heads, K key dim of a head, V vocabulary.
 """
-if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends without a traceback
-    import signal
+import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
 import argparse
 import contextlib
 import copy
 import difflib
 import errno
-import fcntl
 import functools
 import hashlib
 import inspect
@@ -36,7 +35,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -53,6 +51,9 @@ from torch import Tensor
 class UserError(ValueError):
     """Wrong input that one sentence explains; `main` prints it without a traceback."""
 
+class NothingToDo(Exception):
+    """The run that --resume names is over."""
+
 # --- Settings -------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -62,16 +63,16 @@ class Config:
     preset: str = "nanugpt"  # settings that other flags override [nanugpt|power|quick]
     experiment_name: str = "train_grokking"  # runs go to LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
-    seed: int = 0  # of weights, split and order of the equations [>= 0, < 4294967296]
+    seed: int = 0  # of weights, split and order of the equations [>= 0]
     resume: str = ""  # latest run, a run's folder or a checkpoint file to go on with
     allow_change: str = ""  # settings that --resume may change, as lr,weight_decay
-    prime: int = 223  # p: numbers are 0 to p - 1, results modulo p [> 1, < 1000000]
+    prime: int = 223  # p: numbers are 0 to p - 1, results modulo p [> 1, < 5000]
     operation: str = "/"  # on a and b [+|-|*|/|x2y2|x2xyy2|x2xyy2x|x3xy|x3xy2y]
     train_fraction: float = 0.5  # part of the equations that is trained on [> 0, < 1]
     layers: int = 2  # transformer layers [> 0, <= 1000]
-    width: int = 128  # of the residual stream, a multiple of heads [> 0, <= 1000000000]
-    heads: int = 4  # attention heads [> 0, <= 1000000000]
-    mlp_ratio: int = 4  # hidden size of the MLP / width [> 0, <= 1000000]
+    width: int = 128  # of the residual stream, a multiple of heads [> 0, <= 16384]
+    heads: int = 4  # attention heads [> 0]
+    mlp_ratio: int = 4  # hidden size of the MLP / width [> 0, <= 1000]
     optimizer: str = "adamw"  # of the matrices of attention and MLP [adamw|muon]
     lr: float = 0.001  # AdamW's rate; with muon that of all other weights [>= 0]
     beta1: float = 0.9  # decay of AdamW's mean of gradients [>= 0, < 1]
@@ -81,12 +82,12 @@ class Config:
     muon_lr: float = 0.02  # Muon's rate [>= 0]
     muon_momentum: float = 0.95  # Nesterov momentum [>= 0, < 1]
     muon_weight_decay: float = 0.1  # its decay / rate; with 1 it learns nothing [>= 0]
-    warmup_steps: int = 10  # in which the rates rise to what they stay [>= 0, <= 1000000000]
-    batch_size: int = 512  # equations of a step; all where there are fewer [> 0, <= 1000000000]
-    iterations: int = 15000  # optimizer steps, at most [> 0, <= 1000000000]
-    eval_every: int = 400  # steps between evaluations on all equations [> 0, <= 1000000000]
+    warmup_steps: int = 10  # in which the rates rise to what they stay [>= 0]
+    batch_size: int = 512  # equations of a step; all where there are fewer [> 0, <= 65536]
+    iterations: int = 15000  # optimizer steps, at most [> 0]
+    eval_every: int = 400  # steps between evaluations on all equations [> 0]
     stop_accuracy: float = 0.99  # stop a tenth later than this; 0: never [>= 0, <= 1]
-    save_every: int = 10  # evaluations between checkpoints [> 0, <= 1000000000]
+    save_every: int = 10  # evaluations between checkpoints [> 0]
     plot: bool = True  # draw curve.png at the end (bench/grokking.py)
     sweep: bool = False  # draw a phase diagram instead (bench/grokking.py)
     device: str = "auto"  # where to run [auto|cpu|cuda]
@@ -108,6 +109,7 @@ FREE_ON_RESUME = {"preset", "experiment_name", "log_dir", "resume", "iterations"
 FIXED = {"seed", "prime", "operation", "train_fraction", "layers", "width", "heads", "mlp_ratio", "optimizer"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+MOST_WEIGHTS = 10**9
 COMPARE = {">": gt, ">=": ge, "<": lt, "<=": le}
 
 @functools.cache
@@ -116,11 +118,12 @@ def flag_comments() -> dict[str, str]:
     source = inspect.getsource(Config)
     return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, re.MULTILINE))
 
-def whole_number(word: str) -> int:
-    """12, 1_000 or 1e6, for argparse."""
-    if not float(word).is_integer():  # nor are nan and inf
-        raise ValueError
-    return int(float(word)) if {*"e.E"} & {*word} else int(word)
+def whole(text: str) -> int:
+    """A whole number, also as 1e6 or 1_000_000."""
+    number = float(text)
+    return int(number) if "e" in text.lower() and number.is_integer() else int(text)
+
+whole.__name__ = "int"  # for argparse's "invalid .. value"
 
 def flag_parser() -> argparse.ArgumentParser:
     """One flag for each setting, with dashes or underscores."""
@@ -128,7 +131,7 @@ def flag_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=text, allow_abbrev=False, exit_on_error=False)
     for field in fields(Config):
         flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
-        options = dict(type=whole_number if field.type is int else field.type, metavar="X")
+        options = dict(type=whole if field.type is int else field.type, metavar="X")
         if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
         if field.name == "resume":
@@ -172,8 +175,8 @@ def setting_problems(s: Config, given: dict) -> list[str]:
         if not fits or ("|" in bracket and value not in bracket.split("|")):
             allowed = bracket.replace("|", " or ").replace(", ", " and ")
             problems.append(f"--{name} {str(value)[:40]}: must be {allowed}")
-        elif value == math.inf:
-            problems.append(f"--{name} inf: must be a finite number")
+        elif value == math.inf or type(value) is int and value >= 2**32:
+            problems.append(f"--{name} {str(value)[:40]}: must be below {2**32}")
         elif name in given and value == "" or "\0" in str(value):
             hint = "; leave the value out for the latest run" if name == "resume" else ""
             problems.append(f"--{name} {value!r}: must be a name{hint}")
@@ -194,39 +197,11 @@ def setting_problems(s: Config, given: dict) -> list[str]:
         problems.append(f"--width {s.width}: must be a multiple of --heads {s.heads}")
     if s.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
-    need, there = memory_needed(s), memory_there(s)
-    if not problems and need > there:
-        problems.append(f"at least {need / 1e9:,.1f} GB of memory are needed, {there / 1e9:,.1f} GB are there: "
-                        f"use {smaller(s, there)}")
+    weights = s.layers * (4 + 2 * s.mlp_ratio) * s.width**2
+    if weights > MOST_WEIGHTS:
+        problems.append(f"--layers, --width and --mlp_ratio make {weights:.3g} weights, more than {MOST_WEIGHTS:.3g}")
     unread = [name for name in given if name.startswith("muon") and s.optimizer != "muon"]
     return problems + [f"--{name}: has no effect without --optimizer muon" for name in unread]
-
-def memory_needed(s: Config) -> int:
-    """Bytes without which a run cannot be: weights, gradients, moments, one step's activations, equations."""
-    count, width = s.prime**2, s.width
-    weights = s.layers * (4 + 2 * s.mlp_ratio) * width**2 + 2 * s.prime * width
-    tokens = 5 * (s.layers - 1) + 1  # of the last layer one
-    activations = tokens * (6 + 2 * s.mlp_ratio) * width + 2 * s.prime
-    rows = min(s.batch_size, int(s.train_fraction * count))
-    return 4 * (4 * weights + rows * activations) + 150 * count
-
-def memory_there(s: Config) -> int:
-    """Bytes of the GPU, or of this machine or container."""
-    if s.device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_properties().total_memory
-    total, container = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "max"
-    with contextlib.suppress(OSError):
-        container = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    return min(total, int(container)) if container.isdecimal() else total
-
-def smaller(s: Config, limit: float) -> str:
-    """Flags, each of which alone may bring `memory_needed` down to the limit."""
-    found = []
-    for name in ("batch_size", "layers", "width"):
-        halves = [getattr(s, name) >> n for n in range(1, 31)]
-        fit = [n for n in halves if n and memory_needed(replace(s, **{name: n})) <= limit]
-        found += [f"--{name} {n}" for n in fit[:1]]
-    return " or ".join(found) or "a smaller --prime"
 
 # --- Data -----------------------------------------------------------------------------------------------------
 # An equation is five tokens, EOS a op b =, and an answer. Tokens: EOS, =, nine operations, 0 to p - 1.
@@ -439,7 +414,7 @@ def milestones(metrics: list[dict]) -> dict[str, int | None]:
     both = None not in (found["train_99"], found["val_99"])
     return found | {"gap": found["val_99"] - found["train_99"] if both else None}
 
-# --- Checkpoints and logs -------------------------------------------------------------------------------------
+# --- Checkpoints ----------------------------------------------------------------------------------------------
 # RUN/ckpt.pt is the newest state, RUN/ckpt_best.pt that of the best validation accuracy. Which of several is the
 # newest says `saved` in them, which rises with each; a file's time changes when it is copied.
 
@@ -450,83 +425,129 @@ def initial_state(s: Config) -> dict:
     rest = [name for name in w if name not in hidden]
     names = {"momentum": hidden, "exp_avg": rest, "exp_avg_sq": rest}
     moments = {key: {name: torch.zeros_like(w[name]) for name in names[key]} for key in names}
-    return dict(step=0, weights=w, moments=moments, metrics=[], train_ms=0.0, eval_ms=0.0, saved=0, changes=[],
-                status="running")
+    return dict(step=0, weights=w, moments=moments, metrics=[], train_ms=0.0, eval_ms=0.0, saved=0, changes=[])
 
 def all_finite(state: dict) -> bool:
     """Whether weights and moments are numbers; waits for the device."""
     parts = (state["weights"], *state["moments"].values())
     return all(bool(z.isfinite().all()) for part in parts for z in part.values())
 
-def glance(path: Path) -> dict:
-    """A checkpoint's content, its tensors not yet read. Raises whatever the content of a file can raise."""
-    infos = zipfile.ZipFile(path).infolist()
-    if any(i.compress_type or i.filename.endswith(".pkl") and i.file_size > 2**28 for i in infos):
-        raise ValueError("not as torch.save writes it")
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    if not isinstance(state, dict) or not isinstance(state.get("settings"), dict):
-        raise ValueError("no checkpoint of train_grokking.py")
-    state = {"saved": 0, "changes": [], "status": "done"} | state  # which older ones lack
-    kinds = {type(value) for value in state["settings"].values()}
-    if not type(state["saved"]) is type(state["step"]) is int or kinds - {str, int, float, bool}:
-        raise ValueError("counters or settings of a wrong type")
+def printable(text: str) -> str:
+    """A text whose control characters, which would drive a terminal, are shown instead."""
+    return re.sub(r"[^\n\t -~\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff]", lambda c: ascii(c[0])[1:-1], text)
+
+def misfit(value, like, name: str) -> str:
+    """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
+    have all its keys, tensors its shape and dtype; integers are not negative, floats are finite;
+    a tuple is a choice."""
+    if isinstance(like, tuple):
+        return min((misfit(value, one, name) for one in like), key=len)
+    if isinstance(like, dict) and isinstance(value, dict):
+        parts = (misfit(value.get(key), part, f"{name}: {key}") for key, part in like.items())
+        return next(filter(None, parts), "")
+    if isinstance(like, Tensor) and isinstance(value, Tensor):
+        is_, not_ = ((tuple(x.shape), x.dtype) for x in (value, like))
+        return "" if is_ == not_ else f"{name} is {is_}, not {not_}"
+    fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
+    if isinstance(like, float):
+        fits = type(value) in (int, float) and abs(value) < 1e300
+    kinds = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
+    kind, shown = kinds.get(type(like), type(like).__name__), " ".join(repr(value).split())
+    return "" if fits else f"{name} is {shown:.60}, not {kind}"
+
+def sync(path: Path):
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+def write_file(path: Path, content: bytes | memoryview):
+    """Replaces a file by a complete one, on the disk. Raises OSError, and keeps the old one, on a full disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+def lock_folder(folder: Path):
+    """An open file that keeps other processes from this run; the system frees it when this one ends.
+    Raises UserError that says who has it."""
+    import fcntl  # not on Windows
+    file = open(folder / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
+    except OSError:
+        print(f"note: {folder} cannot be locked here: start no second --resume of it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {platform.node()}, started {time.ctime()}")
+    file.flush()
+    return file
+
+def read_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint, its tensors not yet compared with a model's. Raises ValueError if it is damaged."""
+    form = {"step": 0, "settings": {}, "metrics": [], "changes": [], "saved": 0, "train_ms": 0.0, "eval_ms": 0.0}
+    metric = {"step": 0} | dict.fromkeys(METRICS, 0.0)
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load looks at neither
+            if any(part.compress_type for part in file.infolist()) or file.testzip():
+                raise ValueError("wrong checksums")
+        state = {"saved": 0, "changes": []} | torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if wrong := misfit(state, form, "it") or "".join(misfit(m, metric, "a metric") for m in state["metrics"]):
+            raise ValueError(wrong)
+        json.dumps([state["settings"], state["changes"]])
+    except Exception as error:  # noqa: BLE001 - what unpickler and zip reader raise has no end
+        raise ValueError(f"{path} is damaged ({repr(error).splitlines()[0]:.300})") from error
+    steps = [0, *(m["step"] for m in state["metrics"]), state["step"]]
+    if steps != sorted(steps):
+        raise ValueError(f"{path} is damaged (steps not in order: {steps[:5]})")
     return state
 
-def adopted(found, wanted, name: str):
-    """A loaded value in the form of a wanted one: dicts have its keys, tensors its shape and are copied into it.
-    Raises ValueError that names what differs."""
-    if type(found) is not type(wanted):
-        raise ValueError(f"{name} is of type {type(found).__name__}, not {type(wanted).__name__}")
-    if isinstance(wanted, dict):
-        if odd := found.keys() ^ wanted.keys():
-            raise ValueError(f"{name} lacks or should not have {', '.join(sorted(map(str, odd)))}")
-        return {key: adopted(found[key], wanted[key], f"{name} {key}") for key in wanted}
-    if isinstance(wanted, Tensor):
-        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-            raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {wanted.dtype} {tuple(wanted.shape)}")
-        found = wanted.copy_(found)
-    largest = found.abs().max().item() if isinstance(found, Tensor) else found
-    if not (isinstance(largest, str | list) or math.isfinite(largest)):
-        raise ValueError(f"{name} is not finite")
-    return found
+def fitted(s: Config, path: Path, state: dict) -> dict:
+    """A checkpoint's content, its tensors copied into those of a new run. Raises ValueError where they do not fit."""
+    like = initial_state(s)
+    if wrong := misfit(state, like, "it") or "a tensor is not finite" * (not all_finite(state)):
+        raise ValueError(f"{path} is damaged ({wrong})")
+    for old, new in [(state["weights"], like["weights"]),
+                     *((state["moments"][key], part) for key, part in like["moments"].items())]:
+        for name, z in new.items():
+            z.copy_(old[name])
+    return state | {"weights": like["weights"], "moments": like["moments"]}
 
-def whole_state(s: Config, path: Path, state: dict) -> dict:
-    """The content of a checkpoint, read and checked. Raises whatever the content of a file can raise."""
-    if part := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-        raise EOFError(f"wrong checksum of {part}")
-    state = {name: value for name, value in state.items() if name != "settings"}
-    state = adopted(state, initial_state(s), "the state")
-    form = {"step": 0} | dict.fromkeys(METRICS, 0.0)
-    steps = [adopted(m, form, "an evaluation")["step"] for m in state["metrics"]]
-    if sorted({0, *steps}) != [0, *steps] or state["step"] < max(steps, default=0):
-        raise ValueError(f"steps of its evaluations are not in order: {steps[:5]}")
-    json.dumps(state["changes"])  # or a TypeError
-    return state
+def load_checkpoint(s: Config, notes: list[str]) -> tuple[Path, dict]:
+    """Path and content of the newest whole checkpoint that --resume names; notes: which are damaged. Raises
+    FileNotFoundError without any, UserError if the newest has other settings."""
+    place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
+    paths = place.parent.glob("ckpt*.pt") if place.is_file() else [*place.glob("ckpt*.pt"), *place.glob("*/ckpt*.pt")]
+    found, damaged = {}, []
+    for path in filter(Path.is_file, sorted({place, *paths})):  # no FIFO
+        try:
+            found[path] = read_checkpoint(path)
+        except ValueError as error:
+            damaged.append(f"{error}: another one is taken")
 
-def load_checkpoint(s: Config, place: Path, notes: list[str]) -> tuple[Path, dict]:
-    """Path and content of the newest whole checkpoint of a run or an experiment, or of a file, if that is whole;
-    notes: which are damaged. Raises FileNotFoundError or UserError."""
-    single, found, damaged = place.is_file(), [], []
-    paths = place.parent.glob("ckpt*.pt") if single else (*place.glob("ckpt*.pt"), *place.glob("*/ckpt*.pt"))
-    paths = {path for path in (place, *paths) if path.is_file()}  # no FIFO
-    if not paths:
-        raise FileNotFoundError(f"no checkpoint in {place}: start without --resume, or name a run's folder")
-    for path in sorted(paths):
+    def age(path: Path) -> tuple:
+        return path == place, found[path]["saved"], path.parent.name, found[path]["step"]
+
+    for path in sorted(found, key=age, reverse=True):
+        changed = check_same_run(s, path, found[path]["settings"])
         try:
-            state = glance(path)
-            found.append(((path == place, state["saved"], path.parent.name, state["step"]), path, state))
-        except Exception as error:  # noqa: BLE001 - which, the content decides
-            damaged.append(f"{path} is damaged ({told(error)[:300]})")
-    for _, path, state in sorted(found, key=lambda item: item[0], reverse=True):
-        changed = check_same_run(s, path, state["settings"])
-        try:
-            state = whole_state(s, path, state)
-            state["changes"] += [{"step": state["step"], "changed": changed}] if changed else []
-            notes += [f"{line}: another checkpoint is taken" for line in damaged]
-            return path, state
-        except Exception as error:  # noqa: BLE001
-            damaged.append(f"{path} is damaged ({told(error)[:300]})")
-    raise UserError("\n  ".join([f"no whole checkpoint in {place}:", *damaged]))
+            state = fitted(s, path, found[path])
+        except ValueError as error:
+            damaged.append(f"{error}: another one is taken")
+            continue
+        state["changes"] += [{"step": state["step"], "changed": changed}] * bool(changed)
+        notes += [*damaged, f"resumed {path} after step {state['step']:,}"]
+        return path, state
+    text = f"no whole checkpoint in {place}: start without --resume, or name a run's folder"
+    raise FileNotFoundError("\n  ".join([text, *damaged]))
 
 def check_same_run(s: Config, path: Path, then: dict) -> dict[str, list]:
     """Settings that --allow-change lets differ from a checkpoint's, name -> [then, now]. Raises UserError that names
@@ -535,53 +556,15 @@ def check_same_run(s: Config, path: Path, then: dict) -> dict[str, list]:
     now, then = gone | asdict(s), gone | then
     changed = {name: [then.get(name), now[name]] for name in now if then.get(name) != now[name]}
     allowed = s.allow_change.split(",")
-    others = {name: pair for name, pair in changed.items() if name not in (*FREE_ON_RESUME, *allowed)}
-    if not others:
+    refused = [name for name in changed if name not in (*FREE_ON_RESUME, *allowed)]
+    if not refused:
         return {name: pair for name, pair in changed.items() if name in allowed}
-    hint = "" if others.keys() & {*FIXED, *gone} else f"--allow-change {','.join(others)}, "
-    lines = [f"--{name}: {' '.join(str(old).split())[:80]} in the checkpoint, {new} now"
-             for name, (old, new) in others.items()]
+    hint = "" if {*refused} & {*FIXED, *gone} else f"--allow-change {','.join(refused)}, "
+    lines = [f"--{name}: {' '.join(str(changed[name][0]).split())[:80]} in the checkpoint, {now[name]} now"
+             for name in refused]
     raise UserError("\n  ".join([f"{path} has other settings; {hint}use them, or start without --resume:", *lines]))
 
-def sync_names(folder: Path):
-    """Makes new names in a folder outlast a loss of power, where the file system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-def take_folder(folder: Path):
-    """The open file RUN/lock, whose lock ends with this process at the latest. Raises UserError: another has it."""
-    file = open(folder / "lock", "a+", encoding="utf-8", errors="replace")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
-    except BlockingIOError as error:
-        file.seek(0)
-        raise UserError(f"{folder} is in use by {file.read(200)}: wait for its end, or end it") from error
-    except OSError:
-        pass  # a full disk, or a file system without locks
-    return file
-
-def write_file(path: Path, content: bytes | memoryview, sync: bool = True):
-    """Replaces a file by a complete one, which outlasts a loss of power if synced. Raises OSError, and keeps the
-    old one, on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    if sync:
-        sync_names(path.parent)
-
-# --- Training -------------------------------------------------------------------------------------------------
+# --- A run's folder -------------------------------------------------------------------------------------------
 
 def bench_grokking(*arguments: str) -> int:
     """Runs bench/grokking.py, which draws and sweeps; its exit code."""
@@ -602,47 +585,56 @@ def must_evaluate(s: Config, state: dict) -> bool:
 def is_over(s: Config, state: dict) -> bool:
     return not must_evaluate(s, state) and (state["step"] >= s.iterations or past_target(s, state))
 
-class Training:
-    """A run under way: settings, folder, content of its checkpoints, the signals that ask it to stop."""
+class RunFolder:
+    """The folder of a run, which no other process has meanwhile: log, metrics.json, checkpoints; and the signals."""
 
-    def __init__(self, s: Config, folder: Path, state: dict, kept: int | None):
-        self.s, self.folder, self.state = s, folder, state
-        self.kept = kept  # step of the newest checkpoint
+    def __init__(self, s: Config, path: Path, state: dict):
+        self.s, self.path, self.state = s, path, state | {"settings": asdict(s)}
+        self.kept = state["step"]  # of the newest checkpoint; 0: there is none
         self.signals: list[int] = []
         self.whole = True  # False while a step changes the weights
-        self.do_step, self.do_score = train_step, score
-        self.train_set, self.val_set = make_equations(s)
+        self.lock = lock_folder(path)
         self.began = time.perf_counter()
 
-    def warm_up(self):
-        """Compiles, and runs on copies, outside the clock."""
-        s, train_set, weights = self.s, self.train_set, self.state["weights"]
-        self.do_step, self.do_score = (torch.compile(f, dynamic=False, fullgraph=True) for f in (train_step, score))
-        copies = copy.deepcopy((weights, self.state["moments"]))
-        self.do_step(*copies, train_set, *batch_at(s, len(train_set), 0), step_numbers(s, 0), s)
-        for equations in (train_set, self.val_set):
-            mean_scores(self.do_score, weights, equations, s)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Saves the state before an error, unless that came in the middle of a step. Raises UserError for an error
+        that one sentence explains."""
+        state, memory = self.state, out_of_memory(error)
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            with contextlib.suppress(MemoryError, RuntimeError):  # the same once more
+                if self.whole and state["step"] > self.kept and all_finite(state):
+                    self.save("ckpt.pt")
+            self.report("error")
+        self.lock.close()
+        if memory or isinstance(error, OSError | RuntimeError):
+            raise UserError(f"{told(error)}; after step {state['step']:,}, {self.outlook()}") from error
+
+    def catch_signals(self):
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self.stop)
 
     def stop(self, number: int, frame):
-        """On a signal: asks to stop. A second one ends the process, but for SIGHUP: a closed terminal sends two."""
+        """On a signal: asks to stop. A second Ctrl-C or SIGTERM ends at once; a closed terminal sends SIGHUP twice."""
         self.signals.append(number)
-        for other in STOPS:
-            signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # no print: the signal may have come within one
-            os.write(2, f"{signal.Signals(number).name}: saving; once more ends it at once\n".encode())
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # print is not for signal handlers
+            os.write(2, f"{signal.Signals(number).name}: saves and stops; again: stops at once\n".encode())
 
     def say(self, text: str):
         """Prints a line, and adds it to log.txt. A full disk costs lines; where nobody reads them the run stops."""
-        text = harmless(text)
-        with contextlib.suppress(OSError):
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+        text = printable(text)
+        with contextlib.suppress(OSError), open(self.path / "log.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
         try:
             print(text, flush=True)
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):  # `| head`, a terminal that is gone
                 self.signals.append(signal.SIGPIPE)
-                sys.stdout = open(os.devnull, "w")
 
     def lap(self, name: str):
         """Adds the time since the last call to train_ms or eval_ms."""
@@ -650,23 +642,22 @@ class Training:
         self.state[name] += 1000 * (now - self.began)
         self.began = now
 
-    def write(self, name: str, content: bytes | memoryview, sync: bool = True) -> str:
-        """Replaces a file. Where that fails, the old one stays: a warning, which is returned."""
+    def write(self, name: str, content: bytes | memoryview) -> bool:
+        """Replaces a file; False, and a warning, where that fails: the old one stays."""
         try:
-            write_file(self.folder / name, content, sync)
+            write_file(self.path / name, content)
         except OSError as error:
-            problem = f"{self.folder / name} cannot be written ({error.strerror}); {self.outlook()}"
-            self.say(f"warning: {problem}")
-            return problem
-        return ""
+            self.say(f"warning: {self.path / name} cannot be written ({error.strerror}); {self.outlook()}")
+            return False
+        return True
 
-    def save(self, name: str) -> str:
+    def save(self, name: str) -> bool:
         """Replaces a checkpoint; see `write`."""
         self.state["saved"] = max(time.time_ns(), self.state["saved"] + 1)
         torch.save(self.state, buffer := io.BytesIO())
-        problem = self.write(name, buffer.getbuffer())
-        self.kept = self.kept if problem else self.state["step"]
-        return problem
+        saved = self.write(name, buffer.getbuffer())
+        self.kept = self.state["step"] if saved else self.kept
+        return saved
 
     def report(self, status: str) -> dict:
         """Writes metrics.json and returns its content."""
@@ -688,14 +679,12 @@ class Training:
             "changes": state["changes"],
             "metrics": state["metrics"],
         }
-        # a running one's is not synced: --resume writes again what a loss of power takes
-        self.write("metrics.json", json.dumps(result, indent=1).encode(), sync=status != "running")
+        self.write("metrics.json", json.dumps(result, indent=1).encode())
         return result
 
     def outlook(self) -> str:
-        if self.kept is None:
-            return "there is no checkpoint yet"
-        return f"the checkpoint of step {self.kept:,} is kept, --resume {self.folder} goes on"
+        kept = f"the checkpoint of step {self.kept:,} is kept, --resume {self.path} goes on"
+        return kept if self.kept else "there is no checkpoint yet"
 
     def require_finite(self, *numbers: float):
         """Raises UserError if weights, moments or these numbers are not finite: they replace no checkpoint."""
@@ -706,166 +695,139 @@ class Training:
         raise UserError(f"not finite after step {self.state['step']}: stopped, {self.outlook()}; "
                         f"lower --{rates.replace(',', ' or --')} (and --allow-change {rates})")
 
-    def evaluate(self):
-        """All equations, a line, metrics.json, checkpoints. One before: an evaluation may fail."""
-        s, state, weights = self.s, self.state, self.state["weights"]
-        step, metrics = state["step"], state["metrics"]
-        self.require_finite()
-        self.lap("train_ms")
-        if step % (s.eval_every * s.save_every) == 0 or step == s.iterations:
-            self.save("ckpt.pt")
-        m = {"step": step}
-        m["train_loss"], m["train_acc"] = mean_scores(self.do_score, weights, self.train_set, s)
-        m["val_loss"], m["val_acc"] = mean_scores(self.do_score, weights, self.val_set, s)
-        m["weight_norm"] = math.sqrt(sum(w.square().sum().item() for w in weights.values()))
-        m["lr"] = s.lr * step_numbers(s, step - 1)[0].item()
-        m["time_s"] = state["train_ms"] / 1000
-        self.require_finite(*m.values())
-        best = all((m["val_acc"], -m["val_loss"]) > (old["val_acc"], -old["val_loss"]) for old in metrics)
-        metrics.append(m)
-        self.say(f"step {step:,}/{s.iterations:,}  train {100 * m['train_acc']:.2f} % (loss {m['train_loss']:.3g})  "
-                 f"val {100 * m['val_acc']:.2f} % (loss {m['val_loss']:.3g})  |w| {m['weight_norm']:.1f}  "
-                 f"{state['train_ms'] / step:.1f} ms/step")
-        self.report("running")
-        if best:
-            self.save("ckpt_best.pt")
-        self.lap("eval_ms")
-
-    def loop(self):
-        """Steps and evaluations, until the run is over or is to stop."""
-        s, state = self.s, self.state
-        self.began = time.perf_counter()
-        while not (self.signals or is_over(s, state)):
-            if must_evaluate(s, state):
-                self.evaluate()
-                continue
-            order, start = batch_at(s, len(self.train_set), state["step"])
-            numbers = step_numbers(s, state["step"])
-            self.whole = False
-            self.do_step(state["weights"], state["moments"], self.train_set, order, start, numbers, s)
-            state["step"] += 1
-            self.whole = True
-
-    def end(self) -> int:
-        """Saves, and says how the run ended; its exit code. Raises UserError where it cannot save."""
+    def finish(self, saved: bool) -> int:
+        """Says how the run ended; its exit code. Raises UserError where the last checkpoint could not be saved."""
         s, state, stopped = self.s, self.state, not is_over(self.s, self.state)
-        self.require_finite()
-        self.lap("train_ms")
-        state["status"] = "interrupted" if stopped else "target" if past_target(s, state) else "done"
-        problem = self.save("ckpt.pt")
-        result = self.report("error" if problem else state["status"])
-        if problem:
-            raise UserError(problem)
+        status = "interrupted" if stopped else "target" if past_target(s, state) else "done"
+        result = self.report(status if saved else "error")
+        if not saved:
+            raise UserError(f"{self.path} cannot be written: the last warning says why; {self.outlook()}")
         self.say("   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
         self.say(f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
-                 f"{result['eval_time_s']:.1f} s; {state['status']}: {self.folder}")
+                 f"{result['eval_time_s']:.1f} s; {status}: {self.path}")
         if s.plot and signal.SIGPIPE not in self.signals:
-            bench_grokking("plot", str(self.folder), "--out", str(self.folder / "curve.png"))
+            bench_grokking("plot", str(self.path), "--out", str(self.path / "curve.png"))
         if stopped and self.signals[0] == signal.SIGPIPE:
             raise UserError(f"nobody reads what is printed: stopped, {self.outlook()}")
         return 128 + self.signals[0] if stopped else 0
 
-    def fail(self, error: Exception):
-        """Saves the state before an error, unless that came in the middle of a step. Raises UserError for an error
-        that one sentence explains."""
-        problem = ""
-        with contextlib.suppress(MemoryError, RuntimeError):  # the same once more
-            if self.whole and self.state["step"] > (self.kept or 0) and all_finite(self.state):
-                problem = self.save("ckpt.pt")
-        self.report("error")
-        if isinstance(error, MemoryError | OSError | RuntimeError):
-            half = smaller(self.s, memory_needed(self.s) / 2)
-            what = f"out of memory: use {half}" if lacks_memory(error) else told(error)
-            raise UserError(f"{what}; after step {self.state['step']:,}, {problem or self.outlook()}") from error
+def open_run(s: Config, notes: list[str]) -> RunFolder:
+    """The folder and state of a new run, or of the one that --resume names. Raises NothingToDo if that is over."""
+    if s.resume:
+        path, state = load_checkpoint(s, notes)
+        if is_over(s, state):
+            raise NothingToDo(f"{path.parent} has ended after step {state['step']:,}: nothing to do, nothing written; "
+                              "more --iterations or --stop-accuracy 0 let it go on")
+        return RunFolder(s, path.parent, state)
+    state, run_id = initial_state(s), f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    folder = Path(s.log_dir) / s.experiment_name / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in folder.absolute().parents:
+        with contextlib.suppress(OSError):  # some file systems cannot
+            sync(place)
+    notes.append(f"run folder: {folder}")
+    return RunFolder(s, folder, state)
 
-    def run(self, notes: list[str]) -> int:
-        """Goes on from where the state is to the end; the exit code."""
-        s = self.s
-        self.state |= {"settings": asdict(s), "status": "running"}
-        self.say("\n".join(notes))
-        self.say(f"{s.operation} mod {s.prime}: {len(self.train_set):,} equations for training, {len(self.val_set):,} "
-                 f"for validation; {s.layers} layer(s), width {s.width}, {s.optimizer}, seed {s.seed}")
-        if s.compile:
-            self.warm_up()
-        for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # that nohup ignores
-                signal.signal(number, self.stop)
-        try:
-            self.loop()
-            return self.end()
-        except UserError:
-            raise
-        except Exception as error:
-            self.fail(error)
-            raise
+# --- Training -------------------------------------------------------------------------------------------------
+
+def warmed_up(s: Config, state: dict, *sets: Tensor) -> list:
+    """The step and the score of an evaluation; compiled, and run on copies, outside the clock."""
+    if not s.compile:
+        return [train_step, score]
+    do_step, do_score = (torch.compile(f, dynamic=False, fullgraph=True) for f in (train_step, score))
+    copies = copy.deepcopy((state["weights"], state["moments"]))
+    do_step(*copies, sets[0], *batch_at(s, len(sets[0]), 0), step_numbers(s, 0), s)
+    for equations in sets:
+        mean_scores(do_score, state["weights"], equations, s)
+    return [do_step, do_score]
 
 # differs from train_gpt.py: another task
 @torch.no_grad()  # torch.func takes the gradients; everywhere, as torch.compile makes a graph for each mode
 def train(s: Config, notes: list[str]) -> int:
     """A whole run; its exit code. Raises UserError for what ends it early."""
-    if not s.resume:
-        run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-        folder = Path(s.log_dir) / s.experiment_name / run_id
-        folder.mkdir(parents=True, exist_ok=True)
-        for place in folder.absolute().parents:
-            sync_names(place)
-        with take_folder(folder):
-            return Training(s, folder, initial_state(s), None).run([*notes, f"run folder: {folder}"])
-    place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
-    path, state = load_checkpoint(s, place, [])
-    if is_over(s, state) and state["status"] != "running":
-        print(harmless(f"{path.parent} has ended after step {state['step']:,}: nothing to do, nothing written; "
-                       "more --iterations or --stop-accuracy 0 let it go on"))
-        return 0
-    with take_folder(path.parent):  # then again: who had it before may have written
-        path, state = load_checkpoint(s, place if place.is_file() else path.parent, notes)
-        notes.append(f"resumed {path} after step {state['step']:,}")
-        return Training(s, path.parent, state, state["step"]).run(notes)
+    with open_run(s, notes) as run:
+        state = run.state
+        weights, moments, metrics = state["weights"], state["moments"], state["metrics"]
+        train_set, val_set = make_equations(s)
+        notes.append(f"{s.operation} mod {s.prime}: {len(train_set):,} equations for training, {len(val_set):,} for "
+                     f"validation; {s.layers} layer(s), width {s.width}, {s.optimizer}, seed {s.seed}")
+        run.say("\n".join(notes))
+        do_step, do_score = warmed_up(s, state, train_set, val_set)
+        run.catch_signals()
+        run.began = time.perf_counter()
+        while not (run.signals or is_over(s, state)):
+            step = state["step"]
+            if not must_evaluate(s, state):
+                order, start = batch_at(s, len(train_set), step)
+                run.whole = False
+                do_step(weights, moments, train_set, order, start, step_numbers(s, step), s)
+                state["step"] += 1
+                run.whole = True
+                continue
+            run.require_finite()  # waits for the device
+            run.lap("train_ms")
+            if step % (s.eval_every * s.save_every) == 0 or step == s.iterations:
+                run.save("ckpt.pt")  # before the evaluation, which may fail
+            m = {"step": step}
+            m["train_loss"], m["train_acc"] = mean_scores(do_score, weights, train_set, s)
+            m["val_loss"], m["val_acc"] = mean_scores(do_score, weights, val_set, s)
+            m["weight_norm"] = math.sqrt(sum(w.square().sum().item() for w in weights.values()))
+            m["lr"] = s.lr * step_numbers(s, step - 1)[0].item()
+            m["time_s"] = state["train_ms"] / 1000
+            run.require_finite(*m.values())
+            best = all((m["val_acc"], -m["val_loss"]) > (old["val_acc"], -old["val_loss"]) for old in metrics)
+            metrics.append(m)
+            run.say(f"step {step:,}/{s.iterations:,}  train {100 * m['train_acc']:.2f} % (loss {m['train_loss']:.3g})  "
+                    f"val {100 * m['val_acc']:.2f} % (loss {m['val_loss']:.3g})  |w| {m['weight_norm']:.1f}  "
+                    f"{state['train_ms'] / step:.1f} ms/step")
+            run.report("running")
+            if best:
+                run.save("ckpt_best.pt")
+            run.lap("eval_ms")
+        run.require_finite()
+        run.lap("train_ms")
+        return run.finish(saved=run.save("ckpt.pt"))
 
-def lacks_memory(error: Exception) -> bool:
-    """Whether an error is that of an allocator: Python's, torch's on a GPU or on a CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def out_of_memory(error: Exception) -> bool:
+    """Of the GPU, or of a CPU, where torch raises a plain RuntimeError."""
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 def told(error: Exception) -> str:
-    """An error in one sentence, with the file's name where there is one."""
-    if lacks_memory(error):
+    """An error in one sentence."""
+    if out_of_memory(error):
         return "out of memory: use a smaller --batch-size, --layers, --width or --prime"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'output'}: {error.strerror}"
-    return str(error) if isinstance(error, UserError) else (str(error).strip() or repr(error)).splitlines()[0]
-
-def harmless(text: str) -> str:
-    """Text whose control characters, which can drive a terminal, are spelled out; line feeds stay."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return str(error) if isinstance(error, UserError | OSError) else (str(error).strip() or repr(error)).splitlines()[0]
 
 # differs from train_gpt.py: one process
 def main(argv: list[str] | None = None) -> int:
-    """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
+    """Command line -> exit code. One sentence instead of a traceback for what a user can repair."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # characters that the console's encoding lacks
+            stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the first lines
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    argv = sys.argv[1:] if argv is None else argv
+    code, argv = 1, sys.argv[1:] if argv is None else argv
     try:
         s, notes = parse_settings(argv)
         if s.sweep:
             return bench_grokking("sweep", "--", *(flag for flag in argv if flag != "--sweep"))
         torch.set_num_threads(s.threads or torch.get_num_threads())
-        return train(s, notes)
-    except (UserError, argparse.ArgumentError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not lacks_memory(error):
-            raise
-        with contextlib.suppress(OSError):
-            print(f"error: {harmless(told(error))}", file=sys.stderr, flush=True)
-        return 1
+        code = train(s, notes)
+    except NothingToDo as done:
+        code = 0
+        print(printable(str(done)))
     except KeyboardInterrupt:
-        return 130
-    finally:
-        try:  # or Python ends with an exception about what a full disk has not taken
-            print(end="", flush=True)
-        except OSError:
-            sys.stdout = open(os.devnull, "w")
+        code = 130
+    except Exception as error:
+        if not (out_of_memory(error) or isinstance(error, UserError | OSError | argparse.ArgumentError)):
+            raise
+        print(printable(f"error: {told(error)}"), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe, a full disk: the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())
