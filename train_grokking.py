@@ -51,9 +51,6 @@ from torch import Tensor
 class UserError(ValueError):
     """Wrong input that one sentence explains; `main` prints it without a traceback."""
 
-class NothingToDo(Exception):
-    """The run that --resume names is over."""
-
 # --- Settings -------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -70,9 +67,9 @@ class Config:
     operation: str = "/"  # on a and b [+|-|*|/|x2y2|x2xyy2|x2xyy2x|x3xy|x3xy2y]
     train_fraction: float = 0.5  # part of the equations that is trained on [> 0, < 1]
     layers: int = 2  # transformer layers [> 0, <= 1000]
-    width: int = 128  # of the residual stream, a multiple of heads [> 0, <= 16384]
+    width: int = 128  # of the residual stream, a multiple of heads [> 0, <= 4096]
     heads: int = 4  # attention heads [> 0]
-    mlp_ratio: int = 4  # hidden size of the MLP / width [> 0, <= 1000]
+    mlp_ratio: int = 4  # hidden size of the MLP / width [> 0, <= 100]
     optimizer: str = "adamw"  # of the matrices of attention and MLP [adamw|muon]
     lr: float = 0.001  # AdamW's rate; with muon that of all other weights [>= 0]
     beta1: float = 0.9  # decay of AdamW's mean of gradients [>= 0, < 1]
@@ -109,7 +106,6 @@ FREE_ON_RESUME = {"preset", "experiment_name", "log_dir", "resume", "iterations"
 FIXED = {"seed", "prime", "operation", "train_fraction", "layers", "width", "heads", "mlp_ratio", "optimizer"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-MOST_WEIGHTS = 10**9
 COMPARE = {">": gt, ">=": ge, "<": lt, "<=": le}
 
 @functools.cache
@@ -118,20 +114,13 @@ def flag_comments() -> dict[str, str]:
     source = inspect.getsource(Config)
     return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, re.MULTILINE))
 
-def whole(text: str) -> int:
-    """A whole number, also as 1e6 or 1_000_000."""
-    number = float(text)
-    return int(number) if "e" in text.lower() and number.is_integer() else int(text)
-
-whole.__name__ = "int"  # for argparse's "invalid .. value"
-
 def flag_parser() -> argparse.ArgumentParser:
     """One flag for each setting, with dashes or underscores."""
     text = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser(description=text, allow_abbrev=False, exit_on_error=False)
     for field in fields(Config):
         flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
-        options = dict(type=whole if field.type is int else field.type, metavar="X")
+        options = dict(type=field.type, metavar="X")
         if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
         if field.name == "resume":
@@ -178,8 +167,7 @@ def setting_problems(s: Config, given: dict) -> list[str]:
         elif value == math.inf or type(value) is int and value >= 2**32:
             problems.append(f"--{name} {str(value)[:40]}: must be below {2**32}")
         elif name in given and value == "" or "\0" in str(value):
-            hint = "; leave the value out for the latest run" if name == "resume" else ""
-            problems.append(f"--{name} {value!r}: must be a name{hint}")
+            problems.append(f"--{name} {value!r}: must be a name; or leave it out")
     problems += [f"--allow_change {name}: no run can go on with another one" for name in s.allow_change.split(",")
                  if name in FIXED or name not in ("", *flag_comments())]
     if s.allow_change and not s.resume:
@@ -197,9 +185,6 @@ def setting_problems(s: Config, given: dict) -> list[str]:
         problems.append(f"--width {s.width}: must be a multiple of --heads {s.heads}")
     if s.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
-    weights = s.layers * (4 + 2 * s.mlp_ratio) * s.width**2
-    if weights > MOST_WEIGHTS:
-        problems.append(f"--layers, --width and --mlp_ratio make {weights:.3g} weights, more than {MOST_WEIGHTS:.3g}")
     unread = [name for name in given if name.startswith("muon") and s.optimizer != "muon"]
     return problems + [f"--{name}: has no effect without --optimizer muon" for name in unread]
 
@@ -262,7 +247,6 @@ def initial_weights(s: Config) -> Weights:
 
     def uniform(bound: float, *shape: int) -> Tensor:
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
     return {
         "embedding": torch.randn(vocab_size, width, generator=generator),
         "position": torch.randn(5, width, generator=generator),
@@ -379,7 +363,6 @@ def train_step(w: Weights, moments: dict, train, order, start, numbers, s: Confi
 
     def loss(w):
         return F.cross_entropy(logits(w, a, b, s), FIRST_NUMBER + answer)
-
     grads, value = torch.func.grad_and_value(loss)(w)
     update_weights(w, grads, moments, numbers, s)
     return value
@@ -414,7 +397,7 @@ def milestones(metrics: list[dict]) -> dict[str, int | None]:
     both = None not in (found["train_99"], found["val_99"])
     return found | {"gap": found["val_99"] - found["train_99"] if both else None}
 
-# --- Checkpoints ----------------------------------------------------------------------------------------------
+# --- Checkpoints and logs -------------------------------------------------------------------------------------
 # RUN/ckpt.pt is the newest state, RUN/ckpt_best.pt that of the best validation accuracy. Which of several is the
 # newest says `saved` in them, which rises with each; a file's time changes when it is copied.
 
@@ -427,33 +410,18 @@ def initial_state(s: Config) -> dict:
     moments = {key: {name: torch.zeros_like(w[name]) for name in names[key]} for key in names}
     return dict(step=0, weights=w, moments=moments, metrics=[], train_ms=0.0, eval_ms=0.0, saved=0, changes=[])
 
+def tensors(state: dict) -> dict[str, Tensor]:
+    """Weights and moments by name."""
+    parts = state["moments"] | {"weights": state["weights"]}
+    return {f"{part} {name}": z for part, some in parts.items() for name, z in some.items()}
+
 def all_finite(state: dict) -> bool:
     """Whether weights and moments are numbers; waits for the device."""
-    parts = (state["weights"], *state["moments"].values())
-    return all(bool(z.isfinite().all()) for part in parts for z in part.values())
+    return all(bool(z.isfinite().all()) for z in tensors(state).values())
 
 def printable(text: str) -> str:
     """A text whose control characters, which would drive a terminal, are shown instead."""
     return re.sub(r"[^\n\t -~\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff]", lambda c: ascii(c[0])[1:-1], text)
-
-def misfit(value, like, name: str) -> str:
-    """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
-    have all its keys, tensors its shape and dtype; integers are not negative, floats are finite;
-    a tuple is a choice."""
-    if isinstance(like, tuple):
-        return min((misfit(value, one, name) for one in like), key=len)
-    if isinstance(like, dict) and isinstance(value, dict):
-        parts = (misfit(value.get(key), part, f"{name}: {key}") for key, part in like.items())
-        return next(filter(None, parts), "")
-    if isinstance(like, Tensor) and isinstance(value, Tensor):
-        is_, not_ = ((tuple(x.shape), x.dtype) for x in (value, like))
-        return "" if is_ == not_ else f"{name} is {is_}, not {not_}"
-    fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
-    if isinstance(like, float):
-        fits = type(value) in (int, float) and abs(value) < 1e300
-    kinds = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
-    kind, shown = kinds.get(type(like), type(like).__name__), " ".join(repr(value).split())
-    return "" if fits else f"{name} is {shown:.60}, not {kind}"
 
 def sync(path: Path):
     """Waits until a file, or the names in a folder, are on the disk."""
@@ -462,17 +430,6 @@ def sync(path: Path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-def write_file(path: Path, content: bytes | memoryview):
-    """Replaces a file by a complete one, on the disk. Raises OSError, and keeps the old one, on a full disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
 
 def lock_folder(folder: Path):
     """An open file that keeps other processes from this run; the system frees it when this one ends.
@@ -492,34 +449,22 @@ def lock_folder(folder: Path):
     return file
 
 def read_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint, its tensors not yet compared with a model's. Raises ValueError if it is damaged."""
-    form = {"step": 0, "settings": {}, "metrics": [], "changes": [], "saved": 0, "train_ms": 0.0, "eval_ms": 0.0}
-    metric = {"step": 0} | dict.fromkeys(METRICS, 0.0)
+    """The content of a checkpoint, checked for all but the shapes. Raises ValueError if it is damaged."""
     try:
         with zipfile.ZipFile(path) as file:  # torch.load looks at neither
             if any(part.compress_type for part in file.infolist()) or file.testzip():
-                raise ValueError("wrong checksums")
+                raise ValueError("wrong checksum")
         state = {"saved": 0, "changes": []} | torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if wrong := misfit(state, form, "it") or "".join(misfit(m, metric, "a metric") for m in state["metrics"]):
-            raise ValueError(wrong)
-        json.dumps([state["settings"], state["changes"]])
+        json.dumps([*state["settings"].items(), *state["changes"]])
+        steps = [0, *(m["step"] for m in state["metrics"]), state["step"]]
+        numbers = [state["train_ms"], state["eval_ms"], *(m[name] for m in state["metrics"] for name in METRICS)]
+        if {*map(type, [*steps, state["saved"]])} != {int} or steps != sorted(steps):
+            raise ValueError("wrong counters")
+        if not (all(map(math.isfinite, numbers)) and all_finite(state)):
+            raise ValueError("not finite")
+        return state
     except Exception as error:  # noqa: BLE001 - what unpickler and zip reader raise has no end
         raise ValueError(f"{path} is damaged ({repr(error).splitlines()[0]:.300})") from error
-    steps = [0, *(m["step"] for m in state["metrics"]), state["step"]]
-    if steps != sorted(steps):
-        raise ValueError(f"{path} is damaged (steps not in order: {steps[:5]})")
-    return state
-
-def fitted(s: Config, path: Path, state: dict) -> dict:
-    """A checkpoint's content, its tensors copied into those of a new run. Raises ValueError where they do not fit."""
-    like = initial_state(s)
-    if wrong := misfit(state, like, "it") or "a tensor is not finite" * (not all_finite(state)):
-        raise ValueError(f"{path} is damaged ({wrong})")
-    for old, new in [(state["weights"], like["weights"]),
-                     *((state["moments"][key], part) for key, part in like["moments"].items())]:
-        for name, z in new.items():
-            z.copy_(old[name])
-    return state | {"weights": like["weights"], "moments": like["moments"]}
 
 def load_checkpoint(s: Config, notes: list[str]) -> tuple[Path, dict]:
     """Path and content of the newest whole checkpoint that --resume names; notes: which are damaged. Raises
@@ -531,21 +476,20 @@ def load_checkpoint(s: Config, notes: list[str]) -> tuple[Path, dict]:
         try:
             found[path] = read_checkpoint(path)
         except ValueError as error:
-            damaged.append(f"{error}: another one is taken")
-
-    def age(path: Path) -> tuple:
-        return path == place, found[path]["saved"], path.parent.name, found[path]["step"]
-
-    for path in sorted(found, key=age, reverse=True):
-        changed = check_same_run(s, path, found[path]["settings"])
-        try:
-            state = fitted(s, path, found[path])
-        except ValueError as error:
-            damaged.append(f"{error}: another one is taken")
-            continue
-        state["changes"] += [{"step": state["step"], "changed": changed}] * bool(changed)
-        notes += [*damaged, f"resumed {path} after step {state['step']:,}"]
-        return path, state
+            damaged.append(str(error))
+    ages = {path: (path == place, c["saved"], path.parent.name, c["step"]) for path, c in found.items()}
+    for path in sorted(found, key=ages.get, reverse=True):
+        state, new = found[path], initial_state(s)
+        changed = check_same_run(s, path, state["settings"])
+        shapes = [{name: (z.shape, z.dtype) for name, z in tensors(each).items()} for each in (state, new)]
+        if shapes[0] == shapes[1]:
+            for name, z in tensors(new).items():
+                z.copy_(tensors(state)[name])
+            if changed:
+                state["changes"] = [*state["changes"], {"step": state["step"], "changed": changed}]
+            notes += [f"{line}: another one is taken" for line in damaged]
+            return path, state | {"weights": new["weights"], "moments": new["moments"]}
+        damaged.append(f"{path} is damaged (its tensors are not those of such a model)")
     text = f"no whole checkpoint in {place}: start without --resume, or name a run's folder"
     raise FileNotFoundError("\n  ".join([text, *damaged]))
 
@@ -556,15 +500,12 @@ def check_same_run(s: Config, path: Path, then: dict) -> dict[str, list]:
     now, then = gone | asdict(s), gone | then
     changed = {name: [then.get(name), now[name]] for name in now if then.get(name) != now[name]}
     allowed = s.allow_change.split(",")
-    refused = [name for name in changed if name not in (*FREE_ON_RESUME, *allowed)]
-    if not refused:
-        return {name: pair for name, pair in changed.items() if name in allowed}
-    hint = "" if {*refused} & {*FIXED, *gone} else f"--allow-change {','.join(refused)}, "
-    lines = [f"--{name}: {' '.join(str(changed[name][0]).split())[:80]} in the checkpoint, {now[name]} now"
-             for name in refused]
-    raise UserError("\n  ".join([f"{path} has other settings; {hint}use them, or start without --resume:", *lines]))
-
-# --- A run's folder -------------------------------------------------------------------------------------------
+    if refused := [name for name in changed if name not in (*FREE_ON_RESUME, *allowed)]:
+        hint = "" if {*refused} & {*FIXED, *gone} else f"--allow-change {','.join(refused)}, "
+        text = f"{path} has other settings; {hint}use them, or start without --resume:"
+        lines = [f"--{name}: {changed[name][0]!r:.80} in the checkpoint, {now[name]!r} now" for name in refused]
+        raise UserError("\n  ".join([text, *lines]))
+    return {name: pair for name, pair in changed.items() if name in allowed}
 
 def bench_grokking(*arguments: str) -> int:
     """Runs bench/grokking.py, which draws and sweeps; its exit code."""
@@ -586,36 +527,29 @@ def is_over(s: Config, state: dict) -> bool:
     return not must_evaluate(s, state) and (state["step"] >= s.iterations or past_target(s, state))
 
 class RunFolder:
-    """The folder of a run, which no other process has meanwhile: log, metrics.json, checkpoints; and the signals."""
-
+    """The folder of a run, locked: log, metrics.json and checkpoints; and the signals that end it."""
     def __init__(self, s: Config, path: Path, state: dict):
-        self.s, self.path, self.state = s, path, state | {"settings": asdict(s)}
+        state["settings"] = asdict(s)
+        self.s, self.path, self.state = s, path, state
         self.kept = state["step"]  # of the newest checkpoint; 0: there is none
         self.signals: list[int] = []
         self.whole = True  # False while a step changes the weights
+        path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(path)
-        self.began = time.perf_counter()
+        for folder in path.absolute().parents:
+            with contextlib.suppress(OSError):  # some file systems cannot
+                sync(folder)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        """Saves the state before an error, unless that came in the middle of a step. Raises UserError for an error
-        that one sentence explains."""
-        state, memory = self.state, out_of_memory(error)
+    def on_error(self, kind, error, trace):
+        """Saves the state before an error, unless that came in the middle of a step."""
+        state = self.state
         if isinstance(error, Exception) and not isinstance(error, UserError):
             with contextlib.suppress(MemoryError, RuntimeError):  # the same once more
                 if self.whole and state["step"] > self.kept and all_finite(state):
                     self.save("ckpt.pt")
             self.report("error")
+            self.say(f"an error after step {state['step']:,}; {self.outlook()}")
         self.lock.close()
-        if memory or isinstance(error, OSError | RuntimeError):
-            raise UserError(f"{told(error)}; after step {state['step']:,}, {self.outlook()}") from error
-
-    def catch_signals(self):
-        for number in STOPS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, self.stop)
 
     def stop(self, number: int, frame):
         """On a signal: asks to stop. A second Ctrl-C or SIGTERM ends at once; a closed terminal sends SIGHUP twice."""
@@ -643,13 +577,18 @@ class RunFolder:
         self.began = now
 
     def write(self, name: str, content: bytes | memoryview) -> bool:
-        """Replaces a file; False, and a warning, where that fails: the old one stays."""
+        """Replaces a file at once, on the disk; False, and a warning, where that fails: the old one stays."""
+        temporary = self.path / f"{name}.tmp"
         try:
-            write_file(self.path / name, content)
+            temporary.write_bytes(content)
+            sync(temporary)
+            os.replace(temporary, self.path / name)
+            sync(self.path)
+            return True
         except OSError as error:
+            temporary.unlink(missing_ok=True)
             self.say(f"warning: {self.path / name} cannot be written ({error.strerror}); {self.outlook()}")
             return False
-        return True
 
     def save(self, name: str) -> bool:
         """Replaces a checkpoint; see `write`."""
@@ -671,13 +610,10 @@ class RunFolder:
             "parameters": sum(w.numel() for w in state["weights"].values()),
             "milestones": milestones(state["metrics"]),
             "total_steps": state["step"],
-            "train_time_s": state["train_ms"] / 1000,
-            "eval_time_s": state["eval_ms"] / 1000,
+            "train_time_s": state["train_ms"] / 1000, "eval_time_s": state["eval_ms"] / 1000,
             "step_ms": state["train_ms"] / max(1, state["step"]),
             "best_val_acc": max((m["val_acc"] for m in state["metrics"]), default=None),
-            "status": status,
-            "changes": state["changes"],
-            "metrics": state["metrics"],
+            "status": status, "changes": state["changes"], "metrics": state["metrics"],
         }
         self.write("metrics.json", json.dumps(result, indent=1).encode())
         return result
@@ -693,7 +629,7 @@ class RunFolder:
         self.report("nan")
         rates = "lr,muon_lr" if self.s.optimizer == "muon" else "lr"
         raise UserError(f"not finite after step {self.state['step']}: stopped, {self.outlook()}; "
-                        f"lower --{rates.replace(',', ' or --')} (and --allow-change {rates})")
+                        f"lower {rates}, with --allow-change {rates}")
 
     def finish(self, saved: bool) -> int:
         """Says how the run ended; its exit code. Raises UserError where the last checkpoint could not be saved."""
@@ -707,53 +643,39 @@ class RunFolder:
                  f"{result['eval_time_s']:.1f} s; {status}: {self.path}")
         if s.plot and signal.SIGPIPE not in self.signals:
             bench_grokking("plot", str(self.path), "--out", str(self.path / "curve.png"))
-        if stopped and self.signals[0] == signal.SIGPIPE:
-            raise UserError(f"nobody reads what is printed: stopped, {self.outlook()}")
         return 128 + self.signals[0] if stopped else 0
 
-def open_run(s: Config, notes: list[str]) -> RunFolder:
-    """The folder and state of a new run, or of the one that --resume names. Raises NothingToDo if that is over."""
-    if s.resume:
-        path, state = load_checkpoint(s, notes)
-        if is_over(s, state):
-            raise NothingToDo(f"{path.parent} has ended after step {state['step']:,}: nothing to do, nothing written; "
-                              "more --iterations or --stop-accuracy 0 let it go on")
-        return RunFolder(s, path.parent, state)
-    state, run_id = initial_state(s), f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    folder = Path(s.log_dir) / s.experiment_name / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    for place in folder.absolute().parents:
-        with contextlib.suppress(OSError):  # some file systems cannot
-            sync(place)
-    notes.append(f"run folder: {folder}")
-    return RunFolder(s, folder, state)
-
 # --- Training -------------------------------------------------------------------------------------------------
-
-def warmed_up(s: Config, state: dict, *sets: Tensor) -> list:
-    """The step and the score of an evaluation; compiled, and run on copies, outside the clock."""
-    if not s.compile:
-        return [train_step, score]
-    do_step, do_score = (torch.compile(f, dynamic=False, fullgraph=True) for f in (train_step, score))
-    copies = copy.deepcopy((state["weights"], state["moments"]))
-    do_step(*copies, sets[0], *batch_at(s, len(sets[0]), 0), step_numbers(s, 0), s)
-    for equations in sets:
-        mean_scores(do_score, state["weights"], equations, s)
-    return [do_step, do_score]
 
 # differs from train_gpt.py: another task
 @torch.no_grad()  # torch.func takes the gradients; everywhere, as torch.compile makes a graph for each mode
 def train(s: Config, notes: list[str]) -> int:
     """A whole run; its exit code. Raises UserError for what ends it early."""
-    with open_run(s, notes) as run:
-        state = run.state
+    path, state = load_checkpoint(s, notes) if s.resume else (None, initial_state(s))
+    if path and is_over(s, state):
+        print(printable(f"{path.parent} has ended after step {state['step']:,}: nothing to do, nothing written; more "
+                        "--iterations or --stop-accuracy 0 let it go on"))
+        return 0
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+    run = RunFolder(s, path.parent if path else Path(s.log_dir) / s.experiment_name / run_id, state)
+    with contextlib.ExitStack() as undo:
+        undo.push(run.on_error)
         weights, moments, metrics = state["weights"], state["moments"], state["metrics"]
         train_set, val_set = make_equations(s)
         notes.append(f"{s.operation} mod {s.prime}: {len(train_set):,} equations for training, {len(val_set):,} for "
                      f"validation; {s.layers} layer(s), width {s.width}, {s.optimizer}, seed {s.seed}")
+        notes.append(f"resumed {path} after step {state['step']:,}" if path else f"run folder: {run.path}")
         run.say("\n".join(notes))
-        do_step, do_score = warmed_up(s, state, train_set, val_set)
-        run.catch_signals()
+        do_step, do_score = train_step, score
+        if s.compile:  # and run on copies, outside the clock
+            do_step, do_score = (torch.compile(f, dynamic=False, fullgraph=True) for f in (train_step, score))
+            copies = copy.deepcopy((weights, moments))
+            do_step(*copies, train_set, *batch_at(s, len(train_set), 0), step_numbers(s, 0), s)
+            for equations in (train_set, val_set):
+                mean_scores(do_score, weights, equations, s)
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, run.stop)
         run.began = time.perf_counter()
         while not (run.signals or is_over(s, state)):
             step = state["step"]
@@ -793,20 +715,11 @@ def out_of_memory(error: Exception) -> bool:
     kinds = torch.OutOfMemoryError, MemoryError
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
-def told(error: Exception) -> str:
-    """An error in one sentence."""
-    if out_of_memory(error):
-        return "out of memory: use a smaller --batch-size, --layers, --width or --prime"
-    return str(error) if isinstance(error, UserError | OSError) else (str(error).strip() or repr(error)).splitlines()[0]
-
 # differs from train_gpt.py: one process
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what a user can repair."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the first lines
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
     code, argv = 1, sys.argv[1:] if argv is None else argv
     try:
         s, notes = parse_settings(argv)
@@ -814,15 +727,12 @@ def main(argv: list[str] | None = None) -> int:
             return bench_grokking("sweep", "--", *(flag for flag in argv if flag != "--sweep"))
         torch.set_num_threads(s.threads or torch.get_num_threads())
         code = train(s, notes)
-    except NothingToDo as done:
-        code = 0
-        print(printable(str(done)))
-    except KeyboardInterrupt:
-        code = 130
     except Exception as error:
-        if not (out_of_memory(error) or isinstance(error, UserError | OSError | argparse.ArgumentError)):
+        memory = out_of_memory(error)
+        if not memory and not isinstance(error, UserError | OSError | argparse.ArgumentError):
             raise
-        print(printable(f"error: {told(error)}"), file=sys.stderr)
+        hint = "out of memory: use a smaller --batch-size, --layers, --width or --prime"
+        print(printable(f"error: {hint if memory else error}"), file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # a closed pipe, a full disk: the interpreter would complain at its end
