@@ -3,36 +3,42 @@
     python generate.py                                    # the newest checkpoint under logs/, from a document's start
     python generate.py --checkpoint logs/quickstart --prompt "def " --temperature 0.7 --top-k 50 --num-samples 3
 
-The text goes to stdout as it is made; notes and tokens/s go to stderr. The weights are the checkpoint's fp32 masters,
-the attention window is that of its validation. Keys and values of earlier tokens are cached, which changes no logit
-beyond rounding; `--no-cache` computes them anew for every token. Routers of a mixture of experts choose without noise,
-and drop nothing.
+The text goes to stdout as it is made: its bytes as they are, but on a terminal without control characters. Notes and
+tokens/s go to stderr. The weights are the checkpoint's fp32 masters, the attention window is that of its validation.
+Keys and values of earlier tokens are cached, which changes no logit beyond rounding; `--no-cache` computes them anew
+for every token. Routers of a mixture of experts choose without noise, and drop nothing.
 """
 from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
 import argparse
 import codecs
 import contextlib
-import dataclasses
-import hashlib
 import importlib
-import json
+import itertools
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from data.common import Tokenizer, load_tokenizer
+from data.common import MAX_VOCAB_SIZE, Tokenizer, load_tokenizer
+from train_gpt import checkpoints_in, misfit, out_of_memory, printable, read_meta, read_state  # noqa: F401
 
 MAX_PROMPT = 8192  # tokens: the mask of the pass over the prompt has this number squared of entries
+MAX_MASK = 32768  # tokens: the same for the masks that a decoder is made with
+MAX_TABLES = 2**26  # entries of the rotary tables: a million tokens, heads of 128 dimensions
 NUMBERS = {  # flag: type, default, smallest and largest value, help
     "temperature": (float, 0.8, 0, 1000, "divides the logits: 0 greedy, 1 the model's own distribution"),
     "top-k": (int, 0, 0, 65536, "sample from the K likeliest tokens; 0: from all"),
@@ -40,87 +46,149 @@ NUMBERS = {  # flag: type, default, smallest and largest value, help
     "num-samples": (int, 1, 1, 1_000_000, "number of texts"),
     "max-tokens": (int, 256, 1, 100_000, "length of a text after the prompt, in tokens, if no eot ends it"),
 }
+T = TypeVar("T")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoint -> model
 
 
-def find_checkpoint(place: Path) -> Path:
-    """The checkpoint folder `place`, or the newest one in a run's, an experiment's or the log folder.
-
-    Raises FileNotFoundError if there is none."""
-    depths = ("", "checkpoints/", "*/checkpoints/", "*/*/checkpoints/")
-    if place.name.startswith("step_") and place.is_dir():
-        return place
-    found = [path for depth in depths for path in place.glob(f"{depth}step_*[0-9]")]
-    if not found:
-        raise FileNotFoundError(f"no checkpoint in {place}: train with python train_gpt.py, or name the folder of a "
-                                "checkpoint, run or experiment with --checkpoint")
-    return max(found, key=lambda path: (path.stat().st_mtime, path.name))
+class Unusable(ValueError):
+    """What is wrong with a checkpoint, so that the one before it may be tried."""
 
 
-def read_meta(path: Path) -> dict:
-    """meta.json of a checkpoint, after comparing state.pt with its sha256. Raises ValueError if either is damaged."""
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        with open(path / "state.pt", "rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == meta["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {path} is damaged ({error!r}): name another one with --checkpoint") from error
-    if not same:
-        raise ValueError(f"checkpoint {path} is damaged (state.pt does not match its sha256): name another one with "
-                         "--checkpoint")
-    return meta
+def use_newest(place: Path, use: Callable[[Path, dict], T]) -> T:
+    """What `use` makes of the checkpoint folder `place`, or of the newest checkpoint in the folder of a run, of an
+    experiment or of logs and its meta.json. Where that cannot be used, which is said, of the one before it.
+
+    Raises FileNotFoundError if there is none, ValueError if none can be used."""
+    damaged = []
+    inside = place.parent if place.name == "checkpoints" else place
+    found = checkpoints_in(inside, ("", "*/", "*/*/"), tell=lambda path, reason: damaged.append((path, reason)))
+    if place.name.startswith("step_"):  # that one, no other
+        found, damaged = ([one for one in some if one[0] == place] for some in (found, damaged))
+    for path, reason in damaged:
+        if found:
+            note(f"checkpoint {path} cannot be used ({reason}): passed over")
+    for path, meta in found:
+        try:
+            return use(path, meta)
+        except Unusable as error:
+            damaged.append((path, error))
+            if path != found[-1][0]:
+                note(f"checkpoint {path} cannot be used ({error}): trying the one before it")
+    if damaged:
+        path, reason = damaged[-1]
+        raise ValueError(f"checkpoint {path} cannot be used ({reason}): name another one with --checkpoint")
+    raise FileNotFoundError(f"no checkpoint in {place}: train with python train_gpt.py, or name the folder of a "
+                            "checkpoint, run or experiment with --checkpoint")
 
 
 def import_script(name: str) -> ModuleType:
     """The training script that a checkpoint names: only a `train_*.py` beside this file, as importing it runs it."""
     here = Path(__file__).resolve().parent
-    if not re.fullmatch(r"train_\w+\.py", name) or not (here / name).is_file():
+    if not isinstance(name, str) or not re.fullmatch(r"train_\w+\.py", name) or not (here / name).is_file():
         scripts = ", ".join(sorted(path.name for path in here.glob("train_*.py")))
-        raise ValueError(f"the checkpoint was made by {name!r}, which is none of the training scripts here: {scripts}")
+        raise Unusable(f"it was made by {name!r:.60}, which is none of the training scripts here: {scripts}")
     return importlib.import_module(name.removesuffix(".py"))
 
 
 def read_settings(script: ModuleType, saved: dict):
-    """`Settings` of the script as saved, for eager fp32 anywhere. Names those that the script no longer has."""
-    known = {field.name for field in dataclasses.fields(script.Settings)}
-    if unknown := sorted(saved.keys() - known):
-        print(f"note: {script.__name__}.py no longer has the settings {', '.join(unknown)}: ignored", file=sys.stderr)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in known}
+    """`Settings` of the script as saved, for eager fp32 anywhere. Names those that the script no longer has. Raises
+    ValueError for a value of another type."""
+    defaults = vars(script.Settings())
+    if unknown := sorted(saved.keys() - defaults.keys()):
+        note(f"note: {script.__name__}.py no longer has the settings {', '.join(unknown):.200}: ignored")
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in defaults}
+    for name, value in values.items():
+        several = isinstance(value, tuple) and isinstance(defaults[name], tuple)
+        like = defaults[name][0] if several else defaults[name]
+        for part in value if several else (value,):
+            if wrong := misfit(part, like, name):
+                raise ValueError(wrong)
     if values.get("softcap") == (0,):  # how earlier versions said: no cap
         values["softcap"] = (0.0, 0.0, 1.0)
     exact = dict(dtype="fp32", backend="sdpa", device="cpu", compile=False, kernels="none", fp8_head="off",
                  moe_impl="loop")
-    return script.Settings(**values | {name: value for name, value in exact.items() if name in known})
+    return script.Settings(**values | {name: value for name, value in exact.items() if name in defaults})
+
+
+def build_model(script: ModuleType, s, vocab_size: int, weights: dict, size: int) -> nn.Module:
+    """The model of these settings with weights from a file of that size. What they ask for is compared with what there
+    is before any memory is taken, on the device `meta`, where tensors are shapes. Raises ValueError if they differ."""
+    seen = itertools.count()
+
+    def no_more(*_):
+        if next(seen) > len(weights) + 8:  # some names are assigned twice
+            raise ValueError(f"its settings ask for more than the {len(weights)} tensors of state.pt")
+
+    if (layers := max(s.num_layers, len(getattr(s, "attention", "")))) > len(weights):
+        raise ValueError(f"its settings ask for {layers} layers, state.pt has {len(weights)} tensors")
+    hook = nn.modules.module.register_module_parameter_registration_hook(no_more)
+    try:
+        with torch.device("meta"):
+            shapes = script.GPT(s, vocab_size)
+    finally:
+        hook.remove()
+    more = ", ".join(map(str, weights.keys() - shapes.state_dict().keys()))
+    if wrong := misfit(weights, shapes.state_dict(), "state.pt") or more and f"state.pt has more: {more:.80}":
+        raise ValueError(wrong)
+    if 4 * sum(p.numel() for p in shapes.parameters()) > size:
+        raise ValueError("state.pt is smaller than the weights that it says to hold")
+    if sum(buffer.numel() for buffer in shapes.buffers()) > MAX_TABLES:
+        raise ValueError("its settings ask for rotary tables that no text needs")
+    model = script.GPT(s, vocab_size).requires_grad_(False)
+    model.load_state_dict(weights)
+    return model
 
 
 def load_model(script: ModuleType, path: Path, meta: dict, longest: int) -> tuple[nn.Module, int]:
     """The trained model, fp32 on the CPU, with rotary tables for `longest` tokens, and its long attention window in
     tokens, that of validation at the checkpoint's step.
 
-    Raises ValueError if script and checkpoint do not fit."""
+    Raises Unusable if script and checkpoint do not fit, ValueError for more tokens than the model has positions."""
     try:
-        s = read_settings(script, meta["settings"])
-        model = script.GPT(s, meta["data"]["meta"]["vocab_size"]).requires_grad_(False)
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)  # reads no moments
-        model.load_state_dict(state["model"] if "model" in state else state["optimizer"]["state"]["master"])
+        state, vocab = read_state(path, meta), meta["data"]["meta"]  # reads no moments
+    except (ValueError, OSError) as error:
+        raise Unusable(str(error)) from error
+    try:
+        if wrong := misfit(vocab, {"vocab_size": 0}, "data"):
+            raise ValueError(wrong)
+        s, weights = read_settings(script, meta["settings"]), state.get("model")
+        weights = state["optimizer"]["state"]["master"] if weights is None else weights
+        model = build_model(script, s, vocab["vocab_size"], weights, (path / "state.pt").stat().st_size)
         if hasattr(model, "router_bias"):  # of a mixture of experts: a buffer, no weight
-            model.router_bias.copy_(state["optimizer"]["balance"]["bias"])
+            bias = state["optimizer"]["balance"]["bias"]
+            if wrong := misfit(bias, model.router_bias, "the routers' bias"):
+                raise ValueError(wrong)
+            model.router_bias.copy_(bias)
         constant = getattr(model, "window", 0)  # train_baseline.py's
         window = constant or script.window_at(s, script.stage_table(s), meta["step"])
         longer = getattr(s, "eval_window", 0)
-        if getattr(model, "positions", None) is not None and longest > len(model.positions.weight):
-            raise ValueError(f"{path} has learned positions of {len(model.positions.weight)} tokens, {longest} are "
-                             "asked for: lower --max-tokens")
+        positions = len(model.positions.weight) if getattr(model, "positions", None) is not None else longest
         if longest > model.cos.size(0) or longer > window:
             model.cos, model.sin = script.rotary_table(longest, s.head_dim, s.rope_base,
                                                        *((window, longer) if longer else ()))
-        return model, longer or window
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        commit = (meta.get("git") or {}).get("commit")
-        raise ValueError(f"{path} does not fit this {meta['script']} ({' '.join(repr(error).split())[:200]}): use the "
-                         f"version it was made with, commit {commit}") from error
+        window = longer or window
+        try_out(model, window)
+    except Exception as error:  # noqa: BLE001 - what a script raises for settings that it never had has no end
+        if out_of_memory(error):
+            raise
+        git = meta["git"] if isinstance(meta.get("git"), dict) else {}
+        reason = str(error) if isinstance(error, ValueError) else repr(error)
+        raise Unusable(f"it does not fit this {script.__name__}.py, {' '.join(reason.split()):.200}; use the version "
+                       f"it was made with, commit {git.get('commit')!s:.40}") from error
+    if longest > positions:
+        raise ValueError(f"{path} has learned positions of {positions} tokens, {longest} are asked for: lower "
+                         "--max-tokens")
+    return model, window
+
+
+@torch.no_grad()
+def try_out(model: nn.Module, window: int):
+    """Raises what the model raises for a text of one token, or ValueError if its logits are not finite."""
+    token, long_window = torch.zeros(1, 1, dtype=torch.int32), torch.tensor(window, dtype=torch.int32)
+    if window < 1 or not model.head(model.trunk(token, token, long_window)).isfinite().all():
+        raise ValueError(f"with its window of {window} tokens a logit is not finite")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,12 +280,16 @@ def not_cacheable(script: ModuleType, model: nn.Module) -> str | None:
 
 def make_decoder(path: Path, meta: dict, device: str, longest: int, cached: bool) -> Decoder:
     """Decoder of a checkpoint for texts of up to `longest` tokens; without the cache if that cannot serve the model."""
-    script = import_script(meta["script"])
+    script = import_script(meta.get("script"))
     model, window = load_model(script, path, meta, longest)
     reason = not_cacheable(script, model)
     if cached and reason:
-        print(f"note: no cache, as {reason}: each token takes a pass over the whole text", file=sys.stderr)
-    return Decoder(model.to(device), window, longest, cached and not reason)
+        note(f"note: no cache, as {reason}: each token takes a pass over the whole text")
+    cached = cached and not reason
+    if (size := min(window, longest) if cached else longest) > MAX_MASK:
+        raise ValueError(f"a mask of {size} x {size} tokens is too large, at most {MAX_MASK} are possible: lower "
+                         "--max-tokens")
+    return Decoder(model.to(device), window, longest, cached)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -238,7 +310,7 @@ def sample(decoder: Decoder, prompt: list[int], vocab: dict, args, generator: to
     new = prompt
     for _ in range(args.max_tokens):
         token = choose(decoder(new)[:vocab["vocab_size"]], args.temperature, args.top_k, generator)
-        if token == vocab["eot"]:
+        if token == vocab.get("eot"):
             return
         yield token
         new = [token]
@@ -249,22 +321,63 @@ CONTROLS = {code: "\ufffd" for code in [*range(0x20), *range(0x7F, 0xA0)] if chr
 
 
 def characters(chunks: Iterable[bytes]) -> Iterator[str]:
-    """UTF-8 as text, each character as soon as its last byte is there."""
+    """UTF-8 as text for a terminal, each character as soon as its last byte is there."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for chunk in chunks:
         yield decoder.decode(chunk).translate(CONTROLS)
     yield decoder.decode(b"", final=True)
 
 
-def encode_prompt(tokenizer: Tokenizer, vocab: dict, text: str) -> list[int]:
-    """Tokens to start from: eot, as documents do, and the text; without eot the text, or a newline if it is empty.
+def write_text(chunks: Iterable[bytes]):
+    """To stdout, each chunk at once: the bytes as they are, but on a terminal as characters."""
+    if sys.stdout.isatty() or not hasattr(sys.stdout, "buffer"):
+        for text in characters(chunks):
+            say(text, end="")
+        return
+    for chunk in chunks:
+        with named("stdout"):
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.buffer.flush()
 
-    Raises ValueError that names the characters which the vocabulary lacks, or for a prompt that is too long."""
-    if vocab["tokenizer"]["kind"] == "char" and (missing := sorted(set(text) - set(tokenizer.chars))):
-        raise ValueError(f"--prompt: the model has no {', '.join(map(repr, missing))}, only {tokenizer.chars!r}")
-    tokens = tokenizer.encode(text or "\n") if vocab["eot"] is None else [vocab["eot"], *tokenizer.encode(text)]
+
+def read_vocabulary(vocab: dict) -> Tokenizer:
+    """The tokenizer of a data set's meta.json. Raises Unusable if that is not built as one, or promises more tokens
+    than the tokenizer has; RuntimeError if tiktoken's files are not at hand."""
+    try:
+        if wrong := misfit(vocab, {"vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}}, "data"):
+            raise ValueError(wrong)
+        tokenizer = load_tokenizer(vocab)
+        chars, size, eot = getattr(tokenizer, "chars", None), vocab["vocab_size"], vocab.get("eot")
+        known = tokenizer.encoding.n_vocab if chars is None else len(chars)
+        if not 0 < size <= min(known, MAX_VOCAB_SIZE) or (eot or 0) >= size:
+            raise ValueError(f"it has a vocabulary of {size}, its tokenizer of {known}, eot is {eot}")
+        (chars or "").encode()
+    except ValueError as error:
+        raise Unusable(f"its vocabulary cannot be used, {error!s:.200}") from error
+    return tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, vocab: dict, text: str) -> list[int]:
+    """Tokens to start from: eot, as documents do, and the text. Without eot the text, or if it is empty a newline, or
+    where there is none the first character, which is said.
+
+    Raises ValueError that names characters which the vocabulary lacks, or for a prompt that is too long."""
+    chars, eot = getattr(tokenizer, "chars", None), vocab.get("eot")
+    if chars is not None and (missing := sorted(set(text) - set(chars))):
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise ValueError(f"--prompt: {', '.join(map(repr, missing[:10]))}{more} not among the {len(chars)} characters "
+                         "that the model knows")
+    if not text and eot is None:
+        text = "\n" if chars is None or "\n" in chars else chars[0]
+        if text != "\n":
+            note(f"note: the model knows no end of text and no newline: starts after {text!r}, or what --prompt gives")
+    is_bytes = vocab["tokenizer"]["kind"] == "byte"  # which a prompt need not be UTF-8 for
+    tokens = list(text.encode("utf-8", "surrogateescape")) if is_bytes else tokenizer.encode(text)
+    tokens = tokens if eot is None else [eot, *tokens]
     if len(tokens) > MAX_PROMPT:
         raise ValueError(f"--prompt: {len(tokens)} tokens, at most {MAX_PROMPT} are possible")
+    if max(tokens) >= vocab["vocab_size"]:
+        raise ValueError(f"--prompt: it has a token past the {vocab['vocab_size']} that the model knows")
     return tokens
 
 
@@ -277,6 +390,66 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise ValueError(f"{message} (--help lists all flags)")
+
+
+def number(text, kind: type, low: float, high: float) -> int | float | None:
+    """A number of the command line, also 1e3 for an integer; None if it is none within the bounds."""
+    value = None
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        value = kind(text)
+    return kind(value) if value is not None and low <= value <= high and value == kind(value) else None
+
+
+def note(text: str):
+    """A line to stderr, if anybody listens."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(printable(text), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def named(name: str):
+    """Errors of writing say where. A reader that has seen enough is none."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(f"cannot write to {name}: {error.strerror or error}") from error
+
+
+def say(text: str, end: str = "\n"):
+    """To stdout, at once."""
+    with named("stdout"):
+        print(text, end=end, flush=True)
+
+
+def guarded(action: Callable[[], int | None], smaller: str) -> int:
+    """The exit code of a command. One sentence instead of a traceback for what the user can repair; `smaller` says how
+    to do with less memory."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # characters that the terminal's encoding lacks
+    code = 1
+    try:
+        if sys.stdout is None:
+            raise OSError("stdout is closed")
+        code = action() or 0
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        code = 0
+    except KeyboardInterrupt:
+        note("")
+        code = 130
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        what = f"out of memory: {smaller}" if out_of_memory(error) else " ".join(str(error).split("\n"))
+        note(f"error: {what}")
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # what cannot be written goes nowhere: the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -292,15 +465,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-cache", "--no_cache", action="store_true", help="pass over the whole text for each token")
     args, problems = parser.parse_args(argv), []
     for flag, (kind, _, low, high, _) in NUMBERS.items():
-        value, name = None, flag.replace("-", "_")
-        with contextlib.suppress(ValueError):
-            value = kind(getattr(args, name))
-        if value is None or not low <= value <= high:
+        given, name = getattr(args, flag.replace("-", "_")), flag.replace("-", "_")
+        setattr(args, name, number(given, kind, low, high))
+        if getattr(args, name) is None:
             wanted = "an integer" if kind is int else "a number"
-            problems.append(f"--{flag} {getattr(args, name)}: expected {wanted} from {low} to {high}")
-        setattr(args, name, value)
+            problems.append(f"--{flag} {given!s:.40}: expected {wanted} from {low} to {high}")
     if args.device not in ("auto", "cpu", "cuda"):
-        problems.append(f"--device {args.device}: expected auto, cpu or cuda")
+        problems.append(f"--device {args.device:.40}: expected auto, cpu or cuda")
     if args.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: this machine has no usable CUDA device, leave the flag out")
     if problems:
@@ -309,46 +480,49 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def generate(args: argparse.Namespace):
-    """Prints the samples, and on stderr what they were made with and the rate."""
-    path = find_checkpoint(args.checkpoint)
-    meta = read_meta(path)
+class Start(NamedTuple):
+    """What a text is made with."""
+
+    path: Path  # of the checkpoint
+    vocab: dict
+    tokenizer: Tokenizer
+    prompt: list[int]
+    decoder: Decoder
+
+
+def prepare(args: argparse.Namespace, path: Path, meta: dict) -> Start:
+    """All that sampling from a checkpoint needs. Raises Unusable for what is wrong with the checkpoint."""
     vocab = meta["data"]["meta"]
-    tokenizer = load_tokenizer(vocab)
+    tokenizer = read_vocabulary(vocab)
     prompt = encode_prompt(tokenizer, vocab, args.prompt)
     decoder = make_decoder(path, meta, args.device, len(prompt) + args.max_tokens, not args.no_cache)
+    return Start(path, vocab, tokenizer, prompt, decoder)
+
+
+def generate(args: argparse.Namespace):
+    """Prints the samples, and on stderr what they were made with and the rate."""
+    path, vocab, tokenizer, prompt, decoder = use_newest(args.checkpoint, partial(prepare, args))
     cache = "with" if decoder.cached else "without"
-    print(f"{path}: {args.device}, window {int(decoder.window)}, {cache} cache", file=sys.stderr)
+    note(f"{path}: {args.device}, window {int(decoder.window)}, {cache} cache")
+    given = prompt[vocab.get("eot") is not None:] if args.prompt else []
     generator, began, count = torch.Generator(args.device).manual_seed(args.seed), time.perf_counter(), 0
     for i in range(args.num_samples):
         if args.num_samples > 1:
-            print(f"--- sample {i + 1} of {args.num_samples}")
-        tokens = chain(tokenizer.encode(args.prompt), sample(decoder, prompt, vocab, args, generator))
-        for text in characters(tokenizer.decode_bytes([token]) for token in tokens):
-            print(text, end="", flush=True)
-        print(flush=True)
+            say(f"--- sample {i + 1} of {args.num_samples}")
+        tokens = itertools.chain(given, sample(decoder, prompt, vocab, args, generator))
+        write_text(tokenizer.decode_bytes([token]) for token in tokens)
+        say("")
         count += decoder.text.size(1) - len(prompt) + 1  # the last one was not appended
     seconds = time.perf_counter() - began
-    print(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.1f} tokens/s", file=sys.stderr)
+    note(f"{count:,} tokens in {seconds:.2f} s: {count / seconds:,.1f} tokens/s")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # characters that the terminal's encoding lacks
-    try:
-        generate(parse(argv))
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """Command line -> exit code."""
+    return guarded(lambda: generate(parse(argv)), "lower --max-tokens, or give a shorter --prompt")
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

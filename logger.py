@@ -29,8 +29,14 @@ Parsing (bytes -> Trace -> Run -> numbers) knows nothing of presenting (tables, 
 function of the parsed arguments. Losses are in nats/token; times are in ms wherever a name ends in _ms, in s with _s.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends it without a traceback
+
 import argparse
 import csv
+import errno
 import functools
 import glob
 import hashlib
@@ -39,11 +45,15 @@ import json
 import math
 import os
 import re
+import shutil
+import stat
 import statistics
 import sys
 import warnings
 from array import array
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import east_asian_width
@@ -56,8 +66,18 @@ MAX_ROWS = 100_000  # records kept of a trial, then every second one goes
 MAX_TRIALS = 1000
 MAX_REPORTS = 400  # reports of the routers kept, then every second one goes
 MAX_LAYERS = 100  # of a report: each is a panel of a figure
+MAX_LOADS = 1_000_000  # shares of experts kept in all reports of a run
+MAX_SCORES = 400  # HellaSwag scores kept of a run
+MAX_KEYS, MAX_VALUE = 64, 200  # keys of a record, characters of a text in it
+MAX_LINE = 2000  # bytes read of a line with a record
+MAX_PARTS = 100  # files of a source
+MAX_SECTIONS = 6  # parts between separators that are kept
+MAX_COLUMNS = 1000  # of an exported table
+MAX_CELL = 500  # characters of a cell of a table
+MAX_TEXT = 16 << 20  # characters read of config.json, README.md and hellaswag.jsonl
+HUGE, TINY = 1e30, 1e-100  # a number beyond is infinite or 0: none of a training run is
 STEP = re.compile(r"step:(\d{1,15})(?:/(\d{1,15}))?", re.ASCII)
-NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?(?:nan|inf))(ms|s)?", re.ASCII | re.IGNORECASE)
+NUMBER = re.compile(r"([+-]?(?:\d++(?:\.\d*+)?|\.\d++)(?:e[+-]?\d++)?|[+-]?(?:nan|inf))(ms|s)?", re.ASCII | re.I)
 DECIMAL = rb"(\d{1,15}(?:\.\d{0,15})?)"
 USUAL_STEP = re.compile(  # nearly every line of every log; the others go through parse_step_line
     rb"step:(\d{1,15})/(\d{1,15}) (?:(val|train)_loss:%b )?train_time:%b(m?)s step_avg:(?:nan|%b)ms"
@@ -68,7 +88,7 @@ PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d{1,15}) MiB(?: res
 RESUMED = re.compile(r"resumed after step (\d{1,15})", re.ASCII)
 PART = re.compile(rb"^-{40}\n# ([\w.-]{1,100})\n-{40}\n", re.MULTILINE)  # one more file of a source
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-GPU = re.compile(r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", re.M)  # a device row of nvidia-smi
+GPU = re.compile(r"^\| {1,9}\d{1,3} {1,9}(\S.{0,80}?) {1,80}(?:On|Off|N/A) {1,80}\|", re.M)  # of nvidia-smi
 GPU_LIST = re.compile(r"^GPU \d+: (.+?) \(UUID", re.MULTILINE)
 DATE = re.compile(r"^\w{3} (\w{3}) +(\d{1,2}) ([\d:]{8}) (?:[A-Z]{2,5} )?(\d{4})", re.M | re.ASCII)
 MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
@@ -79,16 +99,18 @@ FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "triton": r"^Running Triton version (\S+)",
     "driver": r"Driver Version: (\S+)",
     "world_size": r"^Running pytorch .* with world_size (\d{1,5})",
-    "gpu": r"^Running pytorch .* on (\S.*?) +with world_size",
-    "cpu": r"^(?:Running on )?(?:CPU|Model name):\s*([^,\n]+)",
+    "gpu": r"^Running pytorch .{0,300} on (\S.{0,100}?) with world_size",
+    "cpu": r"^(?:Running on )?(?:CPU|Model name):[ \t]*([^,\n]+)",
     "train_tokens": r"^Training DataLoader: total number of tokens: (\d{1,18})",
-    "params_total": r"^\s*Total parameters: ([\d,]{1,24})",
+    "params_total": r"^[ \t]*Total parameters: ([\d,]{1,24})",
     "settings": r"^Settings: (\{.{1,100000}\})$",
 }
 FACTS = {key: re.compile(form, re.ASCII | re.I | re.M) for key, form in FACTS.items()}
+LONG = re.compile(r"^(?!Settings: )(.{500}).+", re.MULTILINE)  # a line about the machine that is cut
 LOSSES = ("train_loss", "val_loss")
 ACCURACIES = ("per_token", "per_byte", "raw")  # of HellaSwag: by what a loss is divided
 DEAD = 1 / 20  # an expert with less than this share of the mean load is dead, as in train_moe.py
+RUN_FILES = ("metrics.jsonl", "log.txt", "config.json", "hellaswag.jsonl")
 COMPLETED = ("done", "target")  # reached the last step or the target loss
 BACKWARD = "step numbers go back without a resume line; the later records are used"
 
@@ -114,6 +136,7 @@ class Trace:
     resets: int = 0  # falls of the clock: until record 21 the scripts set it back after 10 steps
     routers: list[dict] = field(default_factory=list)  # reports as of parse_routers, in order
     scores: dict[int, dict] = field(default_factory=dict)  # by step, as of parse_score
+    changes: list[tuple] = field(default_factory=list)  # (step of a resume, its changed settings in words)
 
     @property
     def trials(self):
@@ -124,9 +147,12 @@ class Trace:
 
     def rewind(self, step):
         """Drop the records after `step`: the run was continued from there."""
-        self.rows = [row for row in self.rows if row["step"] <= step]
-        self.routers = [report for report in self.routers if report["step"] <= step]
-        self.scores = {at: score for at, score in self.scores.items() if at <= step}
+        for records in (self.rows, self.routers):
+            while records and records[-1]["step"] > step:  # in order
+                records.pop()
+        self.changes = [change for change in self.changes if change[0] <= step]
+        if self.scores and max(self.scores) > step:
+            self.scores = {at: score for at, score in self.scores.items() if at <= step}
 
     def add(self, row, trials=False):
         """Append a record. One whose step goes back replaces those it repeats, or starts the next of several `trials`:
@@ -148,20 +174,33 @@ class Trace:
         """Append a report of the routers; it replaces those from its step on, and all of another shape."""
         self.routers = [r for r in self.routers if r["step"] < report["step"] and r["layers"] == report["layers"]
                         and len(r["load"][0]) == len(report["load"][0])] + [report]
-        if len(self.routers) > MAX_REPORTS:
-            self.routers = self.routers[::2]  # MAX_REPORTS is even: the last one stays
-            self.note(f"more than {MAX_REPORTS} reports of the routers: not all of them were kept")
+        most = min(MAX_REPORTS, max(2, MAX_LOADS // sum(map(len, report["load"]))))
+        if len(self.routers) > most:
+            self.routers = self.routers[::-2][::-1]  # the last one stays
+            self.note(f"more than {most} reports of the routers: not all of them were kept")
 
     def add_score(self, score):
         """Take a HellaSwag score. Of a step that of the most tasks counts, of these the last."""
         if score["tasks"] >= self.scores.get(score["step"], score)["tasks"]:
             self.scores[score["step"]] = score
+        if len(self.scores) > MAX_SCORES:
+            del self.scores[min(self.scores)]
+            self.note(f"more than {MAX_SCORES} HellaSwag scores: the first ones were left out")
+
+    def add_change(self, record):
+        """Take the settings that a resume event says were changed: {name: [old, new]}."""
+        changed = record.get("changed")
+        if isinstance(changed, dict) and changed:
+            pairs = (f"{name[:MAX_VALUE]} {change_text(pair)}" for name, pair in [*changed.items()][:MAX_KEYS])
+            self.changes = [*self.changes[-MAX_KEYS:], (record["step"], ", ".join(pairs))]
+        elif changed:
+            self.note("the changed settings of a resume event are no object and were left out")
 
     def next_trial(self):
-        if len(self.earlier) < MAX_TRIALS:
+        if len(self.earlier) < MAX_TRIALS and sum(map(len, self.earlier)) < 3 * MAX_ROWS:
             self.earlier.append(self.rows)
         else:
-            self.note(f"more than {MAX_TRIALS} trials: those before the last were left out")
+            self.note(f"more than {len(self.earlier)} trials: those before the last were left out")
         self.rows = []
 
     def thin(self):
@@ -174,9 +213,22 @@ class Trace:
         self.note(f"more than {MAX_ROWS} records: not all of them were kept")
 
 
+def open_file(path):
+    """A file opened for reading bytes. OSError unless it is a regular file: a FIFO may block, a device never end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a FIFO or a device, not a file", str(path))
+    return file
+
+
 def read_text(path):
-    """Text of a file, line ends as \\n, bytes that are not UTF-8 as U+FFFD; "" where there is no such file."""
-    return path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    """Text of a file, up to MAX_TEXT characters, line ends as \\n, bytes that are not UTF-8 as U+FFFD; "" where there
+    is no such file."""
+    if not path.is_file():
+        return ""
+    with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", errors="replace") as file:
+        return file.read(MAX_TEXT)
 
 
 def number(value):
@@ -186,6 +238,28 @@ def number(value):
     return value if isinstance(value, float) or abs(value) < 2**63 else None
 
 
+def limited(value):
+    """A float without what overflows or vanishes as soon as one computes with it; all else as it is."""
+    if not isinstance(value, float) or TINY < abs(value) < HUGE:
+        return value
+    return math.copysign(math.inf if abs(value) >= HUGE else 0.0, value) if value == value else value
+
+
+def shortened(row):
+    """A record with its first MAX_KEYS keys, beside those that are read, and the start of long texts."""
+    keys = [key for key in ("step", "iterations", *LOSSES, "train_time_ms", "tokens") if key in row]
+    keys = dict.fromkeys([*keys, *list(row)[:MAX_KEYS]])
+    row = {key[:MAX_VALUE]: row[key] for key in keys}
+    return {key: value if number(value) is not None or value is None else str(value)[:MAX_VALUE]
+            for key, value in row.items()}
+
+
+def change_text(pair):
+    """[old, new] of a changed setting as `0.06 -> 0.03`."""
+    old_new = pair if isinstance(pair, list) and len(pair) == 2 else ["?", pair]
+    return " -> ".join(json.dumps(value)[:MAX_VALUE] for value in old_new)
+
+
 def parse_pairs(words):
     """{key: value} of `key:value` words. Numbers become floats; a unit ms or s moves into the key: `train_time:1.5s`
     gives train_time_ms = 1500.0. Unknown keys stay, words without a colon are skipped."""
@@ -193,7 +267,7 @@ def parse_pairs(words):
     for key, colon, value in (word.partition(":") for word in words):
         if match := NUMBER.fullmatch(value):
             value, unit = float(match[1]), (match[2] or "").lower()
-            key, value = (f"{key}_ms" if unit else key), (value * 1000 if unit == "s" else value)
+            key, value = (f"{key}_ms" if unit else key), limited(value * 1000 if unit == "s" else value)
         if key and colon:
             row.setdefault(key, value)
     return row
@@ -241,6 +315,8 @@ class LogParser:
 
     def bar(self):
         """A separator, or the start of the file: what follows may be the steps."""
+        if len(self.sections) == MAX_SECTIONS:
+            del self.sections[-2]
         self.sections.append(bytearray())
         self.before, self.trace, self.bad, self.time = self.trace, Trace(), 0, -1.0
 
@@ -272,7 +348,7 @@ class LogParser:
         """A line that has not the usual form."""
         if not line.startswith(RECORDS):
             return
-        line = line[:10_000].decode("utf-8", "replace")
+        line = line[:MAX_LINE].decode("utf-8", "replace")
         if match := PEAK.search(line):
             values = zip(("peak_memory_mib", "peak_reserved_mib"), match.groups(), strict=True)
             self.trace.end = {key: int(value) for key, value in values if value}
@@ -283,7 +359,7 @@ class LogParser:
             if any(isinstance(row.get(key), str) for key in LOSSES):
                 self.bad += 1
             else:
-                self.row(row)
+                self.row(row if len(row) <= MAX_KEYS else shortened(row))
 
     def row(self, row):
         """A record; without keep_rows one that holds no loss is replaced by the next."""
@@ -323,14 +399,18 @@ def split_source(trace, source):
     trace.code_hash = hashlib.sha256(source.strip()).hexdigest()[:12] if source.strip() else None
     if len(source) == MAX_SECTION:
         trace.note(f"the source is longer than {MAX_SECTION >> 20} MiB: it was cut")
-    names, texts = ["train_gpt.py", *PART.findall(source)], PART.split(source)[::2]
+    first, *others = PART.split(source, MAX_PARTS)
+    names, texts = [b"train_gpt.py", *others[::2]], [first, *others[1::2]]
+    if len(others) == 2 * MAX_PARTS:
+        trace.note(f"the source holds {MAX_PARTS} files or more: those after them are in the last one")
     for name, text in zip(names, texts, strict=True):
-        name = name if isinstance(name, str) else name.decode("ascii", "replace")
+        name = name.decode("ascii", "replace")
         trace.parts[name] = text.decode("utf-8", "replace").strip("\n") + "\n"
 
 
 def parse_header(text):
     """What is said of the machine: FACTS, device, gpus, gpu_count and date (ISO), each only where it is named."""
+    text = LONG.sub(r"\1", text)
     found = {key: match[1].strip() for key, form in FACTS.items() if (match := form.search(text))}
     names = GPU.findall(text) or GPU_LIST.findall(text)
     names = names or [found["gpu"]] * int(found["world_size"]) if "gpu" in found else names
@@ -398,12 +478,20 @@ def parse_log(text, keep_rows=True):
 
 
 def parse_object(text):
-    """The JSON object in `text`, {} if it holds none."""
+    """The JSON object in `text`, {} if it holds none, or one that is nested too deeply to be written again."""
     try:
-        found = json.loads(text)
+        found = json.loads(text) if not too_deep(text) else {}
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def too_deep(text, most=200):
+    """Whether brackets in `text` are nested deeper than `most`; those within strings count, too."""
+    if text.count("[") + text.count("{") <= most:
+        return False
+    depths = accumulate(1 if bracket[0] in "[{" else -1 for bracket in re.finditer(r"[\[\]{}]", text))
+    return any(depth > most for depth in depths)
 
 
 def parse_record(line):
@@ -411,7 +499,9 @@ def parse_record(line):
     `{"step":1{"event":"resume",...}`: the event is whole."""
     record = parse_object(line) or parse_object(line[max(0, line.rfind('{"event"')) :])
     step = number(record.get("step"))
-    return {**record, "step": int(step)} if step is not None and 0 <= step < 1e15 and step == int(step) else None
+    if step is None or not 0 <= step < 1e15 or step != int(step):
+        return None
+    return {**{key: limited(value) for key, value in record.items()}, "step": int(step)}
 
 
 def parse_routers(record):
@@ -445,7 +535,7 @@ def parse_score(record):
 def parse_metrics(text):
     """Trace of a metrics.jsonl, given as text or lines. Records after a closing one mean that the run went on: only a
     last one is its end."""
-    trace, bad, cut, unclear = Trace(era="ours, metrics.jsonl"), 0, False, 0
+    trace, bad, cut, unclear, wrong = Trace(era="ours, metrics.jsonl"), 0, False, 0, 0
     for line in text.split("\n") if isinstance(text, str) else text:
         bad += cut  # a cut last line is what a kill leaves and says nothing of the rest
         record = parse_record(line)
@@ -456,18 +546,23 @@ def parse_metrics(text):
         trace.end = record if event == "end" else {}
         if event == "resume":
             trace.rewind(record["step"])
+            trace.add_change(record)
         elif event == "routers":
             report = parse_routers(record)
             trace.add_routers(report) if report else None
             unclear += report is None
         elif event is None:
             row = {key: value for key, value in record.items() if key not in LOSSES or number(value) is not None}
+            wrong += any(record[key] is not None for key in LOSSES if key in record and key not in row)
             if not row.keys().isdisjoint(LOSSES):
-                trace.add(row)
+                trace.add(row if len(row) <= MAX_KEYS and len(line) < 5000 else shortened(row))
             if score := parse_score(record):
                 trace.add_score(score)
     bad += cut and line.endswith("\n")
     trace.notes += [f"{bad} unreadable line(s) of metrics.jsonl left out"] if bad else []
+    trace.notes += [f"{wrong} loss(es) of metrics.jsonl left out: they are no numbers"] if wrong else []
+    if trace.end.get("status") == "error":
+        trace.note(f"ended with an error: {str(trace.end.get('error', 'it does not say which'))[:2000]}")
     trace.notes += [f"{unclear} router report(s) left out: no load of each expert of each layer"] if unclear else []
     return trace
 
@@ -491,8 +586,9 @@ def read_run(path, keep_rows=True):
     log = read_log(path / "log.txt", keep_rows).trace if (path / "log.txt").is_file() else Trace()
     trace = Trace()
     if (path / "metrics.jsonl").is_file():
-        with open(path / "metrics.jsonl", encoding="utf-8-sig", errors="replace") as file:
+        with io.TextIOWrapper(open_file(path / "metrics.jsonl"), encoding="utf-8-sig", errors="replace") as file:
             trace = parse_metrics(iter(lambda: file.readline(BLOCK), ""))
+    odd = [name for name in RUN_FILES if (path / name).exists() and not (path / name).is_file()]
     source = "log.txt" if log.rows or log.end else None
     source = "metrics.jsonl" if trace.rows or trace.end else source
     if source == "log.txt":
@@ -504,25 +600,29 @@ def read_run(path, keep_rows=True):
             trace.add_score(score)
     config = parse_object(text := read_text(path / "config.json"))
     trace.notes += ["config.json is no JSON object and was left out"] if text and not config else []
+    if not isinstance(config.get("settings", {}), dict):
+        trace.note("the settings of config.json are no object and were left out")
+    trace.notes += [f"{', '.join(odd)} left out: no regular file"] if odd else []
     return Run(path, source, trace, config)
 
 
 def read_log(path, keep_rows=True):
     """Run of the log file `path`."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return Run(path, path.name, parse_log(file, keep_rows), {})
 
 
-def find_logs(path):
-    """Run folders and *.txt and *.log files in the folder `path` and below, in the order of their names."""
+def find_logs(path, depth=50):
+    """Run folders and *.txt and *.log files in the folder `path` and below, in the order of their names. FIFOs and
+    devices of such names are listed: reading them says what they are."""
     if (path / "metrics.jsonl").is_file() or (path / "log.txt").is_file():
         return [path]
     found = []
     for entry in sorted(path.iterdir(), key=natural):
         if entry.is_dir() and not entry.is_symlink():
-            found += find_logs(entry)
-        elif entry.suffix.lower() in (".txt", ".log") and entry.name != "logs.txt" and entry.is_file():
-            found.append(entry)
+            found += find_logs(entry, depth - 1) if depth else []
+        elif entry.suffix.lower() in (".txt", ".log") and entry.name != "logs.txt" and entry.exists():
+            found.append(entry) if not entry.is_dir() else None
     return found
 
 
@@ -531,7 +631,7 @@ def expand(names):
     found = {}
     for name in names:
         hits = [Path(name)] if os.path.exists(name) else [Path(hit) for hit in sorted(glob.glob(name, recursive=True))]
-        logs = [log for hit in hits for log in (find_logs(hit) if hit.is_dir() else [hit] * hit.is_file())]
+        logs = [log for hit in hits for log in (find_logs(hit) if hit.is_dir() else [hit] * hit.exists())]
         if not logs:
             what = "holds no log: expected run folders, *.txt or *.log" if hits else "is not there"
             raise FileNotFoundError(f"'{name}' {what}")
@@ -559,7 +659,7 @@ def load_one(path, keep_rows=True, keep_source=True):
     try:
         run = (read_run if path.is_dir() else read_log)(path, keep_rows)
     except OSError as error:
-        return Run(path, None, Trace(notes=[f"cannot be read: {error.strerror}"]), {})
+        return Run(path, None, Trace(notes=[f"cannot be read: {error.strerror or error}"]), {})
     run.trace.parts = run.trace.parts if keep_source else dict.fromkeys(run.trace.parts, "")
     if keep_rows == "stages":
         keep_stages(run.trace)
@@ -597,10 +697,9 @@ def load_experiment(log_dir, name):
         known = [p.name for p in folders(log_dir)]
         listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
         raise FileNotFoundError(f"no experiment '{name}' in '{log_dir}'; available: {listed or 'none'}")
-    files = ("metrics.jsonl", "log.txt", "config.json")
-    runs = [read_run(p) for p in folders(path) if any((p / name).is_file() for name in files)]
+    runs = [load_one(p) for p in folders(path) if any((p / name).is_file() for name in RUN_FILES[:3])]
     if not runs:
-        raise FileNotFoundError(f"no run in '{path}': expected folders that hold one of {', '.join(files)}")
+        raise FileNotFoundError(f"no run in '{path}': expected folders that hold one of {', '.join(RUN_FILES[:3])}")
     return runs
 
 
@@ -665,6 +764,11 @@ def accuracies(run):
     return [(score["step"], *accuracy(score, "per_token")) for score in scores]
 
 
+def changes_of(run):
+    """What was changed when the run was resumed, a sentence for each time."""
+    return [f"changed on resume at step {step}: {words}" for step, words in run.trace.changes]
+
+
 def summarize(run):
     """Numbers of a run folder as a flat dict, None where unknown. `val_loss` and `val_bpb` are of one validation, that
     of the closing record or else the last. `tokens_per_s` without a closing record is the average so far."""
@@ -700,7 +804,7 @@ def summarize(run):
         "hellaswag": max(run.trace.scores.values(), key=lambda s: s["step"], default=None),
         "torch": run.config.get("torch") or run.trace.header.get("torch"),
         "device": device_of(run),
-        "notes": run.trace.notes,
+        "notes": run.trace.notes + changes_of(run),
     }
 
 
@@ -726,7 +830,7 @@ def off_beat(rows):
 
 
 def trial_status(rows, end=None):
-    """"complete", "nan" or "died" for the records of one trial; `end` is what is known of the end of the last one."""
+    """"complete", "nan", "error" or "died" for the records of one trial; `end`: what is known of the end of the run."""
     last = rows[-1]
     if any(number(last.get(key)) is not None and not math.isfinite(last[key]) for key in LOSSES):
         return "nan"
@@ -735,17 +839,18 @@ def trial_status(rows, end=None):
     if "val_loss" in last and (last["step"] == last.get("iterations") or by_itself):
         return "complete"
     llmc = last.get("iterations") is None and "val_loss" in last and "train_time_ms" not in last and not end
-    return "complete" if status in COMPLETED or llmc else "nan" if status == "nan" else "died"
+    return "complete" if status in COMPLETED or llmc else status if status in ("nan", "error") else "died"
 
 
 def status_of(run):
-    """complete, died, nan, running (a process of this machine has the log open for writing), or not a log."""
+    """complete, died, nan, error, running (a process of this machine has the log open for writing), or not a log."""
     trace = run.trace
     if not trace.trials and not trace.end:
         started = run.config or (trace.code_hash and trace.header.get("torch"))
         status = "died" if started else "not a log"
     else:
-        status = trial_status(trace.rows, trace.end) if trace.rows else "died"
+        ended = "error" if trace.end.get("status") == "error" else "died"
+        status = trial_status(trace.rows, trace.end) if trace.rows else ended
     names = ("metrics.jsonl", "log.txt") if run.path.is_dir() else ("",)
     if status == "died" and any(os.path.realpath(run.path / name) in files_being_written() for name in names):
         return "running"
@@ -787,7 +892,7 @@ def describe(run, target=None):
     ends = [None] * (len(trace.trials) - 1) + [trace.end]
     trials = [trial_numbers(rows, end) for rows, end in zip(trace.trials, ends, strict=False)] or [trial_numbers([])]
     broken = [str(i) for i, trial in enumerate(trials[:-1], 1) if trial["status"] != "complete"]
-    notes = trace.notes + ([f"incomplete trials: {', '.join(broken)}"] if broken else [])
+    notes = old["notes"] + ([f"incomplete trials: {', '.join(broken)}"] if broken else [])
     notes += [f"the clock was set back {trace.resets} time(s)"] if trace.resets else []
     last = trials[-1]
     if last["status"] == "complete" and last["max_step"] and last["steps"] < last["max_step"]:
@@ -802,8 +907,8 @@ def describe(run, target=None):
         **last,
         "status": status_of(run),
         "trials": len(trace.trials),
-        "peak_allocated_mib": trace.end.get("peak_memory_mib"),
-        "peak_reserved_mib": trace.end.get("peak_reserved_mib"),
+        "peak_allocated_mib": number(trace.end.get("peak_memory_mib")),
+        "peak_reserved_mib": number(trace.end.get("peak_reserved_mib")),
         "target": target,
         "target_crossing": crossing(trace.rows, target) if target is not None else None,
         "tokens": old["tokens"],
@@ -869,6 +974,8 @@ def sample_of(run, i, name, seen):
     numbers = trial_numbers(rows, run.trace.end if last else None)
     if numbers["final_val_loss"] is None or numbers["status"] != "complete":
         return None, f"{numbers['status']} at step {numbers['steps']}"
+    if not math.isfinite(numbers["final_val_loss"]):
+        return None, f"nan at step {numbers['steps']}"
     vals = [(row["step"], row["val_loss"], number(row.get("train_time_ms"))) for row in rows if "val_loss" in row]
     if twin := seen.get((*vals[-2:],)):
         return None, f"the same run as {twin}"
@@ -1032,6 +1139,7 @@ def group_warnings(samples, dropped):
         found.append(f"{again} run(s) repeat the seed of another one: they are no independent samples")
     if resets := sum(s.run.trace.resets > 0 for s in samples):
         found.append(f"the clock was set back in {resets} run(s): their times leave out the steps before")
+    found += [f"{s.run.path.name}: {text}" for s in samples for text in changes_of(s.run)]
     return found + [f"left out: {text}" for text in dropped]
 
 
@@ -1057,7 +1165,8 @@ def stage_medians(samples):
     """{stage: median ms of a step}, over all steps of all samples."""
     found = {}
     for stage, values in ((stage, ms) for sample in samples for stage, ms in sample.stage_ms.items() if stage):
-        found.setdefault(stage, array("d")).extend(values)
+        if stage in found or len(found) < MAX_KEYS:
+            found.setdefault(stage, array("d")).extend(values)
     return {stage: statistics.median(values) for stage, values in found.items()}
 
 
@@ -1097,15 +1206,28 @@ def equal_points(groups, count=4):
 # ---------------------------------------------------------------------------------------------------------------------
 # Claims: README.md -> what the logs say to it
 
-STEP_CLAIM = re.compile(r"step:\d{1,15}/\d{1,15} val_loss:\d{1,9}\.\d{1,15}[^\n`|]*", re.ASCII)
+STEP_CLAIM = re.compile(r"step:\d{1,15}/\d{1,15} val_loss:\d{1,9}\.\d{1,15}[^\n`|]{0,300}", re.ASCII)
 LIST_CLAIM = re.compile(r"\[([\s\d.,e+-]{8,20000})\]")
-P_CLAIM = re.compile(r"\bp(?:[- ]?value)?\s{0,3}(=|<|<=|≤|~|≈|:)\s{0,3}(\d*\.?\d+(?:e-?\d+)?)(?![\d.]*\s*%)", re.I)
+P_CLAIM = re.compile(r"\bp(?:[- ]?value)?\s{0,3}(=|<|<=|≤|~|≈|:)\s{0,3}(\d{0,9}\.?\d{1,20}(?:e-?\d{1,3})?)"
+                     r"(?![\d.]{0,20}\s{0,3}%)", re.I)
 N_CLAIM = re.compile(r"\bn\s?=\s?(\d{1,6})\b|"
                      r"\b(\d{1,6}) (?:independent |validation |training |new |more )?(?:runs|trials|seeds)\b", re.I)
 LOSS_CLAIM = re.compile(r"(?<![\d.\w-])(\d{1,2}\.\d{3,6})(?!\d|\.\d|\s?(?:s|sec|seconds|ms|min|minutes|x)\b|\s?%)")
 TIME_CLAIM = re.compile(r"(?<![\d.\w-])(\d{1,7}(?:\.\d{1,4})?)\s?(ms|s|sec|secs|seconds|min|mins|minutes)\b(?!/)", re.I)
 VERDICTS = {False: "contradicted", None: "not checkable", True: "confirmed"}
+MAX_CLAIMS = 200  # of each kind that are checked
 UNITS = {"ms": 1e-3, "s": 1, "sec": 1, "secs": 1, "seconds": 1, "min": 60, "mins": 60, "minutes": 60}
+
+
+def claims_of(form, text):
+    """The first MAX_CLAIMS different matches."""
+    return list({match[0]: match for match in form.finditer(text)}.values())[:MAX_CLAIMS]
+
+
+def near(text, values, scale=1.0):
+    """Those of the sorted values that may agree with a number as it is written."""
+    value, step = float(text) * scale, 2 * 10.0 ** -len(text.partition(".")[2]) * scale
+    return values[bisect_left(values, value - step) : bisect_right(values, value + step)]
 
 
 def agrees(text, values, scale=1.0):
@@ -1120,16 +1242,20 @@ def check_claims(text, groups, target):
     confirmed, contradicted, not checkable (the number may be about a run that is not here)."""
     samples, found = list({id(s): s for group in groups.values() for s in group}.values()), []
     numbers = [group_numbers(group) for group in groups.values()]
-    found += [check_line(match[0], samples) for match in STEP_CLAIM.finditer(text)]
+    found += [check_line(match[0], samples) for match in claims_of(STEP_CLAIM, text)]
     text = STEP_CLAIM.sub(" ", text)
-    found += filter(None, (check_list(match[1], samples) for match in LIST_CLAIM.finditer(text)))
-    lists = [[float(word) for word in re.findall(r"\d+\.\d+", match[1])] for match in LIST_CLAIM.finditer(text)]
+    listed = claims_of(LIST_CLAIM, text)
+    found += filter(None, (check_list(match[1], samples) for match in listed))
+    lists = [[float(word) for word in re.findall(r"\d+\.\d+", match[1])] for match in listed]
     text = LIST_CLAIM.sub(" ", text)
-    found += [check_p(match, groups, lists, target) for match in P_CLAIM.finditer(text) if 0 < float(match[2]) < 1]
+    claims = [match for match in claims_of(P_CLAIM, text) if 0 < float(match[2]) < 1]
+    found += check_ps(claims, groups, lists, target) if claims else []
     text = P_CLAIM.sub(" ", text)
-    found += [check_n(match, numbers, len(samples)) for match in N_CLAIM.finditer(text)]
-    found += filter(None, (check_loss(m, text, samples, numbers) for m in LOSS_CLAIM.finditer(text)))
-    found += [check_time(match, samples, numbers) for match in TIME_CLAIM.finditer(text)]
+    found += [check_n(match, numbers, len(samples)) for match in claims_of(N_CLAIM, text)]
+    on_the_way = (row.get("val_loss", math.nan) for s in samples for row in s.rows)
+    on_the_way = sorted(loss for loss in on_the_way if math.isfinite(loss))
+    found += filter(None, (check_loss(m, text, samples, numbers, on_the_way) for m in claims_of(LOSS_CLAIM, text)))
+    found += [check_time(match, samples, numbers) for match in claims_of(TIME_CLAIM, text)]
     return list({(claim["kind"], claim["claim"]): claim for claim in found}.values())
 
 
@@ -1149,12 +1275,13 @@ def check_line(line, samples):
 
 def check_list(text, samples):
     """A list of numbers: losses or times of the runs. Many of them in the logs and some not is a contradiction."""
-    words = re.findall(r"\d+\.\d+|\d{4,}", text)
+    words = re.findall(r"\d+\.\d+|\d{4,}", text)[:2000]
     if len(words) < 2:
         return None
-    losses, seconds = [s.loss for s in samples], [s.time_s for s in samples if s.time_s is not None]
+    losses = sorted(s.loss for s in samples)
+    seconds = sorted(s.time_s for s in samples if s.time_s is not None and math.isfinite(s.time_s))
     kinds = {"losses": (losses, 1.0), "times": (seconds, 1.0), "times in ms": (seconds, 1e-3)}
-    hits = {kind: [word for word in words if agrees(word, *of)] for kind, of in kinds.items()}
+    hits = {kind: [w for w in words if agrees(w, near(w, *of), of[1])] for kind, of in kinds.items()}
     kind = max(hits, key=lambda kind: len(hits[kind]))
     missing = [word for word in words if word not in hits[kind]]
     truth = True if not missing else False if len(hits[kind]) > len(words) / 2 else None
@@ -1163,11 +1290,16 @@ def check_list(text, samples):
     return verdict(f"list of {kind if hits[kind] else 'numbers'}", f"[{', '.join(words[:4])}, ...]", truth, detail)
 
 
-def check_p(match, groups, lists, target):
+def check_ps(claims, groups, lists, target):
     """p = x is that of the t-test, or of track 3's test with a known sd, of some group; p < x holds for one. A p that
     follows from a list in the README whose runs are not here cannot be checked."""
-    groups = [[s.loss for s in group] for group in groups.values()]
-    values = [p for losses in groups for p in p_values(losses, target)]
+    values = [p for group in groups.values() for p in p_values([s.loss for s in group], target)]
+    listed = [p for losses in lists for p in p_values(losses, target)]
+    return [check_p(match, values, listed) for match in claims]
+
+
+def check_p(match, values, listed):
+    """`values` are the p of the groups, `listed` those of the lists in the README."""
     digits, exact = match[2], match[1] in "=:~≈"
 
     def fits(p):
@@ -1175,7 +1307,7 @@ def check_p(match, groups, lists, target):
 
     if not values:
         return verdict("p", match[0], None, "no group of two or more runs")
-    if not any(map(fits, values)) and any(fits(p) for losses in lists for p in p_values(losses, target)):
+    if not any(map(fits, values)) and any(map(fits, listed)):
         return verdict("p", match[0], None, "follows from the README's own list, not from the logs here")
     closest = min(values, key=lambda p: abs(math.log((p + 1e-300) / float(digits))))
     return verdict("p", match[0], any(map(fits, values)), f"the closest of the tests of these logs: p = {closest:.2g}")
@@ -1197,7 +1329,7 @@ def check_n(match, numbers, total):
     return verdict("n", match[0], truth, f"complete runs here: {', '.join(map(str, counts))}")
 
 
-def check_loss(match, text, samples, numbers):
+def check_loss(match, text, samples, numbers, on_the_way):
     """A number in the range of the runs' losses: of a run, a validation on the way, or the mean of a group. One that is
     called the mean or average and is not is contradicted."""
     losses = [s.loss for s in samples]
@@ -1208,7 +1340,7 @@ def check_loss(match, text, samples, numbers):
         return verdict("loss", match[1], True, "mean of a group")
     if agrees(match[1], losses):
         return verdict("loss", match[1], True, "final loss of a run")
-    if agrees(match[1], [row["val_loss"] for s in samples for row in s.rows if "val_loss" in row]):
+    if agrees(match[1], near(match[1], on_the_way)):
         return verdict("loss", match[1], True, "validation on the way")
     before = text[max(0, match.start() - 40) : match.start()].lower()
     called = re.search(r"(mean|average|avg)\W{0,12}(?:\w+\W{1,3}){0,3}$", before)
@@ -1241,12 +1373,21 @@ class Event(NamedTuple):
 def read_events(path):
     """Events of a trace that have a duration. ValueError if it is damaged."""
     try:
-        found = json.loads(path.read_bytes())["traceEvents"]
-        return [Event(str(e["name"]), str(e.get("cat")), e["ts"], e["ts"] + e["dur"], f"{e.get('tid')}")
+        with open_file(path) as file:
+            found = json.loads(file.read())["traceEvents"]
+        return [Event(str(e["name"]), str(e.get("cat")), *span_of(e), f"{e.get('tid')}")
                 for e in found if e.get("ph") == "X" and e.get("dur", 0) > 0]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         what = "damaged, or cut off" if isinstance(error, ValueError) else "no trace of torch.profiler"
         raise ValueError(f"'{path}' is {what}: train again with --enable_profiling") from error
+
+
+def span_of(event):
+    """(start, end) of an event. OverflowError if it is not between -1e18 and 1e18, or no number."""
+    start, end = float(event["ts"]), float(event["ts"]) + float(event["dur"])
+    if not -1e18 < start <= end < 1e18:
+        raise OverflowError
+    return start, end
 
 
 def covered(events):
@@ -1312,11 +1453,62 @@ def trace_numbers(path):
 
 def printable(text):
     """`text` with control, bidi and undecodable characters spelled out (\\x1b): a name cannot drive a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(lines, file=None):
+    """Print a line, or lines: all that this program says leaves here, so that no text of a log drives a terminal."""
+    lines = [lines] if isinstance(lines, str) else lines
+    print("\n".join(map(printable, lines)), file=file or sys.stdout)
+
+
+def give(pieces):
+    """Texts for another program, as they are, in UTF-8; on a terminal they are said."""
+    if sys.stdout.isatty() or not hasattr(sys.stdout, "buffer"):
+        for piece in pieces:
+            say(piece.expandtabs().removesuffix("\n").split("\n"))
+        return
+    sys.stdout.flush()
+    for piece in pieces:
+        sys.stdout.buffer.write(encoded(piece))
+
+
+def encoded(text):
+    return text.encode("utf-8", "backslashreplace")
+
+
+def write_file(path, pieces):
+    """Write bytes to `path`, whole or not at all: a file beside it takes its place. ValueError if a link, a folder or a
+    device is there, RuntimeError if it cannot be written."""
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"'{path}' is a link, a folder or a device, no file: remove it, or write to another place")
+    aside = path.parent / f".logger-{os.urandom(6).hex()}.tmp"
+    try:
+        try:
+            with open(aside, "xb") as file:
+                file.writelines(pieces)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise RuntimeError(f"'{path}' cannot be written: {error.strerror}") from None
 
 
 def show(value, form=""):
     return "-" if value is None else format(value, form)
+
+
+def clip(value, most=60):
+    text = "-" if value is None else str(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def cell_text(value):
+    return printable(clip(value, MAX_CELL))
 
 
 @dataclass
@@ -1328,8 +1520,8 @@ class Table:
     title: str = ""
 
     def __post_init__(self):
-        self.title, self.headings = printable(self.title), [*map(printable, self.headings)]
-        self.rows = [["-" if x is None else printable(x) for x in row] for row in self.rows]
+        self.title, self.headings = printable(clip(self.title, MAX_CELL)), [*map(cell_text, self.headings)]
+        self.rows = [[*map(cell_text, row)] for row in self.rows]
         columns = zip(*self.rows, strict=True) if self.rows else [[]] * len(self.headings)
         self.aligns = [">" if all(re.fullmatch(r"[-+\d.,/ e%]*|nan|inf", cell) for cell in column) else "<"
                        for column in columns]
@@ -1339,7 +1531,7 @@ class Table:
         columns = [list(column) for column in zip(self.headings, *self.rows, strict=True)]
         for column, align in zip(columns, self.aligns, strict=True):
             widths = [sum(1 + (east_asian_width(c) in "WF") for c in cell) for cell in column]
-            pads = [" " * (max(widths) - width) for width in widths]
+            pads = [" " * (widest - width) for widest in [max(widths)] for width in widths]
             column[:] = [cell + pad if align == "<" else pad + cell for cell, pad in zip(column, pads, strict=True)]
         return [*filter(None, [self.title]), *("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))]
 
@@ -1366,12 +1558,11 @@ class Table:
 
 
 def plain(report):
-    """Text of a report: a list of printable strings, Tables, and lists of lines, as of code."""
+    """Text of a report: a list of sentences, Tables, and lists of lines, as of code."""
     lines = []
     for block in report:
-        block = block.plain() if isinstance(block, Table) else block
-        lines += [block] if isinstance(block, str) else block
-    return "\n".join(lines)
+        lines += block.plain() if isinstance(block, Table) else [block] if isinstance(block, str) else block
+    return "\n".join(map(printable, lines))
 
 
 def markdown(report):
@@ -1380,13 +1571,13 @@ def markdown(report):
     for block in report:
         code = [fence + "diff", *block, fence, ""] if isinstance(block, list) else None
         lines += code or (block.markdown() if isinstance(block, Table) else [block.replace("<", "&lt;"), ""])
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def emit(report, args):
     """Print a report: Markdown if asked for, rich tables on a terminal, else plain text."""
     if getattr(args, "markdown", False):
-        print(markdown(report))
+        say(markdown(report).split("\n"))
     elif sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         from rich.console import Console
         from rich.text import Text
@@ -1395,12 +1586,17 @@ def emit(report, args):
             table = isinstance(block, Table)
             Console().print(block.rich() if table else Text(plain([block])), soft_wrap=not table)
     else:
-        print(plain(report))
+        say(plain(report).split("\n"))
 
 
 def strict_json(value, indent=2):
     """JSON text of `value`; nan and inf, which JSON cannot hold, become null."""
-    return json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda constant: None), indent=indent)
+    value = json.loads(json.dumps(value, default=str), parse_constant=lambda constant: None)
+    return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")  # the only control that json leaves raw
+
+
+def say_json(value):
+    say(strict_json(value).split("\n"))
 
 
 COLUMNS = (  # heading, cell of a summary
@@ -1469,13 +1665,13 @@ def hellaswag_report(summaries):
 def experiment_report(name, runs):
     """The report of an experiment."""
     summaries, names = [summarize(run) for run in runs], differing(runs)
-    report = [f"{printable(name)}: {len(runs)} run(s), losses in nats/token"]
+    report = [f"{name}: {len(runs)} run(s), losses in nats/token"]
     report.append(Table([heading for heading, _ in COLUMNS], [[cell(s) for _, cell in COLUMNS] for s in summaries]))
     report += router_report(summaries) + hellaswag_report(summaries)
     report += filter(None, [format_mean(summaries)])
-    names = printable(", ".join(names))
+    names = ", ".join(names)
     report += [f"settings that differ between the runs: {names}"] if names else []
-    return report + [f"note on {printable(s['run_id'])}: {printable(note)}" for s in summaries for note in s["notes"]]
+    return report + [f"note on {s['run_id']}: {note}" for s in summaries for note in s["notes"]]
 
 
 def format_json(runs):
@@ -1505,7 +1701,8 @@ def router_line(found):
 def screen(numbers):
     """One run as a two-column Table."""
     n, status = numbers, numbers["status"]
-    place = f" at step {show(n['steps'])} of {show(n['max_step'])}" if status in ("died", "nan", "running") else ""
+    place = f" at step {show(n['steps'])} of {show(n['max_step'])}"
+    place = place if status in ("died", "nan", "error", "running") else ""
     memory = [f"{n[key]:,} MiB {key.split('_')[1]}" for key in ("peak_allocated_mib", "peak_reserved_mib") if n[key]]
     known = [f"{key} {n[key]}" for key in ("python", "torch", "cuda", "triton", "driver") if n[key]]
     crossed = n["target_crossing"] or {}
@@ -1587,7 +1784,7 @@ def loss_limits(runs):
     late = sorted(y for points, i in zip(curves, cuts, strict=True) for _, y in points[i:])
     low, top = min(late[0], fallen), late[int(0.995 * len(late))]  # a few spikes may leave, too
     high = max(fallen, min(top, low + max(2 * (fallen - low), 1.0)))
-    pad = 0.05 * (high - low) or 0.05
+    pad = 0.05 * (high - low) or 0.05 * max(1.0, abs(high))
     return low - pad, high + pad
 
 
@@ -1768,12 +1965,14 @@ def compare_figure(groups):
                 losses = resample(samples, x, grid)
                 ax.fill_between(grid / size, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)
                 ax.plot(grid / size, losses.mean(0), color=colour, label=f"{label_of(name)} (n={len(samples)})")
-                lows, highs = [*lows, losses.min()], [*highs, losses.mean(0)[20]]
+                low, high = losses.min(), losses.mean(0)[20]
+                lows, highs = lows + [low] * bool(np.isfinite(low)), highs + [high] * bool(np.isfinite(high))
         text = f"{label} ({unit})" if unit else label
         ax.set_xlabel(text) if ax.lines else not_logged(ax, "no two common validations")
-    if lows:
+    if lows and highs:
         axes[0].set_ylim(min(lows) - 0.05, max(highs) + 0.05)
-        axes[0].legend(frameon=False)
+    if any(ax.lines for ax in axes):
+        next(ax for ax in axes if ax.lines).legend(frameon=False)
     axes[0].set_ylabel("validation loss (nats/token)")
     return figure
 
@@ -1781,15 +1980,17 @@ def compare_figure(groups):
 def save_figures(make, folder):
     """Write the {file name: Figure} that make() returns into `folder`; returns the paths. RuntimeError if matplotlib is
     missing."""
-    try:
-        figures = make()
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"no plot without {error.name}: pip install {error.name}, or pass --no-plot") from None
-    folder.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a run name in a script the font lacks: a box
+        warnings.simplefilter("ignore")  # of glyphs that the font lacks: a box; of numbers too large to be drawn: a gap
+        try:
+            figures = make()
+        except ModuleNotFoundError as error:
+            raise RuntimeError(f"no plot without {error.name}: pip install {error.name}, or pass --no-plot") from None
+        folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            figure.savefig(folder / name)
+            image = io.BytesIO()
+            figure.savefig(image, format=Path(name).suffix[1:] or "png")
+            write_file(folder / name, [image.getvalue()])
     return [folder / name for name in figures]
 
 
@@ -1801,21 +2002,21 @@ def show_experiment(args):
     """Report all runs of an experiment, keep the report in logs.txt, then draw them."""
     runs = load_experiment(args.log_dir, args.experiment_name)
     if args.json:
-        print(format_json(runs))
+        say(format_json(runs).split("\n"))
         return 0
     report = experiment_report(args.experiment_name, runs)
     emit(report, args)
     table = Path(args.log_dir) / args.experiment_name / "logs.txt"
-    table.write_text(plain(report) + "\n", encoding="utf-8", errors="backslashreplace")
-    print(f"table: {printable(table)}")
+    write_file(table, [encoded(plain(report) + "\n")])
+    say(f"table: {table}")
     if args.no_plot:
         return 0
     if loss_limits(runs) is None:
-        print("no plot: no loss logged yet")
+        say("no plot: no loss logged yet")
         return 0
     folder = Path(args.images_dir) / args.experiment_name
     for path in save_figures(lambda: figures_of(runs, args.experiment_name), folder):
-        print(f"plot: {printable(path)}")
+        say(f"plot: {path}")
     return 0
 
 
@@ -1826,7 +2027,7 @@ def draw_load_of(args):
         raise ValueError(f"--plot: no run in {', '.join(args.logs)} reports its routers, as train_moe.py's do")
     path, experiment = Path(args.plot), routed[-1].path.absolute().parent.name
     save_figures(lambda: {path.name: load_figure(routed[-1], experiment)}, path.parent)
-    print(f"plot: {printable(path)}")
+    say(f"plot: {path}")
 
 
 def show_runs(args):
@@ -1834,7 +2035,7 @@ def show_runs(args):
     found = [describe(run, args.target) for run in read_each(expand(args.logs))]
     logs = [numbers for numbers in found if numbers["status"] != "not a log"]
     if args.json:
-        print(strict_json({"runs": found}))
+        say_json({"runs": found})
     else:
         report = [screen(n) for n in logs] if len(logs) <= 10 else [run_table(logs)]
         if len(found) > 1:
@@ -1843,7 +2044,7 @@ def show_runs(args):
         report += hellaswag_report(logs)
         others = [n for n in found if n["status"] == "not a log"]
         reasons = [f"not a log: {n['path']}{''.join(f' ({note})' for note in n['warnings'])}" for n in others]
-        emit(report + [printable(reason) for reason in reasons[:20]], args)
+        emit(report + reasons[:20], args)
         if args.plot:
             draw_load_of(args)
     return 1 if not logs or (args.strict and any(n["status"] != "complete" for n in found)) else 0
@@ -1872,13 +2073,13 @@ def compare_groups(args):
     groups, dropped = load_groups(args.groups)
     result = compare_numbers(groups, dropped)
     if args.json:
-        print(strict_json(result))
+        say_json(result)
         return 0
     emit(compare_report(groups, result), args)
     if not args.no_plot:
         path = Path(args.plot)
         save_figures(lambda: {path.name: compare_figure(groups)}, path.parent)
-        print(f"plot: {printable(path)}")
+        say(f"plot: {path}")
     return 0
 
 
@@ -1938,7 +2139,7 @@ def control_numbers(groups):
     found = []
     for name, sample in samples.items():
         both = spent[first] and spent[name] and spent[name]["step"]
-        timed = control.time_s and sample.time_s
+        timed = sample.steps and control.time_s and sample.time_s
         found.append({
             "name": name,
             "reached": spent[name],
@@ -1991,8 +2192,7 @@ def compare_report(groups, result):
     for pair in result["pairs"]:
         rule = pair["sigma_rule"]
         words = f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"
-        a, b = map(printable, (names[0], pair["b"]))
-        report.append(f"track 3's rule for {b} beating {a}: {words}")
+        report.append(f"track 3's rule for {pair['b']} beating {names[0]}: {words}")
     stages = dict.fromkeys(stage for found in result["stages"].values() for stage in found)
     rows = [[stage, *(show(found.get(stage), ",.2f") for found in result["stages"].values())] for stage in stages]
     report.append(Table(["median ms of a step", *names], rows))
@@ -2005,7 +2205,7 @@ def compare_report(groups, result):
     if not result["equal"]["tokens"]:
         report.append("equal tokens: not all of these logs count their tokens")
     report += control_report(result["control"])
-    return report + [f"note on {printable(group['name'])}: {printable(text)}" for group in result["groups"]
+    return report + [f"note on {group['name']}: {text}" for group in result["groups"]
                      for text in group["warnings"]]
 
 
@@ -2031,11 +2231,11 @@ def show_profile(args):
     ranks = [trace_numbers(path) for path in paths]
     memory = sorted(map(str, folder.glob("memory_rank*.pickle")))
     if args.json:
-        print(strict_json({"ranks": ranks, "memory_snapshots": memory}))
+        say_json({"ranks": ranks, "memory_snapshots": memory})
     else:
         report = [operation_table(ranks[0], args.top), *map(profile_line, ranks)]
-        report += [f"trace, for ui.perfetto.dev: {printable(path)}" for path in paths]
-        emit(report + [f"memory snapshot, for pytorch.org/memory_viz: {printable(m)}" for m in memory], args)
+        report += [f"trace, for ui.perfetto.dev: {path}" for path in paths]
+        emit(report + [f"memory snapshot, for pytorch.org/memory_viz: {m}" for m in memory], args)
     return 0
 
 
@@ -2078,9 +2278,10 @@ def diff_runs(args):
     result["effect"] = effect_of(*loaded)
     result["notes"] += [f"{name}: {text}" for name, runs in zip("AB", loaded, strict=True)
                         for text in group_warnings(*samples_of(runs)) if "code versions" in text]
+    result["notes"] += [f"{name}: {text}" for name, run in zip("AB", (a, b), strict=True) for text in changes_of(run)]
     result["unified_diff"] = unified(a.trace.parts, b.trace.parts, ("a", "b"))
     if args.json:
-        print(strict_json(result))
+        say_json(result)
     else:
         emit(diff_report(result, args.no_text), args)
     return 0
@@ -2107,8 +2308,8 @@ def effect_of(old, new):
 
 
 def diff_report(result, no_text):
-    report = [f"A: {printable(result['a'])}", f"B: {printable(result['b'])}"]
-    report += map(printable, result["blocks"])
+    report = [f"A: {result['a']}", f"B: {result['b']}"]
+    report += result["blocks"]
     if result["settings"]:
         rows = [[s["name"], clip(s["a"]), clip(s["b"])] for s in result["settings"]]
         report.append(Table(["setting or constant", "A", "B"], rows))
@@ -2116,9 +2317,9 @@ def diff_report(result, no_text):
         report.append("no setting or constant differs")
     if result["units"]:
         report.append(Table(["function or class", "change"], [[u["name"], u["change"]] for u in result["units"]]))
-    report += [printable(note) for note in result["notes"]]
+    report += result["notes"]
     if result["unified_diff"] and not no_text:
-        report.append([printable(line.expandtabs(4)) for line in result["unified_diff"]])
+        report.append([line.expandtabs(4) for line in result["unified_diff"]])
     same = "the same Python, PyTorch, driver and hardware"
     rows = [[e["name"], e["a"], e["b"]] for e in result["environment"]]
     report.append(Table(["environment", "A", "B"], rows) if rows else same)
@@ -2129,11 +2330,6 @@ def diff_report(result, no_text):
         rows.append([key, show(e["a"], form), show(e["b"], form), show(e["difference"], "+" + form), *cells])
     headings = ["mean", f"A (n={effect['n_a']})", f"B (n={effect['n_b']})", "B - A", "95 % interval", "p (Welch)"]
     return [*report, Table(headings, rows)]
-
-
-def clip(value, most=60):
-    text = "-" if value is None else str(value)
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def show_stats(args):
@@ -2147,7 +2343,7 @@ def show_stats(args):
     result["test"] = None if args.target is None else target_numbers(samples, args.target, args.alpha)
     result["warnings"] = group_warnings(samples, dropped)
     if args.json:
-        print(strict_json(result))
+        say_json(result)
     else:
         emit(stats_report(samples, result), args)
     return 0 if not result["test"] or result["test"]["passed"] else 1
@@ -2160,7 +2356,7 @@ def stats_report(samples, result):
         rows = [[s.run.path.name, f"{s.loss:.5f}", show(s.time_s, ",.3f"), s.steps] for s in samples]
         report.append(Table(["run", "val loss", "train s", "steps"], rows))
     report += target_lines(result["test"], result["n"]) if result["test"] else []
-    return report + [f"warning: {printable(text)}" for text in result["warnings"]]
+    return report + [f"warning: {text}" for text in result["warnings"]]
 
 
 def target_lines(test, n):
@@ -2199,7 +2395,7 @@ def verify_folder(args):
     bad = [c for c in claims + checks if c["verdict"] == "contradicted"]
     result = {"folder": str(folder), "runs": len(samples), "claims": claims, "checks": checks, "passed": not bad}
     if args.json:
-        print(strict_json(result))
+        say_json(result)
     else:
         report = [Table(["check", "verdict", "detail"], [[c["claim"], c["verdict"], c["detail"]] for c in checks])]
         order = sorted(claims, key=lambda c: list(VERDICTS.values()).index(c["verdict"]))
@@ -2242,39 +2438,91 @@ def check_sources(runs):
 
 
 def extract_source(args):
-    """Write the source inside a log; the other files of a source of several beside it."""
+    """Write the source inside a log; one of several files into a new folder, which -o names without its .py."""
     from records.sources import parse_source
 
     run = load_one(Path(args.log))
-    if not run.trace.parts:
+    parts = run.trace.parts
+    if not parts:
         if not os.path.exists(args.log):
             raise FileNotFoundError(f"'{args.log}' is not there")
-        raise ValueError(f"'{args.log}' holds no source: expected a log that begins with it, or a run folder of ours")
-    main, *others = run.trace.parts
+        why = "".join(f" ({note})" for note in run.trace.notes if note.startswith("cannot be read"))
+        raise ValueError(f"'{args.log}' holds no source{why}: expected a log that begins with it, or our run folder")
     if args.output is None:
-        sys.stdout.write(json.dumps(run.trace.parts) + "\n" if args.json else run.trace.parts[main])
+        give([json.dumps(parts) + "\n" if args.json else next(iter(parts.values()))])
         return 0
     target = Path(args.output)
-    files = {target: run.trace.parts[main]} | {target.parent / name: run.trace.parts[name] for name in others}
-    for path, text in files.items():
-        if path.exists() and not args.force and path.read_bytes() != text.encode("utf-8", "replace"):
-            raise ValueError(f"'{path}' is there and differs: choose another -o, or overwrite it with --force")
-    for path, text in files.items():
-        path.write_bytes(text.encode("utf-8", "replace"))
+    files = write_parts(target, parts, args.log) if len(parts) > 1 else {target: next(iter(parts.values()))}
+    if len(parts) == 1:
+        text = files[target].encode("utf-8", "replace")
+        if target.is_file() and not args.force and target.read_bytes() != text:
+            raise ValueError(f"'{target}' is there and differs: choose another -o, or overwrite it with --force")
+        write_file(target, [text])
     problems = [f"{path.name} {problem}" for path, text in files.items() if (problem := parse_source(text).problem)]
     if args.json:
         files = [str(path) for path in files]
-        print(strict_json({"files": files, "code_hash": run.trace.code_hash, "problems": problems}))
+        say_json({"files": files, "code_hash": run.trace.code_hash, "problems": problems})
     else:
-        print("\n".join([f"wrote {printable(path)}" for path in files] + [f"note: {printable(p)}" for p in problems]))
+        say([f"wrote {path}" for path in files] + [f"note: {problem}" for problem in problems])
     return 0
+
+
+# Modules that our scripts import, installed or not, and files that Python, pytest or pip run when they find them
+TAKEN = set("""numpy torch triton tiktoken datasets huggingface_hub pyarrow tqdm wandb matplotlib scipy rich pytest
+hypothesis transformers records sitecustomize usercustomize conftest setup con prn aux nul""".split())
+
+
+def check_part(name):
+    """ValueError if a file of this name, which a log gives, would be imported or run in place of another one."""
+    module = name.partition(".")[0].lower()
+    if not re.fullmatch(r"[a-z]\w{0,60}\.(py|cu|cuh|cpp|h|txt|md|json)", name, re.ASCII | re.I):
+        raise ValueError(f"the log holds a file '{name}': nothing was written, as this is no plain file name")
+    known = module in TAKEN or module in sys.stdlib_module_names or re.fullmatch(r"(com|lpt)\d", module)
+    if known or importable(module) or importable(name.partition(".")[0]):
+        raise ValueError(f"the log holds a file '{name}': nothing was written, as it would take the place of a module; "
+                         "without -o the main file is printed")
+
+
+def importable(module):
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # ValueError: it is imported but says not from where
+        return True
+
+
+def write_parts(target, parts, log):
+    """Write the files of a source of several into a folder that is new, or empty: old/old.py and others for old.py,
+    old/train_gpt.py and others for old; {path: text}."""
+    main, *others = parts
+    folder, name = (target.with_suffix(""), target.name) if target.suffix == ".py" else (target, main)
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise ValueError(f"'{log}' holds {len(parts)} files: they need a new folder, and '{folder}' is there; choose "
+                         "another -o")
+    for other in others:
+        check_part(other)
+    if len({other.lower() for other in (name, *others)}) < len(parts):
+        raise ValueError(f"'{log}' holds files whose names differ in upper and lower case only: nothing was written")
+    parts = {name: parts[main]} | {other: parts[other] for other in others}
+    aside = folder.parent / f".logger-{os.urandom(6).hex()}.tmp"
+    try:
+        aside.mkdir()
+        for name, text in parts.items():
+            write_file(aside / name, [text.encode("utf-8", "replace")])
+        os.replace(aside, folder)
+    except OSError as error:
+        raise RuntimeError(f"'{folder}' cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return {folder / name: text for name, text in parts.items()}
 
 
 def export_records(args):
     """All records of all trials as CSV or JSON, or to Weights & Biases."""
     paths = expand(args.logs)
     rows = (row for run in read_each(paths, True) for rows in run.trace.trials for row in rows)
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = columns_of(rows)
     if not keys:
         raise ValueError(f"no log in {', '.join(args.logs)} holds a step")
     if args.wandb:
@@ -2283,22 +2531,33 @@ def export_records(args):
     form = "json" if args.json else args.format or form
     pieces = export_json(paths) if form == "json" else export_csv(paths, keys)
     if args.output:
-        with open(args.output, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            file.writelines(pieces)
-        print(f"wrote {printable(args.output)}", file=sys.stderr)
+        write_file(args.output, map(encoded, pieces))
+        say(f"wrote {args.output}", sys.stderr)
     else:
-        sys.stdout.writelines(pieces)
+        give(pieces)
     return 0
 
 
+def columns_of(rows):
+    """The keys of all rows, up to MAX_COLUMNS."""
+    keys = {}
+    for row in rows:
+        keys |= dict.fromkeys(row) if len(keys) <= MAX_COLUMNS else {}
+    if len(keys) > MAX_COLUMNS:
+        say(f"note: more than {MAX_COLUMNS} different keys: only the first ones were exported as CSV", sys.stderr)
+    return [key for key in keys if key not in ("path", "trial")][:MAX_COLUMNS]
+
+
 def export_csv(paths, keys):
-    """A line a record: path, trial, and every key that any record has; yielded log by log."""
+    """A line a record: path, trial, and every key that any record has; yielded log by log. Texts are printable."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, ["path", "trial", *keys], lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["path", "trial", *map(printable, keys)])
     for run in read_each(paths, True):
         for trial, rows in enumerate(run.trace.trials, 1):
-            writer.writerows({"path": str(run.path), "trial": trial, **row} for row in rows)
+            cells = ([run.path, trial, *map(row.get, keys)] for row in rows)
+            writer.writerows([printable(c) if isinstance(c, (str, Path, list, dict)) else c for c in line]
+                             for line in cells)
         yield file.getvalue()
         file.seek(0)
         file.truncate()
@@ -2323,9 +2582,12 @@ def export_wandb(paths, project):
     for run in read_each(paths, True):
         facts = {key: value for key, value in describe(run).items() if key not in ("trial_runs", "warnings")}
         for trial, rows in enumerate(run.trace.trials, 1):
-            name = f"{facts['run_id']}-{trial}" if len(run.trace.trials) > 1 else facts["run_id"]
+            name = printable(facts["run_id"]) + (f"-{trial}" if len(run.trace.trials) > 1 else "")
             config = {**facts, **settings_of(run)}
-            target = wandb.init(project=project, name=name, config=config, reinit="finish_previous")
+            try:
+                target = wandb.init(project=project, name=name, config=config, reinit="finish_previous")
+            except (OSError, RuntimeError, getattr(wandb, "Error", ValueError)) as error:  # no login, no network
+                raise RuntimeError(f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline keeps runs here") from None
             for row in rows:
                 values = {key: value for key, value in row.items() if number(value) is not None}
                 target.log(values, step=row["step"])
@@ -2342,15 +2604,15 @@ def show_board(args):
         raise ValueError(f"no record in {', '.join(args.folders)}: expected folders with logs of complete runs")
     records.sort(key=lambda record: (record["date"] or "", record["name"]))
     if args.json:
-        print(strict_json({"records": records}))
+        say_json({"records": records})
         return 0
-    print(board_markdown(records))
+    say(board_markdown(records).split("\n"))
     if args.html:
         page = Path(args.html)
         for record in records:  # links of the page start at its folder
             record["folder"] = os.path.relpath(record["folder"], page.resolve().parent)
-        page.write_text(board_html(records, args.title), encoding="utf-8", errors="replace")
-        print(f"page: {printable(args.html)}", file=sys.stderr)
+        write_file(page, [board_html(records, args.title).encode("utf-8", "replace")])
+        say(f"page: {args.html}", sys.stderr)
     return 0
 
 
@@ -2407,14 +2669,19 @@ def flag(parser, name, **options):
     parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        super().error(printable(message))  # a folder's name may be taken for a flag
+
+
 def build_parser():
     """Parser whose `command` is the function to call with its result; without a sub-command that of an experiment."""
     shown = argparse.ArgumentParser(add_help=False)
     shown.add_argument("--json", action="store_true", help="print numbers as JSON, draw nothing")
     shown.add_argument("--markdown", action="store_true", help="print the report as Markdown")
     about, _, more = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(description=about, epilog=more, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=about, epilog=more, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(command=show_experiment)
     parser.add_argument("--experiment_name", "--experiment-name", help="folder in the log folder")
     flag(parser, "log-dir", default="logs", help="folder of all experiments (default: logs)")
@@ -2476,25 +2743,58 @@ def add_commands(command):
 
 
 def main(argv=None):
-    """Run a command; return its exit code, 1 after one line of `error: ...`."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if not args.name and args.experiment_name is None:
-        parser.error("give --experiment_name NAME or a command: see --help")
+    """Run a command; return its exit code, 1 after one line of `error: ...`, 130 after Ctrl-C."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # closed: None
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # names that a terminal's encoding lacks
     try:
-        code = args.command(args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 1
-    return 0
+        try:
+            args = parsed(argv)
+            code = args.command(args)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            raise
+        except SystemExit:  # of argparse
+            sys.stdout.flush()
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            say(f"error: {sentence_of(error)}", sys.stderr)
+            code = 1
+    except (OSError, KeyboardInterrupt) as error:  # the reader (head, less) has seen enough; Ctrl-C
+        code = 130 if isinstance(error, KeyboardInterrupt) else 0 if isinstance(error, BrokenPipeError) else 1
+    drop_output()
+    return code
+
+
+def parsed(argv):
+    """The arguments of the command line."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.name and args.experiment_name is None:
+        parser.error("give --experiment_name NAME or a command: see --help")
+    return args
+
+
+def sentence_of(error):
+    """What an error says. One of the system without a file is of the output: files are written by write_file."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    where = f"'{error.filename}'" if error.filename else "the output cannot be written"
+    return f"{where}: {error.strerror}"
+
+
+def drop_output():
+    """Point streams that cannot be written to nowhere, so that Python does not complain about them at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -413,12 +413,6 @@ class Stage(NamedTuple):
         most = max(1, s.micro_tokens // self.seq_len)
         return max(n for n in divisors(self.batch_tokens // self.seq_len // world_size) if n <= most)
 
-@functools.cache
-def divisors(count: int) -> list[int]:
-    """All divisors of a number, sorted."""
-    small = [n for n in range(1, math.isqrt(count) + 1) if count % n == 0]
-    return sorted({*small, *(count // n for n in small)})
-
 def staged_settings() -> list[str]:
     """The settings that may have a value per stage, in the order of the fields of Stage."""
     return [name for name in help_texts() if "per stage" in bracket(name)]
@@ -2486,6 +2480,12 @@ def size_errors(s: Settings) -> list[str]:
                 bad.append(f"--{name} {min(number, 10**99):.6g}: must be below {limit}")
     return bad
 
+@functools.cache
+def divisors(count: int) -> list[int]:
+    """All divisors of a number, sorted."""
+    small = [n for n in range(1, math.isqrt(count) + 1) if count % n == 0]
+    return sorted({*small, *(count // n for n in small)})
+
 def unread_without(s: Settings, name: str) -> str:
     """The setting without which nothing reads this one, if it is not set so; else nothing."""
     conditions = [part.split() for part in bracket(name) if part.startswith("with ")]
@@ -2540,24 +2540,24 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
 
 # ┌─ Files ──────────────────────────────────────────────────────────────────────────────────────┐
 def printable(text: str) -> str:
-    """A text whose control characters, which would drive a terminal, are shown instead."""
-    return re.sub(r"[^\n\t -~\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff]", lambda c: ascii(c[0])[1:-1], text)
+    """A text whose control characters, which would drive a terminal, are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 def misfit(value, like, name: str) -> str:
     """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
-    have all its keys, tensors its shape and dtype; integers are not negative, floats are finite;
-    a tuple is a choice."""
+    have all its keys, tensors its shape and kind; numbers are finite and not negative; a tuple is a
+    choice."""
     if isinstance(like, tuple):
         return min((misfit(value, one, name) for one in like), key=len)
     if isinstance(like, dict) and isinstance(value, dict):
         parts = (misfit(value.get(key), part, f"{name}: {key}") for key, part in like.items())
         return next(filter(None, parts), "")
     if isinstance(like, Tensor) and isinstance(value, Tensor):
-        is_, not_ = ((tuple(x.shape), x.dtype) for x in (value, like))
-        return "" if is_ == not_ else f"{name} is {is_}, not {not_}"
+        is_, not_ = ((tuple(x.shape), x.dtype, x.layout) for x in (value, like))
+        return "" if is_ == not_ and not value.is_meta else f"{name} is {is_}, not {not_}"
     fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
     if isinstance(like, float):
-        fits = type(value) in (int, float) and abs(value) < 1e300
+        fits = type(value) in (int, float) and 0 <= value < 1e300
     kinds = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
     kind, shown = kinds.get(type(like), type(like).__name__), " ".join(repr(value).split())
     return "" if fits else f"{name} is {shown:.60}, not {kind}"
@@ -2583,9 +2583,12 @@ def sync(path: Path):
 def write_json(path: Path, value: dict):
     """A JSON file, on the disk, in place of the old one at once."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 def file_hash(path: Path) -> str:
@@ -2878,7 +2881,7 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
 def is_whole(path: Path, meta: dict) -> bool:
     """Whether the state.pt of a checkpoint is there, by its size."""
     file = path / "state.pt"
-    return file.is_file() and file.stat().st_size == meta.get("bytes", file.stat().st_size)
+    return file.is_file() and meta.get("bytes") in (None, file.stat().st_size)
 
 def resume_place(s: Settings) -> Path:
     """The folder that --resume names."""
@@ -3103,12 +3106,13 @@ class Run:
         self.vocab_size = self.corpus.meta["vocab_size"]
         self.s = s = self._fit_eval_tokens()
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
-        self.fingerprint = self.corpus.fingerprint()
-        if on_rank_zero(world, lambda: self.fingerprint) != self.fingerprint:
+        own = self.corpus.fingerprint() if world.local_rank == 0 else None  # once a machine
+        self.fingerprint = on_rank_zero(world, lambda: own)
+        if own not in (None, self.fingerprint):
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
         self.checkpoint, self.meta, self.state, self.changed = None, {}, {}, {}
         if s.resume:  # before a model is built that may be another
-            for found in on_rank_zero(world, checkpoints_in, resume_place(s))[:1]:
+            for found in on_rank_zero(world, lambda: checkpoints_in(resume_place(s))[:1]):
                 self._changes(*found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
@@ -3139,7 +3143,8 @@ class Run:
         self.position = self.step_position = meta.get("position", Loader.FIRST)
         if "data_fingerprint" in self.changed:
             self.position = Loader.FIRST
-        self.val_loss, self.val_step = meta.get("val_loss"), meta.get("val_step", self.step)
+        self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
+        self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
 
     def _resume(self, optimizer):
         """Takes the checkpoint that --resume names. Raises NothingToDo if its run is over. Collective."""
@@ -3247,6 +3252,7 @@ class Run:
         with contextlib.suppress(OSError, RuntimeError):  # the first error is the one to tell
             if whole and self.step > self.saved_step and self._all_have(error):
                 self.save(self.step, self.optimizer)
+        with contextlib.suppress(OSError, RuntimeError):
             self._end_record(self.step, error=f"{kind.__name__}: {error}")
 
     def _all_have(self, error: BaseException) -> bool:
@@ -3254,7 +3260,7 @@ class Run:
         then what is in flight on all of them is the same."""
         if self.world.size == 1:
             return True
-        store, names = dist.distributed_c10d._get_default_store(), []
+        store = dist.distributed_c10d._get_default_store()
         names = [f"error/{rank}" for rank in range(self.world.size)]
         store.set(names[self.world.rank], str(self.step if isinstance(error, (UserError, OSError)) else -1))
         store.wait(names, timedelta(seconds=10))
@@ -3302,13 +3308,12 @@ class Run:
             self._end_record(step)
             rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
             flags = ", ".join("--" + n.replace("_", "-") for n in rates if n != "stage_lr")
-            raise TrainingStopped(f"{what}: stopped, {self.kept()}; lower {flags}")
+            ways = ", with --resume and --allow-change" if self.saved_step else ""
+            raise TrainingStopped(f"{what}: stopped, {self.kept()}; lower {flags}{ways}")
 
     def kept(self) -> str:
         """What is on the disk, in words."""
-        if not self.saved_step:
-            return "nothing had been saved"
-        return f"{self.checkpoint} is kept, for --resume with --allow-change"
+        return f"{self.checkpoint} is kept" if self.saved_step else f"{self.log.folder} has no checkpoint"
 
     def log_step(self, step: int, loss: float, **more):
         """A training loss to all logs, with what is known of the steps since the last one."""
@@ -3375,6 +3380,7 @@ class Run:
             try:
                 self.checkpoint = on_rank_zero(self.world, write_checkpoint, *arguments)
             except OSError as error:
+                self.save_error = str(error)
                 self.log.print(f"warning: {error}; {self.kept()}, training goes on")
                 return False
             self.saved_step = step
@@ -3394,7 +3400,7 @@ class Run:
         self.log.line(memory)
         self.log.print(f"{memory}\nlog, metrics and checkpoints: {folder}")
         if not saved:
-            raise TrainingStopped(f"the last checkpoint could not be written to {folder}: the warning says why")
+            raise TrainingStopped(f"the last checkpoint: {self.save_error}; {self.kept()}")
         if s.enable_profiling:
             self._end_profile(step)
 

@@ -29,6 +29,11 @@ HELLASWAG_URL: another address to download from, such as a mirror's.
 """
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
+
 import argparse
 import bisect
 import contextlib
@@ -38,6 +43,7 @@ import http.client
 import json
 import math
 import os
+import platform
 import sys
 import time
 import urllib.error
@@ -56,7 +62,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.common import GPT2_VOCAB, load_tokenizer, write_json  # noqa: E402
-from generate import Parser, find_checkpoint, import_script, load_model, read_meta  # noqa: E402
+from generate import Parser, guarded, import_script, load_model, named, note, say, use_newest  # noqa: E402
+from generate import number as parse_number  # noqa: E402
+from train_gpt import checkpoints_in, misfit, out_of_memory, read_json, read_meta, sync  # noqa: E402
 
 FILE = ROOT / "data" / "hellaswag" / "hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # or HELLASWAG_URL
@@ -67,6 +75,7 @@ IGNORE = -1  # target that has no loss, as in the training scripts
 SCORES = "hellaswag.jsonl"  # in a run's folder
 POLL = 2.0  # seconds between two looks at a run that is followed
 TAIL = 1 << 16  # bytes at the end of a run's metrics in which the last record is looked for
+MAX_MASK = 2**33  # entries of the attention masks of a forward pass
 HEAD_ROWS = {"cpu": 256, "cuda": 2048}  # positions whose logits exist at a time: 51 MB or 0.4 GB in fp32
 NUMBERS = {  # flag: default, smallest and largest value, help
     "tasks": (0, 0, 1_000_000, "score that many tasks, evenly spread over the file; 0: all"),
@@ -87,11 +96,13 @@ class Task(NamedTuple):
 
 def does_not_apply(meta: dict) -> str | None:
     """Why a model of this data set (its meta.json) cannot be scored, in one sentence; None if it can."""
-    tokenizer = meta.get("tokenizer") or {}
-    if tokenizer == GPT2_VOCAB["tokenizer"]:
+    tokenizer, known = meta.get("tokenizer"), {"byte": "of bytes", "char": "of characters"}
+    large = not misfit(meta.get("vocab_size"), 0, "") and meta["vocab_size"] >= GPT2_VOCAB["vocab_size"]
+    if tokenizer == GPT2_VOCAB["tokenizer"] and large:
         return None
-    known = {"byte": "of bytes", "char": "of characters"}
-    kind = known.get(tokenizer.get("kind"), f"that of tokenizer {tokenizer!r}")
+    kind = f"that of tokenizer {tokenizer!r:.80}, of size {meta.get('vocab_size')!r:.20}"
+    if isinstance(tokenizer, dict):
+        kind = next((text for name, text in known.items() if tokenizer.get("kind") == name), kind)
     return (f"HellaSwag does not apply: it needs a model with GPT-2's vocabulary and this one's is {kind}; "
             "data/cached_fineweb.py and data/fineweb.py make such data")
 
@@ -100,27 +111,33 @@ def problem_of(record) -> str | None:
     """What is wrong with a line of the file, None if nothing is."""
     if not isinstance(record, dict):
         return f"a JSON {type(record).__name__}, expected an object"
-    if missing := [key for key in ("ctx", "endings", "label") if key not in record]:
+    if missing := [key for key in ("ctx", "endings", "label") if record.get(key) is None]:
         return f"it has no {', '.join(map(repr, missing))}"
     context, endings, label = record["ctx"], record["endings"], record["label"]
     if not isinstance(context, str):
-        return f"ctx {context!r} is no text"
+        return f"ctx {context!r:.60} is no text"
     if not isinstance(endings, list) or len(endings) != CHOICES or not all(isinstance(e, str) and e for e in endings):
-        return f"endings {str(endings)[:60]!r}: expected a list of {CHOICES} texts, none empty"
-    if type(label) is not int or not 0 <= label < CHOICES:
-        return f"label {label!r}: expected 0, 1, 2 or 3"
+        return f"endings {endings!r:.60}: expected a list of {CHOICES} texts, none empty"
+    if isinstance(label, bool) or label not in range(CHOICES):
+        return f"label {label!r:.60}: expected 0, 1, 2 or 3"
     return None
 
 
 def parse_task(line: bytes) -> Task:
-    """Task of a line of the file. Raises ValueError that says what is wrong with it."""
+    """Task of a line of the file, as it was published, or of the Hub, where numbers are texts. Raises ValueError that
+    says what is wrong with it."""
     try:
         record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"no JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON ({error!s:.200})") from error
+    if isinstance(record, dict):
+        if all(isinstance(record.get(key), str) for key in ("ctx_a", "ctx_b")):
+            record = {"ctx": f"{record['ctx_a']} {record['ctx_b']}".strip()} | record
+        if isinstance(record.get("label"), str):
+            record["label"] = parse_number(record["label"], int, 0, CHOICES - 1)
     if problem := problem_of(record):
         raise ValueError(problem)
-    return Task(record["ctx"], tuple(record["endings"]), record["label"])
+    return Task(record["ctx"], tuple(record["endings"]), int(record["label"]))
 
 
 def parse_file(path: Path) -> list[Task]:
@@ -141,7 +158,7 @@ def read_tasks(path: Path = FILE, limit: int = 0) -> list[Task]:
 
     Raises FileNotFoundError with the command that gets the file, ValueError with the number of a damaged line."""
     if not path.is_file():
-        raise FileNotFoundError(f"there are no HellaSwag tasks at {path}: get them with "
+        raise FileNotFoundError(f"there is no file of HellaSwag tasks at {path}: get them with "
                                 "python evals/hellaswag.py --download, or name their file with --input")
     try:
         if not (tasks := parse_file(path)):
@@ -161,6 +178,8 @@ def fetch(url: str, part: Path):
     """One try to download what `part` lacks of the file at `url`, with progress. Raises ConnectionError if the
     connection ends early, and what urllib raises."""
     from tqdm import tqdm
+    if part.exists() and not part.is_file():
+        raise FileExistsError(errno.EEXIST, f"{part} is there already, and no file")
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=60) as answer:
@@ -172,6 +191,7 @@ def fetch(url: str, part: Path):
             while chunk := answer.read(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
+    sync(part)
     if total not in (None, part.stat().st_size):
         raise ConnectionError(f"the connection ended after {part.stat().st_size} of {total} bytes")
 
@@ -187,7 +207,7 @@ def fetch_with_retries(url: str, part: Path):
                 return None
             reason, final = error, error.code < 500 and error.code != 429
         except (OSError, http.client.HTTPException) as error:
-            disk = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+            disk = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST)
             reason, final = error, getattr(error, "errno", None) in disk
         if final or attempt == TRIES - 1:
             raise RuntimeError(f"cannot download {url} to {part} ({reason}): mend that and run the same command again, "
@@ -202,7 +222,7 @@ def download(path: Path):
     if path.exists():
         if (count := len(read_tasks(path))) != NUM_TASKS:
             raise ValueError(f"{path} is there already, with {count:,} tasks instead of {NUM_TASKS:,}: move it away")
-        print(f"{path}: {count:,} tasks, already there")
+        say(f"{path}: {count:,} tasks, already there")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     url, part = os.environ.get("HELLASWAG_URL", URL), path.with_name(f"{path.name}.part")
@@ -214,7 +234,7 @@ def download(path: Path):
         part.unlink()
         raise ValueError(f"{url} is not HellaSwag's validation file ({error})") from error
     os.replace(part, path)
-    print(f"{path}: {count:,} tasks downloaded")
+    say(f"{path}: {count:,} tasks downloaded")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -266,7 +286,8 @@ def pack(tasks: list[Task], row_len: int, encode: Callable[[str], list[int]] | N
     texts, begins = tokenize(tasks, encode or load_tokenizer(GPT2_VOCAB).encode, eot)
     lengths = [len(text) - 1 for text in texts]
     if (longest := max(lengths)) > row_len:
-        raise ValueError(f"a text of {longest} tokens does not fit into a row of {row_len}: use --row-len {longest}")
+        repair = f"use --row-len {longest}" if longest <= NUMBERS["row-len"][2] else "leave its task out"
+        raise ValueError(f"a text of {longest} tokens does not fit into a row of {row_len}: {repair}")
     members = fill_rows(lengths, row_len)
     rows = np.empty((len(members), 3, row_len), dtype=np.int32)
     rows[:, 0], rows[:, 1] = eot, IGNORE
@@ -370,39 +391,39 @@ def progress(tasks: int, starts: range) -> Iterator[int]:
             bar.update(tasks * done // len(starts) - bar.n)
 
 
-def score_checkpoint(args, path: Path, meta: dict, packed: Packed) -> tuple[Score, float]:
-    """Score of a checkpoint, and the seconds that it took; on stderr what was scored and the rate.
+def score_checkpoint(args, packed: Packed, path: Path, meta: dict) -> tuple[Score, dict]:
+    """Score of a checkpoint, and what to keep of how it was made; on stderr what was scored and the rate.
 
-    Raises ValueError where script and checkpoint do not fit, RuntimeError where a loss is not finite."""
-    script, count = import_script(meta["script"]), len(packed.labels)
+    Raises Unusable for what is wrong with the checkpoint, RuntimeError where a loss is not finite."""
+    script, count = import_script(meta.get("script")), len(packed.labels)
     model, window = load_model(script, path, meta, longest=args.row_len)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model = cast(model, script.FP32_PARAMETERS, args.device, dtype)
-    print(f"{path}: {args.device}, {args.dtype}, window {window}, {len(packed.rows):,} rows of {args.row_len} tokens",
-          file=sys.stderr)
+    note(f"{path}: {args.device}, {args.dtype}, window {window}, {len(packed.rows):,} rows of {args.row_len} tokens")
     began = time.perf_counter()
-    losses_N4 = ending_losses(model.trunk, model.head, packed, window, args.rows, args.device,
-                              watch=partial(progress, count))
+    rows, watch = min(args.rows, len(packed.rows)), partial(progress, count)
+    losses_N4 = ending_losses(model.trunk, model.head, packed, window, rows, args.device, watch=watch)
     result, seconds = score(losses_N4, packed), time.perf_counter() - began
-    print(f"{seconds:.1f} s: {count / seconds:,.1f} tasks/s", file=sys.stderr)
-    return result, seconds
+    note(f"{seconds:.1f} s: {count / seconds:,.1f} tasks/s")
+    return result, {"checkpoint": str(path), "step": meta["step"], "script": meta["script"], **result._asdict(),
+                    "standard_errors": result.standard_errors, "seconds": seconds, "device": args.device,
+                    "dtype": args.dtype, "torch": torch.__version__}
 
 
 def evaluate(args: argparse.Namespace):
     """Prints the score of a checkpoint."""
-    path = find_checkpoint(args.checkpoint)
-    meta = read_meta(path)
-    if reason := does_not_apply(meta["data"]["meta"]):
-        raise ValueError(reason)
-    packed = pack(read_tasks(args.input, args.tasks), args.row_len)
-    result, seconds = score_checkpoint(args, path, meta, packed)
-    print(f"HellaSwag, {result}", flush=True)
+    packed = []  # once, for all checkpoints that are tried
+
+    def scored(path: Path, meta: dict) -> tuple[Score, dict]:
+        if reason := does_not_apply(meta["data"]["meta"]):
+            raise ValueError(reason)
+        packed[:] = packed or [pack(read_tasks(args.input, args.tasks), args.row_len)]
+        return score_checkpoint(args, packed[0], path, meta)
+
+    result, record = use_newest(args.checkpoint, scored)
+    say(f"HellaSwag, {result}")
     if args.output:
-        write_json(args.output, {
-            "checkpoint": str(path), "step": meta["step"], "script": meta["script"], **result._asdict(),
-            "standard_errors": result.standard_errors, "seconds": seconds, "device": args.device, "dtype": args.dtype,
-            "torch": torch.__version__,
-        })
+        write_json(args.output, record)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -410,29 +431,45 @@ def evaluate(args: argparse.Namespace):
 
 
 def find_run(place: Path) -> Path:
-    """The run folder `place`, or the newest run in an experiment's folder.
+    """The run folder `place`, or of an experiment's runs the newest by its name, before it one that is trained now.
 
     Raises FileNotFoundError without one, ValueError for a damaged one or a model that cannot be scored."""
-    configs = [place / "config.json"]
-    if not configs[0].is_file():
-        configs = sorted(place.glob("*/config.json"), key=lambda path: (path.stat().st_mtime, path))
-    if not configs:
+    runs = [path.parent for path in [place / "config.json", *place.glob("*/config.json")] if path.is_file()]
+    runs = runs[:1] if place in runs else sorted(runs, key=lambda run: (is_alive(run) is True, run.name))
+    if not runs:
         raise FileNotFoundError(f"--follow {place}: there is no run, or none yet: name the folder of a run or of an "
                                 "experiment when its training has begun")
     try:
-        reason = does_not_apply(json.loads(configs[-1].read_bytes())["data"]["meta"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"--follow {place}: {configs[-1]} is damaged ({error!r})") from error
-    if reason:
+        config = read_json(runs[-1] / "config.json", {"data": {"meta": {}}})
+    except ValueError as error:
+        raise ValueError(f"--follow {place}: {runs[-1] / 'config.json'} is damaged ({error})") from error
+    if reason := does_not_apply(config["data"]["meta"]):
         raise ValueError(reason)
-    return configs[-1].parent
+    return runs[-1]
+
+
+def is_alive(run: Path) -> bool | None:
+    """Whether a process trains this run, which keeps its file `lock` locked as long as it lives; None if that cannot
+    be told: earlier versions lock nothing, and a lock may be seen on its own machine only."""
+    try:
+        import fcntl  # not on Windows
+        if not (run / "lock").is_file():
+            return None
+        with open(run / "lock", encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False if platform.node() in file.read(1000) else None
+    except (OSError, ImportError):
+        return None
 
 
 def parse_objects(lines: bytes) -> list[dict]:
     """The JSON objects of some lines. What a killed process left of one is passed over."""
     found = []
     for line in lines.splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(line))
     return [value for value in found if isinstance(value, dict)]
 
@@ -441,7 +478,7 @@ def append_object(path: Path, value: dict):
     """One more line in a file of JSON lines, by one write: a reader finds all of it or nothing. If another process was
     killed inside its line, that line is ended first."""
     line = json.dumps(value).encode() + b"\n"
-    with open(path, "ab+", buffering=0) as file:
+    with named(str(path)), open(path, "ab+", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line
@@ -473,30 +510,18 @@ def tokens_at(run: Path, step: int) -> int | None:
     return records[-1]["tokens"] + (step - records[-1]["step"]) * batches[-1] if batches else None
 
 
-def hash_at(path: Path) -> str | None:
-    """The hash of a checkpoint's weights, as its meta.json has it; None where the checkpoint is not, or no more."""
+def is_there(path: Path, sha256: str) -> bool:
+    """Whether the checkpoint has not been deleted or replaced meanwhile."""
     try:
-        meta = json.loads((path / "meta.json").read_bytes())
-        return meta["sha256"] if (path / "state.pt").is_file() else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return (path / "state.pt").is_file() and read_meta(path)["sha256"] == sha256
+    except ValueError:
+        return False
 
 
-def find_unscored(run: Path, known: set[str]) -> tuple[Path, str] | tuple[None, None]:
-    """The first checkpoint of the run whose hash is not in `known`, and that hash; (None, None) if there is none."""
-    found = run.glob("checkpoints/step_*[0-9]")
-    for path in sorted(found, key=lambda path: (len(path.name), path.name)):
-        sha256 = hash_at(path)
-        if sha256 is not None and sha256 not in known:
-            return path, sha256
-    return None, None
-
-
-def score_of(args, run: Path, path: Path, packed: Packed) -> tuple[Score, dict]:
+def score_of(args, run: Path, packed: Packed, path: Path, meta: dict) -> tuple[Score, dict]:
     """Score of a checkpoint of the run, and its record: what older runs have in metrics.jsonl, and what was scored how.
-    Raises ValueError, OSError or RuntimeError where it cannot be scored."""
-    meta = read_meta(path)
-    result, _ = score_checkpoint(args, path, meta, packed)
+    Raises what score_checkpoint raises."""
+    result, _ = score_checkpoint(args, packed, path, meta)
     step, checkpoint = meta["step"], str(path.relative_to(run))
     return result, {
         "step": step, "hellaswag": result._asdict(), "hellaswag_per_token": result.per_token,
@@ -507,37 +532,48 @@ def score_of(args, run: Path, path: Path, packed: Packed) -> tuple[Score, dict]:
 
 
 def follow(args: argparse.Namespace) -> int:
-    """Scores every checkpoint of a run as it appears, until the run has ended; exit code 1 if one is damaged. Those
-    that training deletes or replaces before their turn are passed over."""
-    run, failed = find_run(args.follow), 0
+    """Scores every checkpoint of a run as it appears, until the run has ended or its process is gone; exit code 1 if
+    one is damaged. Those that training deletes or replaces before their turn are passed over."""
+    run, failed, damaged, gone = find_run(args.follow), 0, set(), 0
     tasks = read_tasks(args.input, args.tasks)
     packed = pack(tasks, args.row_len)
     tasks_hash = hashlib.sha256(repr(tasks).encode()).hexdigest()[:12]
-    scores = parse_objects((run / SCORES).read_bytes()) if (run / SCORES).exists() else []
-    known = {r.get("sha256") for r in scores if r.get("tasks_hash") == tasks_hash}
-    print(f"{run}: follows this run, {len(known)} score(s) are there", file=sys.stderr)
+    scores = parse_objects((run / SCORES).read_bytes()) if (run / SCORES).is_file() else []
+    known = {str(r.get("sha256")) for r in scores if r.get("tasks_hash") == tasks_hash}
+    note(f"{run}: follows this run, {len(known)} score(s) are there")
+
+    def tell(path: Path, reason):
+        if path not in damaged:
+            note(f"warning: checkpoint {path} cannot be used ({reason})")
+        damaged.add(path)
+
     while True:
-        ended = has_ended(run)  # before the look for checkpoints: the last one comes before the end
-        path, sha256 = find_unscored(run, known)
-        if path is None and ended:
-            return failed
+        ended, alive = has_ended(run), is_alive(run)  # before the look for checkpoints: the last one comes before them
+        found = sorted(checkpoints_in(run, ("",), tell), key=lambda one: one[1]["step"])
+        unscored = (one for one in found if one[1]["sha256"] not in known and is_there(one[0], one[1]["sha256"]))
+        path, meta = next(unscored, (None, {}))
+        gone = gone + 1 if path is None and alive is False else 0
+        if path is None and (ended or gone > 1):  # twice: a run is made before it is locked
+            if not ended:
+                note(f"{run}: its process is gone without an end, all its checkpoints are scored: go on with --resume")
+            return 1 if failed or damaged else 0
         if path is None:
             time.sleep(POLL)
             continue
         try:
-            result, record = score_of(args, run, path, packed)
-        except torch.OutOfMemoryError:
-            raise
+            result, record = score_of(args, run, packed, path, meta)
         except (ValueError, OSError, RuntimeError) as error:
-            if hash_at(path) != sha256:
-                print(f"{path}: deleted or replaced before it was scored", file=sys.stderr)
+            if out_of_memory(error):
+                raise
+            if not is_there(path, meta["sha256"]):
+                note(f"{path}: deleted or replaced before it was scored")
                 continue
-            print(f"warning: {error}", file=sys.stderr)
-            known, failed = known | {sha256}, 1
+            note(f"warning: checkpoint {path} cannot be used ({error})")
+            known, failed = known | {meta["sha256"]}, 1
             continue
         append_object(run / SCORES, record | {"tasks_hash": tasks_hash})
         known.add(record["sha256"])
-        print(f"step {record['step']}: HellaSwag, {result}", flush=True)
+        say(f"step {record['step']}: HellaSwag, {result}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -564,21 +600,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the score to this JSON file, too")
     args, problems = parser.parse_args(argv), []
     for flag, (_, low, high, _) in NUMBERS.items():
-        value, name = None, flag.replace("-", "_")
-        with contextlib.suppress(ValueError):
-            value = int(getattr(args, name))
-        if value is None or not low <= value <= high:
-            problems.append(f"--{flag} {getattr(args, name)}: expected an integer from {low} to {high}")
-        setattr(args, name, value)
+        given, name = getattr(args, flag.replace("-", "_")), flag.replace("-", "_")
+        setattr(args, name, parse_number(given, int, low, high))
+        if getattr(args, name) is None:
+            problems.append(f"--{flag} {given!s:.40}: expected an integer from {low} to {high}")
     for name, values in {"device": ("auto", "cpu", "cuda"), "dtype": ("auto", "fp32", "bf16")}.items():
         if getattr(args, name) not in values:
-            problems.append(f"--{name} {getattr(args, name)}: expected {values[0]}, {values[1]} or {values[2]}")
+            problems.append(f"--{name} {getattr(args, name):.40}: expected {values[0]}, {values[1]} or {values[2]}")
     if args.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: this machine has no usable CUDA device, leave the flag out")
     if args.output and args.follow:
         problems.append("--output: has no effect with --follow, which writes hellaswag.jsonl in the run's folder")
     if args.output and not args.output.absolute().parent.is_dir():
         problems.append(f"--output {args.output}: there is no folder {args.output.absolute().parent}, make it first")
+    if args.output and args.output.exists() and not args.output.is_file():
+        problems.append(f"--output {args.output}: it is there and no file, name another one")
+    if args.follow and (args.follow / SCORES).exists() and not (args.follow / SCORES).is_file():
+        problems.append(f"--follow {args.follow}: {SCORES} in it is no file, move it away")
     if problems:
         raise ValueError("; ".join(problems))
     args.device = args.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
@@ -586,30 +624,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.dtype = args.dtype.replace("auto", "bf16" if fast else "fp32")
     row_len, rows = (1024, 32) if args.device == "cuda" else (256, 8)  # attention looks at all pairs of a row's tokens
     args.row_len, args.rows = args.row_len or row_len, args.rows or rows
+    if args.row_len**2 * args.rows > MAX_MASK:
+        most = max(1, MAX_MASK // args.row_len**2)
+        raise ValueError(f"--rows {args.rows}: of {args.row_len} tokens at most {most} fit into a pass: lower it")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
-    try:
+    """Command line -> exit code."""
+    def act() -> int | None:
         args = parse(argv)
-        if args.download:
-            download(args.input)
-        elif args.follow:
-            return follow(args)
-        else:
-            evaluate(args)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError:
-        print("error: out of memory: use a smaller --rows or --row-len", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return download(args.input) if args.download else follow(args) if args.follow else evaluate(args)
+
+    return guarded(act, "use a smaller --rows or --row-len")
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -15,7 +15,6 @@ escapes such as \\x1b, long ones cut. The page's Content-Security-Policy runs it
 """
 
 import base64
-import difflib
 import hashlib
 import json
 import re
@@ -24,10 +23,12 @@ from numbers import Integral, Real
 from statistics import fmean
 from urllib.parse import quote
 
+from records.sources import line_diff
+
 CURVE_POINTS = 400  # of one curve, after thinning
 CURVES = 20  # single runs of a record that the page carries; their mean is over all
 DIFF_LINES, LINE_LENGTH = 2_000, 400  # of one code comparison that are shown; characters of one of its lines
-SOURCE_LINES = 20_000  # of a source that is compared: difflib's time is quadratic in the worst case
+SOURCE_LINES = 20_000  # of a source that is compared
 LENGTHS = {"name": 100, "date": 20, "readme_title": 160, "gpus": 80, "torch": 30, "code_hash": 64}  # characters
 NUMBERS = ("n", "mean_val_loss", "sd_val_loss", "mean_time_s", "sd_time_s", "steps", "tokens")
 MISSING = "–"
@@ -216,7 +217,7 @@ def code_change(old, new):
         return "identical sources", []
     if max(len(before), len(after)) > SOURCE_LINES:
         return f"not compared: {max(len(before), len(after)):,} lines, the limit is {SOURCE_LINES:,}", []
-    lines = list(difflib.unified_diff(before, after, lineterm=""))[2:]
+    lines = line_diff(before, after)
     added, removed = (sum(line.startswith(sign) for line in lines) for sign in "+-")
     return f'<ins>+{added:,}</ins> <del>−{removed:,}</del> {"line" if added + removed == 1 else "lines"}', lines
 

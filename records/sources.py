@@ -2,11 +2,19 @@
 presents it."""
 
 import ast
-import difflib
+import functools
 import re
 import sys
 import warnings
+from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+
+MAX_PARSED = 250_000  # characters of a source that is parsed: syntax trees take hundreds of bytes for each
+MAX_LINES = 50_000  # of two texts that are compared line by line
+MAX_NAME = 300  # characters of a name: those of nested things begin with the names around them
+DEPTH = 20  # how often the lines between two anchors are searched for more anchors
 
 # The box around the name of a part of train_gpt.py and train_moe.py: three lines of comment.
 BOX = re.compile(r"^# ╔═+╗ *\n# ║ +(RECORD|KERNELS|SERVICE)\b.*\n# ╚═+╝ *(?:\n|\Z)", re.MULTILINE)
@@ -19,10 +27,14 @@ class Source:
     settings: dict[str, str] = field(default_factory=dict)
     units: dict[str, tuple] = field(default_factory=dict)
     problem: str | None = None
+    copies: Counter = field(default_factory=Counter)  # of the names of units
 
 
+@functools.lru_cache(8)
 def parse_source(text):
     """Source of a Python text; `problem` says in a sentence why there is none."""
+    if len(text) > MAX_PARSED:
+        return Source(problem=f"is longer than {MAX_PARSED:,} characters: compared as text only")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
@@ -53,7 +65,7 @@ def read_unit(source, node, lines, prefix=""):
     """Take a function, or a class with its fields and methods, into `source`; False for anything else."""
     if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return False
-    name = prefix + node.name
+    name = (prefix + node.name)[:MAX_NAME]
     text, start = lines[node.lineno - 1], node.body[0]
     if isinstance(node, ast.ClassDef):
         node.body = [child for child in node.body if not read_unit(source, child, lines, f"{name}.")
@@ -62,8 +74,9 @@ def read_unit(source, node, lines, prefix=""):
         text = "\n".join([lines[start.lineno - 1][start.col_offset :], *lines[start.lineno : node.end_lineno]])
         read_defaults(source, node, name)
         name += "()"
-    while name in source.units:  # the same name again: overloads, or one definition for each case
-        name += "'"
+    source.copies[name] += 1
+    if (count := source.copies[name]) > 1:  # overloads, or one definition for each case
+        name += f" ({count})"
     source.units[name] = (ast.dump(without_docstrings(node)), text, node)
     return True
 
@@ -97,6 +110,7 @@ def read_setting(source, node, prefix=""):
 
 def flatten(settings, name, value, depth=0):
     """Take a value; dictionaries entry by entry, calls keyword by keyword: PRESETS[cpu].width, optimizer.lr."""
+    name = name[:MAX_NAME]
     if isinstance(value, ast.Dict) and depth < 5 and all(isinstance(key, ast.Constant) for key in value.keys):
         for key, item in zip(value.keys, value.values, strict=True):
             flatten(settings, f"{name}[{key.value}]", item, depth + 1)
@@ -172,11 +186,12 @@ def compare_blocks(a, b, part, name, file, found):
     compare_texts(a, b, f"{name} of {part}", file if name == "RECORD" else f"{file}{name}: ", found)
     changes = [unit["change"] for unit in found["units"][first:]]
     changed = changes.count("changed") + changes.count("constants only")
-    lines = difflib.unified_diff(a.splitlines(), b.splitlines(), n=0, lineterm="")
-    signs = [line[0] for line in lines][2:]  # after the names of the files
+    lines = line_diff(a.splitlines(), b.splitlines(), around=0)
+    signs = [line[0] for line in lines or []]
+    counts = f"{signs.count('+')} added, {signs.count('-')} removed" if lines is not None else "too many to compare"
     found["blocks"].append(
         f"{title} differs: units {changed} changed, {changes.count('added')} added, "
-        f"{changes.count('removed')} removed; lines {signs.count('+')} added, {signs.count('-')} removed")
+        f"{changes.count('removed')} removed; lines {counts}")
 
 
 def compare_texts(old, new, part, prefix, found):
@@ -218,8 +233,92 @@ def unified(old, new, names):
     lines = []
     for part in dict.fromkeys([*old, *new]):
         a, b = (parts.get(part, "").splitlines() for parts in (old, new))
-        if len(a) + len(b) > 50_000:
+        found = line_diff(a, b)
+        if found is None:
             lines.append(f"{part}: {len(a)} and {len(b)} lines are too many for a text diff")
-        elif a != b:
-            lines += difflib.unified_diff(a, b, f"{names[0]}/{part}", f"{names[1]}/{part}", lineterm="")
+        elif found:
+            lines += [f"--- {names[0]}/{part}", f"+++ {names[1]}/{part}", *found]
     return lines
+
+
+def line_diff(a, b, around=3):
+    """Lines of a unified diff of two lists of lines, without the file names; None above MAX_LINES.
+
+    Anchors are lines that both hold once; between two anchors others may be such lines. What has no anchor is removed
+    and added as a whole: unlike difflib's, the time does not grow with the square of the length."""
+    if len(a) + len(b) > MAX_LINES:
+        return None
+    matcher, lines = SequenceMatcher(None, [], []), []
+    matcher.opcodes = opcodes_of(a, b)
+    for group in matcher.get_grouped_opcodes(around):
+        spans = [(group[0][k], group[-1][k + 1]) for k in (1, 3)]
+        lines.append("@@ -{} +{} @@".format(*(span_text(*span) for span in spans)))
+        for kind, i, j, m, n in group:
+            lines += [" " + line for line in a[i:j]] if kind == "equal" else [
+                *("-" + line for line in a[i:j]), *("+" + line for line in b[m:n])]
+    return lines
+
+
+def span_text(start, end):
+    """Lines start to end as a unified diff names them."""
+    count = end - start
+    return str(start + 1) if count == 1 else f"{start + bool(count)},{count}"
+
+
+def opcodes_of(a, b):
+    """What makes the list b of a, as of difflib's get_opcodes; [] if they are equal."""
+    codes, i, j = [], 0, 0
+    for m, n, size in [*merged(matches(a, b, 0, len(a), 0, len(b), DEPTH)), (len(a), len(b), 0)]:
+        if i < m or j < n:
+            codes.append(("replace" if i < m and j < n else "delete" if i < m else "insert", i, m, j, n))
+        if size:
+            codes.append(("equal", m, m + size, n, n + size))
+        i, j = m + size, n + size
+    return codes if codes and codes[0][0] != "equal" or len(codes) > 1 else []
+
+
+def merged(pairs):
+    """(start in a, start in b, length) of the runs of pairs that follow each other."""
+    runs = []
+    for i, j in pairs:
+        if runs and (i, j) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]):
+            runs[-1][2] += 1
+        else:
+            runs.append([i, j, 1])
+    return runs
+
+
+def matches(a, b, i, m, j, n, depth):
+    """Pairs (index in a, in b) of equal lines of a[i:m] and b[j:n], in order: equal ones at both ends, the anchors, and
+    the same between these."""
+    head = []
+    while i < m and j < n and a[i] == b[j]:
+        head.append((i, j))
+        i, j = i + 1, j + 1
+    tail = []
+    while i < m and j < n and a[m - 1] == b[n - 1]:
+        m, n = m - 1, n - 1
+        tail.append((m, n))
+    middle, found = [], anchors(a, b, i, m, j, n) if i < m and j < n and depth else []
+    for x, y in found:
+        middle += [*matches(a, b, i, x, j, y, depth - 1), (x, y)]
+        i, j = x + 1, y + 1
+    middle += matches(a, b, i, m, j, n, depth - 1) if found else []
+    return [*head, *middle, *tail[::-1]]
+
+
+def anchors(a, b, i, m, j, n):
+    """The longest list of pairs (index in a, in b), growing in both, of lines that a[i:m] and b[j:n] hold once each."""
+    counts = Counter(a[i:m]), Counter(b[j:n])
+    place = {line: y for y, line in enumerate(b[j:n], j) if counts[1][line] == 1}
+    pairs = [(x, place[a[x]]) for x in range(i, m) if counts[0][a[x]] == 1 and a[x] in place]
+    ends, last, before = [], [], []  # of the shortest chains of each length: y, its pair; the pair before each pair
+    for index, (_, y) in enumerate(pairs):
+        at = bisect_left(ends, y)
+        before.append(last[at - 1] if at else None)
+        ends[at:at + 1], last[at:at + 1] = [y], [index]
+    chain, index = [], last[-1] if last else None
+    while index is not None:
+        chain.append(pairs[index])
+        index = before[index]
+    return chain[::-1]

@@ -167,7 +167,8 @@ def test_advice_names_the_command_that_made_the_data(tmp_path, fails):
 
 
 @pytest.mark.parametrize("change", [
-    {"vocab_size": "64"}, {"vocab_size": 64.5}, {"vocab_size": True}, {"vocab_size": 10**30}, {"eot": -5}, {"eot": 63.0},
+    {"vocab_size": "64"}, {"vocab_size": 64.5}, {"vocab_size": True}, {"vocab_size": 10**30}, {"eot": -5},
+    {"eot": 63.0},
     {"splits": {"train": {"tokens": "3000"}}}, {"splits": {"val": {"tokens": 500, "bytes": -1}}}, {"tokenizer": None},
     {"splits": {"val": {"bytes": "1000"}}}, {"name": 7}, {"tokenizer": {"kind": 3}},
 ], ids=str)

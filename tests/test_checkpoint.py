@@ -235,7 +235,7 @@ def test_a_run_that_became_nan_goes_on_with_a_lower_rate(tmp_path, capsys):
         patch.setattr(train_gpt.GPT, "forward", lambda self, *args: real(self, *args) * factor[0])
         assert train_gpt.main(argv) == 1
     error = capsys.readouterr().err
-    assert "step_000004 is kept, for --resume with --allow-change; lower --muon-lr" in error
+    assert "step_000004 is kept; lower --muon-lr" in error
     assert train_gpt.main([*argv, "--resume", "--muon-lr", "0.001", "--allow-change", "muon_lr"]) == 0
     assert records(run_folder(tmp_path))[-1]["status"] == "done"
 
@@ -466,6 +466,8 @@ WRONG_CONTENT = {
     "shorter": change_state(optimizer=weights(torch.arange(49.0))),
     "another dtype": change_state(optimizer=weights(torch.arange(50))),
     "another shape": change_state(optimizer=weights(torch.arange(50.0).view(5, 10))),
+    "sparse": change_state(optimizer=weights(torch.arange(50.0).to_sparse())),
+    "of no device": change_state(optimizer=weights(torch.empty(50, device="meta"))),
     "a number": change_state(optimizer=weights(5.0)),
     "another name": change_state(optimizer={"steps": 4, "state": {"master": {"v": torch.arange(50.0)}}}),
     "no moments": change_state(optimizer={"steps": 4, "state": {}}),
@@ -482,10 +484,12 @@ WRONG_CONTENT = {
     "settings are a list": change_meta(settings=[]),
     "position of text": change_meta(position={"epoch": 0, "shard": "0", "used": 0}),
     "position past the shards": change_meta(position={"epoch": 0, "shard": 1, "used": 0}),
+    "time is negative": change_meta(train_time_ms=-1e299),
     "time is infinite": change_meta(train_time_ms=float("inf")),
     "no data": change_meta(data={}),
     "loss is text": change_meta(val_loss="low"),
     "saved is text": change_meta(saved="last"),
+    "saved leaves no larger one": change_meta(saved=2**63 - 1),
 }
 
 
@@ -575,7 +579,7 @@ def test_full_disk_at_the_end_is_an_error_and_the_run_can_go_on(tmp_path, monkey
         full_disk(patch, 4, 6, 8)
         assert train_gpt.main(tiny(tmp_path, save_every=2)) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: the last checkpoint could not be written") and error.count("\n") == 1
+    assert error.startswith("error: the last checkpoint: could not write ") and error.count("\n") == 1
     assert steps_saved(run_folder(tmp_path)) == [2]
     assert train_gpt.main([*tiny(tmp_path), "--resume"]) == 0
     assert_same_run(run_folder(tmp_path), whole)

@@ -57,8 +57,8 @@ def last_record(tmp_path) -> dict:
 
 ERRORS = {
     "memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "smaller --micro-tokens"),
-    "memory of a CPU": (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you "
-                                     "tried to allocate 9 bytes"), "smaller --micro-tokens"),
+    "memory of a CPU": (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory "
+                                     "(you tried to allocate 9 bytes)"), "smaller --micro-tokens"),
     "disk": (OSError(5, "Input/output error"), "Input/output error"),
 }
 

@@ -1,12 +1,15 @@
 """generate.py: the cache against the full forward pass, sampling, streaming, checkpoints, and wrong input."""
 import dataclasses
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -19,6 +22,7 @@ from train_gpt import GPT, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 50
+ABOUT = {"script": "train_gpt.py", "train_time_ms": 1.0, "position": {"epoch": 0, "shard": 0, "used": 0}}
 BYTES = {"tokenizer": {"kind": "byte"}, "vocab_size": 257, "eot": 256, "splits": {}}
 CHARS = {"tokenizer": {"kind": "char", "chars": "\n abcdé€"}, "vocab_size": 8, "eot": None, "splits": {}}
 
@@ -45,15 +49,21 @@ def save(run: Path, vocab: dict, s: Settings | None = None, step: int = 10, mode
     s = s or settings()
     model = model or random_model(s, vocab["vocab_size"])
     state = {"optimizer": {"steps": step, "state": {"master": {n: p.detach() for n, p in model.named_parameters()}}}}
-    meta = {"settings": dataclasses.asdict(s), "script": "train_gpt.py", "data": {"meta": vocab}} | meta
+    meta = ABOUT | {"settings": dataclasses.asdict(s), "data": {"fingerprint": "", "meta": vocab}} | meta
     return train_gpt.write_checkpoint(run, step, state, meta, keep=9)
+
+
+@pytest.fixture
+def capsys(capsysbinary):
+    """Of bytes: what a random model writes is no UTF-8."""
+    return capsysbinary
 
 
 def run(capsys, *flags) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of generate.main, on the CPU unless a flag says otherwise."""
     capsys.readouterr()
     code = generate.main(["--device", "cpu", *map(str, flags)])
-    return code, *capsys.readouterr()
+    return code, *(stream.decode(errors="surrogateescape") for stream in capsys.readouterr())
 
 
 def text_of(capsys, *flags) -> str:
@@ -276,6 +286,50 @@ def test_prompts_start_with_eot_where_there_is_one():
         encode(BYTES, "a" * 8192)
 
 
+def test_without_eot_and_newline_the_first_character_starts_a_text(tmp_path, capsys):
+    """As in a vocabulary of A, C, G, T. With a newline that starts it, and nothing is said."""
+    path = save(tmp_path / "dna", {"tokenizer": {"kind": "char", "chars": "ACGT"}, "vocab_size": 4, "eot": None})
+    code, out, err = run(capsys, "--checkpoint", path, "--max-tokens", 9)
+    assert code == 0 and len(out) == 10 and set(out[:-1]) <= set("ACGT") and "starts after 'A'" in err
+    code, out, err = run(capsys, "--checkpoint", path, "--max-tokens", 9, "--prompt", "GAT")
+    assert code == 0 and out.startswith("GAT") and len(out) == 13 and "starts after" not in err
+    assert "starts after" not in run(capsys, "--checkpoint", save(tmp_path / "text", CHARS))[2]
+
+
+def test_a_prompt_past_the_vocabulary(tmp_path, capsys):
+    path = save(tmp_path, {"tokenizer": {"kind": "byte"}, "vocab_size": 100, "eot": None})
+    assert text_of(capsys, "--checkpoint", path, "--prompt", "ab\r", "--max-tokens", 2).startswith("ab\r")
+    assert "has a token past the 100 that the model knows" in error_of(capsys, "--checkpoint", path, "--prompt", "z")
+
+
+def test_redirected_text_is_the_bytes_as_they_are(tmp_path, capsys):
+    """Carriage returns, escapes and bytes that are no UTF-8, of the prompt and of the model."""
+    path = save(tmp_path, BYTES)
+    prompt = b"a\r\nb\x1b[0m\xff\xe2\x82"
+    flags = ["--checkpoint", path, "--prompt", prompt.decode(errors="surrogateescape"), "--max-tokens", 200]
+    out = text_of(capsys, *flags, "--temperature", 3).encode(errors="surrogateescape")
+    start = generate.use_newest(path, lambda p, meta: generate.prepare(
+        generate.parse([*map(str, flags[2:]), "--temperature", "3"]), p, meta))
+    assert start.prompt == [256, *prompt]
+    tokens = generate.sample(start.decoder, start.prompt, BYTES, generate.parse(
+        ["--max-tokens", "200", "--temperature", "3"]), generator())
+    assert out == prompt + bytes(tokens) + b"\n" and len(out) > 60 and len(set(out)) > 30
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_controls_are_replaced(tmp_path, monkeypatch):
+    path, stream = save(tmp_path, BYTES), Terminal(io.BytesIO(), encoding="utf-8", newline="")
+    monkeypatch.setattr(sys, "stdout", stream)
+    flags = ["--checkpoint", str(path), "--prompt", "a\r\nb\x1b[0mé", "--max-tokens", "300", "--temperature", "3"]
+    assert generate.main(["--device", "cpu", *flags]) == 0
+    text = stream.buffer.getvalue().decode("utf-8")
+    assert text.startswith("a\ufffd\nb\ufffd[0mé") and not set(generate.CONTROLS) & set(map(ord, text))
+
+
 @pytest.mark.parametrize("vocab, prompt", [(BYTES, "def é("), (CHARS, "ab é€")])
 def test_the_prompt_comes_before_the_text(tmp_path, capsys, vocab, prompt):
     path = save(tmp_path, vocab)
@@ -286,19 +340,25 @@ def test_the_prompt_comes_before_the_text(tmp_path, capsys, vocab, prompt):
 # --- checkpoints
 
 
+def place_of(place: Path) -> Path:
+    return generate.use_newest(place, lambda path, meta: path)
+
+
 def test_the_newest_checkpoint_of_a_step_run_experiment_or_log_folder(tmp_path):
-    names = [("a/run1", "step_000010"), ("a/run1", "step_000005"), ("a/run2", "step_000002"), ("b/run1", "step_000001")]
-    paths = [tmp_path / "logs" / run / "checkpoints" / step for run, step in names]
+    """By meta.json's `saved`, never by a file's time, which copies lose."""
+    names = [("a/run1", 5), ("a/run2", 2), ("a/run1", 10), ("b/run1", 1)]
+    paths = [save(tmp_path / "logs" / run, BYTES, step=step) for run, step in names]
     for i, path in enumerate(paths):
-        path.mkdir(parents=True)
-        os.utime(path, (1000 - i // 2, 1000 - i // 2))  # the first two are of the same second
-    (paths[0].parent / "step_000011.tmp").mkdir()
-    find = generate.find_checkpoint
-    assert [find(path) for path in paths] == paths
-    assert find(paths[0].parent) == find(paths[0].parent.parent) == paths[0]
-    assert find(tmp_path / "logs" / "a") == find(tmp_path / "logs") == paths[0]
-    os.utime(paths[3], (2000, 2000))
-    assert find(tmp_path / "logs") == paths[3] and find(tmp_path / "logs" / "a") == paths[0]
+        os.utime(path, (1000 - i, 1000 - i))
+        os.utime(path / "meta.json", (1000 - i, 1000 - i))
+    shutil.copytree(paths[2], paths[2].with_name("step_000011.tmp"))
+    (paths[2].parent / "step_000012").mkdir()
+    assert [place_of(path) for path in paths] == paths
+    assert place_of(paths[2].parent) == place_of(paths[2].parent.parent) == paths[2]
+    assert place_of(tmp_path / "logs" / "a") == paths[2] and place_of(tmp_path / "logs") == paths[3]
+    shutil.rmtree(paths[3])
+    paths[2].rename(paths[2].with_name("step_000010.old"))
+    assert place_of(tmp_path / "logs") == paths[2].with_name("step_000010.old"), "while it is replaced"
 
 
 def test_missing_checkpoints_are_one_sentence(tmp_path, capsys, monkeypatch):
@@ -325,18 +385,163 @@ def drop_hash(path: Path):
 @pytest.mark.parametrize("harm", [
     flip_byte, drop_hash, lambda path: (path / "state.pt").unlink(), lambda path: (path / "meta.json").unlink(),
     lambda path: (path / "state.pt").write_bytes(b""), lambda path: (path / "meta.json").write_text('{"settings": '),
-    lambda path: (path / "meta.json").write_text("[]"),
+    lambda path: (path / "meta.json").write_text("[]"), lambda path: (path / "meta.json").write_text("[" * 10**5),
+    lambda path: ((path / "state.pt").unlink(), os.mkfifo(path / "state.pt")),
+    lambda path: ((path / "meta.json").unlink(), os.mkfifo(path / "meta.json")),
+    lambda path: ((path / "state.pt").unlink(), (path / "state.pt").symlink_to("/dev/zero")),
 ])
 def test_damaged_checkpoints_are_one_sentence(tmp_path, capsys, harm):
+    """Of a run the one before it is taken, of a checkpoint that is named itself no other."""
+    before = save(tmp_path, BYTES, step=5)
     path = save(tmp_path, BYTES)
     harm(path)
-    assert f"checkpoint {path} is damaged" in error_of(capsys, "--checkpoint", path)
+    error = error_of(capsys, "--checkpoint", path)
+    assert (f"checkpoint {path} cannot be used" in error) == (path / "meta.json").exists(), error
+    code, _, err = run(capsys, "--checkpoint", tmp_path, "--max-tokens", 3)
+    assert code == 0 and f"{before}: cpu" in err and err.count("cannot be used") == (path / "meta.json").exists()
 
 
-@pytest.mark.parametrize("script", ["os.py", "../train_gpt.py", "train_missing.py", "train_gpt", "train_gpt.py\n", ""])
-def test_only_training_scripts_beside_generate_are_imported(tmp_path, capsys, script):
-    path = save(tmp_path, BYTES, script=script)
-    assert "none of the training scripts here" in error_of(capsys, "--checkpoint", path)
+HUGE = [10**6, 2**31, 10**12, 10**18]
+ODD = [None, "x", -1, 2.5, [], {}, True, "\x1b[2J"]
+HARMLESS = [("eval_window", 0), ("eval_window", 10**6), ("window_step", 10**6), ("eval_seq_len", 0), ("bigram", 0),
+            ("eval_seq_len", 10**6), ("softcap", [0]), ("rope_base", 7), ("rope_base", 2.5), ("skip", "x"),
+            ("skip", "L" * 10**6), ("skip", "\x1b[2J"), ("seq_len", [0]), ("stage_ends", [0]), ("stage_ends", [-1.0]),
+            ("stage_ends", [10**12, 10**12])]  # nothing reads them here, or any value will do
+NUMERIC = ("num_layers", "width", "head_dim", "mlp_ratio", "value_embeds", "bigram", "eval_seq_len", "eval_window",
+           "window_step")
+OTHERS = ("attention", "skip", "softcap", "seq_len", "window", "stage_ends", "rope_base")
+SETTINGS = [(name, value) for name in NUMERIC for value in [0, *ODD, *HUGE]]
+SETTINGS += [(name, value) for name in OTHERS
+             for value in [7, [7, "x"], [[]], [-1.0], [10**12, 10**12], [0], "L" * 10**6, *ODD]]
+SETTINGS = [pair for pair in SETTINGS if pair not in HARMLESS]
+DATA = [{"vocab_size": value} for value in (0, 1, 1000, 10**12, *ODD)]
+DATA += [{"eot": value} for value in (257, 10**12, "256", 255.5, -5, [], True)]
+DATA += [{"tokenizer": value} for value in (*ODD, {"kind": 3}, {"kind": "morse"}, {"kind": "char"},
+                                            {"kind": "char", "chars": 7}, {"kind": "char", "chars": "ab"},
+                                            {"kind": "char", "chars": "\n" * 300}, {"kind": "tiktoken"},
+                                            {"kind": "char", "chars": "\ud800" + "".join(map(chr, range(300)))},
+                                            {"kind": "tiktoken", "name": ["gpt2"]},
+                                            {"kind": "tiktoken", "name": "no\x1b[2J"})]
+METAS = [{"settings": value} for value in ODD if value != {}]
+METAS += [{"data": {"fingerprint": "", "meta": value}} for value in ODD]
+METAS += [{name: value} for name in ("script", "step", "data") for value in ODD]
+METAS += [{"script": name} for name in ("os.py", "../train_gpt.py", "train_missing.py", "train_gpt", "train_gpt.py\n",
+                                        "", "train_grokking.py", "train_\x1b[2J.py")]
+
+
+def change_meta(path: Path, **changes):
+    meta = json.loads((path / "meta.json").read_text())
+    for name, value in changes.items():
+        meta[name] = meta[name] | value if isinstance(value, dict) and value and name == "settings" else value
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """A run with checkpoints of steps 5 and 10."""
+    root = tmp_path_factory.mktemp("two")
+    save(root, BYTES, settings(num_layers=2, attention="LS"), step=5)
+    return save(root, BYTES, settings(num_layers=2, attention="LS"), step=10).parent.parent
+
+
+def falls_back(capsys, run_folder: Path, **changes):
+    """The checkpoint of step 10 with these changes of its meta.json is passed over, with a sentence."""
+    path = run_folder / "checkpoints" / "step_000010" / "meta.json"
+    before = path.read_bytes()
+    change_meta(path.parent, **changes)
+    try:
+        code, out, err = run(capsys, "--checkpoint", run_folder, "--max-tokens", 2)
+    finally:
+        path.write_bytes(before)
+    assert code == 0 and "step_000010 cannot be used" in err and "step_000005: cpu, " in err, err
+    assert "\x1b" not in err and len(err) < 2000 and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("name, value", SETTINGS, ids=lambda value: f"{value!r:.20}".replace("\x1b", "ESC"))
+def test_settings_that_state_pt_does_not_fit(two, capsys, name, value):
+    falls_back(capsys, two, settings={name: value})
+
+
+@pytest.mark.parametrize("changes", DATA, ids=lambda value: f"{value!r:.60}")
+def test_vocabularies_that_are_none(two, capsys, changes):
+    falls_back(capsys, two, data={"fingerprint": "", "meta": BYTES | changes})
+
+
+@pytest.mark.parametrize("changes", METAS, ids=lambda value: f"{value!r:.60}")
+def test_metas_that_are_none(two, capsys, changes):
+    falls_back(capsys, two, **changes)
+
+
+def rewrite(path: Path, change):
+    """state.pt with other content, whose hash is right."""
+    state = torch.load(path / "state.pt", weights_only=True)
+    torch.save(change(state), path / "state.pt")
+    change_meta(path, sha256=train_gpt.file_hash(path / "state.pt"), bytes=(path / "state.pt").stat().st_size)
+
+
+def change_weights(change):
+    def apply(state):
+        weights = state["optimizer"]["state"]["master"]
+        state["optimizer"]["state"]["master"] = change(weights)
+        return state
+    return apply
+
+
+def first(weights: dict) -> str:
+    return next(name for name in weights if name.startswith("blocks"))
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: [], lambda state: {}, lambda state: {"optimizer": 3}, lambda state: {"model": {}},
+    lambda state: torch.zeros(3), lambda state: "\x1b[2J",
+    change_weights(lambda w: []), change_weights(lambda w: {}),
+    change_weights(lambda w: {**w, "more\x1b": torch.zeros(1)}),
+    change_weights(lambda w: {k: v for k, v in w.items() if k != first(w)}),
+    change_weights(lambda w: {**w, first(w): 3}), change_weights(lambda w: {**w, first(w): w[first(w)][..., :-1]}),
+    change_weights(lambda w: {**w, first(w): w[first(w)].double()}),
+    change_weights(lambda w: {**w, first(w): w[first(w)].bool()}),
+    change_weights(lambda w: {**w, first(w): w[first(w)].to_sparse()}),
+    change_weights(lambda w: {k: v.view(-1)[:1].clone().expand(v.numel()).view(v.shape) for k, v in w.items()}),
+    change_weights(lambda w: {k: v * float("nan") for k, v in w.items()}),
+    change_weights(lambda w: dict(enumerate(w.values()))),
+])
+def test_wrong_content_whose_hash_is_right(tmp_path, capsys, change):
+    before, path = (save(tmp_path, BYTES, settings(num_layers=2, attention="LS"), step=step) for step in (5, 10))
+    rewrite(path, change)
+    assert f"checkpoint {path} cannot be used" in error_of(capsys, "--checkpoint", path)
+    code, _, err = run(capsys, "--checkpoint", tmp_path, "--max-tokens", 2)
+    assert code == 0 and f"{before}: cpu" in err and "\x1b" not in err, err
+    rewrite(before, change)
+    assert f"checkpoint {before} cannot be used" in run(capsys, "--checkpoint", tmp_path)[2]
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats() | st.text(max_size=9),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=5)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None,
+                     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(sorted(dataclasses.asdict(settings()))), JSON, min_size=1), JSON, JSON)
+def test_any_settings_and_vocabulary_end_in_a_text_or_a_sentence(two, capsys, changes, value, tokenizer):
+    path = two / "checkpoints" / "step_000010" / "meta.json"
+    before = path.read_bytes()
+    try:
+        for data in (BYTES, BYTES | {"eot": value}, BYTES | {"tokenizer": tokenizer}):
+            path.write_bytes(before)
+            change_meta(path.parent, settings=changes, data={"fingerprint": "", "meta": data})
+            code, _, err = run(capsys, "--checkpoint", path.parent, "--max-tokens", 2)
+            assert code in (0, 1) and "Traceback" not in err, err
+    finally:
+        path.write_bytes(before)
+
+
+def test_control_characters_of_a_checkpoint_reach_no_terminal(tmp_path, capsys):
+    path = save(tmp_path / "run\x1b[31m", BYTES, settings=dataclasses.asdict(settings()) | {"old\x9b": 1})
+    code, _, err = run(capsys, "--checkpoint", path, "--max-tokens", 2)
+    assert code == 0 and "\\x1b[31m" in err and "old\\x9b" in err and not {"\x1b", "\x9b"} & set(err), err
+    (path / "state.pt").write_bytes(b"")
+    assert "\x1b" not in error_of(capsys, "--checkpoint", path)
 
 
 def test_settings_of_other_versions(tmp_path, capsys):
@@ -377,6 +582,10 @@ def test_the_window_is_that_of_validation(tmp_path, capsys):
     (["--temperature", "nan"], ["--temperature nan: expected"]),
     (["--temperature", "inf"], ["--temperature inf: expected"]),
     (["--top-k", "2.5"], ["--top-k 2.5: expected an integer from 0 to 65536"]),
+    (["--temperature", "1e400"], ["--temperature 1e400: expected"]),
+    (["--num-samples", str(10**18), "--top-k", str(2**40)], ["--num-samples 1000000000000000000:", "--top-k 1099511"]),
+    (["--seed", "9" * 5000, "--max-tokens", "1e-3"], ["--seed 99999", "--max-tokens 1e-3: expected"]),
+    (["--seed", str(2**63)], ["--seed 9223372036854775808: expected"]),
     (["--num_samples", "0"], ["--num-samples 0: expected an integer from 1"]),
     (["--max-tokens", "1000000000000"], ["--max-tokens 1000000000000: expected an integer from 1 to 100000"]),
     (["--seed", "-1"], ["--seed -1: expected"]),
@@ -387,7 +596,34 @@ def test_the_window_is_that_of_validation(tmp_path, capsys):
 ], ids=str)
 def test_wrong_flags_are_named_all_at_once(capsys, flags, problems):
     error = error_of(capsys, *flags)
-    assert all(problem in error for problem in problems), error
+    assert all(problem in error for problem in problems) and len(error) < 400, error
+
+
+def test_1e3_is_a_whole_number_and_large_seeds_are_exact():
+    args = generate.parse(["--max-tokens", "1e3", "--seed", str(2**63 - 1), "--temperature", "1"])
+    assert (args.max_tokens, args.seed, args.temperature) == (1000, 2**63 - 1, 1.0)
+    assert type(args.max_tokens) is int and type(args.temperature) is float
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate "
+                                                               "memory: you tried to allocate 9 bytes.\nframe #0")])
+def test_out_of_memory_is_one_sentence(tmp_path, capsys, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    path = save(tmp_path, BYTES)
+    monkeypatch.setattr(generate, "read_state", fail)
+    monkeypatch.setattr(generate, "build_model", fail)
+    assert error_of(capsys, "--checkpoint", path).startswith("error: out of memory: lower --max-tokens")
+    monkeypatch.undo()
+    monkeypatch.setattr(generate, "build_model", fail)
+    assert error_of(capsys, "--checkpoint", path).startswith("error: out of memory: lower --max-tokens")
+
+
+def test_masks_that_are_too_large_are_refused(tmp_path, capsys):
+    path = save(tmp_path, BYTES)
+    error = error_of(capsys, "--checkpoint", path, "--max-tokens", 100_000, "--no-cache")
+    assert "a mask of 100001 x 100001 tokens is too large" in error and "lower --max-tokens" in error
 
 
 def test_cuda_without_a_cuda_device(capsys, monkeypatch):
@@ -398,7 +634,9 @@ def test_cuda_without_a_cuda_device(capsys, monkeypatch):
 def test_characters_that_the_vocabulary_lacks_are_named(tmp_path, capsys):
     path = save(tmp_path, CHARS)
     error = error_of(capsys, "--checkpoint", path, "--prompt", "abzüzX")
-    assert "--prompt: the model has no 'X', 'z', 'ü', only" in error
+    assert "--prompt: 'X', 'z', 'ü' not among the 8 characters that the model knows" in error
+    many = error_of(capsys, "--checkpoint", path, "--prompt", "".join(map(chr, range(1000, 9000))))
+    assert "and 7989 more not among" in many and len(many) < 300
 
 
 # --- with checkpoints that training wrote
@@ -452,7 +690,40 @@ def test_the_command_line_from_another_folder(trained):
     assert result.stdout.decode("utf-8").endswith("\n")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(trained):
-    command = f"'{sys.executable}' '{ROOT / 'generate.py'}' --checkpoint logs --num-samples 40 | head -c 1"
-    result = subprocess.run(command, shell=True, cwd=trained.parent, capture_output=True, text=True)
-    assert len(result.stdout) == 1 and "error" not in result.stderr and "Traceback" not in result.stderr, result.stderr
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("target, code, sentence", [
+    ("| head -c 1 >/dev/null", 0, ""), ("> /dev/full", 1, "cannot write to stdout: No space left"),
+    (">&-", 1, "stdout is closed"), ("2>&-", 0, ""), ("2>/dev/full", 0, ""),
+])
+def test_a_stdout_that_is_full_or_closed(trained, target, code, sentence):
+    """A reader that has seen enough is no error, an interpreter that complains at its end is."""
+    command = f"'{sys.executable}' '{ROOT / 'generate.py'}' --num-samples 20 --max-tokens 20 {target}; " \
+              "exit ${PIPESTATUS[0]}"
+    options = dict(cwd=trained.parent, capture_output=True, text=True, errors="replace")
+    result = subprocess.run(["bash", "-c", command], **options)
+    assert result.returncode == code and sentence in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and "Exception" not in result.stderr, result.stderr
+    assert ("error" in result.stderr) == bool(code), result.stderr
+    assert "tokens/s" not in result.stdout, "no note goes to the text"
+
+
+@pytest.mark.parametrize("script", ["generate.py", "evals/hellaswag.py"])
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path, script):
+    """The first import after the script's own lines waits, and says so."""
+    (tmp_path / "argparse.py").write_text("import sys, time\nprint('in', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, str(ROOT / script)]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "" and process.returncode == -signal.SIGINT
+
+
+def test_consoles_without_unicode(trained):
+    """On a terminal; redirected, the bytes are as they are."""
+    command = [sys.executable, "-c", "import sys, generate\nsys.stdout.isatty = lambda: True\nsys.exit(generate.main("
+               "sys.argv[1:]))", "--checkpoint", str(trained / "tinychars"), "--max-tokens", "40", "--prompt", "é€"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(rb"\xe9\u20ac") and result.stdout.isascii()

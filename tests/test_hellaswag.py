@@ -3,12 +3,14 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import helpers
+import hypothesis
 import moe
 import numpy as np
 import pytest
@@ -349,6 +351,13 @@ def test_tasks_are_read_as_they_stand(tmp_path):
     assert read_tasks(tmp_path / "x") == [Task("naïve \u2028 x", ("ä", "b\r", "c", "d"), 3)]
 
 
+def test_tasks_as_the_hub_writes_them(tmp_path):
+    """Numbers are texts there; `ctx` is the two parts of the context."""
+    (tmp_path / "x").write_text("\n".join([line(label="2", ind="24"), line(label=2.0), line(
+        ctx="left out", ctx_a="1 2", ctx_b="3", label="2", split="val")]) + "\n")
+    assert read_tasks(tmp_path / "x") == 3 * [Task("1 2 3", ("4", "5 6", "7", "8"), 2)]
+
+
 @pytest.mark.parametrize("limit", [1, 2, 7, 499, 500, 501, 10**6])
 def test_a_limit_takes_tasks_from_all_of_the_file(tmp_path, limit):
     tasks = [task._replace(context=f"{i}") for i, task in enumerate(TASKS)]
@@ -362,8 +371,10 @@ def test_a_limit_takes_tasks_from_all_of_the_file(tmp_path, limit):
     (line(ctx="left out", label="left out"), "it has no 'ctx', 'label'"), (line(ctx=3), "ctx 3 is no text"),
     (line(endings=["a", "b", "c"]), "expected a list of 4 texts"), (line(endings="abcd"), "expected a list of 4 texts"),
     (line(endings=["a", "", "c", "d"]), "none empty"), (line(endings=["a", 1, "c", "d"]), "expected a list of 4"),
-    (line(label="3"), "label '3': expected 0, 1, 2 or 3"), (line(label=4), "label 4"), (line(label=-1), "label -1"),
-    (line(label=True), "label True"),
+    (line(label="4"), "it has no 'label'"), (line(label=4), "label 4"), (line(label=-1), "label -1"),
+    (line(label=True), "label True"), (line(label=""), "it has no 'label'"), (line(label=None), "it has no 'label'"),
+    (line(label=[]), "label []"), (line(endings=None), "it has no 'endings'"), (line(ctx=None), "it has no 'ctx'"),
+    ("[" * 10**5, "no JSON"), ("9" * 10**4, "no JSON"),
 ])
 def test_a_damaged_line_is_named(tmp_path, text, problem):
     path = tmp_path / "tasks.jsonl"
@@ -372,16 +383,40 @@ def test_a_damaged_line_is_named(tmp_path, text, problem):
         read_tasks(path)
 
 
+VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+                      lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
+                      max_leaves=5)
+
+
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(VALUES, VALUES, VALUES)
+def test_any_row_is_a_task_or_a_sentence(ctx, endings, label):
+    for row in (dict(ctx=ctx, endings=list("abcd"), label=label), dict(ctx="a", endings=endings, label=1), ctx,
+                dict(ctx_a=ctx, ctx_b=endings, endings=list("abcd"), label=label)):
+        try:
+            task = hellaswag.parse_task(json.dumps(row).encode())
+            assert isinstance(task.context, str) and task.label in range(4) and type(task.label) is int
+        except ValueError as error:
+            assert len(str(error)) < 300
+
+
 def test_missing_and_empty_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no HellaSwag tasks at .*python evals/hellaswag.py --download"):
+    with pytest.raises(FileNotFoundError, match="no file of HellaSwag tasks at .*python evals/hellaswag.py --download"):
         read_tasks(tmp_path / "nothing")
     (tmp_path / "empty").touch()
     with pytest.raises(ValueError, match="empty is damaged, no line: .*--download"):
         read_tasks(tmp_path / "empty")
+    hellaswag.os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(FileNotFoundError, match="no file of HellaSwag tasks"):
+            read_tasks(place)
 
 
-@pytest.mark.parametrize("meta, kind", [(BYTES, "of bytes"), (CHARS, "of characters"), ({}, "tokenizer {}"),
-                                        ({"tokenizer": {"kind": "tiktoken", "name": "o200k_base"}}, "o200k_base")])
+@pytest.mark.parametrize("meta, kind", [
+    (BYTES, "of bytes"), (CHARS, "of characters"), ({}, "tokenizer None"), (GPT2 | {"vocab_size": 300}, "of size 300"),
+    ({"tokenizer": {"kind": "tiktoken", "name": "o200k_base"}}, "o200k_base"), ({"tokenizer": [1]}, "tokenizer [1]"),
+    ({"tokenizer": {"kind": ["byte"]}}, "['byte']"), (GPT2 | {"vocab_size": "50257"}, "of size '50257'"),
+])
 def test_other_vocabularies_do_not_apply(meta, kind):
     reason = does_not_apply(meta)
     assert reason.startswith("HellaSwag does not apply: ") and "GPT-2's vocabulary" in reason and kind in reason
@@ -522,6 +557,24 @@ def test_a_file_of_the_user_is_not_replaced(server, tmp_path, capsys):
     assert path.read_bytes() == before and not server.asked
 
 
+def test_an_interrupted_download_is_not_taken_for_whole(server, tmp_path, capsys, monkeypatch):
+    """Ctrl-C between the last byte and the check; a part that is no file."""
+    path, check = tmp_path / "tasks.jsonl", hellaswag.parse_file
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hellaswag, "parse_file", interrupt)
+    assert run(capsys, "--download", "--input", path)[0] == 130 and not path.exists()
+    monkeypatch.setattr(hellaswag, "parse_file", check)
+    assert run(capsys, "--download", "--input", path)[0] == 0 and path.read_bytes() == server.body
+    path.write_bytes(server.body[:-9])
+    assert "is damaged, line 500" in error_of(capsys, "--download", "--input", path), "a file that is there is checked"
+    path.unlink()
+    hellaswag.os.mkfifo(tmp_path / "tasks.jsonl.part")
+    assert "is there already, and no file" in error_of(capsys, "--download", "--input", path)
+
+
 # --- command line
 
 
@@ -596,10 +649,56 @@ def test_what_can_be_wrong_is_one_sentence(trained, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(hellaswag, "load_tokenizer", lambda vocab: Numbers)
     path = write_tasks(tmp_path / "tasks.jsonl", [TASKS[0]._replace(context="1 " * 20)])
     assert "use --row-len" in error_of(capsys, *gpt2, path, "--row-len", 16)
+    path = write_tasks(tmp_path / "tasks.jsonl", [TASKS[0]._replace(context="1 " * 20000)])
+    assert "leave its task out" in error_of(capsys, *gpt2, path)
+    (tmp_path / "evil").mkdir()
+    path = tmp_path / "evil" / "\x1b[2J.jsonl"
+    path.write_text(line(ctx=["\x1b[2J"]))
+    assert "\\x1b[2J.jsonl is damaged" in (error := error_of(capsys, *gpt2, path)) and "\x1b" not in error
+
+
+def test_of_a_run_the_checkpoint_before_a_bad_one_is_scored(trained, tmp_path, capsys, monkeypatch):
+    """Wrong content whose hash is right, and other settings."""
+    monkeypatch.setattr(hellaswag, "load_tokenizer", lambda vocab: Numbers)
+    tasks = write_tasks(tmp_path / "tasks.jsonl", TASKS[:24])
+    (run_folder,) = (trained / "train_gpt-gpt2").iterdir()
+    shutil.copytree(run_folder, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step_000002"
+    meta = json.loads((path / "meta.json").read_text())
+    flags = ["--checkpoint", tmp_path / "run", "--input", tasks, "--device", "cpu", "--row-len", 64]
+    expected = run(capsys, *flags[:1], path.with_name("step_000001"), *flags[2:])[1]
+    state = torch.load(path / "state.pt", weights_only=True)
+    state["optimizer"]["state"]["master"].popitem()
+    torch.save(state, path / "state.pt")
+    meta["sha256"] = train_gpt.file_hash(path / "state.pt")
+    for changes in ({}, {"settings": meta["settings"] | {"num_layers": 10**6}}, {"script": "os.py"}, {"step": "2"}):
+        (path / "meta.json").write_text(json.dumps(meta | changes))
+        code, out, err = run(capsys, *flags)
+        assert (code, out) == (0, expected) and "step_000002 cannot be used" in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/full", "."])
+def test_an_output_that_is_no_file(tmp_path, capsys, place):
+    hellaswag.os.mkfifo(tmp_path / "pipe")
+    assert "it is there and no file" in error_of(capsys, "--output", tmp_path / place)
+    assert (tmp_path / "pipe").is_fifo() and Path("/dev/full").is_char_device()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("target, code", [("> /dev/full", 1), ("| true", 0), (">&-", 1)])
+def test_a_full_or_closed_stdout(server, tmp_path, target, code):
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes("".join(line() + "\n" for _ in range(10042)).encode())
+    command = f"'{sys.executable}' evals/hellaswag.py --download --input '{path}' {target}; exit ${{PIPESTATUS[0]}}"
+    result = helpers.subprocess.run(["bash", "-c", command], cwd=helpers.ROOT, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    assert not {"Traceback", "Exception"} & set(result.stderr.split()) and result.stderr.count("\n") == code
 
 
 @pytest.mark.parametrize("flags, problems", [
     (["--tasks", "-1", "--rows", "x"], ["--tasks -1: expected an integer from 0", "--rows x: expected"]),
+    (["--tasks", "1" + "0" * 5000, "--row-len", "1e400"], ["--tasks 1000", "--row-len 1e400: expected an integer"]),
+    (["--rows", "nan"], ["--rows nan: expected"]), (["--rows", "60000", "--row-len", "16384"], ["at most 32 fit"]),
     (["--row_len", "20000"], ["--row-len 20000: expected an integer from 0 to 16384"]),
     (["--device", "tpu", "--dtype", "fp8"], ["--device tpu: expected auto, cpu or cuda", "--dtype fp8: expected auto"]),
     (["--output", "/nowhere/x/y.json"], ["--output /nowhere/x/y.json: there is no folder /nowhere/x"]),
@@ -608,7 +707,7 @@ def test_what_can_be_wrong_is_one_sentence(trained, tmp_path, capsys, monkeypatc
 ], ids=str)
 def test_wrong_flags_are_named_all_at_once(capsys, flags, problems):
     error = error_of(capsys, *flags)
-    assert all(problem in error for problem in problems), error
+    assert all(problem in error for problem in problems) and len(error) < 400, error
 
 
 def test_cuda_without_a_cuda_device(capsys, monkeypatch):

@@ -74,7 +74,7 @@ def copy(source: Path, target: Path, step: int):
 
 def started(source: Path, folder: Path) -> Path:
     """A copy of a run without its checkpoints and its end, as if it went on."""
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoints", hellaswag.SCORES))
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("checkpoints", "lock", hellaswag.SCORES))
     lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
     assert json.loads(lines[-1])["event"] == "end"
     (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_does_not_keep_the_others_from_their_scores(half, t
     path = half / "checkpoints" / "step_000002" / "state.pt"
     path.write_bytes(path.read_bytes()[:-1])
     code, _, err = run(capsys, *arguments(half, tasks))
-    assert code == 1 and err.count("warning: ") == 1 and "step_000002 is damaged" in err
+    assert code == 1 and err.count("warning: ") == 1 and "step_000002 cannot be used" in err
     assert [r["step"] for r in scores(half)] == [4]
 
 
@@ -244,8 +244,53 @@ def test_what_cannot_be_followed_is_one_sentence(trained, half, tasks, tmp_path,
 
 
 def test_the_newest_run_of_an_experiment_is_followed(half, tmp_path):
-    older = tmp_path / "older"
-    shutil.copytree(half, older)
-    for i, folder in enumerate((older, half)):
+    """By its name, which starts with its time, not by a file's time; before it the one that is trained now."""
+    names = ["20260102-000000-aaaa", "20260101-000000-bbbb"]
+    newer, older = (tmp_path / "runs" / name for name in names)
+    for i, folder in enumerate((newer, older)):
+        shutil.copytree(half, folder)
         hellaswag.os.utime(folder / "config.json", (i, i))
-    assert hellaswag.find_run(tmp_path) == half and hellaswag.find_run(older) == older
+    assert hellaswag.find_run(tmp_path / "runs") == newer and hellaswag.find_run(older) == older
+    lock = train_gpt.lock_folder(older)
+    assert hellaswag.find_run(tmp_path / "runs") == older
+    lock.close()
+    assert hellaswag.find_run(tmp_path / "runs") == newer
+
+
+def test_a_run_that_was_killed_is_not_waited_for(trained, tasks, tmp_path, capsys, monkeypatch):
+    """Its lock is free, its metrics have no end. One that lives, or was made before there were locks, is waited for."""
+    folder = started(trained[train_gpt], tmp_path / "run")
+    copy(trained[train_gpt], folder, 2)
+    lock = train_gpt.lock_folder(folder)
+    assert hellaswag.is_alive(folder) is True
+    lock.close()
+    assert hellaswag.is_alive(folder) is False
+    code, out, err = run(capsys, *arguments(folder, tasks))
+    assert code == 0 and out.startswith("step 2: ") and "its process is gone without an end" in err
+    (folder / "lock").write_text("process 1 of another machine")
+    assert hellaswag.is_alive(folder) is None
+    (folder / "lock").unlink()
+    assert hellaswag.is_alive(folder) is None
+    polls = []
+
+    def wait(seconds):
+        polls.append(seconds)
+        if len(polls) == 5:
+            end(trained[train_gpt], folder)
+
+    monkeypatch.setattr(hellaswag.time, "sleep", wait)
+    assert run(capsys, *arguments(folder, tasks))[0] == 0 and len(polls) == 5
+
+
+def test_a_damaged_meta_is_said_once(half, tasks, capsys):
+    (half / "checkpoints" / "step_000002" / "meta.json").write_text('{"sha256": "\x1b[2J"')
+    code, _, err = run(capsys, *arguments(half, tasks))
+    assert code == 1 and err.count("step_000002 cannot be used") == 1 and "\x1b" not in err
+    assert [r["step"] for r in scores(half)] == [4]
+
+
+def test_scores_that_cannot_be_written_are_named(half, tasks, capsys):
+    (half / hellaswag.SCORES).symlink_to("/dev/full")
+    assert f"{hellaswag.SCORES} in it is no file" in error_of(capsys, *arguments(half, tasks))
+    with pytest.raises(OSError, match="cannot write to .*full: No space left"):
+        hellaswag.append_object(Path("/dev/full"), {})

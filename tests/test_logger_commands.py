@@ -631,11 +631,17 @@ def test_extract_gives_the_source_back(tmp_path, capsys):
     target = tmp_path / "out" / "train.py"
     target.parent.mkdir()
     code, out, _ = command(capsys, "extract", log, "-o", target)
-    assert code == 0 and target.read_text() == CODE and (target.parent / "kernels.py").read_text() == "TILE = 8\n"
-    assert numbers(capsys, "extract", log, "-o", target)["problems"] == []  # the same files again are no loss
+    folder = target.parent / "train"
+    assert code == 0 and (folder / "train.py").read_text() == CODE
+    assert (folder / "kernels.py").read_text() == "TILE = 8\n"
+    assert "they need a new folder" in error(capsys, "extract", log, "-o", target, "--force")
+    one = tmp_path / "one.txt"
+    one.write_text(log_text())
+    assert numbers(capsys, "extract", one, "-o", target)["problems"] == [] and target.read_text() == CODE
+    assert numbers(capsys, "extract", one, "-o", target)["problems"] == []  # the same file again is no loss
     target.write_text("mine\n")
-    assert "is there and differs" in error(capsys, "extract", log, "-o", target) and target.read_text() == "mine\n"
-    assert command(capsys, "extract", log, "-o", target, "--force")[0] == 0 and target.read_text() == CODE
+    assert "is there and differs" in error(capsys, "extract", one, "-o", target) and target.read_text() == "mine\n"
+    assert command(capsys, "extract", one, "-o", target, "--force")[0] == 0 and target.read_text() == CODE
     assert command(capsys, "extract", log)[1] == CODE
     (tmp_path / "b.txt").write_text("s:1 tel:3.2\n")
     assert "holds no source" in error(capsys, "extract", tmp_path / "b.txt")

@@ -31,7 +31,8 @@ def save(folder: Path, s: Settings, model: GPT, balance: dict | None) -> Path:
     """A checkpoint as train_moe.py writes it."""
     master = {name: p.detach() for name, p in model.named_parameters()}
     state = {"optimizer": {"steps": 10, "state": {"master": master}, "balance": balance}}
-    meta = {"settings": dataclasses.asdict(s), "script": "train_moe.py", "data": {"meta": VOCABULARY}}
+    meta = {"settings": dataclasses.asdict(s), "script": "train_moe.py", "train_time_ms": 1.0,
+            "data": {"fingerprint": "", "meta": VOCABULARY}, "position": {"epoch": 0, "shard": 0, "used": 0}}
     return train_moe.write_checkpoint(folder, 10, state, meta, keep=9)
 
 
@@ -99,6 +100,21 @@ def test_a_checkpoint_without_its_bias_is_one_sentence(tmp_path, capsys, balance
     path = save(tmp_path, s := settings(), random_model(s), balance)
     code, out, err = run(capsys, "--checkpoint", path, "--max-tokens", 5)
     assert (code, out, err.count("\n")) == (1, "", 1) and "does not fit this train_moe.py" in err
+
+
+@pytest.mark.parametrize("name", ["num_experts", "top_k", "num_shared", "moe_layers", "router", "expert_hidden"])
+def test_settings_that_state_pt_does_not_fit(tmp_path, capsys, name):
+    """A text or a sentence, nothing is allocated, and the checkpoint before it is taken."""
+    run_folder = save_random(tmp_path, settings(num_shared=1)).parent.parent
+    path = save_random(tmp_path / "later", settings(num_shared=1))
+    path = path.rename(run_folder / "checkpoints" / "step_000011")
+    before = json.loads((path / "meta.json").read_text())
+    for value in (None, -1, 2.5, [], {}, 10**6, 2**31, 10**12, "L" * 10**6, "\x1b[2J"):
+        (path / "meta.json").write_text(json.dumps(before | {"settings": before["settings"] | {name: value}}))
+        code, out, err = run(capsys, "--checkpoint", run_folder, "--max-tokens", 2)
+        assert code == 0 and "\x1b" not in err and len(err) < 1000
+        known = name in before["settings"] and name not in ("router",)
+        assert not known or ("step_000011 cannot be used" in err and "step_000010: cpu" in err), (value, err)
 
 
 def test_a_trained_checkpoint_writes_the_same_text_with_and_without_cache(tmp_path, capsys):

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = {"train_gpt.py": 2450, "train_moe.py": 3100, "train_baseline.py": 1000, "train_grokking.py": 600,
+LINES = {"train_gpt.py": 2850, "train_moe.py": 3500, "train_baseline.py": 1250, "train_grokking.py": 720,
          "README.md": 200}
 BENCH = 5000  # lines of bench/*.py together
-PARTS = {"RECORD": 1200, "KERNELS": 380, "SERVICE": 850}  # lines of the parts of train_gpt.py
+PARTS = {"RECORD": 1200, "KERNELS": 380, "SERVICE": 1225}  # lines of the parts of train_gpt.py
 SCRIPTS = [name for name in LINES if name.endswith(".py")]
 MEDIAN, LONGEST = 10, 80  # lines of a function
 WIDE, WIDE_SHARE = 100, 0.10  # characters of a line, indentation included; share of such lines
