@@ -7,9 +7,8 @@ long before it can solve those it has not seen, and then, suddenly, it can.
     python train_grokking.py --prime 97 --operation x2xyy2 --train-fraction 0.8 --resume
     python train_grokking.py --sweep              # phase diagram: decay x optimizer x seeds
 
-Needs no data set: all p^2 (division: p(p-1)) equations are made at the start and split by the seed. Writes
-log.txt, metrics.json, curve.png, ckpt.pt and ckpt_best.pt to LOG_DIR/EXPERIMENT_NAME/RUN_ID, and ends with the
-steps at which training accuracy reached 99 % and validation accuracy 50, 95 and 99 %.
+Needs no data set: all equations are made at the start and split by the seed. A run's folder, LOG_DIR/EXPERIMENT_NAME/
+RUN_ID, gets log.txt, metrics.json, curve.png, ckpt.pt (the newest) and ckpt_best.pt (of the best accuracy).
 
 Grokking: Power et al. 2022 (arXiv 2201.02177), whose operations and token format these are; Muon instead of AdamW:
 Tveit et al. 2025 (arXiv 2504.16041). Measured here: records/2026-11-20_grokking.
@@ -56,7 +55,6 @@ class UserError(ValueError):
 @dataclass(frozen=True)
 class Config:
     """The settings of a run. Each is a flag with its comment as help; the bracket says what it may be."""
-
     preset: str = "nanugpt"  # settings that other flags override [nanugpt|power|quick]
     experiment_name: str = "train_grokking"  # runs go to LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
@@ -116,8 +114,7 @@ def flag_comments() -> dict[str, str]:
 
 def flag_parser() -> argparse.ArgumentParser:
     """One flag for each setting, with dashes or underscores."""
-    text = __doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(description=text, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, exit_on_error=False)
     for field in fields(Config):
         flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
         options = dict(type=field.type, metavar="X")
@@ -145,14 +142,11 @@ def parse_settings(argv: list[str] | None) -> tuple[Config, list[str]]:
     gpu = s.device != "cpu" and torch.cuda.is_available()
     fast = torch.cuda.get_device_capability() >= (8, 0) if gpu else (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    device = "cuda" if gpu else "cpu"
     dtype = s.dtype if s.dtype != "auto" else "bf16" if fast else "fp32"
     compilable = gpu or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    compile = s.compile and compilable
-    notes = [f"device {device}, products in {dtype}, {'' if compile else 'not '}compiled"]
-    if s.compile and not compilable:
-        notes.append("no C++ compiler: install g++ for faster steps")
-    return replace(s, device=device, dtype=dtype, compile=compile), notes
+    hint = "; no C++ compiler: install g++ for faster steps" if s.compile and not compilable else ""
+    s = replace(s, device="cuda" if gpu else "cpu", dtype=dtype, compile=s.compile and compilable)
+    return s, [f"device {s.device}, products in {s.dtype}, {'' if s.compile else 'not '}compiled{hint}"]
 
 def setting_problems(s: Config, given: dict) -> list[str]:
     """A sentence for each setting that its bracket, another setting or this machine does not allow."""
@@ -170,14 +164,11 @@ def setting_problems(s: Config, given: dict) -> list[str]:
             problems.append(f"--{name} {value!r}: must be a name; or leave it out")
     problems += [f"--allow_change {name}: no run can go on with another one" for name in s.allow_change.split(",")
                  if name in FIXED or name not in ("", *flag_comments())]
-    if s.allow_change and not s.resume:
-        problems.append("--allow_change: has no effect without --resume")
     if problems:
         return problems
     if not is_prime(s.prime):
-        below = next(filter(is_prime, range(s.prime, 1, -1)))
-        above = next(filter(is_prime, range(s.prime, 2 * s.prime)))
-        problems.append(f"--prime {s.prime}: must be a prime number; the nearest: {below} and {above}")
+        near = [n for n in range(s.prime - 34, s.prime + 35) if is_prime(n)]
+        problems.append(f"--prime {s.prime}: must be a prime number, as {near}")
     count = s.prime * (s.prime - (s.operation == "/"))
     if not 0 < int(s.train_fraction * count) < count:
         problems.append(f"--train_fraction {s.train_fraction}: no training or no validation equation of {count}")
@@ -185,8 +176,9 @@ def setting_problems(s: Config, given: dict) -> list[str]:
         problems.append(f"--width {s.width}: must be a multiple of --heads {s.heads}")
     if s.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
-    unread = [name for name in given if name.startswith("muon") and s.optimizer != "muon"]
-    return problems + [f"--{name}: has no effect without --optimizer muon" for name in unread]
+    unread = {name: "--optimizer muon" for name in given if name.startswith("muon") and s.optimizer != "muon"}
+    unread |= {"allow_change": "--resume"} if s.allow_change and not s.resume else {}
+    return problems + [f"--{name}: has no effect without {other}" for name, other in unread.items()]
 
 # --- Data -----------------------------------------------------------------------------------------------------
 # An equation is five tokens, EOS a op b =, and an answer. Tokens: EOS, =, nine operations, 0 to p - 1.
@@ -398,8 +390,8 @@ def milestones(metrics: list[dict]) -> dict[str, int | None]:
     return found | {"gap": found["val_99"] - found["train_99"] if both else None}
 
 # --- Checkpoints and logs -------------------------------------------------------------------------------------
-# RUN/ckpt.pt is the newest state, RUN/ckpt_best.pt that of the best validation accuracy. Which of several is the
-# newest says `saved` in them, which rises with each; a file's time changes when it is copied.
+# RUN/ckpt.pt is the newest state, RUN/ckpt_best.pt that of the best validation accuracy. Which of several is newer
+# says `saved` in them, which rises with each, not a file's time, which copies lose.
 
 def initial_state(s: Config) -> dict:
     """The content of a checkpoint without its settings, at step 0. Times in ms."""
@@ -420,8 +412,8 @@ def all_finite(state: dict) -> bool:
     return all(bool(z.isfinite().all()) for z in tensors(state).values())
 
 def printable(text: str) -> str:
-    """A text whose control characters, which would drive a terminal, are shown instead."""
-    return re.sub(r"[^\n\t -~\xa0-\u2027\u202f-\u2065\u206a-\U0010ffff]", lambda c: ascii(c[0])[1:-1], text)
+    """A text whose control characters, which would drive a terminal, are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 def sync(path: Path):
     """Waits until a file, or the names in a folder, are on the disk."""
@@ -455,20 +447,18 @@ def read_checkpoint(path: Path) -> dict:
             if any(part.compress_type for part in file.infolist()) or file.testzip():
                 raise ValueError("wrong checksum")
         state = {"saved": 0, "changes": []} | torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        json.dumps([*state["settings"].items(), *state["changes"]])
+        json.dumps([*state["settings"].items(), state["changes"] + []])
         steps = [0, *(m["step"] for m in state["metrics"]), state["step"]]
         numbers = [state["train_ms"], state["eval_ms"], *(m[name] for m in state["metrics"] for name in METRICS)]
-        if {*map(type, [*steps, state["saved"]])} != {int} or steps != sorted(steps):
-            raise ValueError("wrong counters")
-        if not (all(map(math.isfinite, numbers)) and all_finite(state)):
-            raise ValueError("not finite")
+        right = {*map(type, [*steps, state["saved"]])} == {int} and steps == sorted(steps)
+        if not (right and all(map(math.isfinite, numbers)) and all_finite(state)):
+            raise ValueError("a number out of range")
         return state
     except Exception as error:  # noqa: BLE001 - what unpickler and zip reader raise has no end
         raise ValueError(f"{path} is damaged ({repr(error).splitlines()[0]:.300})") from error
 
 def load_checkpoint(s: Config, notes: list[str]) -> tuple[Path, dict]:
-    """Path and content of the newest whole checkpoint that --resume names; notes: which are damaged. Raises
-    FileNotFoundError without any, UserError if the newest has other settings."""
+    """Path and content of the newest whole checkpoint. Raises UserError if there is none, or it has other settings."""
     place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
     paths = place.parent.glob("ckpt*.pt") if place.is_file() else [*place.glob("ckpt*.pt"), *place.glob("*/ckpt*.pt")]
     found, damaged = {}, []
@@ -485,17 +475,14 @@ def load_checkpoint(s: Config, notes: list[str]) -> tuple[Path, dict]:
         if shapes[0] == shapes[1]:
             for name, z in tensors(new).items():
                 z.copy_(tensors(state)[name])
-            if changed:
-                state["changes"] = [*state["changes"], {"step": state["step"], "changed": changed}]
+            state["changes"] += [{"step": state["step"], "changed": changed}] * bool(changed)
             notes += [f"{line}: another one is taken" for line in damaged]
             return path, state | {"weights": new["weights"], "moments": new["moments"]}
         damaged.append(f"{path} is damaged (its tensors are not those of such a model)")
-    text = f"no whole checkpoint in {place}: start without --resume, or name a run's folder"
-    raise FileNotFoundError("\n  ".join([text, *damaged]))
+    raise UserError("\n  ".join([f"no whole checkpoint in {place}: leave --resume out, or name a run", *damaged]))
 
 def check_same_run(s: Config, path: Path, then: dict) -> dict[str, list]:
-    """Settings that --allow-change lets differ from a checkpoint's, name -> [then, now]. Raises UserError that names
-    all others that do."""
+    """Allowed changes since a checkpoint, name -> [then, now]. Raises UserError that names the others."""
     gone = {"orthogonalizer": "newton_schulz"}  # older checkpoints have it; there is no other now
     now, then = gone | asdict(s), gone | then
     changed = {name: [then.get(name), now[name]] for name in now if then.get(name) != now[name]}
@@ -520,7 +507,7 @@ def past_target(s: Config, state: dict) -> bool:
 def must_evaluate(s: Config, state: dict) -> bool:
     """Whether an evaluation is due that has not been: a checkpoint may have been written before it."""
     step, metrics = state["step"], state["metrics"]
-    due = step and (step % s.eval_every == 0 or step in (30, 100, s.iterations))  # 30: left end of a logarithmic axis
+    due = step and (step % s.eval_every == 0 or step in (30, 100, s.iterations))  # 30: left end of a log axis
     return bool(due) and not (metrics and metrics[-1]["step"] >= step)
 
 def is_over(s: Config, state: dict) -> bool:
@@ -536,28 +523,23 @@ class RunFolder:
         self.whole = True  # False while a step changes the weights
         path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(path)
-        for folder in path.absolute().parents:
-            with contextlib.suppress(OSError):  # some file systems cannot
-                sync(folder)
 
     def on_error(self, kind, error, trace):
         """Saves the state before an error, unless that came in the middle of a step."""
-        state = self.state
         if isinstance(error, Exception) and not isinstance(error, UserError):
             with contextlib.suppress(MemoryError, RuntimeError):  # the same once more
-                if self.whole and state["step"] > self.kept and all_finite(state):
+                if self.whole and self.state["step"] > self.kept and all_finite(self.state):
                     self.save("ckpt.pt")
             self.report("error")
-            self.say(f"an error after step {state['step']:,}; {self.outlook()}")
+            self.say(f"an error after step {self.state['step']:,}: {self.outlook()}")
         self.lock.close()
 
     def stop(self, number: int, frame):
-        """On a signal: asks to stop. A second Ctrl-C or SIGTERM ends at once; a closed terminal sends SIGHUP twice."""
+        """On a signal: asks the loop to stop. A second one, if it is Ctrl-C, ends the process at once."""
         self.signals.append(number)
-        for other in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(other, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # print is not for signal handlers
-            os.write(2, f"{signal.Signals(number).name}: saves and stops; again: stops at once\n".encode())
+            os.write(2, f"{signal.Signals(number).name}: saving; Ctrl-C: stops at once\n".encode())
 
     def say(self, text: str):
         """Prints a line, and adds it to log.txt. A full disk costs lines; where nobody reads them the run stops."""
@@ -583,12 +565,14 @@ class RunFolder:
             temporary.write_bytes(content)
             sync(temporary)
             os.replace(temporary, self.path / name)
-            sync(self.path)
-            return True
         except OSError as error:
             temporary.unlink(missing_ok=True)
             self.say(f"warning: {self.path / name} cannot be written ({error.strerror}); {self.outlook()}")
             return False
+        for folder in temporary.absolute().parents:
+            with contextlib.suppress(OSError):  # some file systems cannot
+                sync(folder)
+        return True
 
     def save(self, name: str) -> bool:
         """Replaces a checkpoint; see `write`."""
@@ -609,9 +593,8 @@ class RunFolder:
                             "device": torch.cuda.get_device_name() if self.s.device == "cuda" else "cpu"},
             "parameters": sum(w.numel() for w in state["weights"].values()),
             "milestones": milestones(state["metrics"]),
-            "total_steps": state["step"],
             "train_time_s": state["train_ms"] / 1000, "eval_time_s": state["eval_ms"] / 1000,
-            "step_ms": state["train_ms"] / max(1, state["step"]),
+            "total_steps": state["step"], "step_ms": state["train_ms"] / max(1, state["step"]),
             "best_val_acc": max((m["val_acc"] for m in state["metrics"]), default=None),
             "status": status, "changes": state["changes"], "metrics": state["metrics"],
         }
@@ -631,20 +614,6 @@ class RunFolder:
         raise UserError(f"not finite after step {self.state['step']}: stopped, {self.outlook()}; "
                         f"lower {rates}, with --allow-change {rates}")
 
-    def finish(self, saved: bool) -> int:
-        """Says how the run ended; its exit code. Raises UserError where the last checkpoint could not be saved."""
-        s, state, stopped = self.s, self.state, not is_over(self.s, self.state)
-        status = "interrupted" if stopped else "target" if past_target(s, state) else "done"
-        result = self.report(status if saved else "error")
-        if not saved:
-            raise UserError(f"{self.path} cannot be written: the last warning says why; {self.outlook()}")
-        self.say("   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
-        self.say(f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
-                 f"{result['eval_time_s']:.1f} s; {status}: {self.path}")
-        if s.plot and signal.SIGPIPE not in self.signals:
-            bench_grokking("plot", str(self.path), "--out", str(self.path / "curve.png"))
-        return 128 + self.signals[0] if stopped else 0
-
 # --- Training -------------------------------------------------------------------------------------------------
 
 # differs from train_gpt.py: another task
@@ -653,8 +622,7 @@ def train(s: Config, notes: list[str]) -> int:
     """A whole run; its exit code. Raises UserError for what ends it early."""
     path, state = load_checkpoint(s, notes) if s.resume else (None, initial_state(s))
     if path and is_over(s, state):
-        print(printable(f"{path.parent} has ended after step {state['step']:,}: nothing to do, nothing written; more "
-                        "--iterations or --stop-accuracy 0 let it go on"))
+        print(printable(f"{path.parent}: nothing to do after step {state['step']:,}; more --iterations go on"))
         return 0
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
     run = RunFolder(s, path.parent if path else Path(s.log_dir) / s.experiment_name / run_id, state)
@@ -694,8 +662,7 @@ def train(s: Config, notes: list[str]) -> int:
             m["train_loss"], m["train_acc"] = mean_scores(do_score, weights, train_set, s)
             m["val_loss"], m["val_acc"] = mean_scores(do_score, weights, val_set, s)
             m["weight_norm"] = math.sqrt(sum(w.square().sum().item() for w in weights.values()))
-            m["lr"] = s.lr * step_numbers(s, step - 1)[0].item()
-            m["time_s"] = state["train_ms"] / 1000
+            m |= {"lr": s.lr * step_numbers(s, step - 1)[0].item(), "time_s": state["train_ms"] / 1000}
             run.require_finite(*m.values())
             best = all((m["val_acc"], -m["val_loss"]) > (old["val_acc"], -old["val_loss"]) for old in metrics)
             metrics.append(m)
@@ -708,7 +675,18 @@ def train(s: Config, notes: list[str]) -> int:
             run.lap("eval_ms")
         run.require_finite()
         run.lap("train_ms")
-        return run.finish(saved=run.save("ckpt.pt"))
+        stopped = not is_over(s, state)
+        status = "interrupted" if stopped else "target" if past_target(s, state) else "done"
+        saved = run.save("ckpt.pt")
+        result = run.report(status if saved else "error")
+        if not saved:
+            raise UserError(f"{run.path} cannot be written, see the warning; {run.outlook()}")
+        run.say("   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
+        run.say(f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
+                f"{result['eval_time_s']:.1f} s; {status}: {run.path}")
+        if s.plot and signal.SIGPIPE not in run.signals:
+            bench_grokking("plot", str(run.path), "--out", str(run.path / "curve.png"))
+        return 128 + run.signals[0] if stopped else 0
 
 def out_of_memory(error: Exception) -> bool:
     """Of the GPU, or of a CPU, where torch raises a plain RuntimeError."""
@@ -728,11 +706,10 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(s.threads or torch.get_num_threads())
         code = train(s, notes)
     except Exception as error:
-        memory = out_of_memory(error)
+        memory = out_of_memory(error) and "out of memory: lower --batch-size, --layers, --width or --prime"
         if not memory and not isinstance(error, UserError | OSError | argparse.ArgumentError):
             raise
-        hint = "out of memory: use a smaller --batch-size, --layers, --width or --prime"
-        print(printable(f"error: {hint if memory else error}"), file=sys.stderr)
+        print(printable(f"error: {memory or error}"), file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # a closed pipe, a full disk: the interpreter would complain at its end
