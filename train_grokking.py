@@ -449,7 +449,8 @@ def read_checkpoint(path: Path) -> dict:
         state = {"saved": 0, "changes": []} | torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         json.dumps([*state["settings"].items(), state["changes"] + []])
         steps = [0, *(m["step"] for m in state["metrics"]), state["step"]]
-        numbers = [state["train_ms"], state["eval_ms"], *(m[name] for m in state["metrics"] for name in METRICS)]
+        numbers = [m[name] for m in state["metrics"] for name in METRICS]
+        numbers += [*steps, state["saved"], state["train_ms"], state["eval_ms"]]
         right = {*map(type, [*steps, state["saved"]])} == {int} and steps == sorted(steps)
         if not (right and all(map(math.isfinite, numbers)) and all_finite(state)):
             raise ValueError("a number out of range")
@@ -478,12 +479,12 @@ def load_checkpoint(s: Config, notes: list[str]) -> tuple[Path, dict]:
             state["changes"] += [{"step": state["step"], "changed": changed}] * bool(changed)
             notes += [f"{line}: another one is taken" for line in damaged]
             return path, state | {"weights": new["weights"], "moments": new["moments"]}
-        damaged.append(f"{path} is damaged (its tensors are not those of such a model)")
-    raise UserError("\n  ".join([f"no whole checkpoint in {place}: leave --resume out, or name a run", *damaged]))
+        damaged.append(f"{path} is damaged (it is of another model)")
+    raise UserError("\n  ".join([f"no whole checkpoint in {place}: leave --resume out", *damaged]))
 
 def check_same_run(s: Config, path: Path, then: dict) -> dict[str, list]:
     """Allowed changes since a checkpoint, name -> [then, now]. Raises UserError that names the others."""
-    gone = {"orthogonalizer": "newton_schulz"}  # older checkpoints have it; there is no other now
+    gone = {"orthogonalizer": "newton_schulz"}  # in older checkpoints
     now, then = gone | asdict(s), gone | then
     changed = {name: [then.get(name), now[name]] for name in now if then.get(name) != now[name]}
     allowed = s.allow_change.split(",")
@@ -675,8 +676,7 @@ def train(s: Config, notes: list[str]) -> int:
             run.lap("eval_ms")
         run.require_finite()
         run.lap("train_ms")
-        stopped = not is_over(s, state)
-        status = "interrupted" if stopped else "target" if past_target(s, state) else "done"
+        status = "interrupted" if not is_over(s, state) else "target" if past_target(s, state) else "done"
         saved = run.save("ckpt.pt")
         result = run.report(status if saved else "error")
         if not saved:
@@ -686,7 +686,7 @@ def train(s: Config, notes: list[str]) -> int:
                 f"{result['eval_time_s']:.1f} s; {status}: {run.path}")
         if s.plot and signal.SIGPIPE not in run.signals:
             bench_grokking("plot", str(run.path), "--out", str(run.path / "curve.png"))
-        return 128 + run.signals[0] if stopped else 0
+        return 128 + run.signals[0] if status == "interrupted" else 0
 
 def out_of_memory(error: Exception) -> bool:
     """Of the GPU, or of a CPU, where torch raises a plain RuntimeError."""

@@ -74,13 +74,8 @@ def measure(job: Job, children: set) -> dict:
         found = [json.loads(path.read_text(encoding="utf-8")) for path in Path(logs).glob("*/*/metrics.json")]
     if problem and not (found and found[0]["status"] == "nan"):
         raise RuntimeError(problem)
-    (result,) = found
-    run = result["milestones"] | {name: result[name] for name in KEPT}
+    run = found[0]["milestones"] | {name: found[0][name] for name in KEPT}
     return run | {"phase": phase(run)}
-
-def execute(job: Job, children: set) -> dict:
-    """The record of a job."""
-    return common.record(job, TRAINER, lambda: measure(job, children))
 
 def phase(run: dict) -> str:
     """One of the four phases, see above."""
@@ -94,7 +89,6 @@ def outcome(run: dict) -> str:
     """A line about a finished run."""
     def at(step: int | None) -> str:
         return "not reached" if step is None else f"at step {step:,}"
-
     who = f"{NAMES[run['optimizer']]}, rate {run['rate']:g}, decay {run['decay']:g}, seed {run['seed']}"
     if run["problem"]:
         return f"{who}: FAILED: {run['problem']}"
@@ -153,12 +147,6 @@ def draw_cell(axes, x: int, y: int, c: Cell, scale) -> None:
     axes.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, 0.88, facecolor=color, edgecolor=EDGES[c.phase], linewidth=3))
     axes.text(x, y, c.text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
 
-def save_figure(figure, path: Path) -> None:
-    """Replaces an image as a whole."""
-    part = path.with_name(path.name + ".tmp")
-    figure.savefig(part, dpi=130, format=path.suffix[1:] or "png")
-    part.replace(path)
-
 def plot_phases(runs: list[dict], path: Path) -> None:
     """Decay to the right, optimizer and rate downwards, colour: steps to 99 % validation accuracy."""
     found = make_cells(runs)
@@ -176,7 +164,7 @@ def plot_phases(runs: list[dict], path: Path) -> None:
     figure.colorbar(scale, ax=axes, format="{x:,.0f}", label="steps to 99 % validation, median of seeds")
     c = runs[0]["config"]
     axes.set_title(f"{c['operation']} mod {c['prime']}, at most {c['iterations']:,} steps")
-    save_figure(figure, path)
+    figure.savefig(path, dpi=130)
 
 def write_report(jobs: list[Job], out: Path) -> None:
     """phase.png and a printed table from the finished runs of these jobs; there may be others in runs.jsonl."""
@@ -206,12 +194,11 @@ def read_result(file: Path) -> dict:
     """metrics.json of a run. Raises ValueError where it is none."""
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        wrong = "" if is_result(result) else "a value out of range"
+        if not is_result(result):
+            raise ValueError("a value out of range")
+        return result
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        wrong = repr(error)
-    if wrong:
-        raise ValueError(f"{str(file)!r}: is no metrics.json of train_grokking.py ({wrong})")
-    return result
+        raise ValueError(f"{str(file)!r}: is no metrics.json of train_grokking.py ({error!r})") from error
 
 def read_results(places: list[Path]) -> list[dict]:
     """Runs, each given as its metrics.json, its folder, or that of an experiment. Raises FileNotFoundError."""
@@ -224,15 +211,13 @@ def read_results(places: list[Path]) -> list[dict]:
     return [result for result in results if result["metrics"]]
 
 IGNORED = {"seed", "resume", "log_dir", "experiment_name", "preset", "device", "threads", "compile", "save_every",
-           "plot", "full", "iterations", "stop_accuracy", "eval_every", "sweep",
-           "allow_change"}  # what does not change the curve
+           "plot", "full", "iterations", "stop_accuracy", "eval_every", "sweep", "allow_change"}  # not the curve's
 
 def group(results: list[dict]) -> dict[str, list[dict]]:
     """Label -> runs that differ in nothing but the seed. The label names what differs between groups."""
     def matters(name: str, c: dict) -> bool:
         of_muon = name.startswith("muon_") or name == "orthogonalizer"
         return name not in IGNORED and not (of_muon and c["optimizer"] == "adamw")
-
     configs = [{name: value for name, value in result["config"].items() if matters(name, result["config"])}
                for result in results]
     names = dict.fromkeys(name for c in configs for name in c)
@@ -258,7 +243,6 @@ def milestone_table(groups: dict[str, list[dict]]) -> str:
         spread = f" ± {stdev(values):,.0f}" if len(values) > 1 else ""
         some = f" ({len(values)} of {len(runs)})" if len(values) < len(runs) else ""
         return f"{mean(values):,.0f}{spread}{some}"
-
     head = ["runs", "n", "training 99 %", "validation 50 %", "validation 95 %", "validation 99 %", "gap", "ms/step"]
     rows = [[label, len(runs), *(shown(runs, name) for name in MILESTONES),
              f"{mean(run['step_ms'] for run in runs):.1f}"] for label, runs in groups.items()]
@@ -291,7 +275,7 @@ def plot_curves(groups: dict[str, list[dict]], path: Path) -> None:
     axes.set_ylabel("accuracy")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside upper left", fontsize=9)
-    save_figure(figure, path)
+    figure.savefig(path, dpi=130)
 
 # --- Command line
 
@@ -342,6 +326,8 @@ def sweep(args: argparse.Namespace, command: str) -> int:
     if args.list:
         print("\n".join(shlex.join(job.command()[1:]) for job in todo))
         return 0
+    def execute(job: Job, children: set) -> dict:
+        return common.record(job, TRAINER, lambda: measure(job, children))
     common.share_cores(args.jobs)
     return common.finish(lambda: common.run_all(todo, args.jobs, command, file, execute, outcome),
                          lambda: write_report(jobs, args.out))

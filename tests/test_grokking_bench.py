@@ -124,7 +124,7 @@ def test_the_plan_runs_nothing_and_gives_the_trainers_flags(bench, tmp_path):
 @pytest.mark.parametrize("given, words", [
     (["--decays", "0.1,much"], ["--decays much", "numbers of 0 or more"]), (["--rates", "0"], ["--rates 0", "above 0"]),
     (["--optimizers", "sgd"], ["--optimizers sgd", "adamw, muon"]), (["--seeds", "0"], ["--seeds must be at least 1"]),
-    (["--", "--seed", "3"], ["--seed after --", "--seeds"]), (["--", "--prime", "91"], ["--prime 91", "89 and 97"]),
+    (["--", "--seed", "3"], ["--seed after --", "--seeds"]), (["--", "--prime", "91"], ["--prime 91", "89, 97"]),
     (["--", "--weight-decay=1"], ["--weight-decay after --", "--decays"]),
 ])
 def test_options_that_cannot_work(bench, given, words):
@@ -202,20 +202,6 @@ def test_what_is_no_result_is_one_sentence(name, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and "is no metrics.json of" in err and err.count("\n") == 1 and len(err) < 500
     assert "\x1b" not in out + err and not (tmp_path / "x.png").exists()
-
-
-def test_an_image_is_replaced_as_a_whole(tmp_path, monkeypatch, capsys):
-    def fill_disk(figure, path, **options):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
-
-    write_run(tmp_path / "run", [10, 20])
-    image = tmp_path / "curve.png"
-    assert grokking.main(["plot", str(tmp_path), "--out", str(image)]) == 0
-    before = image.read_bytes()
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fill_disk)
-    assert grokking.main(["plot", str(tmp_path), "--out", str(image)]) == 1
-    assert image.read_bytes() == before and "No space left" in capsys.readouterr().err
 
 
 def test_the_script_starts_the_sweep(tmp_path, monkeypatch):

@@ -74,9 +74,8 @@ def test_a_checkpoint_is_synced_before_it_replaces_one_and_its_folders_after(tmp
         assert calls[at - 1] == ("sync", str(folder / f"{name}.tmp")) and calls[at + 1] == ("sync", str(folder))
     last = len(calls) - 1 - calls[::-1].index(("replace", str(folder / "metrics.json")))
     assert calls[last - 1] == ("sync", str(folder / "metrics.json.tmp"))  # the final one
-    first = next(i for i, (what, _) in enumerate(calls) if what == "replace")
-    assert {("sync", str(tmp_path / "logs" / "x")), ("sync", str(tmp_path / "logs")), ("sync", str(tmp_path))} <= {
-        *calls[:first]}
+    at = calls.index(("replace", str(folder / "ckpt.pt")))  # after it all new folders, from the innermost outwards
+    assert calls[at + 1:at + 5] == [("sync", str(place)) for place in (folder, *folder.parents[:3])]
 
 
 # --- the end of a run saves
@@ -91,8 +90,8 @@ def test_signals_stop_a_run_which_says_so_at_once_and_saves(tmp_path, monkeypatc
         if len(done) == 13:
             signal.raise_signal(number)
             assert f"{number.name}: saving" in capfd.readouterr().err
-            kept = signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL
-            assert signal.getsignal(number) == kept and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+            signal.raise_signal(number)  # a closed terminal sends two
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
         return step(*arguments)
 
     monkeypatch.setattr(train_grokking, "train_step", interrupting)
@@ -129,9 +128,8 @@ OUT_OF_MEMORY = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAl
 
 
 @pytest.mark.parametrize("error, words", [
-    (OUT_OF_MEMORY, ["error: out of memory: use --layers 1 or --width 8; after step 16, the checkpoint of step 16 is"]),
-    (MemoryError(), ["out of memory", "checkpoint of step 16 is kept"]),
-    (RuntimeError("CUDA error: unspecified\nlong\nstory"), ["error: CUDA error: unspecified; after step 16"])])
+    (OUT_OF_MEMORY, ["error: out of memory: lower --batch-size"]), (MemoryError(), ["error: out of memory"]),
+    (OSError(5, "Input/output error"), ["error: [Errno 5] Input/output error"]), (RuntimeError("of CUDA"), [])])
 def test_an_error_in_an_evaluation_loses_no_step(tmp_path, monkeypatch, capsys, error, words):
     train(tmp_path / "whole")
 
@@ -144,9 +142,13 @@ def test_an_error_in_an_evaluation_loses_no_step(tmp_path, monkeypatch, capsys, 
     seen, real = [], train_grokking.mean_scores
     with monkeypatch.context() as patch:
         patch.setattr(train_grokking, "mean_scores", failing)
-        assert main(tmp_path / "parts", save_every=100) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and [word for word in words if word not in said] == [], said
+        if words:
+            assert main(tmp_path / "parts", save_every=100) == 1
+        else:  # it may be a fault of the script: with its traceback
+            pytest.raises(RuntimeError, main, tmp_path / "parts", save_every=100)
+    out, err = capsys.readouterr()
+    assert err.count("\n") == bool(words) and [word for word in words if word not in err] == [], err
+    assert "an error after step 16: the checkpoint of step 16 is kept, --resume" in out
     assert saved(tmp_path / "parts")["step"] == 16 and result(tmp_path / "parts")["status"] == "error"
     train(tmp_path / "parts", resume="latest", save_every=100)
     compare(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
@@ -177,7 +179,7 @@ def test_an_error_in_the_middle_of_a_step_keeps_the_checkpoint_before(tmp_path, 
 
     monkeypatch.setattr(train_grokking, "train_step", failing)
     assert main(tmp_path) == 1 and saved(tmp_path)["step"] == 8
-    assert "after step 12, the checkpoint of step 8 is kept, --resume" in capsys.readouterr().err
+    assert "after step 12: the checkpoint of step 8 is kept, --resume" in capsys.readouterr().out
 
 
 def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path, monkeypatch, capsys):
@@ -221,8 +223,8 @@ def test_a_closed_pipe_stops_the_run_which_saves(tmp_path):
     child.stdout.readline()
     child.stdout.close()
     said = child.stderr.read()
-    assert child.wait() == 1 and "nobody reads what is printed: stopped, the checkpoint of step" in said
-    assert "Traceback" not in said and "Exception" not in said and result(tmp_path)["status"] == "interrupted"
+    assert child.wait() == 128 + signal.SIGPIPE and said == "" and result(tmp_path)["status"] == "interrupted"
+    assert saved(tmp_path)["step"] == result(tmp_path)["total_steps"]
 
 
 def test_a_terminal_that_is_gone_stops_the_run_which_saves(tmp_path):
@@ -232,8 +234,8 @@ def test_a_terminal_that_is_gone_stops_the_run_which_saves(tmp_path):
     os.close(side)
     os.read(terminal, 1)
     os.close(terminal)
-    assert "nobody reads what is printed" in child.stderr.read() and child.wait() == 1
-    assert result(tmp_path)["status"] == "interrupted" and saved(tmp_path)["status"] == "interrupted"
+    assert child.stderr.read() == "" and child.wait() == 128 + signal.SIGPIPE
+    assert result(tmp_path)["status"] == "interrupted" and saved(tmp_path)["step"] >= 0
 
 
 def test_a_second_signal_ends_a_run_at_once(tmp_path):
@@ -253,12 +255,6 @@ def test_ctrl_c_while_torch_is_imported_leaves_nothing_behind(tmp_path):
     child.send_signal(signal.SIGINT)
     assert child.communicate()[1] == "" and child.returncode == -signal.SIGINT
     assert {path.name for path in tmp_path.iterdir()} == {"torch.py"}
-
-
-def test_ctrl_c_is_an_interruption_again_after_the_imports(tmp_path):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    pytest.raises(SystemExit, train_grokking.main, ["--help"])
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 # --- which checkpoint
@@ -294,7 +290,7 @@ def test_the_latest_of_several_runs_is_what_their_files_say(tmp_path, capsys):
 
 def test_checkpoints_of_before_go_on(tmp_path):
     def older(state):
-        for name in ("saved", "changes", "status"):
+        for name in ("saved", "changes"):
             del state[name]
         del state["settings"]["allow_change"]
 
@@ -312,16 +308,16 @@ def test_resuming_a_finished_run_changes_nothing_and_says_so(tmp_path, capsys, c
     before = snapshot(run_folder(tmp_path))
     capsys.readouterr()
     assert main(tmp_path, resume="latest", **changes) == 0
-    assert "has ended after step 24: nothing to do, nothing written" in capsys.readouterr().out
+    assert ": nothing to do after step 24" in capsys.readouterr().out
     assert snapshot(run_folder(tmp_path)) == before
 
 
 def test_a_run_that_is_in_use_is_told_with_its_holder(tmp_path, fails):  # noqa: F811
     train(tmp_path, iterations=8)
     folder = run_folder(tmp_path)
-    with train_grokking.take_folder(folder):
+    with train_grokking.lock_folder(folder):
         before = snapshot(folder)
-        fails(argv(tmp_path, resume="latest"), f"is in use by process {os.getpid()} on ")
+        fails(argv(tmp_path, resume="latest"), f"is in use by process {os.getpid()} of ")
         assert snapshot(folder) == before
     train(tmp_path, resume="latest")
 
@@ -329,7 +325,7 @@ def test_a_run_that_is_in_use_is_told_with_its_holder(tmp_path, fails):  # noqa:
 def test_the_lock_ends_with_its_process(tmp_path):
     train(tmp_path, iterations=8)
     code = (f"import pathlib, time, train_grokking\n"
-            f"lock = train_grokking.take_folder(pathlib.Path({str(run_folder(tmp_path))!r}))\n"
+            f"lock = train_grokking.lock_folder(pathlib.Path({str(run_folder(tmp_path))!r}))\n"
             f"print(1, flush=True)\ntime.sleep(60)")
     child = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
     child.stdout.readline()
@@ -361,35 +357,37 @@ def bad_weight(value):
 
 
 DAMAGE = {
-    "a flipped bit": (flip, "wrong checksum of"),
+    "a flipped bit": (flip, "wrong checksum"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-99]), "not a zip file"),
     "empty": (lambda path: path.write_bytes(b""), "not a zip file"),
-    "compressed": (compress, "not as torch.save writes it"),
+    "compressed": (compress, "wrong checksum"),
     "a pickle": (lambda path: path.write_bytes(b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00id\x85R."), "not a zip file"),
-    "a list": (lambda path: torch.save([1], path), "no checkpoint of train_grokking.py"),
+    "a list": (lambda path: torch.save([1], path), "TypeError"),
     "code": (lambda path: torch.save({"settings": Config}, path), "Weights only load failed"),
 }
 CHANGES = {
-    "no weights": (lambda state: state.pop("weights"), "lacks or should not have weights"),
-    "one more": (lambda state: state["weights"].update(x=torch.ones(2)), "weights lacks or should not have x"),
-    "a shape": (bad_weight(torch.ones(2, 2)), "weights head is torch.float32 (2, 2), not torch.float32 (22, 16)"),
-    "a dtype": (bad_weight(torch.ones(22, 16).double()), "weights head is torch.float64"),
-    "a number": (bad_weight(3), "weights head is of type int, not Tensor"),
-    "nan": (bad_weight(torch.full((22, 16), float("nan"))), "weights head is not finite"),
-    "a moment": (lambda state: state["moments"]["exp_avg"].pop("mlp"), "exp_avg lacks or should not have mlp"),
-    "a text as step": (lambda state: state.update(step="8"), "counters or settings of a wrong type"),
-    "a negative step": (lambda state: state.update(step=-1), "not in order"),
-    "a huge step": (lambda state: state.update(step=10**400), "too large"),
-    "a huge counter": (lambda state: state.update(saved=10**400), "too large"),
-    "settings": (lambda state: state.update(settings=[]), "no checkpoint of train_grokking.py"),
-    "a tensor setting": (lambda state: state["settings"].update(lr=torch.ones(2)), "settings of a wrong type"),
-    "metrics": (lambda state: state.update(metrics={}), "metrics is of type dict, not list"),
-    "an evaluation": (lambda state: state["metrics"][0].pop("lr"), "an evaluation lacks or should not have lr"),
-    "a loss": (lambda state: state["metrics"][0].update(val_loss="low"), "val_loss is of type str, not float"),
-    "times": (lambda state: state.update(train_ms=float("inf")), "train_ms is not finite"),
-    "evaluations": (lambda state: state["metrics"].reverse(), "not in order"),
+    "no weights": (lambda state: state.pop("weights"), "KeyError('weights')"),
+    "one more": (lambda state: state["weights"].update(x=torch.ones(2)), "it is of another model"),
+    "a shape": (bad_weight(torch.ones(2, 2)), "it is of another model"),
+    "a dtype": (bad_weight(torch.ones(22, 16).double()), "it is of another model"),
+    "a number": (bad_weight(3), "AttributeError"),
+    "nan": (bad_weight(torch.full((22, 16), float("nan"))), "a number out of range"),
+    "a moment": (lambda state: state["moments"]["exp_avg"].pop("mlp"), "it is of another model"),
+    "a text as step": (lambda state: state.update(step="8"), "a number out of range"),
+    "a negative step": (lambda state: state.update(step=-1), "a number out of range"),
+    "a fraction": (lambda state: state.update(step=24.0), "a number out of range"),
+    "a huge step": (lambda state: state.update(step=10**400), "OverflowError"),
+    "a huge counter": (lambda state: state.update(saved=10**400), "OverflowError"),
+    "settings": (lambda state: state.update(settings=[]), "AttributeError"),
+    "a tensor setting": (lambda state: state["settings"].update(lr=torch.ones(2)), "not JSON serializable"),
+    "metrics": (lambda state: state.update(metrics={"a": 1}), "TypeError"),
+    "an evaluation": (lambda state: state["metrics"][0].pop("lr"), "KeyError('lr')"),
+    "a loss": (lambda state: state["metrics"][0].update(val_loss="low"), "TypeError"),
+    "times": (lambda state: state.update(train_ms=float("inf")), "a number out of range"),
+    "evaluations": (lambda state: state["metrics"].reverse(), "a number out of range"),
     "changes": (lambda state: state.update(changes=[torch.ones(1)]), "not JSON serializable"),
-    "controls": (lambda state: state["weights"].update({"\x1b]0;x\x07": 1}), "\\x1b]0;x\\x07"),
+    "no list": (lambda state: state.update(changes={}), "TypeError"),
+    "controls": (lambda state: state.update(settings={"\x1b]0;x\x07": 1}, saved="\x1b"), "a number out of range"),
 }
 DAMAGE |= {name: (lambda path, change=change: rewrite(path, change), word)
            for name, (change, word) in CHANGES.items()}
@@ -415,7 +413,7 @@ def test_a_damaged_checkpoint_is_told_and_the_other_one_is_taken(name, finished,
     capsys.readouterr()
     assert main(tmp_path, resume=folder / "ckpt.pt", iterations=17) == 0
     out, err = capsys.readouterr()
-    assert f"{folder}/ckpt.pt is damaged (" in out and word in out and "another checkpoint is taken" in out, out
+    assert f"{folder}/ckpt.pt is damaged (" in out and word in out and "another one is taken" in out, out
     assert f"resumed {folder}/ckpt_best.pt after step {step}" in out and "\x1b" not in out + err
     assert saved(tmp_path)["step"] == 17
 
@@ -426,15 +424,15 @@ def test_where_all_are_damaged_one_error_names_them(finished, tmp_path, capsys, 
     (folder / "ckpt.pt").write_bytes((finished / "ckpt.pt").read_bytes())
     (folder / "ckpt_best.pt").write_bytes(b"")
     flip(folder / "ckpt.pt")
-    fails(argv(tmp_path, resume="latest"), "no whole checkpoint in", "ckpt.pt is damaged (wrong checksum of",
+    fails(argv(tmp_path, resume="latest"), "no whole checkpoint in", "ckpt.pt is damaged (", "wrong checksum",
           "ckpt_best.pt is damaged", lines=3)
     assert {path.name for path in folder.iterdir()} == {"ckpt.pt", "ckpt_best.pt"}
 
 
 def test_pipes_are_no_checkpoints(tmp_path, fails):  # noqa: F811
     os.mkfifo(tmp_path / "ckpt.pt")
-    fails(argv(tmp_path, resume=tmp_path), "no checkpoint in")
-    fails(argv(tmp_path, resume=tmp_path / "ckpt.pt"), "no checkpoint in")
+    fails(argv(tmp_path, resume=tmp_path), "no whole checkpoint in")
+    fails(argv(tmp_path, resume=tmp_path / "ckpt.pt"), "no whole checkpoint in")
 
 
 # --- other settings
@@ -465,7 +463,7 @@ def test_a_run_that_diverged_goes_on_with_a_lower_rate(tmp_path, capsys):
     (dict(allow_change="lr"), ["--allow_change", "without --resume"]),
     (dict(allow_change="width,lr", resume="latest"), ["--allow_change width: no run can"]),
     (dict(allow_change="lrr", resume="latest"), ["--allow_change lrr"]),
-    (dict(resume=""), ["--resume ''", "leave the value out"]), (dict(experiment_name=""), ["--experiment_name ''"]),
+    (dict(resume=""), ["--resume ''", "or leave it out"]), (dict(experiment_name=""), ["--experiment_name ''"]),
     (dict(log_dir="a\0b"), ["--log_dir 'a\\x00b'"]),
 ])
 def test_resume_flags_that_cannot_work(tmp_path, fails, changes, words):  # noqa: F811
@@ -476,17 +474,15 @@ def test_resume_flags_that_cannot_work(tmp_path, fails, changes, words):  # noqa
 
 
 @pytest.mark.parametrize("flag, value, words", [
-    ("width", 2**31, ["--width 2147483648", "<= 1000000000"]), ("width", 2**25, ["GB of memory are", "use --width"]),
-    ("width", 10**40, ["--width 1000", "<= 1000000000"]),
-    ("prime", 10**12 + 39, ["--prime 1000000000039", "< 1000000"]), ("prime", 2**607 - 1, ["--prime", "< 1000000"]),
-    ("prime", 999983, ["GB of memory are needed", "use a smaller --prime"]), ("prime", 999999, ["999983"]),
-    ("iterations", 10**30, ["--iterations 1", "<= 1000000000"]), ("iterations", "1e300", ["--iterations 1"]),
-    ("threads", 10**12, ["--threads", "<= 1024"]), ("batch_size", 10**18, ["--batch_size", "<= 1000000000"]),
-    ("layers", 100000, ["--layers 100000", "<= 1000"]), ("eval_every", 2**70, ["--eval_every"]),
-    ("save_every", 10**20, ["--save_every"]), ("warmup_steps", 10**20, ["--warmup_steps"]),
-    ("mlp_ratio", 10**10, ["--mlp_ratio"]), ("heads", 10**12, ["--heads"]), ("seed", 2**64, ["--seed"]),
-    ("train_fraction", "nan", ["--train_fraction nan"]), ("lr", "inf", ["--lr inf", "finite"]),
-    ("lr", "nan", ["--lr nan"]), ("weight_decay", "inf", ["--weight_decay inf"]), ("adam_eps", "1e-400", ["adam_eps"]),
+    ("width", 2**31, ["--width 2147483648", "<= 4096"]), ("width", 10**40, ["--width 1000", "<= 4096"]),
+    ("prime", 10**12 + 39, ["--prime 1000000000039", "< 5000"]), ("prime", 2**607 - 1, ["--prime", "< 5000"]),
+    ("iterations", 10**30, ["--iterations 1", "below 4294967296"]), ("threads", 10**12, ["--threads", "<= 1024"]),
+    ("batch_size", 10**18, ["--batch_size", "<= 65536"]), ("layers", 100000, ["--layers 100000", "<= 1000"]),
+    ("eval_every", 2**70, ["--eval_every"]), ("save_every", 10**20, ["--save_every"]),
+    ("warmup_steps", 10**20, ["--warmup_steps"]), ("mlp_ratio", 10**10, ["--mlp_ratio"]),
+    ("heads", 10**12, ["--heads"]), ("seed", 2**64, ["--seed"]), ("train_fraction", "nan", ["--train_fraction nan"]),
+    ("lr", "inf", ["--lr inf", "below"]), ("lr", "nan", ["--lr nan"]), ("weight_decay", "inf", ["--weight_decay inf"]),
+    ("adam_eps", "1e-400", ["adam_eps"]),
 ])
 def test_numbers_too_large_are_refused_before_anything_is_made(flag, value, words, tmp_path, fails):  # noqa: F811
     began = time.process_time()
@@ -494,25 +490,13 @@ def test_numbers_too_large_are_refused_before_anything_is_made(flag, value, word
     assert not (tmp_path / "logs").exists() and time.process_time() - began < 20  # hours, where it counts or allocates
 
 
-@pytest.mark.parametrize("word", ["1.5", "nan", "inf", "1e400", "9" * 5000, "1e", ""])
+@pytest.mark.parametrize("word", ["1.5", "nan", "inf", "1e5", "9" * 5000, "1e", ""])
 def test_what_is_no_whole_number_is_told(word, fails):  # noqa: F811
     fails(["--iterations", word], "argument --iterations", "invalid")
 
 
-def test_whole_numbers_may_have_an_exponent():
-    words = ["12", "1_000", "1e6", "2.0", "9007199254740993", "-3"]
-    found = [12, 1000, 10**6, 2, 2**53 + 1, -3]
-    assert [train_grokking.whole_number(word) for word in words] == found
-    assert train_grokking.parse_settings(["--iterations", "2e4"])[0].iterations == 20000
-
-
-def test_memory_needed_is_no_more_than_what_is_used():
-    """For the weights, gradients and moments alone it is counted by hand."""
-    s = Config(layers=3, width=64, prime=13, batch_size=1)
-    tensors = sum(z.numel() for z in train_grokking.initial_weights(s).values())
-    assert 0.9 * 16 * tensors < train_grokking.memory_needed(s) < 1.1 * 16 * tensors + 200000
-    assert train_grokking.memory_needed(Config()) < 200e6  # measured: 500 MB with torch itself
-    assert train_grokking.smaller(Config(width=2**20), 1e9).startswith("--width 1024")
+def test_what_no_machine_can_hold_is_out_of_memory(tmp_path, fails):  # noqa: F811
+    fails(argv(tmp_path, layers=1000, width=4096, mlp_ratio=100), "out of memory: lower --batch-size, --layers")
 
 
 def test_want_of_memory_before_the_first_step_is_a_sentence(tmp_path, monkeypatch, fails):  # noqa: F811
@@ -520,7 +504,7 @@ def test_want_of_memory_before_the_first_step_is_a_sentence(tmp_path, monkeypatc
         raise OUT_OF_MEMORY
 
     monkeypatch.setattr(train_grokking, "make_equations", failing)
-    fails(argv(tmp_path), "out of memory: use a smaller --batch-size")
+    fails(argv(tmp_path), "out of memory: lower --batch-size")
 
 
 # --- terminals and folders
@@ -531,7 +515,7 @@ def test_a_console_that_lacks_characters_and_names_with_controls(tmp_path):
     child = subprocess.run(words, env=environment(PYTHONIOENCODING="ascii"), capture_output=True)
     assert child.returncode == 0 and b"\\xe4\\x1b[31m" in child.stdout and b"\x1b" not in child.stdout
     child = subprocess.run([*words, "--resume", "\x1b[2J"], env=environment(LC_ALL="C"), capture_output=True)
-    assert child.returncode == 1 and b"no checkpoint in \\x1b[2J" in child.stderr
+    assert child.returncode == 1 and b"no whole checkpoint in \\x1b[2J" in child.stderr
 
 
 def test_controls_in_a_checkpoint_do_not_reach_the_terminal(tmp_path, capsys):
@@ -541,7 +525,7 @@ def test_controls_in_a_checkpoint_do_not_reach_the_terminal(tmp_path, capsys):
     capsys.readouterr()
     assert main(tmp_path, iterations=16, resume="latest") == 1
     error = capsys.readouterr().err
-    assert "\x1b" not in error and "--operation: \\x1b[2J error: x" in error and error.count("\n") == 2
+    assert "\x1b" not in error and "--operation: '\\x1b[2J\\nerror: x" in error and error.count("\n") == 2
     assert len(error) < 600
 
 
