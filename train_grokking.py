@@ -168,7 +168,7 @@ def setting_problems(s: Config, given: dict) -> list[str]:
         return problems
     if not is_prime(s.prime):
         near = [n for n in range(s.prime - 34, s.prime + 35) if is_prime(n)]
-        problems.append(f"--prime {s.prime}: must be a prime number, as {near}")
+        problems.append(f"--prime {s.prime}: must be a prime, as {near}")
     count = s.prime * (s.prime - (s.operation == "/"))
     if not 0 < int(s.train_fraction * count) < count:
         problems.append(f"--train_fraction {s.train_fraction}: no training or no validation equation of {count}")
@@ -443,7 +443,7 @@ def lock_folder(folder: Path):
 def read_checkpoint(path: Path) -> dict:
     """The content of a checkpoint, checked for all but the shapes. Raises ValueError if it is damaged."""
     try:
-        with zipfile.ZipFile(path) as file:  # torch.load looks at neither
+        with zipfile.ZipFile(path) as file:  # torch.load does not
             if any(part.compress_type for part in file.infolist()) or file.testzip():
                 raise ValueError("wrong checksum")
         state = {"saved": 0, "changes": []} | torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -463,7 +463,7 @@ def load_checkpoint(s: Config, notes: list[str]) -> tuple[Path, dict]:
     place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
     paths = place.parent.glob("ckpt*.pt") if place.is_file() else [*place.glob("ckpt*.pt"), *place.glob("*/ckpt*.pt")]
     found, damaged = {}, []
-    for path in filter(Path.is_file, sorted({place, *paths})):  # no FIFO
+    for path in filter(Path.is_file, sorted({place, *paths})):
         try:
             found[path] = read_checkpoint(path)
         except ValueError as error:
