@@ -372,7 +372,7 @@ def misfit(value, like, name: str) -> str:
         return "" if is_ == not_ and not value.is_meta else f"{name} is {is_}, not {not_}"
     fits = type(value) is type(like) and (type(like) is not int or 0 <= value < 2**63)
     if isinstance(like, float):
-        fits = type(value) in (int, float) and 0 <= value < 1e300
+        fits = type(value) in (int, float) and 0 <= value < 1e15
     kinds = {int: "a whole number", float: "a number", str: "a text", dict: "an object"}
     kind, shown = kinds.get(type(like), type(like).__name__), " ".join(repr(value).split())
     return "" if fits else f"{name} is {shown:.60}, not {kind}"
@@ -380,7 +380,8 @@ def misfit(value, like, name: str) -> str:
 def read_json(path: Path, like: dict) -> dict:
     """The object in a JSON file. Raises ValueError that says how it is not built like another."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "")
+        small = path.is_file() and path.stat().st_size < 2**28
+        value = json.loads(path.read_text(encoding="utf-8") if small else "")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: {error!r:.200}") from error
     if wrong := misfit(value, like, path.name):
@@ -958,7 +959,7 @@ def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) ->
 def read_state(path: Path, meta: dict) -> dict:
     """What the state.pt of a checkpoint holds. Raises ValueError if it is not what was written."""
     file = path / "state.pt"
-    if not file.is_file() or file_hash(file) != meta["sha256"]:
+    if not is_whole(path, meta) or file_hash(file) != meta["sha256"]:
         raise ValueError("state.pt does not match its sha256")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)

@@ -7,17 +7,23 @@ long before it can solve those it has not seen, and then, suddenly, it can.
     python train_grokking.py --prime 97 --operation x2xyy2 --train-fraction 0.8 --resume
     python train_grokking.py --sweep              # phase diagram: decay x optimizer x seeds
 
-Needs no data set: all p^2 (division: p(p-1)) equations are made at the start and split by the seed. Writes
-log.txt, metrics.json, curve.png, ckpt.pt and ckpt_best.pt to LOG_DIR/EXPERIMENT_NAME/RUN_ID, and ends with the
-steps at which training accuracy reached 99 % and validation accuracy 50, 95 and 99 %.
+Needs no data set: all equations are made at the start and split by the seed. A run's folder, LOG_DIR/EXPERIMENT_NAME/
+RUN_ID, gets log.txt, metrics.json, curve.png, ckpt.pt (the newest) and ckpt_best.pt (of the best accuracy).
 
 Grokking: Power et al. 2022 (arXiv 2201.02177), whose operations and token format these are; Muon instead of AdamW:
 Tveit et al. 2025 (arXiv 2504.16041). Measured here: records/2026-11-20_grokking.
 Shapes: N equations, T tokens of one, D width, H heads, K key dim of a head, V vocabulary.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
+
 import argparse
+import contextlib
 import copy
 import difflib
+import errno
 import functools
 import hashlib
 import inspect
@@ -25,11 +31,9 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -46,26 +50,24 @@ from torch import Tensor
 class UserError(ValueError):
     """Wrong input that one sentence explains; `main` prints it without a traceback."""
 
-
 # --- Settings -------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Config:
     """The settings of a run. Each is a flag with its comment as help; the bracket says what it may be."""
-
     preset: str = "nanugpt"  # settings that other flags override [nanugpt|power|quick]
     experiment_name: str = "train_grokking"  # runs go to LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
-    seed: int = 0  # of weights, split and order of the equations [>= 0, < 4294967296]
+    seed: int = 0  # of weights, split and order of the equations [>= 0]
     resume: str = ""  # latest run, a run's folder or a checkpoint file to go on with
-    prime: int = 223  # p: numbers are 0 to p - 1, results modulo p [> 1]
+    allow_change: str = ""  # settings that --resume may change, as lr,weight_decay
+    prime: int = 223  # p: numbers are 0 to p - 1, results modulo p [> 1, < 5000]
     operation: str = "/"  # on a and b [+|-|*|/|x2y2|x2xyy2|x2xyy2x|x3xy|x3xy2y]
     train_fraction: float = 0.5  # part of the equations that is trained on [> 0, < 1]
-    layers: int = 2  # transformer layers [> 0]
-    width: int = 128  # of the residual stream, a multiple of heads [> 0]
+    layers: int = 2  # transformer layers [> 0, <= 1000]
+    width: int = 128  # of the residual stream, a multiple of heads [> 0, <= 4096]
     heads: int = 4  # attention heads [> 0]
-    mlp_ratio: int = 4  # hidden size of the MLP / width [> 0]
+    mlp_ratio: int = 4  # hidden size of the MLP / width [> 0, <= 100]
     optimizer: str = "adamw"  # of the matrices of attention and MLP [adamw|muon]
     lr: float = 0.001  # AdamW's rate; with muon that of all other weights [>= 0]
     beta1: float = 0.9  # decay of AdamW's mean of gradients [>= 0, < 1]
@@ -76,7 +78,7 @@ class Config:
     muon_momentum: float = 0.95  # Nesterov momentum [>= 0, < 1]
     muon_weight_decay: float = 0.1  # its decay / rate; with 1 it learns nothing [>= 0]
     warmup_steps: int = 10  # in which the rates rise to what they stay [>= 0]
-    batch_size: int = 512  # equations of a step; all where there are fewer [> 0]
+    batch_size: int = 512  # equations of a step; all where there are fewer [> 0, <= 65536]
     iterations: int = 15000  # optimizer steps, at most [> 0]
     eval_every: int = 400  # steps between evaluations on all equations [> 0]
     stop_accuracy: float = 0.99  # stop a tenth later than this; 0: never [>= 0, <= 1]
@@ -86,8 +88,7 @@ class Config:
     device: str = "auto"  # where to run [auto|cpu|cuda]
     dtype: str = "auto"  # of products; auto: bf16 where it is fast [auto|bf16|fp32]
     compile: bool = True  # torch.compile of a step and of the evaluation
-    threads: int = 0  # CPU threads; 0: torch's choice [>= 0]
-
+    threads: int = 0  # CPU threads; 0: torch's choice [>= 0, <= 1024]
 
 # differs from train_gpt.py: another task
 PRESETS: dict[str, dict] = {
@@ -98,10 +99,12 @@ PRESETS: dict[str, dict] = {
                   eval_every=50, dtype="fp32", compile=False),
 }
 FREE_ON_RESUME = {"preset", "experiment_name", "log_dir", "resume", "iterations", "stop_accuracy", "save_every",
-                  "plot", "sweep", "device", "dtype", "compile", "threads"}
+                  "plot", "sweep", "device", "dtype", "compile", "threads", "allow_change"}
+# that decide the equations or the shapes of the weights: no --allow-change
+FIXED = {"seed", "prime", "operation", "train_fraction", "layers", "width", "heads", "mlp_ratio", "optimizer"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 COMPARE = {">": gt, ">=": ge, "<": lt, "<=": le}
-
 
 @functools.cache
 def flag_comments() -> dict[str, str]:
@@ -109,11 +112,9 @@ def flag_comments() -> dict[str, str]:
     source = inspect.getsource(Config)
     return dict(re.findall(r"^    (\w+): \w+ = .+?  # (.+)$", source, re.MULTILINE))
 
-
 def flag_parser() -> argparse.ArgumentParser:
     """One flag for each setting, with dashes or underscores."""
-    text = __doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(description=text, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, exit_on_error=False)
     for field in fields(Config):
         flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
         options = dict(type=field.type, metavar="X")
@@ -124,7 +125,6 @@ def flag_parser() -> argparse.ArgumentParser:
         text = f"{flag_comments()[field.name]} (default: {field.default})"
         parser.add_argument(*sorted(flags), default=argparse.SUPPRESS, help=text, **options)
     return parser
-
 
 # differs from train_gpt.py: fewer choices
 def parse_settings(argv: list[str] | None) -> tuple[Config, list[str]]:
@@ -142,15 +142,11 @@ def parse_settings(argv: list[str] | None) -> tuple[Config, list[str]]:
     gpu = s.device != "cpu" and torch.cuda.is_available()
     fast = torch.cuda.get_device_capability() >= (8, 0) if gpu else (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    device = "cuda" if gpu else "cpu"
     dtype = s.dtype if s.dtype != "auto" else "bf16" if fast else "fp32"
     compilable = gpu or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    compile = s.compile and compilable
-    notes = [f"device {device}, products in {dtype}, {'' if compile else 'not '}compiled"]
-    if s.compile and not compilable:
-        notes.append("no C++ compiler: install g++ for faster steps")
-    return replace(s, device=device, dtype=dtype, compile=compile), notes
-
+    hint = "; no C++ compiler: install g++ for faster steps" if s.compile and not compilable else ""
+    s = replace(s, device="cuda" if gpu else "cpu", dtype=dtype, compile=s.compile and compilable)
+    return s, [f"device {s.device}, products in {s.dtype}, {'' if s.compile else 'not '}compiled{hint}"]
 
 def setting_problems(s: Config, given: dict) -> list[str]:
     """A sentence for each setting that its bracket, another setting or this machine does not allow."""
@@ -161,13 +157,18 @@ def setting_problems(s: Config, given: dict) -> list[str]:
         fits = all(COMPARE[sign](value, int(bound)) for sign, bound in bounds)
         if not fits or ("|" in bracket and value not in bracket.split("|")):
             allowed = bracket.replace("|", " or ").replace(", ", " and ")
-            problems.append(f"--{name} {value}: must be {allowed}")
+            problems.append(f"--{name} {str(value)[:40]}: must be {allowed}")
+        elif value == math.inf or type(value) is int and value >= 2**32:
+            problems.append(f"--{name} {str(value)[:40]}: must be below {2**32}")
+        elif name in given and value == "" or "\0" in str(value):
+            problems.append(f"--{name} {value!r}: must be a name; or leave it out")
+    problems += [f"--allow_change {name}: no run can go on with another one" for name in s.allow_change.split(",")
+                 if name in FIXED or name not in ("", *flag_comments())]
     if problems:
         return problems
     if not is_prime(s.prime):
-        below = next(filter(is_prime, range(s.prime, 1, -1)))
-        above = next(filter(is_prime, range(s.prime, 2 * s.prime)))
-        problems.append(f"--prime {s.prime}: must be a prime number; the nearest: {below} and {above}")
+        near = [n for n in range(s.prime - 34, s.prime + 35) if is_prime(n)]
+        problems.append(f"--prime {s.prime}: must be a prime, as {near}")
     count = s.prime * (s.prime - (s.operation == "/"))
     if not 0 < int(s.train_fraction * count) < count:
         problems.append(f"--train_fraction {s.train_fraction}: no training or no validation equation of {count}")
@@ -175,9 +176,9 @@ def setting_problems(s: Config, given: dict) -> list[str]:
         problems.append(f"--width {s.width}: must be a multiple of --heads {s.heads}")
     if s.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: this machine has no usable CUDA device; leave the flag out")
-    unread = [name for name in given if name.startswith("muon") and s.optimizer != "muon"]
-    return problems + [f"--{name}: has no effect without --optimizer muon" for name in unread]
-
+    unread = {name: "--optimizer muon" for name in given if name.startswith("muon") and s.optimizer != "muon"}
+    unread |= {"allow_change": "--resume"} if s.allow_change and not s.resume else {}
+    return problems + [f"--{name}: has no effect without {other}" for name, other in unread.items()]
 
 # --- Data -----------------------------------------------------------------------------------------------------
 # An equation is five tokens, EOS a op b =, and an answer. Tokens: EOS, =, nine operations, 0 to p - 1.
@@ -197,10 +198,8 @@ EOS, EQUALS, FIRST_OPERATION = 0, 1, 2
 FIRST_NUMBER = FIRST_OPERATION + len(OPERATIONS)
 Weights = dict[str, Tensor]
 
-
 def is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, math.isqrt(n) + 1))
-
 
 def make_equations(s: Config) -> tuple[Tensor, Tensor]:
     """All equations as rows a, b, answer, (N, 3): those to train on, which the seed draws, and the others."""
@@ -213,7 +212,6 @@ def make_equations(s: Config) -> tuple[Tensor, Tensor]:
     equations = torch.tensor(rows)
     return equations[trained].to(s.device), equations[~trained].to(s.device)
 
-
 @functools.lru_cache(maxsize=1)
 def epoch_order(s: Config, count: int, epoch: int) -> Tensor:
     """Order of the training equations. Seed and epoch alone decide it: a resumed run needs only the step."""
@@ -221,18 +219,15 @@ def epoch_order(s: Config, count: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(count, generator=generator).to(s.device)
 
-
 def batch_at(s: Config, count: int, step: int) -> tuple[Tensor, Tensor]:
     """Order of a step's epoch, and where its batch starts there. Equations that fill no batch are left out."""
     size = min(s.batch_size, count)
     epoch, batch = divmod(step, count // size)
     return epoch_order(s, count, epoch), torch.tensor(batch * size, device=s.device)
 
-
 # --- Model ----------------------------------------------------------------------------------------------------
 # nanuGPT's: learned positions, post-norm layers with biases, a LayerNorm at the end, an untied head with bias.
 # Weights are a dict of fp32 tensors, those of all layers in one, so that Muon updates equal shapes in one call.
-
 
 def initial_weights(s: Config) -> Weights:
     """torch's own defaults for these modules, as in the reference: embeddings N(0, 1); linear layers and biases
@@ -244,7 +239,6 @@ def initial_weights(s: Config) -> Weights:
 
     def uniform(bound: float, *shape: int) -> Tensor:
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
     return {
         "embedding": torch.randn(vocab_size, width, generator=generator),
         "position": torch.randn(5, width, generator=generator),
@@ -263,11 +257,9 @@ def initial_weights(s: Config) -> Weights:
         "head_bias": uniform(narrow, vocab_size),
     }
 
-
 def dense(x: Tensor, weight: Tensor, bias: Tensor, s: Config) -> Tensor:
     """A product in s.dtype with fp32 weights."""
     return F.linear(*(z.to(DTYPES[s.dtype]) for z in (x, weight, bias)))
-
 
 def embed(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
     """Embedded EOS a op b =, (N, 5, D). Numbers are looked up by a product with one-hot rows: its gradient is the
@@ -279,7 +271,6 @@ def embed(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
     eos_ND, symbol_ND, equals_ND = (table[i].expand_as(a_ND) for i in (EOS, symbol, EQUALS))
     return torch.stack([eos_ND, a_ND, symbol_ND, b_ND, equals_ND], dim=1) + w["position"]
 
-
 def attention_sums(q_NQHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor) -> Tensor:
     """Causal attention of the last Q of T tokens, (N, Q, H, K), in fp32. As sums, which torch.compile fuses: with
     scaled_dot_product_attention a step takes 32 ms instead of 20, for so few tokens."""
@@ -289,7 +280,6 @@ def attention_sums(q_NQHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor) -> Tensor:
     visible_QT = positions[-q.size(1):, None] >= positions[None, :]
     weights_NQTH = scores_NQTH.masked_fill(~visible_QT[None, :, :, None], -math.inf).softmax(dim=2)
     return (weights_NQTH[..., None] * v[:, None]).sum(2)
-
 
 def layer(w: Weights, i: int, x_NTD: Tensor, s: Config, last: bool) -> Tensor:
     """Layer i, (N, T, D), or, of the last one, only the last token's output, (N, 1, D): nothing reads the others,
@@ -308,7 +298,6 @@ def layer(w: Weights, i: int, x_NTD: Tensor, s: Config, last: bool) -> Tensor:
     y = dense(hidden, w["mlp"][i, 1].mT, w["down_bias"][i], s)
     return F.layer_norm(x + y.float(), (s.width,), w["norm"][i, 1], w["norm_bias"][i, 1])
 
-
 def logits(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
     """Logits of the answers, (N, V), in fp32 for every dtype: in bf16 those of 20 would be 0.125 apart."""
     x = embed(w, a_N, b_N, s)
@@ -317,11 +306,9 @@ def logits(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
     x = F.layer_norm(x[:, -1], (s.width,), w["last_norm"], w["last_norm_bias"])
     return F.linear(x, w["head"], w["head_bias"])
 
-
 # --- Optimizer ------------------------------------------------------------------------------------------------
 # torch.optim's AdamW and Muon (tests compare them) as functions, so that forward, backward and update are one
 # compiled graph, and the equal matrices of all layers one product.
-
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """The nearest (semi-)orthogonal matrices, (.., rows, cols), about: their singular values go to about 1."""
@@ -334,7 +321,6 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         square = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, square, x, beta=3.4445)
     return (x.mT if tall else x).reshape(matrices.shape).float()
-
 
 def update_weights(w: Weights, grads: Weights, moments: dict, numbers: Tensor, s: Config):
     """One step of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) and of AdamW (Loshchilov & Hutter
@@ -356,13 +342,11 @@ def update_weights(w: Weights, grads: Weights, moments: dict, numbers: Tensor, s
         update = mean / correction1 / ((square / correction2).sqrt() + s.adam_eps)
         w[name].sub_(s.lr * scale * (update + s.weight_decay * w[name]))
 
-
 def step_numbers(s: Config, step: int) -> Tensor:
     """What changes from step to step: scale of the rates, a warm-up; 1 - beta1^step and 1 - beta2^step."""
     scale = min(1.0, (step + 1) / max(1, s.warmup_steps))
     corrections = [1 - beta ** (step + 1) for beta in (s.beta1, s.beta2)]
     return torch.tensor([scale, *corrections], device=s.device)
-
 
 def train_step(w: Weights, moments: dict, train, order, start, numbers, s: Config) -> Tensor:
     """Batch, forward, backward and update, one graph; returns the mean loss of the batch."""
@@ -371,17 +355,15 @@ def train_step(w: Weights, moments: dict, train, order, start, numbers, s: Confi
 
     def loss(w):
         return F.cross_entropy(logits(w, a, b, s), FIRST_NUMBER + answer)
-
     grads, value = torch.func.grad_and_value(loss)(w)
     update_weights(w, grads, moments, numbers, s)
     return value
-
 
 # --- Evaluation -----------------------------------------------------------------------------------------------
 
 EVAL_ROWS = 2048  # equations of one pass, which fit the caches of a CPU core
 MILESTONES = ("train_99", "val_50", "val_95", "val_99")  # percent of equations
-
+METRICS = ("train_loss", "train_acc", "val_loss", "val_acc", "weight_norm", "lr", "time_s")
 
 def score(w: Weights, rows_N3: Tensor, s: Config) -> Tensor:
     """Losses, and whether the answers are right, (2, N)."""
@@ -390,14 +372,12 @@ def score(w: Weights, rows_N3: Tensor, s: Config) -> Tensor:
     losses_N = F.cross_entropy(z_NV, targets_N, reduction="none")
     return torch.stack([losses_N, (z_NV.argmax(dim=-1) == targets_N).float()])
 
-
 def mean_scores(score, w: Weights, equations: Tensor, s: Config) -> list[float]:
     """Mean loss of some equations, and the share that is answered rightly."""
     size = min(EVAL_ROWS, len(equations))
     whole = F.pad(equations, (0, 0, 0, -len(equations) % size))  # equal shapes: one graph
     scores = torch.cat([score(w, rows, s) for rows in whole.split(size)], dim=1)
     return scores[:, :len(equations)].double().mean(dim=1).tolist()
-
 
 def milestones(metrics: list[dict]) -> dict[str, int | None]:
     """First evaluated step at which each accuracy was reached, None: never; gap: train_99 to val_99."""
@@ -409,192 +389,332 @@ def milestones(metrics: list[dict]) -> dict[str, int | None]:
     both = None not in (found["train_99"], found["val_99"])
     return found | {"gap": found["val_99"] - found["train_99"] if both else None}
 
-
 # --- Checkpoints and logs -------------------------------------------------------------------------------------
-# RUN/ckpt.pt is the newest state, RUN/ckpt_best.pt that of the best validation accuracy.
-
+# RUN/ckpt.pt is the newest state, RUN/ckpt_best.pt that of the best validation accuracy. Which of several is newer
+# says `saved` in them, which rises with each, not a file's time, which copies lose.
 
 def initial_state(s: Config) -> dict:
-    """The content of a checkpoint, at step 0. Times in ms."""
+    """The content of a checkpoint without its settings, at step 0. Times in ms."""
     w = {name: z.to(s.device) for name, z in initial_weights(s).items()}
     hidden = ("attention", "mlp") if s.optimizer == "muon" else ()
     rest = [name for name in w if name not in hidden]
     names = {"momentum": hidden, "exp_avg": rest, "exp_avg_sq": rest}
     moments = {key: {name: torch.zeros_like(w[name]) for name in names[key]} for key in names}
-    return dict(step=0, weights=w, moments=moments, metrics=[], train_ms=0.0, eval_ms=0.0)
+    return dict(step=0, weights=w, moments=moments, metrics=[], train_ms=0.0, eval_ms=0.0, saved=0, changes=[])
 
+def tensors(state: dict) -> dict[str, Tensor]:
+    """Weights and moments by name."""
+    parts = state["moments"] | {"weights": state["weights"]}
+    return {f"{part} {name}": z for part, some in parts.items() for name, z in some.items()}
 
-def load_checkpoint(s: Config) -> tuple[Path, dict]:
-    """Path and content of the newest checkpoint that --resume names. Raises FileNotFoundError without any, and
-    UserError if it is damaged or has other settings."""
-    place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
-    found = [place] if place.is_file() else [*place.glob("ckpt*.pt"), *place.glob("*/ckpt*.pt")]
-    if not found:
-        raise FileNotFoundError(f"no checkpoint in {place}: start without --resume, or name a run's folder")
-    path = max(found, key=lambda path: path.stat().st_mtime_ns)
+def all_finite(state: dict) -> bool:
+    """Whether weights and moments are numbers; waits for the device."""
+    return all(bool(z.isfinite().all()) for z in tensors(state).values())
+
+def printable(text: str) -> str:
+    """A text whose control characters, which would drive a terminal, are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+def sync(path: Path):
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        if part := zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
-            raise EOFError(f"wrong checksum of {part}")
-        state = torch.load(path, map_location=s.device, weights_only=True)
-        check_same_run(s, path, state["settings"])
-    except (EOFError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): resume the run's other checkpoint") from error
-    return path, state
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
+def lock_folder(folder: Path):
+    """An open file that keeps other processes from this run; the system frees it when this one ends.
+    Raises UserError that says who has it."""
+    import fcntl  # not on Windows
+    file = open(folder / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
+    except OSError:
+        print(f"note: {folder} cannot be locked here: start no second --resume of it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {platform.node()}, started {time.ctime()}")
+    file.flush()
+    return file
 
-def check_same_run(s: Config, path: Path, then: dict):
-    """Raises UserError that names the settings in which a checkpoint differs from this run."""
-    gone = {"orthogonalizer": "newton_schulz"}  # older checkpoints have it; there is no other now
+def read_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint, checked for all but the shapes. Raises ValueError if it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not
+            if any(part.compress_type for part in file.infolist()) or file.testzip():
+                raise ValueError("wrong checksum")
+        state = {"saved": 0, "changes": []} | torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        json.dumps([*state["settings"].items(), state["changes"] + []])
+        steps = [0, *(m["step"] for m in state["metrics"]), state["step"]]
+        numbers = [m[name] for m in state["metrics"] for name in METRICS]
+        numbers += [*steps, state["saved"], state["train_ms"], state["eval_ms"]]
+        right = {*map(type, [*steps, state["saved"]])} == {int} and steps == sorted(steps)
+        if not (right and all(map(math.isfinite, numbers)) and all_finite(state)):
+            raise ValueError("a number out of range")
+        return state
+    except Exception as error:  # noqa: BLE001 - what unpickler and zip reader raise has no end
+        raise ValueError(f"{path} is damaged ({repr(error).splitlines()[0]:.300})") from error
+
+def load_checkpoint(s: Config, notes: list[str]) -> tuple[Path, dict]:
+    """Path and content of the newest whole checkpoint. Raises UserError if there is none, or it has other settings."""
+    place = Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
+    paths = place.parent.glob("ckpt*.pt") if place.is_file() else [*place.glob("ckpt*.pt"), *place.glob("*/ckpt*.pt")]
+    found, damaged = {}, []
+    for path in filter(Path.is_file, sorted({place, *paths})):
+        try:
+            found[path] = read_checkpoint(path)
+        except ValueError as error:
+            damaged.append(str(error))
+    ages = {path: (path == place, c["saved"], path.parent.name, c["step"]) for path, c in found.items()}
+    for path in sorted(found, key=ages.get, reverse=True):
+        state, new = found[path], initial_state(s)
+        changed = check_same_run(s, path, state["settings"])
+        shapes = [{name: (z.shape, z.dtype) for name, z in tensors(each).items()} for each in (state, new)]
+        if shapes[0] == shapes[1]:
+            for name, z in tensors(new).items():
+                z.copy_(tensors(state)[name])
+            state["changes"] += [{"step": state["step"], "changed": changed}] * bool(changed)
+            notes += [f"{line}: another one is taken" for line in damaged]
+            return path, state | {"weights": new["weights"], "moments": new["moments"]}
+        damaged.append(f"{path} is damaged (it is of another model)")
+    raise UserError("\n  ".join([f"no whole checkpoint in {place}: leave --resume out", *damaged]))
+
+def check_same_run(s: Config, path: Path, then: dict) -> dict[str, list]:
+    """Allowed changes since a checkpoint, name -> [then, now]. Raises UserError that names the others."""
+    gone = {"orthogonalizer": "newton_schulz"}  # in older checkpoints
     now, then = gone | asdict(s), gone | then
-    lines = [f"--{name}: {then.get(name)} in the checkpoint, {now[name]} now" for name in now
-             if name not in FREE_ON_RESUME and then.get(name) != now[name]]
-    if lines:
-        lines.insert(0, f"{path} has other settings; use them, or start without --resume:")
-        raise UserError("\n  ".join(lines))
-
-
-def say(folder: Path, text: str):
-    """Prints a line, and adds it to log.txt."""
-    print(text, flush=True)
-    with open(folder / "log.txt", "a", encoding="utf-8") as file:
-        file.write(text + "\n")
-
-
-def write_file(path: Path, content: bytes | dict):
-    """Replaces a file by a complete one. Raises OSError, and keeps the old one, on a full disk."""
-    if isinstance(content, dict):
-        torch.save(content, buffer := io.BytesIO())
-        content = buffer.getvalue()
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def write_metrics(folder: Path, s: Config, state: dict, status: str) -> dict:
-    """Writes metrics.json and returns its content."""
-    git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty"
-    result = {
-        "config": state["settings"],
-        "environment": {"torch": torch.__version__, "git": subprocess.getoutput(git),
-                        "platform": platform.platform(), "threads": torch.get_num_threads(),
-                        "device": torch.cuda.get_device_name() if s.device == "cuda" else "cpu"},
-        "parameters": sum(w.numel() for w in state["weights"].values()),
-        "milestones": milestones(state["metrics"]),
-        "total_steps": state["step"],
-        "train_time_s": state["train_ms"] / 1000,
-        "eval_time_s": state["eval_ms"] / 1000,
-        "step_ms": state["train_ms"] / max(1, state["step"]),
-        "best_val_acc": max((m["val_acc"] for m in state["metrics"]), default=None),
-        "status": status,
-        "metrics": state["metrics"],
-    }
-    write_file(folder / "metrics.json", json.dumps(result, indent=1).encode())
-    return result
-
-
-# --- Training -------------------------------------------------------------------------------------------------
-
+    changed = {name: [then.get(name), now[name]] for name in now if then.get(name) != now[name]}
+    allowed = s.allow_change.split(",")
+    if refused := [name for name in changed if name not in (*FREE_ON_RESUME, *allowed)]:
+        hint = "" if {*refused} & {*FIXED, *gone} else f"--allow-change {','.join(refused)}, "
+        text = f"{path} has other settings; {hint}use them, or start without --resume:"
+        lines = [f"--{name}: {changed[name][0]!r:.80} in the checkpoint, {now[name]!r} now" for name in refused]
+        raise UserError("\n  ".join([text, *lines]))
+    return {name: pair for name, pair in changed.items() if name in allowed}
 
 def bench_grokking(*arguments: str) -> int:
     """Runs bench/grokking.py, which draws and sweeps; its exit code."""
     tool = Path(__file__).resolve().parent / "bench" / "grokking.py"
     return subprocess.call([sys.executable, str(tool), *arguments])
 
-
 def past_target(s: Config, state: dict) -> bool:
     """True a tenth more steps after the accuracy to stop at, so that the curve shows it."""
     good = [m["step"] for m in state["metrics"] if m["val_acc"] >= s.stop_accuracy > 0]
     return state["step"] >= 1.1 * min(good, default=math.inf)
 
+def must_evaluate(s: Config, state: dict) -> bool:
+    """Whether an evaluation is due that has not been: a checkpoint may have been written before it."""
+    step, metrics = state["step"], state["metrics"]
+    due = step and (step % s.eval_every == 0 or step in (30, 100, s.iterations))  # 30: left end of a log axis
+    return bool(due) and not (metrics and metrics[-1]["step"] >= step)
+
+def is_over(s: Config, state: dict) -> bool:
+    return not must_evaluate(s, state) and (state["step"] >= s.iterations or past_target(s, state))
+
+class RunFolder:
+    """The folder of a run, locked: log, metrics.json and checkpoints; and the signals that end it."""
+    def __init__(self, s: Config, path: Path, state: dict):
+        state["settings"] = asdict(s)
+        self.s, self.path, self.state = s, path, state
+        self.kept = state["step"]  # of the newest checkpoint; 0: there is none
+        self.signals: list[int] = []
+        self.whole = True  # False while a step changes the weights
+        path.mkdir(parents=True, exist_ok=True)
+        self.lock = lock_folder(path)
+
+    def on_error(self, kind, error, trace):
+        """Saves the state before an error, unless that came in the middle of a step."""
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            with contextlib.suppress(MemoryError, RuntimeError):  # the same once more
+                if self.whole and self.state["step"] > self.kept and all_finite(self.state):
+                    self.save("ckpt.pt")
+            self.report("error")
+            self.say(f"an error after step {self.state['step']:,}: {self.outlook()}")
+        self.lock.close()
+
+    def stop(self, number: int, frame):
+        """On a signal: asks the loop to stop. A second one, if it is Ctrl-C, ends the process at once."""
+        self.signals.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # print is not for signal handlers
+            os.write(2, f"{signal.Signals(number).name}: saving; Ctrl-C: stops at once\n".encode())
+
+    def say(self, text: str):
+        """Prints a line, and adds it to log.txt. A full disk costs lines; where nobody reads them the run stops."""
+        text = printable(text)
+        with contextlib.suppress(OSError), open(self.path / "log.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # `| head`, a terminal that is gone
+                self.signals.append(signal.SIGPIPE)
+
+    def lap(self, name: str):
+        """Adds the time since the last call to train_ms or eval_ms."""
+        now = time.perf_counter()
+        self.state[name] += 1000 * (now - self.began)
+        self.began = now
+
+    def write(self, name: str, content: bytes | memoryview) -> bool:
+        """Replaces a file at once, on the disk; False, and a warning, where that fails: the old one stays."""
+        temporary = self.path / f"{name}.tmp"
+        try:
+            temporary.write_bytes(content)
+            sync(temporary)
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            self.say(f"warning: {self.path / name} cannot be written ({error.strerror}); {self.outlook()}")
+            return False
+        for folder in temporary.absolute().parents:
+            with contextlib.suppress(OSError):  # some file systems cannot
+                sync(folder)
+        return True
+
+    def save(self, name: str) -> bool:
+        """Replaces a checkpoint; see `write`."""
+        self.state["saved"] = max(time.time_ns(), self.state["saved"] + 1)
+        torch.save(self.state, buffer := io.BytesIO())
+        saved = self.write(name, buffer.getbuffer())
+        self.kept = self.state["step"] if saved else self.kept
+        return saved
+
+    def report(self, status: str) -> dict:
+        """Writes metrics.json and returns its content."""
+        state = self.state
+        git = f"git -C '{Path(__file__).resolve().parent}' describe --always --dirty"
+        result = {
+            "config": state["settings"],
+            "environment": {"torch": torch.__version__, "git": subprocess.getoutput(git),
+                            "platform": platform.platform(), "threads": torch.get_num_threads(),
+                            "device": torch.cuda.get_device_name() if self.s.device == "cuda" else "cpu"},
+            "parameters": sum(w.numel() for w in state["weights"].values()),
+            "milestones": milestones(state["metrics"]),
+            "train_time_s": state["train_ms"] / 1000, "eval_time_s": state["eval_ms"] / 1000,
+            "total_steps": state["step"], "step_ms": state["train_ms"] / max(1, state["step"]),
+            "best_val_acc": max((m["val_acc"] for m in state["metrics"]), default=None),
+            "status": status, "changes": state["changes"], "metrics": state["metrics"],
+        }
+        self.write("metrics.json", json.dumps(result, indent=1).encode())
+        return result
+
+    def outlook(self) -> str:
+        kept = f"the checkpoint of step {self.kept:,} is kept, --resume {self.path} goes on"
+        return kept if self.kept else "there is no checkpoint yet"
+
+    def require_finite(self, *numbers: float):
+        """Raises UserError if weights, moments or these numbers are not finite: they replace no checkpoint."""
+        if all(map(math.isfinite, numbers)) and all_finite(self.state):
+            return
+        self.report("nan")
+        rates = "lr,muon_lr" if self.s.optimizer == "muon" else "lr"
+        raise UserError(f"not finite after step {self.state['step']}: stopped, {self.outlook()}; "
+                        f"lower {rates}, with --allow-change {rates}")
+
+# --- Training -------------------------------------------------------------------------------------------------
 
 # differs from train_gpt.py: another task
 @torch.no_grad()  # torch.func takes the gradients; everywhere, as torch.compile makes a graph for each mode
 def train(s: Config, notes: list[str]) -> int:
-    """A whole run; its exit code. Raises UserError where the loss is not finite, OSError on a full disk."""
-    path, state = load_checkpoint(s) if s.resume else (None, initial_state(s))
+    """A whole run; its exit code. Raises UserError for what ends it early."""
+    path, state = load_checkpoint(s, notes) if s.resume else (None, initial_state(s))
+    if path and is_over(s, state):
+        print(printable(f"{path.parent}: nothing to do after step {state['step']:,}; more --iterations go on"))
+        return 0
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
-    folder = path.parent if path else Path(s.log_dir) / s.experiment_name / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    state["settings"] = asdict(s)
-    weights, moments, metrics = state["weights"], state["moments"], state["metrics"]
-    train_set, val_set = make_equations(s)
-    notes.append(f"{s.operation} mod {s.prime}: {len(train_set):,} equations for training, {len(val_set):,} for "
-                 f"validation; {s.layers} layer(s), width {s.width}, {s.optimizer}, seed {s.seed}")
-    notes.append(f"resumed {path} after step {state['step']:,}" if path else f"run folder: {folder}")
-    say(folder, "\n".join(notes))
-
-    do_step, do_score = train_step, score
-    if s.compile:  # and run on copies, outside the clock
-        do_step, do_score = (torch.compile(f, dynamic=False, fullgraph=True) for f in (train_step, score))
-        copies = copy.deepcopy((weights, moments))
-        do_step(*copies, train_set, *batch_at(s, len(train_set), 0), step_numbers(s, 0), s)
-        for equations in (train_set, val_set):
-            mean_scores(do_score, weights, equations, s)
-
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: signals.append(number))
-    began = time.perf_counter()
-    while state["step"] < s.iterations and not past_target(s, state) and not signals:
-        order, start = batch_at(s, len(train_set), state["step"])
-        numbers = step_numbers(s, state["step"])
-        loss = do_step(weights, moments, train_set, order, start, numbers, s)
-        step = state["step"] = state["step"] + 1
-        if step % s.eval_every and step not in (30, 100, s.iterations):  # the left end of a logarithmic axis
-            continue
-        loss.item()  # waits for the device
-        state["train_ms"] += 1000 * (time.perf_counter() - began)
-        began = time.perf_counter()
-        m = {"step": step}
-        m["train_loss"], m["train_acc"] = mean_scores(do_score, weights, train_set, s)
-        m["val_loss"], m["val_acc"] = mean_scores(do_score, weights, val_set, s)
-        m["weight_norm"] = math.sqrt(sum(w.square().sum().item() for w in weights.values()))
-        m["lr"] = s.lr * numbers[0].item()
-        m["time_s"] = state["train_ms"] / 1000
-        if not all(map(math.isfinite, m.values())):
-            write_metrics(folder, s, state, "nan")
-            raise UserError(f"not finite after step {step}: stopped, {folder} keeps what was before; lower --lr")
-        best = all((m["val_acc"], -m["val_loss"]) > (old["val_acc"], -old["val_loss"]) for old in metrics)
-        metrics.append(m)
-        say(folder, f"step {step:,}/{s.iterations:,}  train {100 * m['train_acc']:.2f} % (loss {m['train_loss']:.3g})"
-                    f"  val {100 * m['val_acc']:.2f} % (loss {m['val_loss']:.3g})  |w| {m['weight_norm']:.1f}  "
+    run = RunFolder(s, path.parent if path else Path(s.log_dir) / s.experiment_name / run_id, state)
+    with contextlib.ExitStack() as undo:
+        undo.push(run.on_error)
+        weights, moments, metrics = state["weights"], state["moments"], state["metrics"]
+        train_set, val_set = make_equations(s)
+        notes.append(f"{s.operation} mod {s.prime}: {len(train_set):,} equations for training, {len(val_set):,} for "
+                     f"validation; {s.layers} layer(s), width {s.width}, {s.optimizer}, seed {s.seed}")
+        notes.append(f"resumed {path} after step {state['step']:,}" if path else f"run folder: {run.path}")
+        run.say("\n".join(notes))
+        do_step, do_score = train_step, score
+        if s.compile:  # and run on copies, outside the clock
+            do_step, do_score = (torch.compile(f, dynamic=False, fullgraph=True) for f in (train_step, score))
+            copies = copy.deepcopy((weights, moments))
+            do_step(*copies, train_set, *batch_at(s, len(train_set), 0), step_numbers(s, 0), s)
+            for equations in (train_set, val_set):
+                mean_scores(do_score, weights, equations, s)
+        for number in STOPS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, run.stop)
+        run.began = time.perf_counter()
+        while not (run.signals or is_over(s, state)):
+            step = state["step"]
+            if not must_evaluate(s, state):
+                order, start = batch_at(s, len(train_set), step)
+                run.whole = False
+                do_step(weights, moments, train_set, order, start, step_numbers(s, step), s)
+                state["step"] += 1
+                run.whole = True
+                continue
+            run.require_finite()  # waits for the device
+            run.lap("train_ms")
+            if step % (s.eval_every * s.save_every) == 0 or step == s.iterations:
+                run.save("ckpt.pt")  # before the evaluation, which may fail
+            m = {"step": step}
+            m["train_loss"], m["train_acc"] = mean_scores(do_score, weights, train_set, s)
+            m["val_loss"], m["val_acc"] = mean_scores(do_score, weights, val_set, s)
+            m["weight_norm"] = math.sqrt(sum(w.square().sum().item() for w in weights.values()))
+            m |= {"lr": s.lr * step_numbers(s, step - 1)[0].item(), "time_s": state["train_ms"] / 1000}
+            run.require_finite(*m.values())
+            best = all((m["val_acc"], -m["val_loss"]) > (old["val_acc"], -old["val_loss"]) for old in metrics)
+            metrics.append(m)
+            run.say(f"step {step:,}/{s.iterations:,}  train {100 * m['train_acc']:.2f} % (loss {m['train_loss']:.3g})  "
+                    f"val {100 * m['val_acc']:.2f} % (loss {m['val_loss']:.3g})  |w| {m['weight_norm']:.1f}  "
                     f"{state['train_ms'] / step:.1f} ms/step")
-        write_metrics(folder, s, state, "running")
-        if best:
-            write_file(folder / "ckpt_best.pt", state)
-        if step % (s.eval_every * s.save_every) == 0:
-            write_file(folder / "ckpt.pt", state)
-        state["eval_ms"] += 1000 * (time.perf_counter() - began)
-        began = time.perf_counter()
+            run.report("running")
+            if best:
+                run.save("ckpt_best.pt")
+            run.lap("eval_ms")
+        run.require_finite()
+        run.lap("train_ms")
+        status = "interrupted" if not is_over(s, state) else "target" if past_target(s, state) else "done"
+        saved = run.save("ckpt.pt")
+        result = run.report(status if saved else "error")
+        if not saved:
+            raise UserError(f"{run.path} cannot be written, see the warning; {run.outlook()}")
+        run.say("   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
+        run.say(f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
+                f"{result['eval_time_s']:.1f} s; {status}: {run.path}")
+        if s.plot and signal.SIGPIPE not in run.signals:
+            bench_grokking("plot", str(run.path), "--out", str(run.path / "curve.png"))
+        return 128 + run.signals[0] if status == "interrupted" else 0
 
-    state["train_ms"] += 1000 * (time.perf_counter() - began)
-    write_file(folder / "ckpt.pt", state)
-    status = "interrupted" if signals else "target" if past_target(s, state) else "done"
-    result = write_metrics(folder, s, state, status)
-    say(folder, "   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
-    say(folder, f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
-                f"{result['eval_time_s']:.1f} s; {status}: {folder}")
-    if s.plot:
-        bench_grokking("plot", str(folder), "--out", str(folder / "curve.png"))
-    return 128 + signals[0] if signals else 0
-
+def out_of_memory(error: Exception) -> bool:
+    """Of the GPU, or of a CPU, where torch raises a plain RuntimeError."""
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 # differs from train_gpt.py: one process
 def main(argv: list[str] | None = None) -> int:
-    """Command line -> exit code. One sentence instead of a traceback for what the user can repair."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Command line -> exit code. One sentence instead of a traceback for what a user can repair."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
+    code, argv = 1, sys.argv[1:] if argv is None else argv
     try:
         s, notes = parse_settings(argv)
         if s.sweep:
             return bench_grokking("sweep", "--", *(flag for flag in argv if flag != "--sweep"))
         torch.set_num_threads(s.threads or torch.get_num_threads())
-        return train(s, notes)
-    except (UserError, argparse.ArgumentError, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-
+        code = train(s, notes)
+    except Exception as error:
+        memory = out_of_memory(error) and "out of memory: lower --batch-size, --layers, --width or --prime"
+        if not memory and not isinstance(error, UserError | OSError | argparse.ArgumentError):
+            raise
+        print(printable(f"error: {memory or error}"), file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe, a full disk: the interpreter would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -74,13 +74,8 @@ def measure(job: Job, children: set) -> dict:
         found = [json.loads(path.read_text(encoding="utf-8")) for path in Path(logs).glob("*/*/metrics.json")]
     if problem and not (found and found[0]["status"] == "nan"):
         raise RuntimeError(problem)
-    (result,) = found
-    run = result["milestones"] | {name: result[name] for name in KEPT}
+    run = found[0]["milestones"] | {name: found[0][name] for name in KEPT}
     return run | {"phase": phase(run)}
-
-def execute(job: Job, children: set) -> dict:
-    """The record of a job."""
-    return common.record(job, TRAINER, lambda: measure(job, children))
 
 def phase(run: dict) -> str:
     """One of the four phases, see above."""
@@ -94,7 +89,6 @@ def outcome(run: dict) -> str:
     """A line about a finished run."""
     def at(step: int | None) -> str:
         return "not reached" if step is None else f"at step {step:,}"
-
     who = f"{NAMES[run['optimizer']]}, rate {run['rate']:g}, decay {run['decay']:g}, seed {run['seed']}"
     if run["problem"]:
         return f"{who}: FAILED: {run['problem']}"
@@ -186,34 +180,44 @@ def write_report(jobs: list[Job], out: Path) -> None:
 
 # --- Curves of several runs
 
+def is_result(result: dict) -> bool:
+    """Whether a run's numbers are in range, and nothing in its settings drives a terminal."""
+    steps = [m["step"] for m in result["metrics"]]
+    shares = [m[name] for m in result["metrics"] for name in ("train_acc", "val_acc")]
+    others = [result["step_ms"], *(result["milestones"][name] or 0 for name in MILESTONES)]
+    words = [str(x) for pair in result["config"].items() if pair[0] not in IGNORED for x in pair]
+    return (steps == sorted({*steps}) and all(0 < step < 1e12 for step in steps)
+            and all(0 <= x <= 1 for x in shares) and all(abs(x) < 1e12 for x in others)
+            and result["config"]["optimizer"] in NAMES and all(map(str.isprintable, words)))
+
 def read_result(file: Path) -> dict:
     """metrics.json of a run. Raises ValueError where it is none."""
-    names = ("config", "metrics", "milestones", "parameters", "step_ms", "status")
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        return {name: result[name] for name in names}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: is no metrics.json of train_grokking.py ({error!r})") from error
+        if not is_result(result):
+            raise ValueError("a value out of range")
+        return result
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r}: is no metrics.json of train_grokking.py ({error!r})") from error
 
 def read_results(places: list[Path]) -> list[dict]:
     """Runs, each given as its metrics.json, its folder, or that of an experiment. Raises FileNotFoundError."""
     results = []
     for place in places:
-        files = [place] if place.is_file() else sorted([*place.glob("metrics.json"), *place.glob("*/metrics.json")])
-        if not files:
-            raise FileNotFoundError(f"no metrics.json in {place}: name runs of train_grokking.py, or an experiment")
-        results += map(read_result, files)
+        files = [place, *place.glob("metrics.json"), *place.glob("*/metrics.json")]
+        if not any(map(Path.is_file, files)):
+            raise FileNotFoundError(f"no metrics.json in {str(place)!r}: name runs of train_grokking.py")
+        results += map(read_result, filter(Path.is_file, sorted(files)))
     return [result for result in results if result["metrics"]]
 
 IGNORED = {"seed", "resume", "log_dir", "experiment_name", "preset", "device", "threads", "compile", "save_every",
-           "plot", "full", "iterations", "stop_accuracy", "eval_every", "sweep"}  # what does not change the curve
+           "plot", "full", "iterations", "stop_accuracy", "eval_every", "sweep", "allow_change"}  # not the curve's
 
 def group(results: list[dict]) -> dict[str, list[dict]]:
     """Label -> runs that differ in nothing but the seed. The label names what differs between groups."""
     def matters(name: str, c: dict) -> bool:
         of_muon = name.startswith("muon_") or name == "orthogonalizer"
         return name not in IGNORED and not (of_muon and c["optimizer"] == "adamw")
-
     configs = [{name: value for name, value in result["config"].items() if matters(name, result["config"])}
                for result in results]
     names = dict.fromkeys(name for c in configs for name in c)
@@ -239,7 +243,6 @@ def milestone_table(groups: dict[str, list[dict]]) -> str:
         spread = f" ± {stdev(values):,.0f}" if len(values) > 1 else ""
         some = f" ({len(values)} of {len(runs)})" if len(values) < len(runs) else ""
         return f"{mean(values):,.0f}{spread}{some}"
-
     head = ["runs", "n", "training 99 %", "validation 50 %", "validation 95 %", "validation 99 %", "gap", "ms/step"]
     rows = [[label, len(runs), *(shown(runs, name) for name in MILESTONES),
              f"{mean(run['step_ms'] for run in runs):.1f}"] for label, runs in groups.items()]
@@ -323,6 +326,8 @@ def sweep(args: argparse.Namespace, command: str) -> int:
     if args.list:
         print("\n".join(shlex.join(job.command()[1:]) for job in todo))
         return 0
+    def execute(job: Job, children: set) -> dict:
+        return common.record(job, TRAINER, lambda: measure(job, children))
     common.share_cores(args.jobs)
     return common.finish(lambda: common.run_all(todo, args.jobs, command, file, execute, outcome),
                          lambda: write_report(jobs, args.out))

@@ -486,6 +486,9 @@ WRONG_CONTENT = {
     "position of text": change_meta(position={"epoch": 0, "shard": "0", "used": 0}),
     "position past the shards": change_meta(position={"epoch": 0, "shard": 1, "used": 0}),
     "time is negative": change_meta(train_time_ms=-1e299),
+    "time is absurd": change_meta(train_time_ms=1e299),
+    "longer than it says": lambda path: os.truncate(path / "state.pt", 2**40),  # a sparse file: hashing takes hours
+    "endless meta": lambda path: os.truncate(path / "meta.json", 2**40),
     "time is infinite": change_meta(train_time_ms=float("inf")),
     "no data": change_meta(data={}),
     "loss is text": change_meta(val_loss="low"),

@@ -19,7 +19,7 @@ TINY = dict(prime=11, layers=2, width=16, heads=2, batch_size=16, iterations=24,
 @pytest.fixture(autouse=True)
 def handlers():
     """A run leaves its handlers of signals behind."""
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.getsignal(number) for number in train_grokking.STOPS}
     yield
     for number, handler in old.items():
         signal.signal(number, handler)
@@ -258,7 +258,7 @@ def test_a_run_writes_what_it_promises(tmp_path, capsys):
     found = train(tmp_path, optimizer="muon", plot=True)
     printed = capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("logs/x/*/*")} == {"log.txt", "metrics.json", "curve.png", "ckpt.pt",
-                                                                   "ckpt_best.pt"}
+                                                                   "ckpt_best.pt", "lock"}
     assert [m["step"] for m in found["metrics"]] == [8, 16, 24] and found["total_steps"] == 24
     assert found["metrics"][0].keys() == {"step", "train_loss", "train_acc", "val_loss", "val_acc", "weight_norm", "lr",
                                           "time_s"}
@@ -323,12 +323,12 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch):
     def dying(*arguments):
         done.append(1)
         if len(done) == 22:
-            raise MemoryError
+            raise GeneratorExit  # no Exception: nothing is saved
         return step(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_grokking, "train_step", dying)
-        pytest.raises(MemoryError, train_grokking.main, argv(tmp_path / "parts", save_every=2))
+        pytest.raises(GeneratorExit, train_grokking.main, argv(tmp_path / "parts", save_every=2))
     assert [m["step"] for m in result(tmp_path / "parts")["metrics"]] == [8, 16]
     assert result(tmp_path / "parts")["status"] == "running"
     (folder,) = tmp_path.glob("parts/logs/x/*")
@@ -342,37 +342,6 @@ def test_more_iterations_continue_a_finished_run(tmp_path):
     (file,) = tmp_path.glob("parts/logs/x/*/ckpt.pt")
     assert train(tmp_path / "parts", iterations=32, resume=file)["total_steps"] == 32
     compare(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
-
-
-def test_a_damaged_checkpoint_is_told_and_the_other_one_can_be_taken(tmp_path, capsys):
-    train(tmp_path)
-    (file,) = tmp_path.glob("logs/x/*/ckpt.pt")
-    best = file.with_name("ckpt_best.pt")
-    step = saved(tmp_path, best.name)["step"]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1  # in the middle of a tensor: torch.load would not notice
-    file.write_bytes(content)
-    assert train_grokking.main(argv(tmp_path, resume="latest", iterations=32)) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {file} is damaged (wrong checksum of") and "other checkpoint" in error
-    assert train_grokking.main(argv(tmp_path, resume=best, iterations=32)) == 0
-    assert f"resumed {best} after step {step}" in capsys.readouterr().out and saved(tmp_path)["step"] == 32
-
-
-def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capsys):
-    def full(path, content):
-        if done:
-            raise OSError(28, "No space left on device", str(path))
-        done.append(path)
-        return write(path, content)
-
-    write, done = type(tmp_path).write_bytes, []
-    train(tmp_path, iterations=8)
-    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
-    assert train_grokking.main(argv(tmp_path, resume="latest")) == 1
-    error = capsys.readouterr().err
-    assert "No space left on device" in error and str(tmp_path) in error and error.count("\n") == 1
-    assert saved(tmp_path)["step"] == 8
 
 
 def test_a_run_that_diverges_stops_with_a_sentence(tmp_path, capsys):
@@ -474,7 +443,7 @@ def fails(capsys):
 
 
 @pytest.mark.parametrize("changes, words", [
-    (dict(prime=91), ["--prime 91:", "89 and 97"]), (dict(prime=1), ["--prime 1:", "> 1"]),
+    (dict(prime=91), ["--prime 91:", "89, 97"]), (dict(prime=1), ["--prime 1:", "> 1"]),
     (dict(prime=-7), ["--prime -7", "> 1"]), (dict(operation="x^y"), ["--operation x^y", "x2xyy2", "*"]),
     (dict(train_fraction=0), ["--train_fraction 0.0", "> 0 and < 1"]),
     (dict(train_fraction=1), ["--train_fraction 1.0", "> 0 and < 1"]),
@@ -491,7 +460,7 @@ def test_settings_that_cannot_work(changes, words, tmp_path, fails):
 def test_several_faults_are_told_at_once(tmp_path, fails):
     fails(argv(tmp_path, lr=-1, train_fraction=2, heads=0), "3 setting(s)", "--lr -1.0", "--train_fraction 2.0",
           "--heads 0", lines=4)
-    fails(argv(tmp_path, prime=100, muon_lr=1, heads=5), "3 setting(s)", "97 and 101", "--heads 5", "--muon_lr",
+    fails(argv(tmp_path, prime=100, muon_lr=1, heads=5), "3 setting(s)", "97, 101", "--heads 5", "--muon_lr",
           lines=4)
 
 
@@ -503,8 +472,8 @@ def test_flags_that_do_not_exist_or_have_no_number(tmp_path, fails):
 
 
 def test_resuming_nothing(tmp_path, fails):
-    fails(argv(tmp_path, resume="latest"), "no checkpoint in", "start without --resume")
-    fails(argv(tmp_path, resume=tmp_path / "gone.pt"), "no checkpoint in", "gone.pt")
+    fails(argv(tmp_path, resume="latest"), "no whole checkpoint in", "leave --resume out")
+    fails(argv(tmp_path, resume=tmp_path / "gone.pt"), "no whole checkpoint in", "gone.pt")
 
 
 def test_resuming_with_other_settings_names_them(tmp_path, fails, capsys):
@@ -525,12 +494,13 @@ def test_a_checkpoint_of_before_is_read_unless_its_optimizer_is_gone(tmp_path, f
         if name == "newton_schulz":
             train(tmp_path, iterations=16, resume=file)
         else:
-            fails(argv(tmp_path, resume=file), "--orthogonalizer: polar_express in the checkpoint", lines=2)
+            fails(argv(tmp_path, resume=file), "--orthogonalizer: 'polar_express' in the checkpoint", lines=2)
 
 
 def test_a_checkpoint_of_something_else_is_not_taken(tmp_path, fails):
     torch.save({"model": 1}, tmp_path / "ckpt.pt")
-    fails(argv(tmp_path, resume=tmp_path), "ckpt.pt is damaged", "other checkpoint")
+    fails(argv(tmp_path, resume=tmp_path), "no whole checkpoint in",
+          "ckpt.pt is damaged (KeyError('settings'))", lines=2)
 
 
 def test_importing_and_help_do_nothing(tmp_path, monkeypatch, capsys):

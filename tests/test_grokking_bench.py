@@ -124,7 +124,7 @@ def test_the_plan_runs_nothing_and_gives_the_trainers_flags(bench, tmp_path):
 @pytest.mark.parametrize("given, words", [
     (["--decays", "0.1,much"], ["--decays much", "numbers of 0 or more"]), (["--rates", "0"], ["--rates 0", "above 0"]),
     (["--optimizers", "sgd"], ["--optimizers sgd", "adamw, muon"]), (["--seeds", "0"], ["--seeds must be at least 1"]),
-    (["--", "--seed", "3"], ["--seed after --", "--seeds"]), (["--", "--prime", "91"], ["--prime 91", "89 and 97"]),
+    (["--", "--seed", "3"], ["--seed after --", "--seeds"]), (["--", "--prime", "91"], ["--prime 91", "89, 97"]),
     (["--", "--weight-decay=1"], ["--weight-decay after --", "--decays"]),
 ])
 def test_options_that_cannot_work(bench, given, words):
@@ -178,6 +178,30 @@ def test_what_is_no_run_is_told(tmp_path, capsys):
     assert grokking.main(["plot", str(tmp_path)]) == 1 and "no metrics.json in" in capsys.readouterr().err
     (tmp_path / "metrics.json").write_text("{}")
     assert grokking.main(["plot", str(tmp_path)]) == 1 and "is no metrics.json of" in capsys.readouterr().err
+
+
+WRONG = {
+    "no json": lambda r: "{", "a list": lambda r: [r], "deep": lambda r: "[" * 100000, "no object": lambda r: 3,
+    "no step": lambda r: r["metrics"][0].pop("step") and None, "a text": lambda r: r["metrics"][0].update(val_acc="1"),
+    "nan": lambda r: r["metrics"][0].update(val_acc=float("nan")), "more than all": lambda r: r["metrics"][0].update(
+        val_acc=1.5), "order": lambda r: r["metrics"].reverse(), "no settings": lambda r: r.update(config=None),
+    "another optimizer": lambda r: r["config"].update(optimizer=["sgd"]), "huge": lambda r: r.update(step_ms=10**400),
+    "a word": lambda r: r["milestones"].update(gap="x"), "controls": lambda r: r["config"].update(operation="\x1b[2J"),
+    "metrics": lambda r: r.update(metrics={"step": 1}), "no milestones": lambda r: r.pop("milestones") and None,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_result_is_one_sentence(name, tmp_path, capsys):
+    write_run(tmp_path / "run\x1b", [10, 20])
+    file = tmp_path / "run\x1b" / "metrics.json"
+    result = json.loads(file.read_text())
+    wrong = WRONG[name](result)  # the text, another value, or None: it has changed the result
+    file.write_text(wrong if isinstance(wrong, str) else json.dumps(wrong or result))
+    assert grokking.main(["plot", str(tmp_path), "--out", str(tmp_path / "x.png")]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and "is no metrics.json of" in err and err.count("\n") == 1 and len(err) < 500
+    assert "\x1b" not in out + err and not (tmp_path / "x.png").exists()
 
 
 def test_the_script_starts_the_sweep(tmp_path, monkeypatch):
