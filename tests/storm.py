@@ -174,7 +174,7 @@ def draw_cases(kills: int, worlds: list[int], seed: int, grok: bool) -> list[Cas
         saves = STEPS // SAVE
         most = {"step": STEPS - 1, "validation": STEPS // EVAL, "note": STEPS // EVAL, "sync": 30, "rename": 2 * saves,
                 "renamed": 2 * saves, "remove": saves - 3, "log": STEPS, "start": 1, "clock": 1}
-        case.call = rng.randint(1, most.get(case.phase, saves) if not grok else 15)
+        case.call = rng.randint(1, 15 if grok and case.phase != "start" else most.get(case.phase, saves))
         slow = {"clock": 2.0, "step": 0.02, "validation": 0.05, "save": 0.05, "start": 0.3}
         case.delay, case.part = rng.uniform(0, slow.get(case.phase, 0.0)), rng.uniform(0.05, 0.95)
         if rng.random() < 0.15 and len(worlds) > 1:
