@@ -430,14 +430,13 @@ def lock_folder(folder: Path):
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} of {platform.node()}".encode())
     except BlockingIOError as error:
         file.seek(0)
         raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
-    except OSError:
-        print(f"note: {folder} cannot be locked here: start no second --resume of it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} of {platform.node()}, started {time.ctime()}")
-    file.flush()
+    except OSError as error:
+        print(f"note: {folder / 'lock'}: {error.strerror}; start no second --resume of it")
     return file
 
 def read_checkpoint(path: Path) -> dict:
