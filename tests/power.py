@@ -3,10 +3,11 @@
     python tests/power.py --copies 25                     # as root: 25 copies with --keep 1, 25 with --keep 2
     python tests/power.py --script train_baseline.py
 
-The run writes to an ext4 file system in a file (a loop mount). At a random moment it is stopped, and the file copied: it
-holds what had reached the disk until then, and not what was still in memory. Two copies in a row are equal, so that one
-is a state that the disk had. Mounted without ext4's own care for renamed files (noauto_da_alloc), with data and names
-written in any order (data=writeback) and names once a second (commit=1): what the run does not sync is lost, or empty.
+The run writes to an ext4 file system in a file (a loop mount). At a random moment it is stopped, and the file copied:
+it holds what had reached the disk until then, and not what was still in memory. The copy is made anew until it is equal
+to the file, so that it is a state that the disk had. Mounted without ext4's own care for renamed files
+(noauto_da_alloc), with data and names written in any order (data=writeback) and names once a second (commit=1): what
+the run does not sync is lost, or empty.
 
 A copy passes if its newest whole checkpoint is the one that the console had announced, or a newer one.
 """
@@ -101,7 +102,8 @@ def main() -> int:
     good = total = 0
     with tempfile.TemporaryDirectory(prefix="nanospeedrun_power") as name:
         folder, grok = Path(name), args.script == "train_grokking.py"
-        storm.make_data(folder / "text", [storm.documents(20_000, seed) for seed in range(2)], [storm.documents(10_000, 9)])
+        storm.make_data(folder / "text", [storm.documents(20_000, seed) for seed in range(2)],
+                        [storm.documents(10_000, 9)])
         for keep in (1, 2):
             for copy, said in copies_of_run(args, folder, keep):
                 with mounted(copy, folder / "copy", "loop"):

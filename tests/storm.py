@@ -41,10 +41,12 @@ from helpers import documents, environment, flags, make_data  # noqa: E402
 
 STEPS, SAVE, EVAL = 40, 5, 10
 SIGNALS = ["KILL", "TERM", "INT", "HUP", "USR1"]
-COMMON = dict(iterations=STEPS, save_every=SAVE, eval_every=EVAL, log_every=1, num_layers=2, width=64, head_dim=16, seq_len=64,
-              max_doc_len=64, batch_tokens=512, eval_tokens=8192, window=32, device="cpu", dtype="fp32", threads=1, compile=False)
+COMMON = dict(iterations=STEPS, save_every=SAVE, eval_every=EVAL, log_every=1, num_layers=2, width=64, head_dim=16,
+              seq_len=64, max_doc_len=64, batch_tokens=512, eval_tokens=8192, window=32, device="cpu", dtype="fp32", threads=1,
+              compile=False)
 RECORD = dict(preset="cpu", value_embeds=1, micro_tokens=512, window_start=16, window_step=8)
-GROKKING = dict(preset="quick", prime=31, iterations=400, eval_every=20, save_every=1, stop_accuracy=0, dtype="fp32", threads=1,
+GROKKING = dict(preset="quick", prime=31, iterations=400, eval_every=20, save_every=1, stop_accuracy=0, dtype="fp32",
+                threads=1,
                 plot=False, device="cpu")
 FLAGS = {"train_gpt.py": COMMON | RECORD, "train_moe.py": COMMON | RECORD,
          "train_baseline.py": COMMON | dict(preset="cpu"), "train_grokking.py": GROKKING}
@@ -55,13 +57,16 @@ TRAPS = {  # phase -> the function at whose call, and how, the signal comes
     "step": ("MuonAdamW.step", "within"), "validation": ("evaluate", "within"), "save": ("write_checkpoint", "within"),
     "save-first": ("write_checkpoint", "before"), "save-half": ("torch.save", "half_saved"),
     "sync": ("os.fsync", "before"), "rename": ("os.replace", "before"), "renamed": ("os.replace", "after"),
-    "remove": ("shutil.rmtree", "half_removed"), "log": ("RunLog.line", "half_a_line"), "start": ("open_corpus", "within"),
+    "remove": ("shutil.rmtree", "half_removed"), "log": ("RunLog.line", "half_a_line"),
+    "start": ("open_corpus", "within"),
     "resume": ("torch.load", "within"), "note": ("Run._note_validation", "before"),
 }
 NAMES = {  # what other scripts call these
     "train_baseline.py": {"MuonAdamW.step": "next_batch", "evaluate": "validate"},
-    "train_grokking.py": {"MuonAdamW.step": "step_numbers", "evaluate": "mean_scores", "write_checkpoint": "RunFolder.save",
-                          "RunLog.line": "RunFolder.say", "open_corpus": "make_equations", "Run._note_validation": "RunFolder.report"},
+    "train_grokking.py": {"MuonAdamW.step": "step_numbers", "evaluate": "mean_scores",
+                          "write_checkpoint": "RunFolder.save",
+                          "RunLog.line": "RunFolder.say", "open_corpus": "make_equations",
+                          "Run._note_validation": "RunFolder.report"},
 }
 INJECT = r'''
 import json, os, shutil, signal, sys, threading, time
@@ -218,7 +223,8 @@ class Storm:
 
     # --- processes
 
-    def start(self, world: int, folder: Path, tag: str, case: Case | None, spec: dict, resume=False) -> subprocess.Popen:
+    def start(self, world: int, folder: Path, tag: str, case: Case | None, spec: dict,
+              resume=False) -> subprocess.Popen:
         given = FLAGS[self.script] | dict(log_dir=folder, experiment_name="x")
         given |= {} if self.grok else dict(data=self.out / "text", keep=case.keep if case else 2)
         head = [sys.executable]
@@ -227,7 +233,8 @@ class Storm:
         trapped = [self.inject, ROOT, self.script, json.dumps(spec), folder / "fired"] if spec else [ROOT / self.script]
         words = [*head, *trapped, *flags(**given), *(["--resume"] if resume else [])]
         with open(folder / f"{tag}.out", "wb") as out:
-            return subprocess.Popen([str(w) for w in words], stdout=out, stderr=subprocess.STDOUT, env=environment(), cwd=folder,
+            return subprocess.Popen([str(w) for w in words], stdout=out, stderr=subprocess.STDOUT, env=environment(),
+                                    cwd=folder,
                                     start_new_session=True)
 
     def wait(self, process: subprocess.Popen, limit: float = 300) -> int | str:
@@ -254,7 +261,8 @@ class Storm:
     def kill(self, case: Case, folder: Path, tag: str, resume: bool) -> dict:
         """One run that gets its signal; what became of it."""
         trap, how = TRAPS.get("resume" if resume else case.phase, ("", ""))
-        spec = dict(trap=NAMES.get(self.script, {}).get(trap, trap), how=how, call=1 if resume else case.call, rank=case.rank,
+        spec = dict(trap=NAMES.get(self.script, {}).get(trap, trap), how=how, call=1 if resume else case.call,
+                    rank=case.rank,
                     delay=case.delay, part=case.part, number=int(signal.Signals[f"SIG{case.signal}"]))
         outside = case.phase == "clock" or case.target != "rank"
         process = self.start(case.world, folder, tag, case, {} if outside else spec, resume)
@@ -301,7 +309,8 @@ class Storm:
                     torn += 1
         for record in records:
             if "event" not in record:
-                values |= {(kind, record["step"]): record[kind] for kind in ("train_loss", "val_loss") if kind in record}
+                values |= {(kind, record["step"]): record[kind] for kind in ("train_loss", "val_loss")
+                           if kind in record}
         return values, torn
 
     def reference(self, world: int) -> dict:
@@ -425,16 +434,19 @@ class Storm:
         cases = [case for case in cases if not wanted or case.number in wanted]
         for case in cases:
             r = case.result = self.run_case(case)
-            print(f"{case.number:3d} {case.label():44s} {r['verdict']:9s} code {r['code']!s:4s} from {r.get('from')!s:4s} "
+            print(f"{case.number:3d} {case.label():44s} {r['verdict']:9s} code {r['code']!s:4s} "
+                  f"from {r.get('from')!s:4s} "
                   f"equal {r.get('equal')!s:5s} gap {r.get('gap', 0):.0e} {r.get('seconds', 0)} s",
                   *r["problems"], sep="\n      ", flush=True)
-            (self.out / "report.json").write_text(json.dumps([dataclasses.asdict(c) for c in cases if c.result], indent=1))
+            (self.out / "report.json").write_text(json.dumps([dataclasses.asdict(c) for c in cases if c.result],
+                                                             indent=1))
         print(f"\n{self.script}: processes -> resumed with   kills  resumed  bit-equal  largest gap  failed  not fired")
         for pair in sorted({(c.world, c.resume_world) for c in cases}):
             group = [c.result for c in cases if (c.world, c.resume_world) == pair]
             fired = [r for r in group if r["verdict"] != "not fired"]
             print(f"{pair[0]} -> {pair[1]:<20} {len(fired):>21} {sum('gap' in r for r in fired):>8} "
-                  f"{sum(bool(r.get('equal')) for r in fired):>10} {max((r.get('gap', 0) for r in fired), default=0):>12.1e} "
+                  f"{sum(bool(r.get('equal')) for r in fired):>10} "
+                  f"{max((r.get('gap', 0) for r in fired), default=0):>12.1e} "
                   f"{sum(r['verdict'] == 'FAIL' for r in fired):>7} {len(group) - len(fired):>10}")
         return int(any(c.result["verdict"] == "FAIL" for c in cases))
 
