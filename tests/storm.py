@@ -42,7 +42,8 @@ from helpers import documents, environment, flags, make_data  # noqa: E402
 STEPS, SAVE, EVAL = 40, 5, 10
 SIGNALS = ["KILL", "TERM", "INT", "HUP", "USR1"]
 COMMON = dict(iterations=STEPS, save_every=SAVE, eval_every=EVAL, log_every=1, num_layers=2, width=64, head_dim=16,
-              seq_len=64, max_doc_len=64, batch_tokens=512, eval_tokens=8192, window=32, device="cpu", dtype="fp32", threads=1,
+              seq_len=64, max_doc_len=64, batch_tokens=512, eval_tokens=8192, window=32, device="cpu", dtype="fp32",
+              threads=1,
               compile=False)
 RECORD = dict(preset="cpu", value_embeds=1, micro_tokens=512, window_start=16, window_step=8)
 GROKKING = dict(preset="quick", prime=31, iterations=400, eval_every=20, save_every=1, stop_accuracy=0, dtype="fp32",
