@@ -64,7 +64,7 @@ def use_newest(place: Path, use: Callable[[Path, dict], T]) -> T:
     damaged = []
     inside = place.parent if place.name == "checkpoints" else place
     found = checkpoints_in(inside, ("", "*/", "*/*/"), tell=lambda path, reason: damaged.append((path, reason)))
-    if place.name.startswith("step_"):  # that one, no other
+    if place.absolute().parent.name == "checkpoints":  # that one, no other
         found, damaged = ([one for one in some if one[0] == place] for some in (found, damaged))
     for path, reason in damaged:
         if found:

@@ -21,6 +21,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 import argparse
 import contextlib
 import difflib
+import errno
 import functools
 import hashlib
 import inspect
@@ -152,6 +153,9 @@ class TrainingStopped(RuntimeError):
 
 class NothingToDo(Exception):
     """The run that --resume names is over."""
+
+class Interrupted(Exception):
+    """A signal ends an evaluation."""
 
 # differs from train_gpt.py: one class
 @functools.cache
@@ -379,22 +383,26 @@ def misfit(value, like, name: str) -> str:
 
 def read_json(path: Path, like: dict) -> dict:
     """The object in a JSON file. Raises ValueError that says how it is not built like another."""
+    small = path.is_file() and path.stat().st_size < 2**28
     try:
-        small = path.is_file() and path.stat().st_size < 2**28
         value = json.loads(path.read_text(encoding="utf-8") if small else "")
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: {error!r:.200}") from error
     if wrong := misfit(value, like, path.name):
         raise ValueError(wrong)
     return value
 
 def sync(path: Path):
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Waits until a file, or the names in a folder, are on the disk; some systems cannot do the latter."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EACCES)):
+            raise
 
 def write_json(path: Path, value: dict):
     """A JSON file, on the disk, in place of the old one at once."""
@@ -488,20 +496,17 @@ class Corpus(NamedTuple):
 
 def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
     """sha256 of whole files. A hidden file there keeps those of unchanged size, time and inode."""
-    cache, hashes, before = folder / ".hashes.json", {}, {}
-    with contextlib.suppress(ValueError):  # not there, or cut short
-        before = read_json(cache, {})
-    known = dict(before)
+    cache, hashes, known = folder / ".hashes.json", {}, {}
+    with contextlib.suppress(ValueError, OSError):  # not there, or cut short
+        known = read_json(cache, {})
     for path in paths:
-        stat = path.stat()
+        stat, found = path.stat(), known.get(path.name)
         state = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        found = before.get(path.name)
-        same = isinstance(found, list) and found[:-1] == state
-        hashes[path] = found[-1] if same else file_hash(path)
-        known[path.name] = [*state, hashes[path]]
-    if known != before:
-        with contextlib.suppress(OSError):  # of a read-only folder all are hashed each time
-            write_json(cache, known)
+        if not isinstance(found, list) or found[:-1] != state:
+            known[path.name] = [*state, file_hash(path)]
+            with contextlib.suppress(OSError):  # of a read-only folder all are hashed each time
+                write_json(cache, known)
+        hashes[path] = known[path.name][-1]
     return hashes
 
 DATA_META = {
@@ -937,15 +942,23 @@ def read_meta(path: Path) -> dict:
         raise ValueError(f"saved is {meta['saved']}, which leaves no larger number")
     return meta
 
+def step_of(path: Path) -> int | None:
+    """Step that the name of a checkpoint says; None: it is none."""
+    name = re.fullmatch(r"step_(\d+)(\.old)?", path.name)
+    return int(name[1]) if name else None
+
 def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) -> list[tuple[Path, dict]]:
     """Checkpoints of a run's or an experiment's folder, newest first, with their meta.json; of one checkpoint: it,
     and those of earlier steps. Which is newest says meta.json's `saved`, not a file time, which copies lose."""
-    found = [path for up in depths for path in place.glob(up + "checkpoints/step_*")]
-    if place.name.startswith("step_"):
-        found = [path for path in place.parent.glob("step_*") if path.name <= place.name]
+    found, own = [path for up in depths for path in place.glob(up + "checkpoints/step_*")], None
+    if place.absolute().parent.name == "checkpoints":
+        found, own = list(place.parent.glob("step_*")), step_of(place)
+        if own not in map(step_of, found):
+            return []
     metas = {}
     for path in found:
-        if re.fullmatch(r"step_\d+(\.old)?", path.name) and (path / "meta.json").exists():
+        wanted = step_of(path) is not None and (own is None or step_of(path) <= own)
+        if wanted and (path / "meta.json").exists():
             try:
                 metas[path] = read_meta(path)
             except ValueError as error:
@@ -953,7 +966,7 @@ def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) ->
 
     def age(path: Path) -> tuple:
         meta = metas[path]
-        return path == place, meta["saved"], path.parent.parent.name, meta["step"]
+        return step_of(path) == own, meta["saved"], path.parent.parent.name, meta["step"]
     return [(path, metas[path]) for path in sorted(metas, key=age, reverse=True)]
 
 def read_state(path: Path, meta: dict) -> dict:
@@ -963,12 +976,14 @@ def read_state(path: Path, meta: dict) -> dict:
         raise ValueError("state.pt does not match its sha256")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001 - what unpickler and zip reader raise has no end
+    except Exception as error:  # what unpickler and zip reader raise has no end
+        if isinstance(error, OSError) or out_of_memory(error):
+            raise  # says nothing about the checkpoint
         raise ValueError(f"state.pt cannot be read: {repr(error).splitlines()[0]:.200}") from error
 
-def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int) -> Path:
-    """The checkpoint, on the disk; then all but the newest `keep` are removed. Raises OSError where it cannot be
-    written, and leaves nothing half-written then; earlier checkpoints stay."""
+def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int, damaged=()) -> Path:
+    """The checkpoint, on the disk; then all but the newest `keep` are removed, and damaged ones neither counted nor
+    touched. Raises OSError where it cannot be written, and leaves nothing half-written then; earlier ones stay."""
     final = run_folder / "checkpoints" / f"step_{step:06d}"
     temporary, old = final.with_suffix(".tmp"), final.with_suffix(".old")
     known = checkpoints_in(run_folder, ("",), tell=lambda *_: None)
@@ -986,13 +1001,13 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
             shutil.rmtree(old, ignore_errors=True)
             os.replace(final, old)
         os.replace(temporary, final)
+        for folder in final.absolute().parents[:5]:  # up to the one that holds log_dir: all may be new
+            sync(folder)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"could not write {final}: {str(error).splitlines()[0]}") from error
-    for folder in final.absolute().parents[:5]:  # up to the one that holds log_dir: all may be new
-        with contextlib.suppress(OSError):  # some file systems cannot
-            sync(folder)
-    others = [path for path, m in known if path != final and is_whole(path, m)]
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise OSError(f"could not write {final}: {reason}") from error
+    others = [path for path, m in known if path not in (final, *damaged) and is_whole(path, m)]
     for path in [old, *others[keep - 1:]]:
         with contextlib.suppress(OSError):
             os.replace(path, path.with_suffix(".tmp"))
@@ -1024,25 +1039,36 @@ def leaves(tree: dict, like: dict) -> list[Tensor]:
              for key, part in like.items()]
     return [leaf for part in parts for leaf in part]
 
-# differs from train_gpt.py: torch.optim's state
-def find_checkpoint(place: Path, like: dict, num_shards: int) -> tuple[Path, dict, dict]:
+# differs from train_gpt.py: a list of optimizers
+def find_checkpoint(place: Path, like: dict, num_shards: float) -> tuple[Path, dict, dict, list]:
     """The newest checkpoint in a place, its meta.json and state. One whose state is not built like `like` is told and
-    the one before it taken. Raises FileNotFoundError if none is left."""
-    for path, meta in checkpoints_in(place):
+    the run's one before it taken; all such. Raises FileNotFoundError if none is left."""
+    found, damaged = checkpoints_in(place), []
+    for path, meta in found:
+        if path.parent != found[0][0].parent:
+            break  # another run's
         try:
             state = read_state(path, meta)
             if isinstance(state, dict) and isinstance(state.get("optimizers"), list):
                 state["optimizers"] = dict(enumerate(state["optimizers"]))
-            place_left = meta["position"]["shard"] < num_shards
-            if wrong := misfit(state, like, "state.pt") or "its position" * (not place_left):
+            if wrong := misfit(state, like, "state.pt"):
                 raise ValueError(wrong)
-            moments = leaves(state["optimizers"], like["optimizers"])
-            if {x.item() for x in moments if not x.dim()} != {meta["step"]}:  # AdamW counts them
-                raise ValueError("state.pt is of another step")
-            return path, meta, state
-        except (OSError, ValueError) as error:
+            check_content(state, leaves(state["optimizers"], like["optimizers"]), meta, num_shards)
+            return path, meta, state, damaged
+        except ValueError as error:
+            damaged.append(path)
             tell_damage(path, error)
     raise FileNotFoundError(f"no whole checkpoint in {place}: start without --resume, or name a run's folder")
+
+# differs from train_gpt.py: torch.optim's state
+def check_content(state: dict, moments: list[Tensor], meta: dict, num_shards: float):
+    """Raises ValueError for a state that its own meta.json, or the data, contradicts."""
+    if {x.item() for x in moments if not x.dim()} != {meta["step"]}:  # AdamW counts them
+        raise ValueError("state.pt is of another step")
+    if meta["position"]["shard"] >= num_shards:
+        raise ValueError("state.pt is of other data")
+    if not all(weight.isfinite().all() for weight in state["model"].values()):
+        raise ValueError("state.pt has weights that are not finite")
 
 # differs from train_gpt.py: one class of settings
 def changed_settings(s: Settings, fingerprint: str, path: Path, meta: dict) -> dict[str, list]:
@@ -1140,15 +1166,15 @@ def on_rank_zero(world: World, function, *arguments):
 class RunLog:
     """The files of a run, by rank 0: log.txt (public record format), metrics.jsonl, config.json."""
     # differs from train_gpt.py: no wandb
-    def __init__(self, folder: Path):
-        self.main, self.folder = False, folder
+    def __init__(self, folder: Path, lock=None):
+        self.main, self.folder, self.lock = False, folder, lock
         self.failed, self.pipe_closed = set(), False
 
     # differs from train_gpt.py: no wandb
     def open(self, config: dict, resumed_at: int | None, changed: dict):
         """On rank 0: writes the head of the files or, in a resumed run, where it goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.main, self.lock = True, lock_folder(self.folder)
+        self.main, self.lock = True, self.lock or lock_folder(self.folder)
         if resumed_at is not None:
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config, changed=changed)
@@ -1193,7 +1219,7 @@ class RunLog:
 
     # differs from train_gpt.py: no wandb
     def close(self):
-        if self.main:
+        if self.lock:
             self.lock.close()
 
 # differs from train_gpt.py: plain
@@ -1210,6 +1236,7 @@ class Run:
         if own not in (None, self.fingerprint):
             raise UserError(f"{self.corpus.folder} differs from that of the first machine: copy its shards here")
         self.checkpoint, self.meta, self.changed = None, {}, {}
+        self.lock, self.damaged, self.looking = None, [], False
         if s.resume:  # before a model is built that may be another
             look = functools.partial(checkpoints_in, tell=lambda *_: None)  # _resume tells
             for found in on_rank_zero(world, lambda: look(resume_place(s))[:1]):
@@ -1251,26 +1278,35 @@ class Run:
     def _resume(self):
         """Takes the checkpoint that --resume names: its tensors, while rates and decays are those of
         the settings. Raises NothingToDo if its run is over. Collective."""
-        s, own = self.s, run_state(self.model, self.optimizers)
-
-        def take() -> tuple:
-            like = empty_like(own)
-            path, meta, saved = find_checkpoint(resume_place(s), like, len(self.corpus.train))
-            for x, there in zip(leaves(own, own), leaves(saved, like), strict=True):
+        own = run_state(self.model, self.optimizers)
+        like = empty_like(own)
+        self.checkpoint, self.meta = on_rank_zero(self.world, self._take, like)
+        if self.world.rank == 0:
+            for x, there in zip(leaves(own, own), leaves(self.state, like), strict=True):
                 x.copy_(there)
-            return path, meta
-
-        self.checkpoint, self.meta = on_rank_zero(self.world, take)
         for x in leaves(own, own) if self.world.size > 1 else []:
             dist.broadcast(x, 0)
-        self.changed = self._changes(self.checkpoint, self.meta)
+        self.changed, self.state = self._changes(self.checkpoint, self.meta), {}
         self._set_progress()
         kept = self.meta["settings"].get("keep")
-        self.s = replace(s, keep=s.keep or (kept if type(kept) is int and kept > 0 else 2))
-        reached = s.target_loss and self.val_loss is not None and self.val_loss <= s.target_loss
-        if self.val_step == self.step and (self.step >= s.iterations or reached):
-            told = f"{self.checkpoint}: this run has ended, after step {self.step} of {s.iterations}"
-            raise NothingToDo(f"{told}; to go on: --iterations N --allow-change iterations")
+        self.s = replace(self.s, keep=self.s.keep or (kept if type(kept) is int and kept > 0 else 2))
+
+    def _take(self, like: dict) -> tuple[Path, dict]:
+        """The checkpoint of a run that is then this process's alone."""
+        s, place, quiet = self.s, resume_place(self.s), lambda *_: None
+        known = checkpoints_in(place, tell=quiet)
+        other_data = "data_fingerprint" in allowed_changes(s)
+        num_shards = math.inf if other_data else len(self.corpus.train)
+        path, meta, self.state, self.damaged = find_checkpoint(place, like, num_shards)
+        step, loss, looked = meta["step"], meta.get("val_loss"), meta.get("val_step") in (None, meta["step"])
+        reached = s.target_loss and loss is not None and loss <= s.target_loss
+        if looked and (step >= s.iterations or reached):
+            ways = "a lower --target-loss" if reached else "--iterations N --allow-change iterations"
+            raise NothingToDo(f"{path}: this run has ended, after step {step} of {s.iterations}; to go on: {ways}")
+        self.lock = lock_folder(path.parent.parent)
+        if any(one not in known for one in checkpoints_in(place, tell=quiet) if one[0].parent == path.parent):
+            raise UserError(f"{path.parent.parent} has gone on meanwhile: give the command again")
+        return path, meta
 
     # differs from train_gpt.py: plain
     def open(self, model: GPT, optimizers: list):
@@ -1289,7 +1325,7 @@ class Run:
         }
         run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
         folder = Path(s.log_dir) / s.experiment_name / run_id
-        self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder)
+        self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
         self.undo.callback(self.log.close)
         resumed_at = self.meta.get("step")
         on_rank_zero(self.world, self.log.open, self.config, resumed_at, self.changed)
@@ -1313,16 +1349,31 @@ class Run:
         return self.step
 
     def _on_signal(self, number: int, frame):
-        """First signal: save, stop after this step (several ranks: the next logged one). The same again, by a
-        person: end at once; a lost terminal sends SIGHUP twice."""
-        if number == self.stop_signal and number in (signal.SIGINT, signal.SIGTERM):
+        """Save and stop, after this step (several ranks: the next logged one) or the evaluation; a person's Ctrl-C
+        after that ends at once. Schedulers and lost terminals repeat the others."""
+        if self.stop_signal and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.stop_signal = self.stop_signal or number
+        first, self.stop_signal = not self.stop_signal, self.stop_signal or number
         if self.world.rank == 0:
+            when = "this step" if self.world.size == 1 else "the next logged step"
             with contextlib.suppress(OSError):  # print is not for signal handlers
                 name = signal.Signals(number).name
-                os.write(2, f"{name}: saves and stops; again: stops at once\n".encode())
+                os.write(2, f"{name}: saves and stops after {when}; Ctrl-C ends at once\n".encode())
+        if self.looking and first:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def look(self):
+        """An evaluation, outside the clock. One process leaves it at a signal: saving comes first."""
+        try:
+            with self.clock.paused():
+                self.looking = self.world.size == 1 and not self.stop_signal
+                yield
+        except Interrupted:
+            self.status, self.over = "interrupted", True
+        finally:
+            self.looking = False
 
     # differs from train_gpt.py: plain
     def _on_error(self, kind, error, trace):
@@ -1330,6 +1381,7 @@ class Run:
         if error is None or isinstance(error, TrainingStopped):
             return
         self.status = "error"
+        self.clock.wait = lambda: None  # what the device waits for may never come
         with contextlib.suppress(OSError, RuntimeError):  # the first error is the one to tell
             if self.whole and self.step > self.saved_step and self._all_have(error):
                 self.save(self.step)
@@ -1344,7 +1396,7 @@ class Run:
         store = dist.distributed_c10d._get_default_store()
         names = [f"error/{rank}" for rank in range(self.world.size)]
         store.set(names[self.world.rank], str(self.step if isinstance(error, (UserError, OSError)) else -1))
-        store.wait(names, timedelta(seconds=10))
+        store.wait(names, timedelta(seconds=30))
         return {int(store.get(name)) for name in names} == {self.step}
 
     # differs from train_gpt.py: no profiler
@@ -1416,6 +1468,7 @@ class Run:
 
     def log_validation(self, step: int, loss: float):
         """A validation loss to all logs. Raises TrainingStopped if it is not finite."""
+        self.looking = False  # from here on nothing is cut short
         self._stop_unless(math.isfinite(loss), f"the validation loss after step {step} is {loss}", step)
         self.val_loss, self.val_step, ms, bpb = loss, step, self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
         bits = f", {bpb:.4f} bits per byte" if bpb else ""
@@ -1446,12 +1499,12 @@ class Run:
             finite = on_rank_zero(
                 self.world, lambda: all(x.isfinite().all() for x in state["model"].values()))
             self._stop_unless(finite, f"the weights after step {step} are not finite", step)
-            arguments = self.log.folder, step, state, meta, self.s.keep or 2
+            arguments = self.log.folder, step, state, meta, self.s.keep or 2, self.damaged
             try:
                 self.checkpoint = on_rank_zero(self.world, write_checkpoint, *arguments)
             except OSError as error:
                 self.save_error = str(error)
-                self.log.print(f"warning: {error}; {self.kept()}, training goes on")
+                self.log.print(f"warning: {error}; {self.kept()}")
                 return False
             self.saved_step = step
             self.log.print(f"checkpoint {self.checkpoint}")
@@ -1541,7 +1594,7 @@ def train(run: Run):
 def validate(run: Run, model: nn.Module, step: int):
     """The mean loss of the validation stream in nats per token, logged, outside the clock. Collective."""
     s, stream, (rank, _, size) = run.s, run.stream, run.world
-    with run.clock.paused():
+    with run.look():
         rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // size)))
         total = torch.zeros((), dtype=torch.float64, device=s.device)
         for start in range(rank * rows, stream.num_rows + rank * rows, rows * size):
@@ -1564,13 +1617,14 @@ def start_processes(device: str) -> World:
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # 2.13 renames collectives
     import torch._dynamo  # noqa: F401 - later it would keep the group alive past its end
     if device == "cpu":
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(minutes=30))  # hashing, saving on slow disks
         return world
     gpus = torch.cuda.device_count()
     if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
         raise UserError(f"torchrun started more processes than there are GPUs: use --nproc_per_node={gpus}")
     torch.cuda.set_device(world.local_rank)
-    dist.init_process_group("nccl", device_id=torch.device("cuda", world.local_rank))
+    device = torch.device("cuda", world.local_rank)
+    dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=30))
     return world
 
 def main(argv: list[str] | None = None) -> int:
@@ -1580,6 +1634,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())
@@ -1595,11 +1651,13 @@ def main(argv: list[str] | None = None) -> int:
             print(printable(str(done)))
     except KeyboardInterrupt:
         code = 130
+        if first:
+            print("stopped before the first step", file=sys.stderr)
     except Exception as error:
         memory = out_of_memory(error)
         if not memory and not isinstance(error, (UserError, OSError, TrainingStopped)):
             raise
-        hint = "; use a smaller --micro-tokens, and --seq-len if that is as large" if memory else ""
+        hint = "; use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large" * memory
         if first or memory:
             print(printable(f"error: {error}{hint}"), file=sys.stderr)
     finally:  # after an error NCCL might wait here for ranks that are elsewhere
@@ -1608,7 +1666,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(end="", flush=True)  # does nothing where the console is closed from the start
     except OSError:  # a closed pipe, a full disk: the interpreter would complain at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 def out_of_memory(error: Exception) -> bool:

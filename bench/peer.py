@@ -100,12 +100,12 @@ def check_data(corpus: train_gpt.Corpus, steps: int, tokens: int, val_tokens: in
     later: it passes over a validation shard that is smaller than 8 rows of `row` tokens."""
     if corpus.meta["eot"] != EOT:
         raise ValueError(f"{corpus.folder}: end-of-text is token {corpus.meta['eot']}, the peer wants GPT-2's {EOT}")
-    load, rows = train_gpt.open_shard, TRACK_RANKS * row
-    reads, held = math.ceil(val_tokens / rows) * rows, len(load(corpus.val[0]))
+    rows = TRACK_RANKS * row
+    reads, held = math.ceil(val_tokens / rows) * rows, train_gpt.shard_length(corpus.val[0])
     if val_tokens % row or reads + 1 >= held:
         raise ValueError(f"{corpus.val[0]} has {held} tokens; val_tokens {val_tokens} must be a multiple of "
                          f"val_seq_len {row}, and needs more than {reads + 1}: --set smaller ones")
-    total = sum(len(load(path)) for path in corpus.train)
+    total = sum(map(train_gpt.shard_length, corpus.train))
     if steps * tokens > total:
         raise ValueError(f"{corpus.folder} has {total} training tokens, {steps} steps of {tokens} need more: "
                          "lower --steps")

@@ -117,7 +117,7 @@ def test_a_signal_is_acknowledged_and_saves(name, argv, base, tmp_path, monkeypa
         at_step(patch, 5, lambda: signal.raise_signal(number))
         assert tb.main(argv) == 128 + number
     folder = run_folder(tmp_path)
-    assert f"{name}: saves and stops; again: stops at once\n" in capfd.readouterr().err
+    assert f"{name}: saves and stops after this step; Ctrl-C ends at once\n" in capfd.readouterr().err
     assert steps_saved(folder) == [3, 5] and records(folder)[-1]["status"] == "interrupted"
     assert tb.main([*argv, "--resume"]) == 0
     assert_same_end(folder, base)

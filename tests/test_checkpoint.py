@@ -130,7 +130,7 @@ def test_signal_from_outside(number, code, tmp_path):
             break
     out, error = process.communicate(timeout=120)
     name = signal.Signals(number).name
-    assert (process.returncode, error) == (code, f"{name}: saves and stops; again: stops at once\n")
+    assert (process.returncode, error) == (code, f"{name}: saves and stops after this step; Ctrl-C ends at once\n")
     (step,) = steps_saved(run_folder(tmp_path))
     assert step >= 3 and f"step_{step:06d}" in out
     assert records(run_folder(tmp_path))[-1]["step"] == step
@@ -208,7 +208,8 @@ def test_resuming_a_finished_run_writes_and_removes_nothing_and_says_so(changes,
     changes.pop("keep", None)
     assert train_gpt.main([*tiny(tmp_path, **changes), "--resume"]) == 0
     out, error = capsys.readouterr()
-    assert re.search(r"step_00000[48]: this run has ended, after step [48] of 8; .*--allow-change iterations\n", out)
+    ways = "a lower --target-loss" if "target_loss" in changes else "--iterations N --allow-change iterations"
+    assert re.search(rf"step_00000[48]: this run has ended, after step [48] of 8; to go on: {ways}\n", out)
     assert content(tmp_path) == before and not error
 
 
@@ -494,6 +495,7 @@ WRONG_CONTENT = {
     "loss is text": change_meta(val_loss="low"),
     "saved is text": change_meta(saved="last"),
     "saved leaves no larger one": change_meta(saved=2**63 - 1),
+    "a weight is NaN": change_state(optimizer=weights(torch.full((50,), float("nan")))),
 }
 
 
@@ -505,6 +507,60 @@ def test_a_checkpoint_of_wrong_content_is_told_and_the_previous_one_taken(conten
     assert find_checkpoint(place, STATE, 1)[0] == first
     error = capsys.readouterr().err
     assert error.startswith(f"checkpoint {second} cannot be used (") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error"), RuntimeError("can't allocate memory")])
+def test_an_error_of_reading_is_no_damage(error, two_checkpoints, monkeypatch):
+    """To go on from the one before would let the newest one go, though nothing is wrong with it."""
+    def load(*args, **kwargs):
+        raise error
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)):
+        find_checkpoint(two_checkpoints[0], STATE, 1)
+
+
+def test_a_damaged_checkpoint_takes_no_place_among_those_that_are_kept(two_checkpoints):
+    """Its size is right, only its hash is wrong; neither it nor the good one goes."""
+    place, first, second = two_checkpoints
+    flip(second)
+    *_, damaged = find_checkpoint(place, STATE, 1)
+    assert damaged == [second]
+    third = write_checkpoint(first.parent.parent, 6, state(6), META, 2, damaged)
+    assert {path for path, _ in checkpoints_in(place)} == {first, second, third}
+
+
+def test_a_checkpoint_is_named_by_its_step(two_checkpoints, tmp_path):
+    """Also the one that is left of a replacement, .old; one that is not there is not replaced by an earlier one."""
+    place, first, second = two_checkpoints
+    second.rename(second.with_suffix(".old"))
+    assert find_checkpoint(second, STATE, 1)[0] == second.with_suffix(".old")
+    with pytest.raises(FileNotFoundError):
+        find_checkpoint(second.with_name("step_000003"), STATE, 1)
+    write_checkpoint(tmp_path / "step_size" / "run", 3, {}, META, keep=1)
+    assert len(checkpoints_in(tmp_path / "step_size")) == 1, "an experiment's name is no checkpoint's"
+
+
+def test_checkpoints_of_another_run_are_no_fallback(two_checkpoints, tmp_path):
+    place, *_ = two_checkpoints
+    flip(write_checkpoint(place / "other", 9, state(9), META, keep=9))
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        find_checkpoint(place, STATE, 1)
+
+
+@pytest.mark.parametrize("number, removed", [(22, True), (5, False)])  # EINVAL, EIO
+def test_nothing_older_goes_where_the_new_one_may_not_be_on_the_disk(number, removed, tmp_path, monkeypatch):
+    """Some file systems cannot sync a folder at all; any other error may mean that the new one is lost."""
+    first = write_checkpoint(tmp_path, 2, {}, META, keep=1)
+    fsync = os.fsync
+
+    def fail(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+    monkeypatch.setattr(os, "fsync", fail)
+    with contextlib.nullcontext() if removed else pytest.raises(OSError, match="could not write"):
+        write_checkpoint(tmp_path, 4, {}, META, keep=1)
+    assert first.exists() != removed
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -572,7 +628,7 @@ def test_full_disk_while_saving_does_not_stop_training(tmp_path, monkeypatch, ca
     assert train_gpt.main(tiny(tmp_path, save_every=2)) == 0
     out = capsys.readouterr().out
     for step in (4, 6):
-        assert re.search(rf"warning: could not write \S+step_00000{step}: .+ training goes on", out)
+        assert re.search(rf"warning: could not write \S+step_00000{step}: .+; \S+step_000002 is kept", out)
     folder = run_folder(tmp_path)
     assert steps_saved(folder) == [2, 8] and len(list((folder / "checkpoints").iterdir())) == 2, "half of one is left"
     assert_same_run(folder, whole)

@@ -262,20 +262,47 @@ train_gpt.evaluate = evaluate
     assert [r["step"] for r in records(run_folder(tmp_path)) if "val_loss" in r and "event" not in r] == [4, 8]
 
 
-def test_a_second_ctrl_c_in_the_last_evaluation_loses_nothing(tmp_path, whole):
-    body = """
+@pytest.mark.parametrize("at", [4, 8])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_an_evaluation_ends_it_and_loses_nothing(number, at, tmp_path, whole):
+    """Though no --save-every has saved before: what matters is written first, at once, and looked at later."""
+    body = f"""
 def evaluate(*args, evaluate=train_gpt.evaluate, calls=[]):
     calls.append(1)
-    if len(calls) == 2:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+    if 4 * len(calls) == {at}:
+        signal.raise_signal({int(number)})
+        print("still evaluating")
     return evaluate(*args)
 train_gpt.evaluate = evaluate
 """
     process = launch(tiny(tmp_path), body)
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGINT and steps_saved(run_folder(tmp_path)) == [8]
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and "still evaluating" not in out and "Traceback" not in error
+    assert steps_saved(run_folder(tmp_path)) == [at] and last_record(tmp_path)["status"] == "interrupted"
     goes_on(tmp_path, whole)
+
+
+def test_a_persons_ctrl_c_ends_at_once_after_any_signal(tmp_path):
+    body = """
+def step(self, *args, step=train_gpt.MuonAdamW.step):
+    step(self, *args)
+    if self.steps == 3:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a scheduler repeats itself
+        print("goes on", flush=True)
+        signal.raise_signal(signal.SIGINT)
+train_gpt.MuonAdamW.step = step
+"""
+    process = launch(tiny(tmp_path), body)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGINT and "goes on" in out
+
+
+def test_ctrl_c_before_the_first_step_is_a_sentence(tmp_path):
+    body = "train_gpt.train = lambda run: signal.raise_signal(signal.SIGINT)"
+    process = launch(tiny(tmp_path), body)
+    out, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (130, "stopped before the first step\n")
 
 
 def test_a_validation_at_a_checkpoint_is_not_done_again(tmp_path, monkeypatch):
@@ -313,6 +340,19 @@ def test_a_second_resume_says_who_has_the_run(tmp_path):
         process.kill()
         process.communicate()
     assert train_gpt.main([*tiny(tmp_path, iterations=100_000, target_loss=100), "--resume", "--allow-change", ""]) == 0
+
+
+def test_a_run_that_goes_on_while_its_checkpoint_is_read_is_left_to_the_other(tmp_path, monkeypatch, capsys):
+    """A requeued job: the one before it saves and ends between the look and the lock."""
+    assert train_gpt.main(tiny(tmp_path, save_every=4, keep=1)) == 0
+    def lock(folder, lock=train_gpt.lock_folder):
+        shutil.copytree(folder / "checkpoints" / "step_000008", folder / "checkpoints" / "step_000009")
+        return lock(folder)
+    monkeypatch.setattr(train_gpt, "lock_folder", lock)
+    argv = [*tiny(tmp_path, iterations=20), "--resume", "--allow-change", "iterations"]
+    assert train_gpt.main(argv) == 1
+    assert "has gone on meanwhile: give the command again" in capsys.readouterr().err
+    assert steps_saved(run_folder(tmp_path)) == [8, 9]
 
 
 # --- log files

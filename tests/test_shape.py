@@ -21,10 +21,10 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = {"train_gpt.py": 2865, "train_moe.py": 3515, "train_baseline.py": 1620, "train_grokking.py": 720,
+LINES = {"train_gpt.py": 2920, "train_moe.py": 3570, "train_baseline.py": 1685, "train_grokking.py": 725,
          "README.md": 200}
 BENCH = 5000  # lines of bench/*.py together
-PARTS = {"RECORD": 1200, "KERNELS": 380, "SERVICE": 1240}  # lines of the parts of train_gpt.py
+PARTS = {"RECORD": 1200, "KERNELS": 380, "SERVICE": 1295}  # lines of the parts of train_gpt.py
 SCRIPTS = [name for name in LINES if name.endswith(".py")]
 MEDIAN, LONGEST = 10, 80  # lines of a function
 WIDE, WIDE_SHARE = 100, 0.10  # characters of a line, indentation included; share of such lines
