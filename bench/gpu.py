@@ -360,7 +360,7 @@ def timing_data(b: Bench) -> str:
             tokens[np.append(0, starts[starts < count].astype(int))] = GPT2["eot"]
             shards.write_shard(shards.shard_path(folder, "synthetic", split, 0), tokens)
             splits[split] = {"tokens": count, "bytes": None}
-        shards.write_meta(folder, name="synthetic", vocab=GPT2, source="random", made_with="bench/gpu.py", splits=splits)
+        shards.write_meta(folder, name="synthetic", vocab=GPT2, source="drawn", made_with="bench/gpu.py", splits=splits)
     return str(folder)
 
 def flags_of(b: Bench, preset: str, data: str, share: int = SHARE, *more: str) -> list[str]:
