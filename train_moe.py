@@ -2571,9 +2571,10 @@ def misfit(value, like, name: str) -> str:
 
 def read_json(path: Path, like: dict) -> dict:
     """The object in a JSON file. Raises ValueError that says how it is not built like another."""
-    small = path.is_file() and path.stat().st_size < 2**28
+    if not path.is_file() or path.stat().st_size > 2**28:
+        raise ValueError(f"{path.name} is no file of some lines" if path.exists() else "there is none")
     try:
-        value = json.loads(path.read_text(encoding="utf-8") if small else "")
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: {error!r:.200}") from error
     if wrong := misfit(value, like, path.name):
@@ -3541,9 +3542,12 @@ def main(argv: list[str] | None = None) -> int:
         memory = out_of_memory(error)
         if not memory and not isinstance(error, (UserError, OSError, TrainingStopped)):
             raise
-        hint = "; use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large" * memory
+        told = str(error)
+        if memory:
+            what = "use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large"
+            told = f"out of memory: {what} ({(told or repr(error)).splitlines()[0]:.200})"
         if first or memory:
-            print(printable(f"error: {error}{hint}"), file=sys.stderr)
+            print(printable(f"error: {told}"), file=sys.stderr)
     finally:  # after an error NCCL might wait here for ranks that are elsewhere
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
             dist.destroy_process_group()
