@@ -322,6 +322,18 @@ def test_a_run_that_is_in_use_is_told_with_its_holder(tmp_path, fails):  # noqa:
     train(tmp_path, resume="latest")
 
 
+def test_a_run_that_goes_on_between_the_look_and_the_lock_is_left_to_the_other(tmp_path, monkeypatch, fails):
+    train(tmp_path, iterations=8)
+    real, looks = train_grokking.load_checkpoint, []
+
+    def load(s, notes):
+        path, state = real(s, notes)
+        looks.append(1)
+        return path, state | {"saved": state["saved"] + len(looks)}
+    monkeypatch.setattr(train_grokking, "load_checkpoint", load)
+    fails(argv(tmp_path, resume="latest", iterations=16), "has gone on meanwhile: give the command again")
+
+
 def test_the_lock_ends_with_its_process(tmp_path):
     train(tmp_path, iterations=8)
     code = (f"import pathlib, time, train_grokking\n"
