@@ -2199,7 +2199,7 @@ def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) ->
         if wanted and (path / "meta.json").exists():
             try:
                 metas[path] = read_meta(path)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 tell(path, error)
 
     def age(path: Path) -> tuple:

@@ -347,6 +347,20 @@ def test_what_is_not_whole_is_not_counted_and_not_touched(tmp_path):
     assert steps_saved(tmp_path) == [4, 6, 8, 10]
 
 
+def test_a_checkpoint_that_cannot_be_read_stops_no_save_and_stays(tmp_path, monkeypatch):
+    first = write_checkpoint(tmp_path, 2, {}, META, keep=1)
+    read = train_gpt.read_meta
+
+    def refused(path):
+        if path == first:
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+    monkeypatch.setattr(train_gpt, "read_meta", refused)
+    for step in (4, 6):
+        write_checkpoint(tmp_path, step, {}, META, keep=1)
+    assert steps_saved(tmp_path) == [2, 6]
+
+
 def test_a_clock_that_goes_back_changes_no_order(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, 2, {}, META, keep=3)
     monkeypatch.setattr(train_gpt.time, "time_ns", lambda: 5)
