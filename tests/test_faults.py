@@ -135,10 +135,10 @@ def damaged_data(folder, how: str):
         path.unlink()
 
 
-@pytest.mark.parametrize("how, said", [
-    ("bad token", "holds token id 65535"), ("truncated", "is damaged"), ("removed", "is no file"),
+@pytest.mark.parametrize("how, said, size", [
+    ("bad token", "holds token id 65535", 1), ("truncated", "is damaged", 1), ("removed", "is no file", 1),
+    ("truncated", "is damaged", 2),
 ])
-@pytest.mark.parametrize("size", [1, 2])
 def test_a_shard_that_is_damaged_meanwhile_ends_the_run_saved(how, said, size, tmp_path):
     """On all ranks after the same step; a mapped file would end the processes with SIGBUS."""
     make_data(tmp_path / "data")
