@@ -305,6 +305,20 @@ def test_other_data_is_refused(tmp_path, monkeypatch, capsys):
     assert "data_fingerprint: " in capsys.readouterr().err
 
 
+def test_other_data_is_begun_anew_where_that_is_allowed(tmp_path, monkeypatch):
+    """Also where it has fewer shards than the place at which the run stopped."""
+    folder = interrupted(tmp_path, monkeypatch, after=12, iterations=20, eval_every=0, shuffle=False)
+    meta = json.loads((folder / "checkpoints" / "step_000012" / "meta.json").read_text())
+    assert meta["position"]["shard"] == 1
+    shutil.rmtree(tmp_path / "data")
+    make_data(tmp_path / "data", train=[list(range(63)) * 20])
+    argv = [*tiny(tmp_path, iterations=20, eval_every=0, shuffle=False), "--resume"]
+    assert train_gpt.main(argv) == 1
+    assert train_gpt.main([*argv, "--allow-change", "data-fingerprint"]) == 0
+    resumed = next(r for r in records(folder) if r.get("event") == "resume")
+    assert list(resumed["changed"]) == ["data_fingerprint"] and records(folder)[-1]["status"] == "done"
+
+
 def test_settings_that_do_not_alter_the_result_may_change(tmp_path, monkeypatch, whole):
     """Also the place of the data: it is known by its fingerprint."""
     folder = interrupted(tmp_path, monkeypatch)
