@@ -322,7 +322,7 @@ def test_a_run_that_is_in_use_is_told_with_its_holder(tmp_path, fails):  # noqa:
     train(tmp_path, resume="latest")
 
 
-def test_a_run_that_goes_on_between_the_look_and_the_lock_is_left_to_the_other(tmp_path, monkeypatch, fails):
+def test_a_run_that_goes_on_before_it_is_locked_is_left_to_the_other(tmp_path, monkeypatch, fails):  # noqa: F811
     train(tmp_path, iterations=8)
     real, looks = train_grokking.load_checkpoint, []
 
