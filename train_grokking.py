@@ -630,7 +630,7 @@ def train(s: Config, notes: list[str]) -> int:
         return 0
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
     run = RunFolder(s, path.parent if path else Path(s.log_dir) / s.experiment_name / run_id, state)
-    if path and load_checkpoint(s, [])[1]["saved"] != state["saved"]:  # now that it is locked
+    if path and load_checkpoint(s, [])[1]["saved"] != state["saved"]:
         raise UserError(f"{path.parent} has gone on meanwhile: give the command again")
     with contextlib.ExitStack() as undo:
         undo.push(run.on_error)
