@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from data.common import MAX_VOCAB_SIZE, Tokenizer, load_tokenizer
-from train_gpt import checkpoints_in, misfit, out_of_memory, printable, read_meta, read_state  # noqa: F401
+from train_gpt import checkpoints_in, misfit, out_of_memory, printable, read_state
 
 MAX_PROMPT = 8192  # tokens: the mask of the pass over the prompt has this number squared of entries
 MAX_MASK = 32768  # tokens: the same for the masks that a decoder is made with

@@ -1801,14 +1801,14 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     full = size if wanted == "auto" else f"{wanted.removesuffix('-auto')}-{size}"
     preset = full if wanted not in PRESETS and full in PRESETS else wanted
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
-    problems = size_errors(s) or field_errors(s) + unread_errors(s, given)
-    auto = {} if size_errors(s) else run_auto(s, hardware, world_size) | record_auto(s, hardware)
+    problems = (too_large := size_errors(s)) or field_errors(s) + unread_errors(s, given)
+    auto = {} if too_large else run_auto(s, hardware, world_size) | record_auto(s, hardware)
     auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
     s = replace(s, **{name: value for name, (value, _) in auto.items()})
     notes = [f"preset {preset}: {'asked for' if wanted == preset else why}"]
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
-    problems += [] if size_errors(s) else run_errors(s, given, hardware) + unfit
+    problems += [] if too_large else run_errors(s, given, hardware) + unfit
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     return s, hardware, notes

@@ -65,7 +65,7 @@ def test_logits_token_by_token_are_those_of_the_full_forward_pass(tmp_path, name
     with torch.no_grad():
         expected = full_logits(random_model(exact))
     path = save_random(tmp_path, s)
-    decoder = generate.make_decoder(path, generate.read_meta(path), "cpu", TOKENS.numel(), cached)
+    decoder = generate.make_decoder(path, train_moe.read_meta(path), "cpu", TOKENS.numel(), cached)
     assert decoder.cached == cached
     first, *rest = TOKENS[0].tolist()
     found = torch.stack([decoder([first]), *(decoder([token]) for token in rest)])

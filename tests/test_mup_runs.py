@@ -231,7 +231,7 @@ def test_samples_come_from_the_logits_of_training(softcap, cached, tmp_path):
     s = test_generate.settings(mup=True, base_width=32, base_head_dim=8, softcap=softcap)
     model, tokens = test_generate.random_model(s), torch.arange(40).tolist()
     path = test_generate.save(tmp_path, dict(test_generate.CHARS, vocab_size=test_generate.VOCAB), s, model=model)
-    decoder = generate.make_decoder(path, generate.read_meta(path), "cpu", 40, cached)
+    decoder = generate.make_decoder(path, train_gpt.read_meta(path), "cpu", 40, cached)
     found = torch.stack([decoder([token]) for token in tokens])
     torch.testing.assert_close(found, test_generate.full_logits(model, tokens, 16), atol=2e-4, rtol=1e-4)
     plain = test_generate.random_model(test_generate.settings(softcap=softcap))
@@ -244,7 +244,7 @@ def test_samples_of_a_mixture_come_from_the_logits_of_training(cached, tmp_path)
     with torch.no_grad():
         expected = test_moe_generate.full_logits(moe.random_model(s))
     path = test_moe_generate.save_random(tmp_path, s)
-    decoder = generate.make_decoder(path, generate.read_meta(path), "cpu", 40, cached)
+    decoder = generate.make_decoder(path, train_gpt.read_meta(path), "cpu", 40, cached)
     found = torch.stack([decoder([token]) for token in test_moe_generate.TOKENS[0].tolist()])
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 
