@@ -36,9 +36,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import logger  # noqa: E402 - scripts of the root folder, not installed
 import train_gpt  # noqa: E402
 from bench import common  # noqa: E402
+from runlogs import loading, parsing  # noqa: E402 - scripts of the root folder, not installed
 
 TRACK_RANKS = 8  # processes of the public track; on one GPU a script takes as many rows one after another
 EOT = 50256  # end of text, of GPT-2's tokens
@@ -66,7 +66,7 @@ def load_peer(path: Path) -> tuple[str, dict]:
         raise FileNotFoundError(f"{path} is not there; give a train_gpt.py, a folder that holds one, or a record log")
     sources = [path.read_text(encoding="utf-8", errors="replace")]
     if path.suffix != ".py":
-        sources = list(logger.read_log(path).trace.parts.values())
+        sources = list(loading.read_log(path).trace.parts.values())
     if not sources:
         raise ValueError(f"{path} is neither a .py file nor a record log: no line of 100 '=' ends its source")
     git = train_gpt.command_output("git", "-C", str(path.resolve().parent), "rev-parse", "HEAD")
@@ -128,18 +128,18 @@ def run_process(command: list, folder: Path, limit_s: float | None, **options) -
                 common.stop_group(child, patience_s=60)
     return code, time.perf_counter() - start
 
-def read_trace(who: str, trace: logger.Trace, code: int | None, wall_s: float, output: str) -> Run:
+def read_trace(who: str, trace: parsing.Trace, code: int | None, wall_s: float, output: str) -> Run:
     """A Run from a parsed log. Times before a fall of the clock are dropped: until record 21 the scripts reset it after
     10 steps. A validation's time replaces the one of its step's own line, which has not waited for the device."""
     run, last_ms = Run(who, wall_s, peak_mib=trace.end.get("peak_memory_mib")), 0.0
     for row in trace.rows:
-        ms, loss = logger.number(row.get("train_time_ms")), logger.number(row.get("val_loss"))
+        ms, loss = parsing.number(row.get("train_time_ms")), parsing.number(row.get("val_loss"))
         if ms is not None and math.isfinite(ms):
             run.times = (run.times if ms >= last_ms else {}) | {row["step"]: ms}
             last_ms = ms
         if loss is not None:
             run.losses[row["step"]] = loss
-    if code and trace.end.get("status") not in logger.COMPLETED:
+    if code and trace.end.get("status") not in parsing.COMPLETED:
         names = re.findall(r"^(?:\[rank0\]: *)?([\w.]*(?:Error|Exception|Iteration))\b", output, re.MULTILINE)
         why = names[:1] if who == "peer" else output.splitlines()[-1:]  # an exception's name is not the peer's text
         run.result = ", ".join([f"FAILED: code {code}", *why])
@@ -160,17 +160,17 @@ def run_peer(source: str, corpus: train_gpt.Corpus, folder: Path, limit_s: float
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     code, wall_s = run_process([*launcher, "train_gpt.py"], folder, limit_s, cwd=folder)
     log = max(folder.glob("logs/*.txt"), key=os.path.getmtime, default=folder / "output.txt")
-    trace = logger.parse_log(logger.read_text(log))
-    return read_trace("peer", trace, code, wall_s, logger.read_text(folder / "output.txt"))
+    trace = parsing.parse_log(parsing.read_text(log))
+    return read_trace("peer", trace, code, wall_s, parsing.read_text(folder / "output.txt"))
 
 def run_ours(flags: list[str], folder: Path, limit_s: float | None) -> Run:
     """One run of train_gpt.py, with its logs in `folder`."""
     folder.mkdir()
     command = [sys.executable, ROOT / "train_gpt.py", *flags, "--log-dir", folder, "--experiment_name", "ours"]
     code, wall_s = run_process(command, folder, limit_s)
-    traces = [logger.read_run(path).trace for path in folder.glob("ours/*/")]
-    output = logger.read_text(folder / "output.txt")
-    return read_trace("ours", (traces or [logger.Trace()])[0], code, wall_s, output)
+    traces = [loading.read_run(path).trace for path in folder.glob("ours/*/")]
+    output = parsing.read_text(folder / "output.txt")
+    return read_trace("ours", (traces or [parsing.Trace()])[0], code, wall_s, output)
 
 def report(run: Run) -> Run:
     """Prints a line about a run that has just ended, and returns it."""

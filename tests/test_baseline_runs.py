@@ -45,6 +45,7 @@ import generate
 import train_baseline as tb
 import train_gpt
 from evals import hellaswag
+from runlogs import loading
 from train_baseline import GPT
 
 CHARS = "\n" + "".join(map(chr, range(48, 47 + VOCAB)))
@@ -587,7 +588,7 @@ def test_logger_reads_and_compares_the_logs(tmp_path, whole, capsys):
     assert train_gpt.main(speedrun) == 0
     other = run_folder(tmp_path, "speedrun")
     capsys.readouterr()
-    summary = logger.summarize(logger.read_run(own))
+    summary = loading.summarize(loading.read_run(own))
     assert (summary["val_loss"], summary["step"]) == (losses(own)["val_loss"][8], 8)
     assert summary["params_active"] < summary["params_total"]
     for argv in (["show", str(own)], ["compare", str(other), str(own)]):

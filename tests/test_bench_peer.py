@@ -13,8 +13,8 @@ from helpers import ROOT, TINY, documents, flags, make_data
 sys.path.insert(0, str(ROOT / "bench"))
 import peer  # noqa: E402
 
-import logger  # noqa: E402
 import train_gpt  # noqa: E402
+from runlogs import parsing  # noqa: E402
 
 EOT = 50256
 # Takes 100 ms a step by its own clock; its loss is the mean of the validation tokens it was given, less the step.
@@ -66,7 +66,7 @@ def tiny_flags(data):
 
 
 def trace(text):
-    return logger.parse_log(text + "\n")
+    return parsing.parse_log(text + "\n")
 
 
 def run(who, times, losses, **fields):

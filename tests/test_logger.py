@@ -1,6 +1,5 @@
 """Tests of logger.py on runs of ours, made here: step lines, resumed, killed, damaged runs, the report, the plots."""
 
-import importlib
 import json
 import math
 import statistics
@@ -12,9 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import logger
+from runlogs import drawing, loading, parsing, reporting
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-logger = importlib.import_module("logger")
 
 COUNTS = st.integers(0, 10**9)
 KEYS = st.from_regex(r"[a-z][a-z_]{0,9}", fullmatch=True).map(lambda key: f"x_{key}")
@@ -69,7 +70,7 @@ def make_run(logs, name, metrics=None, log=None, config=None, experiment="exp"):
 
 
 def summary(path):
-    return logger.summarize(logger.read_run(path))
+    return loading.summarize(loading.read_run(path))
 
 
 def run_main(capsys, logs, *options, experiment="exp"):
@@ -87,7 +88,7 @@ def run_main(capsys, logs, *options, experiment="exp"):
 def test_step_line_round_trip(step, iterations, loss, time_ms, extra):
     tail = "".join(f" {key}:{value}" for key, value in extra.items())
     line = f"step:{step}/{iterations} val_loss:{loss} train_time:{time_ms}ms step_avg:nanms{tail}"
-    row = logger.parse_step_line(line)
+    row = parsing.parse_step_line(line)
     assert math.isnan(row.pop("step_avg_ms"))
     expected = {"step": step, "iterations": iterations, "val_loss": float(loss), "train_time_ms": time_ms}
     assert row == expected | {key: v if isinstance(v, str) else float(v) for key, v in extra.items()}
@@ -107,7 +108,7 @@ def test_step_line_round_trip(step, iterations, loss, time_ms, extra):
     ],
 )
 def test_step_line_forms(line, expected):
-    row = logger.parse_step_line(line)
+    row = parsing.parse_step_line(line)
     assert row == expected
 
 
@@ -119,20 +120,20 @@ def test_arbitrary_bytes_never_raise(tmp_path_factory, data, start):
     path = tmp_path_factory.mktemp("run")
     for file in ("metrics.jsonl", "log.txt", "config.json"):
         (path / file).write_bytes(start.encode() + data)
-    run = logger.read_run(path)
-    report = logger.plain(logger.experiment_report("exp", [run]))
+    run = loading.read_run(path)
+    report = reporting.plain(reporting.experiment_report("exp", [run]))
     assert "\x1b" not in report
-    assert json.loads(logger.format_json([run]))["runs"][0]["run_id"] == path.name
+    assert json.loads(reporting.format_json([run]))["runs"][0]["run_id"] == path.name
 
 
 @QUICK
 @given(st.lists(RECORDS, max_size=6))
 def test_any_json_values_never_raise(records):
-    trace = logger.parse_metrics(lines({"step": 1, "val_loss": 2.0}, *records))
-    run = logger.Run(Path("run"), "metrics.jsonl", trace, {})
-    json.loads(logger.format_json([run]), parse_constant=pytest.fail)
+    trace = parsing.parse_metrics(lines({"step": 1, "val_loss": 2.0}, *records))
+    run = loading.Run(Path("run"), "metrics.jsonl", trace, {})
+    json.loads(reporting.format_json([run]), parse_constant=pytest.fail)
     assert [row["step"] for row in trace.rows] == sorted(row["step"] for row in trace.rows)
-    logger.loss_limits([run])
+    drawing.loss_limits([run])
 
 
 # -- runs
@@ -150,27 +151,27 @@ def test_metrics_of_a_finished_run(tmp_path):
 
 def test_resume_supersedes_later_records_and_the_end(tmp_path):
     records = [val(50, 3.0), train(60, 9.0), val(80, 1.0), end(80, 1.0, "interrupted"), resume(50), train(60, 2.9)]
-    run = logger.read_run(make_run(tmp_path, "a", lines(*records)))
+    run = loading.read_run(make_run(tmp_path, "a", lines(*records)))
     assert [(row["step"], row.get("val_loss"), row.get("train_loss")) for row in run.trace.rows] == [
         (50, 3.0, None),
         (60, None, 2.9),
     ]
-    found = logger.summarize(run)
+    found = loading.summarize(run)
     assert (found["status"], found["best_val_loss"]) == ("running or killed at step 60", 3.0)
     assert found["notes"] == []
 
 
 def test_resume_glued_to_a_cut_line(tmp_path):
     text = lines(val(50, 3.0), val(80, 1.0)) + '{"step":81,"train_lo' + lines(resume(50), val(100, 2.5), end(100, 2.5))
-    run = logger.read_run(make_run(tmp_path, "a", text))
+    run = loading.read_run(make_run(tmp_path, "a", text))
     assert [row["step"] for row in run.trace.rows] == [50, 100]
-    assert logger.summarize(run)["best_val_loss"] == 2.5
+    assert loading.summarize(run)["best_val_loss"] == 2.5
 
 
 def test_steps_that_go_back_are_noted(tmp_path):
-    run = logger.read_run(make_run(tmp_path, "a", lines(val(50, 3.0), val(80, 1.0), val(50, 2.0))))
+    run = loading.read_run(make_run(tmp_path, "a", lines(val(50, 3.0), val(80, 1.0), val(50, 2.0))))
     assert [row["val_loss"] for row in run.trace.rows] == [2.0]
-    assert run.trace.notes == [logger.BACKWARD]
+    assert run.trace.notes == [parsing.BACKWARD]
 
 
 @pytest.mark.parametrize("cut", [1, 10, 60])
@@ -192,9 +193,9 @@ def test_damage_inside_is_skipped_and_noted(tmp_path):
 
 
 def test_nan_run_is_not_completed_and_its_json_is_strict(tmp_path):
-    run = logger.read_run(make_run(tmp_path, "a", lines(val(9, math.nan), val(50, 3.0), end(60, math.nan, "nan"))))
-    assert "nan" in logger.plain(logger.experiment_report("exp", [run])).splitlines()[2]
-    found = json.loads(logger.format_json([run]), parse_constant=pytest.fail)["runs"][0]
+    run = loading.read_run(make_run(tmp_path, "a", lines(val(9, math.nan), val(50, 3.0), end(60, math.nan, "nan"))))
+    assert "nan" in reporting.plain(reporting.experiment_report("exp", [run])).splitlines()[2]
+    found = json.loads(reporting.format_json([run]), parse_constant=pytest.fail)["runs"][0]
     assert (found["status"], found["completed"], found["val_loss"], found["best_val_loss"]) == ("nan", False, None, 3.0)
 
 
@@ -220,7 +221,7 @@ def test_gpus_of_an_nvidia_smi_table_are_counted():
     row = "|   {}  NVIDIA H100 80GB HBM3          On  |   00000000:61:00.0 Off |                    0 |\n"
     machine = "Running PyTorch 2.10.0.dev20251210+cu126 compiled for CUDA 12.6\n"
     machine += "".join(row.format(i) for i in range(8))
-    header = logger.parse_log(log_text("", machine=machine)).header
+    header = parsing.parse_log(log_text("", machine=machine)).header
     expected = {"torch": "2.10.0.dev20251210+cu126", "cuda": "12.6", "device": "8x NVIDIA H100 80GB HBM3"}
     assert header == expected | {"gpus": "NVIDIA H100 80GB HBM3", "gpu_count": 8}
 
@@ -230,8 +231,8 @@ def test_gpus_of_an_nvidia_smi_table_are_counted():
     [("val_loss:3.2", 10.8), ("val_loss:3.2807 train_time:9", 3.2807), ("val_loss:3.28 step_avg:9ms", 3.28)],
 )
 def test_cut_number_at_the_end_of_log_txt_is_not_believed(tail, loss):
-    trace = logger.parse_log(log_text(f"step:0/9 val_loss:10.8\nstep:9/9 {tail}"))
-    assert logger.latest(trace.rows, "val_loss") == loss
+    trace = parsing.parse_log(log_text(f"step:0/9 val_loss:10.8\nstep:9/9 {tail}"))
+    assert loading.latest(trace.rows, "val_loss") == loss
 
 
 def test_log_txt_is_read_where_metrics_hold_nothing(tmp_path):
@@ -274,8 +275,8 @@ def test_report_table_mean_and_differing_settings(tmp_path, capsys):
 
 
 def test_table_aligns_wide_characters(tmp_path):
-    runs = [logger.read_run(make_run(tmp_path, name, lines(val(9, 3.5)))) for name in ("日本", "abcd")]
-    _, _, wide, narrow = logger.plain(logger.experiment_report("exp", runs)).splitlines()
+    runs = [loading.read_run(make_run(tmp_path, name, lines(val(9, 3.5)))) for name in ("日本", "abcd")]
+    _, _, wide, narrow = reporting.plain(reporting.experiment_report("exp", runs)).splitlines()
     assert wide.removeprefix("日本") == narrow.removeprefix("abcd")
 
 
@@ -342,9 +343,9 @@ def test_plot_is_written_and_its_path_printed(tmp_path, capsys):
 def test_step_time_and_schedule_are_drawn_where_they_are_logged(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     rows = [train(step, 4.0) | {"lr": 1 - step / 100, "window": 64 * step} for step in range(1, 9)]
-    run = logger.read_run(make_run(tmp_path / "logs", "a", lines(*rows)))
+    run = loading.read_run(make_run(tmp_path / "logs", "a", lines(*rows)))
     make_run(tmp_path / "logs", "b", lines(val(9, 3.5)))
-    figures = logger.figures_of([run], "exp")
+    figures = drawing.figures_of([run], "exp")
     assert list(figures) == ["step_time.png", "schedule.png", "loss.png"]
     assert [set(line.get_ydata()) for line in figures["step_time.png"].axes[0].lines] == [{10.0}]
     lr, window = (ax.lines[0].get_ydata() for ax in figures["schedule.png"].axes)
@@ -355,10 +356,10 @@ def test_step_time_and_schedule_are_drawn_where_they_are_logged(tmp_path, capsys
 
 def test_figure_has_shared_axes_limits_and_legend(tmp_path):
     pytest.importorskip("matplotlib")
-    runs = [logger.read_run(make_run(tmp_path, f"_r{i}", lines(*curve_records(3 + i / 10)))) for i in range(10)]
+    runs = [loading.read_run(make_run(tmp_path, f"_r{i}", lines(*curve_records(3 + i / 10)))) for i in range(10)]
     diverged = [*curve_records(3.0), train(101, 1e300), train(102, math.inf), val(102, math.nan)]
-    runs.append(logger.read_run(make_run(tmp_path, "diverged", lines(*diverged))))
-    figure = logger.loss_figure(runs, "exp")
+    runs.append(loading.read_run(make_run(tmp_path, "diverged", lines(*diverged))))
+    figure = drawing.loss_figure(runs, "exp")
     figure.savefig(tmp_path / "loss.png")
     low, high = figure.axes[0].get_ylim()
     assert 2.8 < low < 3.0 and 3.9 < high < 6  # all last losses, not the first ones near 10
@@ -378,20 +379,20 @@ def test_figure_has_shared_axes_limits_and_legend(tmp_path):
 )
 def test_loss_limits_with_losses_that_rise(after, least, most):
     rows = curve_records(3.0, steps=600) + [val(601 + i, loss) for i, loss in enumerate(after)]
-    low, high = logger.loss_limits([logger.Run(Path("a"), "metrics.jsonl", logger.Trace(rows=rows), {})])
+    low, high = drawing.loss_limits([loading.Run(Path("a"), "metrics.jsonl", parsing.Trace(rows=rows), {})])
     assert 2.9 < low < 3.0 and least < high < most
 
 
 def test_loss_limits_show_where_a_short_run_ended():
     rows = [curve_records(3.0), curve_records(6.0, steps=4)]
-    runs = [logger.Run(Path("a"), "metrics.jsonl", logger.Trace(rows=r), {}) for r in rows]
-    assert logger.loss_limits(runs[:1])[1] < 6 < 6 + 7 * math.exp(-4 / 5) < logger.loss_limits(runs)[1]
+    runs = [loading.Run(Path("a"), "metrics.jsonl", parsing.Trace(rows=r), {}) for r in rows]
+    assert drawing.loss_limits(runs[:1])[1] < 6 < 6 + 7 * math.exp(-4 / 5) < drawing.loss_limits(runs)[1]
 
 
 def test_log_txt_leaves_the_token_panel_empty(tmp_path):
     pytest.importorskip("matplotlib")
-    run = logger.read_run(make_run(tmp_path, "a", log=log_text("step:5/9 val_loss:3.5 train_time:5ms\n")))
-    figure = logger.loss_figure([run], "exp")
+    run = loading.read_run(make_run(tmp_path, "a", log=log_text("step:5/9 val_loss:3.5 train_time:5ms\n")))
+    figure = drawing.loss_figure([run], "exp")
     assert [len(ax.lines) for ax in figure.axes] == [1, 0, 1]
     assert figure.axes[1].texts[0].get_text() == "not logged"
 

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records import board
+from runlogs import board
 
 QUICK = settings(deadline=None, database=None, max_examples=40)
 VOID = {"meta", "input", "br"}

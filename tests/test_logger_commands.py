@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logger
-from records import sources
+from runlogs import drawing, judging, leaderboard, loading, parsing, sources, verifying
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = settings(deadline=None, database=None, max_examples=30)
@@ -125,21 +125,21 @@ def error(capsys, *argv):
 
 def test_t_test_by_hand():
     """Of three values t has two degrees of freedom: its distribution function is 1/2 + t / (2 sqrt(2 + t^2))."""
-    p = logger.below_target([3.270, 3.275, 3.280], 3.280)
+    p = judging.below_target([3.270, 3.275, 3.280], 3.280)
     assert p == pytest.approx(0.5 - math.sqrt(3) / (2 * math.sqrt(5)), rel=1e-9)
-    assert logger.below_target([3.2], 3.28) is None and logger.below_target([3.2, 3.2], 3.28) is None
+    assert judging.below_target([3.2], 3.28) is None and judging.below_target([3.2, 3.2], 3.28) is None
 
 
 def test_welch_by_hand():
     """Means 6 and 1, variances 2, n = 2 each: standard error sqrt(2), two degrees of freedom, t_0.975 = 4.302653."""
-    test = logger.welch([5, 7], [0, 2])
+    test = judging.welch([5, 7], [0, 2])
     t = 5 / math.sqrt(2)
     assert test["difference"] == 5 and test["p_value"] == pytest.approx(1 - t / math.sqrt(2 + t * t), rel=1e-9)
     half = 4.302652729911275 * math.sqrt(2)
     assert (test["ci_low"], test["ci_high"]) == pytest.approx((5 - half, 5 + half), rel=1e-9)
     assert test["cohens_d"] == pytest.approx(5 / math.sqrt(2))
-    assert logger.welch([1], [2, 3]) is None and logger.welch([1, 1], [2, 2]) is None
-    assert logger.welch([5, 7, math.nan, None], [0, 2]) == test
+    assert judging.welch([1], [2, 3]) is None and judging.welch([1, 1], [2, 2]) is None
+    assert judging.welch([5, 7, math.nan, None], [0, 2]) == test
 
 
 @QUICK
@@ -147,26 +147,26 @@ def test_welch_by_hand():
 def test_runs_needed_is_the_first_that_passes(margin, sd):
     from scipy.stats import t
 
-    needed = logger.runs_needed(margin, sd)
+    needed = judging.runs_needed(margin, sd)
     p = [t.sf(margin * math.sqrt(n) / sd, n - 1) for n in range(2, (needed or 100) + 1)]
     assert p[-1] < 0.01 or needed is None
     assert all(value >= 0.01 for value in p[:-1])
 
 
 def test_runs_needed_limits_and_detectable_margin():
-    assert logger.runs_needed(0, 1) is None and logger.runs_needed(1, 0) == 2 and logger.runs_needed(1e-9, 1) is None
+    assert judging.runs_needed(0, 1) is None and judging.runs_needed(1, 0) == 2 and judging.runs_needed(1e-9, 1) is None
     losses = [3.27, 3.272, 3.275, 3.271]
     mean, sd = statistics.mean(losses), statistics.stdev(losses)
-    margin = logger.detectable_margin(4, sd, alpha=0.05)
-    assert logger.below_target(losses, mean + margin) == pytest.approx(0.05)
+    margin = judging.detectable_margin(4, sd, alpha=0.05)
+    assert judging.below_target(losses, mean + margin) == pytest.approx(0.05)
 
 
 def test_track_3_rules(tmp_path):
     old, new = make_group(tmp_path / "a", [3.28, 3.28], count=8), make_group(tmp_path / "b", [3.279, 3.279], count=4)
-    a, b = (logger.samples_of(logger.load(logger.expand([str(path)])))[0] for path in (old, new))
-    rule = logger.pairwise_rule(a, b)
+    a, b = (judging.samples_of(loading.load(loading.expand([str(path)])))[0] for path in (old, new))
+    rule = judging.pairwise_rule(a, b)
     assert rule["value"] == pytest.approx(0.001 + 4 * 0.000045) and not rule["passed"]
-    test = logger.target_numbers(b, 3.282)
+    test = judging.target_numbers(b, 3.282)
     assert test["sigma_rule"] == {"value": pytest.approx(0.003 * math.sqrt(2)), "passed": True}
     assert test["p_value"] is None and not test["passed"]
 
@@ -278,7 +278,7 @@ def test_globs_and_folders_name_each_log_once(tmp_path):
     make_group(tmp_path / "a", [3.25, 3.26])
     make_ours(tmp_path / "b" / "run", [4.0, 3.5])
     names = [tmp_path, tmp_path / "a", tmp_path / "*" / "*.txt", tmp_path / "b" / "run"]
-    found = logger.expand(map(str, names))
+    found = loading.expand(map(str, names))
     assert [path.name for path in found] == ["run_0.txt", "run_1.txt", "run"]
 
 
@@ -291,7 +291,7 @@ def test_unreadable_and_missing_logs(tmp_path, capsys):
     for name in ("compare", "diff"):
         assert "a.txt' holds no" in error(capsys, name, tmp_path / "a.txt", tmp_path / "a.txt")
     assert "needs two groups" in error(capsys, "compare", tmp_path / "a.txt")
-    run = logger.load_one(tmp_path / "gone.txt")
+    run = loading.load_one(tmp_path / "gone.txt")
     assert run.trace.notes == ["cannot be read: No such file or directory"]
 
 
@@ -370,7 +370,7 @@ def test_compare_of_our_runs_knows_tokens_and_stages(tmp_path, capsys):
     assert [round(p["means"][1] - p["means"][0], 9) for p in found["equal"]["tokens"]] == [0.5] * 4
     assert found["equal"]["tokens"][-1]["at"] == 512 and found["pairs"][0]["val_loss"] is None
     groups = logger.load_groups([str(tmp_path / "a"), str(tmp_path / "b")])[0]
-    assert len(logger.compare_figure(groups).axes) == 3
+    assert len(drawing.compare_figure(groups).axes) == 3
 
 
 def test_groups_of_one_name_stay_apart(tmp_path):
@@ -615,9 +615,9 @@ def test_verify_needs_runs_and_a_readme(record, capsys):
 @given(st.text(alphabet="pn=<0123456789.,[] runsmeavl:step/-e\n", max_size=200))
 def test_any_readme_can_be_checked(text):
     rows = [{"step": 4, "iterations": 4, "val_loss": 3.2, "train_time_ms": 1.0}]
-    run = logger.Run(Path("a"), "a", logger.Trace(rows=rows), {})
-    samples = [logger.Sample(run, rows, loss, 1.0, 4, {}) for loss in (3.2, 3.3)]
-    verdicts = {claim["verdict"] for claim in logger.check_claims(text, {"all": samples}, 3.28)}
+    run = loading.Run(Path("a"), "a", parsing.Trace(rows=rows), {})
+    samples = [judging.Sample(run, rows, loss, 1.0, 4, {}) for loss in (3.2, 3.3)]
+    verdicts = {claim["verdict"] for claim in verifying.check_claims(text, {"all": samples}, 3.28)}
     assert verdicts <= {"confirmed", "contradicted", "not checkable"}
 
 
@@ -650,7 +650,7 @@ def test_extract_gives_the_source_back(tmp_path, capsys):
 
 def test_parts_cannot_lead_out_of_the_folder(tmp_path):
     text = CODE + "-" * 40 + "\n# ../evil.py\n" + "-" * 40 + "\nx\n"
-    trace = logger.parse_log(log_text(code=text))
+    trace = parsing.parse_log(log_text(code=text))
     assert list(trace.parts) == ["train_gpt.py"] and trace.parts["train_gpt.py"] == text
 
 
@@ -699,7 +699,7 @@ def boards(monkeypatch):
     seen = []
     module = types.SimpleNamespace(board_markdown=lambda records: seen.append(records) or "| table |",
                                    board_html=lambda records, title: f"<title>{title}</title>")
-    monkeypatch.setitem(sys.modules, "records.board", module)
+    monkeypatch.setitem(sys.modules, "runlogs.board", module)
     return seen
 
 
@@ -737,17 +737,17 @@ def test_board_without_records(tmp_path, capsys, boards):
 def test_points_are_thinned_but_for_validations():
     rows = [{"step": i, "train_loss": 3.0, "train_time_ms": i} for i in range(5000)]
     rows[7]["val_loss"], rows[1003]["val_loss"] = math.nan, 3.1
-    points = logger.points_of(rows)
+    points = loading.points_of(rows)
     assert 400 <= len(points) <= 450 and [1003, 1.003, 3.1, 3.0] in points and all(p[2] in (None, 3.1) for p in points)
 
 
 def test_settings_of_a_log_without_its_folder_come_from_its_line_about_them(tmp_path, capsys):
     """log.txt alone, as record folders hold it."""
     for name, width in (("a", 32), ("b", 64)):
-        text = log_text(3.2, 5.0).split(logger.SEPARATOR)
+        text = log_text(3.2, 5.0).split(parsing.SEPARATOR)
         text[-2] += f'Settings: {{"width": {width}, "seed": {width}, "window": [1, 2]}}\n'
-        (tmp_path / f"{name}.txt").write_text(logger.SEPARATOR.join(text))
+        (tmp_path / f"{name}.txt").write_text(parsing.SEPARATOR.join(text))
     found = numbers(capsys, "diff", tmp_path / "a.txt", tmp_path / "b.txt")["settings"]
     assert found == [{"name": "setting width", "a": "32", "b": "64"}]
-    assert logger.source_of(logger.load_one(tmp_path / "a.txt")).endswith(
+    assert leaderboard.source_of(loading.load_one(tmp_path / "a.txt")).endswith(
         "# setting width = 32\n# setting window = [1, 2]")

@@ -5,6 +5,7 @@ import math
 import pytest
 
 import logger
+from runlogs import judging
 
 SAME = dict(eval_tokens=300, eval_seq_len=32, batch_tokens=[100], seq_len=[32], mtp=[0])
 ROWS = [dict(step=4, val_loss=3.5), dict(step=6, train_loss=2.0), dict(step=8, val_loss=3.1),
@@ -84,9 +85,9 @@ def test_a_loss_that_is_not_reached(tmp_path, capsys):
 ])
 def test_where_a_loss_is_reached(losses, at):
     rows = [dict(step=10 * i, val_loss=loss, tokens=10 * i, train_time_ms=10 * i) for i, loss in enumerate(losses, 1)]
-    found = logger.reached(rows, 3.0)
-    assert found is None if at is None else found == pytest.approx(dict.fromkeys(logger.SPENT, at))
-    assert logger.reached([{**row, "tokens": None} for row in rows], 3.0) is None
+    found = judging.reached(rows, 3.0)
+    assert found is None if at is None else found == pytest.approx(dict.fromkeys(judging.SPENT, at))
+    assert judging.reached([{**row, "tokens": None} for row in rows], 3.0) is None
 
 
 @pytest.mark.parametrize("changes, words", [

@@ -1,6 +1,7 @@
 """logger.py with HellaSwag scores: of evals/hellaswag.py --follow, and those in metrics.jsonl of older runs."""
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from test_logger import QUICK, SCALARS, end, lines, make_run, resume, run_main, summary, train, val
 
 import logger
+from runlogs import drawing, loading, parsing, reporting
 
 
 def score(step, right, tasks=100, **more):
@@ -23,7 +25,7 @@ def scored(tmp_path, name, *scores, metrics=()):
 
 
 def steps(path):
-    return {step: found["per_token"] for step, found in logger.read_run(path).trace.scores.items()}
+    return {step: found["per_token"] for step, found in loading.read_run(path).trace.scores.items()}
 
 
 def test_scores_in_metrics_of_older_runs(tmp_path):
@@ -31,7 +33,7 @@ def test_scores_in_metrics_of_older_runs(tmp_path):
     rows = [train(10, 3.0), score(10, 26), train(20, 2.9), score(20, 30), resume(10), train(20, 2.8), score(20, 31)]
     path = make_run(tmp_path / "logs", "a", lines(*rows))
     assert steps(path) == {10: 0.26, 20: 0.31}
-    assert [row["step"] for row in logger.read_run(path).trace.rows] == [10, 20]
+    assert [row["step"] for row in loading.read_run(path).trace.rows] == [10, 20]
     assert summary(path)["hellaswag"] == {"step": 20, "tasks": 100, "per_token": 0.31, "per_byte": 0.5, "raw": 0.25}
     cut = make_run(tmp_path / "logs", "b", lines(*rows[:5]))
     assert steps(cut) == {10: 0.26}
@@ -40,8 +42,8 @@ def test_scores_in_metrics_of_older_runs(tmp_path):
 def test_scores_beside_the_metrics(tmp_path):
     assert steps(scored(tmp_path, "a", score(20, 26), score(40, 30))) == {20: 0.26, 40: 0.3}
     assert summary(scored(tmp_path, "b"))["hellaswag"] is None
-    run = logger.read_run(scored(tmp_path, "c", score(20, 26)))
-    assert logger.describe(run)["hellaswag"]["step"] == 20
+    run = loading.read_run(scored(tmp_path, "c", score(20, 26)))
+    assert loading.describe(run)["hellaswag"]["step"] == 20
 
 
 def test_of_a_step_that_of_the_most_tasks_counts_and_the_last_of_these(tmp_path):
@@ -60,16 +62,16 @@ def test_damaged_scores_are_passed_over(tmp_path, damaged):
     path = scored(tmp_path, "a", score(20, 26), {"step": 30, **damaged})
     with open(path / "hellaswag.jsonl", "a") as file:
         file.write('{"step": 40, "hellasw')
-    assert steps(path) == {20: 0.26} and logger.read_run(path).trace.notes == []
+    assert steps(path) == {20: 0.26} and loading.read_run(path).trace.notes == []
 
 
 @QUICK
 @given(st.dictionaries(st.sampled_from(["tasks", "per_token", "per_byte", "raw"]), SCALARS), SCALARS)
 def test_any_score_never_raises(values, step):
     text = lines({"step": 1, "val_loss": 2.0}, {"step": step, "hellaswag": values})
-    run = logger.Run(logger.Path("run"), "metrics.jsonl", logger.parse_metrics(text), {})
-    json.loads(logger.format_json([run]), parse_constant=pytest.fail)
-    assert logger.plain(logger.experiment_report("exp", [run])) and logger.screen(logger.describe(run))
+    run = loading.Run(Path("run"), "metrics.jsonl", parsing.parse_metrics(text), {})
+    json.loads(reporting.format_json([run]), parse_constant=pytest.fail)
+    assert reporting.plain(reporting.experiment_report("exp", [run])) and reporting.screen(loading.describe(run))
 
 
 def test_reports_show_the_last_score_with_its_errors(tmp_path, capsys):
@@ -91,8 +93,8 @@ def test_the_plot_has_a_curve_with_errors_for_each_run_with_scores(tmp_path, cap
     scored(tmp_path, "a", score(40, 36), score(20, 26))
     scored(tmp_path, "b")
     scored(tmp_path, "c", score(20, 5000, 10_000))
-    runs = logger.load_experiment(tmp_path / "logs", "exp")
-    (ax,) = logger.figures_of(runs, "exp")["hellaswag.png"].axes
+    runs = loading.load_experiment(tmp_path / "logs", "exp")
+    (ax,) = drawing.figures_of(runs, "exp")["hellaswag.png"].axes
     curves = {c.get_label(): c for c in ax.containers}
     assert list(curves) == ["a", "c"]
     line, _, (bars,) = curves["a"].lines
@@ -101,6 +103,6 @@ def test_the_plot_has_a_curve_with_errors_for_each_run_with_scores(tmp_path, cap
     assert heights == pytest.approx([2 * 100 * math.sqrt(p * (1 - p) / 100) for p in (0.26, 0.36)])
     assert line.get_marker() == "o" and "chance is 25 %" in ax.get_ylabel() and ax.get_ylim()[0] > 15
     assert {text.get_text() for text in ax.get_legend().get_texts()} == {"a", "c"}
-    assert "hellaswag.png" not in logger.figures_of(runs[1:2], "exp")
+    assert "hellaswag.png" not in drawing.figures_of(runs[1:2], "exp")
     assert run_main(capsys, tmp_path / "logs")[0] == 0
     assert (tmp_path / "images" / "exp" / "hellaswag.png").read_bytes().startswith(b"\x89PNG")

@@ -19,8 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_logger_commands import BAR, CODE, MACHINE, command, error, log_text, make_ours, numbers
 
-import logger
-from records import sources
+from runlogs import loading, parsing, sources
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = settings(deadline=None, database=None, derandomize=True, max_examples=40)
@@ -175,7 +174,7 @@ def test_ctrl_c_is_130_without_a_traceback(tmp_path, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(logger, "load_one", stop)
+    monkeypatch.setattr(loading, "load_one", stop)
     assert command(capsys, "show", write(tmp_path / "a.txt", log_text())) == (130, "", "")
 
 
@@ -442,7 +441,7 @@ def test_names_of_a_source_do_not_multiply():
 def test_strange_lines_of_steps(tmp_path, capsys, line):
     log = write(tmp_path / "a.txt", log_text(tail=(line + "\n") * 3))
     assert command(capsys, "show", log)[0] == 0
-    rows = logger.load_one(log).trace.rows
+    rows = loading.load_one(log).trace.rows
     assert all(len(row) <= 100 and all(len(str(v)) <= 2000 for v in row.values()) for row in rows)
 
 
@@ -457,11 +456,11 @@ def test_strange_text_about_the_machine(tmp_path, capsys, machine):
 
 
 def test_sections_and_files_of_a_log_are_bounded():
-    parser = logger.LogParser()
+    parser = parsing.LogParser()
     parser.feed((BAR + "text\n").encode() * 5000)
-    assert len(parser.sections) <= logger.MAX_SECTIONS
-    trace = logger.parse_log(log_text(code="x\n" + "".join(part(f"f{i}.py") for i in range(5000))))
-    assert len(trace.parts) == logger.MAX_PARTS + 1 and "files or more" in trace.notes[0]
+    assert len(parser.sections) <= parsing.MAX_SECTIONS
+    trace = parsing.parse_log(log_text(code="x\n" + "".join(part(f"f{i}.py") for i in range(5000))))
+    assert len(trace.parts) == parsing.MAX_PARTS + 1 and "files or more" in trace.notes[0]
     assert sum(text.count("x = 1") for text in trace.parts.values()) == 5000
 
 
@@ -470,13 +469,13 @@ def test_the_columns_of_an_export_are_bounded(tmp_path, capsys):
     run = write(tmp_path / "run" / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows)).parent
     code, out, err = command(capsys, "export", run)
     head = out.splitlines()[0].split(",")
-    assert code == 0 and len(head) == logger.MAX_COLUMNS + 2 and head.count("path") == 1 and "only the first" in err
+    assert code == 0 and len(head) == parsing.MAX_COLUMNS + 2 and head.count("path") == 1 and "only the first" in err
 
 
 def test_reports_of_routers_are_bounded():
     report = {"event": "routers", "layers": [0, 1], "load": [[1] * 5000] * 2}
-    trace = logger.parse_metrics("".join(json.dumps({**report, "step": i}) + "\n" for i in range(300)))
-    assert sum(len(load) for found in trace.routers for load in found["load"]) <= 2 * logger.MAX_LOADS
+    trace = parsing.parse_metrics("".join(json.dumps({**report, "step": i}) + "\n" for i in range(300)))
+    assert sum(len(load) for found in trace.routers for load in found["load"]) <= 2 * parsing.MAX_LOADS
     assert trace.routers[-1]["step"] == 299
 
 

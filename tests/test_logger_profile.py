@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logger
+from runlogs import profiling
 
 QUICK = settings(deadline=None, database=None, max_examples=80)
 SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)))
@@ -40,14 +41,14 @@ def numbers(capsys, folder):
 
 
 def events_of(spans):
-    return [logger.Event("x", "cpu_op", start, start + length, "1") for start, length in spans]
+    return [profiling.Event("x", "cpu_op", start, start + length, "1") for start, length in spans]
 
 
 @QUICK
 @given(SPANS)
 def test_covered_counts_each_point_once(spans):
     points = {t for start, length in spans for t in range(start, start + length)}
-    assert logger.covered(events_of(spans)) == len(points)
+    assert profiling.covered(events_of(spans)) == len(points)
 
 
 # --- communication and computation

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import logger
+from runlogs import judging, loading, output, parsing, reporting
 
 QUICK = settings(deadline=None, database=None, max_examples=60)
 BAR = "=" * 100 + "\n"
@@ -83,11 +84,11 @@ def write(path, text):
 
 
 def describe(path, **options):
-    return logger.describe(logger.load_one(path, **options))
+    return loading.describe(loading.load_one(path, **options))
 
 
 def parse(text):
-    return logger.parse_log(io.BytesIO(text) if isinstance(text, bytes) else text)
+    return parsing.parse_log(io.BytesIO(text) if isinstance(text, bytes) else text)
 
 
 # -- eras
@@ -126,7 +127,7 @@ def test_what_only_some_eras_tell(tmp_path):
 
 
 def test_source_is_given_back_file_by_file(tmp_path):
-    run = logger.load_one(write(tmp_path / "a.txt", ERAS["2026, several files"]))
+    run = loading.load_one(write(tmp_path / "a.txt", ERAS["2026, several files"]))
     assert run.trace.parts == {"train_gpt.py": CODE, "triton_kernels.py": "import triton\n"}
 
 
@@ -168,7 +169,7 @@ def test_trials_start_over_and_repeated_lines_do_not():
 def test_a_log_that_goes_back_without_an_end_is_a_resumed_run():
     line = "step:{}/9 val_loss:{} train_time:1ms step_avg:1ms\n"
     trace = parse(line.format(2, 5.0) + line.format(5, 4.0) + line.format(3, 4.5))
-    assert [row["step"] for row in trace.rows] == [2, 3] and trace.notes == [logger.BACKWARD]
+    assert [row["step"] for row in trace.rows] == [2, 3] and trace.notes == [parsing.BACKWARD]
     trace = parse(line.format(2, 5.0) + line.format(5, 4.0) + "resumed after step 2\n" + line.format(3, 4.5))
     assert [row["step"] for row in trace.rows] == [2, 3] and trace.notes == [] and trace.resets == 0
 
@@ -198,9 +199,9 @@ def test_how_runs_end(tmp_path):
 def test_a_log_that_is_being_written_is_running(tmp_path):
     path = write(tmp_path / "a.txt", steps_ms().rpartition("step:8/8 val")[0])
     with open(path, "a"):
-        logger.files_being_written.cache_clear()
+        loading.files_being_written.cache_clear()
         assert describe(path)["status"] == "running"
-    logger.files_being_written.cache_clear()
+    loading.files_being_written.cache_clear()
     assert describe(path)["status"] == "died"
 
 
@@ -217,7 +218,7 @@ def test_a_truncated_log_gives_no_number_that_is_not_in_it(tmp_path_factory, era
     assert found["final_val_loss"] is None or found["final_val_loss"] in losses
     assert found["train_time_s"] is None or f"{found['train_time_s']:.3f}" in {"0.000", "12.345"} or (
         found["train_time_s"] * 1000 == int(found["train_time_s"] * 1000))
-    json.loads(logger.strict_json(found), parse_constant=pytest.fail)
+    json.loads(output.strict_json(found), parse_constant=pytest.fail)
 
 
 FRAGMENTS = st.sampled_from([
@@ -234,13 +235,13 @@ FRAGMENTS = st.sampled_from([
 @example([b"step:1/1 " + b"a:1 " * 5000], False)
 def test_arbitrary_bytes_never_raise(tmp_path_factory, pieces, keep):
     path = write(tmp_path_factory.mktemp("bytes") / "a.txt", b"".join(pieces))
-    run = logger.load_one(path, keep)
-    found = logger.describe(run, target=3.0)
-    report = [logger.screen(found), logger.run_table([found])]
-    for text in (logger.plain(report), logger.markdown(report)):
+    run = loading.load_one(path, keep)
+    found = loading.describe(run, target=3.0)
+    report = [reporting.screen(found), reporting.run_table([found])]
+    for text in (reporting.plain(report), reporting.markdown(report)):
         assert "\x1b" not in text and "\0" not in text
-    json.loads(logger.strict_json(found), parse_constant=pytest.fail)
-    samples, dropped = logger.samples_of([run])
+    json.loads(output.strict_json(found), parse_constant=pytest.fail)
+    samples, dropped = judging.samples_of([run])
     assert len(samples) + len(dropped) >= len(run.trace.trials)
 
 
@@ -274,8 +275,8 @@ def test_blocks_of_any_size_give_the_same(era, size):
     text = ERAS[era].encode()
     with pytest.MonkeyPatch.context() as patch:
         whole = parse(text)
-        patch.setattr(logger, "BLOCK", size)
-        pieces = list(logger.blocks_of(io.BytesIO(text)))
+        patch.setattr(parsing, "BLOCK", size)
+        pieces = list(parsing.blocks_of(io.BytesIO(text)))
         small = parse(text)
     assert b"".join(pieces) == text
     if size > max(map(len, text.split(b"\n"))):  # a line longer than a block is cut
@@ -303,20 +304,20 @@ def test_not_a_log(tmp_path, name):
 
 
 def test_long_logs_are_thinned_out(monkeypatch):
-    monkeypatch.setattr(logger, "MAX_ROWS", 100)
+    monkeypatch.setattr(parsing, "MAX_ROWS", 100)
     lines = steps_ms(count=4000, every=400).replace("val_loss:2003.25", "val_loss:0.5")
     trace = parse(lines)
     assert len(trace.rows) <= 100 and trace.rows[-1]["step"] == 4000
     assert [row["step"] for row in trace.rows if "val_loss" in row] == list(range(0, 4001, 400))
-    assert logger.describe(logger.Run(Path("a"), "a", trace, {}))["best_val_loss"] == 0.5
+    assert loading.describe(loading.Run(Path("a"), "a", trace, {}))["best_val_loss"] == 0.5
     only = parse("".join(line for line in steps_ms(count=1000, every=1).splitlines(True) if "val_loss" in line))
     assert len(only.rows) <= 100 and only.rows[-1]["val_loss"] == 3.25
     assert trace.notes == only.notes == ["more than 100 records: not all of them were kept"]
 
 
 def test_sections_and_trials_are_bounded(monkeypatch):
-    monkeypatch.setattr(logger, "MAX_SECTION", 64)
-    monkeypatch.setattr(logger, "MAX_TRIALS", 5)
+    monkeypatch.setattr(parsing, "MAX_SECTION", 64)
+    monkeypatch.setattr(parsing, "MAX_TRIALS", 5)
     trace = parse("x = 1\n" * 50 + BAR + TORCH + BAR + steps_s([3.3] * 20 + [3.1]))
     assert len(trace.parts["train_gpt.py"]) <= 65 and len(trace.trials) == 6 and trace.rows[-1]["val_loss"] == 3.1
     assert len(trace.notes) == 2
@@ -324,9 +325,9 @@ def test_sections_and_trials_are_bounded(monkeypatch):
 
 def test_records_without_loss_and_sources_are_dropped_when_not_needed(tmp_path):
     path = write(tmp_path / "a.txt", ERAS["07/2025, Triton version"])
-    slim, full = (logger.load_one(path, keep, keep) for keep in (False, True))
+    slim, full = (loading.load_one(path, keep, keep) for keep in (False, True))
     assert (len(slim.trace.rows), len(full.trace.rows)) == (3, 11) and slim.trace.parts == {"train_gpt.py": ""}
-    assert logger.describe(slim) == logger.describe(full)
+    assert loading.describe(slim) == loading.describe(full)
 
 
 # -- hostile text

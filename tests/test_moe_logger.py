@@ -1,7 +1,7 @@
 """logger.py with runs of train_moe.py: router reports, damaged ones, the heat map, parameters, a real run."""
-import importlib
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,9 +10,9 @@ from moe import train
 from test_logger import QUICK, SCALARS, end, lines, log_text, make_run, resume, run_main, summary, val
 from test_logger import train as loss
 
+import logger
 import train_moe
-
-logger = importlib.import_module("logger")
+from runlogs import drawing, loading, parsing, reporting
 
 
 def report(step, load, **more):
@@ -25,7 +25,7 @@ EVEN, HALF, ONE = [0.25] * 4, [0.5, 0.5, 0, 0], [0, 0, 1.0, 0]
 
 
 def read(tmp_path, *records, **files):
-    return logger.read_run(make_run(tmp_path / "logs", "a", lines(*records), **files))
+    return loading.read_run(make_run(tmp_path / "logs", "a", lines(*records), **files))
 
 
 # --- numbers
@@ -37,7 +37,7 @@ def read(tmp_path, *records, **files):
     ([0.5] * 19 + [0.02], (None, None, None, 1)), ([0.5] * 19 + [0.03], (None, None, None, 0)),
 ])
 def test_balance_of_a_layer(load, expected):
-    found = logger.balance_of(load)
+    found = loading.balance_of(load)
     names = ("effective_experts", "max_over_mean", "cv", "dead")
     known = {name: value for name, value in zip(names, expected, strict=True) if value is not None}
     assert {name: found[name] for name in known} == pytest.approx(known)
@@ -45,11 +45,11 @@ def test_balance_of_a_layer(load, expected):
 
 def test_the_summary_is_of_the_last_report_and_the_worst_layer(tmp_path):
     run = read(tmp_path, report(5, [ONE, ONE]), report(10, [EVEN, HALF], layers=[3, 7], dropped=[0.0, 0.125]))
-    found = logger.summarize(run)["routers"]
+    found = loading.summarize(run)["routers"]
     assert found == {"step": 10, "layers": [3, 7], "experts": 4, "worst_layer": 7, "effective_experts": 2.0,
                      "max_over_mean": 2.0, "cv": 1.0, "dead": 2, "dropped": 0.125}
-    assert logger.describe(run)["routers"] == found
-    assert logger.summarize(read(tmp_path / "dense", val(5, 3.0)))["routers"] is None
+    assert loading.describe(run)["routers"] == found
+    assert loading.summarize(read(tmp_path / "dense", val(5, 3.0)))["routers"] is None
 
 
 def test_a_resumed_run_drops_the_reports_after_its_checkpoint(tmp_path):
@@ -72,9 +72,9 @@ def test_reports_of_another_shape_replace_those_before(tmp_path, load):
 def test_a_long_run_keeps_its_last_report_and_says_that_some_went(tmp_path, count):
     trace = read(tmp_path, *(report(step, [EVEN]) for step in range(1, count + 1))).trace
     steps = [r["step"] for r in trace.routers]
-    assert steps[-1] == count and 200 <= len(steps) <= logger.MAX_REPORTS
+    assert steps[-1] == count and 200 <= len(steps) <= parsing.MAX_REPORTS
     assert max(b - a for a, b in zip([0, *steps], steps, strict=False)) <= count // 50
-    assert any("reports of the routers" in note for note in trace.notes) == (count > logger.MAX_REPORTS)
+    assert any("reports of the routers" in note for note in trace.notes) == (count > parsing.MAX_REPORTS)
 
 
 # --- damage
@@ -111,16 +111,16 @@ def test_a_report_without_dropped_or_cut_by_a_kill(tmp_path):
                        SCALARS | st.lists(SCALARS | st.lists(SCALARS, max_size=3), max_size=3)))
 def test_any_report_never_raises(values):
     records = [{"step": 1, "val_loss": 2.0}, report(1, [EVEN]), report(2, [EVEN]) | values]
-    run = logger.Run(logger.Path("run"), "metrics.jsonl", logger.parse_metrics(lines(*records)), {})
-    json.loads(logger.format_json([run]), parse_constant=pytest.fail)
-    assert logger.plain(logger.experiment_report("exp", [run])) and logger.screen(logger.describe(run))
+    run = loading.Run(Path("run"), "metrics.jsonl", parsing.parse_metrics(lines(*records)), {})
+    json.loads(reporting.format_json([run]), parse_constant=pytest.fail)
+    assert reporting.plain(reporting.experiment_report("exp", [run])) and reporting.screen(loading.describe(run))
 
 
 # --- the heat map
 
 
 def test_colours_are_even_around_the_mean():
-    assert [logger.load_colour(x) for x in (0, 0.5, 1, 2, 4)] == [0, 0.25, 0.5, 0.75, 0.875]
+    assert [drawing.load_colour(x) for x in (0, 0.5, 1, 2, 4)] == [0, 0.25, 0.5, 0.75, 0.875]
 
 
 @pytest.mark.parametrize(("layers", "experts", "rows"), [
@@ -130,7 +130,7 @@ def test_a_panel_for_each_layer_with_every_expert_and_report(tmp_path, layers, e
     pytest.importorskip("matplotlib")
     load = [[1.0] * (experts - 1) + [0.0]] * layers
     run = read(tmp_path, report(10, load), report(30, load), report(40, load))
-    figure = logger.load_figure(run, "exp")
+    figure = drawing.load_figure(run, "exp")
     figure.savefig(tmp_path / "load.png")
     *panels, bar = figure.axes
     assert len(panels) == layers and len({round(ax.get_position().y0, 3) for ax in panels}) == rows
@@ -150,7 +150,7 @@ def test_a_panel_for_each_layer_with_every_expert_and_report(tmp_path, layers, e
 
 def test_colours_of_dead_even_and_full_experts(tmp_path):
     pytest.importorskip("matplotlib")
-    figure = logger.load_figure(read(tmp_path, report(10, [[0.001, 1.0, 2.0, 0.5, 1.499]])), "exp")
+    figure = drawing.load_figure(read(tmp_path, report(10, [[0.001, 1.0, 2.0, 0.5, 1.499]])), "exp")
     (mesh,) = figure.axes[0].collections
     colours = [tuple(mesh.to_rgba(value)) for value in mesh.get_array().flatten()]
     dead, even, full, half, _ = colours
@@ -163,9 +163,9 @@ def test_the_plot_is_of_the_newest_run_with_reports(tmp_path, capsys):
     for name, step in (("20260101-a", 5), ("20260102-b", 7)):
         make_run(tmp_path / "logs", name, lines(loss(step, 3.0), report(step, [EVEN, HALF])))
     make_run(tmp_path / "logs", "20260103-c", lines(loss(9, 3.0)))
-    runs = logger.load_experiment(tmp_path / "logs", "exp")
-    assert "20260102-b, to step 7" in logger.figures_of(runs, "exp")["load.png"].get_suptitle()
-    assert "load.png" not in logger.figures_of(runs[2:], "exp")
+    runs = loading.load_experiment(tmp_path / "logs", "exp")
+    assert "20260102-b, to step 7" in drawing.figures_of(runs, "exp")["load.png"].get_suptitle()
+    assert "load.png" not in drawing.figures_of(runs[2:], "exp")
     status, out, err = run_main(capsys, tmp_path / "logs")
     image = tmp_path / "images" / "exp" / "load.png"
     assert (status, err) == (0, "") and f"plot: {image}" in out and image.read_bytes().startswith(b"\x89PNG")
@@ -211,8 +211,8 @@ def test_a_real_run_is_read_as_it_reported_itself(tmp_path, capsys):
     folder = train(train_moe, tmp_path, moe_layers="DM", router_every=2, capacity_factor=0.5)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     reports = [record for record in records if record.get("event") == "routers"]
-    last, found = reports[-1], logger.summarize(logger.read_run(folder))
-    assert len(reports) == len(logger.read_run(folder).trace.routers) == 4 and found["notes"] == []
+    last, found = reports[-1], loading.summarize(loading.read_run(folder))
+    assert len(reports) == len(loading.read_run(folder).trace.routers) == 4 and found["notes"] == []
     own = {key: last[key][0] for key in ("effective_experts", "max_over_mean", "cv", "dropped")}
     assert {key: found["routers"][key] for key in own} == pytest.approx(own, rel=1e-4, abs=1e-5)
     assert found["routers"]["dead"] == len(last["dead"][0]) and found["routers"]["dropped"] > 0
@@ -223,5 +223,5 @@ def test_a_real_run_is_read_as_it_reported_itself(tmp_path, capsys):
 
 
 def test_log_txt_without_reports(tmp_path):
-    run = logger.read_run(make_run(tmp_path, "a", log=log_text("step:5/9 val_loss:3.5 train_time:5ms\n")))
-    assert run.trace.routers == [] and logger.router_report([logger.summarize(run)]) == []
+    run = loading.read_run(make_run(tmp_path, "a", log=log_text("step:5/9 val_loss:3.5 train_time:5ms\n")))
+    assert run.trace.routers == [] and reporting.router_report([loading.summarize(run)]) == []

@@ -23,7 +23,7 @@ from numbers import Integral, Real
 from statistics import fmean
 from urllib.parse import quote
 
-from records.sources import line_diff
+from runlogs.sources import line_diff
 
 CURVE_POINTS = 400  # of one curve, after thinning
 CURVES = 20  # single runs of a record that the page carries; their mean is over all

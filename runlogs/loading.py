@@ -1,0 +1,430 @@
+"""Files -> Run -> numbers: which files are logs, what a run's status, loss, time and settings are."""
+
+import functools
+import glob
+import io
+import json
+import math
+import os
+import re
+import statistics
+import sys
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+from runlogs.parsing import (
+    BLOCK,
+    COMPLETED,
+    DEAD,
+    LOSSES,
+    RUN_FILES,
+    Trace,
+    number,
+    open_file,
+    parse_log,
+    parse_metrics,
+    parse_object,
+    parse_record,
+    parse_score,
+    read_text,
+    times,
+)
+
+
+@dataclass
+class Run:
+    """One run folder or log file; `source` names the file that the trace is from, None if there is nothing in it."""
+
+    path: Path
+    source: str | None
+    trace: Trace
+    config: dict
+
+
+def read_run(path, keep_rows=True):
+    """Run of the folder `path`."""
+    log = read_log(path / "log.txt", keep_rows).trace if (path / "log.txt").is_file() else Trace()
+    trace = Trace()
+    if (path / "metrics.jsonl").is_file():
+        with io.TextIOWrapper(open_file(path / "metrics.jsonl"), encoding="utf-8-sig", errors="replace") as file:
+            trace = parse_metrics(iter(lambda: file.readline(BLOCK), ""))
+    odd = [name for name in RUN_FILES if (path / name).exists() and not (path / name).is_file()]
+    source = "log.txt" if log.rows or log.end else None
+    source = "metrics.jsonl" if trace.rows or trace.end else source
+    if source == "log.txt":
+        log.notes = [*trace.notes, "read from log.txt: metrics.jsonl is missing or holds no step", *log.notes]
+        trace = log
+    trace.header, trace.parts, trace.code_hash = log.header, log.parts, log.code_hash
+    for line in read_text(path / "hellaswag.jsonl").splitlines():
+        if score := parse_score(parse_record(line) or {}):
+            trace.add_score(score)
+    config = parse_object(text := read_text(path / "config.json"))
+    trace.notes += ["config.json is no JSON object and was left out"] if text and not config else []
+    if not isinstance(config.get("settings", {}), dict):
+        trace.note("the settings of config.json are no object and were left out")
+    trace.notes += [f"{', '.join(odd)} left out: no regular file"] if odd else []
+    return Run(path, source, trace, config)
+
+
+def read_log(path, keep_rows=True):
+    """Run of the log file `path`."""
+    with open_file(path) as file:
+        return Run(path, path.name, parse_log(file, keep_rows), {})
+
+
+def find_logs(path, depth=50):
+    """Run folders and *.txt and *.log files in the folder `path` and below, in the order of their names. FIFOs and
+    devices of such names are listed: reading them says what they are."""
+    if (path / "metrics.jsonl").is_file() or (path / "log.txt").is_file():
+        return [path]
+    found = []
+    for entry in sorted(path.iterdir(), key=natural):
+        if entry.is_dir() and not entry.is_symlink():
+            found += find_logs(entry, depth - 1) if depth else []
+        elif entry.suffix.lower() in (".txt", ".log") and entry.name != "logs.txt" and entry.exists():
+            found.append(entry) if not entry.is_dir() else None
+    return found
+
+
+def expand(names):
+    """Paths of all logs that files, folders and globs name, each once. FileNotFoundError if a name leads to none."""
+    found = {}
+    for name in names:
+        hits = [Path(name)] if os.path.exists(name) else [Path(hit) for hit in sorted(glob.glob(name, recursive=True))]
+        logs = [log for hit in hits for log in (find_logs(hit) if hit.is_dir() else [hit] * hit.exists())]
+        if not logs:
+            what = "holds no log: expected run folders, *.txt or *.log" if hits else "is not there"
+            raise FileNotFoundError(f"'{name}' {what}")
+        found |= {os.path.abspath(log): log for log in logs}
+    return list(found.values())
+
+
+def read_each(paths, keep_rows=False, keep_source=False):
+    """Runs of log files and run folders, one after the other; one that cannot be read becomes a Run with a note that
+    says why. Records without loss and sources are dropped unless a command needs them: 1,500 public logs hold a
+    gigabyte of them. keep_rows="stages" keeps the times of the steps as plain numbers."""
+    if len(paths) > 20 and sys.stderr.isatty():
+        from tqdm import tqdm
+
+        paths = tqdm(paths, unit="log", leave=False)
+    for path in paths:
+        yield load_one(path, keep_rows, keep_source)
+
+
+def load(paths, keep_rows=False, keep_source=False):
+    return list(read_each(paths, keep_rows, keep_source))
+
+
+def load_one(path, keep_rows=True, keep_source=True):
+    try:
+        run = (read_run if path.is_dir() else read_log)(path, keep_rows)
+    except OSError as error:
+        return Run(path, None, Trace(notes=[f"cannot be read: {error.strerror or error}"]), {})
+    run.trace.parts = run.trace.parts if keep_source else dict.fromkeys(run.trace.parts, "")
+    if keep_rows == "stages":
+        keep_stages(run.trace)
+    return run
+
+
+def keep_stages(trace):
+    """Keep the time of each step as a plain number, and of the records those that hold a loss, and the last."""
+    for i, rows in enumerate(trials := trace.trials):
+        trace.stage_ms.append(found := {})
+        stage = stage_of(rows)
+        for step, ms in step_times(rows):
+            found.setdefault(stage(step), array("d")).append(ms)
+        trials[i] = [row for row in rows[:-1] if not row.keys().isdisjoint(LOSSES)] + rows[-1:]
+    trace.earlier, trace.rows = trials[:-1], trials[-1] if trials else []
+
+
+def folders(path):
+    """Folders inside `path`, in natural order."""
+    return sorted((entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else [], key=natural)
+
+
+def natural(name):
+    """Sort key that puts run_2 before run_10."""
+    return [(len(s), s) if s.isdecimal() else (0, s) for s in re.split(r"(\d+)", getattr(name, "name", name))]
+
+
+def load_experiment(log_dir, name):
+    """All runs in log_dir/name. Raises ValueError if `name` leads out of `log_dir`, FileNotFoundError if there is no
+    such experiment or no run in it."""
+    if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"--experiment_name must name a folder inside '{log_dir}', not '{name}'")
+    path, log_dir = Path(log_dir) / name, Path(log_dir)
+    if not path.is_dir():
+        known = [p.name for p in folders(log_dir)]
+        listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+        raise FileNotFoundError(f"no experiment '{name}' in '{log_dir}'; available: {listed or 'none'}")
+    runs = [load_one(p) for p in folders(path) if any((p / name).is_file() for name in RUN_FILES[:3])]
+    if not runs:
+        raise FileNotFoundError(f"no run in '{path}': expected folders that hold one of {', '.join(RUN_FILES[:3])}")
+    return runs
+
+
+def latest(rows, key):
+    """Last number that the rows give for `key`, or None."""
+    return next((row[key] for row in reversed(rows) if number(row.get(key)) is not None), None)
+
+
+def device_of(run):
+    """Device name from config.json, else from log.txt's header: one GPU for each process, one CPU for all of them."""
+    hardware, world_size = run.config.get("hardware"), run.config.get("world_size")
+    name = hardware.get("name") if isinstance(hardware, dict) else hardware
+    if not isinstance(name, str):
+        return run.trace.header.get("device")
+    shared = not isinstance(world_size, int) or (isinstance(hardware, dict) and hardware.get("device") == "cpu")
+    return name if shared else times(name, world_size)
+
+
+def settings_of(run):
+    """Settings of one of our runs, from config.json or else from its log's line about them."""
+    found = run.config.get("settings") or parse_object(run.trace.header.get("settings") or "")
+    return found if isinstance(found, dict) else {}
+
+
+def balance_of(load):
+    """How evenly the experts of a layer are loaded: the number of experts with even loads of the same entropy, largest
+    / mean, standard deviation / mean (CV), and how many have less than 1/20 of the mean (dead)."""
+    mean = sum(load) / len(load)
+    ratios = [share / mean for share in load]  # 1: even
+    entropy = math.log(len(load)) - sum(r * math.log(r) for r in ratios if r > 0) / len(load)
+    return {"effective_experts": math.exp(entropy), "max_over_mean": max(ratios), "cv": statistics.pstdev(ratios),
+            "dead": sum(r < DEAD for r in ratios)}
+
+
+def router_numbers(run):
+    """The last report of the routers: of effective experts, max/mean, CV and dropped share the worst of all layers, the
+    sum of the dead; None without a report."""
+    if not run.trace.routers:
+        return None
+    last = run.trace.routers[-1]
+    layers = [balance_of(load) for load in last["load"]]
+    effective = [layer["effective_experts"] for layer in layers]
+    return {"step": last["step"], "layers": last["layers"], "experts": len(last["load"][0]),
+            "worst_layer": last["layers"][effective.index(min(effective))], "effective_experts": min(effective),
+            **{key: max(layer[key] for layer in layers) for key in ("max_over_mean", "cv")},
+            "dead": sum(layer["dead"] for layer in layers), "dropped": last["dropped"]}
+
+
+def accuracy(score, key):
+    """(accuracy, its standard error) in percent."""
+    p = score[key]
+    return 100 * p, 100 * math.sqrt(p * (1 - p) / score["tasks"])
+
+
+def accuracies(run):
+    """[(step, accuracy per token, its standard error)] of a run's HellaSwag scores."""
+    scores = sorted(run.trace.scores.values(), key=lambda score: score["step"])
+    return [(score["step"], *accuracy(score, "per_token")) for score in scores]
+
+
+def changes_of(run):
+    """What was changed when the run was resumed, a sentence for each time."""
+    return [f"changed on resume at step {step}: {words}" for step, words in run.trace.changes]
+
+
+def summarize(run):
+    """Numbers of a run folder as a flat dict, None where unknown. `val_loss` and `val_bpb` are of one validation, that
+    of the closing record or else the last. `tokens_per_s` without a closing record is the average so far."""
+    rows, end = run.trace.rows, run.trace.end
+    known = {key: value for key, value in end.items() if number(value) is not None}
+    vals = [row for row in [*rows, known] if number(row.get("val_loss")) is not None]
+    final = vals[-1] if vals else {}
+    good = [row for row in vals if math.isfinite(row["val_loss"])]
+    best = min(good, key=lambda row: row["val_loss"], default={})
+    step, time_ms, tokens = (known.get(key, latest(rows, key)) for key in ("step", "train_time_ms", "tokens"))
+    status = f"running or killed at step {step}" if rows else "no step logged"
+    status = str(end.get("status", "ended")) if end else status
+    rate = tokens / time_ms * 1000 if tokens and time_ms else None
+    extra = ("peak_memory_mib", "params_total", "params_active", "first_step_s", "target_step", "target_time_ms")
+    return {
+        "run_id": run.path.name,
+        "path": str(run.path),
+        "source": run.source,
+        "status": status,
+        "completed": status in COMPLETED,
+        "step": step,
+        "iterations": known.get("iterations", latest(rows, "iterations") or number(settings_of(run).get("iterations"))),
+        "val_loss": final.get("val_loss"),
+        "val_bpb": number(final.get("val_bpb")),
+        "best_val_loss": best.get("val_loss"),
+        "best_val_step": best.get("step", step if best else None),
+        "train_time_ms": time_ms,
+        "step_avg_ms": latest(rows[-1:], "step_avg_ms") or (step and time_ms and time_ms / step) or None,
+        "tokens": tokens,
+        "tokens_per_s": known.get("tokens_per_s", rate),
+        **{key: known.get(key) for key in extra},
+        "routers": router_numbers(run),
+        "hellaswag": max(run.trace.scores.values(), key=lambda s: s["step"], default=None),
+        "torch": run.config.get("torch") or run.trace.header.get("torch"),
+        "device": device_of(run),
+        "notes": run.trace.notes + changes_of(run),
+    }
+
+
+@functools.cache
+def files_being_written():
+    """Paths of files that processes of this machine have open for writing; none where /proc does not tell."""
+    found = set()
+    for link in glob.glob("/proc/[0-9]*/fd/*"):
+        try:
+            flags = re.search(r"flags:\s*(\d+)", Path(link.replace("/fd/", "/fdinfo/")).read_text())
+            found |= {os.readlink(link)} if flags and int(flags[1], 8) & os.O_ACCMODE else set()
+        except OSError:  # closed meanwhile, or another user's
+            continue
+    return found
+
+
+def off_beat(rows):
+    """Whether the last record is a validation out of turn: a run that stops at a step of its choice ends so, one that
+    is killed hardly ever."""
+    steps = [row["step"] for row in rows if "val_loss" in row]
+    gaps = [b - a for a, b in zip(steps, steps[1:], strict=False) if b > a]
+    return len(gaps) > 1 and rows[-1]["step"] == steps[-1] and (steps[-1] - steps[0]) % gaps[0] != 0
+
+
+def trial_status(rows, end=None):
+    """"complete", "nan", "error" or "died" for the records of one trial; `end`: what is known of the end of the run."""
+    last = rows[-1]
+    if any(number(last.get(key)) is not None and not math.isfinite(last[key]) for key in LOSSES):
+        return "nan"
+    status = str((end or {}).get("status", ""))
+    by_itself = status.startswith("stopped at") if end else off_beat(rows)
+    if "val_loss" in last and (last["step"] == last.get("iterations") or by_itself):
+        return "complete"
+    llmc = last.get("iterations") is None and "val_loss" in last and "train_time_ms" not in last and not end
+    return "complete" if status in COMPLETED or llmc else status if status in ("nan", "error") else "died"
+
+
+def status_of(run):
+    """complete, died, nan, error, running (a process of this machine has the log open for writing), or not a log."""
+    trace = run.trace
+    if not trace.trials and not trace.end:
+        started = run.config or (trace.code_hash and trace.header.get("torch"))
+        status = "died" if started else "not a log"
+    else:
+        ended = "error" if trace.end.get("status") == "error" else "died"
+        status = trial_status(trace.rows, trace.end) if trace.rows else ended
+    names = ("metrics.jsonl", "log.txt") if run.path.is_dir() else ("",)
+    if status == "died" and any(os.path.realpath(run.path / name) in files_being_written() for name in names):
+        return "running"
+    return status
+
+
+def trial_numbers(rows, end=None):
+    """Final and best validation, time, last step and average of one trial."""
+    vals = [row for row in rows if number(row.get("val_loss")) is not None]
+    good = [row for row in vals if math.isfinite(row["val_loss"])]
+    best = min(good, key=lambda row: row["val_loss"], default={})
+    step, time_ms = rows[-1]["step"] if rows else None, latest(rows, "train_time_ms")
+    average = latest(rows[-1:], "step_avg_ms")
+    return {
+        "status": trial_status(rows, end) if rows else "died",
+        "steps": step,
+        "max_step": latest(rows, "iterations"),
+        "final_val_loss": vals[-1]["val_loss"] if vals else None,
+        "best_val_loss": best.get("val_loss"),
+        "best_val_step": best.get("step"),
+        "train_time_s": None if time_ms is None else time_ms / 1000,
+        "step_avg_ms": average or (time_ms / step if time_ms and step else None),
+    }
+
+
+def crossing(rows, target):
+    """{"step", "train_time_s"} of the first validation at or below the target, None without one."""
+    for row in rows:
+        if (loss := number(row.get("val_loss"))) is not None and loss <= target:
+            time_ms = number(row.get("train_time_ms"))
+            return {"step": row["step"], "train_time_s": time_ms and time_ms / 1000}
+    return None
+
+
+def describe(run, target=None):
+    """Numbers of a run as `show` gives them, None where unknown; of several trials those of the last, and all of them
+    under trial_runs."""
+    trace, header, old = run.trace, run.trace.header, summarize(run)
+    ends = [None] * (len(trace.trials) - 1) + [trace.end]
+    trials = [trial_numbers(rows, end) for rows, end in zip(trace.trials, ends, strict=False)] or [trial_numbers([])]
+    broken = [str(i) for i, trial in enumerate(trials[:-1], 1) if trial["status"] != "complete"]
+    notes = old["notes"] + ([f"incomplete trials: {', '.join(broken)}"] if broken else [])
+    notes += [f"the clock was set back {trace.resets} time(s)"] if trace.resets else []
+    last = trials[-1]
+    if last["status"] == "complete" and last["max_step"] and last["steps"] < last["max_step"]:
+        notes.append(f"ended by itself at step {last['steps']} of {last['max_step']}")
+    if run.source == "metrics.jsonl":
+        last = {**last, "steps": old["step"], "max_step": old["iterations"], "final_val_loss": old["val_loss"]}
+        last["train_time_s"] = None if old["train_time_ms"] is None else old["train_time_ms"] / 1000
+    return {
+        "path": str(run.path),
+        "run_id": run.path.name if run.path.is_dir() else run.path.stem,
+        "era": trace.era or None,
+        **last,
+        "status": status_of(run),
+        "trials": len(trace.trials),
+        "peak_allocated_mib": number(trace.end.get("peak_memory_mib")),
+        "peak_reserved_mib": number(trace.end.get("peak_reserved_mib")),
+        "target": target,
+        "target_crossing": crossing(trace.rows, target) if target is not None else None,
+        "tokens": old["tokens"],
+        "data_tokens": header.get("train_tokens"),
+        "params_total": old["params_total"] or header.get("params_total"),
+        "params_active": old["params_active"],
+        **{key: old[key] for key in ("routers", "hellaswag")},
+        **{key: header.get(key) for key in ("python", "cuda", "triton", "driver", "world_size", "date")},
+        "torch": old["torch"],
+        "gpus": old["device"],
+        "gpu_count": header.get("gpu_count"),
+        "code_hash": trace.code_hash,
+        "parts": list(trace.parts),
+        "warnings": notes,
+        "trial_runs": trials if len(trials) > 1 else [],
+    }
+
+
+SELF = ("seed", "run_id", "experiment_name", "log_dir", "resume", "wandb")  # settings that do not change the training
+
+
+def differing(runs):
+    """Names of the settings in config.json that are not the same in all runs."""
+    settings = [found for run in runs if (found := settings_of(run))]
+    names = dict.fromkeys(name for found in settings for name in found if name != "run_id")
+    return [name for name in names if len({json.dumps(found.get(name), sort_keys=True) for found in settings}) > 1]
+
+
+def step_times(rows):
+    """[(step, ms of that step)] from the clock's differences; none where the clock was set back."""
+    timed = [(row["step"], row["train_time_ms"]) for row in rows if number(row.get("train_time_ms")) is not None]
+    pairs = zip(timed, timed[1:], strict=False)
+    pairs = [pair for pair in pairs if math.isfinite(pair[1][1] - pair[0][1])]
+    return [(b, (y - x) / (b - a)) for (a, x), (b, y) in pairs if b > a and y >= x]
+
+
+def stage_of(rows):
+    """step -> name of its stage: by batch_tokens and seq_len where they are logged, else quarters of the steps."""
+    known = [(row["step"], (row["batch_tokens"], row.get("seq_len"))) for row in rows if "batch_tokens" in row]
+    if known:
+        table = dict(known)
+        return lambda step: (f"{table[step][0]} tokens a step, seq_len {table[step][1]}") if step in table else None
+    last, names = max(1, rows[-1]["step"]), [f"{share}-{share + 25} % of the steps" for share in (0, 25, 50, 75)]
+    return lambda step: names[max(0, min(3, 4 * (step - 1) // last))]
+
+
+def curve(rows, loss, x):
+    """[(x, loss)] of the rows that have both; a nan or infinite loss stays and leaves a gap in the line."""
+    pairs = [(number(row.get(x)), number(row.get(loss))) for row in rows]
+    return [(a, b) for a, b in pairs if a is not None and b is not None and math.isfinite(a)]
+
+
+def points_of(rows, most=400):
+    """[[step, time_s, val_loss, train_loss]]: all validations, and about `most` of the other records with a loss."""
+    rows = [row for row in rows if any(number(row.get(key)) is not None for key in LOSSES)]
+    stride = max(1, len(rows) // most)
+    keys = ("train_time_ms", "val_loss", "train_loss")
+    finite = [[number(row.get(key)) for key in keys] for row in rows]
+    finite = [[v if v is not None and math.isfinite(v) else None for v in row] for row in finite]
+    points = [[row["step"], None if ms is None else ms / 1000, val, train]
+              for row, (ms, val, train) in zip(rows, finite, strict=True)]
+    return [point for i, point in enumerate(points) if point[2] is not None or i % stride == 0]
