@@ -1,7 +1,7 @@
 "use strict";
 const find = (query) => document.querySelector(query), all = (query) => [...document.querySelectorAll(query)];
 const set = (node, attributes) => Object.entries(attributes).forEach(([key, value]) => node.setAttribute(key, value));
-const format = (value, places = 0) => value
+const format = (value, places = 0) => Number(value.toFixed(places)) // rounded as Python rounds
   .toLocaleString("en", {minimumFractionDigits: places, maximumFractionDigits: places}).replace("-", "−");
 const signed = (value) => (value > 0 ? "+" : "") + format(value, 4);
 const plusMinus = ([mean, sd], places) => format(mean, places) + (sd === null ? "" : ` ± ${format(sd, places)}`);
@@ -10,7 +10,7 @@ const data = JSON.parse(find("#data").textContent).reverse(); // records, newest
 // ---- Table: a click on a heading sorts by it, a second one the other way round; missing values stay last
 
 function sortBy(head) {
-  const numeric = head.className === "number", sign = head.ariaSort === "ascending" ? -1 : 1;
+  const numeric = head.classList.contains("number"), sign = head.ariaSort === "ascending" ? -1 : 1;
   const key = ({cells}) => numeric ? cells[head.cellIndex].dataset.v : cells[head.cellIndex].textContent;
   const missing = (value) => value === "" || value === "–";
   const order = (a, b) => missing(a) || missing(b) ? missing(a) - missing(b)
@@ -27,7 +27,7 @@ for (const head of all("thead th")) head.firstChild.onclick = () => sortBy(head)
 const edge = {left: 60, right: 22, top: 26, bottom: 40}; // pixels around a plot
 
 function make(name, attributes, text = "") {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  const node = document.createElementNS(find("svg").namespaceURI, name);
   set(node, attributes);
   node.textContent = text;
   return node;
@@ -52,14 +52,15 @@ function decades(low, high) { // 1, 2, 5, 10, ... for a logarithmic axis
     .filter((v) => v >= low && v <= high).map((v) => [v, v.toLocaleString("en", {maximumSignificantDigits: 1})]);
 }
 
-function dateTicks(low, high, count) { // days for some weeks, else firsts of months, of days since 1970
+function dateTicks(low, high, count) { // of days since 1970: days for some weeks, else firsts of months
   const iso = (day) => new Date(day * 864e5).toISOString();
   const days = ticks(low, high, count).map(([day]) => day).filter(Number.isInteger);
-  if (high - low < 30 * count) return days.map((day) => [day, iso(day).slice(0, 10)]);
-  const every = [1, 3, 6, 12, 24, 60, 120, 600, 1200, 6000, 12000, 60000].find((m) => high - low < 30 * m * count);
-  const first = Math.floor(low / 30.5 / every) - 1; // months are counted from 1970 on
-  return Array.from({length: count + 4}, (_, i) => Date.UTC(1970, (first + i) * every) / 864e5)
-    .filter((day) => day >= low && day <= high).map((day) => [day, iso(day).slice(0, 7)]);
+  if (high - low < 62) return days.map((day) => [day, iso(day).slice(0, 10)]);
+  const spans = [1, 3, 6, 12, 24, 60, 120, 600, 1200, 6000, 12000, 60000]; // months
+  const every = spans.find((months) => high - low < 30 * months * count) ?? 120000, epoch = 1970 * 12;
+  const first = Math.floor((low / 30.44 + epoch) / every) - 1;
+  return Array.from({length: count + 4}, (_, i) => Date.UTC(1970, (first + i) * every - epoch) / 864e5)
+    .filter((day) => day >= low && day <= high && /^\d{4}-/.test(iso(day))).map((day) => [day, iso(day).slice(0, 7)]);
 }
 
 function frame(svg, xs, ys, log) { // where the values of two ranges are drawn: pixels of x and y, x of a pixel
@@ -124,17 +125,18 @@ function whisker({day, time: [time, sd]}, {X, Y, ys}) { // one standard deviatio
 }
 
 function drawTimeline() {
-  const [from, to] = extent(dated.map(({day}) => day)), air = Math.max(1, (to - from) * .03);
+  const from = dated[0].day, to = latest.day, air = Math.max(3, (to - from) * .03);
   const ends = dated.flatMap(({time: [time, sd]}) => [time, time - sd, time + sd]).filter((time) => time > 0);
-  const [low, high] = extent(ends), plot = frame(timeline, [from - air, to + air], [low / 1.07, high], true);
+  const [low, high] = extent(ends), room = low * (low / high) ** .12; // for the name below the latest
+  const plot = frame(timeline, [from - air, to + air], [room, high], true);
   const {X, Y, xs, width} = plot, last = latest.time[0];
   const steps = [...best].map(({day, time: [time]}) => `H${X(day)}V${Y(time)}`).join("");
   const dots = dated.map((record) => make("circle", {cx: X(record.day), cy: Y(record.time[0]),
     r: record === latest ? 6 : 3.5, class: record === latest ? "latest" : best.has(record) ? "best" : "other"}));
   const label = `#${latest.number} ${latest.name}`, shown = label.length > 30 ? label.slice(0, 29) + "…" : label;
   find("#dates").replaceChildren(
-    ...axes(plot, dateTicks(...xs, width / 110), "date", "training time (s), logarithmic"),
-    make("path", {d: `M${X(dated[0].day)} ${Y(dated[0].time[0])}${steps}H${X(to)}`, class: "frontier"}),
+    ...axes(plot, dateTicks(...xs, width / 90), "date", "training time (s), logarithmic"),
+    make("path", {d: `M${X(dated[0].day)} ${Y(dated[0].time[0])}${steps}H${plot.right}`, class: "frontier"}),
     ...dated.filter(({time}) => time[1]).map((record) => whisker(record, plot)), ...dots,
     make("text", {x: X(latest.day) + 6, y: Y(last) + 22, "text-anchor": "end", class: "name"}, shown));
   timeline.place = ({day, time: [time]}) => [X(day), Y(time)];
@@ -212,7 +214,7 @@ function spline(points) { // of [x, y] with rising x: the y at an x, null outsid
 // angle up to which that has 95 % of its area from 0 to 90 degrees, summed in 2,000 steps, gives it to five digits.
 const quantiles = new Map();
 function student(freedom) {
-  const power = Math.min(Math.max(freedom, 1), 1000).toPrecision(3) - 1, steps = 2000, width = Math.PI / 2 / steps;
+  const power = Math.min(Math.max(freedom, 1), 1000).toPrecision(5) - 1, steps = 2000, width = Math.PI / 2 / steps;
   if (!quantiles.has(power)) {
     const area = Array.from({length: steps}, (_, i) => Math.cos((i + .5) * width) ** power);
     let i = 0, left = .95 * area.reduce((a, b) => a + b);
@@ -313,7 +315,7 @@ function level(value, label, name) { // a line across the plot, if the value is 
   const y = plot.Y(value);
   if (!(y >= edge.top && y <= plot.bottom)) return [];
   return [make("line", {x1: edge.left, x2: plot.right, y1: y, y2: y, class: name}),
-    make("text", {x: plot.right, y: y - 5, "text-anchor": "end", class: name}, label)];
+    make("text", {x: edge.left + 4, y: y - 5, class: name}, label)];
 }
 
 function draw() {
@@ -321,7 +323,7 @@ function draw() {
   const [xs, ys] = ranges(lines, chosen);
   plot = {...frame(svg, xs, ys, log), lines: pair ? lines.slice(2) : lines, chosen};
   const [unit, per] = x === 0 ? ["", 1] : xs[1] < 600 ? [" (s)", 1] : xs[1] < 18000 ? [" (min)", 60] : [" (h)", 3600];
-  const loss = `${y === 2 ? "validation" : "training"} loss`, by = ticks(xs[0] / per, xs[1] / per, plot.width / 110);
+  const loss = `${y === 2 ? "validation" : "training"} loss`, by = ticks(xs[0] / per, xs[1] / per, plot.width / 80);
   const name = pair ? `${loss}, #${b?.number} minus #${a?.number} (nats/token)` : `${loss} (nats/token)`;
   const across = pair ? level(0, "", "zero") : y === 2 && target ? level(target, `target ${target}`, "target") : [];
   find("#axes").replaceChildren(

@@ -206,6 +206,11 @@ def board_markdown(records: list[dict]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def kind_of(key):
+    """Class of a numeric column."""
+    return "number wrap" if key == "gain" else "number"
+
+
 def table_row(entry, current):
     """A <tr>; data-v holds a number to sort by, empty where it is missing."""
     cells = []
@@ -218,8 +223,7 @@ def table_row(entry, current):
             cells.append(f'<th scope="row">{text}</th>')
         elif key in NUMERIC:
             value = entry[key]["time_s"] if key == "gain" and entry[key] else entry[key]
-            kind = "number wrap" if key == "gain" else "number"
-            cells.append(f'<td class="{kind}" data-v="{"" if value is None else value}">{text}</td>')
+            cells.append(f'<td class="{kind_of(key)}" data-v="{"" if value is None else value}">{text}</td>')
         else:
             cells.append(f'<td class="{key}">{text}</td>')
     return f"<tr{' class=current' if current else ''}>{''.join(cells)}</tr>"
@@ -229,7 +233,7 @@ def table(entries):
     """The sortable table, newest record first."""
     heads = []
     for title, unit, key, _ in COLUMNS:
-        kind = "number" if key in NUMERIC else "text"
+        kind = kind_of(key) if key in NUMERIC else "text"
         order = "descending" if key == "number" else "none"
         unit = f"<small>{unit}</small>" if unit else ""
         heads.append(f'<th scope="col" class="{kind}" aria-sort="{order}"><button type="button">{title}{unit}</button>')
@@ -301,7 +305,7 @@ CONTROLS = f"""<form id="controls" autocomplete="off">
 {radios("Loss", "y", (2, "validation"), (3, "training"))}
 {radios("against", "x", (0, "step"), (1, "time"))}
 {radios("Loss axis", "scale", ("linear", "linear"), ("log", "logarithmic"), attributes=' data-mode="curves"')}
-<label><input type="checkbox" name="whole"> with the first quarter's losses</label>
+<label><input type="checkbox" name="whole"> first quarter in full</label>
 <button type="button" id="reset" class="plain" disabled>Reset zoom</button>
 </form>"""
 
