@@ -235,7 +235,7 @@ def table(entries):
     for title, unit, key, _ in COLUMNS:
         kind = kind_of(key) if key in NUMERIC else "text"
         order = "descending" if key == "number" else "none"
-        unit = f"<small>{unit}</small>" if unit else ""
+        unit = f"<small>{unit.replace(' ± ', '&nbsp;±&nbsp;')}</small>" if unit else ""
         heads.append(f'<th scope="col" class="{kind}" aria-sort="{order}"><button type="button">{title}{unit}</button>')
     rows = "\n".join(table_row(entry, entry is entries[-1]) for entry in reversed(entries))
     return f"""<div class="scroll" role="region" aria-label="Table of records" tabindex="0"><table id="records">

@@ -129,7 +129,7 @@ def test_the_table_holds_the_numbers_and_marks_the_current_record():
     sorts = [attrs["aria-sort"] for tag, attrs in page.tags if tag == "th" and "aria-sort" in attrs]
     assert sorts == ["descending"] + ["none"] * 11
     assert "−33.98 s (−34.07 to −33.88), −46.0 %" in page.text("td")
-    assert "current record" == page.text("em") and "nats/token, mean ± sd" in page.text("small")
+    assert "current record" == page.text("em") and "nats/token, mean\xa0±\xa0sd" in page.text("small")
 
 
 @pytest.mark.parametrize("gain, text", [
@@ -441,7 +441,9 @@ def test_bars_are_one_standard_deviation_and_the_line_is_the_best_so_far(visit):
     assert bars[0][:2] == pytest.approx([spots["Slow"][1] - 4, spots["Slow"][2] - octave * math.log2(1.2)])
     assert bars[0][5] == pytest.approx(spots["Slow"][2] - octave * math.log2(0.8))
     (_, x, y), (_, x3, y3), end = spots["Slow"], spots["Fast"], browser.js(WIDTH)
-    assert numbers_of(browser.js(attribute(".frontier", "d"))[0]) == pytest.approx([x, y, x, y, x3, y3, end])
+    [line] = browser.js(attribute(".frontier", "d"))
+    assert re.sub(r"[\d.]+", "", line) == "M HVHVH"  # a step is first across, then down
+    assert numbers_of(line) == pytest.approx([x, y, x, y, x3, y3, end])
 
 
 def test_hovering_over_a_record_time_shows_its_numbers(visit):
@@ -538,13 +540,13 @@ def test_the_loss_axis_fits_what_comes_after_the_first_quarter(visit):
 
 
 def test_the_target_is_a_line_in_the_validation_loss(visit):
-    browser = visit([FIRST], target=1.25)
+    browser = visit([FIRST], target=2.25)
     line = "document.querySelector('#axes line.target')"
-    low, high = (browser.js(f"plot.Y({loss})") for loss in (1.2, 1.3))
+    low, high = (browser.js(f"plot.Y({loss})") for loss in (2.2, 2.3))
     assert low > float(browser.js(f"{line}.getAttribute('y1')")) > high
-    assert browser.js(texts("#axes text.target")) == ["target 1.25"]
+    assert browser.js(texts("#axes text.target")) == ["target 2.25"]
     click(browser, "[name=y][value='3']")
-    assert browser.js(line) is None
+    assert browser.js(line) is None and browser.js("plot.Y(2.25) > 100")  # it would be in view
     assert visit([FIRST]).js(line) is None
     assert visit([FIRST], target=math.nan).js(line) is None
     far = visit([FIRST], target=0.5)  # in view although no curve gets there
@@ -648,6 +650,13 @@ def test_equal_times_are_interpolated_in_each_run(visit):
     assert "at 100.00 s, the last" in browser.js(SUM) and browser.js(LABELS)[1] == "training time (s)"
 
 
+def test_times_that_go_back_are_left_out_of_a_difference(visit):
+    points = [[step, time, 3.0 + step, None] for step, time in enumerate((0, 5, 4, 3, 8, 10))]
+    browser = visit([record("A", curves=[{"label": "a", "points": points}]), record("B", date="2031-01-01")])
+    differ(browser, x=1)
+    assert browser.js("plot.lines[0].points.map(([x, , , a]) => [x, a])") == [[0, 3], [5, 4], [8, 7], [10, 8]]
+
+
 def test_any_two_records_can_be_picked(visit):
     browser = visit([OLD, record("One", date="2030-03-01", curves=[curve("x", 5.0)]), NEW])
     differ(browser)
@@ -667,7 +676,8 @@ def test_hovering_over_a_difference_shows_it(visit):
     browser = visit([OLD, NEW])
     differ(browser)
     value, half, old, new = browser.js("plot.lines[0].points[2].slice(1)")
-    browser.mouse("#chart", (browser.js("plot.X(43)"), 300))
+    places = browser.js("[plot.X(49.5), plot.Y(plot.lines[0].points[3][1])]")  # at the height of the next point
+    browser.mouse("#chart", places)
     numbers = f"{value:+.4f} (95 %: {value - half:+.4f} to {value + half:+.4f})".replace("-", "−")
     assert browser.js(TIP) == f"#2 minus #1, step 40\n{numbers}\n{new:.4f} − {old:.4f}"
 
@@ -765,7 +775,7 @@ def test_the_page_fits_screen_and_scheme(visit, width, dark):
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_labels_of_the_charts_are_whole_and_apart(visit, width):
-    browser = visit([OLD, NEW], width, target=2.6)
+    browser = visit([OLD, NEW | {"date": OLD["date"], "mean_time_s": 400}], width, target=2.6)
     boxes = """['#timeline', '#chart'].flatMap((id) => {
         const all = [...document.querySelector(id).querySelectorAll('text')], of = document.querySelector(id);
         const box = of.getBoundingClientRect(), rects = all.map((t) => t.getBoundingClientRect());
@@ -773,6 +783,9 @@ def test_labels_of_the_charts_are_whole_and_apart(visit, width):
         const over = rects.filter((r, i) => rects.some((s, k) => k < i && r.width && s.width && r.left < s.right
             && s.left < r.right && r.top + 2 < s.bottom && s.top + 2 < r.bottom));
         return [...out, ...over].map((r) => all[rects.indexOf(r)].textContent) })"""
+    assert browser.js(boxes) == []
+    click(browser, "[value=log]")
+    click(browser, "[name=whole]")
     assert browser.js(boxes) == []
     differ(browser)
     assert browser.js(boxes) == []
