@@ -7,8 +7,8 @@ A record is a dict with these keys; a missing key is None, and any number may be
     code_hash, source                         texts
     n, mean_val_loss, sd_val_loss             runs; nats/token
     mean_time_s, sd_time_s, steps, tokens     seconds of training; tokens is their number, not millions
-    gain                                      {"time_s", "ci_low", "ci_high", "percent", "n_record", "n_baseline"}: time
-                                              minus that of the baseline, run on the same machine
+    gain                                      {"time_s", "ci_low", "ci_high", "percent"}: by how much it is faster than
+                                              the baseline that ran on the same machine
     curves                                    [{"label": text, "points": [[step, time_s, val_loss, train_loss], ...]}]
 Records are numbered by date, those of one day from slow to fast; the last one is the current record.
 
@@ -35,7 +35,7 @@ CURVES = 20  # single runs of a record that the page carries; their mean is over
 DIFF_LINES, LINE_LENGTH = 2_000, 400  # of one code comparison that are shown; characters of one of its lines
 SOURCE_LINES = 20_000  # of a source that is compared
 LENGTHS = {"name": 100, "date": 20, "readme_title": 160, "gpus": 80, "torch": 30, "code_hash": 64}  # characters
-GAIN = ("time_s", "ci_low", "ci_high", "percent", "n_record", "n_baseline")
+CHANGE = {"time_s": "time_s", "ci_low": "ci_high", "ci_high": "ci_low", "percent": "percent"}  # of a gain: its negative
 NUMBERS = ("n", "mean_val_loss", "sd_val_loss", "mean_time_s", "sd_time_s", "steps", "tokens")
 MISSING = "–"
 # Not printable, or able to reorder the line they stand in (Trojan Source): controls but \t and \n, bidirectional
@@ -121,10 +121,11 @@ def days(text):
         return None
 
 
-def gain_of(value):
-    """The numbers of a gain, by their keys; None without its time."""
-    gain = {key: number(value.get(key)) for key in GAIN} if isinstance(value, dict) else {}
-    return gain if gain.get("time_s") is not None else None
+def change_of(gain):
+    """The change of the time by a gain, with the gain's keys; None without one."""
+    gain = {key: number(gain.get(old)) for key, old in CHANGE.items()} if isinstance(gain, dict) else {}
+    change = {key: None if value is None else 0 - value for key, value in gain.items()}
+    return change if change.get("time_s") is not None else None
 
 
 def ranked(records):
@@ -133,7 +134,7 @@ def ranked(records):
     for record in records:
         entry = {key: clean(record.get(key), length) for key, length in LENGTHS.items()}
         entry |= {key: number(record.get(key)) for key in NUMBERS}
-        entry["gain"] = gain_of(record.get("gain"))
+        entry["gain"] = change_of(record.get("gain"))
         entry |= {"source": record.get("source") or "", "curves": record.get("curves") or []}
         out.append(entry | {"href": link(record.get("folder"))})
     out.sort(key=lambda entry: (entry["date"], -(entry["mean_time_s"] or 1e15), entry["name"]))
@@ -157,13 +158,13 @@ def plus_minus(mean, sd, places):
     return decimal(mean, places) + (f" ± {decimal(sd, places)}" if None not in (mean, sd) else "")
 
 
-def gain_text(gain):
+def change_text(change):
     """Such as "−33.98 s (−34.07 to −33.88), −46.0 %"."""
-    if not gain:
+    if not change:
         return MISSING
-    ends = [decimal(gain[key], 2) for key in ("ci_low", "ci_high")]
-    text = f"{decimal(gain['time_s'], 2)} s" + ("" if MISSING in ends else f" ({' to '.join(ends)})")
-    return text + ("" if gain["percent"] is None else f", {decimal(gain['percent'], 1)} %")
+    ends = [decimal(change[key], 2) for key in ("ci_low", "ci_high")]
+    text = f"{decimal(change['time_s'], 2)} s" + ("" if MISSING in ends else f" ({' to '.join(ends)})")
+    return text + ("" if change["percent"] is None else f", {decimal(change['percent'], 1)} %")
 
 
 COLUMNS = (  # heading, unit, what it sorts by (a number is aligned right), text of a record
@@ -173,7 +174,7 @@ COLUMNS = (  # heading, unit, what it sorts by (a number is aligned right), text
     ("Validation loss", "nats/token, mean ± sd", "mean_val_loss",
      lambda r: plus_minus(r["mean_val_loss"], r["sd_val_loss"], 4)),
     ("Time", "s, mean ± sd", "mean_time_s", lambda r: plus_minus(r["mean_time_s"], r["sd_time_s"], 2)),
-    ("Gain on the same machine", "95 % interval", "gain", lambda r: gain_text(r["gain"])),
+    ("Gain on the same machine", "change of time, 95 % interval", "gain", lambda r: change_text(r["gain"])),
     ("Steps", "", "steps", lambda r: decimal(r["steps"], 0)),
     ("Tokens", "millions", "tokens", lambda r: decimal(r["tokens"] and r["tokens"] / 1e6, 2)),
     ("n", "runs", "n", lambda r: decimal(r["n"], 0)),

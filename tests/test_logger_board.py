@@ -44,12 +44,12 @@ def record(name, **more):
     return base | more
 
 
-GAIN = {"time_s": -33.975, "ci_low": -34.0701, "ci_high": -33.88, "percent": -45.98, "n_record": 18, "n_baseline": 9}
+GAIN = {"time_s": 33.975, "ci_low": 33.88, "ci_high": 34.0701, "percent": 45.98, "n_record": 18, "n_baseline": 9}
 FIRST = record("First")
 SECOND = record("Second", date="2030-02-03", mean_time_s=1000.0, source="a = 1\nb = 3\nc = 4\n")
 EMPTY = {"name": "Nothing", "curves": [], "date": None}
 EVIL = dict.fromkeys(("name", "date", "folder", "readme_title", "gpus", "torch", "code_hash", "source"), HOSTILE)
-EVIL |= {"gain": dict.fromkeys(board.GAIN, HOSTILE)}
+EVIL |= {"gain": dict.fromkeys(board.CHANGE, HOSTILE)}
 EVIL |= {"n": math.nan, "steps": 10**400, "tokens": "1<2", "mean_time_s": math.inf, "mean_val_loss": True,
          "curves": [{"label": HOSTILE, "points": [[0, math.nan, 3.0, None], [None, 1, 2, 3]]}]}  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_markdown_is_exactly_this():
     second = record("A|B", date="2030-02-03", sd_val_loss=None, tokens=None, gain=GAIN)
     assert board.board_markdown([FIRST, second]) == (
         "| # | Record | Date | Validation loss (nats/token, mean ± sd) | Time (s, mean ± sd)"
-        " | Gain on the same machine (95 % interval) | Steps | Tokens (millions) | n (runs) | GPUs | torch"
+        " | Gain on the same machine (change of time, 95 % interval) | Steps | Tokens (millions) | n (runs) | GPUs | torch"
         " | Code (hash) |\n"
         "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- | --- |\n"
         "| **2** | [A\\|B](2030-01-02_A%7CB)<br>About A\\|B | 2030-02-03 | **1.8857** | **1,234.50 ± 1.25**"
@@ -133,13 +133,13 @@ def test_the_table_holds_the_numbers_and_marks_the_current_record():
 
 
 @pytest.mark.parametrize("gain, text", [
-    (GAIN, "−33.98 s (−34.07 to −33.88), −46.0 %"), (None, "–"), ({}, "–"), (-33.98, "–"), ("<b>", "–"),
+    (GAIN, "−33.98 s (−34.07 to −33.88), −46.0 %"), (None, "–"), ({}, "–"), (33.98, "–"), ("<b>", "–"),
     (GAIN | {"ci_low": None, "percent": math.nan}, "−33.98 s"), (GAIN | {"time_s": math.inf}, "–"),
-    ({"time_s": 2.5, "percent": 12.34}, "2.50 s, 12.3 %"), ({"time_s": 0, "ci_low": -1, "ci_high": 1},
-    "0.00 s (−1.00 to 1.00)"), ({"time_s": 1, "ci_low": "<b>", "ci_high": 1}, "1.00 s"),
+    ({"time_s": -2.5, "percent": -12.34}, "2.50 s, 12.3 %"), ({"time_s": 0.0, "ci_low": -1, "ci_high": 2},
+    "0.00 s (−2.00 to 1.00)"), ({"time_s": 1, "ci_low": "<b>", "ci_high": 1}, "−1.00 s"),
 ])  # fmt: skip
 def test_a_gain_in_words(gain, text):
-    assert board.gain_text(board.gain_of(gain)) == text
+    assert board.change_text(board.change_of(gain)) == text
 
 
 @pytest.mark.parametrize("text, day", [
@@ -385,9 +385,9 @@ def numbers_of(path):
 
 @pytest.mark.parametrize("column", range(len(board.COLUMNS)), ids=[key for _, _, key, _ in board.COLUMNS])
 def test_every_heading_sorts_both_ways_and_missing_values_stay_last(visit, column):
-    low = record("b", date="2030-03-01", mean_val_loss=1.5, mean_time_s=9, gain={"time_s": -20}, steps=90, tokens=2e6,
+    low = record("b", date="2030-03-01", mean_val_loss=1.5, mean_time_s=9, gain={"time_s": 20}, steps=90, tokens=2e6,
                  n=5, gpus="2x A", torch="2.9.1", code_hash="0a")  # fmt: skip
-    high = record("c", date="2030-04-01", mean_val_loss=1.75, mean_time_s=80, gain={"time_s": 3}, steps=100, tokens=1e7,
+    high = record("c", date="2030-04-01", mean_val_loss=1.75, mean_time_s=80, gain={"time_s": -3}, steps=100, tokens=1e7,
                   n=40, gpus="10x A", torch="2.10.0", code_hash="0b")  # fmt: skip
     browser = visit([high, {"name": "a"}, low])
     up, down = ["b", "c", "a"], ["c", "b", "a"]
