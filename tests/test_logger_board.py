@@ -672,14 +672,25 @@ def test_any_two_records_can_be_picked(visit):
     assert set(hidden) == {"dtrue", "cfalse"}
 
 
-def test_hovering_over_a_difference_shows_it(visit):
-    browser = visit([OLD, NEW])
+def bumpy(name, losses, **more):
+    """Two runs with these losses at steps 0, 20, 40, ...; 0.1 apart."""
+    runs = [[[20 * i, i, loss + offset, None] for i, loss in enumerate(losses)] for offset in (0, 0.1)]
+    return record(name, curves=[{"label": "run", "points": points} for points in runs], **more)
+
+
+def test_hovering_over_a_difference_shows_that_of_the_nearest_step(visit):
+    browser = visit([bumpy("Flat", [3] * 5), bumpy("Bump", [3, 3, 1, 3, 3], date="2031-01-01")])
     differ(browser)
-    value, half, old, new = browser.js("plot.lines[0].points[2].slice(1)")
-    places = browser.js("[plot.X(49.5), plot.Y(plot.lines[0].points[3][1])]")  # at the height of the next point
-    browser.mouse("#chart", places)
-    numbers = f"{value:+.4f} (95 %: {value - half:+.4f} to {value + half:+.4f})".replace("-", "−")
-    assert browser.js(TIP) == f"#2 minus #1, step 40\n{numbers}\n{new:.4f} − {old:.4f}"
+    browser.mouse("#chart", browser.js("[plot.X(49), plot.Y(0)]"))  # at the height of the next one
+    half = student.ppf(0.975, 2) * math.sqrt(2 * 0.1**2 / 2 / 2)
+    numbers = f"-2.0000 (95 %: {-2 - half:+.4f} to {-2 + half:+.4f})".replace("-", "−")
+    assert browser.js(TIP) == f"#2 minus #1, step 40\n{numbers}\n1.0500 − 3.0500"
+
+
+def test_numbers_are_rounded_as_in_the_table(visit):
+    browser, random = visit([FIRST]), Random(1)
+    values = [1.85855, 0.00125, 2.5, 1e6, *(random.randrange(10**6) / 1e5 for _ in range(300))]
+    assert browser.js(f"{values}.map((v) => format(v, 4))") == [f"{value:,.4f}" for value in values]
 
 
 def test_quantiles_are_students(visit):
@@ -789,6 +800,14 @@ def test_labels_of_the_charts_are_whole_and_apart(visit, width):
     assert browser.js(boxes) == []
     differ(browser)
     assert browser.js(boxes) == []
+
+
+def test_ticks_of_many_decades_are_apart(visit):
+    browser = visit([bumpy("Wide", [1e7, 1e3, 1e-3, 1e-7])], 390)
+    click(browser, "[value=log]")
+    click(browser, "[name=whole]")
+    lines = browser.js(GRID)
+    assert len(lines) > 5 and all(a - b >= 18 for a, b in zip(lines, lines[1:], strict=False))
 
 
 def test_controls_have_names_for_screen_readers(visit):
