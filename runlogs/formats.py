@@ -78,13 +78,14 @@ LEVEL = r"\[?(?:DEBUG|INFO|WARNING)\]?"
 RANK = r"\[?(?:rank|default)?[ =]?(?P<rank>\d{1,5})(?:\]:?|:) {0,4}"
 BEFORE = rf"(?:{RANK}|(?:{STAMP}|{LEVEL})[ :|,-]{{1,4}}(?:[a-z_][\w.]{{0,40}}(?: - |:(?=\S)))?){{0,4}}"
 STARTS = (r"step:\d|s:\d|peak memory|resumed after|Step +\d|\[?(?:step|iter) +\d"
-          r"|\d{1,15}/\d{1,15} (?:train|val)_loss:|stopping_early: |Total training time: |Peak memory|Min(?:imum)? val|Final train loss: |---[ ]*$")
+          r"|\d{1,15}/\d{1,15} (?:train|val)_loss:|stopping_early: |---[ ]*$"
+          r"|Total training time: |Peak memory|Min(?:imum)? val|Final train loss: ")
 LINE = re.compile(rf"(?P<before>{BEFORE})(?={STARTS})".encode(), re.ASCII | re.I)
 PREFIX = re.compile(BEFORE, re.ASCII | re.I)
 
 # Lines behind the last step, and the closing block of autoresearch: what they tell of the whole run
 CLOSING = re.compile(rf"(Total training time|Peak memory|Min val Loss|Min val BPB|Minimum validation bpb|"
-                     rf"Final train loss)(?: usage)?: {NUM} ?(m|MiB)?$", re.ASCII | re.I)
+                     rf"Final train loss)(?: usage)?: {NUM} ?(m|MiB)?`?$", re.ASCII | re.I)
 SCORES = (  # of a trained model once more: quantized, averaged, with a sliding window
     re.compile(rf"(?P<label>[\w.:() +=/-]{{1,80}}?) val_loss[:=]{NUM}(?: \w{{1,20}})? val_bpb[:=]{NUM}", re.ASCII),
     re.compile(rf"(?P<label>[\w ]{{1,40}}?) Val BPB: {NUM} \| (?:EMA )?Val Loss: {NUM}", re.ASCII))

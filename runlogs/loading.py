@@ -74,7 +74,7 @@ def read_log(path, keep_rows=True, loss_key=None):
         return Run(path, path.name, parse_log(file, keep_rows, loss_key, path.name), {})
 
 
-LOG_NAMES = re.compile(r".+\.(txt|log|out)(\.gz)?", re.I)  # what is looked for in folders
+LOG_NAMES = re.compile(r".+\.(txt|log|out|stdout)(\.gz)?", re.I)  # what is looked for in folders
 
 
 def find_logs(path, depth=50):
@@ -98,7 +98,7 @@ def expand(names):
         hits = [Path(name)] if os.path.exists(name) else [Path(hit) for hit in sorted(glob.glob(name, recursive=True))]
         logs = [log for hit in hits for log in (find_logs(hit) if hit.is_dir() else [hit] * hit.exists())]
         if not logs:
-            what = "holds no log: expected run folders, *.txt, *.log, *.out or *.gz" if hits else "is not there"
+            what = "holds no log: expected run folders, *.txt or *.log, also *.out, *.stdout and these with .gz" if hits else "is not there"
             raise FileNotFoundError(f"'{name}' {what}")
         found |= {os.path.abspath(log): log for log in logs}
     return list(found.values())
@@ -341,7 +341,8 @@ def status_of(run):
         started = run.config or (trace.code_hash and trace.header.get("torch"))
         status = "died" if started else "not a log"
     else:
-        ended = "error" if trace.end.get("status") == "error" else "died"
+        said = trace.end.get("status")
+        ended = "complete" if said == "done" else "error" if said == "error" else "died"
         status = trial_status(trace.rows, trace.end) if trace.rows else ended
     names = ("metrics.jsonl", "log.txt") if run.path.is_dir() else ("",)
     if status == "died" and any(os.path.realpath(run.path / name) in files_being_written() for name in names):
@@ -372,6 +373,12 @@ def trial_numbers(rows, end=None):
     }
 
 
+def why_no_loss(rows):
+    """Why a trial that is complete has no final loss, and what helps."""
+    other = [key for key in rows[-1] if is_score(key) and re.match(r"(.*\.)?val(?!_loss_raw)", key)]
+    return "no val_loss in its last record" + (f"; --loss-key {other[0]} takes what it has" if other else "")
+
+
 def crossing(rows, target):
     """{"step", "train_time_s"} of the first validation at or below the target, None without one."""
     for row in rows:
@@ -393,7 +400,7 @@ def describe(run, target=None):
     last = trials[-1]
     if last["status"] == "complete" and last["max_step"] and last["steps"] < last["max_step"]:
         notes.append(f"ended by itself at step {last['steps']} of {last['max_step']}")
-    if run.source == "metrics.jsonl":
+    if run.source == "metrics.jsonl" or not trace.rows:
         last = {**last, "steps": old["step"], "max_step": old["iterations"], "final_val_loss": old["val_loss"]}
         last["train_time_s"] = None if old["train_time_ms"] is None else old["train_time_ms"] / 1000
     status = status_of(run)
@@ -433,7 +440,8 @@ def extras_of(run):
     """The other numbers of the last validation of a log: {key: number}."""
     if run.source == "metrics.jsonl":
         return {}
-    last = next((row for row in reversed(run.trace.rows) if not row.keys().isdisjoint(VALIDATIONS)), {})
+    rows = run.trace.rows or [run.trace.end]  # an excerpt may hold the end only
+    last = next((row for row in reversed(rows) if not row.keys().isdisjoint(VALIDATIONS)), rows[-1])
     return {key: value for key, value in last.items() if key not in SHOWN and number(value) is not None}
 
 

@@ -360,6 +360,8 @@ class LogParser:
             self.found.close(*pair)
         elif found := next(((form, row) for form in FORMATS if (row := form.record(text))), None):
             self.foreign(*found)
+        if text.startswith("stopping_early"):
+            trace.end["status"] = "stopped at its limit of time"
 
     def foreign(self, form, row):
         """A record of a sister project: all lines of a step are one record."""
@@ -492,12 +494,15 @@ class Found:
         if key in ("total_training_time_ms", "peak_memory"):
             time = key == "total_training_time_ms"
             self.trace.end |= {"train_time_ms": value, "status": "done"} if time else {"peak_memory_mib": value}
-        else:
+        elif self.trace.rows:
             self.add({key: value})
+        else:
+            self.trace.end[key] = value
 
     def finish(self):
         """What is known of the end."""
-        trace, last = self.trace, self.trace.rows[-1] if self.trace.rows else {"step": 0, "iterations": None}
+        trace = self.trace
+        last = trace.rows[-1] if trace.rows else {"step": 0, "iterations": None}
         if self.forms["nanoGPT"] and trace.rows:
             planned = trace.header.get("max_iters")
             for row in trace.rows:
