@@ -73,13 +73,17 @@ FORMATS = (
 
 # What stands before a line: ranks ([rank0]: or [default0]: or 0:), times, words of logging
 CLOCK = r"\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?:Z|[+-]\d\d:?\d\d)?"
-STAMP = rf"\[?(?:(?:\d{{4}}[-/]\d\d[-/]\d\d[T ])?{CLOCK}|\d{{10}}(?:\.\d{{1,9}})?|\w{{3}} {{1,2}}\d{{1,2}} {CLOCK})\]?"
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+STAMP = (rf"\[?(?:(?:\d{{4}}[-/]\d\d[-/]\d\d[T ])?{CLOCK}|\d{{10}}(?:\.\d{{1,9}})?"
+         rf"|(?:{'|'.join(MONTHS)}) {{1,2}}\d{{1,2}} {CLOCK})\]?")
 LEVEL = r"\[?(?:DEBUG|INFO|WARNING)\]?"
 RANK = r"\[?(?:rank|default)?[ =]?(?P<rank>\d{1,5})(?:\]:?|:) {0,4}"
-BEFORE = rf"(?:{RANK}|(?:{STAMP}|{LEVEL})[ :|,-]{{1,4}}(?:[a-z_][\w.]{{0,40}}(?: - |:(?=\S)))?){{0,4}}"
+LOGGER = r"(?:(?!step:|s:)[a-z_][\w.]{0,40}(?: - |:(?=\S)))?"
+BEFORE = rf"(?:(?:{STAMP}|{LEVEL})[ :|,-]{{1,4}}{LOGGER}|{RANK}){{0,4}}"
 STARTS = (r"step:\d|s:\d|peak memory|resumed after|Step +\d|\[?(?:step|iter) +\d"
           r"|\d{1,15}/\d{1,15} (?:train|val)_loss:|stopping_early: |---[ ]*$"
           r"|Total training time: |Peak memory|Min(?:imum)? val|Final train loss: ")
+FIRST = frozenset(b"0123456789[-sSiIrRdDpPtTmMfFwWjJaAoOnN")  # with which a line may begin that is read
 LINE = re.compile(rf"(?P<before>{BEFORE})(?={STARTS})".encode(), re.ASCII | re.I)
 PREFIX = re.compile(BEFORE, re.ASCII | re.I)
 
@@ -117,6 +121,7 @@ def summary_of(block):
     facts = {"training_seconds": ("train_time_ms", 1000), "peak_vram_mb": ("peak_memory_mib", 1),
              "num_params_M": ("params_total", 1e6), "total_tokens_M": ("tokens", 1e6)}
     end = {key: found.pop(name) * factor for name, (key, factor) in facts.items() if name in found}
+    end |= {key: int(end[key]) for key in ("params_total", "tokens") if 0 <= end.get(key, -1) < 1e18}
     return {**row, **found, **({"train_time_ms": end["train_time_ms"]} if "train_time_ms" in end else {})}, end
 
 

@@ -98,7 +98,7 @@ def expand(names):
         hits = [Path(name)] if os.path.exists(name) else [Path(hit) for hit in sorted(glob.glob(name, recursive=True))]
         logs = [log for hit in hits for log in (find_logs(hit) if hit.is_dir() else [hit] * hit.exists())]
         if not logs:
-            what = "holds no log: expected run folders, *.txt or *.log, also *.out, *.stdout and these with .gz" if hits else "is not there"
+            what = "holds no log: expected run folders, *.txt or *.log, also *.out and *.gz" if hits else "is not there"
             raise FileNotFoundError(f"'{name}' {what}")
         found |= {os.path.abspath(log): log for log in logs}
     return list(found.values())
@@ -119,7 +119,8 @@ def read_each(paths, keep_rows=False, keep_source=False, loss_key=None):
         if not held:
             held = run.trace.loss_key == loss_key
             last = [row for rows in run.trace.trials for row in rows[-1:]]
-            keys |= dict.fromkeys(key for row in last for key in row if is_score(key) and number(row[key]) is not None)
+            keys |= dict.fromkeys(key.removesuffix("_raw") for row in last for key in row
+                                  if is_score(key) and number(row[key]) is not None)
     if not held:
         where = names[0] if len(names) == 1 else f"{len(names)} logs"
         listed = f"they hold {', '.join([*keys][:12])}" if keys else "they hold no loss"

@@ -2,7 +2,6 @@
 are in formats.py. It knows nothing of presenting. Losses are in nats/token, times in ms wherever a name ends in _ms."""
 
 import errno
-import gzip
 import hashlib
 import io
 import json
@@ -17,8 +16,10 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from runlogs.formats import (
+    FIRST,
     FORMATS,
     LINE,
+    MONTHS,
     PREFIX,
     SUMMARY,
     closing_of,
@@ -41,7 +42,7 @@ MAX_SCORES = 400  # HellaSwag scores kept of a run
 MAX_KEYS, MAX_VALUE = 64, 200  # keys of a record, characters of a text in it
 MAX_LINE = 2000  # bytes read of a line with a record
 MAX_PARTS = 400  # files of a source
-MAX_UNPACKED = 512 << 20  # bytes read of gzip data
+MAX_UNPACKED = 256 << 20  # bytes read of gzip data
 MAX_SECTIONS = 6  # parts between separators that are kept
 MAX_COLUMNS = 1000  # of an exported table
 MAX_CELL = 500  # characters of a cell of a table
@@ -63,7 +64,6 @@ ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 GPU = re.compile(r"^\| {1,9}\d{1,3} {1,9}(\S.{0,80}?) {1,80}(?:On|Off|N/A) {1,80}\|", re.M)  # of nvidia-smi
 GPU_LIST = re.compile(r"^GPU \d+: (.+?) \(UUID", re.MULTILINE)
 DATE = re.compile(r"^\w{3} (\w{3}) +(\d{1,2}) ([\d:]{8}) (?:[A-Z]{2,5} )?(\d{4})", re.M | re.ASCII)
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "python": r"^Running python (\S+)",
     "torch": r"^Running pytorch (?:version )?(\d\S*)",
@@ -73,7 +73,7 @@ FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "world_size": r"^(?:Running .* with world_size[ =]|.{0,99}Distributed world size: )(\d{1,5})",
     "gpu": r"^Running (?:pytorch .{0,300} on |on device_name=)(\S.{0,100}?) with world_size",
     "seed": r"^Using seed=(\d{1,18})",
-    "max_iters": r"^(?:Overriding: )?max_iters = (\d{1,15})",
+    "max_iters": r"^(?:.{0,99}[ :\]])?max_iters = (\d{1,15})",
     "cpu": r"^(?:Running on )?(?:CPU|Model name):[ \t]*([^,\n]+)",
     "train_tokens": r"^Training DataLoader: total number of tokens: (\d{1,18})",
     "params_total": r"^[ \t]*Total parameters: ([\d,]{1,24})",
@@ -330,7 +330,8 @@ class LogParser:
         """A line that has not the usual form."""
         if b"\x1b" in line:
             line = ANSI.sub("", line[:MAX_LINE].decode("utf-8", "replace")).encode()
-        if match := LINE.match(line):
+        likely = line[:1] and (line[0] in FIRST or line[1:2].isdigit())  # srun -l writes blanks before a rank
+        if likely and (match := LINE.match(line)):
             text = line[match.end() : match.end() + MAX_LINE].decode("utf-8", "replace")
             if self.found.counts(match["rank"]):
                 self.line(text)
@@ -397,6 +398,8 @@ class LogParser:
     def row(self, row):
         """A record; without keep_rows one that holds no loss is replaced by the next."""
         found, trace, time = self.found, self.found.trace, row.get("train_time_ms", -1.0)
+        if trace.rows and row == trace.rows[-1]:  # of another rank
+            return
         if isinstance(time, float):
             trace.resets += 0 <= time < found.time / 2 and bool(trace.rows) and row["step"] > trace.rows[-1]["step"]
             found.time = time
@@ -408,8 +411,8 @@ class LogParser:
             trace.end = {}  # of the run before
         trace.add(row, trials=True)
 
-    def close(self, name=""):
-        """The Trace of all that was fed."""
+    def close(self, start=b"", name=""):
+        """The Trace of all that was fed; `start` are the first bytes of the file `name`."""
         found, sections = self.found, [bytes(section) for section in self.sections]
         if len(sections) > 2 and not sections[-1].strip() and self.before.trace.rows:  # a separator after the last line
             found, sections = self.before, sections[:-1]
@@ -429,7 +432,8 @@ class LogParser:
             split_source(trace, sections[0])
         trace.era = era_of(found, sections, first_bar)
         if not trace.trials and not trace.end:
-            trace.reason = reason_of(sections[0][:65536], found.other_task, name)
+            other = start.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")) and sections[0].strip()
+            trace.reason = reason_of(sections[0][:65536] if other else start, found.other_task, name)
         return trace
 
 
@@ -451,8 +455,8 @@ class Found:
         """Whether a line of this rank counts: those of the lowest rank that speaks, and of none."""
         if rank is None or (rank := int(rank)) == self.rank:
             return True
-        if self.rank is not None and rank < self.rank and self.trace.rows:
-            self.trace.rewind(self.trace.rows[-1]["step"] - 1)
+        if self.rank is not None and rank < self.rank:
+            self.trace.rows = []  # it tells them itself
         lower = self.rank is None or rank < self.rank
         self.rank = rank if lower else self.rank
         return lower
@@ -586,8 +590,8 @@ def blocks_of(file, notes=None):
     rest, head, read = b"", file.read(BLOCK), lambda: file.read(BLOCK)
     if head.startswith(b"\x1f\x8b"):
         file.seek(0)
-        read = unpacked(file, [] if notes is None else notes)
-        head = read() or head[:2]
+        pieces = unpacked(file, [] if notes is None else notes)
+        head, read = next(pieces, b""), lambda: next(pieces, b"")
     elif head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, as PowerShell's > writes
         file.seek(0)
         text = io.TextIOWrapper(file, "utf-16", errors="replace", newline="")
@@ -606,31 +610,34 @@ def blocks_of(file, notes=None):
 
 
 def unpacked(file, notes):
-    """A function that reads the next BLOCK of what gzip data holds, up to MAX_UNPACKED bytes in all."""
-    packed, left = gzip.GzipFile(fileobj=file), [MAX_UNPACKED]
-
-    def read():
-        try:
-            data = packed.read(min(BLOCK, left[0]))
-            left[0] -= len(data)
-            if not left[0] and packed.read(1):
+    """Pieces of what gzip data holds, none longer than BLOCK, up to MAX_UNPACKED bytes in all."""
+    left, member, whole = MAX_UNPACKED, zlib.decompressobj(31), False
+    try:
+        while packed := file.read(1 << 14):
+            while packed and left:
+                if piece := member.decompress(packed, min(BLOCK, left)):
+                    yield piece
+                left, whole = left - len(piece), member.eof
+                packed = member.unused_data if whole else member.unconsumed_tail
+                member = zlib.decompressobj(31) if whole else member
+            if not left:
                 notes.append(f"more than {MAX_UNPACKED >> 20} MiB of gzip data: the rest was left out")
-            return data
-        except (EOFError, OSError, zlib.error):
-            notes.append("the gzip data is damaged or cut: what stands before that was read")
-            left[0] = 0
-            return b""
-
-    return read
+                return
+    except zlib.error:
+        whole = False
+    if not whole:
+        notes.append("the gzip data is damaged or cut: what stands before that was read")
 
 
 def parse_log(text, keep_rows=True, loss_key=None, name=""):
     """Trace of a log.txt, given as text or as an open binary file."""
     parser = LogParser(keep_rows, loss_key)
     file = io.BytesIO(text.encode("utf-8", "replace")) if isinstance(text, str) else text
+    start = file.read(65536)
+    file.seek(0)
     for block in blocks_of(file, parser.notes):
         parser.feed(block)
-    return parser.close(name)
+    return parser.close(start, name)
 
 
 def parse_object(text):

@@ -225,7 +225,7 @@ def screen(numbers):
             ("final val loss", show(n["final_val_loss"], ".5g")),
             ("best val loss", best and f"{show(best, '.5g')} at step {show(n['best_val_step'])}"),
             ("bits per byte", show(n["final_val_bpb"], ".6g")), ("extras", extras_line(n["extras"])),
-            ("training time", seconds(n["train_time_s"])), ("step average", f"{show(n['step_avg_ms'], ',.2f')} ms"),
+            ("training time", seconds(n["train_time_s"])), ("step average", n["step_avg_ms"] and f"{n['step_avg_ms']:,.2f} ms"),
             (f"target {show(n['target'])}", where), ("peak memory", ", ".join(memory)),
             ("hardware", show(n["gpus"])), ("versions", ", ".join(known)),
             ("parameters", parameters(n["params_total"], n["params_active"])), ("routers", router_line(n["routers"])),
