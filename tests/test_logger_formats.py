@@ -1,5 +1,5 @@
-"""Tests of the formats that logger.py reads: the newest public form, sister projects, prefixes, gzip, what is no log. The
-logs are written here, after the grammar of each project."""
+"""Tests of the formats that logger.py reads: the newest public form, sister projects, prefixes, gzip, what is no log.
+The logs are written here, after the grammar of each project."""
 
 import gzip
 import io
@@ -36,7 +36,8 @@ step:500 diag nll:3.4012 alpha:0.0400
 index built in 6.48 s
 peak memory allocated: 900 MiB reserved: 1024 MiB
 """
-NAMES = ["track_1_short/__init__.py", *(f"track_1_short/model/part_{i}.py" for i in range(42)), "exact/src/lib.rs", "a.cu"]
+NAMES = ["track_1_short/__init__.py", *(f"track_1_short/model/part_{i}.py" for i in range(42)), "exact/src/lib.rs"]
+NAMES += ["a.cu"]
 NEWEST = CODE + "".join(part(name, "" if "init" in name else f"\n# {name}\n") for name in NAMES) + MACHINE + TAIL
 
 
@@ -52,25 +53,31 @@ def test_the_newest_form(tmp_path, keep):
 
 def test_each_part_has_its_text():
     trace = parse(NEWEST)
-    assert trace.parts["exact/src/lib.rs"] == "# exact/src/lib.rs\n" and trace.parts["track_1_short/__init__.py"] == "\n"
+    assert trace.parts["exact/src/lib.rs"] == "# exact/src/lib.rs\n"
+    assert trace.parts["track_1_short/__init__.py"] == "\n"
     assert trace.parts["train_gpt.py"] == CODE
 
 
-@pytest.mark.parametrize("name", ["../a.py", "a/../b.py", "/a.py", "a//b.py", "a/", "./a.py", "a/./b.py", "a/..", "-a/b.py",
-                                  "a/-b.py", "a\\b.py", "a b.py", "a/" * 20 + "b.py", "a/" + "b" * 101, "C:/a.py"])
+LEAD_OUT = ["../a.py", "a/../b.py", "/a.py", "a//b.py", "a/", "./a.py", "a/./b.py", "a/..", "-a/b.py", "a/-b.py",
+            "a\\b.py", "a b.py", "a/" * 20 + "b.py", "a/" + "b" * 101, "C:/a.py"]
+
+
+@pytest.mark.parametrize("name", LEAD_OUT)
 def test_a_path_that_leads_elsewhere_is_text_of_the_source(name):
     assert list(parse(CODE + part(name) + MACHINE + TAIL).parts) == ["train_gpt.py"]
 
 
 def test_two_parts_of_one_name_lose_nothing():
-    trace = parse(CODE + part("a/b.py", "one\n") + part("a/b.py", "two\n") + part("train_gpt.py", "three\n") + MACHINE + TAIL)
+    parts = part("a/b.py", "one\n") + part("a/b.py", "two\n") + part("train_gpt.py", "three\n")
+    trace = parse(CODE + parts + MACHINE + TAIL)
     assert [text.strip() for text in trace.parts.values()][1:] == ["one", "two", "three"]
     assert list(trace.parts)[1:] == ["a/b.py", "a/b.py~", "train_gpt.py~"]
 
 
 def test_records_of_a_step_merge_but_train_and_validation_with_their_times_stay():
     line = "step:4/8 {} train_time:{}ms step_avg:1.00ms\n"
-    trace = parse(line.format("train_loss:4.5", 400) + line.format("val_loss:4.1", 410) + "step:4/8 val_x:5 val_loss:9\n")
+    pair = line.format("train_loss:4.5", 400) + line.format("val_loss:4.1", 410)
+    trace = parse(pair + "step:4/8 val_x:5 val_loss:9\n")
     assert [(row.get("train_loss"), row.get("val_loss"), row["train_time_ms"]) for row in trace.rows] == [
         (4.5, None, 400.0), (None, 4.1, 410.0)]
     assert trace.rows[1]["val_x"] == 5
@@ -78,8 +85,11 @@ def test_records_of_a_step_merge_but_train_and_validation_with_their_times_stay(
     assert trace.rows == [{"step": 4, "iterations": 8, "train_loss": 4.5, "val_loss": 4.1}]
 
 
-@pytest.mark.parametrize("line", ["step:500 diag nll:3.4", "step:500", "step:500 words only", "step:700 nll:3 val_loss:1",
-                                  "step:3 nll:2 train_time:1ms", "step:500/500 note:1", "step:500/500 train_time:9999ms"])
+AFTER = ["step:500 diag nll:3.4", "step:500", "step:500 words only", "step:700 nll:3 val_loss:1", "step:500/500 note:1",
+         "step:3 nll:2 train_time:1ms", "step:500/500 train_time:9999ms"]
+
+
+@pytest.mark.parametrize("line", AFTER)
 def test_no_line_behind_the_last_validation_makes_a_run_unfinished(tmp_path, line):
     found = describe(write(tmp_path / "a.txt", CODE + MACHINE + TAIL + line + "\n"))
     assert (found["status"], found["steps"], found["final_val_loss"]) == ("complete", 500, 3.4012)
@@ -180,25 +190,31 @@ BARS = "| loss: {} | lrm: 1.00 | dt: {}ms | tok/sec: 48,042 | {}mfu: 31.5"
 CHAT = "".join(f"step {i:05d}/00020 (0.1%) {BARS.format(9 - i / 4, 60_000, 'bf16_')} | epoch: 1 | total time: {i}.00m\n"
                for i in range(20))
 SLOW = "".join(f"step {i:05d} (0.1%) {BARS.format(9 - i / 4, 1000, 'bf16_')}% | eta: 3.0m\n" for i in range(1, 21))
-AUTO = "".join(f"\rstep {i:05d} (0.1%) {BARS.format(9 - i / 4, 1000, '')}% | epoch: 1 | remaining: 1s   " for i in range(20))
+AUTO = "".join(f"\rstep {i:05d} (0.1%) {BARS.format(9 - i / 4, 1000, '')}% | epoch: 1 | remaining: 1s   "
+               for i in range(20))
 PROJECTS = {  # project: (log, final val loss, final val_bpb, steps, seconds, some extras)
     "nanoGPT": (
-        "Overriding: max_iters = 20\nstep 0: train loss 10.9, val loss 10.95\niter 0: loss 10.9, time 157.46ms, mfu -100.00%\n"
-        "iter 10: loss 5.5, time 100.00ms, mfu 22.65%\nstep 20: train loss 3.5, val loss 3.6\nsaving checkpoint to out\n"
-        "iter 20: loss 3.4, time 900.00ms, mfu 20.00%\n", 3.6, None, 20, None, {"eval_train_loss": 3.5, "dt_ms": 900.0}),
+        "Overriding: max_iters = 20\nstep 0: train loss 10.9, val loss 10.95\n"
+        "iter 0: loss 10.9, time 157.46ms, mfu -100.00%\niter 10: loss 5.5, time 100.00ms, mfu 22.65%\n"
+        "step 20: train loss 3.5, val loss 3.6\nsaving checkpoint to out\n"
+        "iter 20: loss 3.4, time 900.00ms, mfu 20.00%\n",
+        3.6, None, 20, None, {"eval_train_loss": 3.5, "dt_ms": 900.0}),
     "nanochat": (
-        "Step 00000 | Validation bpb: 3.1675\n" + CHAT + "Step 00020 | Validation bpb: 0.9000\nStep 00020 | CORE metric: 0.26"
-        "\nPeak memory usage: 600.50MiB\nTotal training time: 19.50m\nMinimum validation bpb: 0.8900\n",
+        "Step 00000 | Validation bpb: 3.1675\n" + CHAT + "Step 00020 | Validation bpb: 0.9000\n"
+        "Step 00020 | CORE metric: 0.26\nPeak memory usage: 600.50MiB\nTotal training time: 19.50m\n"
+        "Minimum validation bpb: 0.8900\n",
         None, 0.9, 20, 1170.0, {"core_metric": 0.26, "min_val_bpb": 0.89}),
     "slowrun": (
-        "Step 00000 | Val BPB: 3.5 | Val Loss: 10.8\n" + SLOW + "Step 00020 | Epoch 2 | Val BPB: 1.0947 | Val Loss: 3.3684\n"
-        "Peak memory: 470.65 MiB\nTotal training time: 0.20m\nFinal train loss: 3.0\nMin val BPB: 1.0947\nMin val Loss: 3.3\n"
-        "EMA Val BPB: 1.08 | EMA Val Loss: 3.2\n",
+        "Step 00000 | Val BPB: 3.5 | Val Loss: 10.8\n" + SLOW
+        + "Step 00020 | Epoch 2 | Val BPB: 1.0947 | Val Loss: 3.3684\n"
+        "Peak memory: 470.65 MiB\nTotal training time: 0.20m\nFinal train loss: 3.0\nMin val BPB: 1.0947\n"
+        "Min val Loss: 3.3\nEMA Val BPB: 1.08 | EMA Val Loss: 3.2\n",
         3.3684, 1.0947, 20, 12.0, {"epoch": 2.0, "min_val_loss": 3.3, "EMA.val_loss": 3.2, "EMA.val_bpb": 1.08}),
     "parameter-golf": (GOLF.format(end=PEAK), 2.0, 1.2, 600, 6.0, {
         "final_int8_exact.val_loss": 2.05, "final_sliding_stride_64.val_bpb": 1.15}),
     "autoresearch": (
-        AUTO + "\n---\nval_bpb:          1.0651\ntraining_seconds: 9.4\ntotal_seconds:    44.0\npeak_vram_mb:     934.9\n"
+        AUTO + "\n---\nval_bpb:          1.0651\ntraining_seconds: 9.4\ntotal_seconds:    44.0\n"
+        "peak_vram_mb:     934.9\n"
         "total_tokens_M:   318.8\nnum_steps:        20\nnum_params_M:     41.9\nW0403 a warning behind it\n",
         None, 1.0651, 20, 9.4, {"total_seconds": 44.0}),
 }
@@ -231,7 +247,7 @@ def test_the_later_form_of_parameter_golf(tmp_path):
 def test_curves_of_projects():
     trace = parse(PROJECTS["slowrun"][0])
     assert [row["step"] for row in trace.rows] == list(range(21))
-    assert [row.get("train_time_ms") for row in trace.rows][10:13] == [0.0, 1000.0, 2000.0]  # the first 10 are not timed
+    assert [row.get("train_time_ms") for row in trace.rows][10:13] == [0.0, 1000.0, 2000.0]  # 10 are not timed
     assert trace.rows[20]["train_loss"] == 4.0 and trace.rows[20]["val_loss"] == 3.3684
     assert trace.rows[12]["tok_per_sec"] == 48042 and trace.rows[12]["eta_ms"] == 180_000
     trace = parse(PROJECTS["autoresearch"][0])
@@ -269,7 +285,7 @@ def test_runs_of_several_formats_in_one_file_are_trials_in_order(tmp_path):
     assert (found["trials"], found["final_val_bpb"], found["status"]) == (2, 0.9, "complete")
     assert [trial["final_val_loss"] for trial in found["trial_runs"]] == [3.3684, None]
     assert found["era"] == "nanochat + slowrun"
-    found = describe(write(tmp_path / "a.log", steps_ms(100) + "iter 101: loss 3.2\n"))  # a stray line changes no name
+    found = describe(write(tmp_path / "a.log", steps_ms(100) + "iter 101: loss 3.2\n"))
     assert found["era"] == "step lines only"
 
 
@@ -281,8 +297,9 @@ def test_steps_in_the_source_of_a_project_do_not_count():
 # -- what stands before a line
 
 PREFIXES = ["[rank0]: ", "[rank0]:", "0: ", "[0] ", "[0]: ", "[default0]:", " 0: ", "2026-01-02 03:04:05 ",
-            "2026-01-02T03:04:05.123456Z ", "[2026-01-02 03:04:05,678] ", "[03:04:05] ", "03:04:05 | ", "1776142360.712 ",
-            "2026-01-02 03:04:05,678 - nanochat.common - INFO - ", "INFO:root:", "[INFO] ", "[rank0]: 2026-01-02 03:04:05 ",
+            "2026-01-02T03:04:05.123456Z ", "[2026-01-02 03:04:05,678] ", "[03:04:05] ", "03:04:05 | ",
+            "1776142360.712 ", "2026-01-02 03:04:05,678 - nanochat.common - INFO - ", "INFO:root:", "[INFO] ",
+            "[rank0]: 2026-01-02 03:04:05 ",
             "2026-01-02T03:04:05+01:00 [rank0]: ", "Jan  2 03:04:05 ", "\x1b[32m[03:04:05]\x1b[0m "]
 
 
@@ -355,7 +372,8 @@ def test_a_gzip_bomb_is_read_to_a_limit(tmp_path, monkeypatch):
 
 # -- what is no log
 
-TRIALS = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n{}b\t0.9\t2\tkeep\tx\nc\t0.8\t2\tdiscard\ty\nd\t0.85\t2\tkeep\tz\n"
+TRIALS = ("commit\tval_bpb\tmemory_gb\tstatus\tdescription\nb\t0.9\t2\tkeep\tx\nc\t0.8\t2\tdiscard\ty\n"
+          "d\t0.85\t2\tkeep\tz\n")
 REASONS = {
     "": "it is empty", " \n\n": "it is blank", '{"a": [1, 2]}\n': "a JSON file", "[1, 2]": "a JSON file",
     "{not json}\n": "it holds no step line", "some words\n": "it holds no step line",
@@ -366,9 +384,9 @@ REASONS = {
     "x\nTraceback (most recent call last):\n  File\n": "console output with an error, without a step line",
     "GPU 0: NVIDIA H200 (UUID: GPU-1)\n": "a text about the machine, without a step line",
     "a\tb\n1\t2\n": "a table, no log", "run_id=3\nseed=4\n": "settings or facts of a run, without a step line",
-    "---\nperformance:      88.0\nval_f1:   0.9\n": "a closing block of another task, without val_bpb or val_loss: performance"
-                                                ", val_f1",
-    TRIALS.format(""): "a list of trials of autoresearch: 3, 2 kept, the lowest val_bpb 0.85 (d)",
+    "---\nspeed:      88.0\nval_f1:   0.9\n":
+        "a closing block of another task, without val_bpb or val_loss: speed, val_f1",
+    TRIALS: "a list of trials of autoresearch: 3, 2 kept, the lowest val_bpb 0.85 (d)",
     "version https://git-lfs.github.com/spec/v1\n": "a Git LFS pointer: the file itself was not fetched",
 }
 
@@ -415,10 +433,12 @@ def test_a_log_that_is_cut_anywhere_gives_no_loss_that_is_not_in_it(tmp_path_fac
     json.loads(output.strict_json(found), parse_constant=pytest.fail)
 
 
-PIECES = st.sampled_from(sorted({line + "\n" for log in LOGS.values() for line in log.split("\n")} - {"\n"})) | st.sampled_from([
-    BAR, "---\n", "\r", "[rank1]: ", "0: ", "12:00:01 ", "step ", "iter 5: loss ", "nan", "| Val Loss: ", "step:5 x:1\n",
-    "step:5/5 val_loss:1 val_loss_raw:2\n", "val_bpb: 1\n", "Total training time: 9", "stopping_early: step:1/1 ", "\x1b[1m",
-    "999999999999999/9 val_loss: 1e999\n", "step 00001 | loss: 1e-200 | total time: nanm\n", "num_steps: nan\n", "\n"])
+LINES = sorted({line + "\n" for log in LOGS.values() for line in log.split("\n")})
+PIECES = st.sampled_from(LINES) | st.sampled_from([
+    BAR, "---\n", "\r", "[rank1]: ", "0: ", "12:00:01 ", "step ", "iter 5: loss ", "nan", "| Val Loss: ",
+    "step:5 x:1\n", "step:5/5 val_loss:1 val_loss_raw:2\n", "val_bpb: 1\n", "Total training time: 9",
+    "stopping_early: step:1/1 ", "\x1b[1m", "999999999999999/9 val_loss: 1e999\n", "step 00001 | loss: 1e-200 | total time: nanm\n",
+    "num_steps: nan\n", "\n"])
 
 
 @QUICK
@@ -440,7 +460,8 @@ def test_any_mixture_of_lines_is_read(tmp_path_factory, pieces, keep, loss_key):
 HOSTILE = {
     "one long line": "step 00001 " + "| a " * 200_000, "digits": "1" * 800_000, "bars": "| loss: " * 100_000,
     "prefixes": "12:00:01 [0]: " * 60_000, "pairs": ("step:1/9 " + "a:1 " * 450 + "\n") * 300,
-    "labels": ("x " * 900 + "val_bpb:1\n") * 400, "blocks": "---\n" * 60_000, "block lines": "---\n" + "a:  1\n" * 60_000,
+    "labels": ("x " * 900 + "val_bpb:1\n") * 400, "blocks": "---\n" * 60_000,
+    "block lines": "---\n" + "a:  1\n" * 60_000,
     "same step": "".join(f"step:5/9 k{i}:1\n" for i in range(30_000)), "markdown": "# a\n" * 150_000,
     "back": "step:9/99 val_loss:1\nstep:3/99 val_loss:1\n" * 10_000, "settings": "a=\n" + "ab\n" * 150_000,
     "ranks": "".join(f"[rank{9999 - i % 9999}]: step:{i % 7}/9 val_loss:1\n" for i in range(20_000)),
