@@ -59,6 +59,7 @@ FORMATS = (
            mark=r"\| (?:Validation bpb|CORE metric|ChatCORE|total time):"),
     Format("autoresearch", "step 00604 (99.5%) | loss: 2.99 | dt: 503ms | remaining: 1s", **BARRED,
            mark=r"\| remaining:", sums=True),
+    Format("nanoGPT", "Step    0 | Train Loss: 4.28 | Val Loss: 4.28", **BARRED, mark=r"\| Train Loss:"),  # forks
     Format("slowrun", "Step 00191 | Epoch 1 | Val BPB: 1.43 | Val Loss: 4.42", **BARRED, sums=True),
     Format("nanoGPT", "iter 10: loss 9.71, time 2972.45ms, mfu 22.65%",
            r"(?P<bracket>\[)?(?:iter|step) +(?P<step>\d{1,15})(?(bracket)\]|:)(?P<iterations>(?!))?(?=.* loss)",
@@ -92,7 +93,7 @@ CLOSING = re.compile(rf"(Total training time|Peak memory|Min val Loss|Min val BP
                      rf"Final train loss)(?: usage)?: {NUM} ?(m|MiB)?`?$", re.ASCII | re.I)
 SCORES = (  # of a trained model once more: quantized, averaged, with a sliding window
     re.compile(rf"(?P<label>[\w.:() +=/-]{{1,80}}?) val_loss[:=]{NUM}(?: \w{{1,20}})? val_bpb[:=]{NUM}", re.ASCII),
-    re.compile(rf"(?P<label>[\w ]{{1,40}}?) Val BPB: {NUM} \| (?:EMA )?Val Loss: {NUM}", re.ASCII))
+    re.compile(rf"(?P<label>[][\w ]{{1,40}}?) Val BPB: {NUM} \| (?:EMA )?Val Loss: {NUM}", re.ASCII))
 SUMMARY = re.compile(rf"(\w{{1,60}}): {{1,40}}{NUM} *$", re.ASCII)  # a line of a closing block
 
 

@@ -71,7 +71,7 @@ FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "triton": r"^Running Triton version (\S+)",
     "driver": r"Driver Version: (\S+)",
     "world_size": r"^(?:Running .* with world_size[ =]|.{0,99}Distributed world size: )(\d{1,5})",
-    "gpu": r"^Running (?:pytorch .{0,300} on |on device_name=)(\S.{0,100}?) with world_size",
+    "gpu": r"^(?:Running (?:pytorch .{0,300} on |on device_name=)|GPU: )(\S.{0,100}?)(?: with world_size| \| Peak F)",
     "seed": r"^Using seed=(\d{1,18})",
     "max_iters": r"^(?:.{0,99}[ :\]])?max_iters = (\d{1,15})",
     "cpu": r"^(?:Running on )?(?:CPU|Model name):[ \t]*([^,\n]+)",
@@ -424,8 +424,8 @@ class LogParser:
             trace.note(note)
         if found.bad:
             trace.note(f"{found.bad} step line(s) of log.txt left out: their loss is not a number")
-        machine = [*sections[1:-1], STEP_LINE.split(sections[-1][:65536], 1)[0]]  # without the source
-        machine = b"\n".join(section[:16384] for section in machine)
+        machine = [*(section[:16384] for section in sections[1:-1]), STEP_LINE.split(sections[-1][: 1 << 18], 1)[0]]
+        machine = b"\n".join(machine)  # without the source
         trace.header = parse_header(machine.decode("utf-8", "replace"))
         found.finish()
         if len(sections) > 1:
@@ -540,7 +540,7 @@ def parse_header(text):
     text = LONG.sub(r"\1", text)
     found = {key: match[1].strip() for key, form in FACTS.items() if (match := form.search(text))}
     names = GPU.findall(text) or GPU_LIST.findall(text)
-    names = names or [found["gpu"]] * int(found["world_size"]) if "gpu" in found else names
+    names = names or [found["gpu"]] * int(found.get("world_size", 1)) if "gpu" in found else names
     for key in ("world_size", "train_tokens", "params_total", "seed", "max_iters"):
         found |= {key: int(digits)} if (digits := found.get(key, "").replace(",", "")) else {}
     if names:

@@ -208,8 +208,9 @@ PROJECTS = {  # project: (log, final val loss, final val_bpb, steps, seconds, so
         "Step 00000 | Val BPB: 3.5 | Val Loss: 10.8\n" + SLOW
         + "Step 00020 | Epoch 2 | Val BPB: 1.0947 | Val Loss: 3.3684\n"
         "Peak memory: 470.65 MiB\nTotal training time: 0.20m\nFinal train loss: 3.0\nMin val BPB: 1.0947\n"
-        "Min val Loss: 3.3\nEMA Val BPB: 1.08 | EMA Val Loss: 3.2\n",
-        3.3684, 1.0947, 20, 12.0, {"epoch": 2.0, "min_val_loss": 3.3, "EMA.val_loss": 3.2, "EMA.val_bpb": 1.08}),
+        "Min val Loss: 3.3\nEMA Val BPB: 1.08 | EMA Val Loss: 3.2\n  [equal] Val BPB: 1.07 | Val Loss: 3.1\n",
+        3.3684, 1.0947, 20, 12.0, {"epoch": 2.0, "min_val_loss": 3.3, "EMA.val_loss": 3.2, "EMA.val_bpb": 1.08,
+                                    "equal.val_loss": 3.1}),
     "parameter-golf": (GOLF.format(end=PEAK), 2.0, 1.2, 600, 6.0, {
         "final_int8_exact.val_loss": 2.05, "final_sliding_stride_64.val_bpb": 1.15}),
     "autoresearch": (
@@ -255,6 +256,25 @@ def test_curves_of_projects():
     assert parse(PROJECTS["nanochat"][0]).rows[7]["train_time_ms"] == 420_000.0  # as the log says
     golf = [(row["step"], row["train_loss"]) for row in parse(GOLF.format(end="")).rows if "train_loss" in row]
     assert golf == [(1, 6.9), (500, 3.1)]
+
+
+def test_units():
+    line = "step 00012 | loss: 1 | dt: 2.5{} | total time: 1m\n"
+    assert [parse(line.format(unit)).rows[0]["dt_ms"] for unit in ("ms", "s", "m")] == [2.5, 2500.0, 150_000.0]
+
+
+def test_what_closes_a_run_says_nothing_of_the_next(tmp_path):
+    for log in (PROJECTS["nanochat"][0], PROJECTS["autoresearch"][0], GOLF.format(end=PEAK)):
+        next_run = "Step 00000 | Val BPB: 3.5 | Val Loss: 10.8\n" + SLOW
+        found = describe(write(tmp_path / "a.log", log + next_run))
+        assert [trial["status"] for trial in found["trial_runs"]][1] == found["status"] == "died"
+
+
+def test_the_machine_of_nanochat(tmp_path):
+    lines = "x = 1\n" * 9000 + "GPU: NVIDIA H100 80GB HBM3 | Peak FLOPS (BF16): 9.89e+14\n"
+    lines += "2026-01-02 03:04:05,678 - nanochat.common - \x1b[32mINFO\x1b[0m - Distributed world size: 8\n"
+    found = describe(write(tmp_path / "a.log", lines + PROJECTS["nanochat"][0]))
+    assert (found["gpus"], found["world_size"]) == ("8x NVIDIA H100 80GB HBM3", 8)
 
 
 def test_a_missing_step_leaves_the_time_unknown():
@@ -437,7 +457,8 @@ LINES = sorted({line + "\n" for log in LOGS.values() for line in log.split("\n")
 PIECES = st.sampled_from(LINES) | st.sampled_from([
     BAR, "---\n", "\r", "[rank1]: ", "0: ", "12:00:01 ", "step ", "iter 5: loss ", "nan", "| Val Loss: ",
     "step:5 x:1\n", "step:5/5 val_loss:1 val_loss_raw:2\n", "val_bpb: 1\n", "Total training time: 9",
-    "stopping_early: step:1/1 ", "\x1b[1m", "999999999999999/9 val_loss: 1e999\n", "step 00001 | loss: 1e-200 | total time: nanm\n",
+    "stopping_early: step:1/1 ", "\x1b[1m", "999999999999999/9 val_loss: 1e999\n",
+    "step 00001 | loss: 1e-200 | time: nanm\n",
     "num_steps: nan\n", "\n"])
 
 
