@@ -59,7 +59,7 @@ FORMATS = (
            mark=r"\| (?:Validation bpb|CORE metric|ChatCORE|total time):"),
     Format("autoresearch", "step 00604 (99.5%) | loss: 2.99 | dt: 503ms | remaining: 1s", **BARRED,
            mark=r"\| remaining:", sums=True),
-    Format("nanoGPT", "Step    0 | Train Loss: 4.28 | Val Loss: 4.28", **BARRED, mark=r"\| Train Loss:"),  # forks
+    Format("nanoGPT", "Step   50 | Train Loss: 4.28 | Val Loss: 4.28", **BARRED, mark=r"\| Train Loss:"),  # forks
     Format("slowrun", "Step 00191 | Epoch 1 | Val BPB: 1.43 | Val Loss: 4.42", **BARRED, sums=True),
     Format("nanoGPT", "iter 10: loss 9.71, time 2972.45ms, mfu 22.65%",
            r"(?P<bracket>\[)?(?:iter|step) +(?P<step>\d{1,15})(?(bracket)\]|:)(?P<iterations>(?!))?(?=.* loss)",
@@ -79,7 +79,7 @@ STAMP = (rf"\[?(?:(?:\d{{4}}[-/]\d\d[-/]\d\d[T ])?{CLOCK}|\d{{10}}(?:\.\d{{1,9}}
          rf"|(?:{'|'.join(MONTHS)}) {{1,2}}\d{{1,2}} {CLOCK})\]?")
 LEVEL = r"\[?(?:DEBUG|INFO|WARNING)\]?"
 RANK = r"\[?(?:rank|default)?[ =]?(?P<rank>\d{1,5})(?:\]:?|:) {0,4}"
-LOGGER = r"(?:(?!step:|s:)[a-z_][\w.]{0,40}(?: - |:(?=\S)))?"
+LOGGER = r"(?:(?!step:|s:)[a-z_][\w.]{0,40}(?: - |:(?= {0,2}\S)))?"
 BEFORE = rf"(?:(?:{STAMP}|{LEVEL})[ :|,-]{{1,4}}{LOGGER}|{RANK}){{0,4}}"
 STARTS = (r"step:\d|s:\d|peak memory|resumed after|Step +\d|\[?(?:step|iter) +\d"
           r"|\d{1,15}/\d{1,15} (?:train|val)_loss:|stopping_early: |---[ ]*$"

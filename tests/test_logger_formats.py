@@ -254,8 +254,9 @@ def test_curves_of_projects():
     trace = parse(PROJECTS["autoresearch"][0])
     assert len(trace.rows) == 21 and trace.rows[19]["train_time_ms"] == 9000.0
     assert parse(PROJECTS["nanochat"][0]).rows[7]["train_time_ms"] == 420_000.0  # as the log says
-    golf = [(row["step"], row["train_loss"]) for row in parse(GOLF.format(end="")).rows if "train_loss" in row]
-    assert golf == [(1, 6.9), (500, 3.1)]
+    rows = [row for row in parse(GOLF.format(end="")).rows if "train_loss" in row]
+    golf = [(row["step"], row["train_loss"], row["train_time_ms"]) for row in rows]
+    assert golf == [(1, 6.9, 76.0), (500, 3.1, 5000.0)]
 
 
 def test_units():
@@ -275,6 +276,26 @@ def test_the_machine_of_nanochat(tmp_path):
     lines += "2026-01-02 03:04:05,678 - nanochat.common - \x1b[32mINFO\x1b[0m - Distributed world size: 8\n"
     found = describe(write(tmp_path / "a.log", lines + PROJECTS["nanochat"][0]))
     assert (found["gpus"], found["world_size"]) == ("8x NVIDIA H100 80GB HBM3", 8)
+
+
+def test_a_closing_block_alone(tmp_path):
+    found = describe(write(tmp_path / "a.log", "---\nval_bpb:  1.5\nnum_steps:  30\n"))
+    assert (found["era"], found["status"]) == ("autoresearch", "complete")
+    assert (found["steps"], found["final_val_bpb"]) == (30, 1.5)
+    assert describe(write(tmp_path / "a.log", "---\nval_bpb:  1.5\n"))["status"] == "not a log"
+
+
+def test_a_last_validation_ends_a_run_that_counts_bits(tmp_path):
+    log = PROJECTS["nanochat"][0].partition("Peak")[0]
+    assert parse(log).end["status"] == "done"
+    found = describe(write(tmp_path / "a.log", log + log))
+    assert [trial["status"] for trial in found["trial_runs"]] == ["complete", "complete"]
+
+
+def test_records_of_the_loss_key_are_kept(tmp_path):
+    lines = "".join(f"step:{i}/9 val_x:{i} train_time:{i}ms step_avg:1ms\n" for i in range(10))
+    path = write(tmp_path / "a.txt", lines)
+    assert [len(loading.load_one(path, False, loss_key=key).trace.rows) for key in (None, "val_x")] == [1, 10]
 
 
 def test_a_missing_step_leaves_the_time_unknown():
@@ -369,6 +390,12 @@ def test_gzip(tmp_path, name, capsys):
     assert found[0]["parts"] == ["train_gpt.py", *NAMES]
 
 
+def test_gzip_of_several_members(tmp_path):
+    head, tail = steps_ms()[:200], steps_ms()[200:]
+    packed = gzip.compress(head.encode()) + gzip.compress(tail.encode())
+    assert describe(write(tmp_path / "a.txt.gz", packed))["final_val_loss"] == 3.25
+
+
 def test_gzip_that_is_cut_or_damaged_says_so(tmp_path):
     packed = gzip.compress(steps_ms(count=20_000, every=1000).encode())
     for data in (packed[: len(packed) // 2], packed[:-4], packed[:5000] + b"x" * 100 + packed[5100:]):
@@ -381,7 +408,7 @@ def test_gzip_that_is_cut_or_damaged_says_so(tmp_path):
 
 def test_a_gzip_bomb_is_read_to_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(parsing, "MAX_UNPACKED", 3 << 20)
-    bomb = gzip.compress(steps_ms().encode() + bytes(50 << 20))
+    bomb = gzip.compress(steps_ms().encode() + b"words\n" * 9_000_000)
     sizes = []
     monkeypatch.setattr(parsing.LogParser, "feed", lambda self, block, feed=parsing.LogParser.feed: (
         sizes.append(len(block)), feed(self, block)))
