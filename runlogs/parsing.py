@@ -512,6 +512,8 @@ class Found:
             for row in trace.rows:
                 row["iterations"] = row["iterations"] or planned
             trace.end = trace.end or {"status": "no end is logged"}
+            if planned is None:
+                trace.note("nanoGPT logs no end, and no max_iters stands here: whether it is complete is not known")
         done = not last.keys().isdisjoint(SCORES) and last["step"] == last["iterations"]
         if "train_time_ms" in trace.end and trace.rows:
             last["train_time_ms"] = trace.end["train_time_ms"]

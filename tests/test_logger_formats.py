@@ -314,7 +314,8 @@ def test_a_project_that_is_cut_has_not_ended(tmp_path, project):
 
 def test_nanogpt_without_its_last_iteration_has_no_known_end(tmp_path):
     text = PROJECTS["nanoGPT"][0].partition("\n")[2]
-    assert describe(write(tmp_path / "a.log", text))["status"] == "died"
+    found = describe(write(tmp_path / "a.log", text))
+    assert found["status"] == "died" and "no max_iters" in found["warnings"][0]
     fork = "".join(f"[step {i}] val loss: {5 - i / 1000:.4f}\n" for i in (200, 400))
     found = describe(write(tmp_path / "a.log", fork))
     assert (found["era"], found["steps"], found["final_val_loss"]) == ("nanoGPT", 400, 4.6)
