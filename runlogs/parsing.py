@@ -1,6 +1,7 @@
 """Bytes of a log -> Trace: the public speedrun's logs of every year, ours, and those of sister projects, whose lines
 are in formats.py. It knows nothing of presenting. Losses are in nats/token, times in ms wherever a name ends in _ms."""
 
+import codecs
 import errno
 import hashlib
 import io
@@ -594,10 +595,9 @@ def blocks_of(file, notes=None):
         file.seek(0)
         pieces = unpacked(file, [] if notes is None else notes)
         head, read = next(pieces, b""), lambda: next(pieces, b"")
-    elif head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, as PowerShell's > writes
-        file.seek(0)
-        text = io.TextIOWrapper(file, "utf-16", errors="replace", newline="")
-        head, read = text.read(BLOCK).encode("utf-8", "replace"), lambda: text.read(BLOCK).encode("utf-8", "replace")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, as PowerShell's > writes
+        decoder, more = codecs.getincrementaldecoder("utf-16")("replace"), read
+        head, read = recoded(decoder, head), lambda: recoded(decoder, more())
     head = head.removeprefix(b"\xef\xbb\xbf")
     while head:
         data = rest + head
@@ -609,6 +609,11 @@ def blocks_of(file, notes=None):
         rest, head = data[cut:], read()
     if rest:
         yield whole_part(rest.rstrip(b"\r")) + b"\n"
+
+
+def recoded(decoder, data):
+    """Bytes of another encoding as UTF-8."""
+    return decoder.decode(data, not data).encode("utf-8", "replace")
 
 
 def unpacked(file, notes):

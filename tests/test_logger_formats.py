@@ -102,6 +102,13 @@ def test_lines_without_the_last_step_are_records_while_it_goes_on():
     assert trace.rows[2]["note"] == 3
 
 
+def test_a_clock_that_a_resume_sets_back_is_no_reset():
+    line = "step:{}/9 val_loss:4 train_time:{}ms step_avg:1ms\n"
+    text = line.format(2, 1000) + line.format(5, 5000) + "resumed after step 2\n" + line.format(3, 100)
+    assert (parse(text).resets, parse(text.replace("resumed", "on")).resets) == (0, 0)
+    assert parse(line.format(2, 1000) + line.format(3, 100)).resets == 1
+
+
 def test_track_3_names_its_machine(tmp_path):
     header = "Running PyTorch 2.5.1 compiled for CUDA 12.4\n\nRunning on device_name=NVIDIA A40 with world_size=2\n\n"
     log = CODE + BAR + header + "Using seed=7\n" + BAR + "step:2/2 val_loss:3.1 train_time:1.5s step_avg:1ms\n"
@@ -389,6 +396,11 @@ def test_gzip(tmp_path, name, capsys):
     found = json.loads(run(capsys, "show", "--json", tmp_path)[1])["runs"]
     assert [(one["status"], one["final_val_loss"]) for one in found] == [("complete", 3.4012)]
     assert found[0]["parts"] == ["train_gpt.py", *NAMES]
+
+
+def test_gzip_of_utf_16(tmp_path):
+    packed = gzip.compress(NEWEST.encode("utf-16"))
+    assert describe(write(tmp_path / "a.txt.gz", packed))["final_val_loss"] == 3.4012
 
 
 def test_gzip_of_several_members(tmp_path):
