@@ -169,6 +169,9 @@ def test_a_run_without_the_loss_key_at_its_end_does_not_count(tmp_path, capsys):
     found = json.loads(out)
     assert (code, found["n"], found["losses"]) == (0, 1, [3.01])
     assert "2.txt: no val_loss in its last record" in " ".join(found["warnings"])
+    found = json.loads(run(capsys, "show", "--json", "--loss-key", "val_ema_loss", tmp_path)[1])["runs"]
+    assert ["has no val_ema_loss" in " ".join(one["warnings"]) for one in found] == [False, True]
+    assert [(one["status"], one["final_val_loss"]) for one in found] == [("complete", 3.01), ("complete", None)]
 
 
 def test_bits_per_byte_count_only_when_asked_for(tmp_path, capsys):
