@@ -20,6 +20,7 @@ from runlogs.loading import (
     status_of,
     summarize,
     trial_numbers,
+    why_no_loss,
 )
 from runlogs.parsing import MAX_KEYS, number
 
@@ -55,6 +56,8 @@ def sample_of(run, i, name, seen):
     """(Sample or None, reason) of trial i; `seen` maps the last validations of the trials so far to their names."""
     rows, last = run.trace.trials[i], i == len(run.trace.trials) - 1
     numbers = trial_numbers(rows, run.trace.end if last else None)
+    if numbers["final_val_loss"] is None and numbers["status"] == "complete":
+        return None, why_no_loss(rows)
     if numbers["final_val_loss"] is None or numbers["status"] != "complete":
         return None, f"{numbers['status']} at step {numbers['steps']}"
     if not math.isfinite(numbers["final_val_loss"]):

@@ -7,21 +7,22 @@ from runlogs.loading import SELF, describe, device_of, find_logs, folders, lates
 from runlogs.parsing import read_text
 
 
-def records_of(folder):
+def records_of(folder, loss_key=None):
     """Record dicts of a folder: of itself if it holds logs or a README.md beside folders of logs, else of each folder
     inside it."""
     if not folder.is_dir():
         raise FileNotFoundError(f"'{folder}' is no folder")
     date = re.compile(r"\d{4}-?\d\d-?\d\d")
     inside = [entry for entry in folders(folder) if date.match(entry.name)]
-    found = [record_of(entry) for entry in inside] if inside and not date.match(folder.name) else [record_of(folder)]
+    several = inside and not date.match(folder.name)
+    found = [record_of(entry, loss_key) for entry in (inside if several else [folder])]
     return [record for record in found if record]
 
 
-def record_of(folder):
+def record_of(folder, loss_key=None):
     """The record dict of one folder: numbers of its largest code version, logs of baselines aside; None without one."""
     paths = [path for path in find_logs(folder) if "baseline" not in str(path.relative_to(folder)).lower()]
-    samples = samples_of(load(paths, keep_source=True))[0]
+    samples = samples_of(load(paths, keep_source=True, loss_key=loss_key))[0]
     if not samples:
         return None
     samples = next(iter(versions(samples).values()))
