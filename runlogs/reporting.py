@@ -15,6 +15,9 @@ from runlogs.output import printable, say, strict_json
 from runlogs.parsing import ACCURACIES, MAX_CELL
 
 
+MAX_DIFFERENCES = 200  # rows of a table of `diff`
+
+
 def show(value, form=""):
     return "-" if value is None else format(value, form)
 
@@ -331,16 +334,46 @@ def profile_line(numbers):
             f"computation; {step} ms a step{idle}")
 
 
+def shortened_table(headings, rows):
+    """A table of the first MAX_DIFFERENCES rows, and how many more there are."""
+    more = len(rows) - MAX_DIFFERENCES
+    return [Table(headings, rows[:MAX_DIFFERENCES])] + [f"... and {more} more: --json gives all"] * (more > 0)
+
+
+def none_differs(result):
+    """What is said where no setting differs, or where that is not known of all files."""
+    unknown = result["not_compared"]
+    names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+    if unknown:
+        return [f"settings, constants and functions could not be compared in {names}: see the text"]
+    return [] if result["settings"] else ["no setting or constant differs"]
+
+
+def module_report(result):
+    """Table of the files that differ, unless that is the main file alone."""
+    modules = result["modules"]
+    if [m["change"] for m in modules] in ([], ["changed"]) and not result["same_modules"]:
+        return []
+    rows = [[m["name"], m["change"] + (f", from {m['from']}" if m["from"] and m["change"] != "removed" else ""),
+             show(m["lines_added"], "+d"), show(m["lines_removed"] and -m["lines_removed"], "+d")] for m in modules]
+    table = shortened_table(["file", "change", "lines", ""], rows) if rows else []
+    return [*table, f"{result['same_modules']} files are the same"]
+
+
+def unit_change(unit):
+    """How a function changed, and from where it moved."""
+    return unit["change"] + (f", from {unit['from']}" if "from" in unit else "")
+
+
 def diff_report(result, no_text):
     report = [f"A: {result['a']}", f"B: {result['b']}"]
-    report += result["blocks"]
+    report += [*result["blocks"], *module_report(result)]
     if result["settings"]:
         rows = [[s["name"], clip(s["a"]), clip(s["b"])] for s in result["settings"]]
-        report.append(Table(["setting or constant", "A", "B"], rows))
-    else:
-        report.append("no setting or constant differs")
-    if result["units"]:
-        report.append(Table(["function or class", "change"], [[u["name"], u["change"]] for u in result["units"]]))
+        report += shortened_table(["setting or constant", "A", "B"], rows)
+    report += none_differs(result)
+    rows = [[u["name"], unit_change(u)] for u in result["units"] if not u["change"].startswith("file ")]
+    report += shortened_table(["function or class", "change"], rows) if rows else []
     report += result["notes"]
     if result["unified_diff"] and not no_text:
         report.append([line.expandtabs(4) for line in result["unified_diff"]])
