@@ -4,6 +4,7 @@
     python logger.py show LOG...                   # a screen per run: status, versions, losses, time, memory
     python logger.py compare A B [C...]            # groups of runs: means, Welch's t-test, equal steps and time, a plot
     python logger.py diff A B                      # what changed: settings, functions, text, environment, effect
+    python logger.py history NAME FOLDER           # a function or constant through all records: how it changed and when
     python logger.py profile RUN                   # time of a step, overlap, heaviest operations of its traces
     python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; how many runs are missing
     python logger.py verify FOLDER                 # does a record folder hold what its README claims
@@ -36,6 +37,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends it without a traceback
 
 import argparse
+import glob
 import json
 import os
 import sys
@@ -56,6 +58,7 @@ from runlogs.judging import (
 )
 from runlogs.leaderboard import records_of
 from runlogs.loading import changes_of, describe, expand, load, load_experiment, load_one, natural, read_each
+from runlogs.numbering import find_record, numbered, tracks_of
 from runlogs.output import encoded, give, printable, say, say_json, write_file
 from runlogs.parsing import read_text
 from runlogs.profiling import trace_numbers
@@ -67,6 +70,7 @@ from runlogs.reporting import (
     experiment_report,
     format_json,
     hellaswag_report,
+    history_report,
     operation_table,
     plain,
     profile_line,
@@ -181,6 +185,7 @@ def show_profile(args):
     return 0
 
 
+RECORDS = "records"  # where records are looked for by number and name
 ENVIRONMENT = ("python", "torch", "cuda", "triton", "driver", "gpus", "world_size")
 
 
@@ -188,6 +193,7 @@ def diff_runs(args):
     """What changed from run or group A to B."""
     from runlogs.sources import compare_parts, unified
 
+    args.a, args.b = (logs_of(name, args.records) for name in (args.a, args.b))
     loaded = [load(expand([name])) for name in (args.a, args.b)]
     a, b = (load_one(next((run for run in runs if run.trace.parts), runs[0]).path) for runs in loaded)
     for run in (a, b):
@@ -207,6 +213,34 @@ def diff_runs(args):
         say_json(result)
     else:
         emit(diff_report(result, args.no_text), args)
+    return 0
+
+
+def logs_of(name, folder):
+    """`name`, if a file, folder or glob is there; else the folder of the record that it means."""
+    if os.path.exists(name) or glob.glob(name) or not (os.path.isdir(folder) or folder != RECORDS):
+        return name
+    if os.sep in name or glob.has_magic(name):  # a path, no name of a record
+        return name
+    return find_record(name, folder)["folder"]
+
+
+def show_history(args):
+    """How a function, class, method, constant or setting changed through the records of a folder, in their order."""
+    from runlogs.history import history_of
+
+    found, errors = [], []
+    for track in tracks_of(args.folder):
+        try:
+            found.append({"folder": str(track), **history_of(args.function, numbered(track))})
+        except ValueError as error:
+            errors.append(f"{track}: {error}")
+    if not found:
+        raise ValueError("; ".join(errors))
+    if args.json:
+        say_json({"tracks": found})
+    else:
+        emit([line for result in found for line in history_report(result, args.no_text)], args)
     return 0
 
 
@@ -378,9 +412,15 @@ def add_commands(command):
     sub.add_argument("--plot", default="images/compare.png", help="where the plot goes (default: images/compare.png)")
     flag(sub, "no-plot", action="store_true", help="draw nothing")
     sub = command("diff", diff_runs)
-    sub.add_argument("a", metavar="A", help="a log, or a folder of runs")
+    sub.add_argument("a", metavar="A", help="a log, a folder of runs, or the number or name of a record")
     sub.add_argument("b", metavar="B", help="another one")
     flag(sub, "no-text", action="store_true", help="without the unified diff")
+    sub.add_argument("--records", default=RECORDS, metavar="FOLDER",
+                     help="where A and B are numbers or names of records (default: records)")
+    sub = command("history", show_history)
+    sub.add_argument("function", metavar="NAME", help="a function, Class, Class.method, constant or setting")
+    sub.add_argument("folder", nargs="?", default=RECORDS, metavar="FOLDER", help="records (default: records)")
+    flag(sub, "no-text", action="store_true", help="without the text of what changed")
     sub = command("profile", show_profile)
     sub.add_argument("run", metavar="RUN", help="folder of a run, or of its traces")
     sub.add_argument("--top", type=int, default=12, metavar="N", help="operations (default: 12)")

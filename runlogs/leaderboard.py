@@ -33,11 +33,12 @@ def record_of(folder):
     return {"name": name, "date": date, "folder": str(folder), **numbers,
             "readme_title": titles[0].strip() if titles else None, "steps": numbers["steps"][-1],
             "tokens": tokens, "gpus": device_of(first), "torch": torch,
-            "code_hash": first.trace.code_hash, "source": source_of(first),
+            "code_hash": first.trace.code_hash, "source": source_of(first), "log": str(first.path),
             "curves": [{"label": s.run.path.name, "points": points_of(s.rows)} for s in samples]}
 
 
 def source_of(run):
     """Source of a run, with its settings below as lines: records of one source differ in them alone."""
     lines = [f"# setting {name} = {value!r}" for name, value in settings_of(run).items() if name not in SELF]
-    return "\n".join([*run.trace.parts.values(), *lines])
+    first, *others = run.trace.parts.items() or [("", "")]
+    return "\n".join([first[1], *(f"# file {name}\n{text}" for name, text in others), *lines])

@@ -14,7 +14,6 @@ from runlogs.loading import accuracy, differing, summarize
 from runlogs.output import printable, say, strict_json
 from runlogs.parsing import ACCURACIES, MAX_CELL
 
-
 MAX_DIFFERENCES = 200  # rows of a table of `diff`
 
 
@@ -355,9 +354,10 @@ def module_report(result):
     if [m["change"] for m in modules] in ([], ["changed"]) and not result["same_modules"]:
         return []
     rows = [[m["name"], m["change"] + (f", from {m['from']}" if m["from"] and m["change"] != "removed" else ""),
-             show(m["lines_added"], "+d"), show(m["lines_removed"] and -m["lines_removed"], "+d")] for m in modules]
+             f"+{show(m['lines_added'])}", f"-{show(m['lines_removed'])}"] for m in modules]
     table = shortened_table(["file", "change", "lines", ""], rows) if rows else []
-    return [*table, f"{result['same_modules']} files are the same"]
+    same = result["same_modules"]
+    return [*table, f"{same} file{'s are' if same != 1 else ' is'} the same"]
 
 
 def unit_change(unit):
@@ -387,6 +387,36 @@ def diff_report(result, no_text):
         rows.append([key, show(e["a"], form), show(e["b"], form), show(e["difference"], "+" + form), *cells])
     headings = ["mean", f"A (n={effect['n_a']})", f"B (n={effect['n_b']})", "B - A", "95 % interval", "p (Welch)"]
     return [*report, Table(headings, rows)]
+
+
+def history_report(result, no_text):
+    """The events of a name, a line each, with the text of what changed."""
+    report = [f"{result['name']} in {result['records']} records of {result['folder']}"]
+    for event in result["events"]:
+        numbers = f"#{event['first']}" + (f" to #{event['last']}" if event["last"] > event["first"] else "")
+        if event["change"] in ("not there", "unchanged", "not read"):
+            why = f": {event['why']}" if event.get("why") else ""
+            report.append(f"{numbers}: {event['change']}{why}")
+            continue
+        report.append(f"{numbers} {event['record']} ({show(event['date'])}): {event_text(event)}")
+        if not no_text and event.get("diff") and event["change"] != "disappears":
+            report.append([line.expandtabs(4) for line in event["diff"]])
+    return report
+
+
+def event_text(event):
+    """What happened to a definition in a record, in words."""
+    signs = [line[:1] for line in event.get("diff") or []]
+    words = event["change"]
+    if "from" in event:
+        words += f", from {' and '.join(event['from'])} to {' and '.join(event['modules'])}"
+    elif event["change"] in ("appears", "reappears", "disappears"):
+        words += f"{' from' if event['change'] == 'disappears' else ' in'} {' and '.join(event['modules'])}"
+    if event.get("renamed"):
+        words += f", {'now' if event['change'] == 'disappears' else 'before'} {event['renamed']}"
+    pairs = [f"{clip(x, 30)} -> {clip(y, 30)}" for x, y in event.get("constants", [])]
+    words += f" ({'; '.join(pairs[:6])}{' and more' if len(pairs) > 6 else ''})" if pairs else ""
+    return words + (f", lines +{signs.count('+')} -{signs.count('-')}" if signs else "")
 
 
 def stats_report(samples, result):
