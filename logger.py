@@ -45,7 +45,7 @@ from pathlib import Path
 
 from runlogs.drawing import compare_figure, figures_of, load_figure, loss_limits, save_figures
 from runlogs.exporting import columns_of, export_csv, export_json, export_wandb
-from runlogs.extracting import write_parts
+from runlogs.extracting import how_to_run, write_parts
 from runlogs.judging import (
     changed_config,
     compare_numbers,
@@ -293,7 +293,7 @@ def verify_folder(args):
 
 def extract_source(args):
     """Write the source inside a log; one of several files into a new folder, which -o names without its .py."""
-    from runlogs.sources import parse_source
+    from runlogs.sources import problem_of
 
     run = load_one(Path(args.log))
     parts = run.trace.parts
@@ -312,12 +312,14 @@ def extract_source(args):
         if target.is_file() and not args.force and target.read_bytes() != text:
             raise ValueError(f"'{target}' is there and differs: choose another -o, or overwrite it with --force")
         write_file(target, [text])
-    problems = [f"{path.name} {problem}" for path, text in files.items() if (problem := parse_source(text).problem)]
+    problems = [f"{name} {problem}" for name, text in parts.items() if (problem := problem_of(name, text))]
+    command = how_to_run(files, run.trace.header.get("world_size") or run.trace.header.get("gpu_count"))
     if args.json:
         files = [str(path) for path in files]
-        say_json({"files": files, "code_hash": run.trace.code_hash, "problems": problems})
+        say_json({"files": files, "code_hash": run.trace.code_hash, "problems": problems, "run": command})
     else:
         say([f"wrote {path}" for path in files] + [f"note: {problem}" for problem in problems])
+        say([f"to run it: {command}"] * (len(parts) > 1))
     return 0
 
 

@@ -67,6 +67,11 @@ def parse_source(text):
         return Source(problem=f"does not parse as Python {python}{where}: compared as text only")
 
 
+def problem_of(name, text):
+    """Why a file does not parse, None if it does, or is of another language."""
+    return parse_source(text).problem if language_of(name) == "Python" else None
+
+
 def parse_python(text):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)
