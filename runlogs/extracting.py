@@ -26,7 +26,8 @@ def check_part(name):
     if not plain or (not folders and file.startswith("_")):
         raise ValueError(f"the log holds a file '{name}': nothing was written, as this is no plain file name")
     if len(folders) > MAX_DEPTH:
-        raise ValueError(f"the log holds a file '{name}': nothing was written, as it is in more than {MAX_DEPTH} folders")
+        raise ValueError(f"the log holds a file '{name}': nothing was written, as more than {MAX_DEPTH} "
+                         "folders are around it")
     stems = [folder.lower() for folder in folders] + [file.partition(".")[0].lower()]
     first = (folders or [file])[0].partition(".")[0]
     known = first.lower() in TAKEN or first.lower() in sys.stdlib_module_names

@@ -36,6 +36,8 @@ def history_of(name, records):
     disappears, not read), with "modules", "from", "constants", "renamed", "diff", "why" where they apply.
     ValueError if no record holds the name."""
     name = name.strip().removesuffix("()")
+    if not records:
+        raise ValueError("no record is there: expected folders with logs of complete runs")
     read = [read_record(record, name) for record in records]
     chosen = choose(name, read, records)
     events, before, gone, last = [], None, None, None  # the version before, the last one at all, the record before

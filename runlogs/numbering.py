@@ -19,19 +19,21 @@ def tracks_of(folder):
 
 
 def numbered(track):
-    """Records of a track in the order of the board, each with its "number". ValueError if it holds none."""
+    """Records of a track in the order of the board, each with its "number"."""
     from runlogs.board import ranked
     from runlogs.leaderboard import records_of
 
-    found = [{**entry["record"], "number": entry["number"]} for entry in ranked(records_of(track))]
-    if not found:
-        raise ValueError(f"'{track}' holds no record: expected folders with logs of complete runs")
-    return found
+    return [{**entry["record"], "number": entry["number"]} for entry in ranked(records_of(track))]
 
 
-def find_record(name, folder):
-    """The record that a number or a name means. ValueError if none or several do."""
+def find_records(names, folder):
+    """{name: record} of numbers or names. ValueError if one means none or several of the folder's records."""
     tracks = {track: numbered(track) for track in tracks_of(folder)}
+    return {name: find_record(name, tracks) for name in names}
+
+
+def find_record(name, tracks):
+    """The record that a number or a name means, of {track: records}."""
     records = [record for records in tracks.values() for record in records]
     found = [record for record in records if answers_to(record, name)]
     if len(found) == 1:
@@ -56,5 +58,7 @@ def answers_to(record, name):
 
 def range_of(records):
     """The numbers of records and the names of the first and the last, in words."""
+    if not records:
+        return "no record"
     first, last = (f"#{records[i]['number']} ({records[i]['name']})" for i in (0, -1))
     return first if len(records) == 1 else f"{first} to {last}"
