@@ -362,9 +362,18 @@ def module_report(result):
     return [*table, f"{same} file{'s are' if same != 1 else ' is'} the same"]
 
 
-def unit_change(unit):
-    """How a function changed, and from where it moved."""
-    return unit["change"] + (f", from {unit['from']}" if "from" in unit else "")
+def unit_rows(units):
+    """(name, change) of functions and classes; those that moved together and unchanged are one row."""
+    rows, together = [], {}
+    for unit in units:
+        if unit["change"] == "moved":
+            together.setdefault((unit["from"], unit["to"]), []).append(unit["name"])
+        elif not unit["change"].startswith("file "):
+            rows.append([unit["name"], unit["change"] + (f", from {unit['from']}" if "from" in unit else "")])
+    for (old, new), names in together.items():
+        many = [f"{len(names)} units of {new}"] if len(names) > 3 else names
+        rows += [[name, f"moved, from {old}"] for name in many]
+    return rows
 
 
 def diff_report(result, no_text):
@@ -374,7 +383,7 @@ def diff_report(result, no_text):
         rows = [[s["name"], clip(s["a"]), clip(s["b"])] for s in result["settings"]]
         report += shortened_table(["setting or constant", "A", "B"], rows)
     report += none_differs(result)
-    rows = [[u["name"], unit_change(u)] for u in result["units"] if not u["change"].startswith("file ")]
+    rows = unit_rows(result["units"])
     report += shortened_table(["function or class", "change"], rows) if rows else []
     report += result["notes"]
     if result["unified_diff"] and not no_text:

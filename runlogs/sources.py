@@ -238,7 +238,7 @@ class Comparison:
             return
         if language != "Python":
             row = self.modules[-1]
-            self.not_compared.append(b or a)
+            self.not_compared += [b] if a and b else []
             self.notes.append(f"{b or a} is {language}, compared as text only: {lines_text(row)}")
             return
         blocks = [blocks_in(text or "") for text in (old, new)]
