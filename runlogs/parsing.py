@@ -41,7 +41,8 @@ RECORDS = (b"step:", b"s:", b"peak memory", b"resumed after", b"\x1b")  # lines 
 LLMC = re.compile(r"s:(\d{1,15}) (tel|trl):", re.ASCII)
 PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d{1,15}) MiB(?: reserved: (\d{1,15}) MiB)?", re.ASCII)
 RESUMED = re.compile(r"resumed after step (\d{1,15})", re.ASCII)
-PART = re.compile(rb"^-{40}\n# ([\w.-]{1,100})\n-{40}\n", re.MULTILINE)  # one more file of a source
+PLAIN = rb"[\w.-]{1,100}|(?:(?!\.{1,2}/|-)[\w.+-]{1,100}/){1,12}(?!\.{1,2}\n|-)[\w.+-]{1,100}"
+PART = re.compile(rb"^-{40}\n# (%b)\n-{40}\n" % PLAIN, re.MULTILINE)  # one more file of a source
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 GPU = re.compile(r"^\| {1,9}\d{1,3} {1,9}(\S.{0,80}?) {1,80}(?:On|Off|N/A) {1,80}\|", re.M)  # of nvidia-smi
 GPU_LIST = re.compile(r"^GPU \d+: (.+?) \(UUID", re.MULTILINE)
@@ -356,6 +357,8 @@ def split_source(trace, source):
         trace.note(f"the source holds {MAX_PARTS} files or more: those after them are in the last one")
     for name, text in zip(names, texts, strict=True):
         name = name.decode("ascii", "replace")
+        while name in trace.parts:
+            name += "~"  # which no name that is split has
         trace.parts[name] = text.decode("utf-8", "replace").strip("\n") + "\n"
 
 
