@@ -48,7 +48,7 @@ def history_of(name, records):
             continue
         event = event_of(before, after, gone)
         if (before is None) != (after is None) and last:
-            event["renamed"] = renamed(before, after, parts_of(last), parts_of(record))
+            event["renamed"] = renamed(chosen, before, after, parts_of(last), parts_of(record))
         add_event(events, record, event)
         before, gone, last = after, after or gone, record
     return {"name": chosen, "records": len(records), "events": events}
@@ -171,18 +171,23 @@ def text_diff(before, after):
     return [f"more than {MAX_LINES} lines"] if lines is None else lines
 
 
-def renamed(before, after, old, new):
-    """The name under which a definition went on, or came from: of those that only one of two programs defines, the one
-    that shares most lines, ALIKE at least; None without one."""
+def renamed(name, before, after, old, new):
+    """The name under which the definition `name` went on, or came from: of those that only one of two programs holds
+    the one that shares most lines, ALIKE at least; None without one."""
     here, there = (new, old) if before is None else (old, new)
-    known = set(named(here))
-    lines, best = lines_of((after or before).text), (ALIKE, None)
-    for name, text in named(there).items():
-        if name not in known:
-            its = lines_of(text)
-            share = 2 * len(lines & its) / max(1, len(lines) + len(its))
-            best = (share, name) if share > best[0] else best
-    return best[1] if len(lines) >= 3 else None
+    known, lines = named(here), nameless_lines(name, (after or before).text)
+    best, found = ALIKE, None
+    for other, text in named(there).items() if len(lines) > 2 else ():
+        if other not in known:
+            its = nameless_lines(other, text)
+            share = 2 * len(lines & its) / (len(lines) + len(its))
+            best, found = (share, other) if share > best else (best, found)
+    return found
+
+
+def nameless_lines(name, text):
+    """Lines of a definition without its own name."""
+    return lines_of(re.sub(rf"\b{re.escape(name.rpartition('.')[2])}\b", "_", text))
 
 
 def named(parts):
