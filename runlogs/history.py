@@ -9,12 +9,21 @@ from pathlib import Path
 
 from runlogs.loading import load_one, settings_of
 from runlogs.packages import language_of, lines_of
-from runlogs.sources import MAX_LINES, MAX_NAME, MAX_PARSED, Unit, change_of, line_diff, parse_python, unit_of
+from runlogs.sources import (
+    MAX_LINES,
+    MAX_NAME,
+    MAX_PARSED,
+    UNREADABLE,
+    Unit,
+    change_of,
+    line_diff,
+    parse_python,
+    unit_of,
+)
 
 OWN_SETTINGS = "the run's settings"  # stands for a file: what the command line or config.json gave
 ALIKE = 0.6  # of the lines of two definitions that are equal: one was renamed to the other
 QUIET = ("not there", "unchanged", "not read")  # changes that are told once of several records
-UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what a source may raise when it is parsed
 STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 MAX_WORDS = 20_000  # names that an unknown one is compared with
 WORDS = re.compile(r"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+(\w{1,80})"
@@ -93,7 +102,7 @@ def definitions(text, name):
     if len(text) > MAX_PARSED:
         raise ValueError(f"it is longer than {MAX_PARSED:,} characters")
     lines = text.split("\n")
-    nodes = [(qualified, node) for qualified, node in named_nodes(parse_python(text)) if means(name, qualified)]
+    nodes = [(qualified, node) for qualified, node in named_nodes(parse_python(text)[0]) if means(name, qualified)]
     return [(qualified, text_of(node, lines), unit_of(node, "")) for qualified, node in nodes]
 
 
@@ -197,7 +206,7 @@ def named(parts):
         if language_of(module) != "Python" or len(text) > MAX_PARSED:
             continue
         try:
-            nodes, lines = named_nodes(parse_python(text)), text.split("\n")
+            nodes, lines = named_nodes(parse_python(text)[0]), text.split("\n")
             found |= {name: text_of(node, lines) for name, node in nodes if hasattr(node, "name")}
         except UNREADABLE:
             continue

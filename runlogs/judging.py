@@ -130,6 +130,7 @@ def what_differs(a, b):
     found = compare_parts(a.trace.parts, b.trace.parts)
     names = [s["name"] for s in changed_config(a, b) + found["settings"]]
     units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
+    units += [m["name"] for m in found["modules"] if m["change"] in ("moved", "renamed")]
     if not names + units:
         return next((note for note in found["notes"] if "text only" in note), "only comments differ")
     names = [name for name in names if not re.search(r"seed|run_?id|run_?name", name, re.I)]

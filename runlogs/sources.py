@@ -20,6 +20,8 @@ MAX_LINES = 50_000  # of two texts that are compared line by line
 MAX_NAME = 300  # characters of a name: those of nested things begin with the names around them
 DEPTH = 20  # how often the lines between two anchors are searched for more anchors
 REST = "module level"  # the unit of what is neither function, class nor setting
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what parsing may raise
+MAX_NEWER = 10  # lines for a newer Python, in a file that is read nevertheless
 BODY = 40  # nodes of a function that is known by its body alone: shorter ones may be alike by chance
 GONE = "gone"  # the change of a row whose unit was found in another place
 
@@ -46,6 +48,7 @@ class Source:
     units: dict[str, Unit] = field(default_factory=dict)
     problem: str | None = None
     copies: Counter = field(default_factory=Counter)  # of the names of units
+    newer: tuple = ()  # errors of lines that are for a newer Python than this one
 
 
 @functools.lru_cache(64)
@@ -54,28 +57,46 @@ def parse_source(text):
     if len(text) > MAX_PARSED:
         return Source(problem=f"is longer than {MAX_PARSED:,} characters: compared as text only")
     try:
-        tree = parse_python(text)
-        source, lines, rest = Source(), text.split("\n"), []
+        tree, newer = parse_python(text)
+        source, lines, rest = Source(newer=newer), text.split("\n"), []
         for node in tree.body:
             if not read_unit(source, node, lines) and not read_setting(source, node):
                 rest.append(node)
         source.units[REST] = unit_of(ast.Module(rest, []), "")
         return source
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        where = f" (line {error.lineno}: {error.msg})" if isinstance(error, SyntaxError) else ""
-        python = ".".join(sys.version.split(".")[:2])
-        return Source(problem=f"does not parse as Python {python}{where}: compared as text only")
+    except UNREADABLE as error:
+        return Source(problem=f"{does_not_parse(error)}: compared as text only")
+
+
+def does_not_parse(error):
+    where = f" (line {error.lineno}: {error.msg})" if isinstance(error, SyntaxError) else ""
+    return f"does not parse as Python {'.'.join(sys.version.split('.')[:2])}{where}"
 
 
 def problem_of(name, text):
     """Why a file does not parse, None if it does, or is of another language."""
-    return parse_source(text).problem if language_of(name) == "Python" else None
+    source = parse_source(text) if language_of(name) == "Python" else Source()
+    return source.problem or (does_not_parse(source.newer[0]) if source.newer else None)
 
 
 def parse_python(text):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        return ast.parse(text)
+    """(syntax tree of a text, errors of the lines that it lacks): an f-string of Python 3.12, with quotes inside, is no
+    reason for an older one to see nothing of a file, and its line becomes a constant. Raises what UNREADABLE names."""
+    errors = []
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)
+                return ast.parse(text), tuple(errors)
+        except SyntaxError as error:
+            lines = text.split("\n")
+            if not error.msg.startswith("f-string") or len(errors) == MAX_NEWER or not 0 < error.lineno <= len(lines):
+                raise
+            errors.append(error.with_traceback(None))
+            line = lines[error.lineno - 1]
+            indent = line[: len(line) - len(line.lstrip())]
+            lines[error.lineno - 1] = f"{indent}{line.strip()!r},"
+            text = "\n".join(lines)
 
 
 def unit_of(node, text):
@@ -270,6 +291,10 @@ class Comparison:
             if source.problem:
                 self.notes.append(f"{place.title} of {'AB'[side]} {source.problem}")
                 self.not_compared.append(f"{place.title} of {'AB'[side]}")
+            elif source.newer:
+                lines = ", ".join(str(error.lineno) for error in source.newer)
+                self.notes.append(f"{place.title} of {'AB'[side]} {does_not_parse(source.newer[0])}: line {lines} is "
+                                  "compared as text")
         if not any(source.problem for source in sources):
             self.compare_sources(*sources, a, b)
 

@@ -346,6 +346,21 @@ def test_what_does_not_parse_is_not_called_equal(tmp_path, capsys):
     assert "could not be compared in track/model.py of B: see the text" in out
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="this Python reads them")
+def test_f_strings_of_a_newer_python(tmp_path, capsys):
+    newer = 'def say(x):\n    print(f"{x["a"]} is it")\n    return 1\n' + NORM
+    found = sources.compare_parts({"train_gpt.py": newer}, {"train_gpt.py": newer.replace("0.5", "0.25")})
+    assert [s["name"] for s in found["settings"]] == ["inside norm()"] and found["not_compared"] == []
+    assert len(found["notes"]) == 2 and all(note.endswith("line 2 is compared as text") for note in found["notes"])
+    found = sources.compare_parts({"train_gpt.py": newer}, {"train_gpt.py": newer.replace("is it", "was it")})
+    assert found["units"] == [{"name": "say()", "change": "constants only"}]
+    assert sources.problem_of("a.py", newer).startswith("does not parse as Python 3.1")  # it does not run here
+    records = [{"number": 1, "name": "R", "date": "d", "log": str(write_log(tmp_path / "a.txt", {"a.py": newer}))}]
+    assert history.history_of("say", records)["events"][0]["diff"][2] == '+    print(f"{x["a"]} is it")'
+    with pytest.raises(SyntaxError):
+        sources.parse_python('f"{x["a"]}"\n' * (sources.MAX_NEWER + 1))
+
+
 def test_many_files_have_room_together(monkeypatch):
     monkeypatch.setattr(sources, "MAX_PROGRAM", 2 * len(STEP) + 10)
     old = {f"{name}.py": STEP for name in "abc"}
@@ -587,7 +602,7 @@ def test_names_of_a_history(story):
 def test_definitions_of_a_source():
     text = ("if A:\n    @compile\n    def f():\n        g = 1\n        def h(): pass\nelse:\n    def f(): return 2\n"
             "class C:\n    a, b = 1, 2\n    n: int\n    m: int = 3\n    async def f(self): pass\nx = y = 4\n")
-    names = [name for name, _ in history.named_nodes(sources.parse_python(text))]
+    names = [name for name, _ in history.named_nodes(sources.parse_python(text)[0])]
     assert names == ["f", "f.h", "f", "C", "C.a", "C.b", "C.n", "C.m", "C.f", "x", "y"]
     found = history.definitions(text, "f")
     assert [(name, text) for name, text, _ in found] == [
