@@ -38,6 +38,7 @@ DIFFS = [  # change of the source, settings (name, A, B), units (name, change)
     (("cooldown=0.4", "cooldown=0.5"), [("get_lr(cooldown)", "0.4", "0.5")], []),
     (("momentum=0.95", "momentum=0.9"), [("optimizer.momentum", "0.95", "0.9")], []),
     (("return 0.1 *", "return 0.05 *"), [("inside get_lr()", "0.1", "0.05")], [("get_lr()", "constants only")]),
+    (("return 1.0", 'return "1.0"'), [("inside get_lr()", "1.0", "'1.0'")], [("get_lr()", "constants only")]),
     (("range(3)", "range(4)"), [("inside module level", "3", "4")], [("module level", "constants only")]),
     (("self.steps * BLOCK", "self.steps"), [], [("Args.total()", "changed")]),
     (("# of training", "# of all"), [], []),
@@ -262,6 +263,15 @@ def test_files_are_known_by_the_names_of_their_functions():
     new = {"m/new.py": "".join(f"def function_{i}():\n    yield {i} + {i}\n" for i in range(4))}
     assert packages.pair_files(old, new) == [("m/old.py", "m/new.py")]
     assert packages.pair_files(old, {"m/new.rs": new["m/new.py"]}) == [("m/old.py", None), (None, "m/new.rs")]
+
+
+def test_files_that_share_less_than_half_of_their_lines_are_others():
+    lines = [f"value_{i} = {i}\n" for i in range(40)]
+    old, alike, other = "".join(lines[:20]), "".join(lines[8:26]), "".join(lines[14:36])
+    assert packages.pair_files({"a.py": old}, {"b.py": alike}) == [("a.py", "b.py")]
+    assert packages.pair_files({"a.py": old}, {"b.py": other}) == [("a.py", None), (None, "b.py")]
+    halves = {"a.py": "".join(lines[:18]), "c.py": "".join(lines[18:34])}  # both are in one new file: the larger is it
+    assert packages.pair_files(halves, {"b.py": "".join(lines[:34])}) == [("a.py", "b.py"), ("c.py", None)]
 
 
 def test_a_script_against_a_package():
