@@ -245,6 +245,7 @@ def tokens_of(text, name=""):
             own = bool(OWN_NAME.search(token)) or own and token not in ",)]}" if kind != "string" else own
             line.append("_" if own and kind in ("string", "number") else token)
             kinds.add(kind)
+    lines += [(indent, " ".join(line))] if kinds - {"string"} else []  # of an open bracket: the source was cut
     return [text for _, text in lines] if foreign else leveled(lines)
 
 
