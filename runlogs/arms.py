@@ -86,7 +86,7 @@ class Cell:
         """Why runs that do not name their machine cannot be of one; "" if they name it, or their steps take about as
         long."""
         times = [1000 * s.time_s / s.steps for s in self.samples if s.time_s and s.steps]
-        if not times or None not in (self.hardware, self.processes) or max(times) < SLOWER * min(times):
+        if not times or self.hardware or max(times) < SLOWER * min(times):
             return ""
         return f"the runs do not name their machine, and a step takes {min(times):,.2f} to {max(times):,.2f} ms"
 
