@@ -46,8 +46,7 @@ def record_of(folder):
             "readme_title": titles[0].strip() if titles else None, "steps": numbers["steps"][-1],
             "tokens": tokens, "gpus": device_of(first), "torch": torch,
             "gain": gain_of(cell, opponent(cell, evidence.arm("baseline"))[0]),
-            "cells": len(cells), "code_hash": first.trace.code_hash, "source": source_of(first),
-            "log": str(first.path),
+            "code_hash": first.trace.code_hash, "source": source_of(first), "log": str(first.path),
             "curves": [{"label": s.run.path.name, "points": points_of(s.rows)} for s in samples]}
 
 
