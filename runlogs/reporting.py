@@ -351,9 +351,9 @@ def none_differs(result):
 
 
 def module_report(result):
-    """Table of the files that differ, unless that is the main file alone."""
+    """Table of the files that differ, unless there is the main file alone."""
     modules = result["modules"]
-    if [m["change"] for m in modules] in ([], ["changed"]) and not result["same_modules"]:
+    if len(modules) + result["same_modules"] < 2 and [m["change"] for m in modules] in ([], ["changed"]):
         return []
     rows = [[m["name"], m["change"] + (f", from {m['from']}" if m["from"] and m["change"] != "removed" else ""),
              f"+{show(m['lines_added'])}", f"-{show(m['lines_removed'])}"] for m in modules]

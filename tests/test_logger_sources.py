@@ -99,6 +99,7 @@ def test_diff_command(tmp_path, capsys):
     assert "--- a/" not in command(capsys, "diff", a, b, "--no-text")[1]
     assert "`" * 12 + "diff" in command(capsys, "diff", a, b, "--markdown")[1]
     same = command(capsys, "diff", a / "run_0.txt", a / "run_1.txt")[1]
+    assert "the same\n" not in same and "file is" not in same  # one file alone is not counted
     assert "no setting or constant differs" in same and "the same Python, PyTorch, driver and hardware" in same
 
 
@@ -246,6 +247,8 @@ def test_files_that_moved_or_were_renamed():
     assert modules(PACKAGE, new) == {"track/muon.py": ("renamed, changed", "track/optim.py")}
     units, settings = compared(PACKAGE, new)
     assert units == {} and settings == {"track/muon.py: RATE": ("3", "4")}
+    moved = without("track/optim.py") | {"track/more/optim.py": text}
+    assert sources.unified(PACKAGE, moved, "ab") == ["--- a/track/optim.py", "+++ b/track/more/optim.py"]
     lines = sources.unified(PACKAGE, new, "ab")
     assert lines[:2] == ["--- a/track/optim.py", "+++ b/track/muon.py"] and "+RATE = 4" in lines
     new = without("track/optim.py") | {"track/muon.py": "import os\n\nprint(os.name)\n"}
@@ -342,6 +345,7 @@ def test_other_languages_are_text_and_no_fault(tmp_path, capsys):
     assert found["not_compared"] == [lib] and found["units"] == found["settings"] == []
     a, b = (write_log(tmp_path / f"{n}.txt", parts) for n, parts in enumerate((PACKAGE, new)))
     out = command(capsys, "diff", a, b)[1]
+    assert "4 files are the same" in out and f"{lib}  changed     +2  -1" in out
     assert "no setting or constant differs" not in out and "does not parse" not in out
     assert f"settings, constants and functions could not be compared in {lib}: see the text" in out
     assert "-pub fn rows(n: usize) -> usize { n * 2 }" in out
