@@ -359,7 +359,7 @@ def module_report(result):
              f"+{show(m['lines_added'])}", f"-{show(m['lines_removed'])}"] for m in modules]
     table = shortened_table(["file", "change", "lines", ""], rows) if rows else []
     same = result["same_modules"]
-    return [*table, f"{same} file{'s are' if same != 1 else ' is'} the same"]
+    return table + [f"{same} file{'s are' if same > 1 else ' is'} the same"] * (same > 0)
 
 
 def unit_rows(units):

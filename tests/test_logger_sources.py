@@ -456,6 +456,7 @@ def test_a_package_is_written_and_runs(tmp_path, capsys):
     "../a.py", "a/../b.py", "/a.py", "a//b.py", "./a.py", "a/./b.py", ".git/config.json", "a/.hidden.py", "a/b", "a/",
     "a b/c.py", "a\\b.py", "a/b.so", "a/b.pth", "a/-b.py", "-a/b.py", "a.b/c.py", "a/b.c.py", "a/b.py~", "a/\u0430.py",
     "torch/a.py", "Torch/a.py", "json/a.py", "runlogs/a.py", "pytest/__init__.py", "numpy.py", "__init__.py",
+    "wandb/a.py", "transformers.py", "Triton/a.py",
     "a/conftest.py", "setup/a.py", "a/setup.py", "a/pyproject.toml", "a/con.py", "nul/a.py", "a/COM1.txt",
     "a/sitecustomize.py", "/".join("abcdefghij") + ".py", "a/" + "b" * 100 + ".py"])
 def test_no_file_leads_out_of_its_folder_or_takes_the_place_of_a_module(tmp_path, name):
