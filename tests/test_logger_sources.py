@@ -466,6 +466,13 @@ def test_no_file_leads_out_of_its_folder_or_takes_the_place_of_a_module(tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_modules_count_where_they_are_not_installed(monkeypatch):
+    monkeypatch.setattr(extracting, "importable", lambda module: False)
+    for name in ("torch/a.py", "Triton.py", "runlogs/__init__.py", "json.py"):
+        with pytest.raises(ValueError, match="take the place of a module"):
+            extracting.check_part(name)
+
+
 @pytest.mark.parametrize("name", ["track_1_short/perf/cuda_graphs/step_graphs.py", "a/__init__.py", "a/__main__.py",
                                   "exact_match/Cargo.toml", "my-crate/src/lib.rs", "a/torch.py", "a/json.py", "b.cu"])
 def test_usual_files_of_packages_are_written(tmp_path, name):
@@ -601,6 +608,12 @@ def test_the_history_of_constants_and_settings(tmp_path, story):
     found = history.history_of("width", records)["events"]
     assert [(e["first"], e["change"]) for e in found] == [(1, "appears"), (2, "unchanged"), (3, "constants only")]
     assert found[0]["modules"] == ["the run's settings"] and found[2]["constants"] == [["32", "64"]]
+
+
+def test_what_is_found_beside_a_broken_file_counts(tmp_path):
+    log = write_log(tmp_path / "a.txt", {"train_gpt.py": "def f(:\n    Muon\n", "m.py": ORIGINAL})
+    events = history.history_of("Muon", [{"number": 1, "name": "R", "date": "d", "log": str(log)}])["events"]
+    assert [(e["change"], e["modules"]) for e in events] == [("appears", ["m.py"])]
 
 
 def test_names_of_a_history(story):
