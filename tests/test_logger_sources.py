@@ -418,6 +418,7 @@ def test_units_that_moved_together_are_one_row_and_long_tables_end():
               {"name": "m.py", "change": "file added"}]
     assert reporting.unit_rows(units) == [["m.py: g()", "moved, changed, from a.py"],
                                           ["5 units of m.py", "moved, from a.py"]]
+    assert [name for name, _ in reporting.unit_rows(units[:3])] == ["m.py: f0()", "m.py: f1()", "m.py: f2()"]
     table, more = reporting.shortened_table(["a"], [[str(i)] for i in range(reporting.MAX_DIFFERENCES + 7)])
     assert len(table.rows) == reporting.MAX_DIFFERENCES and more == "... and 7 more: --json gives all"
 
@@ -616,7 +617,15 @@ def test_what_is_found_beside_a_broken_file_counts(tmp_path):
     assert [(e["change"], e["modules"]) for e in events] == [("appears", ["m.py"])]
 
 
+def test_what_was_there_before_is_no_new_name(tmp_path):
+    twin = STEP.replace("step", "twin")
+    records = [{"number": i, "name": "R", "date": "d", "log": str(write_log(tmp_path / f"{i}.txt", {"a.py": text}))}
+               for i, text in enumerate((STEP + twin, twin))]
+    assert history.history_of("step", records)["events"][1]["renamed"] is None
+
+
 def test_names_of_a_history(story):
+    assert history.history_of("step", story[:9])["name"] == "Muon.step"  # the only one so far
     with pytest.raises(ValueError, match=r"'step' is the name of several: give one of Muon.step, NorMuon.step"):
         history.history_of("step", story)
     with pytest.raises(ValueError, match=r"no record defines 'Muno'; near it are Muon"):
