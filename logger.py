@@ -5,7 +5,7 @@
     python logger.py compare A B [C...]            # groups of runs: means, Welch's t-test, equal steps and time, a plot
     python logger.py diff A B                      # what changed: settings, functions, text, environment, effect
     python logger.py profile RUN                   # time of a step, overlap, heaviest operations of its traces
-    python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; how many runs are missing
+    python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; gain over baseline/
     python logger.py verify FOLDER                 # does a record folder hold what its README claims
     python logger.py extract LOG -o train_gpt.py   # the source inside a log, ready to run
     python logger.py export LOG... -o runs.csv     # every record as CSV or JSON, or to wandb: --wandb PROJECT
@@ -13,8 +13,8 @@
 
 A LOG is a file, a folder (searched for run folders, *.txt and *.log) or a glob. --json prints the numbers under stable
 keys, --markdown the report as Markdown: `stats FOLDER --target 3.28 --markdown > statistics.md`.
-Exit codes: 0 fine; 1 a check failed (stats: p is not below alpha; verify: a claim is contradicted; show --strict: a run
-is not complete) or an input could not be used, said in one line of `error: ...`; 2 wrong usage.
+Exit codes: 0 fine; 1 a check failed (stats: p is not below alpha, or the runs are a mixture; verify: a claim is
+contradicted; show --strict: a run is not complete) or an input could not be used, said in one line of `error: ...`; 2 wrong usage.
 
 A run is a public log (source, ====, machine, ====, step lines; llm.c's `s:1 trl:3.2` lines) or a folder of ours with
     metrics.jsonl  one object a line: training steps, validations, {"event": "resume"}, a closing {"event": "end"};
@@ -122,10 +122,13 @@ def show_runs(args):
 
 
 def record_arm(name):
-    """The record arm of a group of logs. ValueError if it has no complete run."""
-    arm = evidence_of([name]).arm("record")
+    """The record arm of a group of logs; what was left out names the other arms. ValueError if it has no run."""
+    evidence = evidence_of([name])
+    arm = evidence.arm("record")
     if not arm.samples:
-        raise ValueError(f"'{name}' holds no complete run: {reasons(arm.dropped)}")
+        raise ValueError(f"'{name}' holds no complete run: {reasons(evidence)}")
+    arm.dropped += [f"{other.name}: {len(other.samples)} runs, another arm" for other in evidence.arms
+                    if other.name != "record" and other.samples]
     return arm
 
 
@@ -167,8 +170,12 @@ def load_groups(names, cells=()):
     return groups, dropped, mixtures
 
 
-def reasons(dropped):
-    return "; ".join(dropped[:3]) or "no step in any file"
+def reasons(evidence):
+    """Why there is no run of a record, a few words."""
+    if dropped := evidence.arm("record").dropped:
+        return "; ".join(dropped[:3])
+    others = [arm.name for arm in evidence.arms if arm.samples]
+    return f"its runs are of {', '.join(others[:5])}: give one of these" if others else "no step in any file"
 
 
 def compare_groups(args):
@@ -245,7 +252,7 @@ def show_stats(args):
     """Mean and spread of a record's runs, what they say about a target, and how they differ from its baseline."""
     evidence = evidence_of(args.logs, keep_rows=False, keep_source=True)
     if not evidence.arm("record").samples:
-        raise ValueError(f"no complete run in {', '.join(args.logs)}: {reasons(evidence.arm('record').dropped)}")
+        raise ValueError(f"no complete run in {', '.join(args.logs)}: {reasons(evidence)}")
     evidence = evidence.choose(args.cell) if args.cell else evidence
     result = stats_numbers(evidence, args.target, args.alpha)
     if args.json:

@@ -460,6 +460,15 @@ def test_compare_takes_the_record_of_a_folder(tmp_path, capsys):
     found = numbers(capsys, "compare", tmp_path / "a", tmp_path / "b")
     assert [one["n"] for one in found["groups"]] == [5, 5]
     assert found["pairs"][0]["train_time_s"]["difference"] == pytest.approx(-1)
+    assert found["groups"][0]["warnings"] == ["left out: baseline: 5 runs, another arm"]
+
+
+def test_only_side_folders_are_named(tmp_path, capsys):
+    for name in ("dev_1", "dev_2"):
+        group(tmp_path / name, GOOD, 10.0 + len(name) * (name == "dev_2"))
+    for argv in (("stats", tmp_path), ("compare", tmp_path, tmp_path)):
+        assert "holds no complete run" in (text := error(capsys, *argv)) or "no complete run in" in text
+        assert "its runs are of dev_1, dev_2: give one of these" in text
 
 
 def test_compare_of_one_folder_is_record_against_baseline(tmp_path, capsys):
