@@ -14,7 +14,8 @@
 A LOG is a file, a folder (searched for run folders, *.txt and *.log) or a glob. --json prints the numbers under stable
 keys, --markdown the report as Markdown: `stats FOLDER --target 3.28 --markdown > statistics.md`.
 Exit codes: 0 fine; 1 a check failed (stats: p is not below alpha, or the runs are a mixture; verify: a claim is
-contradicted; show --strict: a run is not complete) or an input could not be used, said in one line of `error: ...`; 2 wrong usage.
+contradicted; show --strict: a run is not complete) or an input could not be used, said in one line of `error: ...`; 2
+wrong usage.
 
 A run is a public log (source, ====, machine, ====, step lines; llm.c's `s:1 trl:3.2` lines) or a folder of ours with
     metrics.jsonl  one object a line: training steps, validations, {"event": "resume"}, a closing {"event": "end"};
