@@ -359,7 +359,7 @@ def show_board(args):
         page = Path(args.html)
         for record in records:  # links of the page start at its folder
             record["folder"] = os.path.relpath(record["folder"], page.resolve().parent)
-        write_file(page, [board_html(records, args.title).encode("utf-8", "replace")])
+        write_file(page, [board_html(records, args.title, args.target).encode("utf-8", "replace")])
         say(f"page: {args.html}", sys.stderr)
     return 0
 
@@ -442,6 +442,7 @@ def add_commands(command):
     sub.add_argument("folders", nargs="+", metavar="FOLDER", help="records, or a folder of them")
     sub.add_argument("--html", default="board.html", metavar="FILE", help="default: board.html")
     sub.add_argument("--title", default="Leaderboard", help="its title")
+    sub.add_argument("--target", **target | {"help": "a line in the page's loss curves (default: none)"})
 
 
 def main(argv=None):

@@ -699,7 +699,7 @@ def boards(monkeypatch):
     """The records that the board's functions were called with."""
     seen = []
     module = types.SimpleNamespace(board_markdown=lambda records: seen.append(records) or "| table |",
-                                   board_html=lambda records, title: f"<title>{title}</title>")
+                                   board_html=lambda records, title, target: f"<title>{title}</title>")
     monkeypatch.setitem(sys.modules, "runlogs.board", module)
     return seen
 
