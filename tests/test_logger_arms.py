@@ -336,6 +336,13 @@ def test_runs_that_end_alike_and_differ_before_are_two(tmp_path):
         assert counts(evidence(tmp_path)) == {"record": [2]}
 
 
+def test_a_validation_that_is_nan_says_nothing_of_copies(tmp_path):
+    text = log_text(3.27).replace("3.77000", "nan")
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text(text)
+    assert counts(evidence(tmp_path)) == {"record": [1]}
+
+
 def test_another_loss_can_be_the_claim(tmp_path):
     text = log_text(3.30).replace("val_loss:3.30000", "val_loss:3.30000 val_ema_loss:3.27700")
     (tmp_path / "a.txt").write_text(text)

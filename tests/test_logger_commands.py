@@ -264,7 +264,7 @@ def test_show_screens_tables_and_exit_codes(tmp_path, capsys):
     assert command(capsys, "show", group, "--strict")[0] == 1
     (group / "junk.txt").write_text("nothing\n")
     code, out, _ = command(capsys, "show", group / "junk.txt")
-    assert code == 1 and out == f"not a log: {group / 'junk.txt'}\n"
+    assert code == 1 and out == f"not a log: {group / 'junk.txt'} (it holds no step line)\n"
 
 
 def test_show_reads_our_runs(tmp_path, capsys):
