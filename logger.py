@@ -4,8 +4,9 @@
     python logger.py show LOG...                   # a screen per run: status, versions, losses, time, memory
     python logger.py compare A B [C...]            # groups of runs: means, Welch's t-test, equal steps and time, a plot
     python logger.py diff A B                      # what changed: settings, functions, text, environment, effect
+    python logger.py history NAME FOLDER           # a function or constant through all records: how it changed and when
     python logger.py profile RUN                   # time of a step, overlap, heaviest operations of its traces
-    python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; how many runs are missing
+    python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; gain over baseline/
     python logger.py verify FOLDER                 # does a record folder hold what its README claims
     python logger.py extract LOG -o train_gpt.py   # the source inside a log, ready to run
     python logger.py export LOG... -o runs.csv     # every record as CSV or JSON, or to wandb: --wandb PROJECT
@@ -14,8 +15,9 @@
 A LOG is a file, a folder (searched for run folders, *.txt, *.log, *.out, *.stdout, these with .gz) or a glob. --json
 prints the numbers under stable keys, --markdown the report as Markdown: `stats FOLDER --target 3.28 --markdown >
 statistics.md`. --loss-key KEY judges another column: val_ema_loss, val_bpb, or a score that `show` names as an extra.
-Exit codes: 0 fine; 1 a check failed (stats: p is not below alpha; verify: a claim is contradicted; show --strict: a run
-is not complete) or an input could not be used, said in one line of `error: ...`; 2 wrong usage.
+Exit codes: 0 fine; 1 a check failed (stats: p is not below alpha, or the runs are a mixture; verify: a claim is
+contradicted; show --strict: a run is not complete) or an input could not be used, said in one line of `error: ...`; 2
+wrong usage.
 
 A run is a public log (source, ====, machine, ====, step lines; llm.c's `s:1 trl:3.2` lines; those of nanoGPT, nanochat,
 slowrun, parameter-golf and autoresearch, runlogs/formats.py) or a folder of ours with
@@ -38,26 +40,20 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules are imported ends it without a traceback
 
 import argparse
+import glob
 import json
 import os
 import sys
 from pathlib import Path
 
+from runlogs.arms import Arm, evidence_of, samples_of
 from runlogs.drawing import compare_figure, figures_of, load_figure, loss_limits, save_figures
 from runlogs.exporting import columns_of, export_csv, export_json, export_wandb
-from runlogs.extracting import write_parts
-from runlogs.judging import (
-    changed_config,
-    compare_numbers,
-    effect_of,
-    group_numbers,
-    group_warnings,
-    samples_of,
-    target_numbers,
-    versions,
-)
+from runlogs.extracting import how_to_run, write_parts
+from runlogs.judging import changed_config, compare_numbers, effect_of, opponent, stats_numbers, versions
 from runlogs.leaderboard import records_of
 from runlogs.loading import changes_of, describe, expand, load, load_experiment, load_one, natural, read_each
+from runlogs.numbering import find_records, numbered, tracks_of
 from runlogs.output import encoded, give, printable, say, say_json, write_file
 from runlogs.parsing import read_text
 from runlogs.profiling import trace_numbers
@@ -69,13 +65,14 @@ from runlogs.reporting import (
     experiment_report,
     format_json,
     hellaswag_report,
+    history_report,
     operation_table,
     plain,
     profile_line,
     run_table,
     screen,
-    stats_report,
 )
+from runlogs.stats_report import statistics_report, stats_report
 from runlogs.verifying import VERDICTS, check_claims, check_sources, check_versions, verdict
 
 
@@ -132,28 +129,67 @@ def show_runs(args):
     return 1 if not logs or (args.strict and any(n["status"] != "complete" for n in found)) else 0
 
 
-def load_groups(names, loss_key=None):
-    """{name: samples} and {name: what was left out} of groups of logs. ValueError if one has no complete run."""
-    groups, dropped = {}, {}
+def record_arm(name, loss_key=None):
+    """The record arm of a group of logs; what was left out names the other arms. ValueError if it has no run."""
+    evidence = evidence_of([name], loss_key)
+    arm = evidence.arm("record")
+    if not arm.samples:
+        raise ValueError(f"'{name}' holds no complete run: {reasons(evidence)}")
+    arm.dropped += [f"{other.name}: {len(other.samples)} runs, another arm" for other in evidence.arms
+                    if other.name != "record" and other.samples]
+    return arm
+
+
+def load_arms(names, cells=(), loss_key=None):
+    """{name: Arm} of groups of logs: their record arms; of a single folder its baseline and its record."""
+    if len(names) == 1:
+        return arms_of_folder(names[0], cells, loss_key)
+    arms = {}
     short = ["/".join(Path(os.path.abspath(name)).parts[-1 - ("*" in name) :]) for name in names]
     for name, last in zip(names, short, strict=True):
-        label = last if short.count(last) == 1 else name if name not in groups else f"{name} ({len(groups) + 1})"
-        groups[label], dropped[label] = samples_of(load(expand([name]), "stages", loss_key=loss_key))
-        if not groups[label]:
-            raise ValueError(f"'{name}' holds no complete run: {reasons(dropped[label])}")
-    return groups, dropped
+        label = last if short.count(last) == 1 else name if name not in arms else f"{name} ({len(arms) + 1})"
+        arms[label] = record_arm(name, loss_key)
+    return arms
 
 
-def reasons(dropped):
-    return "; ".join(dropped[:3]) or "no step in any file"
+def arms_of_folder(name, cells, loss_key=None):
+    """{"baseline": Arm, "record": Arm} of one folder; of the baseline the cell that the record is compared with."""
+    evidence = evidence_of([name], loss_key)
+    record, baseline = evidence.arm("record"), evidence.arm("baseline")
+    if not record.samples or not baseline.samples:
+        raise ValueError(f"compare needs two groups or more: files, folders or quoted globs; '{name}' alone has no "
+                         f"{'record' if not record.samples else 'baseline'}: expected a folder with runs and baseline/")
+    chosen = [cell for cell in cells if any(c.answers_to(cell) for c in record.cells)]
+    record = record.only(chosen[0]) if chosen else record
+    other = None if record.mixture else opponent(record.cells[0], baseline)[0]
+    return {"baseline": Arm("baseline", [other], baseline.dropped) if other else baseline, "record": record}
+
+
+def load_groups(names, cells=(), loss_key=None):
+    """{name: samples}, {name: what was left out} and {name: why it is a mixture} of groups of logs. A mixture becomes a
+    group for each of its cells, or the cell that one of `cells` means."""
+    groups, dropped, mixtures = {}, {}, {}
+    for name, arm in load_arms(names, cells, loss_key).items():
+        chosen = [cell for cell in cells if arm.mixture and any(c.answers_to(cell) for c in arm.cells)]
+        arm = arm.only(chosen[0]) if chosen else arm
+        for cell in arm.cells:
+            label = f"{name}: {cell.label}" if arm.mixture or chosen else name
+            groups[label], dropped[label], mixtures[label] = cell.samples, arm.dropped, arm.mixture
+    return groups, dropped, mixtures
+
+
+def reasons(evidence):
+    """Why there is no run of a record, a few words."""
+    if dropped := evidence.arm("record").dropped:
+        return "; ".join(dropped[:3])
+    others = [arm.name for arm in evidence.arms if arm.samples]
+    return f"its runs are of {', '.join(others[:5])}: give one of these" if others else "no step in any file"
 
 
 def compare_groups(args):
-    """Means of groups of runs and how they differ from the first group."""
-    if len(args.groups) < 2:
-        raise ValueError("compare needs two groups or more: files, folders or quoted globs")
-    groups, dropped = load_groups(args.groups, args.loss_key)
-    result = compare_numbers(groups, dropped)
+    """Means of groups of runs and how they differ from the first group; of one folder its record and its baseline."""
+    groups, dropped, mixtures = load_groups(args.groups, args.cell, args.loss_key)
+    result = compare_numbers(groups, dropped, mixtures)
     if args.json:
         say_json(result)
         return 0
@@ -184,15 +220,24 @@ def show_profile(args):
     return 0
 
 
+RECORDS = "records"  # where records are looked for by number and name
 ENVIRONMENT = ("python", "torch", "cuda", "triton", "driver", "gpus", "world_size")
+
+
+def source_run(name, arm):
+    """The run that stands for a group in `diff`: of the largest cell the first with a source, else any log."""
+    runs = [sample.run for sample in arm.samples] or load(expand([name]))
+    return load_one(next((run for run in runs if run.trace.parts), runs[0]).path)
 
 
 def diff_runs(args):
     """What changed from run or group A to B."""
     from runlogs.sources import compare_parts, unified
 
-    loaded = [load(expand([name])) for name in (args.a, args.b)]
-    a, b = (load_one(next((run for run in runs if run.trace.parts), runs[0]).path) for runs in loaded)
+    names = [name for name in (args.a, args.b) if not is_path(name, args.records)]
+    records = find_records(names, args.records) if names else {}
+    sides = [side_of(name, records.get(name)) for name in (args.a, args.b)]
+    (a, b), arms = zip(*sides, strict=True)
     for run in (a, b):
         if not run.trace.parts and not run.config:
             raise ValueError(f"'{run.path}' holds no source: a log that begins with it is needed")
@@ -201,9 +246,9 @@ def diff_runs(args):
     facts = [describe(run) for run in (a, b)]
     result["environment"] = [{"name": key, "a": facts[0][key], "b": facts[1][key]} for key in ENVIRONMENT
                              if facts[0][key] != facts[1][key]]
-    result["effect"] = effect_of(*loaded)
-    result["notes"] += [f"{name}: {text}" for name, runs in zip("AB", loaded, strict=True)
-                        for text in group_warnings(*samples_of(runs)) if "code versions" in text]
+    result["effect"] = effect_of(*arms)
+    result["notes"] += [f"{name}: {arm.mixture}: no mean over them" for name, arm in zip("AB", arms, strict=True)
+                        if arm.mixture]
     result["notes"] += [f"{name}: {text}" for name, run in zip("AB", (a, b), strict=True) for text in changes_of(run)]
     result["unified_diff"] = unified(a.trace.parts, b.trace.parts, ("a", "b"))
     if args.json:
@@ -213,21 +258,53 @@ def diff_runs(args):
     return 0
 
 
+def side_of(name, record):
+    """(the run that stands for a side of `diff`, its Arm); of a record of the board the cell that it shows."""
+    name = record["folder"] if record else name
+    arm = evidence_of([name], keep_rows=False, keep_source=True).arm("record")
+    if not record:
+        return source_run(name, arm), arm
+    cells = [cell for cell in arm.cells if record["log"] in [str(sample.run.path) for sample in cell.samples]]
+    return load_one(Path(record["log"])), Arm("record", cells, arm.dropped)
+
+
+def is_path(name, folder):
+    """Whether a name can only be that of logs, not of a record of `folder`."""
+    there = os.path.exists(name) or os.sep in name or glob.has_magic(name)
+    return there or (folder == RECORDS and not os.path.isdir(folder))
+
+
+def show_history(args):
+    """How a function, class, method, constant or setting changed through the records of a folder, in their order."""
+    from runlogs.history import history_of
+
+    found, errors = [], []
+    for track in tracks_of(args.folder):
+        try:
+            found.append({"folder": str(track), **history_of(args.function, numbered(track))})
+        except ValueError as error:
+            errors.append(f"{track}: {error}")
+    if not found:
+        raise ValueError("; ".join(errors))
+    if args.json:
+        say_json({"tracks": found})
+    else:
+        emit([line for result in found for line in history_report(result, args.no_text)], args)
+    return 0
+
+
 def show_stats(args):
-    """Mean and spread of a group of runs, and what they say about a target."""
-    samples, dropped = samples_of(load(expand(args.logs), loss_key=args.loss_key))
-    if not samples:
-        raise ValueError(f"no complete run in {', '.join(args.logs)}: {reasons(dropped)}")
-    result = {**group_numbers(samples), "losses": [s.loss for s in samples], "times_s": [s.time_s for s in samples],
-              "paths": [str(s.run.path) for s in samples],
-              "versions": {key: group_numbers(group) for key, group in versions(samples).items()}}
-    result["test"] = None if args.target is None else target_numbers(samples, args.target, args.alpha)
-    result["warnings"] = group_warnings(samples, dropped)
+    """Mean and spread of a record's runs, what they say about a target, and how they differ from its baseline."""
+    evidence = evidence_of(args.logs, args.loss_key, keep_rows=False, keep_source=True)
+    if not evidence.arm("record").samples:
+        raise ValueError(f"no complete run in {', '.join(args.logs)}: {reasons(evidence)}")
+    evidence = evidence.choose(args.cell) if args.cell else evidence
+    result = stats_numbers(evidence, args.target, args.alpha)
     if args.json:
         say_json(result)
     else:
-        emit(stats_report(samples, result), args)
-    return 0 if not result["test"] or result["test"]["passed"] else 1
+        emit((statistics_report if args.markdown else stats_report)(evidence, result), args)
+    return 0 if args.target is None or result["passed"] else 1
 
 
 def verify_folder(args):
@@ -262,7 +339,7 @@ def verify_folder(args):
 
 def extract_source(args):
     """Write the source inside a log; one of several files into a new folder, which -o names without its .py."""
-    from runlogs.sources import parse_source
+    from runlogs.sources import problem_of
 
     run = load_one(Path(args.log))
     parts = run.trace.parts
@@ -281,12 +358,14 @@ def extract_source(args):
         if target.is_file() and not args.force and target.read_bytes() != text:
             raise ValueError(f"'{target}' is there and differs: choose another -o, or overwrite it with --force")
         write_file(target, [text])
-    problems = [f"{path.name} {problem}" for path, text in files.items() if (problem := parse_source(text).problem)]
+    problems = [f"{name} {problem}" for name, text in parts.items() if (problem := problem_of(name, text))]
+    command = how_to_run(files, run.trace.header.get("world_size") or run.trace.header.get("gpu_count"))
     if args.json:
         files = [str(path) for path in files]
-        say_json({"files": files, "code_hash": run.trace.code_hash, "problems": problems})
+        say_json({"files": files, "code_hash": run.trace.code_hash, "problems": problems, "run": command})
     else:
         say([f"wrote {path}" for path in files] + [f"note: {problem}" for problem in problems])
+        say([f"to run it: {command}"] * (len(parts) > 1))
     return 0
 
 
@@ -381,12 +460,19 @@ def add_commands(command):
     sub = command("compare", compare_groups)
     flag(sub, "loss-key", **claim)
     sub.add_argument("groups", nargs="+", metavar="GROUP", help="a file, folder or quoted glob for each group")
+    flag(sub, "cell", action="append", default=[], metavar="LABEL_OR_HASH", help="of a mixture these runs")
     sub.add_argument("--plot", default="images/compare.png", help="where the plot goes (default: images/compare.png)")
     flag(sub, "no-plot", action="store_true", help="draw nothing")
     sub = command("diff", diff_runs)
-    sub.add_argument("a", metavar="A", help="a log, or a folder of runs")
+    sub.add_argument("a", metavar="A", help="a log, a folder of runs, or the number or name of a record")
     sub.add_argument("b", metavar="B", help="another one")
     flag(sub, "no-text", action="store_true", help="without the unified diff")
+    sub.add_argument("--records", default=RECORDS, metavar="FOLDER",
+                     help="where A and B are numbers or names of records (default: records)")
+    sub = command("history", show_history)
+    sub.add_argument("function", metavar="NAME", help="a function, Class, Class.method, constant or setting")
+    sub.add_argument("folder", nargs="?", default=RECORDS, metavar="FOLDER", help="records (default: records)")
+    flag(sub, "no-text", action="store_true", help="without the text of what changed")
     sub = command("profile", show_profile)
     sub.add_argument("run", metavar="RUN", help="folder of a run, or of its traces")
     sub.add_argument("--top", type=int, default=12, metavar="N", help="operations (default: 12)")
@@ -394,6 +480,7 @@ def add_commands(command):
     flag(sub, "loss-key", **claim)
     sub.add_argument("logs", **logs)
     sub.add_argument("--target", **target)
+    flag(sub, "cell", metavar="LABEL_OR_HASH", help="of a mixture of versions or machines these runs")
     sub.add_argument("--alpha", type=float, default=0.01, help="p has to be below (default: 0.01)")
     sub = command("verify", verify_folder)
     flag(sub, "loss-key", **claim)

@@ -136,6 +136,7 @@ def ranked(records):
         entry |= {key: number(record.get(key)) for key in NUMBERS}
         entry["gain"] = change_of(record.get("gain"))
         entry |= {"source": record.get("source") or "", "curves": record.get("curves") or []}
+        entry["record"] = record  # as it came
         out.append(entry | {"href": link(record.get("folder"))})
     out.sort(key=lambda entry: (entry["date"], -(entry["mean_time_s"] or 1e15), entry["name"]))
     return [{"number": i, **entry} for i, entry in enumerate(out, 1)]

@@ -14,6 +14,8 @@ from runlogs.loading import accuracy, differing, summarize
 from runlogs.output import printable, say, strict_json
 from runlogs.parsing import ACCURACIES, MAX_CELL
 
+MAX_DIFFERENCES = 200  # rows of a table of `diff`
+
 
 def show(value, form=""):
     return "-" if value is None else format(value, form)
@@ -290,7 +292,9 @@ def compare_report(groups, result):
             for what, key, form in (("val loss", "val_loss", "+.5f"), ("train s", "train_time_s", "+.3f"))]
     report.append(Table(["minus that of " + names[0], "difference", "95 % interval", "p (Welch)", "Cohen's d"], rows))
     for pair in result["pairs"]:
-        rule = pair["sigma_rule"]
+        if not (rule := pair["sigma_rule"]):
+            report.append(f"no test of {pair['b']} against {names[0]}: {pair['why']}; choose with --cell")
+            continue
         words = f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"
         report.append(f"track 3's rule for {pair['b']} beating {names[0]}: {words}")
     stages = dict.fromkeys(stage for found in result["stages"].values() for stage in found)
@@ -339,16 +343,56 @@ def profile_line(numbers):
             f"computation; {step} ms a step{idle}")
 
 
+def shortened_table(headings, rows):
+    """A table of the first MAX_DIFFERENCES rows, and how many more there are."""
+    more = len(rows) - MAX_DIFFERENCES
+    return [Table(headings, rows[:MAX_DIFFERENCES])] + [f"... and {more} more: --json gives all"] * (more > 0)
+
+
+def none_differs(result):
+    """What is said where no setting differs, or where that is not known of all files."""
+    unknown = result["not_compared"]
+    names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+    if unknown:
+        return [f"settings, constants and functions could not be compared in {names}: see the text"]
+    return [] if result["settings"] else ["no setting or constant differs"]
+
+
+def module_report(result):
+    """Table of the files that differ, unless there is the main file alone."""
+    modules = result["modules"]
+    if len(modules) + result["same_modules"] < 2 and [m["change"] for m in modules] in ([], ["changed"]):
+        return []
+    rows = [[m["name"], m["change"] + (f", from {m['from']}" if m["from"] and m["change"] != "removed" else ""),
+             f"+{show(m['lines_added'])}", f"-{show(m['lines_removed'])}"] for m in modules]
+    table = shortened_table(["file", "change", "lines", ""], rows) if rows else []
+    same = result["same_modules"]
+    return table + [f"{same} file{'s are' if same > 1 else ' is'} the same"] * (same > 0)
+
+
+def unit_rows(units):
+    """(name, change) of functions and classes; those that moved together and unchanged are one row."""
+    rows, together = [], {}
+    for unit in units:
+        if unit["change"] == "moved":
+            together.setdefault((unit["from"], unit["to"]), []).append(unit["name"])
+        elif not unit["change"].startswith("file "):
+            rows.append([unit["name"], unit["change"] + (f", from {unit['from']}" if "from" in unit else "")])
+    for (old, new), names in together.items():
+        many = [f"{len(names)} units of {new}"] if len(names) > 3 else names
+        rows += [[name, f"moved, from {old}"] for name in many]
+    return rows
+
+
 def diff_report(result, no_text):
     report = [f"A: {result['a']}", f"B: {result['b']}"]
-    report += result["blocks"]
+    report += [*result["blocks"], *module_report(result)]
     if result["settings"]:
         rows = [[s["name"], clip(s["a"]), clip(s["b"])] for s in result["settings"]]
-        report.append(Table(["setting or constant", "A", "B"], rows))
-    else:
-        report.append("no setting or constant differs")
-    if result["units"]:
-        report.append(Table(["function or class", "change"], [[u["name"], u["change"]] for u in result["units"]]))
+        report += shortened_table(["setting or constant", "A", "B"], rows)
+    report += none_differs(result)
+    rows = unit_rows(result["units"])
+    report += shortened_table(["function or class", "change"], rows) if rows else []
     report += result["notes"]
     if result["unified_diff"] and not no_text:
         report.append([line.expandtabs(4) for line in result["unified_diff"]])
@@ -364,29 +408,31 @@ def diff_report(result, no_text):
     return [*report, Table(headings, rows)]
 
 
-def stats_report(samples, result):
-    groups = versions(samples)
-    report = [group_table({"all": samples, **(groups if len(groups) > 1 else {})})]
-    if len(samples) <= 50:
-        rows = [[s.run.path.name, f"{s.loss:.5f}", show(s.time_s, ",.3f"), s.steps] for s in samples]
-        report.append(Table(["run", "val loss", "train s", "steps"], rows))
-    report += target_lines(result["test"], result["n"]) if result["test"] else []
-    return report + [f"warning: {text}" for text in result["warnings"]]
+def history_report(result, no_text):
+    """The events of a name, a line each, with the text of what changed."""
+    report = [f"{result['name']} in {result['records']} records of {result['folder']}"]
+    for event in result["events"]:
+        numbers = f"#{event['first']}" + (f" to #{event['last']}" if event["last"] > event["first"] else "")
+        if event["change"] in ("not there", "unchanged", "not read"):
+            why = f": {event['why']}" if event.get("why") else ""
+            report.append(f"{numbers}: {event['change']}{why}")
+            continue
+        report.append(f"{numbers} {event['record']} ({show(event['date'])}): {event_text(event)}")
+        if not no_text and event.get("diff") and event["change"] != "disappears":
+            report.append([line.expandtabs(4) for line in event["diff"]])
+    return report
 
 
-def target_lines(test, n):
-    """What the test says, in sentences."""
-    p, alpha, rule = test["p_value"], test["alpha"], test["sigma_rule"]
-    lines = ["no t-test: it needs two runs that are not equal" if p is None else
-             f"one-sided t-test that the mean loss is below {test['target']}: p = {p:.2g}, "
-             f"{passed(test)} (p < {alpha})",
-             f"track 3's rule with a fixed sd of 0.0013: (target - mean) * sqrt(n) = "
-             f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"]
-    if test["detectable_margin"] is not None:
-        lines.append(f"{n} runs with this spread show a mean that is {test['detectable_margin']:.5f} below the target")
-    if test["more_runs"]:
-        lines.append(f"for p < {alpha} at this mean and spread {test['runs_needed']} runs are needed, "
-                     f"{test['more_runs']} more")
-    elif test["runs_needed"] is None and p is not None:
-        lines.append("no number of runs would show it at this mean and spread")
-    return lines
+def event_text(event):
+    """What happened to a definition in a record, in words."""
+    signs = [line[:1] for line in event.get("diff") or []]
+    words = event["change"]
+    if "from" in event:
+        words += f", from {' and '.join(event['from'])} to {' and '.join(event['modules'])}"
+    elif event["change"] in ("appears", "reappears", "disappears"):
+        words += f"{' from' if event['change'] == 'disappears' else ' in'} {' and '.join(event['modules'])}"
+    if event.get("renamed"):
+        words += f", {'now' if event['change'] == 'disappears' else 'before'} {event['renamed']}"
+    pairs = [f"{clip(x, 30)} -> {clip(y, 30)}" for x, y in event.get("constants", [])]
+    words += f" ({'; '.join(pairs[:6])}{' and more' if len(pairs) > 6 else ''})" if pairs else ""
+    return words + (f", lines +{signs.count('+')} -{signs.count('-')}" if signs else "")

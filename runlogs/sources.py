@@ -3,6 +3,7 @@ presents it."""
 
 import ast
 import functools
+import hashlib
 import re
 import sys
 import warnings
@@ -11,54 +12,128 @@ from collections import Counter
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
+from runlogs.packages import language_of, pair_files
+
 MAX_PARSED = 250_000  # characters of a source that is parsed: syntax trees take hundreds of bytes for each
+MAX_PROGRAM = 2_000_000  # of all files of a program that are parsed
 MAX_LINES = 50_000  # of two texts that are compared line by line
 MAX_NAME = 300  # characters of a name: those of nested things begin with the names around them
 DEPTH = 20  # how often the lines between two anchors are searched for more anchors
+REST = "module level"  # the unit of what is neither function, class nor setting
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # what parsing may raise
+MAX_NEWER = 10  # lines for a newer Python, in a file that is read nevertheless
+BODY = 40  # nodes of a function that is known by its body alone: shorter ones may be alike by chance
+GONE = "gone"  # the change of a row whose unit was found in another place
 
 # The box around the name of a part of train_gpt.py and train_moe.py: three lines of comment.
 BOX = re.compile(r"^# ╔═+╗ *\n# ║ +(RECORD|KERNELS|SERVICE)\b.*\n# ╚═+╝ *(?:\n|\Z)", re.MULTILINE)
 
 
 @dataclass
+class Unit:
+    """A function, a class without its methods, or the rest of a module; its own name is not part of its form."""
+
+    form: bytes  # digest of its syntax without constants and docstrings
+    constants: tuple  # as text
+    text: str
+    size: int  # nodes of its syntax
+
+
+@dataclass
 class Source:
-    """A parsed file: values of its settings, its functions and classes as (syntax, text), what else it does."""
+    """A parsed file: values of its settings, its functions and classes, what else it does. Of the syntax only digests
+    are kept: trees of a program of 40 files would not fit in memory."""
 
     settings: dict[str, str] = field(default_factory=dict)
-    units: dict[str, tuple] = field(default_factory=dict)
+    units: dict[str, Unit] = field(default_factory=dict)
     problem: str | None = None
     copies: Counter = field(default_factory=Counter)  # of the names of units
+    newer: tuple = ()  # errors of lines that are for a newer Python than this one
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(64)
 def parse_source(text):
     """Source of a Python text; `problem` says in a sentence why there is none."""
     if len(text) > MAX_PARSED:
         return Source(problem=f"is longer than {MAX_PARSED:,} characters: compared as text only")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(text)
-            source, lines, rest = Source(), text.split("\n"), []
-            for node in tree.body:
-                if not read_unit(source, node, lines) and not read_setting(source, node):
-                    rest.append(node)
-            source.units["module level"] = (ast.dump(without_docstrings(ast.Module(rest, []))), "", rest)
-            return source
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        where = f" (line {error.lineno}: {error.msg})" if isinstance(error, SyntaxError) else ""
-        python = ".".join(sys.version.split(".")[:2])
-        return Source(problem=f"does not parse as Python {python}{where}: compared as text only")
+        tree, newer = parse_python(text)
+        source, lines, rest = Source(newer=newer), text.split("\n"), []
+        for node in tree.body:
+            if not read_unit(source, node, lines) and not read_setting(source, node):
+                rest.append(node)
+        source.units[REST] = unit_of(ast.Module(rest, []), "")
+        return source
+    except UNREADABLE as error:
+        return Source(problem=f"{does_not_parse(error)}: compared as text only")
 
 
-def without_docstrings(node):
-    """The node, its docstrings removed, in place."""
-    for child in ast.walk(node):
-        body = getattr(child, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-            child.body = body[1:]
-    return node
+def does_not_parse(error):
+    where = f" (line {error.lineno}: {error.msg})" if isinstance(error, SyntaxError) else ""
+    return f"does not parse as Python {'.'.join(sys.version.split('.')[:2])}{where}"
+
+
+def problem_of(name, text):
+    """Why a file does not parse, None if it does, or is of another language."""
+    source = parse_source(text) if language_of(name) == "Python" else Source()
+    return source.problem or (does_not_parse(source.newer[0]) if source.newer else None)
+
+
+def parse_python(text):
+    """(syntax tree of a text, errors of the lines that it lacks): an f-string of Python 3.12, with quotes inside, is no
+    reason for an older one to see nothing of a file, and its line becomes a constant. Raises what UNREADABLE names."""
+    errors = []
+    while True:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)
+                return ast.parse(text), tuple(errors)
+        except SyntaxError as error:
+            lines = text.split("\n")
+            if not error.msg.startswith("f-string") or len(errors) == MAX_NEWER or not 0 < error.lineno <= len(lines):
+                raise
+            errors.append(error.with_traceback(None))
+            line = lines[error.lineno - 1]
+            indent = line[: len(line) - len(line.lstrip())]
+            lines[error.lineno - 1] = f"{indent}{line.strip()!r},"
+            text = "\n".join(lines)
+
+
+def unit_of(node, text):
+    """Unit of a piece of syntax: one walk over it."""
+    form, constants, left = [type(node).__name__], [], []
+    add_children(node, form, left, {"name"})
+    while left:
+        child = left.pop()
+        if isinstance(child, ast.Constant):
+            constants.append(repr(child.value))
+            form.append("Constant")
+        else:
+            form.append(type(child).__name__)
+            add_children(child, form, left)
+    digest = hashlib.blake2b("\n".join(form).encode("utf-8", "replace"), digest_size=16).digest()
+    return Unit(digest, tuple(constants), text, len(form))
+
+
+def add_children(node, form, left, unseen=frozenset()):
+    """Add what is in a node: pieces of syntax to `left`, names and counts to `form`."""
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if name in unseen or name in ("ctx", "type_comment"):
+            continue
+        if isinstance(value, list):
+            value = value[1:] if name == "body" and is_docstring(value) else value
+            form.append(str(len(value)))
+            for item in value:
+                left.append(item) if isinstance(item, ast.AST) else form.append(str(item))
+        else:
+            left.append(value) if isinstance(value, ast.AST) else form.append(str(value))
+
+
+def is_docstring(body):
+    """Whether a body begins with a docstring."""
+    first = body[0] if body else None
+    return isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
 
 
 def read_unit(source, node, lines, prefix=""):
@@ -77,7 +152,7 @@ def read_unit(source, node, lines, prefix=""):
     source.copies[name] += 1
     if (count := source.copies[name]) > 1:  # overloads, or one definition for each case
         name += f" ({count})"
-    source.units[name] = (ast.dump(without_docstrings(node)), text, node)
+    source.units[name] = unit_of(node, text)
     return True
 
 
@@ -123,26 +198,12 @@ def flatten(settings, name, value, depth=0):
         settings[name] = ast.unparse(value)
 
 
-def constants_of(node):
-    """(the shape of a syntax tree without its constants, the constants), both in the order of ast.walk."""
-    form, values = [], []
-    for child in ast.walk(node):
-        if isinstance(child, ast.Constant):
-            values.append(child.value)
-        fields = [] if isinstance(child, ast.Constant) else ast.iter_fields(child)
-        plain = [(name, value if isinstance(value, str) else len(value) if isinstance(value, list) else value is None)
-                 for name, value in fields]
-        form.append((type(child), plain))
-    return form, values
-
-
-def changed_constants(old, new):
-    """[(old, new)] if two pieces of syntax differ in constants only, else None."""
-    old, new = (ast.Module(n, []) if isinstance(n, list) else n for n in (old, new))
-    (form, before), (other, after) = constants_of(old), constants_of(new)
-    if form != other or len(before) != len(after):
-        return None
-    return [(a, b) for a, b in zip(before, after, strict=True) if (type(a), a) != (type(b), b)]
+def change_of(a, b):
+    """(how unit b differs from a, "" if not at all; the constants that differ as [(old, new)])."""
+    if a.form != b.form:
+        return "changed", []
+    pairs = [(x, y) for x, y in zip(a.constants, b.constants, strict=True) if x != y]
+    return "constants only" if pairs else "comments only" if a.text != b.text else "", pairs
 
 
 def blocks_in(text):
@@ -155,89 +216,264 @@ def blocks_in(text):
     return found
 
 
+@dataclass(frozen=True)
+class Place:
+    """A file of a program, or one of the boxed parts of a file; `prefix` goes before the names in it."""
+
+    title: str
+    prefix: str
+    text: str
+
+
 def compare_parts(old, new):
-    """What changed between two {file name: text}: {"settings": [{"name", "a", "b"}], "units":
-    [{"name", "change"}], "blocks": [sentence], "notes": [sentence]}; a change is added, removed,
-    changed, constants only, or comments only."""
-    found = {"settings": [], "units": [], "blocks": [], "notes": []}
-    for part in dict.fromkeys([*old, *new]):
-        if old.get(part) == new.get(part):
+    """What changed between two programs, {path: text}: {"settings": [{"name", "a", "b"}], "units": [{"name", "change"}
+    and, where it moved, "from", "to"], "modules": [{"name", "change", "from", "language", "lines_added",
+    "lines_removed"}], "same_modules": number, "blocks": [sentence], "notes": [sentence], "not_compared": [title]}.
+
+    A change of a unit is added, removed, changed, constants only, comments only; moved or renamed, alone or followed
+    by one of these."""
+    comparison = Comparison()
+    for a, b in pair_files(old, new):
+        comparison.compare_files(a, b, old.get(a), new.get(b))
+    return comparison.close()
+
+
+class Comparison:
+    """Compares place by place. What one place lost and another one gained is put together at the end."""
+
+    def __init__(self):
+        self.settings, self.units, self.modules, self.notes, self.not_compared = [], [], [], [], []
+        self.lost, self.gained = ({"units": {}, "settings": {}} for _ in "ab")  # of each name [(row, what, place)]
+        self.blocks, self.same, self.room = [], 0, [MAX_PROGRAM, MAX_PROGRAM]
+
+    def compare_files(self, a, b, old, new):
+        """Names and texts of a file in the two programs, None where it is not there."""
+        if a is None or b is None:
+            self.units.append({"name": a or b, "change": "file removed" if a else "file added"})
+        if old == new and a == b:
+            self.same += 1
+            return
+        language = language_of(a or b)
+        self.modules.append(module_row(a, b, old, new, language))
+        if old == new:
+            return
+        if language != "Python":
+            row = self.modules[-1]
+            self.not_compared += [b] if a and b else []
+            self.notes.append(f"{b or a} is {language}, compared as text only: {lines_text(row)}")
+            return
+        blocks = [blocks_in(text or "") for text in (old, new)]
+        if "" in blocks[0] or "" in blocks[1]:
+            self.compare_places(*(text and Place(name, prefix_of(name), text) for name, text in ((a, old), (b, new))))
+            return
+        for name in sorted({*blocks[0], *blocks[1]}, key="RECORD KERNELS SERVICE".split().index):
+            self.compare_blocks(name, a, b, *(found.get(name, "") for found in blocks))
+
+    def compare_blocks(self, name, a, b, old, new):
+        """Two texts of a block, and a sentence that counts what changed."""
+        title, first = f"{prefix_of(b)}{name.lower()}", len(self.units)
+        if old == new:
+            self.blocks.append((f"{title} unchanged", None, ""))
+            return
+        word = "" if name == "RECORD" else f"{name}: "
+        self.compare_places(*(Place(f"{name} of {file}", prefix_of(file) + word, text)
+                              for file, text in ((a, old), (b, new))))
+        added, removed = counts_of(old, new)
+        counts = f"{added} added, {removed} removed" if added is not None else "too many to compare"
+        self.blocks.append((f"{title} differs: units ", self.units[first:], f"; lines {counts}"))
+
+    def compare_places(self, a, b):
+        """Two Places, None where there is no such place."""
+        sources = []
+        for side, place in enumerate((a, b)):
+            source = self.parse(side, place.text) if place else Source()
+            sources.append(source)
+            if source.problem:
+                self.notes.append(f"{place.title} of {'AB'[side]} {source.problem}")
+                self.not_compared.append(f"{place.title} of {'AB'[side]}")
+            elif source.newer:
+                lines = ", ".join(str(error.lineno) for error in source.newer)
+                self.notes.append(f"{place.title} of {'AB'[side]} {does_not_parse(source.newer[0])}: line {lines} is "
+                                  "compared as text")
+        if not any(source.problem for source in sources):
+            self.compare_sources(*sources, a, b)
+
+    def parse(self, side, text):
+        """Source of a text, while there is room: many files are as slow as a long one."""
+        self.room[side] -= len(text)
+        if self.room[side] < 0:
+            return Source(problem=f"is beyond the first {MAX_PROGRAM:,} characters: compared as text only")
+        return parse_source(text)
+
+    def compare_sources(self, old, new, a, b):
+        """Two Sources and their Places."""
+        before = len(self.settings), len(self.units)
+        for name in dict.fromkeys([*old.settings, *new.settings]):
+            if (x := old.settings.get(name)) != (y := new.settings.get(name)):
+                row = {"name": (b or a).prefix + name, "a": x, "b": y}
+                self.settings.append(row)
+                self.keep("settings", name, row, x, y, a, b)
+        for name in dict.fromkeys([*old.units, *new.units]):
+            x, y = old.units.get(name), new.units.get(name)
+            if x and y:
+                self.compare_units(name, x, y, b.prefix)
+            elif name != REST:
+                row = {"name": (b or a).prefix + name, "change": "removed" if x else "added"}
+                self.units.append(row)
+                self.keep("units", name, row, x, y, a, b)
+        if a and b and before == (len(self.settings), len(self.units)):
+            self.notes.append(f"{b.prefix}only comments and blank lines outside of functions differ")
+
+    def compare_units(self, name, x, y, prefix, row=None):
+        """Two units of the same name; `row` is that of one that moved."""
+        change, pairs = change_of(x, y)
+        inside = f"{prefix}inside {name}"
+        self.settings += [{"name": inside, "a": p, "b": q} for p, q in pairs]
+        if row:
+            row["change"] = f"moved, {change}" if change else "moved"
+        elif change:
+            self.units.append({"name": prefix + name, "change": change})
+
+    def keep(self, kind, name, row, x, y, a, b):
+        """Note a row of something that is in one of two places only: it may have moved."""
+        if (x is None) != (y is None):
+            found, what, place = (self.lost, x, a) if y is None else (self.gained, y, b)
+            found[kind].setdefault(name, []).append((row, what, place))
+
+    def match_units(self):
+        """Make one row of each unit that one place lost and another gained."""
+        for name, (lost, gained) in both(self.lost["units"], self.gained["units"]):
+            row, unit, place = gained
+            row |= {"from": lost[2].title, "to": place.title}
+            self.compare_units(name, lost[1], unit, place.prefix, row)
+            lost[0]["change"] = GONE
+
+    def match_names(self):
+        """Find units with another name and the same body, of those that are left; {old name: new name}."""
+        names = {}
+        lost, gained = (bodies(found["units"]) for found in (self.lost, self.gained))
+        for _, ((name, old), (other, new)) in both(lost, gained, least=2):
+            row, _, place = new
+            row |= {"change": "renamed", "from": f"{old[2].prefix}{name}", "to": place.title}
+            old[0]["change"] = GONE
+            names[name.partition("()")[0]] = other.partition("()")[0]
+        return names
+
+    def match_settings(self, names):
+        """Make one row of each setting that one place lost and another gained, none if the value is the same."""
+        lost = {}
+        for name, entries in self.lost["settings"].items():
+            head, bracket, tail = name.partition("(")
+            lost.setdefault(names.get(head, head) + bracket + tail, []).extend(entries)
+        for _, (old, new) in both(lost, self.gained["settings"]):
+            new[0]["a"] = old[1]
+            old[0][GONE] = True
+        self.settings = [row for row in self.settings if row["a"] != row["b"] and not row.get(GONE)]
+
+    def close(self):
+        """What compare_parts returns."""
+        self.match_units()
+        self.match_settings(self.match_names())
+        blocks = [text if rows is None else text + changes_text(rows) + end for text, rows, end in self.blocks]
+        units = [row for row in self.units if row["change"] != GONE]
+        settings = sorted(self.settings, key=lambda s: (s["a"] is None) + 2 * (s["b"] is None))
+        return {"settings": settings, "units": units, "modules": self.modules, "same_modules": self.same,
+                "blocks": blocks, "notes": self.notes, "not_compared": self.not_compared}
+
+
+def both(lost, gained, least=1):
+    """(name, (entry of lost, entry of gained)) of names that are in both: of the same value first, then in order. With
+    `least` 2 only names that have one entry each, as several could be any of them."""
+    for name in [name for name in lost if name in gained]:
+        olds, news = lost[name], gained[name]
+        if least > 1:
+            if len(olds) == len(news) == 1:
+                yield name, (olds[0], news[0])
             continue
-        if part not in old or part not in new:
-            change = "file removed" if part in old else "file added"
-            found["units"].append({"name": part, "change": change})
-            continue
-        file = "" if part == "train_gpt.py" else f"{part}: "
-        a, b = blocks_in(old[part]), blocks_in(new[part])
-        if "" in a or "" in b:
-            compare_texts(old[part], new[part], part, file, found)
-            continue
-        for name in sorted({*a, *b}, key="RECORD KERNELS SERVICE".split().index):
-            compare_blocks(a.get(name, ""), b.get(name, ""), part, name, file, found)
+        pairs = same_first(olds, news)
+        for old, new in pairs:
+            yield name, (old, new)
+        paired = {id(entry) for pair in pairs for entry in pair}
+        lost[name], gained[name] = ([e for e in entries if id(e) not in paired] for entries in (olds, news))
+
+
+def same_first(olds, news):
+    """Pairs of (row, value, place): those of the same value, then the others in order."""
+    places, pairs, rest = {}, [], []
+    for new in news:
+        places.setdefault(value_of(new), []).append(new)
+    for old in olds:
+        same = places.get(value_of(old))
+        pairs.append((old, same.pop(0))) if same else rest.append(old)
+    taken = {id(new) for _, new in pairs}
+    return pairs + list(zip(rest, [new for new in news if id(new) not in taken], strict=False))
+
+
+def value_of(entry):
+    value = entry[1]
+    return (value.form, value.constants, value.text) if isinstance(value, Unit) else value
+
+
+def bodies(units):
+    """{form and constants: [(name, entry)]} of the units that are long enough to be known by their body."""
+    found = {}
+    for name, entries in units.items():
+        for entry in entries:
+            if entry[1].size >= BODY:
+                found.setdefault((entry[1].form, entry[1].constants), []).append((name, entry))
     return found
 
 
-def compare_blocks(a, b, part, name, file, found):
-    """Add what changed between two texts of a block to `found`, and a sentence that counts it."""
-    title, first = f"{file}{name.lower()}", len(found["units"])
-    if a == b:
-        found["blocks"].append(f"{title} unchanged")
-        return
-    compare_texts(a, b, f"{name} of {part}", file if name == "RECORD" else f"{file}{name}: ", found)
-    changes = [unit["change"] for unit in found["units"][first:]]
+def prefix_of(file):
+    return "" if file == "train_gpt.py" else f"{file}: "
+
+
+def changes_text(rows):
+    """How many units changed, in words."""
+    changes = [row["change"] for row in rows]
     changed = changes.count("changed") + changes.count("constants only")
-    lines = line_diff(a.splitlines(), b.splitlines(), around=0)
-    signs = [line[0] for line in lines or []]
-    counts = f"{signs.count('+')} added, {signs.count('-')} removed" if lines is not None else "too many to compare"
-    found["blocks"].append(
-        f"{title} differs: units {changed} changed, {changes.count('added')} added, "
-        f"{changes.count('removed')} removed; lines {counts}")
+    moved = sum(change == GONE or change.startswith(("moved", "renamed")) for change in changes)
+    return (f"{changed} changed, {changes.count('added')} added, {changes.count('removed')} removed"
+            + (f", {moved} moved" if moved else ""))
 
 
-def compare_texts(old, new, part, prefix, found):
-    """Add what changed between two texts to `found`; `prefix` goes before the names."""
-    a, b = parse_source(old), parse_source(new)
-    for which, source in (("A", a), ("B", b)):
-        found["notes"] += [f"{part} of {which} {source.problem}"] if source.problem else []
-    if not a.problem and not b.problem:
-        compare_sources(a, b, prefix, found)
+def module_row(a, b, old, new, language):
+    """What became of a file, and how many of its lines changed, None for too many."""
+    if a is None or b is None:
+        change = "removed" if a else "added"
+    else:
+        change = "" if a == b else "moved" if a.split("/")[-1] == b.split("/")[-1] else "renamed"
+        change = ", ".join(filter(None, [change, "changed" if old != new else ""]))
+    added, removed = counts_of(old or "", new or "")
+    return {"name": b or a, "change": change, "from": a if a != b else None, "language": language,
+            "lines_added": added, "lines_removed": removed}
 
 
-def compare_sources(a, b, prefix, found):
-    """Add what changed between two Sources to `found`."""
-    settings, first = [], len(found["units"])
-    for name in dict.fromkeys([*a.settings, *b.settings]):
-        if (before := a.settings.get(name)) != (after := b.settings.get(name)):
-            settings.append({"name": prefix + name, "a": before, "b": after})
-    for name in dict.fromkeys([*a.units, *b.units]):
-        if name not in a.units or name not in b.units:
-            change = "added" if name in b.units else "removed"
-            found["units"].append({"name": prefix + name, "change": change})
-            continue
-        (syntax, text, node), (other, its_text, its_node) = a.units[name], b.units[name]
-        if syntax != other:
-            pairs = changed_constants(node, its_node)
-            inside = f"{prefix}inside {name}"
-            settings += [{"name": inside, "a": repr(x), "b": repr(y)} for x, y in pairs or []]
-            change = "constants only" if pairs else "changed"
-            found["units"].append({"name": prefix + name, "change": change})
-        elif text != its_text:
-            found["units"].append({"name": prefix + name, "change": "comments only"})
-    found["settings"] += sorted(settings, key=lambda s: (s["a"] is None) + 2 * (s["b"] is None))
-    if not settings and len(found["units"]) == first:
-        found["notes"].append(f"{prefix}only comments and blank lines outside of functions differ")
+def lines_text(row):
+    if row["lines_added"] is None:
+        return "too many lines to compare"
+    return f"{row['lines_added']} lines added, {row['lines_removed']} removed"
+
+
+def counts_of(old, new):
+    """(number of added lines, of removed ones), (None, None) above MAX_LINES."""
+    a, b = old.splitlines(), new.splitlines()
+    if len(a) + len(b) > MAX_LINES:
+        return None, None
+    codes = [code for code in opcodes_of(a, b) if code[0] != "equal"]
+    return sum(n - m for *_, m, n in codes), sum(j - i for _, i, j, *_ in codes)
 
 
 def unified(old, new, names):
     """Lines of the unified diff of two {file name: text}."""
     lines = []
-    for part in dict.fromkeys([*old, *new]):
-        a, b = (parts.get(part, "").splitlines() for parts in (old, new))
+    for x, y in pair_files(old, new):
+        a, b = old.get(x, "").splitlines(), new.get(y, "").splitlines()
         found = line_diff(a, b)
         if found is None:
-            lines.append(f"{part}: {len(a)} and {len(b)} lines are too many for a text diff")
-        elif found:
-            lines += [f"--- {names[0]}/{part}", f"+++ {names[1]}/{part}", *found]
+            lines.append(f"{y or x}: {len(a)} and {len(b)} lines are too many for a text diff")
+        elif found or (x and y and x != y):
+            lines += [f"--- {names[0]}/{x or y}", f"+++ {names[1]}/{y or x}", *found]
     return lines
 
 

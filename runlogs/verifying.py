@@ -178,10 +178,10 @@ def check_versions(samples):
 
 def check_sources(runs):
     """Every embedded source compiles; one for a newer Python than this one cannot be judged."""
-    from runlogs.sources import parse_source
+    from runlogs.sources import problem_of
 
-    found = {text: run for run in runs for text in run.trace.parts.values()}
-    broken = [run for text, run in found.items() if parse_source(text).problem]
+    found = {part: run for run in runs for part in run.trace.parts.items()}
+    broken = [run for part, run in found.items() if problem_of(*part)]
     own = natural(sys.version)
     newer = [run for run in broken if natural(run.trace.header.get("python", "")) > own]
     truth = None if not found or (newer and len(newer) == len(broken)) else not broken

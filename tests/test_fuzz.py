@@ -516,7 +516,8 @@ COMMANDS = {  # of logger.py, on a run `a` that is odd and a whole one, `b`
     "diff": ["a", "b"], "diff --json": ["b", "a"], "stats --target 3.28": ["a", "b"], "stats --json": ["a"],
     "verify": ["."],
     "extract -o out/log.py": ["a"], "export -o out/all.csv": ["a"], "export -o out/all.json": ["a", "b"],
-    "board --html out/board.html": ["."], "--experiment-name x --log-dir . --no-plot": [], "profile": ["a"],
+    "board --html out/board.html": ["."], "history main": ["."], "--experiment-name x --log-dir . --no-plot": [],
+    "profile": ["a"],
 }
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logger
-from runlogs import drawing, judging, leaderboard, loading, parsing, sources, verifying
+from runlogs import arms, drawing, judging, leaderboard, loading, parsing, verifying
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = settings(deadline=None, database=None, max_examples=30)
@@ -163,7 +163,7 @@ def test_runs_needed_limits_and_detectable_margin():
 
 def test_track_3_rules(tmp_path):
     old, new = make_group(tmp_path / "a", [3.28, 3.28], count=8), make_group(tmp_path / "b", [3.279, 3.279], count=4)
-    a, b = (judging.samples_of(loading.load(loading.expand([str(path)])))[0] for path in (old, new))
+    a, b = (arms.samples_of(loading.load(loading.expand([str(path)])))[0] for path in (old, new))
     rule = judging.pairwise_rule(a, b)
     assert rule["value"] == pytest.approx(0.001 + 4 * 0.000045) and not rule["passed"]
     test = judging.target_numbers(b, 3.282)
@@ -185,7 +185,7 @@ def test_stats(tmp_path, capsys):
     assert "no number of runs" in command(capsys, "stats", group, "--target", 3.2)[1]
     assert numbers(capsys, "stats", group)["test"] is None
     code, out, _ = command(capsys, "stats", group, "--target", 3.28, "--markdown")
-    assert code == 0 and "| group | n | val loss |" in out and "|--:|" in out
+    assert code == 0 and "| leg | seed | log | steps | loss | train s |" in out and "|--:|" in out
 
 
 def test_stats_warns(tmp_path, capsys):
@@ -225,7 +225,8 @@ def test_other_seeds_and_comments_are_one_version(tmp_path, capsys):
     (group / "c.txt").write_text(log_text(3.277, 1.5, code=CODE + "SEED = 2\n"))
     (group / "d.txt").write_text(log_text(3.278, 1.6, code=CODE + "SEED = 1  # one\n"))
     found = numbers(capsys, "stats", group)["warnings"]
-    assert found == ["3 sources: only comments differ, only seeds and names differ"]
+    assert found == ["3 sources of 1 code version(s): the others differ in "
+                     "comments, blank lines, seeds or names of runs alone"]
 
 
 def test_trials_of_one_file_are_samples(tmp_path, capsys):
@@ -378,178 +379,9 @@ def test_groups_of_one_name_stay_apart(tmp_path):
     assert list(logger.load_groups([str(a), str(b)])[0]) == [str(a), str(b)]
 
 
-# -- diff
-
-
 def change(old, new, code=CODE):
     assert code.count(old) == 1
     return code.replace(old, new)
-
-
-OUTSIDE = "only comments and blank lines outside of functions differ"
-DIFFS = [  # change of the source, settings (name, A, B), units (name, change)
-    (("steps: int = 100", "steps: int = 90"), [("Args.steps", "100", "90")], []),
-    (("RATE, BLOCK = 0.05,", "RATE, BLOCK = 0.06,"), [("RATE", "0.05", "0.06")], []),
-    (("width=768", "width=1024, heads=8"),
-     [("PRESETS[gpu].width", "768", "1024"), ("PRESETS[gpu].heads", None, "8")], []),
-    (("steps=(1, 2)", "steps=(1, 3)"), [("PRESETS[cpu].steps", "(1, 2)", "(1, 3)")], []),
-    (("cooldown=0.4", "cooldown=0.5"), [("get_lr(cooldown)", "0.4", "0.5")], []),
-    (("momentum=0.95", "momentum=0.9"), [("optimizer.momentum", "0.95", "0.9")], []),
-    (("return 0.1 *", "return 0.05 *"), [("inside get_lr()", "0.1", "0.05")], [("get_lr()", "constants only")]),
-    (("range(3)", "range(4)"), [("inside module level", "3", "4")], [("module level", "constants only")]),
-    (("self.steps * BLOCK", "self.steps"), [], [("Args.total()", "changed")]),
-    (("# of training", "# of all"), [], []),
-    (('"""Rate at a step."""', '"""Another text."""'), [], [("get_lr()", "comments only")]),
-    (("[1,\n            2]", "[1, 2]  # x"), [], [("helper()", "comments only")]),
-    (("\n\ndef helper", "\n\ndef more():\n    pass\n\n\ndef helper"), [], [("more()", "added")]),
-    (("class Args:", "class Args(Base):"), [], [("Args", "changed")]),
-]
-
-
-@pytest.mark.parametrize(("edit", "expected", "units"), DIFFS)
-def test_diff_names_what_changed(edit, expected, units):
-    found = sources.compare_parts({"train_gpt.py": CODE}, {"train_gpt.py": change(*edit)})
-    assert [(s["name"], s["a"], s["b"]) for s in found["settings"]] == expected
-    assert [(u["name"], u["change"]) for u in found["units"]] == units
-    assert found["notes"] == ([] if expected or units else [OUTSIDE])
-    back = sources.compare_parts({"train_gpt.py": change(*edit)}, {"train_gpt.py": CODE})
-    assert {(s["name"], s["b"], s["a"]) for s in back["settings"]} == set(expected)
-
-
-def test_diff_of_other_files_and_other_languages():
-    old = {"train_gpt.py": "x = (1\n", "kernels.py": "TILE = 1\n", "old.py": ""}
-    new = {"train_gpt.py": "x = (2\n", "kernels.py": "TILE = 2\n", "new.py": ""}
-    found = sources.compare_parts(old, new)
-    assert found["settings"] == [{"name": "kernels.py: TILE", "a": "1", "b": "2"}]
-    assert [(u["name"], u["change"]) for u in found["units"]] == [("old.py", "file removed"), ("new.py", "file added")]
-    assert len(found["notes"]) == 2 and all("compared as text only" in note for note in found["notes"])
-    assert "-x = (1" in sources.unified(old, new, "ab") and "+x = (2" in sources.unified(old, new, "ab")
-
-
-@QUICK
-@given(st.lists(st.sampled_from(CODE.splitlines()) | st.text(max_size=10), max_size=20).map("\n".join))
-def test_any_source_can_be_compared(text):
-    for old, new in ((CODE, text), (text, CODE)):
-        found = sources.compare_parts({"a": old}, {"a": new})
-        assert old == new or found["settings"] or found["units"] or found["notes"]
-
-
-@pytest.mark.parametrize("text", ["(" * 5000, "-" * 100_000 + "1", "x = '\0'", "[" * 300 + "]" * 300,
-                                  "f(" * 90 + ")" * 90, "x" + " + x" * 900, "x" + ".x" * 900, "a = " * 900 + "1"])
-def test_hostile_sources_do_not_raise(text):
-    sources.compare_parts({"a": text}, {"a": CODE})
-
-
-def test_diff_command(tmp_path, capsys):
-    a = make_group(tmp_path / "a", [3.280, 3.282], [2.0, 2.2])
-    code, machine = change("return 0.1 *", "return 0.05 *"), MACHINE.replace("2.9.0", "2.10.0")
-    b = make_group(tmp_path / "b", [3.270, 3.272], [1.0, 1.2], code=code, machine=machine)
-    found = numbers(capsys, "diff", a, b)
-    assert found["settings"] == [{"name": "inside get_lr()", "a": "0.1", "b": "0.05"}]
-    assert found["environment"] == [{"name": "torch", "a": "2.9.0", "b": "2.10.0"}]
-    assert found["effect"]["val_loss"]["difference"] == pytest.approx(-0.01)
-    assert found["effect"]["train_time_s"]["test"]["difference"] == pytest.approx(-1)
-    assert "-    return 0.1 * cooldown" in found["unified_diff"]
-    code, out, _ = command(capsys, "diff", a, b)
-    order = [out.index(text) for text in ("setting or constant", "function or class", "--- a/", "environment", "B - A")]
-    assert code == 0 and order == sorted(order)
-    assert "--- a/" not in command(capsys, "diff", a, b, "--no-text")[1]
-    assert "`" * 12 + "diff" in command(capsys, "diff", a, b, "--markdown")[1]
-    same = command(capsys, "diff", a / "run_0.txt", a / "run_1.txt")[1]
-    assert "no setting or constant differs" in same and "the same Python, PyTorch, driver and hardware" in same
-
-
-def test_diff_of_our_runs_shows_the_settings(tmp_path, capsys):
-    make_ours(tmp_path / "a", [4.0, 3.5])
-    make_ours(tmp_path / "b", [4.0, 3.4], seed=1, width=64, new=[1])
-    found = numbers(capsys, "diff", tmp_path / "a", tmp_path / "b")
-    expected = [{"name": "setting width", "a": "32", "b": "64"},
-                {"name": "setting new", "a": "null", "b": "[1]"}]
-    assert found["settings"] == expected and found["effect"]["n_a"] == 1
-
-
-# -- diff of sources with the parts RECORD, KERNELS and SERVICE
-
-
-def box(word):
-    return f"# ╔{'═' * 60}╗\n# ║ {word + ' ' * (59 - len(word))}║\n# ╚{'═' * 60}╝\n"
-
-
-KERNELS = "def kernel(x):\n    return x\n"
-SERVICE = "LIMIT = 3\n\n\nclass Loader:\n    def next(self):\n        return 1\n\n\ndef main():\n    return Loader()\n"
-
-
-def boxed(record=CODE, kernels=KERNELS, service=SERVICE):
-    """A source in three parts; the docstring stands before the first box."""
-    about, rest = record.split("\n", 1)
-    return "\n".join([about, box("RECORD: what a competitor changes") + rest, box("KERNELS") + kernels,
-                      box("SERVICE, byte-identical in both scripts") + service])
-
-
-def compare_boxed(old, new):
-    return sources.compare_parts({"train_gpt.py": old}, {"train_gpt.py": new})
-
-
-def test_parts_that_are_the_same_are_not_listed():
-    record = change("return 0.1 *", "return 0.05 *", change("def helper", "def more():\n    pass\n\n\ndef helper"))
-    record = change("self.steps * BLOCK", "self.steps", record)
-    found = compare_boxed(boxed(), boxed(record))
-    assert found["blocks"] == ["record differs: units 2 changed, 1 added, 0 removed; lines 6 added, 2 removed",
-                               "kernels unchanged", "service unchanged"]
-    assert {(u["name"], u["change"]) for u in found["units"]} == {
-        ("Args.total()", "changed"), ("get_lr()", "constants only"), ("more()", "added")}
-    assert compare_boxed(boxed(record), boxed())["blocks"][0] == (
-        "record differs: units 2 changed, 0 added, 1 removed; lines 2 added, 6 removed")
-
-
-def test_a_service_that_differs_is_listed_after_the_record():
-    service = change("LIMIT = 3", "LIMIT = 4", change("return Loader()", "return None", SERVICE))
-    record = change("return [1,", "return [3, 1,")
-    found = compare_boxed(boxed(), boxed(record, service=service))
-    assert found["blocks"] == ["record differs: units 1 changed, 0 added, 0 removed; lines 1 added, 1 removed",
-                               "kernels unchanged",
-                               "service differs: units 1 changed, 0 added, 0 removed; lines 2 added, 2 removed"]
-    assert [u["name"] for u in found["units"]] == ["helper()", "SERVICE: main()"]
-    assert found["settings"] == [{"name": "SERVICE: LIMIT", "a": "3", "b": "4"}]
-
-
-def test_what_moves_into_another_part_and_comments():
-    found = compare_boxed(boxed(), boxed(CODE + KERNELS, kernels="\n"))
-    assert [(u["name"], u["change"]) for u in found["units"]] == [
-        ("kernel()", "added"), ("KERNELS: kernel()", "removed")]
-    found = compare_boxed(boxed(), boxed(service=SERVICE + "# the end\n"))
-    assert found["blocks"][2].startswith("service differs: units 0 changed") and not found["units"]
-    assert found["notes"] == [f"SERVICE: {OUTSIDE}"]
-    found = compare_boxed(boxed(), boxed(service="(" + SERVICE))
-    assert len(found["notes"]) == 1 and found["notes"][0].startswith("SERVICE of train_gpt.py of B does not parse")
-
-
-@pytest.mark.parametrize("source", [
-    CODE, CODE + box("SERVICES"), CODE + box("service"), box("SERVICE").replace("#", " #"),
-    box("RECORD").replace("║", "|"), CODE + box("RECORD").split("\n", 1)[1],
-])
-def test_sources_without_boxes_are_treated_as_one(source):
-    assert list(sources.blocks_in(source)) == [""]
-    for old, new in ((boxed(), source), (source, boxed())):
-        found = compare_boxed(old, new)
-        assert found["blocks"] == [] and (found["units"] or found["notes"])
-
-
-def test_blocks_hold_all_of_the_source_but_the_boxes():
-    parts = sources.blocks_in(boxed())
-    assert list(parts) == ["RECORD", "KERNELS", "SERVICE"] and parts["SERVICE"] == SERVICE
-    assert parts["RECORD"].strip() == CODE.strip() and parts["KERNELS"].strip() == KERNELS.strip()
-    last = sources.blocks_in(box("KERNELS") + "a = 1\n" + box("SERVICE").rstrip("\n"))
-    assert last == {"RECORD": "", "KERNELS": "a = 1\n", "SERVICE": ""}
-
-
-def test_diff_command_names_the_parts(tmp_path, capsys):
-    a = make_group(tmp_path / "a", [3.280], code=boxed())
-    b = make_group(tmp_path / "b", [3.270], code=boxed(change("return 0.1 *", "return 0.05 *")))
-    assert numbers(capsys, "diff", a, b)["blocks"][1:] == ["kernels unchanged", "service unchanged"]
-    lines = command(capsys, "diff", a, b)[1].splitlines()
-    assert lines[2].startswith("record differs: units 1 changed")
-    assert lines[3:5] == ["kernels unchanged", "service unchanged"]
 
 
 # -- verify
@@ -616,7 +448,7 @@ def test_verify_needs_runs_and_a_readme(record, capsys):
 def test_any_readme_can_be_checked(text):
     rows = [{"step": 4, "iterations": 4, "val_loss": 3.2, "train_time_ms": 1.0}]
     run = loading.Run(Path("a"), "a", parsing.Trace(rows=rows), {})
-    samples = [judging.Sample(run, rows, loss, 1.0, 4, {}) for loss in (3.2, 3.3)]
+    samples = [arms.Sample(run, rows, loss, 1.0, 4, {}) for loss in (3.2, 3.3)]
     verdicts = {claim["verdict"] for claim in verifying.check_claims(text, {"all": samples}, 3.28)}
     assert verdicts <= {"confirmed", "contradicted", "not checkable"}
 
@@ -718,9 +550,11 @@ def test_board_collects_records(tmp_path, capsys, boards):
                 "readme_title": "The first", "n": 2, "steps": 4, "tokens": None, "gpus": "Chip",
                 "torch": "2.9.0", "source": CODE}
     assert expected.items() <= one.items() and one["mean_val_loss"] == pytest.approx(3.255)
-    measured = {"mean_val_loss", "sd_val_loss", "mean_time_s", "sd_time_s", "code_hash", "curves"}
+    measured = {"mean_val_loss", "sd_val_loss", "mean_time_s", "sd_time_s", "code_hash", "curves", "gain", "log"}
     assert set(one) == set(two) == expected.keys() | measured
     points = [[0, 0.0, 4.25, None], [2, 0.5, 3.75, None], [4, 1.0, 3.25, None]]
+    gain = {"time_s": pytest.approx(-0.0005), "percent": pytest.approx(-0.05), "n_record": 2, "n_baseline": 1}
+    assert gain.items() <= one["gain"].items() and one["gain"]["ci_low"] is None and two["gain"] is None
     assert one["curves"][0] == {"label": "run_0.txt", "points": points}
     assert (two["name"], two["tokens"], two["sd_val_loss"]) == ("Second", 128, None)
     assert two["curves"][0]["points"] == [[1, 0.01, None, 4.0], [2, 0.02, None, 3.5], [2, 0.02, 3.5, None]]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_logger_public import BAR, CODE, PEAK, PYTHON, SMI, TORCH, TRITON, describe, parse, steps_ms, write
 
 import logger
-from runlogs import formats, judging, loading, output, parsing, reporting
+from runlogs import arms, formats, loading, output, parsing, reporting
 
 QUICK = settings(deadline=None, database=None, derandomize=True, max_examples=60)
 MACHINE = BAR + PYTHON + TORCH + TRITON + SMI + BAR
@@ -517,7 +517,7 @@ def test_any_mixture_of_lines_is_read(tmp_path_factory, pieces, keep, loss_key):
     text = reporting.plain([reporting.screen(found), reporting.run_table([found])])
     assert "\x1b" not in text
     json.loads(output.strict_json(found), parse_constant=pytest.fail)
-    samples, dropped = judging.samples_of([one])
+    samples, dropped = arms.samples_of([one])
     assert len(samples) + len(dropped) >= len(one.trace.trials)
 
 
