@@ -8,11 +8,11 @@ import statistics
 from array import array
 from dataclasses import dataclass
 
+from runlogs.curves import equal_points, loss_of
 from runlogs.loading import (
     SELF,
     Run,
     changes_of,
-    curve,
     device_of,
     latest,
     load_one,
@@ -235,39 +235,6 @@ def stage_medians(samples):
     return {stage: statistics.median(values) for stage, values in found.items()}
 
 
-def resample(samples, x, grid):
-    """Validation losses of the samples at the points of `grid`, as an array (sample, point); x is a key of a row."""
-    import numpy as np
-
-    curves = []
-    for sample in samples:
-        points = curve(sample.rows, "val_loss", x)
-        points = [point for i, point in enumerate(points) if i == 0 or point[0] > points[i - 1][0]]
-        curves.append(np.interp(grid, *zip(*points, strict=True)))
-    return np.array(curves)
-
-
-def common_range(groups, x):
-    """(low, high) of x that the validation curves of all samples of all groups cover, None without one."""
-    curves = [[a for a, _ in curve(s.rows, "val_loss", x)] for samples in groups for s in samples]
-    if not curves or any(len(points) < 2 for points in curves):
-        return None
-    low, high = max(points[0] for points in curves), min(max(points) for points in curves)
-    return (low, high) if low < high else None
-
-
-def equal_points(groups, count=4):
-    """{"step" | "tokens" | "train_time_ms": [{"at", "means": [one a group]}]}, where all groups have been."""
-    found = {}
-    for x in ("step", "tokens", "train_time_ms"):
-        span = common_range(groups, x)
-        low, high = span or (0, 0)
-        grid = [low + (high - low) * i / count for i in range(1, count + 1)] if span else []
-        means = [resample(samples, x, grid).mean(0) for samples in groups] if grid else []
-        found[x] = [{"at": at, "means": [*map(float, at_x)]} for at, *at_x in zip(grid, *means, strict=True)]
-    return found
-
-
 def sizes_of(samples):
     """Parameters of the first run of a group: all, and those that a token meets."""
     return {key: summarize(samples[0].run)[key] for key in ("params_total", "params_active")}
@@ -347,7 +314,8 @@ def compare_numbers(groups, dropped):
     return {"groups": [{"name": name, **group_numbers(samples), **sizes_of(samples),
                         "warnings": group_warnings(samples, dropped[name])} for name, samples in groups.items()],
             "pairs": pairs, "stages": {name: stage_medians(samples) for name, samples in groups.items()},
-            "equal": equal_points(list(groups.values())), "control": control_numbers(groups)}
+            "equal": equal_points(list(groups.values())), "equal_loss": loss_of(groups.values()),
+            "control": control_numbers(groups)}
 
 
 def changed_config(a, b):

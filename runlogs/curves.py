@@ -1,0 +1,120 @@
+"""Loss curves of groups of runs at equal steps, tokens and times, and how they differ there."""
+
+import math
+
+from runlogs.loading import curve
+
+AXES = ("step", "tokens", "train_time_ms")
+POINTS = 10  # rows of a table
+LEAST = {"val_loss": 4, "train_loss": 10}  # records of a loss that make a curve
+
+
+def rising(rows, loss, x):
+    """[(x, loss)] without what a clock that was set back repeats."""
+    found, top = [], -math.inf
+    for point in curve(rows, loss, x):
+        if point[0] > top:
+            found.append(point)
+            top = point[0]
+    return found
+
+
+def smoothed(values, share=1 / 40):
+    """Centred running means over a share of the values, fewer at both ends, as an array; only finite ones count."""
+    import numpy as np
+
+    values = np.asarray(values, dtype=float)
+    half = int(len(values) * share / 2)
+    finite = np.isfinite(values) & (np.abs(values) < 1e9)
+    sums, counts = (np.concatenate(([0], np.cumsum(v))) for v in (np.where(finite, values, 0), finite))
+    places = np.arange(len(values))
+    low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    with np.errstate(all="ignore"):
+        return (sums[high] - sums[low]) / (counts[high] - counts[low])
+
+
+def points_at(rows, loss, x):
+    """(x, loss) of a curve as lists or arrays; the loss of training is smoothed."""
+    found = rising(rows, loss, x)
+    if not found:
+        return [], []
+    at, losses = zip(*found, strict=True)
+    return at, smoothed(losses) if loss == "train_loss" else losses
+
+
+def resample(samples, x, grid, loss="val_loss"):
+    """Losses of the samples at the points of `grid`, as an array (sample, point); x is a key of a row."""
+    import numpy as np
+
+    return np.array([np.interp(grid, *points_at(sample.rows, loss, x)) for sample in samples])
+
+
+def common_range(groups, x, loss="val_loss", least=2):
+    """(low, high) of x that the curves of all samples of all groups cover, None if one has fewer than `least`
+    points."""
+    curves = [rising(s.rows, loss, x) for samples in groups for s in samples]
+    if not curves or any(len(points) < least for points in curves):
+        return None
+    low, high = max(points[0][0] for points in curves), min(points[-1][0] for points in curves)
+    return (low, high) if low < high else None
+
+
+def loss_of(groups):
+    """The loss whose curves can be compared: of validation, or where too few are logged of training, smoothed; None
+    if neither can."""
+    for loss, least in (*LEAST.items(), ("val_loss", 2)):
+        if common_range(groups, "step", loss, least):
+            return loss
+    return None
+
+
+def difference(a, b, confidence=0.95):
+    """(b's mean - a's mean, low, high) at each point of two arrays (sample, point): Welch's interval of each
+    difference; low and high are None where a group has one sample."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        mean = b.mean(0) - a.mean(0)
+        if min(len(a), len(b)) < 2:
+            return mean, None, None
+        parts = [v.var(0, ddof=1) / len(v) for v in (a, b)]
+        half = half_width(parts, [len(a) - 1, len(b) - 1], confidence)
+        return mean, mean - half, mean + half
+
+
+def half_width(parts, freedom, confidence):
+    """Half of Welch's interval from the squared standard errors of two means and their degrees of freedom."""
+    import numpy as np
+    from scipy.stats import t
+
+    total = parts[0] + parts[1]
+    shares = sum(part**2 / df for part, df in zip(parts, freedom, strict=True))
+    df = np.where(shares > 0, total**2 / np.where(shares > 0, shares, 1), 1)
+    return np.where(total > 0, t.isf((1 - confidence) / 2, df) * np.sqrt(total), total)
+
+
+def equal_points(groups, count=POINTS):
+    """{"step" | "tokens" | "train_time_ms": [{"at", "means": [one a group], "intervals": [(low, high) of each further
+    group's mean minus the first's, or None]}]}, where all groups have been."""
+    loss = loss_of(groups)
+    return {x: equal_points_at(groups, x, loss, count) if loss else [] for x in AXES}
+
+
+def equal_points_at(groups, x, loss, count):
+    span = common_range(groups, x, loss)
+    if not span:
+        return []
+    low, high = span
+    grid = [low + (high - low) * i / count for i in range(1, count + 1)]
+    first, *others = losses = [resample(samples, x, grid, loss) for samples in groups]
+    bands = [difference(first, other)[1:] for other in others]
+    return [{"at": at, "means": [float(group[:, i].mean()) for group in losses],
+             "intervals": [None if low is None else [float(low[i]), float(high[i])] for low, high in bands]}
+            for i, at in enumerate(grid)]
+
+
+def tokens_a_step_differ(groups):
+    """Whether equal tokens are not equal steps: the groups' samples ended at other tokens a step."""
+    ends = [found[-1] for samples in groups for s in samples if (found := curve(s.rows, "tokens", "step"))]
+    rates = [tokens / step for step, tokens in ends if step > 0]
+    return bool(rates) and max(rates) > 1.001 * min(rates)
