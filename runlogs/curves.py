@@ -1,12 +1,13 @@
 """Loss curves of groups of runs at equal steps, tokens and times, and how they differ there."""
 
+import bisect
 import math
 
 from runlogs.loading import curve
 
 AXES = ("step", "tokens", "train_time_ms")
 POINTS = 10  # rows of a table
-LEAST = {"val_loss": 4, "train_loss": 10}  # records of a loss that make a curve
+LEAST = {"val_loss": 3, "train_loss": 10}  # records of a loss that make a curve
 
 
 def rising(rows, loss, x):
@@ -42,11 +43,24 @@ def points_at(rows, loss, x):
     return at, smoothed(losses) if loss == "train_loss" else losses
 
 
+def between(grid, at, losses):
+    """The losses at the points of `grid`, by monotone cubics: straight lines between a few validations of a curve that
+    bends lie above it, most where it is far from both, and differences of two such curves would zigzag."""
+    import numpy as np
+
+    if len(at) < 3 or not np.isfinite(losses).all():
+        return np.interp(grid, at, losses)
+    from scipy.interpolate import PchipInterpolator
+
+    with np.errstate(all="ignore"):
+        return PchipInterpolator(at, losses)(np.clip(grid, at[0], at[-1]))
+
+
 def resample(samples, x, grid, loss="val_loss"):
     """Losses of the samples at the points of `grid`, as an array (sample, point); x is a key of a row."""
     import numpy as np
 
-    return np.array([np.interp(grid, *points_at(sample.rows, loss, x)) for sample in samples])
+    return np.array([between(grid, *points_at(sample.rows, loss, x)) for sample in samples])
 
 
 def common_range(groups, x, loss="val_loss", least=2):
@@ -94,8 +108,9 @@ def half_width(parts, freedom, confidence):
 
 
 def equal_points(groups, count=POINTS):
-    """{"step" | "tokens" | "train_time_ms": [{"at", "means": [one a group], "intervals": [(low, high) of each further
-    group's mean minus the first's, or None]}]}, where all groups have been."""
+    """{"step" | "tokens" | "train_time_ms": [{"at", "measured", "means": [one a group], "intervals": [(low, high) of
+    each further group's mean minus the first's, or None]}]}, where all groups have been. A point that is not measured
+    lies between records of the loss."""
     loss = loss_of(groups)
     return {x: equal_points_at(groups, x, loss, count) if loss else [] for x in AXES}
 
@@ -104,13 +119,31 @@ def equal_points_at(groups, x, loss, count):
     span = common_range(groups, x, loss)
     if not span:
         return []
-    low, high = span
-    grid = [low + (high - low) * i / count for i in range(1, count + 1)]
+    shared = shared_places(groups, x, loss)
+    grid = places_near(span, shared, count)
     first, *others = losses = [resample(samples, x, grid, loss) for samples in groups]
     bands = [difference(first, other)[1:] for other in others]
-    return [{"at": at, "means": [float(group[:, i].mean()) for group in losses],
+    return [{"at": at, "measured": at in shared, "means": [float(group[:, i].mean()) for group in losses],
              "intervals": [None if low is None else [float(low[i]), float(high[i])] for low, high in bands]}
             for i, at in enumerate(grid)]
+
+
+def shared_places(groups, x, loss):
+    """Where all samples of all groups have a record of the loss."""
+    places = [{at for at, _ in rising(s.rows, loss, x)} for samples in groups for s in samples]
+    return set.intersection(*places)
+
+
+def places_near(span, shared, count):
+    """`count` places after span[0], evenly to span[1], or those of `shared` that are nearest."""
+    (low, high), known, found = span, sorted(shared), []
+    gap = (high - low) / count
+    for i in range(1, count + 1):
+        at = low + gap * i if i < count else high
+        k = bisect.bisect(known, at)
+        near = min(known[max(0, k - 1) : k + 1], key=lambda place: abs(place - at), default=math.inf)
+        found.append(near if low < near and abs(near - at) < gap / 2 else at)
+    return found
 
 
 def tokens_a_step_differ(groups):

@@ -331,13 +331,20 @@ def curves_figure(groups, loss):
         size, unit = unit_of(common_range(samples, x, loss)[1], units)
         draw_groups(top, groups, x, size, loss)
         draw_differences(bottom, groups, x, size, loss)
+        low, high = common_range(samples, x, loss)
+        bottom.set_xlim((low + 0.2 * (high - low)) / size, bottom.get_xlim()[1])  # what comes before is out of sight
         bottom.set_xlabel(f"{label} ({unit})" if unit else label)
-        top.set_title(f"at equal {'time' if x == 'train_time_ms' else x + 's' * (x == 'step')}", fontsize=11,
-                      fontweight="bold", loc="left", pad=8 + 14 * len(groups))
+        panel_title(top, f"at equal {'time' if x == 'train_time_ms' else x + 's' * (x == 'step')}", len(groups))
+        panel_title(bottom, f"minus {label_of([*groups][0], 22)}: below 0 is better", len(groups) - 1)
     what = "validation loss" if loss == "val_loss" else "training loss, smoothed"
-    axes[0].set_ylabel(f"{what}\n(nats/token)")
-    axes[count].set_ylabel("difference (nats/token)\nbelow 0 is better than " + label_of([*groups][0], 24))
+    axes[0].set_ylabel(f"{what} (nats/token)")
+    axes[count].set_ylabel("difference (nats/token)")
     return figure
+
+
+def panel_title(ax, title, lines):
+    """A title above so many lines of a legend."""
+    ax.set_title(title, fontsize=10, fontweight="bold", loc="left", pad=9 + 12.5 * lines)
 
 
 def grid_of(samples, span, x, loss):
@@ -365,22 +372,21 @@ def head_legend(ax):
 
 
 def draw_groups(ax, groups, x, size, loss):
-    """Draw the mean curve of each group; the axis begins where they are after 3/10 of what all have covered."""
+    """Draw the mean curve of each group; the axis begins where they are after a quarter of what all have covered."""
     low, high = common_range(groups.values(), x, loss)
-    start, seen = low + 0.3 * (high - low), []
+    start, seen = low + 0.25 * (high - low), []
     for (name, samples), colour in zip(groups.items(), colours_of(len(groups)), strict=True):
         grid = grid_of(samples, common_range([samples], x, loss), x, loss)
         mean = resample(samples, x, grid, loss).mean(0)
         ax.plot(grid / size, mean, color=colour, lw=1.8, label=f"{label_of(name)} (n = {len(samples)})")
         seen += [*mean[grid >= start]]
     ax.set_ylim(limits_of(seen))
-    ax.set_xlim(0, None)
     ax.ticklabel_format(axis="y", useOffset=False)
     head_legend(ax)
 
 
 def draw_differences(ax, groups, x, size, loss):
-    """Draw each further group's mean minus the first's, with its band; the axis is made for the last 6/10."""
+    """Draw each further group's mean minus the first's, with its band; the axis is made for the last half."""
     (first, base), *others = groups.items()
     ax.axhline(0, color="0.2", lw=1)
     limits = []
@@ -392,7 +398,7 @@ def draw_differences(ax, groups, x, size, loss):
         ax.plot(grid / size, mean, color=colour, lw=1.8, label=end_words(mean, low, high), **marks)
         if low is not None:
             ax.fill_between(grid / size, low, high, color=colour, alpha=0.18, lw=0)
-        limits += tail_values(mean, low, high, grid >= span[0] + 0.4 * (span[1] - span[0]))
+        limits += tail_values(mean, low, high, grid >= span[0] + 0.5 * (span[1] - span[0]))
     ax.set_ylim(limits_of([0, *limits], 0.12))
     ax.ticklabel_format(axis="y", useOffset=False)
     head_legend(ax)
@@ -425,7 +431,7 @@ def ends_figure(groups):
     kinds = [("last validation loss (nats/token)", ".5f", lambda s: s.loss),
              ("training time (s)", ".2f", lambda s: s.time_s)]
     kinds = [kind for kind in kinds if any(kind[2](s) is not None for samples in groups.values() for s in samples)]
-    figure, axes = new_figure(len(kinds), 2.2 + 0.5 * len(groups), 5.2 * len(kinds))
+    figure, axes = new_figure(len(kinds), 1.4 + 0.95 * len(groups), 5.2 * len(kinds))
     for ax, (label, form, value) in zip(axes, kinds, strict=True):
         first = [value(s) for s in [*groups.values()][0]]
         for i, (samples, colour) in enumerate(zip(groups.values(), colours_of(len(groups)), strict=True)):
@@ -442,18 +448,18 @@ def ends_figure(groups):
         ax.xaxis.get_major_locator().set_params(nbins=5)
     names = [f"{label_of(name)} (n = {len(samples)})" for name, samples in groups.items()]
     axes[0].set_yticks(range(len(names)), names)
-    figure.suptitle("too few losses are logged for curves: the last ones, each run and mean with 95 % interval",
-                    fontsize=10)
+    title = "Too few losses are logged for curves: last loss and time of each run, and means with 95 % intervals"
+    figure.suptitle(title, fontsize=10.5, fontweight="bold")
     return figure
 
 
 def value_words(values, first, i, form):
     """Mean and sd of a group, and for a further one its difference from the first with Welch's interval."""
     mean, sd = mean_sd(values)
-    words = show(mean, form) + (f" ± {sd:{form}}" if sd is not None else "")
-    test = welch(values, first) if i else None
-    return words + (f";  {test['difference']:+{form}}, {test['ci_low']:+{form}} to {test['ci_high']:+{form}}"
-                    if test else "")
+    words = show(mean, form) + (f" ± {sd:{form}} (sd)" if sd is not None else "")
+    if test := welch(values, first) if i else None:
+        words += f"\ndifference {test['difference']:+{form}} ({test['ci_low']:+{form}} to {test['ci_high']:+{form}})"
+    return words
 
 
 def save_figures(make, folder):

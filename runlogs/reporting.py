@@ -88,7 +88,7 @@ class Table:
         self.title, self.headings = printable(clip(self.title, MAX_CELL)), [*map(cell_text, self.headings)]
         self.rows = [[*map(cell_text, row)] for row in self.rows]
         columns = zip(*self.rows, strict=True) if self.rows else [[]] * len(self.headings)
-        self.aligns = [">" if all(re.fullmatch(r"[-+\d.,/ e%]*|nan|inf", cell) for cell in column) else "<"
+        self.aligns = [">" if all(re.fullmatch(r"[-+~\d.,/ e%]*|nan|inf", cell) for cell in column) else "<"
                        for column in columns]
 
     def column_widths(self):
@@ -436,6 +436,8 @@ def equal_report(names, equal, loss):
             report += [equal_table(names[0], name, points, i, x, LOSS_NAMES[loss])] if points else []
     if not any(point["intervals"][i] for points in equal.values() for point in points for i in range(len(names) - 1)):
         report.append("no interval: it needs two runs in each group")
+    guessed = [p for x in ("step", "tokens") for p in equal[x] if not p["measured"]]
+    report += ["~ and times: interpolated between the losses around them"] if guessed else []
     return report + ["equal tokens: not all of these logs count their tokens"] * (not equal["tokens"])
 
 
@@ -447,7 +449,8 @@ def equal_table(a, b, points, i, x, loss):
         low, high = point["intervals"][i] or (None, None)
         old, new = point["means"][0], point["means"][i + 1]
         interval = "-" if low is None else f"{low:+.4f} to {high:+.4f}"
-        rows.append([form(point["at"]), f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}", interval])
+        mark = "~" if not point["measured"] and x != "train_time_ms" else ""
+        rows.append([mark + form(point["at"]), f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}", interval])
     title = f"{loss} at equal {what}: A is {a}, B is {b}"
     return Table([unit, "A", "B", "B - A", "95 % interval"], rows, title)
 
