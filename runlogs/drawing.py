@@ -235,7 +235,7 @@ def series_figure(runs, name, panels):
     found = [[points_of(run) for run in runs] for _, points_of in panels]
     if not any(points for panel in found for points in panel):
         return None
-    figure, axes = new_figure(len(panels), 4.4, 7 * len(panels))
+    figure, axes = new_figure(len(panels), 4.2, 7 if len(panels) == 1 else 5.2 * len(panels))
     for ax, (label, _), panel in zip(axes, panels, found, strict=True):
         bars = any(len(point) > 2 for points in panel for point in points)
         look = {"lw": 1.2, "capsize": 2, "ms": 4, "marker": "o" if bars else ""}

@@ -57,11 +57,10 @@ def wrap(text, most):
         return [text]
     lines, width = [""], 0
     for word in re.findall(r"\s*\S+", text):
-        if width + wide(word) > most:
-            word = word.lstrip()
-            lines += [""] * bool(lines[-1])
-            width = 0
-        for c in word if wide(word) > most else [word]:
+        if width + wide(word) > most and wide(word.lstrip()) <= most:
+            lines.append("")
+            word, width = word.lstrip(), 0
+        for c in [word] if width + wide(word) <= most else word:
             if width + wide(c) > most:
                 lines.append("")
                 width = 0
@@ -118,15 +117,25 @@ class Table:
         return [max(3, text if align == "<" and (i == 0 or not self.names) else min(text, 4) if i == 0 else width)
                 for i, (text, width, align) in enumerate(zip(texts, cells, self.aligns, strict=True))]
 
+    def too_many(self, width):
+        """The extras that find no room, the most important first: each takes its own where the rest leaves some."""
+        first, *others = self.column_widths()
+        sizes = dict(zip(self.headings[1:], others, strict=True))
+        room = width - min(first, NAME_LEAST) - sum(size + 2 for name, size in sizes.items() if name not in self.extras)
+        found = []
+        for name in reversed(self.extras):
+            if name in sizes and sizes[name] + 2 <= room:
+                room -= sizes[name] + 2
+            elif name in sizes:
+                found.append(name)
+        return found
+
     def narrowed(self, width):
         """(the table without as many of its extras as it takes, widths of its columns, headings left out)."""
-        table, left_out = self.relative() if self.names else self, []
-        for heading in (name for name in self.extras if name in self.headings):
-            first, *others = table.column_widths()
-            if min(first, NAME_LEAST) + sum(others) + 2 * len(others) <= width:
-                break
+        table = self.relative() if self.names else self
+        left_out = table.too_many(width)
+        for heading in left_out:
             table = table.without(heading)
-            left_out.append(heading)
         widths, least = table.column_widths(), table.least_widths()
         while sum(widths) + 2 * (len(widths) - 1) > width:
             i = max(range(len(widths)), key=lambda i: (widths[i] > least[i]) * widths[i])
