@@ -7,7 +7,7 @@ from pathlib import Path
 
 from runlogs.curves import common_range, difference, loss_of, points_at, resample, rising, tokens_a_step_differ
 from runlogs.judging import mean_sd, welch
-from runlogs.loading import accuracies, balance_of, curve, differing, settings_of, step_times
+from runlogs.loading import accuracies, balance_of, curve, differing, settings_of, status_of, step_times
 from runlogs.output import printable, write_file
 from runlogs.parsing import DEAD, LOSSES
 from runlogs.reporting import show
@@ -23,7 +23,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 def loss_limits(runs):
     """(low, high) of the loss axis, None without a loss.
 
-    It starts where the runs are after a tenth of the longest, as the first fall from ln(vocab_size) would flatten the
+    It starts where the runs are after a fifth of the longest, as the first fall from ln(vocab_size) would flatten the
     rest. Losses that rise again stretch it to at most twice that span or one nat: a diverged run leaves the panel.
     """
     rows = [rows for run in runs for rows in run.trace.trials]
@@ -32,7 +32,7 @@ def loss_limits(runs):
     curves = [points for points in curves if points]
     if not curves:
         return None
-    start = max(points[-1][0] for points in curves) / 10
+    start = max(points[-1][0] for points in curves) / 5
     cuts = [next((i for i, (x, _) in enumerate(points) if x >= start), len(points) - 1) for points in curves]
     fallen = max(min(y for _, y in points[: i + 1]) for points, i in zip(curves, cuts, strict=True))
     late = sorted(y for points, i in zip(curves, cuts, strict=True) for _, y in points[i:])
@@ -82,7 +82,7 @@ def not_logged(ax, what="not logged"):
     ax.set_xticks([])
 
 
-MOST_RUNS, MOST_VALUES = 16, 8  # in a legend, the best of them; with their last value beside the curve
+MOST_RUNS, MOST_VALUES = 16, 8  # in a legend, the best of them; with dots and their last values beside the panel
 
 
 def look_of(i):
@@ -110,14 +110,15 @@ def half_sizes(groups):
     return sum(len(members) for _, members in groups) / 2
 
 
-def draw_run(ax, run, look):
-    """Draw the losses of a run against its steps: validation, and faint that of training, smoothed."""
+def draw_run(ax, run, look, dots):
+    """Draw the losses of a run against its steps: validation, with dots or not, and faint that of training, smoothed."""
     for rows in run.trace.trials:
         (x, val), (at, train) = (points_at(rows, loss, "step") for loss in ("val_loss", "train_loss"))
         faint = {"lw": 1.1, "alpha": 0.35} if len(x) > 1 else {"lw": 1.6, "alpha": 0.9}
         ax.plot(at, train, zorder=2, **look | faint) if len(at) else None
-        marks = {"marker": "o", "ms": 4.5, "mec": "white", "mew": 0.7, "markevery": max(1, len(x) // 25)}
-        ax.plot(x, val, lw=2, zorder=3, **look | marks) if len(x) else None
+        marks = {"marker": "o", "ms": 4.5, "mec": "white", "mew": 0.7, "markevery": max(1, len(x) // 25), "lw": 2}
+        marks = marks if dots or len(x) == 1 else {"lw": 1.3}
+        ax.plot(x, val, zorder=3, **look | marks) if len(x) else None
 
 
 def draw_target(ax, runs):
@@ -140,10 +141,12 @@ def last_losses(run):
     return None, ""
 
 
-def draw_values(ax, values, looks):
-    """Write the last losses that are in sight beside the panel, in the colour of their runs."""
-    low, high = ax.get_ylim()
-    seen = [(v, look) for v, look in zip(values, looks, strict=True) if v is not None and low <= v <= high]
+def draw_values(ax, runs, looks):
+    """Write beside the panel what the runs that go to its end came to, where that is in sight."""
+    (low, high), end, seen = ax.get_ylim(), ax.get_xlim()[1], []
+    for run, look in zip(runs, looks, strict=True):
+        value, step = last_losses(run)[0], run.trace.rows[-1]["step"] if run.trace.rows else 0
+        seen += [(value, look)] if value is not None and low <= value <= high and step >= 0.97 * end else []
     for (v, look), y in zip(seen, spread([v for v, _ in seen], (high - low) / 24), strict=True):
         ax.annotate(f"{v:.4f}", (1, y), (7, 0), xycoords=ax.get_yaxis_transform(), textcoords="offset points",
                     va="center", color=look["color"], fontsize=10, fontweight="bold")
@@ -174,7 +177,7 @@ def draw_second_axis(ax, runs):
     label, points = found
     steps, values = np.transpose(points)
     values = np.maximum.accumulate(values)
-    ticks = [t for t in MaxNLocator(7).tick_values(values[0], values[-1]) if values[0] <= t <= values[-1]]
+    ticks = [t for t in MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(values[0], values[-1]) if values[0] <= t <= values[-1]]
     top = ax.secondary_xaxis("top")
     top.set_xticks(np.interp(ticks, values, steps), [f"{t:g}" for t in ticks])
     top.set_xlabel(label, color="0.35")
@@ -183,10 +186,11 @@ def draw_second_axis(ax, runs):
 
 
 def words_of(run, names):
-    """Name of a run for a legend, and its settings of these names."""
+    """Name of a run for a legend, its settings of these names, and its status unless it is complete."""
     settings = settings_of(run)
     words = ", ".join(f"{name} {settings.get(name)}" for name in names if name in settings)
-    return label_of(run.path.name) + (f"  {label_of(words)}" if words else "")
+    words = [label_of(words)] * bool(words) + [status_of(run)] * (status_of(run) != "complete")
+    return "  ".join([label_of(run.path.name), *words])
 
 
 def loss_legend(figure, runs, looks):
@@ -204,8 +208,8 @@ def loss_legend(figure, runs, looks):
     if len(order) > MOST_RUNS:
         keys.append(Line2D([], [], lw=0))
         labels.append(f"and {len(order) - MOST_RUNS} more, higher")
-    columns = 1 if max(map(len, labels)) > 50 or len(labels) == 1 else 2
-    figure.legend(keys, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    columns = 1 if max(map(len, labels)) > 58 or len(labels) == 1 else 2
+    figure.legend(keys, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
     return -(-len(labels) // columns)
 
 
@@ -214,14 +218,14 @@ def loss_figure(runs, name):
     figure, (ax,) = new_figure(1, 5.2, 9)
     looks = [look_of(i) for i in range(len(runs))]
     for run, look in zip(runs, looks, strict=True):
-        draw_run(ax, run, look)
+        draw_run(ax, run, look, len(runs) <= MOST_VALUES)
     ax.set_ylim(loss_limits(runs))
     draw_target(ax, runs)
     ax.set_xlim(0, max((line.get_xdata()[-1] for line in ax.lines if len(line.get_xdata()) > 0), default=1) or 1)
     ax.set(xlabel="step", ylabel="loss (nats/token)")
     ax.xaxis.get_major_locator().set_params(integer=True)
     draw_second_axis(ax, runs)
-    draw_values(ax, [last_losses(run)[0] for run in runs], looks) if len(runs) <= MOST_VALUES else None
+    draw_values(ax, runs, looks) if len(runs) <= MOST_VALUES else None
     rows = loss_legend(figure, runs, looks)
     figure.set_figheight(4.9 + 0.21 * rows)
     title = f"{label_of(name, 60)}: validation, and faint the loss of training (smoothed)"

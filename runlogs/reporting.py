@@ -34,21 +34,34 @@ def wide(text):
     return len(text) + sum(east_asian_width(c) in "WF" for c in text)
 
 
-def cut(text, most):
-    """`text` in at most so many columns, its middle left out: the ends of names tell them apart."""
+def fitting(characters, most):
+    """The first of the characters that fit in so many columns."""
+    for i, c in enumerate(characters):
+        most -= wide(c)
+        if most < 0:
+            return characters[:i]
+    return characters
+
+
+def cut(text, most, head=None):
+    """`text` in at most so many columns, its middle left out; `head`: columns before the gap."""
     if wide(text) <= most:
         return text
-    head, tail = ["", ""]
-    start = (most - 1) // 2
-    for c in text:
-        if wide(head + c) > start:
+    start = fitting(text, (most - 1) // 2 if head is None else head)
+    return f"{start}…{fitting(text[::-1], most - 1 - wide(start))[::-1]}"
+
+
+def short_names(names, most):
+    """Names in at most so many columns, cut where they stay apart, if there is such a place."""
+    prefix = len(os.path.commonprefix(names))
+    middle, best = (most - 1) // 2, []
+    for start in sorted(range(most), key=lambda start: abs(start - middle)):
+        for own in (names, ["…" + name[prefix:] for name in names] if prefix > 1 else names):
+            found = [cut(name, most, start) for name in own]
+            best = found if len(set(found)) > len(set(best)) else best
+        if len(set(best)) == len(set(names)):
             break
-        head += c
-    for c in reversed(text):
-        if wide(head + tail + c) > most - 1:
-            break
-        tail = c + tail
-    return f"{head}…{tail}"
+    return best
 
 
 def wrap(text, most):
@@ -68,7 +81,7 @@ def wrap(text, most):
     return lines
 
 
-NAME_LEAST, TEXT_LEAST = 26, 10  # columns that names keep until `extras` are left out; that a text keeps
+NAME_LEAST, STATE_LEAST, TEXT_LEAST = 26, 18, 10  # columns of a name with `extras` beside it, its state, any text
 
 
 @dataclass
@@ -111,16 +124,18 @@ class Table:
         return Table(self.headings, rows, self.title or f"in {folder}", self.extras, self.names)
 
     def least_widths(self):
-        """What each column can be narrowed to."""
-        cells = self.column_widths() if not self.rows else [max(map(wide, c)) for c in zip(*self.rows, strict=True)]
-        texts = [min(width, TEXT_LEAST) for width in cells]
-        return [max(3, text if align == "<" and (i == 0 or not self.names) else min(text, 4) if i == 0 else width)
-                for i, (text, width, align) in enumerate(zip(texts, cells, self.aligns, strict=True))]
+        """What each column can be narrowed to: numbers stay whole."""
+        cells = [max(map(wide, column), default=0) for column in zip(*self.rows, strict=True)] or self.column_widths()
+        texts = STATE_LEAST if self.names else TEXT_LEAST
+        found = [max(3, min(width, texts) if align == "<" else width)
+                 for width, align in zip(cells, self.aligns, strict=True)]
+        return [min(cells[0], TEXT_LEAST), *found[1:]] if self.names else found
 
     def too_many(self, width):
         """The extras that find no room, the most important first: each takes its own where the rest leaves some."""
         first, *others = self.column_widths()
-        sizes = dict(zip(self.headings[1:], others, strict=True))
+        kept = zip(self.headings[1:], others, self.least_widths()[1:], strict=True)
+        sizes = {name: size if name in self.extras else max(least, wide(name)) for name, size, least in kept}
         room = width - min(first, NAME_LEAST) - sum(size + 2 for name, size in sizes.items() if name not in self.extras)
         found = []
         for name in reversed(self.extras):
@@ -142,19 +157,26 @@ class Table:
             if widths[i] <= least[i]:
                 break
             widths[i] -= 1
+        if table.names and table.rows and widths[0] < table.column_widths()[0]:
+            names = short_names([row[0] for row in table.rows], widths[0])
+            rows = [[name, *row[1:]] for name, row in zip(names, table.rows, strict=True)]
+            table = Table(table.headings, rows, table.title, table.extras, True)
         return table, widths, left_out
 
-    def lines_of(self, row, widths, names):
+    def lines_of(self, row, widths):
         """Cells of a row, each a list of lines."""
-        return [[cut(cell, width)] if align == ">" or names else wrap(cell, width)
-                for cell, width, align in zip(row, widths, self.aligns, strict=True)]
+        cells = [*zip(row, widths, self.aligns, strict=True)]
+        if self.names:
+            head, *rest = cells
+            return [[cut(*head[:2])], *([cut(cell, width, width - 1)] for cell, width, _ in rest)]
+        return [[cut(cell, width)] if align == ">" else wrap(cell, width) for cell, width, align in cells]
 
     def layout(self, width=None):
         """(lines of the title and of the headings, those of the rows, headings left out) in a width."""
         table, widths, left_out = self.narrowed(width or 10**9)
         blocks = []
         for row in (table.headings, *table.rows):
-            cells = table.lines_of(row, widths, self.names)
+            cells = table.lines_of(row, widths)
             height = range(max(map(len, cells)))
             lines = [[cell[i] if i < len(cell) else "" for cell in cells] for i in height]
             blocks.append([table.joined(line, widths) for line in lines])
