@@ -142,7 +142,8 @@ def places_near(span, shared, count):
         at = low + gap * i if i < count else high
         k = bisect.bisect(known, at)
         near = min(known[max(0, k - 1) : k + 1], key=lambda place: abs(place - at), default=math.inf)
-        found.append(near if low < near and abs(near - at) < gap / 2 else at)
+        close = low < near and abs(near - at) <= 0.5001 * gap and near not in found
+        found.append(near if close else at)
     return found
 
 

@@ -5,7 +5,16 @@ import math
 import warnings
 from pathlib import Path
 
-from runlogs.curves import common_range, difference, loss_of, points_at, resample, rising, tokens_a_step_differ
+from runlogs.curves import (
+    common_range,
+    difference,
+    loss_of,
+    points_at,
+    resample,
+    rising,
+    smoothed,
+    tokens_a_step_differ,
+)
 from runlogs.judging import mean_sd, welch
 from runlogs.loading import accuracies, balance_of, curve, differing, settings_of, status_of, step_times
 from runlogs.output import printable, write_file
@@ -111,7 +120,7 @@ def half_sizes(groups):
 
 
 def draw_run(ax, run, look, dots):
-    """Draw the losses of a run against its steps: validation, with dots or not, and faint that of training, smoothed."""
+    """Draw the losses of a run against its steps: validation, with dots or not, and faint training, smoothed."""
     for rows in run.trace.trials:
         (x, val), (at, train) = (points_at(rows, loss, "step") for loss in ("val_loss", "train_loss"))
         faint = {"lw": 1.1, "alpha": 0.35} if len(x) > 1 else {"lw": 1.6, "alpha": 0.9}
@@ -177,7 +186,8 @@ def draw_second_axis(ax, runs):
     label, points = found
     steps, values = np.transpose(points)
     values = np.maximum.accumulate(values)
-    ticks = [t for t in MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(values[0], values[-1]) if values[0] <= t <= values[-1]]
+    ticks = MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(values[0], values[-1])
+    ticks = [t for t in ticks if values[0] <= t <= values[-1]]
     top = ax.secondary_xaxis("top")
     top.set_xticks(np.interp(ticks, values, steps), [f"{t:g}" for t in ticks])
     top.set_xlabel(label, color="0.35")
@@ -190,7 +200,7 @@ def words_of(run, names):
     settings = settings_of(run)
     words = ", ".join(f"{name} {settings.get(name)}" for name in names if name in settings)
     words = [label_of(words)] * bool(words) + [status_of(run)] * (status_of(run) != "complete")
-    return "  ".join([label_of(run.path.name), *words])
+    return "  ".join([label_of(run.path.name, 30), *words])
 
 
 def loss_legend(figure, runs, looks):
@@ -302,13 +312,18 @@ def draw_load(ax, reports, m):
     return mesh
 
 
+def calm(points):
+    """The points with running means in place of their values."""
+    return [*zip((at for at, _ in points), smoothed([value for _, value in points]).tolist(), strict=True)]
+
+
 def figures_of(runs, name):
     """{file name: Figure} of an experiment, loss.png last; load.png is of the newest run (names of run folders begin
     with the time) that reports its routers."""
     routed = [run for run in runs if run.trace.routers]
     schedule = [(label, lambda run, key=key: curve(run.trace.rows, key, "step"))
                 for key, label in (("lr", "learning rate / its setting"), ("window", "attention window (tokens)"))]
-    times = [("ms per step", lambda run: step_times(run.trace.rows))]
+    times = [("ms per step, smoothed", lambda run: calm(step_times(run.trace.rows)))]
     scores = [("HellaSwag: accuracy per token (%)\nstandard errors; chance is 25 %", accuracies)]
     found = {"step_time.png": series_figure(runs, name, times),
              "schedule.png": series_figure(runs, name, schedule),

@@ -460,16 +460,25 @@ def equal_report(names, equal, loss):
     """Tables of the loss of the first group and of each further one at equal steps, tokens and times."""
     if not loss:
         return ["no losses at equal steps or times: these logs hold too few, so only the last ones are compared"]
-    few = loss == "train_loss"
+    few, same = loss == "train_loss", same_means(equal["step"], equal["tokens"])
     report = ["too few validations to compare at equal steps: the loss of training takes their place"] * few
     for i, name in enumerate(names[1:]):
         for x, points in equal.items():
+            points = [] if same and x == "tokens" else points
             report += [equal_table(names[0], name, points, i, x, LOSS_NAMES[loss])] if points else []
     if not any(point["intervals"][i] for points in equal.values() for point in points for i in range(len(names) - 1)):
         report.append("no interval: it needs two runs in each group")
     guessed = [p for x in ("step", "tokens") for p in equal[x] if not p["measured"]]
     report += ["~ and times: interpolated between the losses around them"] if guessed else []
+    report += ["equal tokens are equal steps"] * same
     return report + ["equal tokens: not all of these logs count their tokens"] * (not equal["tokens"])
+
+
+def same_means(points, others):
+    """Whether two lists of points have the same means, of all groups."""
+    pairs = zip(points, others, strict=False)
+    return len(points) == len(others) and all(
+        math.isclose(a, b, rel_tol=1e-6) for p, q in pairs for a, b in zip(p["means"], q["means"], strict=True))
 
 
 def equal_table(a, b, points, i, x, loss):
