@@ -467,18 +467,18 @@ def draw_site(axes, check: Check, name: str) -> dict:
     ratios = np.array(check.widths) / check.widths[0]
     bounds = ratios ** LIMITS.get(name, LIMIT)
     handles = {"flat enough to pass": axes.fill_between(ratios, 1 / bounds, bounds, color="0.88")}
-    for which, colour, y in ((STANDARD, "#d55e00", 0.7), (MUP, "#0072b2", 0.84)):
+    for which, colour, x in ((STANDARD, "#d55e00", 0.36), (MUP, "#0072b2", 0.04)):
         fits = [line for line in check.lines(which) if line.site.name == name and not line.fit.problem]
         for statistic, style in ((SIZE, "o:"), (CHANGE, "o-")):
             if line := worst([line for line in fits if line.statistic == statistic]):
                 means = np.log2(check.sizes[which][line[:3]]).mean(1)
                 plotted = axes.plot(ratios, np.exp2(means - means[0]), style, color=colour, markersize=3.5)
                 handles[f"{which}, {statistic}"] = plotted[0]
-        axes.text(0.04, y, cell(worst(fits)).split()[0], color=colour, weight="bold", size=9, transform=axes.transAxes)
+        axes.text(x, 0.87, cell(worst(fits)).split()[0], color=colour, weight="bold", size=9, transform=axes.transAxes)
     axes.loglog([], base=2)
-    low, high = axes.dataLim.intervaly
-    axes.set(ylim=(min(0.5, low) / 1.1, 1.1 * max(2, high)), xticks=ratios, xticklabels=check.widths)
-    axes.yaxis.set_major_formatter("{x:g}")
+    low, high = np.clip(axes.dataLim.intervaly, [0, 2], [0.5, np.inf])
+    axes.set(ylim=(low / 1.1, high * (high / low) ** 0.3), xticks=ratios, xticklabels=check.widths)
+    axes.yaxis.set_major_formatter("{x:.2g}")
     axes.set_title(name, loc="left", fontsize=10)
     return handles
 
