@@ -73,13 +73,38 @@ def common_range(groups, x, loss="val_loss", least=2):
     return (low, high) if low < high else None
 
 
-def loss_of(groups):
-    """The loss whose curves can be compared: of validation, or where too few are logged of training, smoothed; None
-    if neither can."""
-    for loss, least in (*LEAST.items(), ("val_loss", 2)):
-        if common_range(groups, "step", loss, least):
-            return loss
-    return None
+def loss_of(groups, x):
+    """The loss whose curves can be compared at equal x: that of validation, or where few are logged, that together
+    cover less than half of what the losses of training do, that of training, smoothed; None if neither can."""
+    val, train = (common_range(groups, x, loss, least) for loss, least in LEAST.items())
+    if val and (not train or val[1] - val[0] >= (train[1] - train[0]) / 2):
+        return "val_loss"
+    if train:
+        return "train_loss"
+    return "val_loss" if common_range(groups, x, "val_loss", 2) else None
+
+
+def mean_curve(samples, x, loss):
+    """(x, mean loss) of a group as arrays: against its mean times or tokens at the steps that all samples have, so that
+    the curve ends where they end on average; at equal x if they have no steps in common."""
+    import numpy as np
+
+    steps = sorted(shared_places([samples], "step", loss))
+    if len(steps) < 2:
+        grid = grid_of(samples, common_range([samples], x, loss), x, loss)
+        return grid, resample(samples, x, grid, loss).mean(0)
+    at = np.array(steps) if x == "step" else resample(samples, "step", steps, x).mean(0)
+    return at, resample(samples, "step", steps, loss).mean(0)
+
+
+def grid_of(samples, span, x, loss):
+    """Points at which curves are drawn: the steps at which they were measured if these are few, else 200."""
+    import numpy as np
+
+    if x != "step":
+        return np.linspace(*span, 200)
+    places = {at for sample in samples for at, _ in rising(sample.rows, loss, x) if span[0] <= at <= span[1]}
+    return np.array(sorted({*span, *places})) if len(places) <= 300 else np.linspace(*span, 200)
 
 
 def difference(a, b, confidence=0.95):
@@ -111,8 +136,8 @@ def equal_points(groups, count=POINTS):
     """{"step" | "tokens" | "train_time_ms": [{"at", "measured", "means": [one a group], "intervals": [(low, high) of
     each further group's mean minus the first's, or None]}]}, where all groups have been. A point that is not measured
     lies between records of the loss."""
-    loss = loss_of(groups)
-    return {x: equal_points_at(groups, x, loss, count) if loss else [] for x in AXES}
+    losses = {x: loss_of(groups, x) for x in AXES}
+    return {x: equal_points_at(groups, x, loss, count) if loss else [] for x, loss in losses.items()}
 
 
 def equal_points_at(groups, x, loss, count):

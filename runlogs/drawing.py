@@ -8,7 +8,9 @@ from pathlib import Path
 from runlogs.curves import (
     common_range,
     difference,
+    grid_of,
     loss_of,
+    mean_curve,
     points_at,
     resample,
     rising,
@@ -335,43 +337,35 @@ def figures_of(runs, name):
 def compare_figure(groups):
     """Figure of groups of runs: their curves where they matter and, below, each further group minus the first with a
     95 % band, at equal steps, tokens and times; the last losses and times if too few losses are logged for curves."""
-    loss = loss_of(groups.values())
-    return curves_figure(groups, loss) if loss else ends_figure(groups)
+    losses = {axis: loss_of(groups.values(), axis[0]) for axis in X_AXES}
+    losses = {axis: loss for axis, loss in losses.items() if loss}
+    if not tokens_a_step_differ(groups.values()):
+        losses.pop(X_AXES[1], None)
+    return curves_figure(groups, losses) if losses else ends_figure(groups)
 
 
-def curves_figure(groups, loss):
-    samples = groups.values()
-    shown = [axis for axis in X_AXES if common_range(samples, axis[0], loss)]
-    shown = [axis for axis in shown if axis[0] != "tokens" or tokens_a_step_differ(samples)]
-    count = len(shown)
+def curves_figure(groups, losses):
+    count = len(losses)
     figure, axes = new_figure(2 * count, 6.4 + 0.22 * len(groups), 5.2 * count if count > 1 else 7.5, 2,
                               sharex="col", height_ratios=(1, 1.25))
-    for top, bottom, (x, label, units) in zip(axes[:count], axes[count:], shown, strict=True):
-        size, unit = unit_of(common_range(samples, x, loss)[1], units)
+    for top, bottom, ((x, label, units), loss) in zip(axes[:count], axes[count:], losses.items(), strict=True):
+        low, high = common_range(groups.values(), x, loss)
+        size, unit = unit_of(high, units)
         draw_groups(top, groups, x, size, loss)
         draw_differences(bottom, groups, x, size, loss)
-        low, high = common_range(samples, x, loss)
         bottom.set_xlim((low + 0.2 * (high - low)) / size, bottom.get_xlim()[1])  # what comes before is out of sight
-        bottom.set_xlabel(f"{label} ({unit})" if unit else label)
+        bottom.set(xlabel=f"{label} ({unit})" if unit else label)
         panel_title(top, f"at equal {'time' if x == 'train_time_ms' else x + 's' * (x == 'step')}", len(groups))
         panel_title(bottom, f"minus {label_of([*groups][0], 22)}: below 0 is better", len(groups) - 1)
-    what = "validation loss" if loss == "val_loss" else "training loss, smoothed"
-    axes[0].set_ylabel(f"{what} (nats/token)")
-    axes[count].set_ylabel("difference (nats/token)")
+        if top is axes[0] or len({*losses.values()}) > 1:
+            top.set_ylabel("validation loss (nats/token)" if loss == "val_loss" else "training loss, smoothed")
+            bottom.set_ylabel("difference (nats/token)")
     return figure
 
 
 def panel_title(ax, title, lines):
     """A title above so many lines of a legend."""
     ax.set_title(title, fontsize=10, fontweight="bold", loc="left", pad=9 + 12.5 * lines)
-
-
-def grid_of(samples, span, x, loss):
-    """Points at which curves are drawn: where they were measured if these are the same for all, else 200."""
-    import numpy as np
-
-    places = {at for sample in samples for at, _ in rising(sample.rows, loss, x) if span[0] <= at <= span[1]}
-    return np.array(sorted(places)) if 1 < len(places) <= 300 else np.linspace(*span, 200)
 
 
 def limits_of(values, pad=0.06):
@@ -395,8 +389,7 @@ def draw_groups(ax, groups, x, size, loss):
     low, high = common_range(groups.values(), x, loss)
     start, seen = low + 0.25 * (high - low), []
     for (name, samples), colour in zip(groups.items(), colours_of(len(groups)), strict=True):
-        grid = grid_of(samples, common_range([samples], x, loss), x, loss)
-        mean = resample(samples, x, grid, loss).mean(0)
+        grid, mean = mean_curve(samples, x, loss)
         ax.plot(grid / size, mean, color=colour, lw=1.8, label=f"{label_of(name)} (n = {len(samples)})")
         seen += [*mean[grid >= start]]
     ax.set_ylim(limits_of(seen))

@@ -8,7 +8,7 @@ import statistics
 from array import array
 from dataclasses import dataclass
 
-from runlogs.curves import equal_points, loss_of
+from runlogs.curves import AXES, equal_points, loss_of
 from runlogs.loading import (
     SELF,
     Run,
@@ -314,7 +314,7 @@ def compare_numbers(groups, dropped):
     return {"groups": [{"name": name, **group_numbers(samples), **sizes_of(samples),
                         "warnings": group_warnings(samples, dropped[name])} for name, samples in groups.items()],
             "pairs": pairs, "stages": {name: stage_medians(samples) for name, samples in groups.items()},
-            "equal": equal_points(list(groups.values())), "equal_loss": loss_of(groups.values()),
+            "equal": equal_points(list(groups.values())), "equal_loss": {x: loss_of(groups.values(), x) for x in AXES},
             "control": control_numbers(groups)}
 
 

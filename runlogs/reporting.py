@@ -456,16 +456,18 @@ EQUAL = {  # key of a row: its name, a value of it
 LOSS_NAMES = {"val_loss": "val loss", "train_loss": "train loss, smoothed,"}
 
 
-def equal_report(names, equal, loss):
+def equal_report(names, equal, losses):
     """Tables of the loss of the first group and of each further one at equal steps, tokens and times."""
-    if not loss:
+    if not any(losses.values()):
         return ["no losses at equal steps or times: these logs hold too few, so only the last ones are compared"]
-    few, same = loss == "train_loss", same_means(equal["step"], equal["tokens"])
-    report = ["too few validations to compare at equal steps: the loss of training takes their place"] * few
+    same = same_means(equal["step"], equal["tokens"])
+    few = [EQUAL[x][0] for x, loss in losses.items() if loss == "train_loss" and not (same and x == "tokens")]
+    words = f"too few validations at equal {' and '.join(few)}: the loss of training takes their place"
+    report = [words] * bool(few)
     for i, name in enumerate(names[1:]):
         for x, points in equal.items():
             points = [] if same and x == "tokens" else points
-            report += [equal_table(names[0], name, points, i, x, LOSS_NAMES[loss])] if points else []
+            report += [equal_table(names[0], name, points, i, x, LOSS_NAMES[losses[x]])] if points else []
     if not any(point["intervals"][i] for points in equal.values() for point in points for i in range(len(names) - 1)):
         report.append("no interval: it needs two runs in each group")
     guessed = [p for x in ("step", "tokens") for p in equal[x] if not p["measured"]]
