@@ -31,7 +31,7 @@ def cell_text(value):
 
 def wide(text):
     """Columns that a text takes on a terminal: wide East Asian characters take two."""
-    return len(text) + sum(east_asian_width(c) in "WF" for c in text)
+    return len(text) + (0 if text.isascii() else sum(east_asian_width(c) in "WF" for c in text))
 
 
 def fitting(characters, most):
@@ -131,6 +131,11 @@ class Table:
                  for width, align in zip(cells, self.aligns, strict=True)]
         return [min(cells[0], TEXT_LEAST), *found[1:]] if self.names else found
 
+    def empty(self):
+        """The extras that nothing is known of."""
+        columns = zip(self.headings, *self.rows, strict=True)
+        return [name for name, *cells in columns if name in self.extras and {*cells} <= {"-", ""}]
+
     def too_many(self, width):
         """The extras that find no room, the most important first: each takes its own where the rest leaves some."""
         first, *others = self.column_widths()
@@ -148,6 +153,8 @@ class Table:
     def narrowed(self, width):
         """(the table without as many of its extras as it takes, widths of its columns, headings left out)."""
         table = self.relative() if self.names else self
+        for heading in table.empty() if sum(self.column_widths()) + 2 * len(self.headings) > width else []:
+            table = table.without(heading)
         left_out = table.too_many(width)
         for heading in left_out:
             table = table.without(heading)

@@ -360,7 +360,7 @@ def test_a_table_of_runs_has_a_line_a_run_and_says_what_it_left_out(tmp_path, ca
     assert len({*names}) == 12 and all("…" in name for name in names)
     assert "val loss" in head and "train s" in head
     missing = last.removeprefix("left out at 80 columns: ").removesuffix("; --wide shows them").split(", ")
-    assert "hardware" in missing and "code" in missing and not any(f"  {name} " in head for name in missing)
+    assert {"best val", "trials"} <= {*missing} and not any(f"  {name} " in head for name in missing)
 
 
 def test_wide_shows_all_and_markdown_is_never_cut(tmp_path, capsys, monkeypatch):
@@ -381,6 +381,13 @@ def test_what_is_left_out_is_the_least_important_that_has_no_room():
     assert table.layout(8)[-1] == ["torch", "code"]
 
 
+def test_columns_without_any_value_go_first_and_are_no_loss():
+    rows = [["r", "-", "2.9"], ["s", "-", "2.9"]]
+    table = reporting.Table(["run", "peak MiB", "torch"], rows, names=True, extras=("torch", "peak MiB"))
+    assert table.plain(12) == ["run  torch", "r      2.9", "s      2.9"] and table.layout(12)[-1] == []
+    assert "peak MiB" in table.plain(80)[0]
+
+
 def test_values_of_a_screen_hang():
     table = reporting.Table(["run", "p"], [["note", "word " * 30 + "end"], ["status", "complete"]])
     _, first, second, *rest, last = table.plain(60)
@@ -398,12 +405,14 @@ def test_wrap_keeps_all_and_fits(text, most):
 
 def test_cut_keeps_both_ends_and_names_stay_apart():
     assert reporting.cut("abcdefghij", 5) == "ab…ij" and reporting.cut("abc", 3) == "abc"
-    assert reporting.wide(reporting.cut("日本語" * 9, 8)) <= 8
+    assert reporting.wide("日本 a") == 6 and reporting.cut("日本語" * 9, 8) == "日…本語"
     names = [f"2026_run_{i}_{'x' * 40}" for i in range(10)]
     short = reporting.short_names(names, 16)
     assert len({*short}) == 10 and all(reporting.wide(name) <= 16 for name in short)
     tails = [f"{'x' * 40}_{i}" for i in range(10)]
     assert len({*reporting.short_names(tails, 12)}) == 10
+    inner = [f"{c}{'y' * 9}{i}{'x' * 40}" for c in "ab" for i in range(3)]
+    assert len({*reporting.short_names(inner, 16)}) == 6
 
 
 def test_names_are_given_relative_to_their_folder():
