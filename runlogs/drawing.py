@@ -334,17 +334,18 @@ def figures_of(runs, name):
     return {file: figure for file, figure in found.items() if figure}
 
 
-def compare_figure(groups):
+def compare_figure(groups, untested=()):
     """Figure of groups of runs: their curves where they matter and, below, each further group minus the first with a
-    95 % band, at equal steps, tokens and times; the last losses and times if too few losses are logged for curves."""
+    95 % band, at equal steps, tokens and times; the last losses and times if too few losses are logged for curves.
+    Groups that are `untested`, cells of a mixture, have no band."""
     losses = {axis: loss_of(groups.values(), axis[0]) for axis in X_AXES}
     losses = {axis: loss for axis, loss in losses.items() if loss}
     if not tokens_a_step_differ(groups.values()):
         losses.pop(X_AXES[1], None)
-    return curves_figure(groups, losses) if losses else ends_figure(groups)
+    return curves_figure(groups, losses, untested) if losses else ends_figure(groups, untested)
 
 
-def curves_figure(groups, losses):
+def curves_figure(groups, losses, untested):
     count = len(losses)
     figure, axes = new_figure(2 * count, 6.4 + 0.22 * len(groups), 5.2 * count if count > 1 else 7.5, 2,
                               sharex="col", height_ratios=(1, 1.25))
@@ -352,7 +353,7 @@ def curves_figure(groups, losses):
         low, high = common_range(groups.values(), x, loss)
         size, unit = unit_of(high, units)
         draw_groups(top, groups, x, size, loss)
-        draw_differences(bottom, groups, x, size, loss)
+        draw_differences(bottom, groups, x, size, loss, untested)
         bottom.set_xlim((low + 0.2 * (high - low)) / size, bottom.get_xlim()[1])  # what comes before is out of sight
         bottom.set(xlabel=f"{label} ({unit})" if unit else label)
         panel_title(top, f"at equal {'time' if x == 'train_time_ms' else x + 's' * (x == 'step')}", len(groups))
@@ -397,15 +398,16 @@ def draw_groups(ax, groups, x, size, loss):
     head_legend(ax)
 
 
-def draw_differences(ax, groups, x, size, loss):
+def draw_differences(ax, groups, x, size, loss, untested):
     """Draw each further group's mean minus the first's, with its band; the axis is made for the last half."""
     (first, base), *others = groups.items()
     ax.axhline(0, color="0.2", lw=1)
     limits = []
-    for (_, samples), colour in zip(others, colours_of(len(groups))[1:], strict=True):
+    for (name, samples), colour in zip(others, colours_of(len(groups))[1:], strict=True):
         span = common_range([base, samples], x, loss)
         grid = grid_of([*base, *samples], span, x, loss)
         mean, low, high = difference(*(resample(group, x, grid, loss) for group in (base, samples)))
+        low, high = (None, None) if name in untested else (low, high)
         marks = {"marker": "o", "ms": 3} if len(grid) <= 40 else {}
         ax.plot(grid / size, mean, color=colour, lw=1.8, label=end_words(mean, low, high), **marks)
         if low is not None:
@@ -431,11 +433,11 @@ def tail_values(mean, low, high, late):
 def end_words(mean, low, high):
     """The last difference in words, with its interval."""
     if low is None:
-        return f"{mean[-1]:+.4f} at the end; no band with one run in a group"
+        return f"{mean[-1]:+.4f} at the end; no band: one run, or a mixture"
     return f"{mean[-1]:+.4f} at the end, {low[-1]:+.4f} to {high[-1]:+.4f} (95 %)"
 
 
-def ends_figure(groups):
+def ends_figure(groups, untested):
     """Figure of groups whose logs hold too few losses for curves: the last loss and the time of each run, and the
     groups' means with 95 % intervals."""
     from scipy.stats import t
@@ -446,14 +448,15 @@ def ends_figure(groups):
     figure, axes = new_figure(len(kinds), 1.4 + 0.95 * len(groups), 5.2 * len(kinds))
     for ax, (label, form, value) in zip(axes, kinds, strict=True):
         first = [value(s) for s in [*groups.values()][0]]
-        for i, (samples, colour) in enumerate(zip(groups.values(), colours_of(len(groups)), strict=True)):
+        for i, ((name, samples), colour) in enumerate(zip(groups.items(), colours_of(len(groups)), strict=True)):
+            other = first if i and name not in untested else None
             values = [v for s in samples if (v := value(s)) is not None]
             mean, sd = mean_sd(values)
             bar = float(t.isf(0.025, len(values) - 1)) * sd / len(values) ** 0.5 if sd is not None else None
             ax.plot(values, [i] * len(values), "o", color=colour, ms=5, alpha=0.35, mew=0)
             if mean is not None:
                 ax.errorbar([mean], [i - 0.25], xerr=bar, fmt="D", color=colour, ms=5, capsize=3, lw=1.6)
-            ax.annotate(value_words(values, first, i, form), (0, i + 0.16), (4, 0), va="top", fontsize=8.5,
+            ax.annotate(value_words(values, other, form), (0, i + 0.16), (4, 0), va="top", fontsize=8.5,
                         color=colour, xycoords=ax.get_yaxis_transform(), textcoords="offset points")
         ax.set(xlabel=label, ylim=(len(groups) - 0.4, -0.6), yticks=[])
         ax.ticklabel_format(axis="x", useOffset=False)
@@ -465,11 +468,11 @@ def ends_figure(groups):
     return figure
 
 
-def value_words(values, first, i, form):
-    """Mean and sd of a group, and for a further one its difference from the first with Welch's interval."""
+def value_words(values, first, form):
+    """Mean and sd of a group, and its difference from the first, if that is given, with Welch's interval."""
     mean, sd = mean_sd(values)
     words = show(mean, form) + (f" ± {sd:{form}} (sd)" if sd is not None else "")
-    if test := welch(values, first) if i else None:
+    if test := welch(values, first) if first else None:
         words += f"\ndifference {test['difference']:+{form}} ({test['ci_low']:+{form}} to {test['ci_high']:+{form}})"
     return words
 

@@ -5,6 +5,7 @@ import math
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy.stats import ttest_ind
 from test_logger import make_run
 from test_logger_commands import command, numbers
 
+import logger
 from runlogs import curves, drawing, judging, loading, reporting
 
 pytest.importorskip("matplotlib")
@@ -50,7 +52,7 @@ def write_group(folder, shifts, steps=(0, 50, 100, 150, 200), **options):
 
 
 def groups_of(*folders):
-    return {f.name: judging.samples_of(loading.load(loading.expand([str(f)]), "stages"))[0] for f in folders}
+    return logger.load_groups([str(folder) for folder in folders])[0]
 
 
 OLD, NEW = [0.0, 0.02, 0.01], [-0.05, -0.03, -0.045, -0.06]
@@ -95,8 +97,7 @@ def test_between_validations_a_curve_stays_monotone_and_near_the_truth():
     """Straight lines are 0.5 off where the loss falls steeply; so would be differences at equal times."""
     steps = [0, 50, 100, 150, 200]
     rows = rows_of({step: falling(step) for step in steps})
-    sample = judging.Sample(None, rows, 3.0, 1.0, 200, {})
-    (found,) = curves.resample([sample], "step", [*range(201)])
+    (found,) = curves.resample([SimpleNamespace(rows=rows)], "step", [*range(201)])
     assert all(a >= b for a, b in zip(found, found[1:], strict=False))
     assert [found[step] for step in steps] == pytest.approx([falling(step) for step in steps])
     line = (falling(50) + falling(100)) / 2
@@ -215,7 +216,19 @@ def test_picture_of_one_run_a_group_has_no_band_and_says_so(tmp_path):
     groups = groups_of(write_group(tmp_path / "a", [0.0]), write_group(tmp_path / "b", [0.1]))
     figure = drawing.compare_figure(groups)
     assert not figure.axes[2].collections
-    assert "no band with one run in a group" in figure.axes[2].get_legend().get_texts()[0].get_text()
+    assert "no band: one run, or a mixture" in figure.axes[2].get_legend().get_texts()[0].get_text()
+
+
+def test_over_a_mixture_there_is_neither_band_nor_interval(tmp_path, capsys):
+    a, b = write_group(tmp_path / "a", OLD), write_group(tmp_path / "b", NEW)
+    for i in range(2):
+        write_run(b / f"longer_{i}", {step: falling(step) + i / 9 for step in range(0, 401, 50)})
+    found = numbers(capsys, "compare", a, b)
+    assert len(found["pairs"]) == 2 and all(pair["why"] for pair in found["pairs"])
+    assert {interval for point in found["equal"]["step"] for interval in point["intervals"]} == {None}
+    groups = groups_of(a, b)
+    for untested, bands in ((set(), 2), ({*groups}, 0)):
+        assert len(drawing.compare_figure(groups, untested).axes[2].collections) == bands
 
 
 def test_a_wide_band_does_not_hide_the_difference(tmp_path):
@@ -230,7 +243,8 @@ def test_curves_against_time_end_where_the_groups_end_on_average(tmp_path):
     folder = tmp_path / "a"
     for i, ms in enumerate((8.0, 10.0, 12.0)):
         write_run(folder / f"{i}", {s: falling(s) for s in (0, 50, 100, 150, 200)}, ms=ms)
-    at, mean = curves.mean_curve(groups_of(folder)["a"], "train_time_ms", "val_loss")
+    other = write_group(tmp_path / "b", OLD)
+    at, mean = curves.mean_curve(groups_of(folder, other)["a"], "train_time_ms", "val_loss")
     assert [*at] == pytest.approx([0, 500, 1000, 1500, 2000]) and mean[-1] == pytest.approx(falling(200))
 
 
