@@ -195,8 +195,8 @@ def compare_groups(args):
         return 0
     emit(compare_report(groups, result), args)
     if not args.no_plot:
-        path = Path(args.plot)
-        save_figures(lambda: {path.name: compare_figure(groups)}, path.parent)
+        path, untested = Path(args.plot), {pair["b"] for pair in result["pairs"] if pair["why"]}
+        save_figures(lambda: {path.name: compare_figure(groups, untested)}, path.parent)
         say(f"plot: {path}")
     return 0
 
@@ -425,6 +425,7 @@ def build_parser():
     shown = argparse.ArgumentParser(add_help=False)
     shown.add_argument("--json", action="store_true", help="print numbers as JSON, draw nothing")
     shown.add_argument("--markdown", action="store_true", help="print the report as Markdown")
+    shown.add_argument("--wide", action="store_true", help="whole tables, however wide the terminal is")
     about, _, more = __doc__.partition("\n\n")
     parser = Parser(description=about, epilog=more, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -434,6 +435,7 @@ def build_parser():
     flag(parser, "images-dir", default="images", help="folder for plots (default: images)")
     parser.add_argument("--json", action="store_true", help='print {"runs": [...]} instead of the table, draw nothing')
     flag(parser, "no-plot", action="store_true", help="draw nothing (matplotlib is not needed)")
+    parser.add_argument("--wide", action="store_true", help="the whole table, however wide the terminal is")
     commands = parser.add_subparsers(metavar="COMMAND", dest="name")
 
     def command(name, function):

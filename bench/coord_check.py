@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Iterable
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -90,15 +91,13 @@ def default_widths(s) -> list[int]:
     return widths
 
 def resized(script: ModuleType, s, length: int, **changes):
-    """The settings in fp32 and plain torch, for rows of `length` tokens; `changes`: width, base_width, mup, seed.
-    Raises ValueError where they do not fit."""
+    """The settings in fp32 and plain torch, for rows of `length` tokens. Raises ValueError where they do not fit."""
     fixed = dict(
         dtype="fp32", compile=False, kernels="none", fp8_head="off", fp8_mlp=False, backend="sdpa",
         stage_ends=(1.0,), stage_lr=(1.0,), mtp=(0,), seq_len=(length,), max_doc_len=(length,),
         batch_tokens=(ROWS * length,), micro_tokens=ROWS * length, eval_seq_len=length,
         window=(length,), window_start=0, window_step=length // 4)
-    if hasattr(s, "moe_impl"):
-        fixed["moe_impl"] = "loop"
+    fixed |= {"moe_impl": "loop"} if hasattr(s, "moe_impl") else {}
     s = dataclasses.replace(s, **fixed, **changes)
     if ROWS * (length + 1) > len(__doc__):
         raise ValueError(f"width {s.width}: the text is too short for rows of {length} tokens; use smaller --widths")
@@ -192,9 +191,8 @@ class Site(NamedTuple):
 
 @contextlib.contextmanager
 def recorded(script: ModuleType, model, s):
-    """Activations of the last forward pass inside, by Site, each as a flat tensor. Hooks see what goes into and comes
-    out of modules; products inside are made again from a module's input; `attend`, `head_losses` and `cap_logits` are
-    replaced for that time by functions that look at their arguments."""
+    """Activations of the last forward pass inside, by Site, each as a flat tensor. Hooks see what modules take and
+    give; products inside are made again; functions that look at their arguments stand in for the script's."""
     found: dict[Site, torch.Tensor] = {}
     handles, originals, layer = [], {}, [None]
 
@@ -266,10 +264,7 @@ def looking_attend(original, keep):
     return attend
 
 def looking_head(original, keep):
-    def head_losses(x, *rest):
-        keep("head input", x)
-        return original(x, *rest)
-    return head_losses
+    return lambda x, *rest: keep("head input", x) or original(x, *rest)
 
 def looking_cap(original, cap, keep):
     """The model's cap has the head's multiplier in it: what it is to the settings' makes of z what that would take."""
@@ -284,8 +279,7 @@ def looking_cap(original, cap, keep):
 Sizes = dict[tuple[Site, str, int], np.ndarray]  # by site, SIZE or CHANGE, and step
 
 def train(script: ModuleType, s, steps: int) -> tuple[dict[tuple[Site, str, int], float], list[float]]:
-    """A model's first steps, at the full learning rates and with the momentum of a run's start: what was seen, with
-    keys as of Sizes, and the losses before the first step .. after the last one."""
+    """What is seen in a model's first steps, with keys as of Sizes, and the losses before, between and after them."""
     model, length = script.GPT(s, VOCAB), s.seq_len[0]
     optimizer = script.MuonAdamW(model, s, script.World())
     model.to(s.device)
@@ -376,8 +370,7 @@ class Line(NamedTuple):
         return self.fit.problem or f"slope {self.fit.slope:+.2f} ± {self.fit.error:.2f}"
 
 def judged_steps(steps: int) -> set[int]:
-    """The start and the first, middle and last step. Others say nearly the same: more lines would only be more chances
-    for a slope to be beyond its limit by chance."""
+    """Start, first, middle and last step: others say nearly the same, and may be beyond their limit by chance."""
     return {0, 1, (steps + 1) // 2, steps}
 
 def fit_all(sizes: Sizes, widths: list[int], steps: int) -> list[Line]:
@@ -390,11 +383,8 @@ def worst(lines: list[Line]) -> Line | None:
 
 def failing(lines: list[Line]) -> list[Line]:
     """The worst line of each site and layer that has one beyond its limit, the worst first."""
-    groups: dict[Site, list[Line]] = {}
-    for line in lines:
-        if line.judged and line.share > 1:
-            groups.setdefault(line.site, []).append(line)
-    return sorted(map(worst, groups.values()), key=lambda line: -line.share)
+    beyond = sorted((line for line in lines if line.judged and line.share > 1), key=lambda line: -line.share)
+    return [line for line in beyond if line is worst([other for other in beyond if other.site == line.site])]
 
 def judge(script: ModuleType, s, widths: list[int], seeds: int, max_seeds: int, steps: int, say) -> Sizes:
     """Measures as many seeds as the verdict needs. Raises ValueError if nothing changes in training."""
@@ -472,23 +462,35 @@ def summary(check: Check) -> tuple[list[str], list[str]]:
     return head, [f"  {line.site}: {line.statistic} at step {line.step}, {line}, limit {line.limit}"
                   for line in failing(check.lines(MUP))]
 
+def draw_site(axes, check: Check, name: str) -> dict:
+    """Draws a kind of site's worst layer and step by width, and writes the slope; label -> handle, for the legend."""
+    ratios = np.array(check.widths) / check.widths[0]
+    bounds = ratios ** LIMITS.get(name, LIMIT)
+    handles = {"flat enough to pass": axes.fill_between(ratios, 1 / bounds, bounds, color="0.88")}
+    for which, colour, x in ((STANDARD, "#d55e00", 0.36), (MUP, "#0072b2", 0.04)):
+        fits = [line for line in check.lines(which) if line.site.name == name and not line.fit.problem]
+        for statistic, style in ((SIZE, "o:"), (CHANGE, "o-")):
+            if line := worst([line for line in fits if line.statistic == statistic]):
+                means = np.log2(check.sizes[which][line[:3]]).mean(1)
+                plotted = axes.plot(ratios, np.exp2(means - means[0]), style, color=colour, markersize=3.5)
+                handles[f"{which}, {statistic}"] = plotted[0]
+        axes.text(x, 0.87, cell(worst(fits)).split()[0], color=colour, weight="bold", size=9, transform=axes.transAxes)
+    axes.loglog([], base=2)
+    low, high = np.clip(axes.dataLim.intervaly, [0, 2], [0.5, np.inf])
+    axes.set(ylim=(low / 1.1, high * (high / low) ** 0.3), xticks=ratios, xticklabels=check.widths)
+    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.set_title(name, loc="left", fontsize=10)
+    return handles
+
 def plot(check: Check, path: Path) -> None:
-    """Size and change, with --mup and without: a line is a site's worst layer and step, by width. Flat is right."""
-    figure, grid = common.panels(13, 9, 2, 2, sharex=True)
-    places = [(which, statistic) for which in (MUP, STANDARD) for statistic in (SIZE, CHANGE)]
-    for axes, (which, statistic) in zip(grid.flat, places, strict=True):
-        for name in check.names:
-            lines = [line for line in check.lines(which) if (line.site.name, line.statistic) == (name, statistic)]
-            line = worst([line for line in lines if not line.fit.problem])
-            if line:
-                means = np.log2(check.sizes[which][line.site, statistic, line.step]).mean(1)
-                axes.plot(np.log2(check.widths), means - means[0], "o-", markersize=3, label=name)
-        axes.set_xticks(np.log2(check.widths), [*map(str, check.widths)])
-        axes.set_title(f"{which}: {statistic}")
-        axes.grid(alpha=0.3)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right upper")
-    figure.supxlabel("width")
-    figure.supylabel("log2 of the statistic / that of the narrowest model, geometric mean of seeds")
+    """A panel for each kind of site: size and change, with --mup and without, over those of the narrowest model."""
+    rows, handles = -(-len(check.names) // 5), {}
+    figure, grid = common.panels(11, 1.2 + 1.8 * rows, rows, 5, squeeze=False)
+    for axes, name in zip_longest(grid.flat, check.names):
+        handles |= draw_site(axes, check, name) if name else axes.remove() or {}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.suptitle("Activations by width, over those of the narrowest model: under muP blue is flat (slope 0)\n"
+                    "Numbers: slope of size or change, whichever is worse, at the worst layer and step", fontsize=11)
     figure.savefig(path, dpi=110)
 
 def write_report(check: Check, out: Path) -> None:
@@ -546,9 +548,7 @@ def coord_check(args: argparse.Namespace, _command: str) -> int:
     check_args(args, s, widths)
     s = dataclasses.replace(s, base_width=base_width or widths[0])
 
-    def say(line: str):
-        print(line, file=sys.stderr, flush=True)
-
+    say = partial(print, file=sys.stderr, flush=True)
     standard = measure(script, dataclasses.replace(s, mup=False), widths, range(args.seeds), args.steps, say)
     sizes = {MUP: judge(script, s, widths, args.seeds, args.max_seeds, args.steps, say), STANDARD: standard}
     about = (f"{s.num_layers} layers ({s.attention}), head_dim {s.head_dim}, widths {', '.join(map(str, widths))}, "

@@ -7,10 +7,10 @@ import statistics
 from array import array
 
 from runlogs.arms import session_of
+from runlogs.curves import AXES, equal_points, loss_of
 from runlogs.loading import (
     SELF,
     changes_of,
-    curve,
     latest,
     load_one,
     settings_of,
@@ -192,39 +192,6 @@ def stage_medians(samples):
         if stage in found or len(found) < MAX_KEYS:
             found.setdefault(stage, array("d")).extend(values)
     return {stage: statistics.median(values) for stage, values in found.items()}
-
-
-def resample(samples, x, grid):
-    """Validation losses of the samples at the points of `grid`, as an array (sample, point); x is a key of a row."""
-    import numpy as np
-
-    curves = []
-    for sample in samples:
-        points = curve(sample.rows, "val_loss", x)
-        points = [point for i, point in enumerate(points) if i == 0 or point[0] > points[i - 1][0]]
-        curves.append(np.interp(grid, *zip(*points, strict=True)))
-    return np.array(curves)
-
-
-def common_range(groups, x):
-    """(low, high) of x that the validation curves of all samples of all groups cover, None without one."""
-    curves = [[a for a, _ in curve(s.rows, "val_loss", x)] for samples in groups for s in samples]
-    if not curves or any(len(points) < 2 for points in curves):
-        return None
-    low, high = max(points[0] for points in curves), min(max(points) for points in curves)
-    return (low, high) if low < high else None
-
-
-def equal_points(groups, count=4):
-    """{"step" | "tokens" | "train_time_ms": [{"at", "means": [one a group]}]}, where all groups have been."""
-    found = {}
-    for x in ("step", "tokens", "train_time_ms"):
-        span = common_range(groups, x)
-        low, high = span or (0, 0)
-        grid = [low + (high - low) * i / count for i in range(1, count + 1)] if span else []
-        means = [resample(samples, x, grid).mean(0) for samples in groups] if grid else []
-        found[x] = [{"at": at, "means": [*map(float, at_x)]} for at, *at_x in zip(grid, *means, strict=True)]
-    return found
 
 
 def sizes_of(samples):
@@ -409,10 +376,15 @@ def compare_numbers(groups, dropped, mixtures=None):
                       "val_loss": None if why else welch([s.loss for s in b], [s.loss for s in a]),
                       "train_time_s": None if why else welch([s.time_s for s in b], [s.time_s for s in a]),
                       "sigma_rule": None if why else pairwise_rule(a, b)})
+    equal = equal_points(list(groups.values()))
+    for i, pair in enumerate(pairs):
+        for point in (point for points in equal.values() for point in points if pair["why"]):
+            point["intervals"][i] = None
     return {"groups": [{"name": name, "mixture": mixtures.get(name, ""), **group_numbers(samples), **sizes_of(samples),
                         "warnings": group_warnings(samples, dropped[name])} for name, samples in groups.items()],
             "pairs": pairs, "stages": {name: stage_medians(samples) for name, samples in groups.items()},
-            "equal": equal_points(list(groups.values())), "control": control_numbers(groups)}
+            "equal": equal, "equal_loss": {x: loss_of(groups.values(), x) for x in AXES},
+            "control": control_numbers(groups)}
 
 
 def changed_config(a, b):

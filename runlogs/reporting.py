@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import statistics
 import sys
 from dataclasses import dataclass
@@ -30,29 +31,176 @@ def cell_text(value):
     return printable(clip(value, MAX_CELL))
 
 
+def wide(text):
+    """Columns that a text takes on a terminal: wide East Asian characters take two."""
+    return len(text) + (0 if text.isascii() else sum(east_asian_width(c) in "WF" for c in text))
+
+
+def fitting(characters, most):
+    """The first of the characters that fit in so many columns."""
+    for i, c in enumerate(characters):
+        most -= wide(c)
+        if most < 0:
+            return characters[:i]
+    return characters
+
+
+def cut(text, most, head=None):
+    """`text` in at most so many columns, its middle left out; `head`: columns before the gap."""
+    if wide(text) <= most:
+        return text
+    start = fitting(text, (most - 1) // 2 if head is None else head)
+    return f"{start}…{fitting(text[::-1], most - 1 - wide(start))[::-1]}"
+
+
+def short_names(names, most):
+    """Names in at most so many columns, cut where they stay apart, if there is such a place."""
+    prefix = len(os.path.commonprefix(names))
+    middle, best = (most - 1) // 2, []
+    for start in sorted(range(most), key=lambda start: abs(start - middle)):
+        for own in (names, ["…" + name[prefix:] for name in names] if prefix > 1 else names):
+            found = [cut(name, most, start) for name in own]
+            best = found if len(set(found)) > len(set(best)) else best
+        if len(set(best)) == len(set(names)):
+            break
+    return best
+
+
+def wrap(text, most):
+    """Lines of at most so many columns, broken at spaces, and within words that are longer."""
+    if wide(text) <= most:
+        return [text]
+    lines, width = [""], 0
+    for word in re.findall(r"\s*\S+", text):
+        if width + wide(word) > most and wide(word.lstrip()) <= most:
+            lines.append("")
+            word, width = word.lstrip(), 0
+        for c in [word] if width + wide(word) <= most else word:
+            if width + wide(c) > most:
+                lines.append("")
+                width = 0
+            lines[-1], width = lines[-1] + c, width + wide(c)
+    return lines
+
+
+NAME_LEAST, STATE_LEAST, TEXT_LEAST = 26, 18, 10  # columns of a name with `extras` beside it, its state, any text
+
+
 @dataclass
 class Table:
-    """Headings and rows of cells; a column of numbers is aligned right. `title` is a line above it."""
+    """Headings and rows of cells; a column of numbers is aligned right. `title` is a line above it. To be narrower, a
+    table leaves out its `extras`, headings from the least important on, and wraps its texts; one of `names` cuts the
+    first column instead, for a line a row."""
 
     headings: list[str]
     rows: list[list[str]]
     title: str = ""
+    extras: tuple = ()
+    names: bool = False
 
     def __post_init__(self):
         self.title, self.headings = printable(clip(self.title, MAX_CELL)), [*map(cell_text, self.headings)]
         self.rows = [[*map(cell_text, row)] for row in self.rows]
         columns = zip(*self.rows, strict=True) if self.rows else [[]] * len(self.headings)
-        self.aligns = [">" if all(re.fullmatch(r"[-+\d.,/ e%]*|nan|inf", cell) for cell in column) else "<"
+        self.aligns = [">" if all(re.fullmatch(r"[-+~\d.,/ e%]*|nan|inf", cell) for cell in column) else "<"
                        for column in columns]
 
-    def plain(self):
-        """Lines; wide East Asian characters count as two."""
-        columns = [list(column) for column in zip(self.headings, *self.rows, strict=True)]
-        for column, align in zip(columns, self.aligns, strict=True):
-            widths = [sum(1 + (east_asian_width(c) in "WF") for c in cell) for cell in column]
-            pads = [" " * (widest - width) for widest in [max(widths)] for width in widths]
-            column[:] = [cell + pad if align == "<" else pad + cell for cell, pad in zip(column, pads, strict=True)]
-        return [*filter(None, [self.title]), *("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))]
+    def column_widths(self):
+        columns = zip(self.headings, *self.rows, strict=True)
+        return [max(map(wide, column)) for column in columns]
+
+    def without(self, heading):
+        """The table without a column."""
+        i = self.headings.index(heading)
+        headings, *rows = ([*row[:i], *row[i + 1 :]] for row in (self.headings, *self.rows))
+        return Table(headings, rows, self.title, self.extras, self.names)
+
+    def relative(self):
+        """A table of names that are all in one folder, which its title says instead."""
+        names = [row[0] for row in self.rows]
+        folder = os.path.commonprefix([name[: name.rfind("/") + 1] for name in names])
+        folder = folder[: folder.rfind("/") + 1]
+        if len(names) < 2 or not folder:
+            return self
+        rows = [[name[len(folder) :], *row[1:]] for name, row in zip(names, self.rows, strict=True)]
+        return Table(self.headings, rows, self.title or f"in {folder}", self.extras, self.names)
+
+    def least_widths(self):
+        """What each column can be narrowed to: numbers stay whole."""
+        cells = [max(map(wide, column), default=0) for column in zip(*self.rows, strict=True)] or self.column_widths()
+        texts = STATE_LEAST if self.names else TEXT_LEAST
+        found = [max(3, min(width, texts) if align == "<" else width)
+                 for width, align in zip(cells, self.aligns, strict=True)]
+        return [min(cells[0], TEXT_LEAST), *found[1:]] if self.names else found
+
+    def empty(self):
+        """The extras that nothing is known of."""
+        columns = zip(self.headings, *self.rows, strict=True)
+        return [name for name, *cells in columns if name in self.extras and {*cells} <= {"-", ""}]
+
+    def too_many(self, width):
+        """The extras that find no room, the most important first: each takes its own where the rest leaves some."""
+        first, *others = self.column_widths()
+        kept = zip(self.headings[1:], others, self.least_widths()[1:], strict=True)
+        sizes = {name: size if name in self.extras else max(least, wide(name)) for name, size, least in kept}
+        room = width - min(first, NAME_LEAST) - sum(size + 2 for name, size in sizes.items() if name not in self.extras)
+        found = []
+        for name in reversed(self.extras):
+            if name in sizes and sizes[name] + 2 <= room:
+                room -= sizes[name] + 2
+            elif name in sizes:
+                found.append(name)
+        return found
+
+    def narrowed(self, width):
+        """(the table without as many of its extras as it takes, widths of its columns, headings left out)."""
+        table = self.relative() if self.names else self
+        for heading in table.empty() if sum(self.column_widths()) + 2 * len(self.headings) > width else []:
+            table = table.without(heading)
+        left_out = table.too_many(width)
+        for heading in left_out:
+            table = table.without(heading)
+        widths, least = table.column_widths(), table.least_widths()
+        while sum(widths) + 2 * (len(widths) - 1) > width:
+            i = max(range(len(widths)), key=lambda i: (widths[i] > least[i]) * widths[i])
+            if widths[i] <= least[i]:
+                break
+            widths[i] -= 1
+        if table.names and table.rows and widths[0] < table.column_widths()[0]:
+            names = short_names([row[0] for row in table.rows], widths[0])
+            rows = [[name, *row[1:]] for name, row in zip(names, table.rows, strict=True)]
+            table = Table(table.headings, rows, table.title, table.extras, True)
+        return table, widths, left_out
+
+    def lines_of(self, row, widths):
+        """Cells of a row, each a list of lines."""
+        cells = [*zip(row, widths, self.aligns, strict=True)]
+        if self.names:
+            head, *rest = cells
+            return [[cut(*head[:2])], *([cut(cell, width, width - 1)] for cell, width, _ in rest)]
+        return [[cut(cell, width)] if align == ">" else wrap(cell, width) for cell, width, align in cells]
+
+    def layout(self, width=None):
+        """(lines of the title and of the headings, those of the rows, headings left out) in a width."""
+        table, widths, left_out = self.narrowed(width or 10**9)
+        blocks = []
+        for row in (table.headings, *table.rows):
+            cells = table.lines_of(row, widths)
+            height = range(max(map(len, cells)))
+            lines = [[cell[i] if i < len(cell) else "" for cell in cells] for i in height]
+            blocks.append([table.joined(line, widths) for line in lines])
+        title = wrap(table.title, width or 10**9) if table.title else []
+        return title, blocks[0], [line for block in blocks[1:] for line in block], left_out
+
+    def joined(self, cells, widths):
+        pads = [" " * (width - wide(cell)) for cell, width in zip(cells, widths, strict=True)]
+        pairs = zip(cells, pads, self.aligns, strict=True)
+        return "  ".join(cell + pad if align == "<" else pad + cell for cell, pad, align in pairs).rstrip()
+
+    def plain(self, width=None):
+        """Lines, of at most `width` columns where that can be."""
+        title, head, rows, _ = self.layout(width)
+        return [*title, *head, *rows]
 
     def markdown(self):
         def line(cells):
@@ -63,25 +211,28 @@ class Table:
         return [*([f"**{self.title}**", ""] if self.title else []), line(self.headings), f"|{rule}|",
                 *map(line, self.rows), ""]
 
-    def rich(self):
-        """A rich Table of plain Text cells: nothing in them is read as markup."""
-        from rich.table import Table as RichTable
+    def rich(self, width=None):
+        """A rich Text, nothing in which is read as markup: title and headings stand out."""
         from rich.text import Text
 
-        table = RichTable(title=Text(self.title) if self.title else None, title_justify="left", header_style="bold")
-        for heading, align in zip(self.headings, self.aligns, strict=True):
-            table.add_column(Text(heading), justify="right" if align == ">" else "left")
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        return table
+        title, head, rows, _ = self.layout(width)
+        text = Text("\n".join(title + head), style="bold")
+        return Text("\n").join([text, Text("\n".join(rows))]) if rows else text
 
 
-def plain(report):
-    """Text of a report: a list of sentences, Tables, and lists of lines, as of code."""
+def plain(report, width=None):
+    """Text of a report: a list of sentences, Tables, and lists of lines, as of code. Tables are made to fit a width."""
     lines = []
     for block in report:
-        lines += block.plain() if isinstance(block, Table) else [block] if isinstance(block, str) else block
+        lines += block.plain(width) if isinstance(block, Table) else [block] if isinstance(block, str) else block
     return "\n".join(map(printable, lines))
+
+
+def left_out_line(report, width):
+    """[what Tables leave out to fit the width, in a sentence], [] if nothing."""
+    tables = [block for block in report if isinstance(block, Table)]
+    names = dict.fromkeys(name for table in tables for name in table.layout(width)[-1])
+    return [f"left out at {width} columns: {', '.join(names)}; --wide shows them"] if names else []
 
 
 def markdown(report):
@@ -94,18 +245,22 @@ def markdown(report):
 
 
 def emit(report, args):
-    """Print a report: Markdown if asked for, rich tables on a terminal, else plain text."""
+    """Print a report: Markdown if asked for, bold headings on a terminal, else plain text, in its width or in 80
+    columns unless --wide."""
     if getattr(args, "markdown", False):
         say(markdown(report).split("\n"))
-    elif sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
-        from rich.console import Console
-        from rich.text import Text
+        return
+    width = None if getattr(args, "wide", False) else shutil.get_terminal_size().columns
+    report = report + (left_out_line(report, width) if width else [])
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        say(plain(report, width).split("\n"))
+        return
+    from rich.console import Console
+    from rich.text import Text
 
-        for block in report:
-            table = isinstance(block, Table)
-            Console().print(block.rich() if table else Text(plain([block])), soft_wrap=not table)
-    else:
-        say(plain(report).split("\n"))
+    for block in report:
+        text = block.rich(width) if isinstance(block, Table) else Text(plain([block]))
+        Console().print(text, soft_wrap=True)
 
 
 COLUMNS = (  # heading, cell of a summary
@@ -122,6 +277,7 @@ COLUMNS = (  # heading, cell of a summary
     ("torch", lambda s: show(s["torch"])),
     ("device", lambda s: show(s["device"])),
 )
+EXTRAS = ("torch", "device", "peak MiB", "tokens/s", "bits/byte", "ms/step", "best val")
 
 
 def format_mean(summaries):
@@ -158,7 +314,8 @@ def router_report(summaries):
     """[Table of the last report of each run's routers, the worst of its layers]; [] without one."""
     summaries = [s for s in summaries if s["routers"]]
     rows = [[cell(s) for _, cell in ROUTER_COLUMNS] for s in summaries]
-    return [Table([heading for heading, _ in ROUTER_COLUMNS], rows)] if rows else []
+    look = {"names": True, "extras": ("parameters", "active", "mixtures", "CV", "dropped", "experts")}
+    return [Table([heading for heading, _ in ROUTER_COLUMNS], rows, **look)] if rows else []
 
 
 def hellaswag_report(summaries):
@@ -168,14 +325,15 @@ def hellaswag_report(summaries):
              *("{:.1f} +- {:.1f} %".format(*accuracy(score, key)) for key in ACCURACIES)]
             for run_id, score in found]
     headings = ["HellaSwag of", "step", "tasks", "per token", "per byte", "raw"]
-    return [Table(headings, rows)] if rows else []
+    return [Table(headings, rows, names=True, extras=("raw", "per byte"))] if rows else []
 
 
 def experiment_report(name, runs):
     """The report of an experiment."""
     summaries, names = [summarize(run) for run in runs], differing(runs)
     report = [f"{name}: {len(runs)} run(s), losses in nats/token"]
-    report.append(Table([heading for heading, _ in COLUMNS], [[cell(s) for _, cell in COLUMNS] for s in summaries]))
+    rows = [[cell(s) for _, cell in COLUMNS] for s in summaries]
+    report.append(Table([heading for heading, _ in COLUMNS], rows, names=True, extras=EXTRAS))
     report += router_report(summaries) + hellaswag_report(summaries)
     report += filter(None, [format_mean(summaries)])
     names = ", ".join(names)
@@ -248,7 +406,8 @@ def run_table(found):
              show(n["step_avg_ms"], ",.2f"), n["peak_allocated_mib"], n["torch"], n["gpus"], n["code_hash"]]
             for n in found]
     headings = "run,status,trials,steps,val loss,best val,train s,ms/step,peak MiB,torch,hardware,code".split(",")
-    return Table(headings, rows)
+    extras = ("code", "torch", "hardware", "peak MiB", "trials", "best val", "ms/step")
+    return Table(headings, rows, names=True, extras=extras)
 
 
 def plus_minus(mean, sd, form):
@@ -264,7 +423,8 @@ def group_table(groups):
         rows.append([name, str(n["n"]), plus_minus(n["mean_val_loss"], n["sd_val_loss"], ".5f"),
                      plus_minus(n["mean_time_s"], n["sd_time_s"], ",.2f"), show(n["mean_step_ms"], ",.2f"),
                      f"{steps[0]}-{steps[-1]}" if len(steps) > 1 else str(*steps), len(versions(samples))])
-    return Table(["group", "n", "val loss", "train s", "ms/step", "steps", "code versions"], rows)
+    headings = ["group", "n", "val loss", "train s", "ms/step", "steps", "code versions"]
+    return Table(headings, rows, names=True, extras=("code versions", "steps", "ms/step"))
 
 
 def control_report(found):
@@ -280,17 +440,18 @@ def control_report(found):
         ratios = [show(run[key], ".3f") for key in ("step_time_ratio", "break_even_ratio")]
         rows.append([run["name"], *(spent or ["not reached", "-", "-"]), *ratios])
     headings = [f"to val loss {found['loss']:.4f}", "tokens", "steps", "seconds", "step time ratio", "break-even"]
-    return [Table(headings, rows)]
+    return [Table(headings, rows, names=True)]
 
 
 def compare_report(groups, result):
     report, names = [group_table(groups)], list(groups)
     if any(group["params_active"] != group["params_total"] for group in result["groups"]):
         rows = [[g["name"], show(g["params_total"], ","), show(g["params_active"], ",")] for g in result["groups"]]
-        report.append(Table(["parameters of", "all", "active"], rows))
+        report.append(Table(["parameters of", "all", "active"], rows, names=True))
     rows = [[f"{what} of {pair['b']}", *welch_cells(pair[key], form)] for pair in result["pairs"]
             for what, key, form in (("val loss", "val_loss", "+.5f"), ("train s", "train_time_s", "+.3f"))]
-    report.append(Table(["minus that of " + names[0], "difference", "95 % interval", "p (Welch)", "Cohen's d"], rows))
+    headings = ["minus that of " + names[0], "difference", "95 % interval", "p (Welch)", "Cohen's d"]
+    report.append(Table(headings, rows, names=True, extras=("Cohen's d",)))
     for pair in result["pairs"]:
         if not (rule := pair["sigma_rule"]):
             report.append(f"no test of {pair['b']} against {names[0]}: {pair['why']}; choose with --cell")
@@ -300,17 +461,59 @@ def compare_report(groups, result):
     stages = dict.fromkeys(stage for found in result["stages"].values() for stage in found)
     rows = [[stage, *(show(found.get(stage), ",.2f") for found in result["stages"].values())] for stage in stages]
     report.append(Table(["median ms of a step", *names], rows))
-    forms = {"step": lambda v: f"step {v:,.0f}", "tokens": lambda v: f"{v:,.0f} tokens",
-             "train_time_ms": lambda v: f"{v / 1000:,.2f} s"}
-    rows = [[forms[x](point["at"]), *(f"{mean:.4f}" for mean in point["means"]),
-             *(f"{mean - point['means'][0]:+.4f}" for mean in point["means"][1:])]
-            for x, points in result["equal"].items() for point in points]
-    report.append(Table(["val loss at", *names, *(f"{name} - {names[0]}" for name in names[1:])], rows))
-    if not result["equal"]["tokens"]:
-        report.append("equal tokens: not all of these logs count their tokens")
+    report += equal_report(names, result["equal"], result["equal_loss"])
     report += control_report(result["control"])
     return report + [f"note on {group['name']}: {text}" for group in result["groups"]
                      for text in group["warnings"]]
+
+
+EQUAL = {  # key of a row: its name, a value of it
+    "step": ("steps", "step", lambda v: f"{v:,.0f}"),
+    "tokens": ("tokens", "tokens", lambda v: f"{v:,.0f}"),
+    "train_time_ms": ("time", "seconds", lambda v: f"{v / 1000:,.2f}"),
+}
+LOSS_NAMES = {"val_loss": "val loss", "train_loss": "train loss, smoothed,"}
+
+
+def equal_report(names, equal, losses):
+    """Tables of the loss of the first group and of each further one at equal steps, tokens and times."""
+    if not any(losses.values()):
+        return ["no losses at equal steps or times: these logs hold too few, so only the last ones are compared"]
+    same = same_means(equal["step"], equal["tokens"])
+    few = [EQUAL[x][0] for x, loss in losses.items() if loss == "train_loss" and not (same and x == "tokens")]
+    words = f"too few validations at equal {' and '.join(few)}: the loss of training takes their place"
+    report = [words] * bool(few)
+    for i, name in enumerate(names[1:]):
+        for x, points in equal.items():
+            points = [] if same and x == "tokens" else points
+            report += [equal_table(names[0], name, points, i, x, LOSS_NAMES[losses[x]])] if points else []
+    if not any(point["intervals"][i] for points in equal.values() for point in points for i in range(len(names) - 1)):
+        report.append("no interval: it needs two runs in each group, of one kind")
+    guessed = [p for x in ("step", "tokens") for p in equal[x] if not p["measured"]]
+    report += ["~ and times: interpolated between the losses around them"] if guessed else []
+    report += ["equal tokens are equal steps"] * same
+    return report + ["equal tokens: not all of these logs count their tokens"] * (not equal["tokens"])
+
+
+def same_means(points, others):
+    """Whether two lists of points have the same means, of all groups."""
+    pairs = zip(points, others, strict=False)
+    return len(points) == len(others) and all(
+        math.isclose(a, b, rel_tol=1e-6) for p, q in pairs for a, b in zip(p["means"], q["means"], strict=True))
+
+
+def equal_table(a, b, points, i, x, loss):
+    """Table of the i-th further group, B, and the first, A, at equal x."""
+    what, unit, form = EQUAL[x]
+    rows = []
+    for point in points:
+        low, high = point["intervals"][i] or (None, None)
+        old, new = point["means"][0], point["means"][i + 1]
+        interval = "-" if low is None else f"{low:+.4f} to {high:+.4f}"
+        mark = "~" if not point["measured"] and x != "train_time_ms" else ""
+        rows.append([mark + form(point["at"]), f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}", interval])
+    title = f"{loss} at equal {what}: A is {a}, B is {b}"
+    return Table([unit, "A", "B", "B - A", "95 % interval"], rows, title)
 
 
 def passed(test):

@@ -17,7 +17,7 @@ def stats_report(evidence, result):
     if len(record.samples) <= MOST:
         rows = [[s.name, f"{s.loss:.5f}", show(s.time_s, ",.3f"), s.steps, cell.label]
                 for cell in record.cells for s in cell.samples]
-        report.append(Table(["run", "val loss", "train s", "steps", "cell"], rows))
+        report.append(Table(["run", "val loss", "train s", "steps", "cell"], rows, names=True, extras=("cell",)))
     if result["baseline"]:
         report += [*difference_lines(result["difference"]), session_line(result["session"])]
     report += verdict_lines(result)
@@ -37,7 +37,8 @@ def cell_table(evidence, result):
             rows.append([name, cell["label"], cell["n"], plus_minus(cell["mean_val_loss"], cell["sd_val_loss"], ".5f"),
                          plus_minus(cell["mean_time_s"], cell["sd_time_s"], ",.3f"), show(cell["mean_step_ms"], ",.2f"),
                          cell["steps"][0], machine, cell["code"] or "no source"])
-    return Table(["arm", "cell", "n", "val loss", "train s", "ms/step", "steps", "hardware", "code"], rows)
+    headings = ["arm", "cell", "n", "val loss", "train s", "ms/step", "steps", "hardware", "code"]
+    return Table(headings, rows, extras=("code", "ms/step", "hardware", "steps"))
 
 
 def difference_lines(found):

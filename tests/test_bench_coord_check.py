@@ -334,6 +334,36 @@ def test_limits_are_by_site():
     assert [str(line.site) for line in cc.failing(lines)] == ["value, layer 0"]
 
 
+def test_the_picture_has_each_kind_of_site_over_its_narrowest_model_with_slope_and_limit():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    def sizes(slope):
+        return {(cc.Site(name, 0), statistic, 6): 5 * grown(slope * (statistic == cc.CHANGE), 2, 0.01)
+                for name in ("attention logits", "value") for statistic in (cc.SIZE, cc.CHANGE)}
+    found = cc.Check("s", [], "", WIDTHS, 6, {cc.MUP: sizes(0.1), cc.STANDARD: sizes(-1.0)})
+    axes = Figure().subplots()
+    handles = cc.draw_site(axes, found, "attention logits")
+    drawn = {name: [*line.get_ydata()] for name, line in handles.items() if name != "flat enough to pass"}
+    assert drawn == {f"{which}, {statistic}": pytest.approx([2.0**(i * slope) for i in range(3)])
+                     for which, grows in ((cc.MUP, 0.1), (cc.STANDARD, -1)) for statistic, slope in
+                     ((cc.SIZE, 0), (cc.CHANGE, grows))}
+    band = handles["flat enough to pass"].get_paths()[0].vertices[:, 1]
+    assert [band.min(), band.max()] == pytest.approx([4**-0.25, 4**0.25])
+    assert {text.get_text() for text in axes.texts} == {"+0.10", "-1.00"}
+    (low, high), title = axes.get_ylim(), axes.get_title("left")
+    assert title == "attention logits" and low < 0.25 and high > 2 and axes.get_yscale() == axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["64", "128", "256"]
+
+
+def test_failing_sites_are_told_once_and_the_worst_first():
+    slopes = {cc.Site("value", 0): 0.3, cc.Site("value", 1): 0.6, cc.Site("logits"): 0.5, cc.Site("embedding"): 0}
+    sizes = {(site, cc.SIZE, step): grown(slope + step / 100, 2, 0.001)
+             for site, slope in slopes.items() for step in (0, 6)}
+    found = [(str(line.site), line.step) for line in cc.failing(cc.fit_all(sizes, WIDTHS, 6))]
+    assert found == [("value, layer 1", 6), ("logits", 6), ("value, layer 0", 6)]
+
+
 # --- settings and command line
 
 

@@ -261,7 +261,7 @@ def test_report_table_mean_and_differing_settings(tmp_path, capsys):
         }
         make_run(logs, f"run_{8 + i}", lines(val(0, 10.8), val(100, loss), end(100, loss)), config=config)
     make_run(logs, "killed", lines(val(50, 4.0)))
-    status, out, err = run_main(capsys, logs, "--no-plot")
+    status, out, err = run_main(capsys, logs, "--no-plot", "--wide")
     table = out.splitlines()
     assert (status, err, len(table)) == (0, "", 9)
     assert table[8] == f"table: {logs / 'exp' / 'logs.txt'}"
@@ -354,19 +354,20 @@ def test_step_time_and_schedule_are_drawn_where_they_are_logged(tmp_path, capsys
     assert sorted(p.name for p in (tmp_path / "images" / "exp").iterdir()) == sorted(figures)
 
 
-def test_figure_has_shared_axes_limits_and_legend(tmp_path):
+def test_figure_has_limits_and_a_legend_with_the_best_run_first(tmp_path):
     pytest.importorskip("matplotlib")
     runs = [loading.read_run(make_run(tmp_path, f"_r{i}", lines(*curve_records(3 + i / 10)))) for i in range(10)]
     diverged = [*curve_records(3.0), train(101, 1e300), train(102, math.inf), val(102, math.nan)]
     runs.append(loading.read_run(make_run(tmp_path, "diverged", lines(*diverged))))
     figure = drawing.loss_figure(runs, "exp")
     figure.savefig(tmp_path / "loss.png")
-    low, high = figure.axes[0].get_ylim()
+    (ax,) = figure.axes
+    low, high = ax.get_ylim()
     assert 2.8 < low < 3.0 and 3.9 < high < 6  # all last losses, not the first ones near 10
-    assert all(ax.get_ylim() == (low, high) for ax in figure.axes)
-    assert [ax.get_xlabel() for ax in figure.axes] == ["step", "training tokens (thousands)", "training time (s)"]
-    labels = [text.get_text().split()[0] for text in figure.legends[0].get_texts()]
-    assert labels == [f"_r{i}" for i in range(10)] + ["diverged", "train", "val"]
+    assert ax.get_xlabel() == "step"
+    labels = [text.get_text().split() for text in figure.legends[0].get_texts()]
+    assert [label[1] for label in labels] == [f"_r{i}" for i in range(10)] + ["diverged"]
+    assert labels[0][0] == f"{3 + 7 * math.exp(-20):.4f}" and labels[-1] == ["nan", "diverged", "nan"]
 
 
 @pytest.mark.parametrize(
@@ -389,12 +390,11 @@ def test_loss_limits_show_where_a_short_run_ended():
     assert drawing.loss_limits(runs[:1])[1] < 6 < 6 + 7 * math.exp(-4 / 5) < drawing.loss_limits(runs)[1]
 
 
-def test_log_txt_leaves_the_token_panel_empty(tmp_path):
+def test_a_single_validation_of_a_log_txt_is_a_dot(tmp_path):
     pytest.importorskip("matplotlib")
     run = loading.read_run(make_run(tmp_path, "a", log=log_text("step:5/9 val_loss:3.5 train_time:5ms\n")))
-    figure = drawing.loss_figure([run], "exp")
-    assert [len(ax.lines) for ax in figure.axes] == [1, 0, 1]
-    assert figure.axes[1].texts[0].get_text() == "not logged"
+    (line,) = drawing.loss_figure([run], "exp").axes[0].lines
+    assert [*line.get_xdata()] == [5] and [*line.get_ydata()] == [3.5] and line.get_marker() == "o"
 
 
 def test_nothing_to_plot(tmp_path, capsys):

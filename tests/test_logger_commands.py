@@ -257,7 +257,9 @@ def test_show_screens_tables_and_exit_codes(tmp_path, capsys):
     code, out, _ = command(capsys, "show", group / "run_0.txt")
     assert code == 0 and "final val loss  3.25" in out and "target 3.28     step 4, 1.0 s" in out
     code, out, _ = command(capsys, "show", group, "--strict")
-    assert code == 0 and len(out.splitlines()) == 14 and out.splitlines()[-1] == "12 files: 12 complete"
+    place, _, *rows, count, left_out = out.splitlines()
+    assert code == 0 and place == f"in {group}/" and count == "12 files: 12 complete"
+    assert [row.split()[0] for row in rows] == [f"run_{i}.txt" for i in range(12)] and "--wide" in left_out
     (group / "died.txt").write_text(log_text()[:-90])
     code, out, _ = command(capsys, "show", group / "died.txt")
     assert code == 0 and "died at step 4 of 4" in out
@@ -353,9 +355,10 @@ def test_compare(tmp_path, capsys):
     assert pair["val_loss"]["ci_low"] < -0.01 < pair["val_loss"]["ci_high"] < 0 and pair["sigma_rule"]["passed"]
     assert [round(value, 3) for value in found["stages"]["new"].values()] == [137.5] * 4
     steps, times = found["equal"]["step"], found["equal"]["train_time_ms"]
-    assert [point["at"] for point in steps] == [2, 4, 6, 8] and found["equal"]["tokens"] == []
-    assert [mean for point in steps for mean in point["means"]] == pytest.approx(
-        [4.032, 4.022, 3.782, 3.772, 3.532, 3.522, 3.282, 3.272])
+    assert len(steps) == len(times) == 10 and found["equal"]["tokens"] == []
+    measured = [point for point in steps if point["measured"]]
+    assert [point["at"] for point in measured] == [4, 8]
+    assert [mean for point in measured for mean in point["means"]] == pytest.approx([3.782, 3.772, 3.282, 3.272])
     assert times[-1]["at"] == pytest.approx(1000)  # the fastest run of the faster group ends here
     path = tmp_path / "plots" / "c.png"
     code, out, _ = command(capsys, "compare", old, new, "--plot", path)
@@ -368,10 +371,10 @@ def test_compare_of_our_runs_knows_tokens_and_stages(tmp_path, capsys):
         make_ours(tmp_path / name / "0", [5.0 - i / 2 + shift for i in range(8)], stages=stages)
     found = numbers(capsys, "compare", tmp_path / "a", tmp_path / "b")
     assert found["stages"]["a"] == {"64 tokens a step, seq_len 32": 10.0, "128 tokens a step, seq_len 32": 10.0}
-    assert [round(p["means"][1] - p["means"][0], 9) for p in found["equal"]["tokens"]] == [0.5] * 4
+    assert [round(p["means"][1] - p["means"][0], 9) for p in found["equal"]["tokens"]] == [0.5] * 10
     assert found["equal"]["tokens"][-1]["at"] == 512 and found["pairs"][0]["val_loss"] is None
     groups = logger.load_groups([str(tmp_path / "a"), str(tmp_path / "b")])[0]
-    assert len(drawing.compare_figure(groups).axes) == 3
+    assert [ax.get_xlabel() for ax in drawing.compare_figure(groups).axes[2:]] == ["step", "training time (s)"]
 
 
 def test_groups_of_one_name_stay_apart(tmp_path):

@@ -355,7 +355,7 @@ def test_changes_on_resume_are_shown(tmp_path, capsys):
     for argv in (["show", run], ["show", run, "--json"], ["compare", run, other, "--no-plot"], ["stats", run],
                  ["--experiment_name", "exp", "--log-dir", tmp_path, "--no-plot"]):
         code, out, _ = command(capsys, *argv)
-        assert code == 0 and words in out.replace('\\"', '"') and "gone" not in out, argv
+        assert code == 0 and words in " ".join(out.replace('\\"', '"').split()) and "gone" not in out, argv
     assert "the changed settings of a resume event are no object" in command(capsys, "show", run)[1]
     assert any(words in note for note in numbers(capsys, "diff", run, other)["notes"])
 

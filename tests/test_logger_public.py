@@ -357,4 +357,4 @@ def test_rich_tables_read_no_markup(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert logger.main(["show", "[[]bold]a.txt"]) == 0
     out = capsys.readouterr().out
-    assert "[bold]a.txt" in out and "┃" in out
+    assert "[bold]a.txt" in out and "\x1b[1m" in out

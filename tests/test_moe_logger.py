@@ -180,7 +180,7 @@ def test_show_names_routers_and_active_parameters(tmp_path, capsys):
     moe = make_run(tmp_path, "moe", lines(val(50, 3.0), report(50, [HALF], dropped=[0.034]), end(100, 3.0, **sizes)))
     dense = make_run(tmp_path, "dense", lines(val(50, 3.0), end(100, 3.0, **dict.fromkeys(sizes, 900_000))))
     image = tmp_path / "new" / "load.png"
-    assert logger.main(["show", str(moe), "--plot", str(image)]) == 0
+    assert logger.main(["show", str(moe), "--plot", str(image), "--wide"]) == 0
     out = capsys.readouterr().out
     assert "2,000,000, 900,000 of them active" in out and image.read_bytes().startswith(b"\x89PNG")
     assert "step 50: 2.0 of 4 experts effective in layer 1, max/mean 2.00, CV 1.00, 2 dead, 3.4 % dropped" in out
@@ -201,7 +201,8 @@ def test_compare_shows_the_active_parameters_where_they_are_fewer(tmp_path, caps
     assert logger.main(["compare", dense, moe, "--no-plot"]) == 0
     out = capsys.readouterr().out
     assert any(line.split() == ["moe", "5,000", "1,010"] for line in out.splitlines())
-    assert any(line.startswith("10,000 tokens") and line.endswith("-0.2000") for line in out.splitlines())
+    assert "100  3.5000  3.3000  -0.2000              -" in [line.strip() for line in out.splitlines()]
+    assert "equal tokens are equal steps" in out
     assert logger.main(["compare", dense, run("dense2", (9.0, 4.0, 3.4), 1000, 1000), "--no-plot"]) == 0
     assert "active" not in capsys.readouterr().out
 
