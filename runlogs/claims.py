@@ -14,6 +14,9 @@ STEP_LINE = re.compile(r"step:\d{1,15}/\d{1,15} val_loss:\d{1,9}\.\d{1,15}[^\n`|
 LIST = re.compile(r"(?P<label>[^\n\[\]]{0,80})\[(?P<numbers>[\s\d.,e+ms-]{8,60000})\]")
 
 
+LISTED = re.compile(r"loss|acc|val|time|timing|runs|results|second", re.I)
+
+
 @dataclass
 class Claim:
     """One number and what is said of it. `kind`: loss, time, step time, n, steps, p, t, percent. `statistic`: mean, sd,
@@ -33,6 +36,8 @@ class Claim:
     sure: bool = False  # in a table, or called by its name: it is what it is taken for
     line: int = 0
     quote: str = ""
+    around: str = ""  # the words next to it
+    label: str = ""  # of its row
 
 
 @dataclass
@@ -42,7 +47,9 @@ class NumberList:
     words: list
     label: str
     section: str
-    line: int
+    line: int  # of its first number
+    lines: int = 0  # that it goes on for
+    above: str = ""  # the heading or label
 
 
 @dataclass
@@ -60,7 +67,7 @@ def words(*alternatives):
 
 
 KINDS = {  # in order of precedence where one text has several
-    "p": re.compile(r"(?<![\w-])p(?:[- ]?values?)?(?![\w-])", re.I),
+    "p": re.compile(r"(?<![\w-])p(?:[- ]?val(?:ue)?s?)?(?![\w-])", re.I),
     "t": re.compile(r"(?<![\w-])t(?:[- ]?(?:stat(?:istic)?|value))?(?![\w/-])", re.I),
     "step time": words(r"per[- ]step", r"step[ _-]?(?:time|avg|average)s?", r"ms ?/ ?step", r"s ?/ ?step"),
     "n": words("n", "runs?", "trials", "logs", "samples", "count"),
@@ -87,6 +94,8 @@ AFTER_DIFFERENCE = re.compile(r"^\s?(?:\w+ ){0,2}?(?:mean |of |the )?(?:improvem
                               r"overhead|longer|shorter|reduction|decrease|increase|difference|gain|extra|slow-?down)", re.I)
 NAMED = re.compile(r"(?<![\w-])(?P<name>p|n|t|df|z)(?:[- ]?(?:values?|stat(?:istic)?))?(?:\s?\([^()]{0,40}\))?"
                    r"\s{0,3}(?P<relation>=|<=?|>=?|≤|≥|~|≈|:|of|is)\s{0,3}$", re.I)
+CALLED = re.compile(r"(?<![\w-])(?:(?P<p>p-?val(?:ue)?s?|one-sided p|two-sided p)|t-?stat(?:istic)?)(?![\w-])[\w\s.,<>()-]{0,60}"
+                    r"(?P<relation>[=:])\s{0,3}$", re.I)
 RELATION = re.compile(r"(=|<=?|>=?|≤|≥|~|≈|\babout|\baround|\broughly|\bapprox\w*\.?|\bnearly|\balmost|\bbelow|\bunder|\bover)"
                       r"\s{0,3}$", re.I)
 LINK = re.compile(r"\s{0,3}(?:,|/|and|or|vs\.?|->|→|to|against|versus|\()?\s{0,3}", re.I)
@@ -99,7 +108,7 @@ CLEANING = (  # markup and spellings that hide a number or its meaning
     (re.compile(r"\bhttps?://[^\s)>\]]{1,2000}"), " "),
     (re.compile(r"&lt;"), "<"), (re.compile(r"&gt;"), ">"), (re.compile(r"&plusmn;"), "±"),
     (re.compile(r"\\approx|\\sim"), "≈"), (re.compile(r"\\pm"), "±"), (re.compile(r"\\[tldq]?(?=[_%])"), ""),
-    (re.compile(r"\*\*|`|\$"), ""), (re.compile(r"[−–‒]"), "-"), (re.compile(r"\bnp\.float\d\d"), ""),
+    (re.compile(r"alternative ?= ?.less."), ""), (re.compile(r"\*\*|`|\$"), ""), (re.compile(r"[−–‒]"), "-"), (re.compile(r"\bnp\.float\d\d"), ""),
     (re.compile(r"\(tensor\(([\d.e-]{1,20})\), ?tensor\(([\d.e-]{1,20})\)\)"), r"(std=\1, mean=\2)"),
     (re.compile(r"(\d\.\d{1,9})[ ]?-[ ]?(\d{1,9}\.\d)"), r"\1 to \2"),
     (re.compile(r"(\d ?(?:ms|s|sec)?) ?(?:\+/-|\+-) ?(?=\d)"), r"\1 ± "),
@@ -114,7 +123,7 @@ def claims_of(text, loss_range=(0, 0)):
     starts = [i for i, c in enumerate(text) if c == "\n"]
     found.step_lines = [(m[0], line_of(starts, m)) for m in STEP_LINE.finditer(text)]
     text = STEP_LINE.sub(" ", text)
-    text = LIST.sub(lambda match: list_found(match, text, starts, found), text)
+    text = LIST.sub(lambda match: list_found(match, loss_range, starts, found), text)
     reader = Reader(found, loss_range)
     for number, line in enumerate(text.split("\n"), 1):
         reader.read(line[:MAX_LINE], number)
@@ -126,13 +135,14 @@ def line_of(starts, match):
     return bisect_right(starts, match.start()) + 1
 
 
-def list_found(match, text, starts, found):
+def list_found(match, loss_range, starts, found):
     """What stays of a list: its label and its lines; the list goes to `found`."""
     numbers = re.findall(r"\d+\.\d+|\d{4,}", match["numbers"])[:5000]
-    if len(numbers) < 2 or len(found.lists) >= 500:
-        return match[0]
+    named = LISTED.search(match["label"]) or loss_range[0] <= float(numbers[0]) <= loss_range[1] if numbers else False
+    if len(numbers) < 2 or len(found.lists) >= 500 or not named:
+        return match["label"] + " " + "\n" * match["numbers"].count("\n")
     line = line_of(starts, match) + match["label"].count("\n")
-    found.lists.append(NumberList(numbers, match["label"].strip()[-80:], "", line))
+    found.lists.append(NumberList(numbers, match["label"].strip()[-80:], "", line, match["numbers"].count("\n")))
     return match["label"] + "[list]" + "\n" * match["numbers"].count("\n")
 
 
@@ -148,8 +158,7 @@ class Reader:
     def read(self, line, number):
         """Take in one line."""
         while self.next_list and self.next_list.line <= number:
-            label_arm = self.next_list.label
-            self.next_list.section = f"{self.section} {label_arm}"
+            self.next_list.section, self.next_list.above = f"{self.section} {self.next_list.label}", self.section
             self.next_list = next(self.lists, None)
         stripped = line.strip()
         if stripped.startswith(("```", "~~~")):
@@ -211,7 +220,7 @@ class Reader:
             self.row(cells[0], list(zip(self.header[1:], cells[1:], range(1, 64), strict=False)), number, line)
 
     def begin_table(self, cells, number):
-        self.header, self.table = cells, self.table + 1
+        self.header, self.table, self.ends = cells, self.table + 1, []
         for i, cell in enumerate(cells[1:], 1):  # "baseline (n=10)"
             claims = [c for c in sentence_claims(cell, self.loss_range) if c.kind == "n"]
             for claim in claims:
@@ -225,6 +234,7 @@ class Reader:
         if len(cells) > 3 and sum(map(bool, kinds)) > 2 and not any(map(NUMBER.fullmatch, cells)):
             self.sentence_ends()
             self.begin_table(cells, number)
+            self.ends = [match.end() for match in re.finditer(r"\S+(?: \S+)*", line[:2000])]
             return True
         if self.header is None or not line.strip() or "|" in line:
             return False
@@ -234,10 +244,19 @@ class Reader:
         if count < 3:
             self.header = self.header if re.fullmatch(r"[-=\s]+", line) else None
             return False
-        names = self.header[-count:]
-        cells = list(zip(names, parts[-count:], range(1, 64), strict=False))
+        at = self.offset(line, count)
+        cells = list(zip(self.header[at:at + count], parts[-count:], range(at, at + 64), strict=False))
         self.row(" ".join(parts[:-count]), cells, number, line)
         return True
+
+    def offset(self, line, count):
+        """The column of the first of `count` values of a row that is parted by blanks: the one under whose name it is."""
+        ends = [match.end() for match in re.finditer(r"\S+", re.sub(r"\s#.*$|[\s*]+$", "", line[:2000]))][-count:]
+        if not self.ends:
+            return len(self.header) - count
+        costs = [sum(abs(a - b) for a, b in zip(self.ends[i:], ends, strict=False))
+                 for i in range(len(self.header) - count + 1)]
+        return costs.index(min(costs))
 
     def row(self, label, cells, number, line):
         """The claims of a row: a cell is described by its column's name and the row's."""
@@ -249,7 +268,8 @@ class Reader:
                 own = kind_of(outside_brackets(name))
                 place = ("row", self.table, number) if own else ("column", self.table, i)
                 place = ("table", self.table) if not own and statistic_of(name) else place
-                claim.scope, claim.subject = place, label if own else f"{name} {label}"
+                claim.scope, claim.subject = claim.scope or place, label if own else f"{name} {label}"
+                claim.label = label.strip("[]* ").lower()
             self.add(claims, number, line, ())
 
 
@@ -278,6 +298,13 @@ def statistic_of(text):
     return next((name for name, pattern in STATISTICS.items() if pattern.search(text)), "")
 
 
+def label_statistic(label):
+    """The statistic of a row that is called so and no more: "mean", not "h3-subtract-mean"."""
+    name = statistic_of(label)
+    rest = STATISTICS[name].sub(" ", label) if name in STATISTICS else label.strip("σμΔ ")
+    return "" if re.search(r"\w", rest) else name
+
+
 def unit_of(text):
     """Seconds of the unit that a column or row names."""
     found = re.search(r"(?<![A-Za-z])(ms|s|sec|seconds|minutes)(?![A-Za-z])|\((min)\)", text)
@@ -293,7 +320,7 @@ def number_of(match):
     if digits.count(".") > 1 or after in ("_", "²") or after.isdigit() or len(digits) > 40:
         return None
     glued = bool(match[2]) and match[2][0].isalpha()
-    word = "" if after in (":", "=") else rest.lower()  # "2.9195 min: 2.9177"
+    word = "" if rest == "min" and after in (":", "=") else rest.lower()  # "2.9195 min: 2.9177"
     if glued and word not in UNITS and word not in ("x", "ms/step", "s/step"):
         return None
     mantissa, _, exponent = digits.replace(",", "").lower().partition("e")
@@ -310,7 +337,7 @@ def cell_claims(label, name, cell, loss_range, summary):
     kind = kind_of(outside_brackets(name)) or kind_of(outside_brackets(label))
     if len(re.findall(r"[A-Za-z]{2,}", cell)) > 4:  # a sentence in a cell
         return sentence_claims(cell, loss_range)
-    statistic = statistic_of(name) or statistic_of(label)
+    statistic = statistic_of(name) or (label_statistic(label) if kind_of(outside_brackets(name)) else statistic_of(label))
     found, after_spread = [], False
     for match in NUMBER.finditer(cell):
         number = number_of(match)
@@ -318,6 +345,10 @@ def cell_claims(label, name, cell, loss_range, summary):
             continue
         between = cell[:match.start()].rstrip()
         after_spread = between.endswith("±")
+        if named := NAMED.search(between[-60:] + " "):
+            claim = named_claim(number, named, between)
+            found += [replace(claim, scope=("words", "cell", label[:40]))] if claim else []
+            continue
         claim = claim_of(number, kind, statistic, unit_of(name) or unit_of(label))
         claim = replace(claim, statistic="spread") if claim and after_spread else claim
         if claim and claim.kind in ("loss", "time", "step time") and not claim.statistic and summary:
@@ -326,7 +357,7 @@ def cell_claims(label, name, cell, loss_range, summary):
             claim.about = "time" if KINDS["time"].search(f"{name} {label}") else "loss"
             claim.relation = relation_before(between)
             found.append(replace(claim, sure=True))
-    return found[:4]
+    return [claim for claim in found if claim][:4]
 
 
 def claim_of(number, kind, statistic, unit=None):
@@ -356,42 +387,52 @@ def relation_before(text):
 
 def sentence_claims(text, loss_range, heading=False):
     """Claims of a sentence, or of a line of code."""
-    found, last_end, last = [], 0, None
+    found, last_end, last, waiting = [], 0, None, None
     matches = [(match, number) for match in NUMBER.finditer(text) if (number := number_of(match))]
     for i, (match, number) in enumerate(matches[:500]):
         before = text[max(last_end, match.start() - 90):match.start()]
         until = matches[i + 1][0].start() if i + 1 < len(matches) else len(text)
         after = text[match.end(1):min(until, match.end(1) + 60)]
-        claim = word_claim(number, before, after, last, loss_range)
+        claim = word_claim(number, before, after, last, loss_range, text[max(0, match.start() - 120):match.start()])
+        if waiting and claim and claim.kind in ("loss", "time") and MEAN_NEXT.match(before):  # "(std=0.0013, mean=3.2777)"
+            found.append(replace(waiting, kind=claim.kind))
+        statistic = "" if claim or number[1] >= 1 else word_statistic(number[3], before, after)
+        waiting = Claim("", statistic, number[3], number[0], number[1], sure=True) if statistic == "sd" else None
         if claim:
             claim.subject = whose(text, match.start())
-            if heading and claim.kind == "time" and not claim.statistic:
-                claim.statistic = "mean"
+            claim.around = before[-40:] + after[:25]
+            mine = heading or RESULT.search(before[-50:]) or ON_HARDWARE.match(after)
+            if claim.kind in ("time", "loss") and not claim.statistic and mine:
+                claim.statistic, claim.sure = "result", True
             found.append(claim)
         last, last_end = claim, match.end(1)
     return found
 
 
-def word_claim(number, before, after, last, loss_range):
+def word_claim(number, before, after, last, loss_range, whole):
     """The claim that a number is by the words around it; None if it is about no result."""
     value, digit, word, written = number
     if word in ("%", "x"):
-        about = STATISTICS["difference"].search(before + after) or re.search(r"of (?:its|the) time", after)
+        about = PERCENT.search(f"{before[-40:]} % {after[:30]}")
         return Claim("percent", "difference", f"{written} {word}", value, digit) if about else None
-    if named := NAMED.search(before[-60:]):
-        return named_claim(number, named, before)
+    if named := NAMED.search(before[-60:]) or CALLED.search(whole[-120:]):
+        return named_claim(number, named, whole)
     if NOUN_N.match(after) and digit == 1 and written.isdigit():
         statistic = "difference" if re.search(r"\b(?:more|extra|additional)\b", after[:30]) else ""
         return Claim("n", statistic, written, value, digit, relation_before(before))
     statistic = word_statistic(written, before, after)
-    if NOUN_STEPS.match(after) and digit == 1:
-        return Claim("steps", statistic if statistic == "difference" else "", written, value, digit, relation_before(before))
+    if NOUN_STEPS.match(after) and digit == 1 and not PLACE.search(before):
+        sure = bool(re.search(r"\bin\s*$", before, re.I) or re.match(r"\W?(?:total|training)", after, re.I))
+        statistic = statistic if statistic == "difference" else ""
+        return Claim("steps", statistic, written, value, digit, relation_before(before), sure=sure and not statistic)
     kind = word_kind(number, before, after, loss_range)
     last = last if last and last.kind in ("loss", "time", "step time", "steps") else None
     if not kind and last and LINK.fullmatch(before) and word not in UNITS and digit < 1:
         kind, statistic = last.kind, last.statistic
     elif last and LINK.fullmatch(before) and not statistic and last.kind == kind:
         statistic = last.statistic
+    if not kind and last and statistic in ("mean", "sd", "median", "min", "max") and digit < 1 and len(before) < 40:
+        kind = last.kind if last.kind != "steps" else ""
     if not kind:
         return None
     if before.rstrip().endswith("±"):
@@ -401,17 +442,20 @@ def word_claim(number, before, after, last, loss_range):
     if claim and statistic == "spread" and kind == "time" and unit != 1:
         claim.value, claim.digit = claim.value * unit, claim.digit * unit
     if claim:
-        claim.relation, claim.sure = relation_before(before), bool(statistic)
+        of = kind == "steps" and after[:1] == "/"  # step 1480/1480
+        claim.relation, claim.sure = relation_before(before), bool(statistic) and statistic != "difference" or of
     return claim
 
 
 def named_claim(number, named, before):
     """The claim p = x, n = x, t = x."""
     value, digit, _, written = number
-    kind = named["name"].lower().replace("z", "t")
+    found = named.groupdict()
+    kind = found["name"].lower().replace("z", "t") if "name" in found else "p" if found["p"] else "t"
     sign = {"≤": "<", "<=": "<", "≥": ">", ">=": ">", "≈": "~", "~": "~", "<": "<", ">": ">"}
     if kind == "p" and not 0 <= value <= 1:
         return None
+    before = before[-60:]
     about = "time" if KINDS["time"].search(before) else ""
     about = "loss" if not about and KINDS["loss"].search(before) else about
     return Claim(kind, "", written, value, digit, sign.get(named["relation"], "="), about, sure=True)
@@ -429,11 +473,17 @@ def word_statistic(written, before, after):
         return "difference"
     if hits:
         return max(hits)[1]
+    if re.match(r"\S{0,12}:? ?\[list\]", after):
+        return "mean"
     if found := AFTER.match(after):
         return statistic_of(found[0]) or "mean"
     return ""
 
 
+MEAN_NEXT = re.compile(r"\W{0,3}(?:mean|avg|average)\W{0,4}$", re.I)
+PLACE = re.compile(r"\b(?:every|each|first|last|next|within|per|at|on|by|around|about|once|over|warm-?up(?: of)?)\W{0,3}$", re.I)
+PERCENT = re.compile(r"(?:faster|slower|speed-?up|improve\w*|reduc\w*|gain\w*|sav\w+)\W+(?:\w+\W+){0,3}%|%\W+(?:\w+\W+){0,2}"
+                     r"(?:faster|slower|speed-?up|improvement|less time|reduction|gain|better|of (?:its|the) time)", re.I)
 UNIT_WORD = re.compile(r"^[\s-]?(?:ms|s|secs?|seconds?|mins?|minutes?)\b")
 
 
@@ -448,7 +498,7 @@ def word_kind(number, before, after, loss_range):
     hits = [(m.end(), kind) for kind in ("loss", "time", "step time", "steps") for m in KINDS[kind].finditer(before[-45:])]
     kind = max(hits)[1] if hits else ""
     if kind == "steps":
-        return kind if digit == 1 and re.search(r"steps?:? ?$", before, re.I) else ""
+        return kind if digit == 1 and re.search(r"steps[:=]? ?$|step ?$", before, re.I) and after[:1] in "/:" else ""
     if kind == "loss":
         near = 0.5 * loss_range[0] <= value <= 1.5 * loss_range[1]
         small = digit < 0.01 and value < 1
@@ -457,6 +507,10 @@ def word_kind(number, before, after, loss_range):
     return kind if kind and digit < 1 and (calls or STATISTICS["mean"].search(before) or STATISTICS["sd"].search(before)) else ""
 
 
+RECORD = re.compile(r"\bthis[ _](?:pr|record|run|submission|attempt|change)|\bnew[ _](?:record|wr|run)|\bours?\b|\bmine\b"
+                    r"|candidate|\bmy changes\b|\bPR of\b", re.I)
+RESULT = re.compile(RECORD.pattern + r"|\bfinal (?:val\w* |test )?loss|\bresult(?:s|ed|ing) in|\breach\w*|\bachiev\w*|\battain\w*", re.I)
+ON_HARDWARE = re.compile(r"\s?(?:minutes|seconds|mins?|s)? on (?:an? )?\d+ ?x ?[A-Z]\d00", re.I)
 COMPARED = re.compile(r"\b(?:vs\.?|versus|than|over|against|from|relative to|compared (?:to|with)|on top of|"
                       r"improvement over|better than|to)\s+(?:the |our |its )?[\w#-]{0,40}(?: \w{1,20}){0,1}", re.I)
 

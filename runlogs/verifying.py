@@ -17,7 +17,7 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from runlogs.claims import COMPARED, claims_of
+from runlogs.claims import COMPARED, RECORD, claims_of
 from runlogs.judging import below_target, welch
 from runlogs.loading import natural, trial_numbers
 from runlogs.parsing import parse_step_line
@@ -25,15 +25,15 @@ from runlogs.parsing import parse_step_line
 VERDICTS = {False: "contradicted", None: "not found", True: "supported"}
 MAX_GROUPS = 40
 MAX_PAIRS = 300
-SPECIFIC = ("mean", "sd", "median", "min", "max", "range", "spread")
+MAX_RUNS = 500  # of a group that can be called by the names of their logs
+SPECIFIC = ("mean", "sd", "median", "min", "max", "range", "spread", "result")
 BASELINE = re.compile(r"baseline|previous|prior\b|\bold\b|\bmaster\b|former|\bcontrol\b|reference|retim\w+|re-?r[ua]n",
                       re.I)
-RECORD = re.compile(r"\bthis[ _](?:pr|record|run|submission|attempt|change)|\bnew[ _](?:record|wr|run)|\bours?\b|\bmine\b"
-                    r"|candidate|\bmy changes\b|\bPR of\b", re.I)
-ELSEWHERE = re.compile(r"#\d+|official|karpathy|another|earlier|elsewhere|cluster|separate|\b(?:on|an?) (?:single )?(?:G?[AH]\d00|GH200)|"
-                       r"\b(?:record|WR) #?\d+|\bablat|suggest|would|could|might|expect|\beval\b|no changes", re.I)
+ELSEWHERE = re.compile(r"#\d\d+|\b(?:PR|pull) ?#?\d+|official|karpathy|another|earlier|elsewhere|cluster|separate|\b(?:on|an?) (?:single )?(?:G?[AH]\d00|GH200)|"
+                       r"\b(?:record|WR) #?\d{1,3}(?![\d.])|original|\bablat|suggest|would|could|might|expect|\beval\b|no changes", re.I)
 PAIRED = re.compile(r"welch|two[- ]sample|two[- ]sided|differ|faster|slower|\bvs\b|compar|improve", re.I)
 PARTS = re.compile(r"\beach\b|\bper\b|\bevery\b|groups? of|\bparts?\b|\bhalf\b|mean[- ]of|\bsubset|\bfirst\b|\blast\b", re.I)
+WHOLE = re.compile(r"these timings|\b(?:total|overall|net|wall-?clock)\b", re.I)
 WEIGHTS = {"n": 0.5, "steps": 0.5, "p": 0.5, "t": 0.5}
 
 
@@ -49,8 +49,8 @@ def verdict(kind, claim, truth, detail="", **more):
 class Group:
     """Runs that a claim may be about, and their statistics. `real`: they are in the logs, not in the README alone."""
 
-    def __init__(self, name, arm, losses, times, steps=(), step_times=(), rows=(), real=True, stems=(), folder=""):
-        self.name, self.arm, self.real, self.stems, self.folder = name, arm, real, set(stems), folder
+    def __init__(self, name, arm, losses, times, steps=(), step_times=(), rows=(), real=True, runs=None, folder=""):
+        self.name, self.arm, self.real, self.runs, self.folder = name, arm, real, runs or {}, folder
         self.losses, self.times, self.steps = list(losses), [t for t in times if t is not None], sorted(set(steps))
         self.step_times, self.rows = [t for t in step_times if t is not None], rows
         self.n = max(len(self.losses), len(self.times))
@@ -66,7 +66,7 @@ class Group:
             return self.tests(target)[kind]
         values = self.numbers(kind)
         found = self.known(kind, values)
-        if statistic:
+        if statistic and statistic != "result":
             return found.get(statistic, [])
         return [value for name in ("mean", "median", "run") for value in found.get(name, [])]
 
@@ -117,13 +117,23 @@ def tests_of(losses, target):
 
 
 def group_of(name, arm, samples):
-    """Group of samples."""
-    averages = [trial_numbers(sample.rows)["step_avg_ms"] for sample in samples]
+    """Group of samples, with one of each run."""
     folders = {sample.run.path.parent.name for sample in samples}
+    runs = {run_stem(s): Group(f"run {s.name}", arm, *numbers_of([s])) for s in samples} if len(samples) <= MAX_RUNS else {}
+    return Group(name, arm, *numbers_of(samples), runs=runs, folder=folders.pop() if len(folders) == 1 else "")
+
+
+def run_stem(sample):
+    path = sample.run.path
+    return (path.parent.name if path.name == "log.txt" else path.name if path.is_dir() else path.stem).lower()
+
+
+def numbers_of(samples):
+    """Losses, times, steps, step times and rows of samples."""
+    averages = [trial_numbers(sample.rows)["step_avg_ms"] for sample in samples]
     whole = [s.time_s / s.steps for s in samples if s.time_s and s.steps]
-    return Group(name, arm, [s.loss for s in samples], [s.time_s for s in samples], [s.steps for s in samples],
-                 [ms / 1000 for ms in averages if ms] or whole, [s.rows for s in samples],
-                 stems=[s.run.path.stem.lower() for s in samples], folder=folders.pop() if len(folders) == 1 else "")
+    return ([s.loss for s in samples], [s.time_s for s in samples], [s.steps for s in samples],
+            [ms / 1000 for ms in averages if ms] or whole, [s.rows for s in samples])
 
 
 def groups_of(evidence):
@@ -202,7 +212,7 @@ SLACK = {"loss": 4e-7, "time": 2e-5, "step time": 2e-7}  # of means and deviatio
 
 def agrees(claim, values):
     """Whether one of the values is the number, rounded or cut to its digits; one that is called rough may be 1 off."""
-    slack = SLACK.get(claim.kind, 0)
+    slack = SLACK.get(claim.kind, 0) + (0.51 * claim.digit if claim.statistic == "difference" else 0)  # of rounded means
     return any(close(claim.value, claim.digit, value, claim.relation, slack) for value in values)
 
 
@@ -247,6 +257,8 @@ class Judge:
 
     def candidates(self, claim):
         """(groups that a claim may be about, why the words say so, whether it is about something else)."""
+        if claim.label and (run := self.run_named(claim.label)):
+            return [run], True
         for words in (claim.subject, COMPARED.sub(" ", claim.section)):
             groups = self.named(words)
             if groups:
@@ -257,6 +269,14 @@ class Judge:
         if self.home:
             return [g for g in self.real if self.home in (g.folder, g.arm)] or self.real, False
         return self.real, False
+
+    def run_named(self, label):
+        """Group of the one run whose log a row's label names, by its beginning or with its ending."""
+        name = re.sub(r"\\|\.(?:txt|log)$", "", label)
+        if len(name) < 4:
+            return None
+        runs = {stem: run for group in self.real for stem, run in group.runs.items() if stem.startswith(name)}
+        return runs.get(name) or (next(iter(runs.values())) if len(runs) == 1 else None)
 
     def named(self, words):
         """Groups whose folder, or one of whose logs, the words name."""
@@ -273,11 +293,13 @@ class Judge:
                 scopes[claim.scope].append(claim)
         found, self.best = {}, {}
         for scope, members in scopes.items():
-            groups = self.candidates(members[0])[0]
+            groups = self.candidates(members[0])[0] or self.real
             scores = {i: sum(weight_of(c) for c in members if self.fits(c, [g])) for i, g in enumerate(groups)}
             best = self.best[scope] = max(scores.values(), default=0)
             if best >= 1.5:
                 found[scope] = [g for i, g in enumerate(groups) if scores[i] == best]
+        self.zeros = {(c.scope[1], c.kind): found.get(c.scope, []) for c in claims
+                      if c.statistic == "difference" and c.value == 0 and c.scope[0] == "row"}
         self.sizes = {scope: len(members) for scope, members in scopes.items()}
         return found
 
@@ -308,25 +330,36 @@ class Judge:
         if claim.kind in ("p", "t"):
             return self.test(claim, subjects if strict else groups, groups)
         pool = subjects if strict else groups
+        if self.stranger(claim):
+            return self.listed(claim) or (None, "its row fits no group of the logs")
         for group in pool:
             if holds(claim, group.facts(claim.kind, claim.statistic, self.target)):
                 return True, f"{name_of(claim)} of {group.name}"
         return self.unmatched(claim, pool, said, bool(subjects))
 
+    def stranger(self, claim):
+        """Whether a row of a table has several numbers of which hardly one fits a group that the logs hold."""
+        size = self.sizes.get(claim.scope, 0)
+        return claim.scope[0] == "row" and size > 2 and \
+            self.best.get(claim.scope, 0) < 0.25 * size and not self.candidates(claim)[1]
+
     def unmatched(self, claim, pool, said, resolved):
         """A claim that no group fits: about runs on the way, of a list, of something else, or false."""
         statistic = claim.statistic
-        if claim.kind == "loss" and not statistic and any(near(claim, group.validations) for group in pool):
+        if claim.kind == "loss" and statistic in ("", "result") and any(near(claim, group.validations) for group in pool):
             return True, "a validation on the way"
         if claim.kind == "n" and claim.value == sum(g.n for g in self.real if g.name == "all runs"):
             return True, "all runs here"
         if listed := self.listed(claim):
             return listed
         values = [v for group in pool for v in group.facts(claim.kind, statistic, self.target)]
-        known = claim.kind == "n" or statistic in SPECIFIC or (claim.kind == "steps" and claim.sure)
+        if aside := self.aside(claim, not values):
+            return False, f"the list above gives {some(aside, claim)}"
+        one = bool(claim.label) and len(pool) == 1 and pool[0].name.startswith("run ")
+        known = claim.kind == "n" or statistic in SPECIFIC or (claim.kind == "steps" and claim.sure) or one
         if not values:
             return None, "no logs of that here" if said else "no number of that kind here"
-        if not resolved and (why := self.other(claim, said, pool)):
+        if not resolved and not one and (why := self.other(claim, said, pool)):
             return None, f"{why}; here: {some(values, claim)}"
         if not known or (not claim.sure and claim.kind != "n"):
             return (False if resolved and claim.scope[0] == "row" else None), f"here: {some(values, claim)}"
@@ -335,14 +368,14 @@ class Judge:
     def other(self, claim, said, pool):
         """Why a claim may be about runs that are not here, "" if nothing says so."""
         table = claim.scope[0] != "words"
-        if ELSEWHERE.search(f"{claim.subject} {claim.intro}" if table else claim.quote):
+        if ELSEWHERE.search(f"{claim.subject} {claim.intro}" if table else claim.quote) and not (self.home and claim.kind == "n"):
             return "perhaps of other runs"
-        if claim.kind == "n" and PARTS.search(claim.quote):
+        if claim.kind == "n" and PARTS.search(claim.around):
             return "perhaps of a part of the runs"
         if table and not said and self.sizes.get(claim.scope, 0) > 1:
             best = self.best.get(claim.scope, 0)
             return "its row fits no group of the logs" if best < 0.25 * self.sizes[claim.scope] else ""
-        if claim.kind != "n" and claim.statistic and max((g.n for g in pool), default=0) < 2:
+        if claim.kind != "n" and claim.statistic not in ("", "result") and max((g.n for g in pool), default=0) < 2:
             return "one run says nothing of a mean"
         return ""
 
@@ -353,6 +386,14 @@ class Judge:
                 where = "runs that the README lists" if group.real else "the README's own list, whose runs are not here"
                 return (True, where) if group.real else (None, f"follows from {where}")
         return None
+
+    def aside(self, claim, absent):
+        """What the README's own list just above a claim gives for it, if its runs are not here."""
+        if claim.kind not in ("n", "loss", "time") or (claim.kind != "n" and claim.statistic not in ("mean", "sd")):
+            return []
+        near = [g for g in self.lists if (absent or not g.real) and 0 <= claim.line - g.line <= 8 and g.section == claim.section
+                and (claim.kind == "n" or g.numbers(claim.kind))]
+        return [v for group in near for v in group.facts(claim.kind, claim.statistic, self.target)]
 
     def test(self, claim, groups, all_groups):
         """Verdict on a p or a t."""
@@ -365,7 +406,7 @@ class Judge:
             single = []
         elif table and claim.scope[0] == "row":
             paired = []
-        elif not PAIRED.search(words) and claim.about != "time":
+        elif re.search(r"one[- ]sample", claim.around, re.I) or not PAIRED.search(words) and claim.about != "time":
             paired = []
         values = single + paired
         if holds(claim, values):
@@ -383,16 +424,31 @@ class Judge:
 
     def difference(self, claim):
         """Verdict on a difference of two groups, or a ratio."""
-        values = self.pairs.facts(claim.kind, "difference")
         if claim.value == 0 and claim.scope[0] != "words":
             return True, "of a group and itself"
-        both = [*values, *(-v for v in values)]
-        if holds(claim, both):
+        pair = self.compared(claim)
+        values = pair or self.pairs.facts(claim.kind, "difference")
+        if holds(claim, [*values, *(-v for v in values)]):
             return True, "difference of two groups here"
-        reference = claim.scope[0] == "column" and len(self.real) > 1 and claim.kind != "percent"
-        if reference and values and claim.sure and not ELSEWHERE.search(claim.subject):
-            return False, f"differences here: {some(values, claim)}"
-        return None, f"differences here: {some(values, claim)}" if values else "no two groups to compare here"
+        if not values:
+            return None, "no two groups to compare here"
+        columns = claim.scope[0] in ("column", "table") and claim.kind != "percent" and claim.sure
+        if pair or self.headline(claim) or (columns and not ELSEWHERE.search(claim.subject)):
+            return False, f"the difference is {some(values, claim)}"
+        return None, f"differences here: {some(values, claim)}"
+
+    def headline(self, claim):
+        """Whether the words say that a difference in time is that of the whole record, and there are two arms."""
+        arms = {group.arm for group in self.real} - {""}
+        said = claim.kind == "time" and claim.scope[0] == "words" and WHOLE.search(claim.quote)
+        return bool(said) and len(self.real) == 3 and len(arms) <= 2 and not ELSEWHERE.search(claim.quote)
+
+    def compared(self, claim):
+        """Differences of a row's group and that of the row of its table which has 0 there; [] if one is not known."""
+        groups, others = self.subjects.get(claim.scope, []), self.zeros.get((claim.scope[1], claim.kind), [])
+        if claim.scope[0] != "row" or not groups or not others or claim.kind == "percent":
+            return []
+        return [v for a in groups for b in others for v in self.pairs.of_pair(claim.kind, "", a, b)]
 
     def step_line(self, line, number):
         """Verdict on a step line quoted from a log."""
@@ -430,7 +486,9 @@ class Judge:
         """A list is a group too: its mean and so on may be claimed."""
         values = [float(word) * (1e-3 if sort == "times in ms" else 1) for word in numbers.words]
         losses, times = (values, []) if sort == "losses" else ([], values)
-        self.lists.append(Group("the list", "", losses, times, real=bool(real)))
+        group = Group("the list", "", losses, times, real=bool(real))
+        group.line, group.section = numbers.line + numbers.lines, numbers.above
+        self.lists.append(group)
 
 
 def weight_of(claim):
