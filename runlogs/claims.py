@@ -3,6 +3,7 @@
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 MAX_CLAIMS = 4000  # of one text
 MAX_LINE = 20_000  # characters of a line or sentence that are looked at
@@ -14,6 +15,7 @@ STEP_LINE = re.compile(r"step:\d{1,15}/\d{1,15} val_loss:\d{1,9}\.\d{1,15}[^\n`|
 LIST = re.compile(r"(?P<label>[^\n\[\]]{0,80})\[(?P<numbers>[\s\d.,e+ms-]{8,60000})\]")
 
 
+NOWHERE = {"loss": (0, 0), "time": (0, 0)}
 LISTED = re.compile(r"loss|acc|val|time|timing|runs|results|second", re.I)
 
 
@@ -37,6 +39,7 @@ class Claim:
     line: int = 0
     quote: str = ""
     around: str = ""  # the words next to it
+    at: int = 0  # where in its sentence
     label: str = ""  # of its row
 
 
@@ -94,6 +97,7 @@ AFTER_DIFFERENCE = re.compile(r"^\s?(?:\w+ ){0,2}?(?:mean |of |the )?(?:improvem
                               r"overhead|longer|shorter|reduction|decrease|increase|difference|gain|extra|slow-?down)", re.I)
 NAMED = re.compile(r"(?<![\w-])(?P<name>p|n|t|df|z)(?:[- ]?(?:values?|stat(?:istic)?))?(?:\s?\([^()]{0,40}\))?"
                    r"\s{0,3}(?P<relation>=|<=?|>=?|≤|≥|~|≈|:|of|is)\s{0,3}$", re.I)
+VERSUS = re.compile(r"\s?\w{0,3} (?:vs\.?|instead of|->|→) [~≈]?(?:\d|$)|^\s?\w{0,3} (?:vs\.?|instead of|->|→) [~≈]?$")
 CALLED = re.compile(r"(?<![\w-])(?:(?P<p>p-?val(?:ue)?s?|one-sided p|two-sided p)|t-?stat(?:istic)?)(?![\w-])[\w\s.,<>()-]{0,60}"
                     r"(?P<relation>[=:])\s{0,3}$", re.I)
 RELATION = re.compile(r"(=|<=?|>=?|≤|≥|~|≈|\babout|\baround|\broughly|\bapprox\w*\.?|\bnearly|\balmost|\bbelow|\bunder|\bover)"
@@ -115,30 +119,34 @@ CLEANING = (  # markup and spellings that hide a number or its meaning
 )
 
 
-def claims_of(text, loss_range=(0, 0)):
-    """Text with every claim; a number within `loss_range` with three decimals is a loss, whatever it is called."""
+def claims_of(text, ranges=NOWHERE):
+    """Text with every claim; a number among the losses (`ranges`) with three decimals is one, whatever it is called."""
     found = Text()
     for pattern, new in CLEANING:
         text = pattern.sub(new, text)
     starts = [i for i, c in enumerate(text) if c == "\n"]
     found.step_lines = [(m[0], line_of(starts, m)) for m in STEP_LINE.finditer(text)]
     text = STEP_LINE.sub(" ", text)
-    text = LIST.sub(lambda match: list_found(match, loss_range, starts, found), text)
-    reader = Reader(found, loss_range)
+    text = LIST.sub(lambda match: list_found(match, ranges, starts, found), text)
+    reader = Reader(found, ranges)
     for number, line in enumerate(text.split("\n"), 1):
         reader.read(line[:MAX_LINE], number)
     reader.end()
     return found
 
 
+def within(value, span):
+    return span[0] <= value <= span[1]
+
+
 def line_of(starts, match):
     return bisect_right(starts, match.start()) + 1
 
 
-def list_found(match, loss_range, starts, found):
+def list_found(match, ranges, starts, found):
     """What stays of a list: its label and its lines; the list goes to `found`."""
     numbers = re.findall(r"\d+\.\d+|\d{4,}", match["numbers"])[:5000]
-    named = LISTED.search(match["label"]) or loss_range[0] <= float(numbers[0]) <= loss_range[1] if numbers else False
+    named = LISTED.search(match["label"]) or within(float(numbers[0]), ranges["loss"]) if numbers else False
     if len(numbers) < 2 or len(found.lists) >= 500 or not named:
         return match["label"] + " " + "\n" * match["numbers"].count("\n")
     line = line_of(starts, match) + match["label"].count("\n")
@@ -149,8 +157,8 @@ def list_found(match, loss_range, starts, found):
 class Reader:
     """Lines of a README one by one: headings, tables of two forms, code, sentences of joined lines."""
 
-    def __init__(self, found, loss_range):
-        self.found, self.loss_range = found, loss_range
+    def __init__(self, found, ranges):
+        self.found, self.ranges = found, ranges
         self.section, self.pending, self.start = "", [], 0
         self.header, self.table, self.code, self.lists = None, 0, False, iter(found.lists)
         self.next_list, self.intro = next(self.lists, None), ""
@@ -191,12 +199,16 @@ class Reader:
 
     def sentence_ends(self):
         """The lines so far are whole sentences."""
-        text, self.pending = " ".join(self.pending), []
+        text, ends = " ".join(self.pending), list(accumulate(len(line) + 1 for line in self.pending))
+        self.pending = []
         heading = text.startswith("#") and not self.code
         self.intro = text[-1000:] or self.intro
-        for i, sentence in enumerate(re.split(r"(?<=[.!?;])\s+", text[:MAX_LINE * 5])):
-            self.add(sentence_claims(sentence[:MAX_LINE], self.loss_range, heading), self.start, sentence,
-                     ("words", self.start, i))
+        for i, match in enumerate(re.finditer(r".+?(?:[.!?;](?=\s)|$)", text[:MAX_LINE * 5])):
+            sentence = match[0].strip()[:MAX_LINE]
+            claims = sentence_claims(sentence, self.ranges, heading)
+            for claim in claims:
+                line = self.start + bisect_right(ends, match.start() + claim.at)
+                self.add([claim], line, sentence, ("words", self.start, i))
 
     def end(self):
         self.sentence_ends()
@@ -222,7 +234,7 @@ class Reader:
     def begin_table(self, cells, number):
         self.header, self.table, self.ends = cells, self.table + 1, []
         for i, cell in enumerate(cells[1:], 1):  # "baseline (n=10)"
-            claims = [c for c in sentence_claims(cell, self.loss_range) if c.kind == "n"]
+            claims = [c for c in sentence_claims(cell, self.ranges) if c.kind == "n"]
             for claim in claims:
                 claim.subject, claim.scope, claim.sure = cell, ("column", self.table, i), True
             self.add(claims, number, cell, ())
@@ -263,7 +275,7 @@ class Reader:
         names = [name for name, _, _ in cells]
         summary = any(kind_of(name) == "n" or statistic_of(name) in ("mean", "sd") for name in names)
         for name, cell, i in cells:
-            claims = cell_claims(label, name, cell, self.loss_range, summary)
+            claims = cell_claims(label, name, cell, self.ranges, summary)
             for claim in claims:
                 own = kind_of(outside_brackets(name))
                 place = ("row", self.table, number) if own else ("column", self.table, i)
@@ -332,11 +344,11 @@ def number_of(match):
     return (value, digit, word, digits) if abs(value) < 1e15 and digit < 1e15 else None
 
 
-def cell_claims(label, name, cell, loss_range, summary):
+def cell_claims(label, name, cell, ranges, summary):
     """Claims of a cell of a table."""
     kind = kind_of(outside_brackets(name)) or kind_of(outside_brackets(label))
     if len(re.findall(r"[A-Za-z]{2,}", cell)) > 4:  # a sentence in a cell
-        return sentence_claims(cell, loss_range)
+        return sentence_claims(cell, ranges)
     statistic = statistic_of(name) or (label_statistic(label) if kind_of(outside_brackets(name)) else statistic_of(label))
     found, after_spread = [], False
     for match in NUMBER.finditer(cell):
@@ -351,6 +363,8 @@ def cell_claims(label, name, cell, loss_range, summary):
             continue
         claim = claim_of(number, kind, statistic, unit_of(name) or unit_of(label))
         claim = replace(claim, statistic="spread") if claim and after_spread else claim
+        if claim and claim.kind in ("p", "t", "n", "steps") and claim.statistic != "difference":
+            claim.statistic = ""
         if claim and claim.kind in ("loss", "time", "step time") and not claim.statistic and summary:
             claim.statistic = "mean"
         if claim:
@@ -385,7 +399,7 @@ def relation_before(text):
     return simple.get(word, "~")
 
 
-def sentence_claims(text, loss_range, heading=False):
+def sentence_claims(text, ranges, heading=False):
     """Claims of a sentence, or of a line of code."""
     found, last_end, last, waiting = [], 0, None, None
     matches = [(match, number) for match in NUMBER.finditer(text) if (number := number_of(match))]
@@ -393,14 +407,14 @@ def sentence_claims(text, loss_range, heading=False):
         before = text[max(last_end, match.start() - 90):match.start()]
         until = matches[i + 1][0].start() if i + 1 < len(matches) else len(text)
         after = text[match.end(1):min(until, match.end(1) + 60)]
-        claim = word_claim(number, before, after, last, loss_range, text[max(0, match.start() - 120):match.start()])
+        claim = word_claim(number, before, after, last, ranges, text[max(0, match.start() - 120):match.start()])
         if waiting and claim and claim.kind in ("loss", "time") and MEAN_NEXT.match(before):  # "(std=0.0013, mean=3.2777)"
             found.append(replace(waiting, kind=claim.kind))
         statistic = "" if claim or number[1] >= 1 else word_statistic(number[3], before, after)
         waiting = Claim("", statistic, number[3], number[0], number[1], sure=True) if statistic == "sd" else None
         if claim:
             claim.subject = whose(text, match.start())
-            claim.around = before[-40:] + after[:25]
+            claim.around, claim.at = before[-40:] + after[:25], match.start()
             mine = heading or RESULT.search(before[-50:]) or ON_HARDWARE.match(after)
             if claim.kind in ("time", "loss") and not claim.statistic and mine:
                 claim.statistic, claim.sure = "result", True
@@ -409,23 +423,29 @@ def sentence_claims(text, loss_range, heading=False):
     return found
 
 
-def word_claim(number, before, after, last, loss_range, whole):
+def word_claim(number, before, after, last, ranges, reach):
     """The claim that a number is by the words around it; None if it is about no result."""
     value, digit, word, written = number
     if word in ("%", "x"):
         about = PERCENT.search(f"{before[-40:]} % {after[:30]}")
         return Claim("percent", "difference", f"{written} {word}", value, digit) if about else None
-    if named := NAMED.search(before[-60:]) or CALLED.search(whole[-120:]):
-        return named_claim(number, named, whole)
+    if named := NAMED.search(before[-60:]) or CALLED.search(reach):
+        return named_claim(number, named, reach)
     if NOUN_N.match(after) and digit == 1 and written.isdigit():
         statistic = "difference" if re.search(r"\b(?:more|extra|additional)\b", after[:30]) else ""
         return Claim("n", statistic, written, value, digit, relation_before(before))
     statistic = word_statistic(written, before, after)
+    scale = UNITS.get(word, 1)
+    whole = any(within(value * scale, ranges[kind]) for kind in ("loss", "time")) and digit * scale < 1
+    if statistic == "difference" and whole and written[0] not in "+-":  # "improves the loss (3.2780 vs 3.2783)"
+        statistic = ""
+    if VERSUS.match(after) or (last and VERSUS.search(before)):
+        statistic = statistic or "result"
     if NOUN_STEPS.match(after) and digit == 1 and not PLACE.search(before):
         sure = bool(re.search(r"\bin\s*$", before, re.I) or re.match(r"\W?(?:total|training)", after, re.I))
         statistic = statistic if statistic == "difference" else ""
         return Claim("steps", statistic, written, value, digit, relation_before(before), sure=sure and not statistic)
-    kind = word_kind(number, before, after, loss_range)
+    kind = word_kind(number, before, after, ranges)
     last = last if last and last.kind in ("loss", "time", "step time", "steps") else None
     if not kind and last and LINK.fullmatch(before) and word not in UNITS and digit < 1:
         kind, statistic = last.kind, last.statistic
@@ -473,7 +493,7 @@ def word_statistic(written, before, after):
         return "difference"
     if hits:
         return max(hits)[1]
-    if re.match(r"\S{0,12}:? ?\[list\]", after):
+    if re.match(r"\S{0,12}:? ?\[list\]|\s?(?:ms|s|sec)?\s?±", after):
         return "mean"
     if found := AFTER.match(after):
         return statistic_of(found[0]) or "mean"
@@ -487,22 +507,29 @@ PERCENT = re.compile(r"(?:faster|slower|speed-?up|improve\w*|reduc\w*|gain\w*|sa
 UNIT_WORD = re.compile(r"^[\s-]?(?:ms|s|secs?|seconds?|mins?|minutes?)\b")
 
 
-def word_kind(number, before, after, loss_range):
+def word_kind(number, before, after, ranges):
     """The kind of a number in a sentence: by its unit, its digits, or the last word before it."""
     value, digit, word, written = number
     if word in UNITS or word in ("ms/step", "s/step"):
         per_step = re.search(r"/ ?step|\bper step|\ba step|\bper-step|\bsteps? (?:times?|avg)", before[-40:] + after[:25], re.I)
         return "step time" if per_step else "time"
-    if digit <= 1e-3 and loss_range[0] <= abs(value) <= loss_range[1]:
+    if digit <= 1e-3 and within(abs(value), ranges["loss"]):
         return "loss"
-    hits = [(m.end(), kind) for kind in ("loss", "time", "step time", "steps") for m in KINDS[kind].finditer(before[-45:])]
+    if digit <= 0.1 and re.fullmatch(r"\W*", before) and not after.strip() and within(value, ranges["time"]):
+        return "time"  # "# 163.8384" below the print of a mean
+    hits = [(m.end(), kind) for kind in ("loss", "time", "step time", "steps") for m in KINDS[kind].finditer(before[-60:])]
     kind = max(hits)[1] if hits else ""
     if kind == "steps":
         return kind if digit == 1 and re.search(r"steps[:=]? ?$|step ?$", before, re.I) and after[:1] in "/:" else ""
     if kind == "loss":
-        near = 0.5 * loss_range[0] <= value <= 1.5 * loss_range[1]
+        wide = 3 if re.search(r"loss\w*\W{0,4}(?:\w+\W+){0,6}$", before[-60:], re.I) else 1.5
+        low, high = ranges["loss"]
+        near = low / wide <= value <= wide * high
         small = digit < 0.01 and value < 1
         return kind if (near and digit < 1) or small else ""
+    if not kind and STATISTICS["mean"].search(before[-30:]) and digit <= 0.01 and \
+            ranges["loss"][0] / 2 <= value <= 2 * ranges["loss"][1]:
+        return "loss"
     calls = re.search(r"(?:time|times|runtime)\)?s? ?(?:is|was|of|=|:|\()*[^\w]{0,4}(?:\w+ ?= ?)?$", before, re.I)
     return kind if kind and digit < 1 and (calls or STATISTICS["mean"].search(before) or STATISTICS["sd"].search(before)) else ""
 

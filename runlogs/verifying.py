@@ -29,11 +29,12 @@ MAX_RUNS = 500  # of a group that can be called by the names of their logs
 SPECIFIC = ("mean", "sd", "median", "min", "max", "range", "spread", "result")
 BASELINE = re.compile(r"baseline|previous|prior\b|\bold\b|\bmaster\b|former|\bcontrol\b|reference|retim\w+|re-?r[ua]n",
                       re.I)
-ELSEWHERE = re.compile(r"#\d\d+|\b(?:PR|pull) ?#?\d+|official|karpathy|another|earlier|elsewhere|cluster|separate|\b(?:on|an?) (?:single )?(?:G?[AH]\d00|GH200)|"
+ELSEWHERE = re.compile(r"#\d\d+|\b(?:PR|pull) ?#?\d+|official|karpathy|another (?:run|record|machine|node|box|cluster)|earlier|elsewhere|cluster|separate|\b(?:on|an?) (?:single )?(?:G?[AH]\d00|GH200)|"
                        r"\b(?:record|WR) #?\d{1,3}(?![\d.])|original|\bablat|suggest|would|could|might|expect|\beval\b|no changes", re.I)
 PAIRED = re.compile(r"welch|two[- ]sample|two[- ]sided|differ|faster|slower|\bvs\b|compar|improve", re.I)
 PARTS = re.compile(r"\beach\b|\bper\b|\bevery\b|groups? of|\bparts?\b|\bhalf\b|mean[- ]of|\bsubset|\bfirst\b|\blast\b", re.I)
 WHOLE = re.compile(r"these timings|\b(?:total|overall|net|wall-?clock)\b", re.I)
+BARE = re.compile(r"(?:[-*+] )?[\w -]{3,40}: ?[+-]?[\d.]+ ?\w{0,7}")  # - train time: -1.04 s
 WEIGHTS = {"n": 0.5, "steps": 0.5, "p": 0.5, "t": 0.5}
 
 
@@ -66,6 +67,7 @@ class Group:
             return self.tests(target)[kind]
         values = self.numbers(kind)
         found = self.known(kind, values)
+        statistic = "run" if kind == "steps" else statistic
         if statistic and statistic != "result":
             return found.get(statistic, [])
         return [value for name in ("mean", "median", "run") for value in found.get(name, [])]
@@ -250,6 +252,7 @@ class Judge:
         found = [self.step_line(line, number) for line, number in text.step_lines[:500]]
         for numbers in text.lists:
             found.append(self.list(numbers))
+        self.sample = self.style_of(text.claims)
         self.subjects = self.subjects_of(text.claims)
         return found + [self.claim(claim) for claim in text.claims]
 
@@ -259,7 +262,8 @@ class Judge:
         """(groups that a claim may be about, why the words say so, whether it is about something else)."""
         if claim.label and (run := self.run_named(claim.label)):
             return [run], True
-        for words in (claim.subject, COMPARED.sub(" ", claim.section)):
+        section = "" if re.match(r"\W*(?:vs\b|versus|compared)", claim.section, re.I) else claim.section
+        for words in (COMPARED.sub(" ", claim.subject), COMPARED.sub(" ", section)):
             groups = self.named(words)
             if groups:
                 return groups, True
@@ -298,14 +302,27 @@ class Judge:
             best = self.best[scope] = max(scores.values(), default=0)
             if best >= 1.5:
                 found[scope] = [g for i, g in enumerate(groups) if scores[i] == best]
-        self.zeros = {(c.scope[1], c.kind): found.get(c.scope, []) for c in claims
+        self.zeros = {(c.scope[1], c.kind): c.scope for c in reversed(claims)
                       if c.statistic == "difference" and c.value == 0 and c.scope[0] == "row"}
         self.sizes = {scope: len(members) for scope, members in scopes.items()}
         return found
 
     def fits(self, claim, groups):
         """Whether a claim agrees with one of the groups."""
-        return any(holds(claim, group.facts(claim.kind, claim.statistic, self.target)) for group in groups)
+        return any(holds(claim, self.facts(claim, [group])) for group in groups)
+
+    def facts(self, claim, groups):
+        """Values of groups that a claim may have; an sd with n is left out if the README's others are with n - 1."""
+        found = [group.facts(claim.kind, claim.statistic, self.target) for group in groups]
+        sample = claim.statistic == "sd" and self.sample
+        return [value for values in found for value in (values[:1] if sample else values)]
+
+    def style_of(self, claims):
+        """Whether the deviations that a README claims are those with n - 1, as far as some are."""
+        claims, self.sample = [c for c in claims if c.statistic == "sd"], True
+        with_sample = sum(self.fits(c, self.real) for c in claims)
+        self.sample = False
+        return with_sample > 0.5 * sum(self.fits(c, self.real) for c in claims)
 
     # what is true
 
@@ -319,8 +336,7 @@ class Judge:
 
     def truth(self, claim):
         """(True, False or None, why)."""
-        if claim.kind == "loss" and self.target is not None and close(claim.value, claim.digit, self.target, "=") \
-                and abs(claim.value - self.target) < 1e-9:
+        if self.is_target(claim):
             return True, "the target"
         if claim.statistic == "difference" or claim.kind == "percent":
             return self.difference(claim)
@@ -333,9 +349,14 @@ class Judge:
         if self.stranger(claim):
             return self.listed(claim) or (None, "its row fits no group of the logs")
         for group in pool:
-            if holds(claim, group.facts(claim.kind, claim.statistic, self.target)):
+            if holds(claim, self.facts(claim, [group])):
                 return True, f"{name_of(claim)} of {group.name}"
         return self.unmatched(claim, pool, said, bool(subjects))
+
+    def is_target(self, claim):
+        """Whether a loss is the target; one that is called a mean is a mean, unless it is "below" the target."""
+        called = claim.statistic in SPECIFIC and claim.relation == "="
+        return claim.kind == "loss" and not called and self.target is not None and abs(claim.value - self.target) < 1e-9
 
     def stranger(self, claim):
         """Whether a row of a table has several numbers of which hardly one fits a group that the logs hold."""
@@ -346,14 +367,15 @@ class Judge:
     def unmatched(self, claim, pool, said, resolved):
         """A claim that no group fits: about runs on the way, of a list, of something else, or false."""
         statistic = claim.statistic
-        if claim.kind == "loss" and statistic in ("", "result") and any(near(claim, group.validations) for group in pool):
+        if claim.kind == "loss" and statistic in ("", "result") and claim.digit <= 1e-3 and any(near(claim, group.validations) for group in pool):
             return True, "a validation on the way"
         if claim.kind == "n" and claim.value == sum(g.n for g in self.real if g.name == "all runs"):
             return True, "all runs here"
-        if listed := self.listed(claim):
+        strict = resolved and claim.scope[0] == "row"
+        if not strict and (listed := self.listed(claim)):
             return listed
-        values = [v for group in pool for v in group.facts(claim.kind, statistic, self.target)]
-        if aside := self.aside(claim, not values):
+        values = self.facts(claim, pool)
+        if claim.scope[0] == "words" and (aside := self.aside(claim, not values)):
             return False, f"the list above gives {some(aside, claim)}"
         one = bool(claim.label) and len(pool) == 1 and pool[0].name.startswith("run ")
         known = claim.kind == "n" or statistic in SPECIFIC or (claim.kind == "steps" and claim.sure) or one
@@ -381,24 +403,29 @@ class Judge:
 
     def listed(self, claim):
         """Verdict on a claim that follows, or should, from a list in the README."""
-        for group in self.lists:
-            if holds(claim, group.facts(claim.kind, claim.statistic, self.target)):
+        lists = claim.kind == "n" and self.above(claim) or self.lists
+        for group in lists:
+            if holds(claim, self.facts(claim, [group])):
                 where = "runs that the README lists" if group.real else "the README's own list, whose runs are not here"
                 return (True, where) if group.real else (None, f"follows from {where}")
         return None
+
+    def above(self, claim):
+        """Lists just above a claim, under the same heading or label."""
+        return [g for g in self.lists if 0 <= claim.line - g.line <= 8 and g.section == claim.section]
 
     def aside(self, claim, absent):
         """What the README's own list just above a claim gives for it, if its runs are not here."""
         if claim.kind not in ("n", "loss", "time") or (claim.kind != "n" and claim.statistic not in ("mean", "sd")):
             return []
-        near = [g for g in self.lists if (absent or not g.real) and 0 <= claim.line - g.line <= 8 and g.section == claim.section
-                and (claim.kind == "n" or g.numbers(claim.kind))]
-        return [v for group in near for v in group.facts(claim.kind, claim.statistic, self.target)]
+        near = [group for group in self.above(claim) if (absent or not group.real)
+                and (claim.kind == "n" or group.numbers(claim.kind))]
+        return self.facts(claim, near)
 
     def test(self, claim, groups, all_groups):
         """Verdict on a p or a t."""
         of = None if len(groups) == len(self.real) else groups
-        single = [v for g in groups for v in g.facts(claim.kind, "", self.target)]
+        single = self.facts(claim, groups)
         paired = self.pairs.facts(claim.kind, "", claim.about, of) if self.pairs.pairs else []
         words = f"{claim.quote} {claim.section}"
         table = claim.scope[0] in ("row", "column")
@@ -424,11 +451,11 @@ class Judge:
 
     def difference(self, claim):
         """Verdict on a difference of two groups, or a ratio."""
-        if claim.value == 0 and claim.scope[0] != "words":
-            return True, "of a group and itself"
         pair = self.compared(claim)
+        if claim.value == 0 and claim.scope[0] != "words" and not pair:
+            return True, "of a group and itself"
         values = pair or self.pairs.facts(claim.kind, "difference")
-        if holds(claim, [*values, *(-v for v in values)]):
+        if agrees(claim, [*values, *(-v for v in values)]):
             return True, "difference of two groups here"
         if not values:
             return None, "no two groups to compare here"
@@ -441,13 +468,15 @@ class Judge:
         """Whether the words say that a difference in time is that of the whole record, and there are two arms."""
         arms = {group.arm for group in self.real} - {""}
         said = claim.kind == "time" and claim.scope[0] == "words" and WHOLE.search(claim.quote)
-        return bool(said) and len(self.real) == 3 and len(arms) <= 2 and not ELSEWHERE.search(claim.quote)
+        said = said or (claim.kind in ("time", "loss") and BARE.fullmatch(claim.quote))
+        return bool(said) and len(self.real) == 3 and arms == {"record", "baseline"} and not ELSEWHERE.search(claim.quote)
 
     def compared(self, claim):
         """Differences of a row's group and that of the row of its table which has 0 there; [] if one is not known."""
-        groups, others = self.subjects.get(claim.scope, []), self.zeros.get((claim.scope[1], claim.kind), [])
-        if claim.scope[0] != "row" or not groups or not others or claim.kind == "percent":
+        if claim.scope[0] != "row" or claim.kind == "percent":
             return []
+        zero = self.zeros.get((claim.scope[1], claim.kind), claim.scope)
+        groups, others = self.subjects.get(claim.scope, []), self.subjects.get(zero, []) if zero != claim.scope else []
         return [v for a in groups for b in others for v in self.pairs.of_pair(claim.kind, "", a, b)]
 
     def step_line(self, line, number):
@@ -529,8 +558,10 @@ def word_in(word, values, scale):
 def check_text(text, groups, target, home=""):
     """Verdicts on all claims of a README, of the folder `home` if it is one inside the record; the same one once."""
     losses = [loss for group in groups for loss in group.losses] + ([target] if target is not None else [])
-    around = (0.97 * min(losses), 1.03 * max(losses)) if losses else (0, 0)
-    found = Judge(groups, target, home).all(claims_of(text, around))
+    times = [time for group in groups for time in group.times]
+    ranges = {"loss": (0.97 * min(losses), 1.03 * max(losses)) if losses else (0, 0),
+              "time": (0.8 * min(times), 1.25 * max(times)) if times else (0, 0)}
+    found = Judge(groups, target, home).all(claims_of(text, ranges))
     return list({(c["kind"], c["claim"], c["verdict"], c["detail"]): c for c in reversed(found)}.values())[::-1]
 
 
