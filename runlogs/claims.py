@@ -3,19 +3,23 @@
 import re
 from bisect import bisect_right
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
 
-MAX_CLAIMS = 4000  # of one text
-MAX_LINE = 20_000  # characters of a line or sentence that are looked at
+MAX_CLAIMS = 3000  # of one text
+MAX_NUMBERS = 20_000  # of one text that are looked at
+MAX_LISTS = 200
+MAX_LINE = 20_000  # characters of a line that are looked at
 UNITS = {"ms": 1e-3, "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1, "min": 60, "mins": 60, "minute": 60,
          "minutes": 60, "h": 3600, "hours": 3600}
 NUMBER = re.compile(r"(?<![\w.#])(?<!\w[/-])(?<!\w[’'])([+-]?\d+(?:[.,]\d+)*(?:e[+-]?\d{1,3})?|[+-]?\.\d+)"
                     r"(\s?-?(?:%|[A-Za-zµ]+(?:/[A-Za-z]+)?)?)", re.ASCII)
 STEP_LINE = re.compile(r"step:\d{1,15}/\d{1,15} val_loss:\d{1,9}\.\d{1,15}[^\n`|]{0,300}", re.ASCII)
-LIST = re.compile(r"(?P<label>[^\n\[\]]{0,80})\[(?P<numbers>[\s\d.,e+ms-]{8,60000})\]")
+LIST = re.compile(r"\[([\s\d.,e+ms-]{8,60000})\]")
 
 
 NOWHERE = {"loss": (0, 0), "time": (0, 0)}
+HEADER = re.compile(r"\S\s{2,}\S.{0,500}?\S\s{2,}\S")
 LISTED = re.compile(r"loss|acc|val|time|timing|runs|results|second", re.I)
 
 
@@ -62,6 +66,8 @@ class Text:
     claims: list = field(default_factory=list)
     lists: list = field(default_factory=list)
     step_lines: list = field(default_factory=list)
+    numbers: int = 0
+    cut: bool = False  # there is more than was looked at
 
 
 def words(*alternatives):
@@ -97,7 +103,8 @@ AFTER_DIFFERENCE = re.compile(r"^\s?(?:\w+ ){0,2}?(?:mean |of |the )?(?:improvem
                               r"overhead|longer|shorter|reduction|decrease|increase|difference|gain|extra|slow-?down)", re.I)
 NAMED = re.compile(r"(?<![\w-])(?P<name>p|n|t|df|z)(?:[- ]?(?:values?|stat(?:istic)?))?(?:\s?\([^()]{0,40}\))?"
                    r"\s{0,3}(?P<relation>=|<=?|>=?|≤|≥|~|≈|:|of|is)\s{0,3}$", re.I)
-VERSUS = re.compile(r"\s?\w{0,3} (?:vs\.?|instead of|->|→) [~≈]?(?:\d|$)|^\s?\w{0,3} (?:vs\.?|instead of|->|→) [~≈]?$")
+VERSUS = re.compile(r"\s?\w{0,3} (?:vs\.?|instead of) [~≈]?(?:\d|$)")  # after the own number
+ARROW = re.compile(r"\s?\w{0,3} ?(?:->|→) ?[~≈]?$")  # before it
 CALLED = re.compile(r"(?<![\w-])(?:(?P<p>p-?val(?:ue)?s?|one-sided p|two-sided p)|t-?stat(?:istic)?)(?![\w-])[\w\s.,<>()-]{0,60}"
                     r"(?P<relation>[=:])\s{0,3}$", re.I)
 RELATION = re.compile(r"(=|<=?|>=?|≤|≥|~|≈|\babout|\baround|\broughly|\bapprox\w*\.?|\bnearly|\balmost|\bbelow|\bunder|\bover)"
@@ -106,7 +113,7 @@ LINK = re.compile(r"\s{0,3}(?:,|/|and|or|vs\.?|->|→|to|against|versus|\()?\s{0
 NOUN_N = re.compile(r"^\s?(?:\w+ ){0,2}?(?:runs|trials|seeds|logs|times)\b", re.I)
 NOUN_STEPS = re.compile(r"^\s?-?(?:\w+ )?(?:steps?|iterations|iters)\b(?!/)", re.I)
 CLEANING = (  # markup and spellings that hide a number or its meaning
-    (re.compile(r"<!--.{0,5000}?-->|</?[A-Za-z][^<>\n]{0,3000}>", re.S), " "),
+    (re.compile(r"</?[A-Za-z][^<>\n]{0,3000}>"), " "),
     (re.compile(r"!\[[^\[\]\n]{0,500}\]\([^()\s]{0,2000}\)"), " "),
     (re.compile(r"\]\([^()\s]{0,2000}\)"), "] "),
     (re.compile(r"\bhttps?://[^\s)>\]]{1,2000}"), " "),
@@ -122,17 +129,29 @@ CLEANING = (  # markup and spellings that hide a number or its meaning
 def claims_of(text, ranges=NOWHERE):
     """Text with every claim; a number among the losses (`ranges`) with three decimals is one, whatever it is called."""
     found = Text()
+    text = without_comments(text)
     for pattern, new in CLEANING:
         text = pattern.sub(new, text)
     starts = [i for i, c in enumerate(text) if c == "\n"]
     found.step_lines = [(m[0], line_of(starts, m)) for m in STEP_LINE.finditer(text)]
     text = STEP_LINE.sub(" ", text)
+    starts = [i for i, c in enumerate(text) if c == "\n"]
     text = LIST.sub(lambda match: list_found(match, ranges, starts, found), text)
     reader = Reader(found, ranges)
     for number, line in enumerate(text.split("\n"), 1):
+        found.cut |= len(line) > MAX_LINE
         reader.read(line[:MAX_LINE], number)
     reader.end()
     return found
+
+
+def without_comments(text):
+    """A text without <!-- comments -->, their lines kept."""
+    pieces, at = [], 0
+    while (start := text.find("<!--", at)) >= 0 and (end := text.find("-->", start)) >= 0:
+        pieces += [text[at:start], "\n" * text.count("\n", start, end)]
+        at = end + 3
+    return "".join([*pieces, text[at:]])
 
 
 def within(value, span):
@@ -144,14 +163,17 @@ def line_of(starts, match):
 
 
 def list_found(match, ranges, starts, found):
-    """What stays of a list: its label and its lines; the list goes to `found`."""
-    numbers = re.findall(r"\d+\.\d+|\d{4,}", match["numbers"])[:5000]
-    named = LISTED.search(match["label"]) or within(float(numbers[0]), ranges["loss"]) if numbers else False
-    if len(numbers) < 2 or len(found.lists) >= 500 or not named:
-        return match["label"] + " " + "\n" * match["numbers"].count("\n")
-    line = line_of(starts, match) + match["label"].count("\n")
-    found.lists.append(NumberList(numbers, match["label"].strip()[-80:], "", line, match["numbers"].count("\n")))
-    return match["label"] + "[list]" + "\n" * match["numbers"].count("\n")
+    """What stays of a list: its place and its lines; the list goes to `found` if it may be of losses or times."""
+    numbers = re.findall(r"\d+\.\d+|\d{4,}", match[1])[:5000]
+    before = match.string[max(0, match.start() - 80):match.start()]
+    label = re.split(r"[\n\[\]]", before)[-1].strip()
+    lines = match[1].count("\n")
+    if len(numbers) < 2 or not (LISTED.search(label) or within(float(numbers[0]), ranges["loss"])):
+        return " " + "\n" * lines
+    if len(found.lists) < MAX_LISTS:
+        found.lists.append(NumberList(numbers, label, "", line_of(starts, match), lines))
+    found.cut |= len(found.lists) >= MAX_LISTS
+    return "[list]" + "\n" * lines
 
 
 class Reader:
@@ -165,6 +187,8 @@ class Reader:
 
     def read(self, line, number):
         """Take in one line."""
+        if not line and not self.pending and (self.code or not self.header):
+            return
         while self.next_list and self.next_list.line <= number:
             self.next_list.section, self.next_list.above = f"{self.section} {self.next_list.label}", self.section
             self.next_list = next(self.lists, None)
@@ -203,12 +227,22 @@ class Reader:
         self.pending = []
         heading = text.startswith("#") and not self.code
         self.intro = text[-1000:] or self.intro
-        for i, match in enumerate(re.finditer(r".+?(?:[.!?;](?=\s)|$)", text[:MAX_LINE * 5])):
-            sentence = match[0].strip()[:MAX_LINE]
-            claims = sentence_claims(sentence, self.ranges, heading)
+        for i, match in enumerate(re.finditer(r".+?(?:[.!?;](?=\s)|$)", text)):
+            sentence = match[0].strip()
+            claims = self.sentence(sentence, heading)
             for claim in claims:
                 line = self.start + bisect_right(ends, match.start() + claim.at)
                 self.add([claim], line, sentence, ("words", self.start, i))
+
+    def sentence(self, text, heading):
+        """Claims of a sentence, as long as there have not been too many numbers."""
+        return sentence_claims(text, self.ranges, heading) if self.room(len(text) // 8) else []
+
+    def room(self, count):
+        """Whether about `count` more numbers may be looked at."""
+        self.found.numbers += count
+        self.found.cut |= self.found.numbers > MAX_NUMBERS
+        return self.found.numbers <= MAX_NUMBERS
 
     def end(self):
         self.sentence_ends()
@@ -216,8 +250,11 @@ class Reader:
 
     def add(self, claims, line, quote, scope):
         """Keep the claims of one place."""
+        self.found.cut |= len(self.found.claims) + len(claims) > MAX_CLAIMS
         for claim in claims[:max(0, MAX_CLAIMS - len(self.found.claims))]:
-            claim.line, claim.quote, claim.section = line, " ".join(quote.split())[:200], self.section
+            start = max(0, min(claim.at - 120, len(quote) - 200))
+            claim.line, claim.quote = line, " ".join(quote[start:start + 300].split())[:200]
+            claim.section = self.section
             claim.scope, claim.intro = claim.scope or scope, self.intro if claim.scope else ""
             self.found.claims.append(claim)
 
@@ -241,9 +278,8 @@ class Reader:
 
     def row_of_blanks(self, line, number):
         """Whether the line is the header or a row of a table whose columns are parted by blanks; it is taken in."""
-        cells = re.split(r"\s{2,}", line.strip()[:2000])
-        kinds = [kind_of(cell) for cell in cells]
-        if len(cells) > 3 and sum(map(bool, kinds)) > 2 and not any(map(NUMBER.fullmatch, cells)):
+        cells = re.split(r"\s{2,}", line.strip()[:2000]) if HEADER.search(line) else []
+        if len(cells) > 3 and not any(map(NUMBER.fullmatch, cells)) and sum(bool(kind_of(cell)) for cell in cells) > 2:
             self.sentence_ends()
             self.begin_table(cells, number)
             self.ends = [match.end() for match in re.finditer(r"\S+(?: \S+)*", line[:2000])]
@@ -272,6 +308,8 @@ class Reader:
 
     def row(self, label, cells, number, line):
         """The claims of a row: a cell is described by its column's name and the row's."""
+        if not self.room(len(cells)):
+            return
         names = [name for name, _, _ in cells]
         summary = any(kind_of(name) == "n" or statistic_of(name) in ("mean", "sd") for name in names)
         for name, cell, i in cells:
@@ -290,6 +328,7 @@ def is_cell(part):
     return bool(NUMBER.fullmatch(part)) or part.lower() in ("nan", "-", "n/a", "inf")
 
 
+@lru_cache(2048)
 def kind_of(text):
     """The kind of number that a column, row or a few words announce, "" if none."""
     return next((kind for kind, pattern in KINDS.items() if pattern.search(text)), "")
@@ -300,6 +339,7 @@ def outside_brackets(text):
     return re.sub(r"\([^()]{0,200}\)", " ", text)
 
 
+@lru_cache(2048)
 def statistic_of(text):
     """The statistic that a column or row announces."""
     for sign, name in SIGNS.items():
@@ -310,6 +350,7 @@ def statistic_of(text):
     return next((name for name, pattern in STATISTICS.items() if pattern.search(text)), "")
 
 
+@lru_cache(2048)
 def label_statistic(label):
     """The statistic of a row that is called so and no more: "mean", not "h3-subtract-mean"."""
     name = statistic_of(label)
@@ -317,6 +358,7 @@ def label_statistic(label):
     return "" if re.search(r"\w", rest) else name
 
 
+@lru_cache(2048)
 def unit_of(text):
     """Seconds of the unit that a column or row names."""
     found = re.search(r"(?<![A-Za-z])(ms|s|sec|seconds|minutes)(?![A-Za-z])|\((min)\)", text)
@@ -403,7 +445,7 @@ def sentence_claims(text, ranges, heading=False):
     """Claims of a sentence, or of a line of code."""
     found, last_end, last, waiting = [], 0, None, None
     matches = [(match, number) for match in NUMBER.finditer(text) if (number := number_of(match))]
-    for i, (match, number) in enumerate(matches[:500]):
+    for i, (match, number) in enumerate(matches):
         before = text[max(last_end, match.start() - 90):match.start()]
         until = matches[i + 1][0].start() if i + 1 < len(matches) else len(text)
         after = text[match.end(1):min(until, match.end(1) + 60)]
@@ -439,7 +481,7 @@ def word_claim(number, before, after, last, ranges, reach):
     whole = any(within(value * scale, ranges[kind]) for kind in ("loss", "time")) and digit * scale < 1
     if statistic == "difference" and whole and written[0] not in "+-":  # "improves the loss (3.2780 vs 3.2783)"
         statistic = ""
-    if VERSUS.match(after) or (last and VERSUS.search(before)):
+    if VERSUS.match(after) or (last and ARROW.match(before)):
         statistic = statistic or "result"
     if NOUN_STEPS.match(after) and digit == 1 and not PLACE.search(before):
         sure = bool(re.search(r"\bin\s*$", before, re.I) or re.match(r"\W?(?:total|training)", after, re.I))

@@ -18,14 +18,13 @@ from functools import cached_property
 from pathlib import Path
 
 from runlogs.claims import COMPARED, RECORD, claims_of
-from runlogs.judging import below_target, welch
+from runlogs.judging import HARMLESS, below_target, versions, welch, what_differs
 from runlogs.loading import natural, trial_numbers
-from runlogs.parsing import parse_step_line
+from runlogs.parsing import parse_step_line, read_text
 
 VERDICTS = {False: "contradicted", None: "not found", True: "supported"}
 MAX_GROUPS = 40
 MAX_PAIRS = 300
-MAX_RUNS = 500  # of a group that can be called by the names of their logs
 SPECIFIC = ("mean", "sd", "median", "min", "max", "range", "spread", "result")
 BASELINE = re.compile(r"baseline|previous|prior\b|\bold\b|\bmaster\b|former|\bcontrol\b|reference|retim\w+|re-?r[ua]n",
                       re.I)
@@ -70,7 +69,7 @@ class Group:
         statistic = "run" if kind == "steps" else statistic
         if statistic and statistic != "result":
             return found.get(statistic, [])
-        return [value for name in ("mean", "median", "run") for value in found.get(name, [])]
+        return found.get("any", [])
 
     def known(self, kind, values):
         """{statistic: values} of losses, times or steps."""
@@ -102,8 +101,9 @@ def spread_of(values):
     if len(values) > 1:
         sd = statistics.stdev(values)
         root = math.sqrt(len(values))
-        found["sd"] = [sd, statistics.pstdev(values)]
-        found["spread"] = [*found["sd"], sd / root, 1.96 * sd / root, (values[-1] - values[0]) / 2]
+        found["sd"] = [statistics.pstdev(values), sd]
+        found["spread"] = sorted([*found["sd"], sd / root, 1.96 * sd / root, (values[-1] - values[0]) / 2])
+    found["any"] = sorted([*found["mean"], *found["median"], *values])
     return found
 
 
@@ -114,37 +114,43 @@ def tests_of(losses, target):
     z = (target - statistics.fmean(losses)) * math.sqrt(len(losses)) / 0.0013
     p, sd = below_target(losses, target), statistics.stdev(losses)
     t = (statistics.fmean(losses) - target) * math.sqrt(len(losses)) / sd if sd else None
-    return {"p": [p for p in (p, 0.5 * math.erfc(z / math.sqrt(2))) if p is not None],
-            "t": [t, -t] if t is not None else []}
+    return {"p": sorted(p for p in (p, 0.5 * math.erfc(z / math.sqrt(2))) if p is not None),
+            "t": sorted([t, -t]) if t is not None else []}
 
 
-def group_of(name, arm, samples):
-    """Group of samples, with one of each run."""
+def run_of(sample):
+    """Group of one run."""
+    step_ms = trial_numbers(sample.rows)["step_avg_ms"]
+    steps_s = step_ms / 1000 if step_ms else sample.time_s / sample.steps if sample.time_s and sample.steps else None
+    return Group(f"run {sample.name or sample.run.path.name}", sample.arm, [sample.loss], [sample.time_s], [sample.steps],
+                 [steps_s], [sample.rows])
+
+
+def group_of(name, arm, samples, runs=None):
+    """Group of samples; `runs` keeps the group of each."""
+    runs = {} if runs is None else runs
+    own = [runs.setdefault(id(sample), run_of(sample)) for sample in samples]
     folders = {sample.run.path.parent.name for sample in samples}
-    runs = {run_stem(s): Group(f"run {s.name}", arm, *numbers_of([s])) for s in samples} if len(samples) <= MAX_RUNS else {}
-    return Group(name, arm, *numbers_of(samples), runs=runs, folder=folders.pop() if len(folders) == 1 else "")
+    return Group(name, arm, *([v for run in own for v in getattr(run, key)]
+                              for key in ("losses", "times", "steps", "step_times", "rows")),
+                 runs={run_stem(sample): run for sample, run in zip(samples, own, strict=True)},
+                 folder=folders.pop() if len(folders) == 1 else "")
 
 
 def run_stem(sample):
+    """What a row of a table may call a run: its folder, or its log without ending."""
     path = sample.run.path
     return (path.parent.name if path.name == "log.txt" else path.name if path.is_dir() else path.stem).lower()
 
 
-def numbers_of(samples):
-    """Losses, times, steps, step times and rows of samples."""
-    averages = [trial_numbers(sample.rows)["step_avg_ms"] for sample in samples]
-    whole = [s.time_s / s.steps for s in samples if s.time_s and s.steps]
-    return ([s.loss for s in samples], [s.time_s for s in samples], [s.steps for s in samples],
-            [ms / 1000 for ms in averages if ms] or whole, [s.rows for s in samples])
-
-
 def groups_of(evidence):
     """Groups of an Evidence: cells, whole arms, folders, all runs; the same runs once."""
-    found = {}
+    found, runs = {}, {}
 
     def add(name, arm, samples):
-        if samples and len(found) < MAX_GROUPS:
-            found.setdefault(frozenset(map(id, samples)), group_of(name, arm, samples))
+        key = frozenset(map(id, samples))
+        if samples and len(found) < MAX_GROUPS and key not in found:
+            found[key] = group_of(name, arm, samples, runs)
 
     for arm in evidence.arms:
         add(arm.name, arm.name, arm.samples)
@@ -165,12 +171,15 @@ class Pairs:
 
     def __init__(self, groups):
         self.pairs = list(itertools.islice(itertools.combinations([g for g in groups if g.real], 2), MAX_PAIRS))
-        self.cache = {}
+        self.cache, self.all = {}, {}
 
     def facts(self, kind, statistic, about="", of=None):
         """Values over all pairs, or those of the groups `of`."""
-        pairs = [pair for pair in self.pairs if of is None or any(group in of for group in pair)]
-        return [value for a, b in pairs for value in self.of_pair(kind, about, a, b)]
+        key = kind, about, None if of is None else tuple(map(id, of))
+        if key not in self.all:
+            pairs = [pair for pair in self.pairs if of is None or any(group in of for group in pair)]
+            self.all[key] = sorted(value for a, b in pairs for value in self.of_pair(kind, about, a, b))
+        return self.all[key]
 
     def of_pair(self, kind, about, a, b):
         key = kind, about, id(a), id(b)
@@ -213,9 +222,11 @@ SLACK = {"loss": 4e-7, "time": 2e-5, "step time": 2e-7}  # of means and deviatio
 
 
 def agrees(claim, values):
-    """Whether one of the values is the number, rounded or cut to its digits; one that is called rough may be 1 off."""
+    """Whether one of the sorted values is the number, rounded or cut to its digits; a rough one may be 1 off."""
     slack = SLACK.get(claim.kind, 0) + (0.51 * claim.digit if claim.statistic == "difference" else 0)  # of rounded means
-    return any(close(claim.value, claim.digit, value, claim.relation, slack) for value in values)
+    reach = 2 * claim.digit + slack + (0.04 * abs(claim.value) if claim.relation == "~" else 0)
+    low, high = bisect_left(values, claim.value - reach), bisect_right(values, claim.value + reach)
+    return any(close(claim.value, claim.digit, value, claim.relation, slack) for value in values[low:high][:5000])
 
 
 def close(number, digit, value, relation, slack=0.0):
@@ -229,9 +240,9 @@ def close(number, digit, value, relation, slack=0.0):
 def holds(claim, values):
     """Whether the claim holds for one of the values; of p < x it is enough that one is below."""
     if claim.relation == "<":
-        return any(value < claim.value for value in values)
+        return bool(values) and values[0] < claim.value
     if claim.relation == ">":
-        return any(value > claim.value for value in values)
+        return bool(values) and values[-1] > claim.value
     return agrees(claim, values)
 
 
@@ -312,10 +323,13 @@ class Judge:
         return any(holds(claim, self.facts(claim, [group])) for group in groups)
 
     def facts(self, claim, groups):
-        """Values of groups that a claim may have; an sd with n is left out if the README's others are with n - 1."""
+        """Sorted values of groups that a claim may have; an sd with n is left out if the others are with n - 1."""
         found = [group.facts(claim.kind, claim.statistic, self.target) for group in groups]
-        sample = claim.statistic == "sd" and self.sample
-        return [value for values in found for value in (values[:1] if sample else values)]
+        if claim.statistic == "sd" and self.sample:
+            found = [values[-1:] for values in found]
+        if len(found) == 1:
+            return found[0]
+        return sorted(value for values in found for value in around(claim, values))
 
     def style_of(self, claims):
         """Whether the deviations that a README claims are those with n - 1, as far as some are."""
@@ -338,6 +352,7 @@ class Judge:
         """(True, False or None, why)."""
         if self.is_target(claim):
             return True, "the target"
+        claim.statistic = claim.statistic if claim.statistic != "target" else ""
         if claim.statistic == "difference" or claim.kind == "percent":
             return self.difference(claim)
         groups, said = self.candidates(claim)
@@ -367,7 +382,7 @@ class Judge:
     def unmatched(self, claim, pool, said, resolved):
         """A claim that no group fits: about runs on the way, of a list, of something else, or false."""
         statistic = claim.statistic
-        if claim.kind == "loss" and statistic in ("", "result") and claim.digit <= 1e-3 and any(near(claim, group.validations) for group in pool):
+        if claim.kind == "loss" and statistic in ("", "result") and claim.digit <= 1e-3 and any(agrees(claim, group.validations) for group in pool):
             return True, "a validation on the way"
         if claim.kind == "n" and claim.value == sum(g.n for g in self.real if g.name == "all runs"):
             return True, "all runs here"
@@ -403,7 +418,8 @@ class Judge:
 
     def listed(self, claim):
         """Verdict on a claim that follows, or should, from a list in the README."""
-        lists = claim.kind == "n" and self.above(claim) or self.lists
+        beside = claim.kind == "n" and claim.scope[0] == "words"
+        lists = beside and self.above(claim) or self.lists
         for group in lists:
             if holds(claim, self.facts(claim, [group])):
                 where = "runs that the README lists" if group.real else "the README's own list, whose runs are not here"
@@ -435,7 +451,7 @@ class Judge:
             paired = []
         elif re.search(r"one[- ]sample", claim.around, re.I) or not PAIRED.search(words) and claim.about != "time":
             paired = []
-        values = single + paired
+        values = sorted([*single, *paired])
         if holds(claim, values):
             return True, "the t-test of these logs" if holds(claim, single) else "Welch's test of two groups here"
         if listed := self.listed(claim):
@@ -455,7 +471,7 @@ class Judge:
         if claim.value == 0 and claim.scope[0] != "words" and not pair:
             return True, "of a group and itself"
         values = pair or self.pairs.facts(claim.kind, "difference")
-        if agrees(claim, [*values, *(-v for v in values)]):
+        if agrees(claim, values):
             return True, "difference of two groups here"
         if not values:
             return None, "no two groups to compare here"
@@ -477,7 +493,7 @@ class Judge:
             return []
         zero = self.zeros.get((claim.scope[1], claim.kind), claim.scope)
         groups, others = self.subjects.get(claim.scope, []), self.subjects.get(zero, []) if zero != claim.scope else []
-        return [v for a in groups for b in others for v in self.pairs.of_pair(claim.kind, "", a, b)]
+        return sorted(v for a in groups for b in others for v in self.pairs.of_pair(claim.kind, "", a, b))
 
     def step_line(self, line, number):
         """Verdict on a step line quoted from a log."""
@@ -538,14 +554,14 @@ def name_of(claim):
 
 def some(values, claim, most=4):
     """The values nearest to a claim, as words."""
-    values = sorted(set(values), key=lambda value: abs(value - claim.value))[:most]
+    values = sorted(set(around(claim, values)), key=lambda value: abs(value - claim.value))[:most]
     return ", ".join(f"{value:.6g}" for value in values)
 
 
-def near(claim, values):
-    """Whether one of the sorted values agrees with a claim."""
-    low, high = bisect_left(values, claim.value - 2 * claim.digit), bisect_right(values, claim.value + 2 * claim.digit)
-    return agrees(claim, values[low:high][:1000])
+def around(claim, values, most=4):
+    """Those of the sorted values that are nearest to a claim."""
+    at = bisect_left(values, claim.value)
+    return values[max(0, at - most):at + most]
 
 
 def word_in(word, values, scale):
@@ -561,8 +577,47 @@ def check_text(text, groups, target, home=""):
     times = [time for group in groups for time in group.times]
     ranges = {"loss": (0.97 * min(losses), 1.03 * max(losses)) if losses else (0, 0),
               "time": (0.8 * min(times), 1.25 * max(times)) if times else (0, 0)}
-    found = Judge(groups, target, home).all(claims_of(text, ranges))
+    claims = claims_of(text, ranges)
+    found = Judge(groups, target, home).all(claims)
+    if claims.cut:
+        found.append(verdict("text", "the rest of this text", None, LONG, line=0))
     return list({(c["kind"], c["claim"], c["verdict"], c["detail"]): c for c in reversed(found)}.values())[::-1]
+
+
+# -- a folder
+
+MAX_TEXT = 1_000_000  # characters of all texts of a folder
+LONG = "longer than what is checked"
+NAMES = re.compile(r"(?:readme|statistics|summary|pr_summary)\.md", re.I)
+
+
+def texts_of(folder):
+    """README.md, statistics.md and summary.md of a record folder and of the folders in it, the README first."""
+    paths = [path for pattern in ("*.md", "*.MD", "*/*.md") for path in sorted(Path(folder).glob(pattern))[:200]]
+    paths = [path for path in dict.fromkeys(paths) if NAMES.fullmatch(path.name) and path.is_file()]
+    return sorted(paths, key=lambda path: (len(path.parts), path.name.lower() != "readme.md"))[:20]
+
+
+def check_folder(folder, evidence, target):
+    """Verdicts on the claims of all texts of a record folder; each says its file."""
+    groups, found, room = groups_of(evidence), [], MAX_TEXT
+    for path in texts_of(folder):
+        text = read_text(path)
+        home = path.parent.name if path.parent != Path(folder) else ""
+        claims = check_text(text[:room], groups, target, home)
+        claims += [verdict("text", "the rest of this text", None, LONG, line=0)] if len(text) > room else []
+        found += [{**claim, "file": str(path.relative_to(folder))} for claim in claims]
+        room = max(0, room - len(text))
+    return found
+
+
+def check_runs(evidence, samples):
+    """Verdicts on the runs themselves: their versions and sources, that they are complete."""
+    runs = list({id(sample.run): sample.run for sample in samples}.values())
+    complete = verdict("runs", "complete runs", bool(samples), f"{len(samples)} complete")
+    dropped = [why.partition(": ") for arm in evidence.arms for why in arm.dropped][:20]
+    return [check_versions(samples), check_sources(runs), complete,
+            *(verdict("runs", name, None, why) for name, _, why in dropped)]
 
 
 def check_versions(samples):
