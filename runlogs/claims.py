@@ -88,7 +88,8 @@ STATISTICS = {
     "difference": words("improve\\w*", "faster", "slower", "speed-?ups?", "sav(?:e|es|ed|ing|ings)", "gain(?:s|ed)?",
                         "delta", "diff", "differences?", "differs", "reduc\\w*", "decrease\\w*", "increase\\w*", "fewer",
                         "drop\\w*", "cut", "cuts", "overhead", "costs?", "regression", "less", "shorter", "longer",
-                        "trades", "added?", "adds", "extra", "remov\\w*", "shift", "gap", "margin", "slow-?down"),
+                        "trades", "added?", "adds", "extra", "remov\\w*", "shift", "gap", "margin", "slow-?down", "falls?", "fell",
+                        "ris(?:e|es|en)", "rose"),
     "sd": words("std(?:ev|_dev|dev)?", "sd", "standard deviations?", "sigma", "stddev", "variance"),
     "mean": words("means?", "averag\\w*", "avg"),
     "median": words("median"),
@@ -168,7 +169,9 @@ def list_found(match, ranges, starts, found):
     before = match.string[max(0, match.start() - 80):match.start()]
     label = re.split(r"[\n\[\]]", before)[-1].strip()
     lines = match[1].count("\n")
-    if len(numbers) < 2 or not (LISTED.search(label) or within(float(numbers[0]), ranges["loss"])):
+    first = float(numbers[0]) if numbers else 0
+    like = within(first, ranges["loss"]) or within(first, ranges["time"]) or within(first / 1000, ranges["time"])
+    if len(numbers) < 2 or not (LISTED.search(label) or like):
         return " " + "\n" * lines
     if len(found.lists) < MAX_LISTS:
         found.lists.append(NumberList(numbers, label, "", line_of(starts, match), lines))
@@ -455,7 +458,7 @@ def sentence_claims(text, ranges, heading=False):
         statistic = "" if claim or number[1] >= 1 else word_statistic(number[3], before, after)
         waiting = Claim("", statistic, number[3], number[0], number[1], sure=True) if statistic == "sd" else None
         if claim:
-            claim.subject = whose(text, match.start())
+            claim.subject = whose(text, match.start()) + (OWNER.match(after) or [""])[0]
             claim.around, claim.at = before[-40:] + after[:25], match.start()
             mine = heading or RESULT.search(before[-50:]) or ON_HARDWARE.match(after)
             if claim.kind in ("time", "loss") and not claim.statistic and mine:
@@ -471,7 +474,9 @@ def word_claim(number, before, after, last, ranges, reach):
     if word in ("%", "x"):
         about = PERCENT.search(f"{before[-40:]} % {after[:30]}")
         return Claim("percent", "difference", f"{written} {word}", value, digit) if about else None
-    if named := NAMED.search(before[-60:]) or CALLED.search(reach):
+    if before.rstrip().endswith("±") and last:
+        return spread_claim(number, last)
+    if named := NAMED.search(reach) or CALLED.search(reach):
         return named_claim(number, named, reach)
     if NOUN_N.match(after) and digit == 1 and written.isdigit():
         statistic = "difference" if re.search(r"\b(?:more|extra|additional)\b", after[:30]) else ""
@@ -497,16 +502,20 @@ def word_claim(number, before, after, last, ranges, reach):
         kind = last.kind if last.kind != "steps" else ""
     if not kind:
         return None
-    if before.rstrip().endswith("±"):
-        kind, statistic = last.kind if last else kind, "spread"
     claim = claim_of(number, kind, statistic)
-    unit = last.value / float(last.text.split()[0].replace(",", "")) if last and last.value and word not in UNITS else 1
-    if claim and statistic == "spread" and kind == "time" and unit != 1:
-        claim.value, claim.digit = claim.value * unit, claim.digit * unit
     if claim:
         of = kind == "steps" and after[:1] == "/"  # step 1480/1480
         claim.relation, claim.sure = relation_before(before), bool(statistic) and statistic != "difference" or of
     return claim
+
+
+def spread_claim(number, last):
+    """What stands after ±, in the unit of the number before it unless it has one."""
+    claim = claim_of(number, last.kind, "spread")
+    if claim and number[2] not in UNITS:
+        unit = UNITS.get(last.text.split()[-1], 1) if last.kind in ("time", "step time") else 1
+        claim.value, claim.digit = claim.value * unit, claim.digit * unit
+    return claim and replace(claim, sure=True)
 
 
 def named_claim(number, named, before):
@@ -525,8 +534,6 @@ def named_claim(number, named, before):
 
 def word_statistic(written, before, after):
     """The statistic that the words around a number in a sentence say."""
-    if before.rstrip().endswith("±"):
-        return "spread"
     hits = [(m.start(), name) for name, pattern in STATISTICS.items() for m in pattern.finditer(before)]
     hits += [(i, name) for sign, name in SIGNS.items() if (i := before.rfind(sign)) >= 0]
     names = {name for _, name in hits}
@@ -584,6 +591,9 @@ COMPARED = re.compile(r"\b(?:vs\.?|versus|than|over|against|from|relative to|com
                       r"improvement over|better than|to)\s+(?:the |our |its )?[\w#-]{0,40}(?: \w{1,20}){0,1}", re.I)
 
 
+OWNER = re.compile(r"\s?[a-z]{0,8} (?:of|for|from|by|in) (?:the |our |its )?[\w-]{1,40}(?: [a-z]{1,20})?")
+
+
 def whose(text, at):
-    """The words before a number, without those that it is compared with, and those after it in its brackets."""
+    """The words before a number, without those that it is compared with."""
     return COMPARED.sub(" ", text[max(0, at - 400):at])

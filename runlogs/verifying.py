@@ -32,6 +32,7 @@ ELSEWHERE = re.compile(r"#\d\d+|\b(?:PR|pull) ?#?\d+|official|karpathy|another (
                        r"\b(?:record|WR) #?\d{1,3}(?![\d.])|original|\bablat|suggest|would|could|might|expect|\beval\b|no changes", re.I)
 PAIRED = re.compile(r"welch|two[- ]sample|two[- ]sided|differ|faster|slower|\bvs\b|compar|improve", re.I)
 PARTS = re.compile(r"\beach\b|\bper\b|\bevery\b|groups? of|\bparts?\b|\bhalf\b|mean[- ]of|\bsubset|\bfirst\b|\blast\b", re.I)
+KNOWN_SD = re.compile(r"0\.0013|track[ _]3|\bz[ -]|known sd", re.I)  # track 3's test
 WHOLE = re.compile(r"these timings|\b(?:total|overall|net|wall-?clock)\b", re.I)
 BARE = re.compile(r"(?:[-*+] )?[\w -]{3,40}: ?[+-]?[\d.]+ ?\w{0,7}")  # - train time: -1.04 s
 WEIGHTS = {"n": 0.5, "steps": 0.5, "p": 0.5, "t": 0.5}
@@ -49,11 +50,12 @@ def verdict(kind, claim, truth, detail="", **more):
 class Group:
     """Runs that a claim may be about, and their statistics. `real`: they are in the logs, not in the README alone."""
 
-    def __init__(self, name, arm, losses, times, steps=(), step_times=(), rows=(), real=True, runs=None, folder=""):
+    def __init__(self, name, arm, losses, times, steps=(), step_times=(), rows=(), real=True, runs=None, folder="",
+                 members=frozenset()):
         self.name, self.arm, self.real, self.runs, self.folder = name, arm, real, runs or {}, folder
         self.losses, self.times, self.steps = list(losses), [t for t in times if t is not None], sorted(set(steps))
         self.step_times, self.rows = [t for t in step_times if t is not None], rows
-        self.n = max(len(self.losses), len(self.times))
+        self.n, self.members = max(len(self.losses), len(self.times)), members
 
     def numbers(self, kind):
         return {"loss": self.losses, "time": self.times, "step time": self.step_times, "steps": self.steps}.get(kind, [])
@@ -62,7 +64,7 @@ class Group:
         """Values that a claim of that kind and statistic may have."""
         if kind == "n":
             return [self.n]
-        if kind in ("p", "t"):
+        if kind in ("p", "t", "z"):
             return self.tests(target)[kind]
         values = self.numbers(kind)
         found = self.known(kind, values)
@@ -110,11 +112,11 @@ def spread_of(values):
 def tests_of(losses, target):
     """{"p", "t"} of the tests that the mean loss is below the target."""
     if len(losses) < 2 or target is None or not all(abs(loss - target) < 1 for loss in losses):
-        return {"p": [], "t": []}
+        return {"p": [], "t": [], "z": []}
     z = (target - statistics.fmean(losses)) * math.sqrt(len(losses)) / 0.0013
     p, sd = below_target(losses, target), statistics.stdev(losses)
     t = (statistics.fmean(losses) - target) * math.sqrt(len(losses)) / sd if sd else None
-    return {"p": sorted(p for p in (p, 0.5 * math.erfc(z / math.sqrt(2))) if p is not None),
+    return {"p": [p] if p is not None else [], "z": [0.5 * math.erfc(z / math.sqrt(2))],
             "t": sorted([t, -t]) if t is not None else []}
 
 
@@ -134,6 +136,7 @@ def group_of(name, arm, samples, runs=None):
     return Group(name, arm, *([v for run in own for v in getattr(run, key)]
                               for key in ("losses", "times", "steps", "step_times", "rows")),
                  runs={run_stem(sample): run for sample, run in zip(samples, own, strict=True)},
+                 members=frozenset(map(id, samples)),
                  folder=folders.pop() if len(folders) == 1 else "")
 
 
@@ -167,10 +170,11 @@ def groups_of(evidence):
 
 
 class Pairs:
-    """Differences, ratios and tests between groups."""
+    """Differences, ratios and tests between groups that have no run in common."""
 
     def __init__(self, groups):
-        self.pairs = list(itertools.islice(itertools.combinations([g for g in groups if g.real], 2), MAX_PAIRS))
+        pairs = itertools.combinations(groups, 2)
+        self.pairs = list(itertools.islice(((a, b) for a, b in pairs if not a.members & b.members), MAX_PAIRS))
         self.cache, self.all = {}, {}
 
     def facts(self, kind, statistic, about="", of=None):
@@ -256,10 +260,11 @@ class Judge:
         self.groups, self.target, self.home = groups, target, home
         self.real = list(groups)
         self.pairs = Pairs(groups)
-        self.lists = []
+        self.lists, self.known_sd = [], False
 
     def all(self, text):
         """Verdicts on all claims of a Text."""
+        self.known_sd = any(KNOWN_SD.search(claim.quote) for claim in text.claims)
         found = [self.step_line(line, number) for line, number in text.step_lines[:500]]
         for numbers in text.lists:
             found.append(self.list(numbers))
@@ -327,6 +332,8 @@ class Judge:
         found = [group.facts(claim.kind, claim.statistic, self.target) for group in groups]
         if claim.statistic == "sd" and self.sample:
             found = [values[-1:] for values in found]
+        if claim.kind == "p" and self.known_sd:
+            found += [group.facts("z", "", self.target) for group in groups]
         if len(found) == 1:
             return found[0]
         return sorted(value for values in found for value in around(claim, values))
@@ -409,7 +416,7 @@ class Judge:
             return "perhaps of other runs"
         if claim.kind == "n" and PARTS.search(claim.around):
             return "perhaps of a part of the runs"
-        if table and not said and self.sizes.get(claim.scope, 0) > 1:
+        if table and not said and not self.home and self.sizes.get(claim.scope, 0) > 1:
             best = self.best.get(claim.scope, 0)
             return "its row fits no group of the logs" if best < 0.25 * self.sizes[claim.scope] else ""
         if claim.kind != "n" and claim.statistic not in ("", "result") and max((g.n for g in pool), default=0) < 2:
