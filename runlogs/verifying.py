@@ -17,7 +17,8 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
-from runlogs.claims import COMPARED, RECORD, claims_of
+from runlogs.claims import claims_of
+from runlogs.wording import COMPARED, RECORD
 from runlogs.judging import HARMLESS, below_target, versions, welch, what_differs
 from runlogs.loading import natural, trial_numbers
 from runlogs.parsing import parse_step_line, read_text
@@ -539,7 +540,7 @@ class Judge:
         values = [float(word) * (1e-3 if sort == "times in ms" else 1) for word in numbers.words]
         losses, times = (values, []) if sort == "losses" else ([], values)
         group = Group("the list", "", losses, times, real=bool(real))
-        group.line, group.section = numbers.line + numbers.lines, numbers.above
+        group.line, group.section = numbers.line + numbers.lines, numbers.section
         self.lists.append(group)
 
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 import logger
-from runlogs import claims, verifying
+from runlogs import verifying, wording
 
 BAR = "=" * 100 + "\n"
 CODE = "import os\nRATE = 0.05\n"
@@ -334,7 +334,7 @@ def test_the_time_is_linear(piece):
 
 def test_numbers_as_they_are_written():
     def read(text):
-        return [number[:2] for match in claims.NUMBER.finditer(text) if (number := claims.number_of(match))]
+        return [(number.value, number.digit) for match in wording.NUMBER.finditer(text) if (number := wording.number_of(match))]
 
     assert read("70,188.5 ms") == [(70188.5, 0.1)]
     assert read("1.5e-4, -3 and +.5") == [(1.5e-4, 1e-5), (-3, 1), (0.5, 0.1)]
