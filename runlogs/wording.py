@@ -76,8 +76,8 @@ STATISTICS = {
     "difference": words(
         r"improve\w*", "faster", "slower", "speed-?ups?", "sav(?:e|es|ed|ing|ings)", "gain(?:s|ed)?", "delta", "diff",
         "differences?", "differs", r"reduc\w*", r"decrease\w*", r"increase\w*", "fewer", r"drop\w*", "cuts?",
-        "overhead", "costs?", "regression", "less", "shorter", "longer", "trades", "add(?:s|ed)?", "extra", r"remov\w*", "shift",
-        "gap", "margin", "slow-?down", "falls?", "fell", "ris(?:e|es|en)", "rose"),
+        "overhead", "costs?", "regression", "less", "shorter", "longer", "trades", "add(?:s|ed)?", "extra", r"remov\w*",
+        "shift", "gap", "margin", "slow-?down", "falls?", "fell", "ris(?:e|es|en)", "rose"),
     "sd": words("std(?:ev|_dev|dev)?", "sd", "standard deviations?", "sigma", "stddev", "variance"),
     "mean": words("means?", r"averag\w*", "avg"),
     "median": words("median"),
@@ -173,7 +173,7 @@ NAMED = re.compile(r"(?<![\w-])(?P<name>p|n|t|z)(?:[- ]?(?:values?|stat(?:istic)
                    r"\s{0,3}(?P<relation>=|<=?|>=?|≤|≥|~|≈|:|of|is)\s{0,3}$", re.I)
 CALLED = re.compile(r"(?<![\w-])(?:(?P<p>p-?val(?:ue)?s?|(?:one|two)-sided p)|t-?stat(?:istic)?)(?![\w-])"
                     r"[\w\s.,<>()-]{0,60}(?P<relation>[=:])\s{0,3}$", re.I)
-RELATION = re.compile(r"(=|<=?|>=?|≤|≥|~|≈|\babout|\baround|\broughly|\bapprox\w*\.?|\bnearly|\balmost|\bbelow|\bunder)"
+RELATION = re.compile(r"(=|<=?|(?<!-)>=?|≤|≥|~|≈|\babout|\baround|\broughly|\bapprox\w*\.?|\bnearly|\balmost|\bbelow|\bunder)"
                       r"\s{0,3}$", re.I)
 RELATIONS = {"": "=", "=": "=", ":": "=", "of": "=", "is": "=", "<": "<", "<=": "<", "≤": "<", "below": "<",
              "under": "<", ">": ">", ">=": ">", "≥": ">"}
@@ -392,8 +392,11 @@ def cell_claims(label, name, cell, ranges, summary):
     found = [cell_claim(number, cell[:match.start()], kind, statistic, unit) for match, number in matches]
     found = [claim for claim in found if claim]
     for claim in found:
-        claim.scope = ("words", "cell", label[:40]) if claim.sure else ()
-        claim.sure, claim.about = True, "time" if KINDS["time"].search(f"{name} {label}") else "loss"
+        if claim.sure:
+            claim.scope = ("words", "cell", label[:40])
+        else:
+            claim.about = "time" if KINDS["time"].search(f"{name} {label}") else "loss"
+        claim.sure = True
         if summary and not claim.statistic and claim.kind in ("loss", "time", "step time"):
             claim.statistic = "mean"
     return found

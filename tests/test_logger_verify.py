@@ -8,7 +8,7 @@ import time
 import pytest
 
 import logger
-from runlogs import verifying, wording
+from runlogs import facts, verifying, wording
 
 BAR = "=" * 100 + "\n"
 CODE = "import os\nRATE = 0.05\n"
@@ -76,7 +76,7 @@ def test_the_numbers_of_these_tests():
 
 # One sentence of each kind, whether it is true, and what it is taken for
 SENTENCES = [
-    ("The mean validation loss is {}.", "loss mean", ["3.2735", "3.27350", "3.274", "3.273"], ["3.2765", "3.1790", "4.11"]),
+    ("The mean validation loss is {}.", "loss mean", ["3.2735", "3.27350", "3.274", "3.273"], ["3.2765", "3.179", "41.1"]),
     ("Mean loss: {} over 5 runs", "loss mean", ["3.2735"], ["3.2739", "2.9"]),
     ("# losses: (std={}, mean=3.2735)", "loss sd", ["0.0016", "0.00164"], ["0.0026", "0.016"]),
     ("# losses: (tensor(0.0016), tensor({}))", "loss mean", ["3.2735"], ["3.2745"]),
@@ -86,7 +86,7 @@ SENTENCES = [
     ("The best loss was {}.", "loss min", ["3.2711"], ["3.2701", "3.2735"]),
     ("The worst loss was {}.", "loss max", ["3.2752"], ["3.2761", "3.2711"]),
     ("The median loss was {}.", "loss median", ["3.2735"], ["3.2729", "3.2745"]),
-    ("The mean time was {} s.", "time mean", ["70.188", "70.19", "70.2", "70.1", "70"], ["66.1", "70.4", "7.0", "140.376"]),
+    ("The mean time was {} s.", "time mean", ["70.188", "70.19", "70.2", "70.1", "70"], ["66.1", "70.4", "7.0", "140.4"]),
     ("It takes {} seconds on average.", "time mean", ["70.188"], ["70.288", "69"]),
     ("It takes {} minutes on average.", "time mean", ["1.17", "1.2", "1.1"], ["1.3", "11.7"]),
     ("It takes {} ms on average.", "time mean", ["70188", "70,188"], ["71188", "70,288"]),
@@ -141,8 +141,8 @@ def test_the_target_is_no_result(one, capsys, number):
 
 
 def test_what_is_about_something_else_is_not_found(one, capsys):
-    for text in ("Previous record: 75.4 s.", "The official mean time is 74.2 s.", "The baseline has a mean loss of 3.2799.",
-                 "On an A100 the mean time was 400 s.", "PR #123 had a mean loss of 3.2781.", "A saving of 300 ms."):
+    for text in ("Previous record: 75.4 s.", "The official mean time is 74.2 s.",
+                 "The baseline has a mean loss of 3.2799.", "On an A100 the mean time was 400 s.", "PR #123 had a mean loss of 3.2781.", "A saving of 300 ms."):
         assert [v for _, v in verdicts(one, text, capsys)] == ["not found"], text
 
 
@@ -288,7 +288,7 @@ def test_a_mean_and_its_spread_in_a_cell(one, capsys):
 def test_whose_number_it_is(both, capsys):
     true = "The baseline has a mean loss of 3.2780 and a mean time of 75.394 s. This PR has a mean time of 70.188 s."
     assert {v for _, v in verdicts(both, true, capsys)} == {"supported"}
-    for old, new in (("3.2780", "3.2735"), ("75.394", "70.188"), ("PR has a mean time of 70.188", "PR has a mean time of 75.394")):
+    for old, new in (("3.2780", "3.2735"), ("75.394", "70.188"), ("PR has a mean time of 70", "PR has a mean time of 75")):
         assert [v for _, v in verdicts(both, true.replace(old, new), capsys)].count("contradicted") == 1
     below = "### Baseline\n\nMean loss 3.2780.\n\n### This PR\n\nMean loss {}.\n"
     assert {v for _, v in verdicts(both, below.format("3.2735"), capsys)} == {"supported"}
@@ -296,10 +296,12 @@ def test_whose_number_it_is(both, capsys):
 
 
 def test_differences_and_tests_of_two_arms(both, capsys):
-    for text in ("The mean time falls by 5.2 s.", "It is 5.2055 s faster.", "These timings show ≈ 5.2 seconds of improvement.",
-                 "This is a reduction of 50 steps.", "Welch's two-sided test of the times: p = 2.7e-11", "It is 6.9 % faster."):
+    for text in ("The mean time falls by 5.2 s.", "It is 5.2055 s faster.", "This is a reduction of 50 steps.",
+                 "These timings show ≈ 5.2 seconds of improvement.", "It is 6.9 % faster.",
+                 "Welch's two-sided test of the times: p = 2.7e-11"):
         assert [v for _, v in verdicts(both, text, capsys)] == ["supported"], text
-    for text in ("These timings show ≈ 7.2 seconds of improvement.", "- train time: `-4.2 s`", "Welch p-value of the times: 0.03"):
+    for text in ("These timings show ≈ 7.2 seconds of improvement.", "- train time: `-4.2 s`",
+                 "Welch p-value of the times: 0.03"):
         assert [v for _, v in verdicts(both, text, capsys)] == ["contradicted"], text
     assert [v for _, v in verdicts(both, "Fusing the kernels saves 300 ms.", capsys)] == ["not found"]
 
@@ -320,10 +322,11 @@ def test_more_than_is_checked_is_said(one, capsys):
     assert ("text", "not found") in [(claim["kind"], claim["verdict"]) for claim in found]
 
 
-@pytest.mark.parametrize("piece", ["p(mean<3.28) = 0.01\n", "|3.27|3.28|\n", "loss  time  n  p\n1.1 2.2 3 4\n", "<!--", "![",
-                                   "mean 3.271 s, ", "1,1.", "\n", "](", "[1.1, ", "word. ", "vs ", "± 1 "])
+@pytest.mark.parametrize("piece", [
+    "p(mean<3.28) = 0.01\n", "|3.27|3.28|\n", "loss  time  n  p\n1.1 2.2 3 4\n", "<!--", "![", "mean 3.271 s, ", "1,1.",
+    "\n", "](", "[1.1, ", "word. ", "vs ", "± 1 "])
 def test_the_time_is_linear(piece):
-    groups = [verifying.Group("record", "record", LOSSES["record"], TIMES["record"], [1400])]
+    groups = [facts.Group("record", "record", LOSSES["record"], TIMES["record"], [1400])]
     times = []
     for size in (20_000, 200_000):
         start = time.process_time()
@@ -334,7 +337,8 @@ def test_the_time_is_linear(piece):
 
 def test_numbers_as_they_are_written():
     def read(text):
-        return [(number.value, number.digit) for match in wording.NUMBER.finditer(text) if (number := wording.number_of(match))]
+        found = map(wording.number_of, wording.NUMBER.finditer(text))
+        return [(number.value, number.digit) for number in found if number]
 
     assert read("70,188.5 ms") == [(70188.5, 0.1)]
     assert read("1.5e-4, -3 and +.5") == [(1.5e-4, 1e-5), (-3, 1), (0.5, 0.1)]
