@@ -43,8 +43,10 @@ class Group:
         """Sorted values that a claim of that kind and statistic may have."""
         if kind == "n":
             return [self.n]
-        if kind in ("p", "t", "z"):
-            return self.keep("tests", lambda: tests_of(self.losses, target))[kind]
+        if kind in ("p", "t", "z", "d"):
+            return self.keep("tests", lambda: tests_of(self.losses, target)).get(kind, [])
+        if statistic == "interval":
+            return self.keep(f"interval of {kind}", lambda: interval_of(self.numbers(kind)))
         found = self.keep(kind, lambda: spread_of(self.numbers(kind)))
         name = "run" if kind == "steps" else "any" if statistic in ("", "result") else statistic
         return found.get(name, [])
@@ -74,6 +76,16 @@ def spread_of(values):
         found["sd"] = [statistics.pstdev(values), sd]
         found["spread"] = sorted([*found["sd"], sd / root, 1.96 * sd / root, (values[-1] - values[0]) / 2])
     return found
+
+
+def interval_of(values):
+    """Ends of the 95 % and the 99 % interval of a mean, sorted."""
+    if len(values) < 2:
+        return []
+    from scipy.stats import t
+
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    return sorted(mean + side * error * float(t.isf(tail, len(values) - 1)) for tail in (0.025, 0.005) for side in (-1, 1))
 
 
 def tests_of(losses, target):
@@ -170,7 +182,7 @@ class Pairs:
 
 def pair_facts(kind, a, b, tested):
     """Values of a kind for two groups: of Welch's tests of what is `tested`, ratios, or differences either way."""
-    if kind in ("p", "t"):
+    if kind in ("p", "t", "d", "interval"):
         return [value for name in tested for value in welch_facts(a.numbers(name), b.numbers(name))[kind]]
     if kind == "percent":
         return ratios_of(a, b)
@@ -192,13 +204,14 @@ def ratios_of(a, b):
 
 
 def welch_facts(x, y):
-    """{"p", "t"} of Welch's test: one-sided either way and two-sided."""
+    """{"p", "t", "d", "interval"} of Welch's test: p one-sided either way and two-sided, the rest either way."""
     test = welch(x, y)
     if test is None:
-        return {"p": [], "t": []}
+        return {"p": [], "t": [], "d": [], "interval": []}
     error = math.sqrt(statistics.variance(x) / len(x) + statistics.variance(y) / len(y))
     p, t = test["p_value"], test["difference"] / error if error else 0.0
-    return {"p": [p, p / 2, 1 - p / 2], "t": [t, -t]}
+    d, low, high = test["cohens_d"], test["ci_low"], test["ci_high"]
+    return {"p": [p, p / 2, 1 - p / 2], "t": [t, -t], "d": [d, -d], "interval": [low, high, -low, -high]}
 
 
 # -- comparing

@@ -17,10 +17,10 @@ from runlogs.facts import Group, Pairs, agrees, around, close, groups_of, holds,
 from runlogs.judging import HARMLESS, versions, what_differs
 from runlogs.loading import natural
 from runlogs.parsing import parse_step_line, read_text
-from runlogs.wording import COMPARED, RECORD
+from runlogs.wording import COMPARED, COUNTED, RECORD
 
 VERDICTS = {False: "contradicted", None: "not found", True: "supported"}
-KNOWN = ("mean", "sd", "median", "min", "max", "range", "spread", "result")
+KNOWN = ("mean", "sd", "median", "min", "max", "range", "interval", "spread", "result")
 BASELINE = re.compile(r"baseline|previous|prior\b|\bold\b|\bmaster\b|former|\bcontrol\b|reference|retim\w+|re-?r[ua]n",
                       re.I)
 ELSEWHERE = re.compile(
@@ -28,12 +28,12 @@ ELSEWHERE = re.compile(
     r"separate|cluster|another (?:run|record|machine|node|box)|\b(?:on|an?) (?:single )?G?[AH]\d00|\bablat|\beval\b|"
     r"suggest|would|could|might|expect|no changes", re.I)
 PAIRED = re.compile(r"welch|two[- ]sample|two[- ]sided|differ|faster|slower|\bvs\b|compar|improve", re.I)
+WELCH = re.compile(r"welch|two[- ]sample|differ", re.I)
 PARTS = re.compile(r"\b(?:each|per|every|parts?|half|subset\w*|first|last)\b|groups? of|mean[- ]of", re.I)
 RULE = re.compile(r"rule|target|need|requir|must|criteri|alpha|threshold", re.I)
 KNOWN_SD = re.compile(r"0\.0013|track[ _]3|\bz[ -]|known sd", re.I)  # track 3's test
 WHOLE = re.compile(r"these timings|\b(?:total|overall|net|wall-?clock)\b", re.I)
 BARE = re.compile(r"(?:[-*+] )?[\w -]{3,40}: ?[+-]?[\d.]+ ?\w{0,7}")  # - train time: -1.04 s
-COUNTED = ("n", "steps", "p", "t")
 ENOUGH = 1.5  # weight of the claims of a row that make it one of a group
 OWN_LIST = "the README's own list, whose runs are not here"
 
@@ -66,7 +66,7 @@ class Judge:
         """Verdict on one claim."""
         truth, detail = self.truth(claim)
         relation = "≈" if claim.relation == "~" else claim.relation
-        said = f"{claim.kind} {relation} " if claim.kind in "pnt" else f"{relation} " if relation != "=" else ""
+        said = f"{claim.kind} {relation} " if claim.kind in "pntd" else f"{relation} " if relation != "=" else ""
         return verdict(said_of(claim), f"{said}{claim.text}", truth, detail, line=claim.line, quote=claim.quote)
 
     # -- whose numbers they are
@@ -152,8 +152,10 @@ class Judge:
         groups, said = self.candidates(claim)
         subjects = self.subjects.get(claim.scope, [])
         pool = subjects if subjects and (claim.scope[0] != "words" or claim.kind == "n") else groups
-        if claim.kind in ("p", "t"):
+        if claim.kind in ("p", "t", "d"):
             return self.test(claim, pool)
+        if claim.statistic == "interval" and agrees(claim, self.pairs.facts("interval", claim.kind)):
+            return True, "interval of a difference"
         if self.stranger(claim):
             return self.listed(claim) or (None, "its row fits no group of the logs")
         fitting = next((group for group in pool if holds(claim, self.facts(claim, [group]))), None)
@@ -275,10 +277,11 @@ class Judge:
 
     def tests(self, claim, groups, table):
         """Values of the tests that a p or t may be of: of a column of times two groups', of a row its group's."""
-        single = [] if table and claim.about == "time" else self.facts(claim, groups)
+        welch = claim.kind == "d" or (table and WELCH.search(claim.around))
+        single = [] if welch or (table and claim.about == "time") else self.facts(claim, groups)
         of = None if len(groups) == len(self.groups) else groups
         two = PAIRED.search(f"{claim.quote} {claim.section}") and not re.search("one[- ]sample", claim.around, re.I)
-        two = claim.about == "time" or (two and not (table and claim.scope[0] == "row"))
+        two = welch or claim.about == "time" or (two and claim.scope[0] != "row")
         return sorted([*single, *(self.pairs.facts(claim.kind, claim.about, of) if two else [])])
 
     def difference(self, claim):
@@ -289,6 +292,8 @@ class Judge:
             return True, "of a group and itself"
         if agrees(claim, values):
             return True, "difference of two groups here"
+        if agrees(claim, self.pairs.facts("interval", claim.kind)):
+            return True, "interval of a difference"
         if not values:
             return None, "no two groups to compare here"
         column = claim.scope[0] in ("column", "table") and claim.kind != "percent" and claim.sure

@@ -24,8 +24,9 @@ class Number:
 
 @dataclass
 class Claim:
-    """One number and what is said of it. `kind`: loss, time, step time, n, steps, p, t, percent. `statistic`: mean, sd,
-    spread (after ±), median, min, max, range, result (a mean or a run), target, difference, or "" for unknown."""
+    """One number and what is said of it. `kind`: loss, time, step time, n, steps, p, t, d (Cohen's), percent.
+    `statistic`: mean, sd, spread (after ±), median, min, max, range, interval (of confidence), result (a mean or a run),
+    target, difference, or "" for unknown."""
 
     kind: str
     statistic: str
@@ -66,6 +67,7 @@ def words(*alternatives):
 KINDS = {  # in order of precedence where one name has several
     "p": re.compile(r"(?<![\w-])p(?:[- ]?val(?:ue)?s?)?(?![\w-])", re.I),
     "t": re.compile(r"(?<![\w-])t(?:[- ]?(?:stat(?:istic)?|value))?(?![\w/-])", re.I),
+    "d": words("cohen.{0,3}s d", "effect size"),
     "step time": words("per[- ]step", "step[ _-]?(?:time|avg|average)s?", "ms ?/ ?step", "s ?/ ?step"),
     "n": words("n", "runs?", "trials", "logs", "samples", "count"),
     "steps": words("steps?", "iterations", "iters"),
@@ -84,9 +86,11 @@ STATISTICS = {
     "min": words("min", "minimum", "best", "lowest", "fastest"),
     "max": words("max", "maximum", "worst", "highest", "slowest"),
     "range": words("range"),
+    "interval": words("intervals?", "confidence", "ci"),
     "target": words("target", "threshold", "limit", "cut-?off", "rules?"),
 }
 SIGNS = {"Δ": "difference", "σ": "sd", "μ": "mean"}
+COUNTED = ("n", "steps", "p", "t", "d")  # have no statistic
 SINGLE = ("mean", "sd", "median", "min", "max")
 
 
@@ -131,7 +135,7 @@ def statistic_of(name):
         return "difference" if "+/-" in name else "spread"
     signs = [statistic for sign, statistic in SIGNS.items() if sign in name]
     found = [statistic for statistic, pattern in STATISTICS.items() if pattern.search(name)]
-    return next(iter(signs + found), "")
+    return "interval" if "interval" in found else next(iter(signs + found), "")
 
 
 @lru_cache(2048)
@@ -173,8 +177,8 @@ NAMED = re.compile(r"(?<![\w-])(?P<name>p|n|t|z)(?:[- ]?(?:values?|stat(?:istic)
                    r"\s{0,3}(?P<relation>=|<=?|>=?|≤|≥|~|≈|:|of|is)\s{0,3}$", re.I)
 CALLED = re.compile(r"(?<![\w-])(?:(?P<p>p-?val(?:ue)?s?|(?:one|two)-sided p)|t-?stat(?:istic)?)(?![\w-])"
                     r"[\w\s.,<>()-]{0,60}(?P<relation>[=:])\s{0,3}$", re.I)
-RELATION = re.compile(r"(=|<=?|(?<!-)>=?|≤|≥|~|≈|\babout|\baround|\broughly|\bapprox\w*\.?|\bnearly|\balmost|\bbelow|\bunder)"
-                      r"\s{0,3}$", re.I)
+RELATION = re.compile(r"(=|<=?|(?<!-)>=?|≤|≥|~|≈|\babout|\baround|\broughly|\bapprox\w*\.?|\bnearly|\balmost|\bbelow|"
+                      r"\bunder)\s{0,3}$", re.I)
 RELATIONS = {"": "=", "=": "=", ":": "=", "of": "=", "is": "=", "<": "<", "<=": "<", "≤": "<", "below": "<",
              "under": "<", ">": ">", ">=": ">", "≥": ">"}
 RUNS = re.compile(r"^\s?(?:\w+ ){0,2}?(?:runs|trials|seeds|logs|times)\b", re.I)
@@ -396,7 +400,7 @@ def cell_claims(label, name, cell, ranges, summary):
             claim.scope = ("words", "cell", label[:40])
         else:
             claim.about = "time" if KINDS["time"].search(f"{name} {label}") else "loss"
-        claim.sure = True
+        claim.sure, claim.around = True, f"{name} {label}"
         if summary and not claim.statistic and claim.kind in ("loss", "time", "step time"):
             claim.statistic = "mean"
     return found
@@ -408,6 +412,6 @@ def cell_claim(number, before, kind, statistic, unit):
         return named_claim(number, named, before)
     statistic = "spread" if before.rstrip().endswith("±") else statistic
     claim = claim_of(number, kind, statistic, unit)
-    if claim and claim.kind in ("p", "t", "n", "steps") and statistic != "difference":
+    if claim and claim.kind in COUNTED and statistic != "difference":
         claim.statistic = ""
     return claim and replace(claim, relation=relation_before(before))

@@ -76,7 +76,8 @@ def test_the_numbers_of_these_tests():
 
 # One sentence of each kind, whether it is true, and what it is taken for
 SENTENCES = [
-    ("The mean validation loss is {}.", "loss mean", ["3.2735", "3.27350", "3.274", "3.273"], ["3.2765", "3.179", "41.1"]),
+    ("The mean validation loss is {}.", "loss mean", ["3.2735", "3.27350", "3.274", "3.273"],
+     ["3.2765", "3.179", "41.1"]),
     ("Mean loss: {} over 5 runs", "loss mean", ["3.2735"], ["3.2739", "2.9"]),
     ("# losses: (std={}, mean=3.2735)", "loss sd", ["0.0016", "0.00164"], ["0.0026", "0.016"]),
     ("# losses: (tensor(0.0016), tensor({}))", "loss mean", ["3.2735"], ["3.2745"]),
@@ -86,7 +87,8 @@ SENTENCES = [
     ("The best loss was {}.", "loss min", ["3.2711"], ["3.2701", "3.2735"]),
     ("The worst loss was {}.", "loss max", ["3.2752"], ["3.2761", "3.2711"]),
     ("The median loss was {}.", "loss median", ["3.2735"], ["3.2729", "3.2745"]),
-    ("The mean time was {} s.", "time mean", ["70.188", "70.19", "70.2", "70.1", "70"], ["66.1", "70.4", "7.0", "140.4"]),
+    ("The mean time was {} s.", "time mean", ["70.188", "70.19", "70.2", "70.1", "70"],
+     ["66.1", "70.4", "7.0", "140.4"]),
     ("It takes {} seconds on average.", "time mean", ["70.188"], ["70.288", "69"]),
     ("It takes {} minutes on average.", "time mean", ["1.17", "1.2", "1.1"], ["1.3", "11.7"]),
     ("It takes {} ms on average.", "time mean", ["70188", "70,188"], ["71188", "70,288"]),
@@ -142,7 +144,8 @@ def test_the_target_is_no_result(one, capsys, number):
 
 def test_what_is_about_something_else_is_not_found(one, capsys):
     for text in ("Previous record: 75.4 s.", "The official mean time is 74.2 s.",
-                 "The baseline has a mean loss of 3.2799.", "On an A100 the mean time was 400 s.", "PR #123 had a mean loss of 3.2781.", "A saving of 300 ms."):
+                 "The baseline has a mean loss of 3.2799.", "On an A100 the mean time was 400 s.",
+                 "PR #123 had a mean loss of 3.2781.", "A saving of 300 ms."):
         assert [v for _, v in verdicts(one, text, capsys)] == ["not found"], text
 
 
@@ -288,7 +291,7 @@ def test_a_mean_and_its_spread_in_a_cell(one, capsys):
 def test_whose_number_it_is(both, capsys):
     true = "The baseline has a mean loss of 3.2780 and a mean time of 75.394 s. This PR has a mean time of 70.188 s."
     assert {v for _, v in verdicts(both, true, capsys)} == {"supported"}
-    for old, new in (("3.2780", "3.2735"), ("75.394", "70.188"), ("PR has a mean time of 70", "PR has a mean time of 75")):
+    for old, new in (("3.2780", "3.2735"), ("75.394", "70.188"), ("PR has a mean time of 70", "PR has a mean time of 7")):
         assert [v for _, v in verdicts(both, true.replace(old, new), capsys)].count("contradicted") == 1
     below = "### Baseline\n\nMean loss 3.2780.\n\n### This PR\n\nMean loss {}.\n"
     assert {v for _, v in verdicts(both, below.format("3.2735"), capsys)} == {"supported"}
