@@ -25,8 +25,8 @@ class Number:
 @dataclass
 class Claim:
     """One number and what is said of it. `kind`: loss, time, step time, n, steps, p, t, d (Cohen's), percent.
-    `statistic`: mean, sd, spread (after ±), median, min, max, range, interval (of confidence), result (a mean or a run),
-    target, difference, or "" for unknown."""
+    `statistic`: mean, sd, spread (after ±), median, min, max, range, interval, result (a mean or a run), target,
+    difference, or "" for unknown."""
 
     kind: str
     statistic: str
