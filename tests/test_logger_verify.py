@@ -192,6 +192,24 @@ def test_step_lines(one, capsys):
     assert verdicts(one, "step:900/900 val_loss:3.2 train_time:1ms", capsys) == [("step line", "not found")]
 
 
+def test_lists_of_other_runs(one, capsys):
+    losses = LOSSES["record"][:3] + [3.2911, 3.2822]
+    assert verdicts(one, f"losses = {losses}", capsys) == [("list of losses", "not found")]
+    prior = "### Baseline\n\nlosses = [3.2711, 3.2735]\n\n(n = {})\n"
+    assert [verdicts(one, prior.format(n), capsys)[-1] for n in (2, 3)] == [("n", "supported"), ("n", "contradicted")]
+    assert verdicts(one, "losses = [3.2711, 3.2735, 3.2752]\n\nThe first 2 runs.", capsys)[-1] == ("n", "not found")
+    assert verdicts(one, "Times: 70.199 [70.254, 70.112, 70.198, 70.333, 70.043]", capsys)[-1] == \
+        ("time mean", "contradicted")
+
+
+def test_deviations_with_n_or_with_n_minus_1(one, capsys):
+    """Those of one text are of one sort."""
+    text = "The sd of the loss is {}, the sd of the time {} s; the sd of the time in ms: {} ms."
+    for numbers in (("0.0015", "0.1023", "102"), ("0.0016", "0.1143", "114")):
+        assert {v for _, v in verdicts(one, text.format(*numbers), capsys)} == {"supported"}
+    assert ("loss sd", "contradicted") in verdicts(one, text.format("0.0015", "0.1143", "114"), capsys)
+
+
 # -- tables
 
 ROWS = """
@@ -285,6 +303,13 @@ def test_a_mean_and_its_spread_in_a_cell(one, capsys):
     assert ("loss spread", "contradicted") in verdicts(one, table.format("0.01640"), capsys)
 
 
+def test_a_table_of_blanks_with_two_labels(one, capsys):
+    table = "Hyp  Branch          Runs   Time μ   Loss μ  Loss p\nH0   origin/master_a    5   {}   3.2735  0.0004\n"
+    assert {v for _, v in verdicts(one, table.format("70.188"), capsys)} == {"supported"}
+    found = verdicts(one, table.format("71.188"), capsys)
+    assert ("time mean", "contradicted") in found and ("loss mean", "supported") in found and len(found) == 4
+
+
 # -- arms
 
 
@@ -307,6 +332,13 @@ def test_differences_and_tests_of_two_arms(both, capsys):
                  "Welch p-value of the times: 0.03"):
         assert [v for _, v in verdicts(both, text, capsys)] == ["contradicted"], text
     assert [v for _, v in verdicts(both, "Fusing the kernels saves 300 ms.", capsys)] == ["not found"]
+
+
+def test_words_that_compare(both, capsys):
+    for text in ("Compared with the baseline, the mean time is 70.188 s.", "This PR improves the loss to 3.2735.",
+                 "Welch's one-sided test of the times: p = 1.33e-11", "This PR has the logs of 9 runs.",
+                 "At step 700 it had a loss of 3.5012.", "The mean time was 70188 ms ± 114."):
+        assert {v for _, v in verdicts(both, text, capsys)} == {"supported"}, text
 
 
 def test_intervals_and_effect_sizes(both, one, capsys):
@@ -340,9 +372,12 @@ def test_which_texts_are_read(both, capsys):
     assert [path.name for path in verifying.texts_of(both)] == []
 
 
-def test_more_than_is_checked_is_said(one, capsys):
+def test_more_than_is_checked_is_said(one, capsys, monkeypatch):
     found = verified(one, "p = 0.0004 and " * 3000, capsys)
     assert ("text", "not found") in [(claim["kind"], claim["verdict"]) for claim in found]
+    monkeypatch.setattr(verifying, "MAX_TEXT", 30)
+    found = verified(one, "Mean loss 3.2735, n = 5, p = 0.0004.", capsys, name="statistics.md")
+    assert ("text", "not found", "statistics.md") in [(c["kind"], c["verdict"], c["file"]) for c in found]
 
 
 @pytest.mark.parametrize("piece", [
