@@ -202,6 +202,12 @@ def test_lists_of_other_runs(one, capsys):
         ("time mean", "contradicted")
 
 
+def test_a_list_beside_a_claim_decides(one, capsys):
+    text = "PR #123 took these times: [90.1, 90.2, 90.4]\n\nThe mean time of PR #123 is {} s.\n"
+    assert verdicts(one, text.format("90.23"), capsys)[-1] == ("time mean", "not found")
+    assert verdicts(one, text.format("91.23"), capsys)[-1] == ("time mean", "contradicted")
+
+
 def test_deviations_with_n_or_with_n_minus_1(one, capsys):
     """Those of one text are of one sort."""
     text = "The sd of the loss is {}, the sd of the time {} s; the sd of the time in ms: {} ms."
@@ -318,6 +324,8 @@ def test_whose_number_it_is(both, capsys):
     assert {v for _, v in verdicts(both, true, capsys)} == {"supported"}
     for old, new in (("3.2780", "3.2735"), ("75.394", "70.188"), ("a mean time of 70", "a mean time of 75")):
         assert [v for _, v in verdicts(both, true.replace(old, new), capsys)].count("contradicted") == 1
+    for heading in ("## Gain over the baseline", "## vs. baseline"):
+        assert verdicts(both, f"{heading}\n\nMean loss 3.2735.\n", capsys) == [("loss mean", "supported")]
     below = "### Baseline\n\nMean loss 3.2780.\n\n### This PR\n\nMean loss {}.\n"
     assert {v for _, v in verdicts(both, below.format("3.2735"), capsys)} == {"supported"}
     assert ("loss mean", "contradicted") in verdicts(both, below.format("3.2780"), capsys)
@@ -375,7 +383,7 @@ def test_which_texts_are_read(both, capsys):
 def test_more_than_is_checked_is_said(one, capsys, monkeypatch):
     found = verified(one, "p = 0.0004 and " * 3000, capsys)
     assert ("text", "not found") in [(claim["kind"], claim["verdict"]) for claim in found]
-    monkeypatch.setattr(verifying, "MAX_TEXT", 30)
+    monkeypatch.setattr(verifying, "MAX_TEXT", 40)  # of both texts
     found = verified(one, "Mean loss 3.2735, n = 5, p = 0.0004.", capsys, name="statistics.md")
     assert ("text", "not found", "statistics.md") in [(c["kind"], c["verdict"], c["file"]) for c in found]
 
