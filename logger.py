@@ -68,7 +68,6 @@ from runlogs.reporting import (
     screen,
 )
 from runlogs.stats_report import statistics_report, stats_report
-from runlogs.verifying import VERDICTS, check_folder, check_runs, texts_of
 
 
 def show_experiment(args):
@@ -267,6 +266,8 @@ def show_stats(args):
 
 def verify_folder(args):
     """Check the claims of a record folder's README.md and statistics.md, its code versions and its sources."""
+    from runlogs.verifying import check_folder, check_runs, texts_of
+
     folder = Path(args.folder)
     if not texts_of(folder):
         raise FileNotFoundError(f"'{folder / 'README.md'}' is not there: nothing is claimed")
@@ -285,6 +286,8 @@ def verify_folder(args):
 
 def verify_report(result):
     """Tables of checks and claims, the contradicted first; how many there are of each verdict."""
+    from runlogs.verifying import VERDICTS
+
     rows = [[c["claim"], c["verdict"], c["detail"]] for c in result["checks"]]
     report = [Table(["check", "verdict", "detail"], rows)]
     order = sorted(result["claims"], key=lambda c: list(VERDICTS.values()).index(c["verdict"]))
