@@ -1,164 +1,413 @@
-"""Claims of a README -> what the logs beside it say to them."""
+"""Claims of READMEs -> what the logs beside them say: supported, contradicted, or not found.
 
-import math
+A claim is supported if a fact of its kind and statistic (and of its arm, where the words say one) rounds or is cut to
+it, contradicted if its kind and statistic are known and no fact agrees, and else not found: it may be about something
+that is not here. Claims of one row of a table, or one sentence, are about one thing: the group that most of them fit is
+the one that the others have to fit. A row that fits no group, or is said to be of other runs, is not found.
+"""
+
 import re
-import statistics
 import sys
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from pathlib import Path
 
-from runlogs.judging import HARMLESS, below_target, group_numbers, versions, what_differs
+from runlogs.claims import claims_of
+from runlogs.facts import Group, Pairs, agrees, around, close, groups_of, holds, some
+from runlogs.judging import HARMLESS, versions, what_differs
 from runlogs.loading import natural
-from runlogs.parsing import parse_step_line
+from runlogs.parsing import parse_step_line, read_text
+from runlogs.wording import COMPARED, COUNTED, RECORD
 
-STEP_CLAIM = re.compile(r"step:\d{1,15}/\d{1,15} val_loss:\d{1,9}\.\d{1,15}[^\n`|]{0,300}", re.ASCII)
-LIST_CLAIM = re.compile(r"\[([\s\d.,e+-]{8,20000})\]")
-P_CLAIM = re.compile(r"\bp(?:[- ]?value)?\s{0,3}(=|<|<=|≤|~|≈|:)\s{0,3}(\d{0,9}\.?\d{1,20}(?:e-?\d{1,3})?)"
-                     r"(?![\d.]{0,20}\s{0,3}%)", re.I)
-N_CLAIM = re.compile(r"\bn\s?=\s?(\d{1,6})\b|"
-                     r"\b(\d{1,6}) (?:independent |validation |training |new |more )?(?:runs|trials|seeds)\b", re.I)
-LOSS_CLAIM = re.compile(r"(?<![\d.\w-])(\d{1,2}\.\d{3,6})(?!\d|\.\d|\s?(?:s|sec|seconds|ms|min|minutes|x)\b|\s?%)")
-TIME_CLAIM = re.compile(r"(?<![\d.\w-])(\d{1,7}(?:\.\d{1,4})?)\s?(ms|s|sec|secs|seconds|min|mins|minutes)\b(?!/)", re.I)
-VERDICTS = {False: "contradicted", None: "not checkable", True: "confirmed"}
-MAX_CLAIMS = 200  # of each kind that are checked
-UNITS = {"ms": 1e-3, "s": 1, "sec": 1, "secs": 1, "seconds": 1, "min": 60, "mins": 60, "minutes": 60}
-
-
-def claims_of(form, text):
-    """The first MAX_CLAIMS different matches."""
-    return list({match[0]: match for match in form.finditer(text)}.values())[:MAX_CLAIMS]
-
-
-def near(text, values, scale=1.0):
-    """Those of the sorted values that may agree with a number as it is written."""
-    value, step = float(text) * scale, 2 * 10.0 ** -len(text.partition(".")[2]) * scale
-    return values[bisect_left(values, value - step) : bisect_right(values, value + step)]
+VERDICTS = {False: "contradicted", None: "not found", True: "supported"}
+KNOWN = ("mean", "sd", "median", "min", "max", "range", "interval", "spread", "result")
+BASELINE = re.compile(r"baseline|previous|prior\b|\bold\b|\bmaster\b|former|\bcontrol\b|reference|retim\w+|re-?r[ua]n",
+                      re.I)
+ELSEWHERE = re.compile(
+    r"#\d\d+|\b(?:PR|pull) ?#?\d+|\b(?:record|WR) #?\d{1,3}(?![\d.])|official|karpathy|original|earlier|elsewhere|"
+    r"separate|cluster|another (?:run|record|machine|node|box)|\b(?:on|an?) (?:single )?G?[AH]\d00|\bablat|\beval\b|"
+    r"suggest|would|could|might|expect|no changes", re.I)
+PAIRED = re.compile(r"welch|two[- ]sample|two[- ]sided|differ|faster|slower|\bvs\b|compar|improve", re.I)
+WELCH = re.compile(r"welch|two[- ]sample|differ", re.I)
+PARTS = re.compile(r"\b(?:each|per|every|parts?|half|subset\w*|first|last)\b|groups? of|mean[- ]of", re.I)
+RULE = re.compile(r"rule|target|need|requir|must|criteri|alpha|threshold", re.I)
+KNOWN_SD = re.compile(r"0\.0013|track[ _]3|\bz[ -]|known sd", re.I)  # track 3's test
+WHOLE = re.compile(r"these timings|\b(?:total|overall|net|wall-?clock)\b", re.I)
+BARE = re.compile(r"(?:[-*+] )?[\w -]{3,40}: ?[+-]?[\d.]+ ?\w{0,7}")  # - train time: -1.04 s
+ENOUGH = 1.5  # weight of the claims of a row that make it one of a group
+OWN_LIST = "the README's own list, whose runs are not here"
 
 
-def agrees(text, values, scale=1.0):
-    """Whether a number as it is written is one of `values`, rounded or cut to its digits."""
-    step = 10.0 ** -len(text.partition(".")[2]) * scale
-    return any(abs(float(text) * scale - value) <= 1.01 * step / 2 or 0 <= value - float(text) * scale < step
-               for value in values if value is not None)
-
-
-def check_claims(text, groups, target):
-    """[{"kind", "claim", "verdict", "detail"}] for every claim in a README; `groups` is {name: samples}. Verdicts are
-    confirmed, contradicted, not checkable (the number may be about a run that is not here)."""
-    samples, found = list({id(s): s for group in groups.values() for s in group}.values()), []
-    numbers = [group_numbers(group) for group in groups.values()]
-    found += [check_line(match[0], samples) for match in claims_of(STEP_CLAIM, text)]
-    text = STEP_CLAIM.sub(" ", text)
-    listed = claims_of(LIST_CLAIM, text)
-    found += filter(None, (check_list(match[1], samples) for match in listed))
-    lists = [[float(word) for word in re.findall(r"\d+\.\d+", match[1])] for match in listed]
-    text = LIST_CLAIM.sub(" ", text)
-    claims = [match for match in claims_of(P_CLAIM, text) if 0 < float(match[2]) < 1]
-    found += check_ps(claims, groups, lists, target) if claims else []
-    text = P_CLAIM.sub(" ", text)
-    found += [check_n(match, numbers, len(samples)) for match in claims_of(N_CLAIM, text)]
-    on_the_way = (row.get("val_loss", math.nan) for s in samples for row in s.rows)
-    on_the_way = sorted(loss for loss in on_the_way if math.isfinite(loss))
-    found += filter(None, (check_loss(m, text, samples, numbers, on_the_way) for m in claims_of(LOSS_CLAIM, text)))
-    found += [check_time(match, samples, numbers) for match in claims_of(TIME_CLAIM, text)]
-    return list({(claim["kind"], claim["claim"]): claim for claim in found}.values())
-
-
-def verdict(kind, claim, truth, detail=""):
-    """`truth` is True, False or None: not checkable."""
+def verdict(kind, claim, truth, detail="", **more):
+    """`truth` is True, False or None: not found."""
     word, claim = VERDICTS[truth], claim.strip()[:100]
-    return {"kind": kind, "claim": claim, "verdict": word, "detail": detail}
+    return {"kind": kind, "claim": claim, "verdict": word, "detail": detail, **more}
 
 
-def check_line(line, samples):
-    """A step line quoted from a log must be in one."""
-    row = parse_step_line(re.sub(r"[,;.)]+(?=\s|$)", "", line))
-    rows = [r for s in samples for r in s.rows if r["step"] == row["step"] and r["iterations"] == row["iterations"]]
-    there = any(r.get("val_loss") == row["val_loss"] for r in rows)
-    return verdict("step line", line, there if rows else None, "" if there else "no log holds it")
+class Judge:
+    """Verdicts on the claims of one text. `home`: the folder inside the record that it is of."""
+
+    def __init__(self, groups, target, home=""):
+        self.groups, self.target, self.home = groups, target, home
+        self.pairs, self.lists = Pairs(groups), []
+        self.sample = self.known_sd = False
+        self.subjects, self.weights, self.sizes, self.zeros = {}, {}, {}, {}
+
+    def all(self, text):
+        """Verdicts on all claims of a Text."""
+        self.known_sd = any(KNOWN_SD.search(claim.quote) for claim in text.claims)
+        found = [self.step_line(line, number) for line, number in text.step_lines[:500]]
+        found += [self.list(numbers) for numbers in text.lists]
+        self.sample = self.counts_with_sample(text.claims)
+        self.find_subjects(text.claims)
+        return found + [self.claim(claim) for claim in text.claims]
+
+    def claim(self, claim):
+        """Verdict on one claim."""
+        truth, detail = self.truth(claim)
+        relation = "≈" if claim.relation == "~" else claim.relation
+        said = f"{claim.kind} {relation} " if claim.kind in "pntd" else f"{relation} " if relation != "=" else ""
+        return verdict(said_of(claim), f"{said}{claim.text}", truth, detail, line=claim.line, quote=claim.quote)
+
+    # -- whose numbers they are
+
+    def candidates(self, claim):
+        """(groups that a claim may be about, whether the words say so)."""
+        run = self.run_named(claim.label)
+        if run:
+            return [run], True
+        section = "" if re.match(r"\W*(?:vs\b|versus|compared)", claim.section, re.I) else claim.section
+        for words in (claim.subject, section):
+            words = COMPARED.sub(" ", words)
+            if groups := self.named(words):
+                return groups, True
+            if arm := last_word(words, {"baseline": BASELINE, "record": RECORD}):
+                return [g for g in self.groups if arm in (g.arm, role_of(g.folder))], True
+        home = [g for g in self.groups if self.home and self.home in (g.folder, g.arm)]
+        return home or self.groups, False
+
+    def run_named(self, label):
+        """Group of the one run whose log a row's label names, by its beginning or with its ending."""
+        name = re.sub(r"\\|\.(?:txt|log)$", "", label)
+        if len(name) < 4:
+            return None
+        runs = {log: run for group in self.groups for log, run in group.runs.items() if log.startswith(name)}
+        return runs.get(name) or (next(iter(runs.values())) if len(runs) == 1 else None)
+
+    def named(self, words):
+        """Groups whose folder the words name, the longest name that they hold."""
+        folders = {group.folder for group in self.groups if len(group.folder) > 2}
+        said = [f for f in folders if f in words and re.search(rf"(?<![\w-]){re.escape(f)}(?![\w-])", words)]
+        said = [f for f in said if not any(f != other and f in other for other in said)]
+        return [g for g in self.groups if any(g.folder == f or g.folder.startswith((f + "-", f + "_")) for f in said)]
+
+    def find_subjects(self, claims):
+        """The groups that most claims of each scope fit, and how many there are."""
+        scopes = defaultdict(list)
+        for claim in claims:
+            if claim.kind in COUNTED or claim.statistic in KNOWN:
+                scopes[claim.scope].append(claim)
+        for scope, members in scopes.items():
+            groups = self.candidates(members[0])[0] or self.groups
+            weights = [sum(weight_of(c) for c in members if holds(c, self.facts(c, [group]))) for group in groups]
+            best = self.weights[scope] = max(weights, default=0)
+            if best >= ENOUGH:
+                self.subjects[scope] = [g for g, weight in zip(groups, weights, strict=True) if weight == best]
+        self.sizes = {scope: len(members) for scope, members in scopes.items()}
+        self.zeros = {(c.scope[1], c.kind): c.scope for c in reversed(claims)
+                      if c.statistic == "difference" and c.value == 0 and c.scope[0] == "row"}
+
+    def stranger(self, claim):
+        """Whether a row of a table has several numbers of which hardly one fits a group that the logs hold."""
+        size, weight = self.sizes.get(claim.scope, 0), self.weights.get(claim.scope, 0)
+        return claim.scope[0] == "row" and size > 2 and weight < 0.25 * size and not self.candidates(claim)[1]
+
+    # -- facts
+
+    def facts(self, claim, groups):
+        """Sorted values of groups that a claim may have."""
+        found = [group.facts(claim.kind, claim.statistic, self.target) for group in groups]
+        if claim.statistic == "sd" and self.sample:
+            found = [values[-1:] for values in found]
+        if claim.kind == "p" and self.known_sd:
+            found += [group.facts("z", "", self.target) for group in groups]
+        return found[0] if len(found) == 1 else sorted(value for values in found for value in around(claim, values))
+
+    def counts_with_sample(self, claims):
+        """Whether the deviations that a text claims are those with n - 1, as far as they can be found."""
+        claims, fits = [claim for claim in claims if claim.statistic == "sd"], {}
+        for self.sample in (True, False):
+            fits[self.sample] = sum(holds(c, self.facts(c, [g])) for c in claims for g in self.groups)
+        return fits[True] > 0.5 * fits[False]
+
+    # -- what is true
+
+    def truth(self, claim):
+        """(True, False or None, why)."""
+        if self.is_target(claim):
+            return True, "the target"
+        claim.statistic = claim.statistic if claim.statistic != "target" else ""
+        if claim.statistic == "difference" or claim.kind == "percent":
+            return self.difference(claim)
+        groups, said = self.candidates(claim)
+        subjects = self.subjects.get(claim.scope, [])
+        pool = subjects if subjects and (claim.scope[0] != "words" or claim.kind == "n") else groups
+        if claim.kind in ("p", "t", "d"):
+            return self.test(claim, pool)
+        if claim.statistic == "interval" and agrees(claim, self.pairs.facts("interval", claim.kind)):
+            return True, "interval of a difference"
+        if self.stranger(claim):
+            return self.listed(claim) or (None, "its row fits no group of the logs")
+        fitting = next((group for group in pool if holds(claim, self.facts(claim, [group]))), None)
+        if fitting:
+            return True, f"{name_of(claim)} of {fitting.name}"
+        return self.elsewhere(claim, pool, bool(subjects)) or self.unmatched(claim, pool, said, bool(subjects))
+
+    def is_target(self, claim):
+        """Whether a loss is the target; one that is called a mean is a mean, unless it is "below" the target."""
+        called = claim.statistic in KNOWN and claim.relation == "="
+        return claim.kind == "loss" and not called and self.target is not None and abs(claim.value - self.target) < 1e-9
+
+    def elsewhere(self, claim, pool, resolved):
+        """Verdict on a claim that no group fits, but a validation on the way, the sum of all runs, or a list."""
+        loss = claim.kind == "loss" and claim.statistic in ("", "result") and claim.digit <= 1e-3
+        if loss and any(agrees(claim, group.validations) for group in pool):
+            return True, "a validation on the way"
+        if claim.kind == "n" and claim.value == max((group.n for group in self.groups), default=0):
+            return True, "all runs here"
+        return None if resolved and claim.scope[0] == "row" else self.listed(claim)
+
+    def unmatched(self, claim, pool, said, resolved):
+        """Verdict on a claim that nothing here fits: false, if it is known what it is and of which runs."""
+        values = self.facts(claim, pool)
+        if claim.scope[0] == "words" and (beside := self.beside(claim, not values)):
+            return False, f"the list above gives {some(beside, claim)}"
+        if not values:
+            return None, "no logs of that here" if said else "no number of that kind here"
+        run = len(pool) == 1 and pool[0].name.startswith("run ")
+        if not resolved and not run and (why := self.excuse(claim, said, pool)):
+            return None, f"{why}; here: {some(values, claim)}"
+        known = run or claim.kind == "n" or (claim.sure and (claim.statistic in KNOWN or claim.kind == "steps"))
+        if known or (resolved and claim.scope[0] == "row"):
+            return False, f"{name_of(claim)} here: {some(values, claim)}"
+        return None, f"here: {some(values, claim)}"
+
+    def excuse(self, claim, said, pool):
+        """Why a claim may be about runs that are not here, "" if nothing says so."""
+        table, size = claim.scope[0] != "words", self.sizes.get(claim.scope, 0)
+        words = f"{claim.subject} {claim.intro}" if table else claim.quote
+        if ELSEWHERE.search(words) and not (self.home and claim.kind == "n"):
+            return "perhaps of other runs"
+        if claim.kind == "n":
+            return "perhaps of a part of the runs" if PARTS.search(claim.around) else ""
+        if table and not said and not self.home and size > 1 and self.weights.get(claim.scope, 0) < 0.25 * size:
+            return "its row fits no group of the logs"
+        alone = claim.statistic not in ("", "result") and max((group.n for group in pool), default=0) < 2
+        return "one run says nothing of a mean" if alone else ""
+
+    # -- lists in the README
+
+    def listed(self, claim):
+        """Verdict on a claim that follows from a list in the README, None without one; an n has to be that above it."""
+        lists = self.above(claim) if claim.kind == "n" and claim.scope[0] == "words" else []
+        group = next((group for group in lists or self.lists if holds(claim, self.facts(claim, [group]))), None)
+        if group is None:
+            return None
+        return (True, "runs that the README lists") if group.real else (None, f"follows from {OWN_LIST}")
+
+    def above(self, claim):
+        """Lists just above a claim, under the same heading or label."""
+        return [group for group in self.lists if 0 <= claim.line - group.line <= 8 and group.section == claim.section]
+
+    def beside(self, claim, absent):
+        """What lists just above a claim give for it, if their runs are not here."""
+        if claim.kind not in ("n", "loss", "time") or (claim.kind != "n" and claim.statistic not in ("mean", "sd")):
+            return []
+        lists = [group for group in self.above(claim) if absent or not group.real]
+        return self.facts(claim, [group for group in lists if claim.kind == "n" or group.numbers(claim.kind)])
+
+    def list(self, numbers):
+        """Verdict on a list: losses or times of the runs. Most of them in the logs and some not is a contradiction."""
+        words = numbers.words
+        losses, times = (sorted({v for g in self.groups for v in g.numbers(kind)}) for kind in ("loss", "time"))
+        known = {"losses": (losses, 1.0), "times": (times, 1.0), "times in ms": (times, 1e-3)}
+        hits = {name: {word for word in words if is_one_of(word, *of)} for name, of in known.items()}
+        name = max(hits, key=lambda name: len(hits[name]))
+        missing = [word for word in words if word not in hits[name]]
+        few = len(missing) <= max(1, len(words) / 4) and (len(words) > 3 or name != "losses")
+        truth = True if not missing else False if few and hits[name] else None
+        self.keep(numbers, name if hits[name] else self.name_of_list(numbers), bool(truth))
+        detail = f"{len(words) - len(missing)} of {len(words)} are in the logs"
+        detail += f", not {', '.join(missing[:5])}" if missing else ""
+        return verdict(f"list of {name if hits[name] else 'numbers'}", f"[{', '.join(words[:4])}, ...]", truth, detail,
+                       line=numbers.line)
+
+    def name_of_list(self, numbers):
+        """What a list without a run of these logs is of."""
+        value = float(numbers.words[0])
+        if self.target and abs(value - self.target) < 0.3 * self.target:
+            return "losses"
+        return "times in ms" if value > 2000 else "times"
+
+    def keep(self, numbers, name, real):
+        """A list is a group too: its mean and so on may be claimed."""
+        values = [float(word) * (1e-3 if name == "times in ms" else 1) for word in numbers.words]
+        group = Group("the list", "", *((values, []) if name == "losses" else ([], values)), real=real)
+        group.line, group.section = numbers.line + numbers.lines, numbers.section
+        self.lists.append(group)
+
+    # -- two groups
+
+    def test(self, claim, groups):
+        """Verdict on a p or a t."""
+        table = claim.scope[0] in ("row", "column")
+        values = self.tests(claim, groups, table)
+        if holds(claim, values):
+            one = holds(claim, self.facts(claim, groups))
+            return True, "the t-test of these logs" if one else "Welch's test of two groups here"
+        if listed := self.listed(claim):
+            return listed
+        if not values:
+            return None, "no test of that kind can be made of the logs here"
+        if claim.relation == "<" and RULE.search(claim.quote):
+            return None, "a rule"
+        strange = ELSEWHERE.search(claim.quote) or (table and self.sizes.get(claim.scope, 0) > 2)
+        truth = None if strange and claim.scope not in self.subjects else False
+        return truth, f"{claim.kind} here: {some(values, claim)}"
+
+    def tests(self, claim, groups, table):
+        """Values of the tests that a p or t may be of: of a column of times two groups', of a row its group's."""
+        welch = claim.kind == "d" or (table and WELCH.search(claim.around))
+        single = [] if welch or (table and claim.about == "time") else self.facts(claim, groups)
+        of = None if len(groups) == len(self.groups) else groups
+        two = PAIRED.search(f"{claim.quote} {claim.section}") and not re.search("one[- ]sample", claim.around, re.I)
+        two = welch or claim.about == "time" or (two and claim.scope[0] != "row")
+        return sorted([*single, *(self.pairs.facts(claim.kind, claim.about, of) if two else [])])
+
+    def difference(self, claim):
+        """Verdict on a difference of two groups, or a ratio."""
+        pair = self.compared(claim)
+        values = pair or self.pairs.facts(claim.kind)
+        if claim.value == 0 and claim.scope[0] != "words" and not pair:
+            return True, "of a group and itself"
+        if agrees(claim, values):
+            return True, "difference of two groups here"
+        if agrees(claim, self.pairs.facts("interval", claim.kind)):
+            return True, "interval of a difference"
+        if not values:
+            return None, "no two groups to compare here"
+        column = claim.scope[0] in ("column", "table") and claim.kind != "percent" and claim.sure
+        if pair or self.is_whole(claim) or (column and not ELSEWHERE.search(claim.subject)):
+            return False, f"the difference is {some(values, claim)}"
+        return None, f"differences here: {some(values, claim)}"
+
+    def is_whole(self, claim):
+        """Whether the words say that a difference is that of the record and the baseline, and each is one group."""
+        arms = {group.arm for group in self.groups} - {""}
+        said = claim.kind == "time" and WHOLE.search(claim.quote)
+        said = said or (claim.kind in ("time", "loss") and BARE.fullmatch(claim.quote))
+        two = len(self.groups) == 3 and arms == {"record", "baseline"}
+        return bool(said) and two and claim.scope[0] == "words" and not ELSEWHERE.search(claim.quote)
+
+    def compared(self, claim):
+        """Differences of a row's group and that of the row of its table which has 0 there; [] if one is not known."""
+        zero = self.zeros.get((claim.scope[1], claim.kind))
+        if claim.scope[0] != "row" or claim.kind == "percent" or zero in (None, claim.scope):
+            return []
+        groups, others = self.subjects.get(claim.scope, []), self.subjects.get(zero, [])
+        return sorted(v for a in groups for b in others for v in self.pairs.of_pair(claim.kind, a, b))
+
+    def step_line(self, line, number):
+        """Verdict on a step line quoted from a log."""
+        row = parse_step_line(re.sub(r"[,;.)]+(?=\s|$)", "", line))
+        rows = [r for g in self.groups for rows in g.rows for r in rows
+                if r["step"] == row["step"] and r.get("iterations") == row["iterations"]]
+        there = any(r.get("val_loss") == row["val_loss"] for r in rows)
+        return verdict("step line", line, there if rows else None, "" if there else "no log holds it", line=number)
 
 
-def check_list(text, samples):
-    """A list of numbers: losses or times of the runs. Many of them in the logs and some not is a contradiction."""
-    words = re.findall(r"\d+\.\d+|\d{4,}", text)[:2000]
-    if len(words) < 2:
-        return None
-    losses = sorted(s.loss for s in samples)
-    seconds = sorted(s.time_s for s in samples if s.time_s is not None and math.isfinite(s.time_s))
-    kinds = {"losses": (losses, 1.0), "times": (seconds, 1.0), "times in ms": (seconds, 1e-3)}
-    hits = {kind: [w for w in words if agrees(w, near(w, *of), of[1])] for kind, of in kinds.items()}
-    kind = max(hits, key=lambda kind: len(hits[kind]))
-    missing = [word for word in words if word not in hits[kind]]
-    truth = True if not missing else False if len(hits[kind]) > len(words) / 2 else None
-    detail = f"{len(words) - len(missing)} of {len(words)} are in the logs"
-    detail += f", not {', '.join(missing[:5])}" if missing else ""
-    return verdict(f"list of {kind if hits[kind] else 'numbers'}", f"[{', '.join(words[:4])}, ...]", truth, detail)
+def weight_of(claim):
+    """How much it says if a claim fits a group: small numbers and spreads may by chance."""
+    return 0.5 if claim.kind in COUNTED or claim.statistic in ("sd", "spread") else 1
 
 
-def check_ps(claims, groups, lists, target):
-    """p = x is that of the t-test, or of track 3's test with a known sd, of some group; p < x holds for one. A p that
-    follows from a list in the README whose runs are not here cannot be checked."""
-    values = [p for group in groups.values() for p in p_values([s.loss for s in group], target)]
-    listed = [p for losses in lists for p in p_values(losses, target)]
-    return [check_p(match, values, listed) for match in claims]
+def last_word(text, patterns):
+    """The name of the pattern that is found last in a text, "" if none is."""
+    ends = {name: max((m.end() for m in pattern.finditer(text)), default=-1) for name, pattern in patterns.items()}
+    name = max(ends, key=ends.get)
+    return name if ends[name] >= 0 else ""
 
 
-def check_p(match, values, listed):
-    """`values` are the p of the groups, `listed` those of the lists in the README."""
-    digits, exact = match[2], match[1] in "=:~≈"
-
-    def fits(p):
-        return agrees(digits, [p]) or abs(p - float(digits)) < 0.05 * float(digits) if exact else p < float(digits)
-
-    if not values:
-        return verdict("p", match[0], None, "no group of two or more runs")
-    if not any(map(fits, values)) and any(map(fits, listed)):
-        return verdict("p", match[0], None, "follows from the README's own list, not from the logs here")
-    closest = min(values, key=lambda p: abs(math.log((p + 1e-300) / float(digits))))
-    return verdict("p", match[0], any(map(fits, values)), f"the closest of the tests of these logs: p = {closest:.2g}")
+def role_of(folder):
+    """The arm that the name of a folder says."""
+    return "baseline" if BASELINE.search(folder) else ""
 
 
-def p_values(losses, target):
-    """p of the t-test, and of the z-test with track 3's sd of 0.0013, that the mean is below the target."""
-    if len(losses) < 2 or not all(abs(loss - target) < 1 for loss in losses):
-        return []
-    z = (target - statistics.mean(losses)) * math.sqrt(len(losses)) / 0.0013
-    return [p for p in (below_target(losses, target), 0.5 * math.erfc(z / math.sqrt(2))) if p is not None]
+def name_of(claim):
+    return " ".join(filter(None, (claim.statistic, claim.kind)))
 
 
-def check_n(match, numbers, total):
-    """A number of runs must be one that the folder holds; fewer may be about a part of them."""
-    claim = int(match[1] or match[2])
-    counts = sorted({g["n"] for g in numbers} | {total})
-    truth = True if claim in counts else False if claim > total else None
-    return verdict("n", match[0], truth, f"complete runs here: {', '.join(map(str, counts))}")
+def said_of(claim):
+    return " ".join(filter(None, (claim.kind, claim.statistic)))
 
 
-def check_loss(match, text, samples, numbers, on_the_way):
-    """A number in the range of the runs' losses: of a run, a validation on the way, or the mean of a group. One that is
-    called the mean or average and is not is contradicted."""
-    losses = [s.loss for s in samples]
-    if not losses or not min(losses) - 0.05 <= float(match[1]) <= max(losses) + 0.05:
-        return None
-    means = [g["mean_val_loss"] for g in numbers]
-    if agrees(match[1], means):
-        return verdict("loss", match[1], True, "mean of a group")
-    if agrees(match[1], losses):
-        return verdict("loss", match[1], True, "final loss of a run")
-    if agrees(match[1], near(match[1], on_the_way)):
-        return verdict("loss", match[1], True, "validation on the way")
-    before = text[max(0, match.start() - 40) : match.start()].lower()
-    called = re.search(r"(mean|average|avg)\W{0,12}(?:\w+\W{1,3}){0,3}$", before)
-    return verdict("loss", match[1], False if called else None,
-                   f"means here: {', '.join(f'{m:.4f}' for m in means[:4])}" if called else "no run has it")
+def is_one_of(word, values, scale):
+    """Whether a number of a list is one of the sorted values."""
+    number, digit = float(word) * scale, 10.0 ** -len(word.partition(".")[2]) * scale
+    low, high = bisect_left(values, number - 2 * digit), bisect_right(values, number + 2 * digit)
+    return any(close(number, digit, value) for value in values[low:high][:1000])
 
 
-def check_time(match, samples, numbers):
-    """A time of a run, a mean, or a step average; others may be about anything."""
-    unit = UNITS[match[2].lower()]
-    seconds = [s.time_s for s in samples] + [g["mean_time_s"] for g in numbers]
-    seconds += [g["mean_step_ms"] / 1000 for g in numbers if g["mean_step_ms"]] if unit == 1e-3 else []
-    there = agrees(match[1], seconds, unit)
-    return verdict("time", match[0], True if there else None, "" if there else "no run took that long")
+def check_text(text, groups, target, home=""):
+    """Verdicts on all claims of a README, of the folder `home` if it is one inside the record; the same one once."""
+    claims = claims_of(text, ranges_of(groups, target))
+    found = Judge(groups, target, home).all(claims)
+    found += [verdict("text", "the rest of this text", None, LONG, line=0)] if claims.cut else []
+    return list({(c["kind"], c["claim"], c["verdict"], c["detail"]): c for c in reversed(found)}.values())[::-1]
+
+
+def ranges_of(groups, target):
+    """{"loss", "time": (low, high)} around those of the runs, and the target."""
+    losses = [loss for group in groups for loss in group.losses] + ([target] if target is not None else [])
+    times = [time for group in groups for time in group.times]
+    return {"loss": (0.97 * min(losses), 1.03 * max(losses)) if losses else (0, 0),
+            "time": (0.8 * min(times), 1.25 * max(times)) if times else (0, 0)}
+
+
+# -- a folder
+
+MAX_TEXT = 1_000_000  # characters of all texts of a folder
+LONG = "longer than what is checked"
+NAMES = re.compile(r"(?:readme|statistics|summary|pr_summary)\.md", re.I)
+
+
+def texts_of(folder):
+    """README.md, statistics.md and summary.md of a record folder and of the folders in it, the README first."""
+    paths = [path for pattern in ("*.md", "*.MD", "*/*.md") for path in sorted(Path(folder).glob(pattern))[:200]]
+    paths = [path for path in dict.fromkeys(paths) if NAMES.fullmatch(path.name) and path.is_file()]
+    return sorted(paths, key=lambda path: (len(path.parts), path.name.lower() != "readme.md"))[:20]
+
+
+def check_folder(folder, evidence, target):
+    """Verdicts on the claims of all texts of a record folder; each says its file."""
+    groups, found, room = groups_of(evidence), [], MAX_TEXT
+    for path in texts_of(folder):
+        text = read_text(path)
+        home = path.parent.name if path.parent != Path(folder) else ""
+        claims = check_text(text[:room], groups, target, home)
+        claims += [verdict("text", "the rest of this text", None, LONG, line=0)] if len(text) > room else []
+        found += [{**claim, "file": str(path.relative_to(folder))} for claim in claims]
+        room = max(0, room - len(text))
+    return found
+
+
+def check_runs(evidence, samples):
+    """Verdicts on the runs themselves: their versions and sources, that they are complete."""
+    runs = list({id(sample.run): sample.run for sample in samples}.values())
+    complete = verdict("runs", "complete runs", bool(samples), f"{len(samples)} complete")
+    dropped = [why.partition(": ") for arm in evidence.arms for why in arm.dropped][:20]
+    return [check_versions(samples), check_sources(runs), complete,
+            *(verdict("runs", name, None, why) for name, _, why in dropped)]
 
 
 def check_versions(samples):
