@@ -1,0 +1,370 @@
+"""Which runs belong to a record: one place decides it for stats, compare, diff, verify and the board.
+
+Arms, by the names of folders between the given one (of several names: the one that holds them all) and the log:
+  baseline  a folder or log of that name (baseline, baseline_retime, 12-19-Baseline, xsa-baseline-s1385), or master-...
+  side      dev_*, smoke*, provenance*, hparam*, sweep*, ablation*, probe*, extra*, debug*, profil*, prior*: an arm
+            each, under its name, never pooled with another
+  record    all others: in the folder itself, this_pr/, this_record/, logs/, runs/, pr299/, prefix-1375/
+A name that the user gives is no reason: `stats FOLDER/baseline` is about these runs. Where a group has one arm only,
+that is its record.
+
+Cells: runs are pooled if they share the code version, the hardware, the number of processes and the final step.
+A code version is the tokens of the source, without comments, docstrings, blank lines, and the values of seeds and
+of run names; of our runs the settings too (but for SELF). It is a hash: the time is linear in the sources.
+A log that does not say one of these (a console capture has neither source nor hardware) joins the cell that agrees
+with all it says, if there is one such cell in its arm and a step takes about as long there (factor 1.5); else it
+is a cell of its own, and the arm is a mixture. Nothing is concluded from a mixture: one cell has to be chosen.
+
+Copies: a run with the final step, loss and train time of another one is that run, unless a validation that both hold
+differs. The log with source counts, of equals that of the record. This holds across files, trials and arms.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from array import array
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from runlogs.loading import SELF, Run, expand, latest, read_each, settings_of, status_of, trial_numbers
+from runlogs.parsing import number
+
+BASELINE = re.compile(r"^baseline|(?:^|[^a-z])(?:baselines?|master)(?:$|[^a-z])", re.I)
+SIDE = re.compile(r"^(?:smoke|provenance|hparam|hyperparam|ablation|profil)"
+                  r"|^(?:dev|sweeps?|probes?|extras?|debug|prior)(?:$|[^a-z])", re.I)
+MAX_CODE = 1_000_000  # characters of a source that is taken apart; beyond them only blanks and line ends are evened out
+STRING = r"""[rbfuRBFU]{0,2}(?:"{3}(?:[^"\\]|\\.?|"(?!""))*(?:"{3}|\Z)|'{3}(?:[^'\\]|\\.?|'(?!''))*(?:'{3}|\Z)""" \
+    r"""|"(?:[^"\\\n]|\\.?)*"?|'(?:[^'\\\n]|\\.?)*'?)"""  # always matches: no search starts twice at one place
+REST = r"(?P<name>[^\W\d]\w*)|(?P<number>\.?\d[\w.]*)|(?P<line>\n[ \t]*)|(?P<blank>[ \t\r\f]+|\\\r?\n)|(?P<other>.)"
+PYTHON = re.compile(rf"(?P<remark>#[^\n]*)|(?P<string>{STRING})|{REST}", re.S)
+OTHERS = re.compile(rf"(?P<remark>//[^\n]*|/\*(?:[^*]|\*(?!/))*(?:\*/|\Z))|(?P<string>\"(?:[^\"\\\n]|\\.?)*\"?)|{REST}",
+                    re.S)
+OTHER_LANGUAGES = (".rs", ".cu", ".cuh", ".c", ".cc", ".cpp", ".h", ".hpp", ".js", ".ts", ".go", ".metal")
+OWN_NAME = re.compile(r"seed|run_?id|run_?name", re.I)
+FACTS = {"code": "code versions", "hardware": "kinds of hardware", "processes": "numbers of processes",
+         "steps": "final steps"}
+SLOWER = 1.5  # a step that takes this much longer is of other hardware
+
+
+@dataclass
+class Sample:
+    """One complete trial: what the statistics are made of. What its log does not say is None."""
+
+    run: Run
+    rows: list[dict]
+    loss: float
+    time_s: float | None
+    steps: int
+    stage_ms: dict[str, array]
+    name: str = ""  # of the file, with its trial
+    arm: str = "record"
+    code: str | None = None
+    hardware: str | None = None
+    processes: int | None = None
+
+    @property
+    def date(self):
+        """When the run began, as far as its log or the name of its file says so."""
+        return self.run.trace.header.get("date") or date_in(self.run.path.name)
+
+
+@dataclass
+class Cell:
+    """Samples that may be pooled."""
+
+    code: str | None
+    hardware: str | None
+    processes: int | None
+    steps: int
+    samples: list[Sample] = field(default_factory=list)
+    label: str = "all"
+
+    def knows(self):
+        return [getattr(self, fact) is not None for fact in FACTS].count(True)
+
+    def takes(self, sample):
+        """Whether all that sample says of itself agrees with the cell, its time for a step roughly."""
+        said = {fact: value for fact in FACTS if (value := getattr(sample, fact)) is not None}
+        mean = step_s(self.samples)
+        alike = mean is None or sample.time_s is None or 1 / SLOWER < step_s([sample]) / mean < SLOWER
+        return alike and all(getattr(self, fact) == value for fact, value in said.items())
+
+    def answers_to(self, name):
+        """Whether `name` is the cell's label, its code, a folder of all its logs, or the beginning of a hash."""
+        folders = {sample.run.path.parent.name for sample in self.samples}
+        hashes = [self.code or "no source", *(sample.run.trace.code_hash or "" for sample in self.samples)]
+        return name == self.label or {name} == folders or len(name) > 3 and any(h.startswith(name) for h in hashes)
+
+
+@dataclass
+class Arm:
+    """Runs of one role. `mixture` says why they cannot be pooled, "" if they can."""
+
+    name: str
+    cells: list[Cell] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    mixture: str = ""
+
+    @property
+    def samples(self):
+        return [sample for cell in self.cells for sample in cell.samples]
+
+    def only(self, name):
+        """The arm with the one cell that `name` means. ValueError if none or several do."""
+        found = [cell for cell in self.cells if cell.label == name]
+        found = found or [cell for cell in self.cells if cell.answers_to(name)]
+        if len(found) != 1:
+            known = "; ".join(cell.label for cell in self.cells[:12])
+            raise ValueError(f"--cell '{name}' means {len(found)} cells of the {self.name}: it has {known}")
+        return Arm(self.name, found, self.dropped)
+
+
+@dataclass
+class Evidence:
+    """All runs under the given names, by arm: record first, then baseline."""
+
+    folder: Path
+    arms: list[Arm]
+    notes: list[str] = field(default_factory=list)
+
+    def arm(self, name):
+        """The arm of that name; one without runs if there is none."""
+        return next((arm for arm in self.arms if arm.name == name), Arm(name))
+
+
+def evidence_of(names, loss_key=None, keep_rows="stages", keep_source=False):
+    """Evidence of files, folders and globs. `loss_key`: the number of a record that is its loss, instead of val_loss.
+    FileNotFoundError if a name leads to no log."""
+    paths = expand(names)
+    base = base_of(names, paths)
+    runs, codes = [], {}
+    for run in read_each(paths, keep_rows, True):
+        code = version_of(run, codes)
+        run.trace.parts = run.trace.parts if keep_source else dict.fromkeys(run.trace.parts, "")
+        runs.append((arm_name(run.path, base), run, code))
+    return evidence_from(runs, base, loss_key)
+
+
+def evidence_from(runs, base, loss_key=None):
+    """Evidence of (name of the arm, run, code version) triples."""
+    order = {"record": 0, "baseline": 1}
+    names = sorted({name for name, *_ in runs}, key=lambda name: (order.get(name, 2), name))
+    arms, notes, seen = {name: Arm(name) for name in names}, [], {}
+    found = {name: [] for name in names}
+    for name, run, code in sorted(runs, key=lambda r: (r[2] is None, names.index(r[0]))):
+        samples, dropped = trials_of(run, name, code, seen, loss_key)
+        found[name] += samples
+        arms[name].dropped += [why for why, _ in dropped]
+        notes += [f"{name}: {why}, which is of the {other}" for why, other in dropped if other not in (None, name)]
+    for name, arm in arms.items():
+        arm.cells = cells_of(found[name])
+        arm.mixture = mixture_of(arm.cells)
+    kept = [arm for arm in arms.values() if arm.cells or arm.dropped]
+    if len(kept) == 1 and kept[0].name != "record":
+        notes.append(f"all runs are of {kept[0].name}: taken as the record")
+        kept[0].name = "record"
+    return Evidence(base, kept, notes)
+
+
+def base_of(names, paths):
+    """The folder that arms are named from: the one given, or the one that holds all that are given."""
+    if len(names) == 1 and os.path.isdir(names[0]):
+        return Path(os.path.abspath(names[0]))
+    parents = {os.path.dirname(os.path.abspath(path)) for path in paths}
+    return Path(os.path.commonpath(parents))
+
+
+def arm_name(path, base):
+    """Name of the arm that the log `path` below `base` belongs to."""
+    path = Path(os.path.abspath(path))
+    inside = path.relative_to(base).parts if path.is_relative_to(base) else path.parts[-1:]
+    folders = inside[:-1]
+    if any(map(BASELINE.search, [*folders, Path(inside[-1]).stem if inside else ""])):
+        return "baseline"
+    side = next((i for i, name in enumerate(folders) if SIDE.search(name)), None)
+    return "record" if side is None else "/".join(folders[: side + 1])
+
+
+# -- code versions
+
+
+def version_of(run, known):
+    """Hash of what a run's source and settings do; None without both. `known` keeps those of equal sources."""
+    parts, raw = run.trace.parts, run.trace.code_hash
+    if raw and raw not in known:
+        known[raw] = code_of(parts)
+    settings = {key: value for key, value in settings_of(run).items() if key not in SELF}
+    if not settings:
+        return known.get(raw)
+    text = json.dumps(settings, sort_keys=True)
+    return f"{known.get(raw, 'no source')}+{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def code_of(parts):
+    """Hash of the tokens of {file name: source}: the same for sources that do the same in the same words."""
+    digest = hashlib.sha256()
+    for name, text in parts.items():
+        digest.update(f"{name}\n".encode("utf-8", "replace"))
+        digest.update("\n".join(tokens_of(text, name)).encode("utf-8", "replace"))
+    return digest.hexdigest()[:12]
+
+
+def tokens_of(text, name=""):
+    """Logical lines of a source, each its depth and tokens: without remarks, docstrings, values of seeds and names."""
+    if len(text) > MAX_CODE:
+        return [" ".join(line.split()) for line in text.split("\n") if line.strip()]
+    foreign = name.endswith(OTHER_LANGUAGES)
+    lines, line, kinds, depth, indent, own = [], [], set(), 0, 0, False
+    for match in (OTHERS if foreign else PYTHON).finditer(text + "\n"):
+        kind, token = match.lastgroup, match[0]
+        if kind == "line" and depth <= 0:
+            lines += [(indent, " ".join(line))] if kinds - {"string"} else []
+            line, kinds, indent, own = [], set(), len(token.expandtabs()) - 1, False
+        elif kind not in ("line", "blank", "remark"):
+            depth += (token in "([{") - (token in ")]}")
+            own = bool(OWN_NAME.search(token)) or own and token not in ",)]}" if kind != "string" else own
+            line.append("_" if own and kind in ("string", "number") else token)
+            kinds.add(kind)
+    return [text for _, text in lines] if foreign else leveled(lines)
+
+
+def leveled(lines):
+    """(indentation, text) -> texts after the depth of their block: two blanks or four are the same."""
+    found, stack = [], []
+    for indent, text in lines:
+        while stack and stack[-1] > indent:
+            stack.pop()
+        if not stack or stack[-1] < indent:
+            stack.append(indent)
+        found.append(f"{len(stack)} {text}")
+    return found
+
+
+# -- samples
+
+
+def machine_of(run):
+    """(hardware, number of processes) of a run, None where its config.json and its log do not say so."""
+    header, hardware = run.trace.header, run.config.get("hardware")
+    name = hardware.get("name") if isinstance(hardware, dict) else hardware
+    name = name if isinstance(name, str) else header.get("gpus") or header.get("device")
+    count = next((n for n in (run.config.get("world_size"), header.get("world_size"), header.get("gpu_count"))
+                  if isinstance(n, int)), None)
+    return name, count
+
+
+def trials_of(run, arm="record", code=None, seen=None, loss_key=None):
+    """(samples, [(what was left out and why, arm of its twin or None)]) of a run's complete trials with a finite loss.
+    `seen` {key of a trial: samples} tells those that stood in other files."""
+    found, dropped, count = [], [], len(run.trace.trials)
+    seen, (hardware, processes) = {} if seen is None else seen, machine_of(run)
+    for i in range(count):
+        name = f"{run.path.name}, trial {i + 1}" if count > 1 else run.path.name
+        sample, why = sample_of(run, i, loss_key)
+        if why:
+            dropped.append((f"{name}: {why}", None))
+            continue
+        sample = replace(sample, name=name, arm=arm, code=code, hardware=hardware, processes=processes)
+        twins = seen.setdefault((sample.steps, sample.loss, sample.time_s), [])
+        if twin := next((twin for twin in twins if agree(twin.rows, sample.rows)), None):
+            dropped.append((f"{name}: the same run as {twin.name}", twin.arm))
+            continue
+        twins.append(sample)
+        found.append(sample)
+    if not count and status_of(run) != "not a log":
+        dropped.append((f"{run.path.name}: no step", None))
+    return found, dropped
+
+
+def sample_of(run, i, loss_key=None):
+    """(Sample or None, reason) of trial i."""
+    rows, last = run.trace.trials[i], i == len(run.trace.trials) - 1
+    numbers = trial_numbers(rows, run.trace.end if last else None)
+    loss = latest(rows, loss_key) if loss_key else numbers["final_val_loss"]
+    if loss is None or numbers["status"] != "complete":
+        return None, f"{numbers['status']} at step {numbers['steps']}"
+    if not math.isfinite(loss):
+        return None, f"nan at step {numbers['steps']}"
+    stages = run.trace.stage_ms[i] if run.trace.stage_ms else {}
+    return Sample(run, rows, loss, numbers["train_time_s"], numbers["steps"], stages), None
+
+
+def agree(rows, others):
+    """Whether two records of runs agree wherever both hold a validation."""
+    known = {row["step"]: row["val_loss"] for row in rows if number(row.get("val_loss")) is not None}
+    return all(known.get(row["step"], row["val_loss"]) == row["val_loss"] for row in others if "val_loss" in row)
+
+
+# -- cells
+
+
+def step_s(samples):
+    """Mean seconds of a step; None where no time is known."""
+    times = [s.time_s / s.steps for s in samples if s.time_s and s.steps]
+    return sum(times) / len(times) if times else None
+
+
+def cells_of(samples):
+    """Cells of samples, the largest first."""
+    cells, open_ones = {}, []
+    for sample in samples:
+        facts = tuple(getattr(sample, fact) for fact in FACTS)
+        if None in facts:
+            open_ones.append((facts, sample))
+        else:
+            cells.setdefault(facts, Cell(*facts)).samples.append(sample)
+    open_ones.sort(key=lambda pair: pair[0].count(None))
+    for facts, sample in open_ones:
+        homes = [cell for cell in cells.values() if cell.takes(sample)]
+        fuller = [cell for cell in homes if cell.knows() > len(FACTS) - facts.count(None)]
+        home = fuller[0] if len(fuller) == 1 else cells.setdefault(facts, Cell(*facts))
+        home.samples.append(sample)
+    found = sorted(cells.values(), key=lambda cell: -len(cell.samples))
+    for cell in found:
+        cell.label = label_of(cell, found)
+    return found
+
+
+def label_of(cell, cells):
+    """Short words for what tells a cell from the others of its arm."""
+    words = {"code": cell.code or "no source", "hardware": cell.hardware or "no hardware",
+             "processes": f"{cell.processes or '?'} process{'es' * (cell.processes != 1)}",
+             "steps": f"step {cell.steps}"}
+    varied = [fact for fact in FACTS if len({getattr(other, fact) for other in cells}) > 1]
+    return ", ".join(words[fact] for fact in varied) or "all"
+
+
+def mixture_of(cells):
+    """Why the samples of several cells cannot be pooled, a sentence; "" for one cell."""
+    said = []
+    for fact, plural in FACTS.items():
+        counts = {}
+        for cell in cells:
+            key = getattr(cell, fact)
+            counts[key] = counts.get(key, 0) + len(cell.samples)
+        listed = [f"{count} of {'unknown' if key is None else key}" for key, count in counts.items()]
+        more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+        said += [f"{len(counts)} {plural}: {', '.join(listed[:5])}{more}"] if len(counts) > 1 else []
+    return f"the runs are of {'; '.join(said)}" if said else ""
+
+
+# -- the session
+
+
+DATED = re.compile(r"(?<!\d)(20\d\d)-?(\d\d)-?(\d\d)[_T -](\d\d)[-:]?(\d\d)(?:[-:]?(\d\d))?(?!\d)", re.ASCII)
+
+
+def date_in(name):
+    """YYYY-MM-DD hh:mm:ss in the name of a file, None without one."""
+    match = DATED.search(name)
+    return match and "{}-{}-{} {}:{}:{}".format(*match.groups("00"))
+
+
+def session_of(samples):
+    """Samples in the order of their beginnings, None where a log does not tell its own."""
+    dates = [sample.date for sample in samples]
+    if None in dates:
+        return None
+    return [samples[i] for i in sorted(range(len(samples)), key=lambda i: (dates[i], i))]
