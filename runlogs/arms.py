@@ -153,7 +153,8 @@ def evidence_from(runs, base, loss_key=None):
     names = sorted({name for name, *_ in runs}, key=lambda name: (order.get(name, 2), name))
     arms, notes, seen = {name: Arm(name) for name in names}, [], {}
     found = {name: [] for name in names}
-    for name, run, code in sorted(runs, key=lambda r: (r[2] is None, names.index(r[0]))):
+    first = sorted(runs, key=lambda r: (r[2] is None, len(r[1].trace.trials) > 1, names.index(r[0])))
+    for name, run, code in first:  # of copies the log with a source, then that of one run
         samples, dropped = trials_of(run, name, code, seen, loss_key)
         found[name] += samples
         arms[name].dropped += [why for why, _ in dropped]
@@ -166,6 +167,14 @@ def evidence_from(runs, base, loss_key=None):
         notes.append(f"all runs are of {kept[0].name}: taken as the record")
         kept[0].name = "record"
     return Evidence(base, kept, notes)
+
+
+def samples_of(runs):
+    """(samples, what was left out and why) of runs, whatever their arms."""
+    codes = {}
+    found = evidence_from([("record", run, version_of(run, codes)) for run in runs], Path())
+    arm = found.arm("record")
+    return arm.samples, arm.dropped
 
 
 def base_of(names, paths):
@@ -194,7 +203,7 @@ def version_of(run, known):
     """Hash of what a run's source and settings do; None without both. `known` keeps those of equal sources."""
     parts, raw = run.trace.parts, run.trace.code_hash
     if raw and raw not in known:
-        known[raw] = code_of(parts)
+        known[raw] = code_of(parts) or raw
     settings = {key: value for key, value in settings_of(run).items() if key not in SELF}
     if not settings:
         return known.get(raw)
@@ -203,12 +212,13 @@ def version_of(run, known):
 
 
 def code_of(parts):
-    """Hash of the tokens of {file name: source}: the same for sources that do the same in the same words."""
-    digest = hashlib.sha256()
-    for name, text in parts.items():
-        digest.update(f"{name}\n".encode("utf-8", "replace"))
-        digest.update("\n".join(tokens_of(text, name)).encode("utf-8", "replace"))
-    return digest.hexdigest()[:12]
+    """Hash of the tokens of {file name: source}: the same for sources that do the same in the same words. None if there
+    are none: a source of remarks alone is a stand-in for one that is not told."""
+    found = {name: tokens_of(text, name) for name, text in parts.items()}
+    if not any(found.values()):
+        return None
+    text = "\n".join(line for name, lines in found.items() for line in [name, *lines])
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def tokens_of(text, name=""):

@@ -1,70 +1,23 @@
 """Statistics of groups of runs. scipy is imported where it is used: it takes longer than reading a log."""
 
-import hashlib
 import json
 import math
 import re
 import statistics
 from array import array
-from dataclasses import dataclass
 
+from runlogs.arms import session_of
 from runlogs.loading import (
     SELF,
-    Run,
     changes_of,
     curve,
-    device_of,
     latest,
     load_one,
     settings_of,
-    status_of,
     summarize,
     trial_numbers,
 )
 from runlogs.parsing import MAX_KEYS, number
-
-
-@dataclass
-class Sample:
-    """One complete trial: what the statistics are made of."""
-
-    run: Run
-    rows: list[dict]
-    loss: float
-    time_s: float | None
-    steps: int
-    stage_ms: dict[str, array]
-
-
-def samples_of(runs):
-    """(samples, what was left out and why): complete trials with a finite loss, a trial that is in two files once."""
-    found, dropped, seen = [], [], {}
-    for run in sorted(runs, key=lambda run: run.trace.code_hash is None):  # a log before the console output of its run
-        count = len(run.trace.trials)
-        for i in range(count):
-            name = f"{run.path.name}, trial {i + 1}" if count > 1 else run.path.name
-            sample, why = sample_of(run, i, name, seen)
-            found += [sample] if sample else []
-            dropped += [f"{name}: {why}"] if why else []
-        if not count and status_of(run) != "not a log":
-            dropped.append(f"{run.path.name}: no step")
-    return found, dropped
-
-
-def sample_of(run, i, name, seen):
-    """(Sample or None, reason) of trial i; `seen` maps the last validations of the trials so far to their names."""
-    rows, last = run.trace.trials[i], i == len(run.trace.trials) - 1
-    numbers = trial_numbers(rows, run.trace.end if last else None)
-    if numbers["final_val_loss"] is None or numbers["status"] != "complete":
-        return None, f"{numbers['status']} at step {numbers['steps']}"
-    if not math.isfinite(numbers["final_val_loss"]):
-        return None, f"nan at step {numbers['steps']}"
-    vals = [(row["step"], row["val_loss"], number(row.get("train_time_ms"))) for row in rows if "val_loss" in row]
-    if twin := seen.get((*vals[-2:],)):
-        return None, f"the same run as {twin}"
-    seen |= {(*vals[-2:],): name, (*vals[-1:],): name}  # the shorter key for a file that holds the last line only
-    stages = run.trace.stage_ms[i] if run.trace.stage_ms else {}
-    return Sample(run, rows, numbers["final_val_loss"], numbers["train_time_s"], numbers["steps"], stages), None
 
 
 def mean_sd(values):
@@ -152,21 +105,17 @@ def target_numbers(samples, target, alpha=0.01):
     needed = runs_needed(target - mean, sd, alpha) if sd else None
     value = (target - mean) * math.sqrt(n)
     return {"target": target, "alpha": alpha, "p_value": p, "passed": p is not None and p < alpha,
+            "t": (mean - target) * math.sqrt(n) / sd if sd else None,
             "sigma_rule": {"value": value, "passed": value >= SIGMA_RULE}, "runs_needed": needed,
             "more_runs": None if needed is None else max(0, needed - n),
             "detectable_margin": detectable_margin(n, sd, alpha) if sd else None}
 
 
 def versions(samples):
-    """{code version: samples}, most samples first. A version is the source and, for our runs, the settings but seed and
-    names."""
+    """{code version: samples}, most samples first; a version is as of arms.py."""
     found = {}
     for sample in samples:
-        settings = {key: value for key, value in settings_of(sample.run).items() if key not in SELF}
-        text = json.dumps(settings, sort_keys=True) if settings else ""
-        key = sample.run.trace.code_hash or "no source"
-        key += f"+{hashlib.sha256(text.encode()).hexdigest()[:6]}" if text else ""
-        found.setdefault(key, []).append(sample)
+        found.setdefault(sample.code or "no source", []).append(sample)
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
@@ -191,16 +140,21 @@ def what_differs(a, b):
     return f"other {', '.join(names[:4])}{more}"
 
 
-def version_warning(groups, most=25):
-    """How the code versions of a group differ, a sentence; only the first `most` are compared."""
+def version_warning(groups, most=5):
+    """How the code versions of a group differ, a sentence; only the first `most` are compared with the first."""
     (first, its_samples), *others = list(groups.items())[:most]
     words = {key: what_differs(its_samples[0].run, group[0].run) for key, group in others}
-    if set(words.values()) <= HARMLESS:
-        return f"{len(groups)} sources: {', '.join(sorted(set(words.values())))}"
-    counts = [f"{len(groups[key])} of {key} ({text})" for key, text in words.items()][:5]
-    counts += [f"{len(groups) - 6} more"] if len(groups) > 6 else []
+    counts = [f"{len(groups[key])} of {key} ({text})" for key, text in words.items()]
+    counts += [f"{len(groups) - most} more"] if len(groups) > most else []
     counts = ", ".join([f"{len(its_samples)} of {first}", *counts])
     return f"{len(groups)} code versions mixed: {counts}; see `logger.py diff` on one run of each"
+
+
+def alike_warning(groups):
+    """[a sentence] if sources of one version differ in what does not count."""
+    count = sum(len({sample.run.trace.code_hash for sample in group}) for group in groups.values())
+    words = "comments, blank lines, seeds or names of runs alone"
+    return [f"{count} sources of {len(groups)} code version(s): the others differ in {words}"] * (count > len(groups))
 
 
 def group_warnings(samples, dropped):
@@ -208,7 +162,9 @@ def group_warnings(samples, dropped):
     found = []
     if len(groups := versions(samples)) > 1:
         found.append(version_warning(groups))
-    for what, values in (("hardware", {device_of(s.run) for s in samples}),
+    found += alike_warning(groups)
+    for what, values in (("hardware", {s.hardware for s in samples}),
+                         ("numbers of processes", {s.processes for s in samples} - {None}),
                          ("torch versions", {str(summarize(s.run)["torch"]) for s in samples}),
                          ("driver versions", {s.run.trace.header.get("driver") for s in samples}),
                          ("step counts", {s.steps for s in samples})):
@@ -334,17 +290,116 @@ def control_numbers(groups):
     return {"loss": loss, "runs": found}
 
 
-def compare_numbers(groups, dropped):
+def opponent(cell, arm):
+    """(the cell of the baseline arm that `cell` is compared with or None, why there is none): of those with its hardware
+    and number of processes the one with the most steps. A baseline with fewer is the same code cut short."""
+    if not arm.cells:
+        return None, "no baseline"
+    near = [c for c in arm.cells if all(None in pair or pair[0] == pair[1] for pair in
+                                        ((c.hardware, cell.hardware), (c.processes, cell.processes)))]
+    most = [c for c in near if c.steps == max(c.steps for c in near)]
+    if len(most) == 1:
+        return most[0], ""
+    why = "several baselines of as many steps" if most else "no baseline with this hardware and number of processes"
+    return None, f"{why}: {'; '.join(c.label for c in arm.cells[:5])}"
+
+
+def gain_of(cell, other):
+    """{"time_s", "ci_low", "ci_high", "percent", "percent_low", "percent_high", "n_record", "n_baseline"}: seconds that
+    cell's mean time is below the other's (Welch), and that in percent of the other's (Welch on the logarithms). None
+    without two times; intervals are None where a side has one run."""
+    times = [[s.time_s for s in c.samples if s.time_s and s.time_s > 0] for c in (cell, other) if c]
+    if len(times) < 2 or not all(times):
+        return None
+    new, old = times
+    seconds = welch(old, new) or {}
+    ratio = welch([math.log(t) for t in new], [math.log(t) for t in old]) or {}
+    low, high = (100 * -math.expm1(ratio[key]) if ratio else None for key in ("ci_high", "ci_low"))
+    mean, base = statistics.mean(new), statistics.mean(old)
+    return {"time_s": base - mean, "ci_low": seconds.get("ci_low"), "ci_high": seconds.get("ci_high"),
+            "percent": 100 * (1 - mean / base), "percent_low": low, "percent_high": high,
+            "n_record": len(new), "n_baseline": len(old)}
+
+
+def cell_numbers(cell):
+    """A cell as a dict: what its runs share, their numbers and files."""
+    facts = {key: getattr(cell, key) for key in ("label", "code", "hardware", "processes")}
+    return {**facts, **group_numbers(cell.samples), "paths": [str(s.run.path) for s in cell.samples]}
+
+
+def arm_numbers(arm):
+    """An arm as a dict: numbers of all its runs unless they are a mixture, each cell, what was left out."""
+    samples = arm.samples
+    return {**group_numbers([] if arm.mixture else samples), "n": len(samples), "mixture": arm.mixture,
+            "steps": sorted({s.steps for s in samples}), "cells": [cell_numbers(cell) for cell in arm.cells],
+            "warnings": group_warnings(samples, arm.dropped)}
+
+
+def difference_of(record, baseline):
+    """Record minus baseline: {"val_loss", "train_time_s" (Welch), "gain", "baseline" (the cell), "why" there is none}."""
+    cell = record.cells[0] if len(record.cells) == 1 else None
+    other, why = opponent(cell, baseline) if cell else (None, record.mixture)
+    found = {"baseline": other and other.label, "why": why, "val_loss": None, "train_time_s": None, "gain": None}
+    if other:
+        for key, name in (("val_loss", "loss"), ("train_time_s", "time_s")):
+            found[key] = welch(*([getattr(s, name) for s in c.samples] for c in (cell, other)))
+        found["gain"] = gain_of(cell, other)
+    return found
+
+
+def session_numbers(record, baseline):
+    """{"order": "P B P", "interleaved", "first", "last"}: in which order runs of the record (P) and of the baseline (B)
+    began, None if a log does not say when."""
+    ordered = session_of([*record.samples, *baseline.samples])
+    if ordered is None:
+        return {"order": None, "interleaved": None, "first": None, "last": None}
+    letters = ["B" if sample.arm == "baseline" else "P" for sample in ordered]
+    changes = sum(a != b for a, b in zip(letters, letters[1:], strict=False))
+    return {"order": " ".join(letters), "interleaved": changes > 1 if baseline.samples else None,
+            "first": ordered[0].date, "last": ordered[-1].date}
+
+
+def stats_numbers(evidence, target=None, alpha=0.01, cell=None):
+    """What `stats` says: numbers of the record, of its baseline, of their difference, and the verdict on the target: None
+    where the record is a mixture and no cell was chosen."""
+    record, baseline = evidence.arm("record"), evidence.arm("baseline")
+    record = record.only(cell) if cell else record
+    samples = record.samples
+    test = None
+    if target is not None:
+        test = target_numbers(samples, target, alpha) if not record.mixture else no_verdict(target, alpha, record)
+    return {**arm_numbers(record), "losses": [s.loss for s in samples], "times_s": [s.time_s for s in samples],
+            "paths": [str(s.run.path) for s in samples],
+            "versions": {key: group_numbers(group) for key, group in versions(samples).items()}, "test": test,
+            "baseline": arm_numbers(baseline) if baseline.samples else None,
+            "difference": difference_of(record, baseline) if baseline.samples else None,
+            "session": session_numbers(record, baseline),
+            "other_arms": {arm.name: arm_numbers(arm) for arm in evidence.arms if arm.name not in TWO},
+            "notes": evidence.notes, "passed": test["passed"] if test else None}
+
+
+TWO = ("record", "baseline")
+
+
+def no_verdict(target, alpha, arm):
+    """The test of a mixture: what was asked, and no answer."""
+    keys = ("t", "p_value", "passed", "sigma_rule", "runs_needed", "more_runs", "detectable_margin")
+    return {"target": target, "alpha": alpha, **dict.fromkeys(keys), "mixture": arm.mixture}
+
+
+def compare_numbers(groups, dropped, mixtures=None):
     """{"groups", "pairs", "stages", "equal", "control"}: pairs are of the first group with each
-    other one."""
+    other one. `mixtures` {group: why it is a cell of a mixture}: such a group has a mean and no test."""
     first, *others = groups
-    pairs = []
+    pairs, mixtures = [], mixtures or {}
     for name in others:
+        why = mixtures.get(first) or mixtures.get(name) or ""
         a, b = groups[first], groups[name]
-        pairs.append({"a": first, "b": name, "val_loss": welch([s.loss for s in b], [s.loss for s in a]),
-                      "train_time_s": welch([s.time_s for s in b], [s.time_s for s in a]),
-                      "sigma_rule": pairwise_rule(a, b)})
-    return {"groups": [{"name": name, **group_numbers(samples), **sizes_of(samples),
+        pairs.append({"a": first, "b": name, "why": why,
+                      "val_loss": None if why else welch([s.loss for s in b], [s.loss for s in a]),
+                      "train_time_s": None if why else welch([s.time_s for s in b], [s.time_s for s in a]),
+                      "sigma_rule": None if why else pairwise_rule(a, b)})
+    return {"groups": [{"name": name, "mixture": mixtures.get(name, ""), **group_numbers(samples), **sizes_of(samples),
                         "warnings": group_warnings(samples, dropped[name])} for name, samples in groups.items()],
             "pairs": pairs, "stages": {name: stage_medians(samples) for name, samples in groups.items()},
             "equal": equal_points(list(groups.values())), "control": control_numbers(groups)}
@@ -359,12 +414,13 @@ def changed_config(a, b):
 
 
 def effect_of(old, new):
-    """{"val_loss" | "train_time_s" | "steps": {"a", "b", "difference", "test"}} of the complete trials of groups."""
-    a, b = (samples_of(runs)[0] for runs in (old, new))
+    """{"val_loss" | "train_time_s" | "steps": {"a", "b", "difference", "test"}} of the runs of two arms; no mean and no
+    test over a mixture."""
+    whole = [arm.samples if not arm.mixture else [] for arm in (old, new)]
     found = {}
     for key, name in (("val_loss", "loss"), ("train_time_s", "time_s"), ("steps", "steps")):
-        x, y = ([getattr(s, name) for s in samples] for samples in (a, b))
+        x, y = ([getattr(s, name) for s in samples] for samples in whole)
         x_mean, y_mean = mean_sd(x)[0], mean_sd(y)[0]
         both = x_mean is not None and y_mean is not None
         found[key] = {"a": x_mean, "b": y_mean, "difference": y_mean - x_mean if both else None, "test": welch(y, x)}
-    return {**found, "n_a": len(a), "n_b": len(b)}
+    return {**found, "n_a": len(old.samples), "n_b": len(new.samples)}
