@@ -1,5 +1,5 @@
-"""Sequential testing: a competitor runs one seed after the other and looks after each. With p < 0.01 at every look the
-error rate of twenty looks is 4 %, not 1 %: here the looks share it.
+"""Sequential testing: a competitor runs one seed after the other and looks after each. With p < 0.01 at each of the
+looks after run 3 to 20 the error rate is 5.6 %, not 1 %: here the looks share it.
 
 The test is a group sequential t-test (Jennison and Turnbull, Exact calculations for sequential t, chi-squared and F
 tests, Biometrika 78, 1991): after n of at most N runs a t above a boundary passes. The boundaries are such that a mean
@@ -11,6 +11,8 @@ N, makes errors rarer.
 import functools
 import math
 import statistics
+
+from runlogs.arms import session_of
 
 FIRST = 3  # runs at the first look: two say nothing of a spread
 SPENDING = 1.5  # more saves errors for the late looks: more power, but more runs where the margin is large
@@ -125,11 +127,9 @@ def statistic(losses, target):
 
 
 def in_order(samples):
-    """(samples by the date in their logs' headers, what the order is); without all dates as they come: by file."""
-    dates = [str(s.run.trace.header.get("date") or "") for s in samples]
-    if not all(dates):
-        return samples, "order of the files (not every log has a date)"
-    return [samples[i] for i in sorted(range(len(dates)), key=lambda i: dates[i])], "order of the dates in the logs"
+    """(samples by the time of their beginning, what the order is); as they come, by file, where a log does not say."""
+    ordered = session_of(samples)
+    return (ordered, "in the order of their dates") if ordered else (samples, "in the order of the files: no dates")
 
 
 def plan_numbers(samples, target, alpha=0.01, most=20):

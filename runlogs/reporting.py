@@ -285,9 +285,7 @@ def compare_report(groups, result):
         rule = pair["sigma_rule"]
         words = f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"
         report.append(f"track 3's rule for {pair['b']} beating {names[0]}: {words}")
-    stages = dict.fromkeys(stage for found in result["stages"].values() for stage in found)
-    rows = [[stage, *(show(found.get(stage), ",.2f") for found in result["stages"].values())] for stage in stages]
-    report.append(Table(["median ms of a step", *names], rows))
+    report += stage_report(names, result)
     forms = {"step": lambda v: f"step {v:,.0f}", "tokens": lambda v: f"{v:,.0f} tokens",
              "train_time_ms": lambda v: f"{v / 1000:,.2f} s"}
     rows = [[forms[x](point["at"]), *(f"{mean:.4f}" for mean in point["means"]),
@@ -299,6 +297,32 @@ def compare_report(groups, result):
     report += control_report(result["control"])
     return report + [f"note on {group['name']}: {text}" for group in result["groups"]
                      for text in group["warnings"]]
+
+
+def stage_report(names, result):
+    """Tables of the time of a step in each group, and of the time of a run in each stage for each pair."""
+    times = result["step_ms"].values()
+    stages = dict.fromkeys(stage for found in times for stage in found)
+    rows = [[stage, *(mean_half(found.get(stage)) for found in times)] for stage in stages]
+    report = [Table(["ms of a step, 95 %", *names], rows)]
+    for pair in result["pairs"]:
+        rows = []
+        for stage in pair["stages"]:
+            low, high = stage["ci_low"], stage["ci_high"]
+            interval = "-" if low is None else f"{low:+.3f} to {high:+.3f}"
+            rows.append([stage["stage"], f"{stage['a_s']:,.3f}", f"{stage['b_s']:,.3f}",
+                         f"{stage['difference']:+.3f}", interval])
+        title = f"seconds of a run by stage: A is {pair['a']}, B is {pair['b']}"
+        report += [Table(["stage", "A", "B", "B - A", "95 % interval"], rows, title)] if rows else []
+    return report
+
+
+def mean_half(found):
+    """A mean with half of its interval."""
+    if not found:
+        return "-"
+    half = "" if found["ci_low"] is None else f" +- {(found['ci_high'] - found['ci_low']) / 2:,.2f}"
+    return f"{found['mean']:,.2f}{half}"
 
 
 def passed(test):
@@ -382,3 +406,20 @@ def target_lines(test, n):
     elif test["runs_needed"] is None and p is not None:
         lines.append("no number of runs would show it at this mean and spread")
     return lines
+
+
+def plan_report(plan):
+    """A look after each run, and what to do now."""
+    rows = [[n, f"{look['loss']:.5f}", *look_cells(look)] for n, look in enumerate(plan["looks"], 1)]
+    title = f"looks after each run, {plan['order']}; t is that of (target - mean) * sqrt(n) / sd"
+    headings = ["run", "val loss", "mean", "sd", "t", "needed", "says"]
+    return [Table(headings, rows, title), plan["sentence"]]
+
+
+def look_cells(look):
+    if "mean" not in look:
+        return ["", "", "", "", look["says"]]
+    more = f", about {look['more']} more" if look["more"] else ""
+    chance = f" (passes by the last run: {look['chance']:.0%})" if look["chance"] is not None else ""
+    return [f"{look['mean']:.5f}", *(show(look[key], form) for key, form in
+                                     (("sd", ".5f"), ("t", ".2f"), ("boundary", ".2f"))), look["says"] + more + chance]
