@@ -42,12 +42,12 @@ def chance_below(y, u, n):
     from scipy.special import stdtr
 
     y, u = y[:, None], u[None, :]
-    a = np.where(np.abs(y * y - 1) < 1e-9, 1e-9, y * y - 1)
+    a = np.where(np.abs(y * y - 1) < 1e-9, -1e-9, y * y - 1)
     rest = u * u - a
     root = y * np.sqrt(np.maximum(rest, 0))
     low, high = (stdtr(n, w * math.sqrt(n)) for w in ((u - root) / a, (u + root) / a))
     between = np.where((rest > 0) & (u * y > 0), low - high, 0)  # elsewhere |next u| is below |y|
-    return np.where(np.abs(y) < 1, low, between + (y > 1))
+    return np.where(a < 0, low, between + (y > 1))
 
 
 @functools.cache
@@ -129,7 +129,7 @@ def statistic(losses, target):
 def in_order(samples):
     """(samples by the time of their beginning, what the order is); as they come, by file, where a log does not say."""
     ordered = session_of(samples)
-    return (ordered, "in the order of their dates") if ordered else (samples, "in the order of the files: no dates")
+    return (ordered, "by their dates") if ordered else (samples, "by the names of files: not all have a date")
 
 
 def plan_numbers(samples, target, alpha=0.01, most=20):
@@ -154,17 +154,17 @@ def plan_numbers(samples, target, alpha=0.01, most=20):
 def sentence(plan):
     """The last look in words, with the error rate that the plan keeps."""
     last, most, n = plan["looks"][-1], plan["max_runs"], len(plan["looks"])
-    rate = (f"a mean that is not below {plan['target']} passes a plan of {most} runs with a probability of at most "
-            f"{plan['alpha']:g}, whenever one looks and stops, if {most} was chosen before the first run and every "
-            "run counts")
+    rate = (f"a mean that is not below {plan['target']} passes with a probability of at most {plan['alpha']:g} (normal "
+            f"losses), whenever one looks or stops, if the {most} runs at most were planned before the first and all "
+            "that finished are here")
     if plan["verdict"] == "enough":
         return f"enough: passed after run {plan['passed_after']} of at most {most}; {rate}"
     if n >= most:
         return f"hopeless: the {most} planned runs are used up and have not passed, more of them are no test; {rate}"
+    chance = f"the chance to pass by run {most} is {percent(last['chance'])}" if last["chance"] is not None else ""
     if plan["verdict"] == "hopeless":
-        return f"hopeless: the chance to pass by run {most} is {percent(last['chance'])}, below {HOPELESS:.0%}; {rate}"
-    chance = f", the chance to pass by run {most} is {percent(last['chance'])}" if last["chance"] is not None else ""
-    return f"go on, about {last['more']} more{chance}; {rate}"
+        return f"hopeless: {chance}, below {100 * HOPELESS:.0f} %; {rate}"
+    return f"go on, about {last['more']} more: {chance}; {rate}" if chance else f"go on, too few runs to tell; {rate}"
 
 
 def percent(chance):

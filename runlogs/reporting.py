@@ -410,16 +410,17 @@ def target_lines(test, n):
 
 def plan_report(plan):
     """A look after each run, and what to do now."""
-    rows = [[n, f"{look['loss']:.5f}", *look_cells(look)] for n, look in enumerate(plan["looks"], 1)]
-    title = f"looks after each run, {plan['order']}; t is that of (target - mean) * sqrt(n) / sd"
-    headings = ["run", "val loss", "mean", "sd", "t", "needed", "says"]
+    rows = [[str(n), f"{look['loss']:.5f}", *look_cells(look)] for n, look in enumerate(plan["looks"], 1)]
+    title = f"looks at the runs {plan['order']}; t = (target - mean) * sqrt(n) / sd"
+    headings = ["run", "val loss", "mean", "sd", "t", "needed", "chance", "says"]
     return [Table(headings, rows, title), plan["sentence"]]
 
 
 def look_cells(look):
     if "mean" not in look:
-        return ["", "", "", "", look["says"]]
-    more = f", about {look['more']} more" if look["more"] else ""
-    chance = f" (passes by the last run: {look['chance']:.0%})" if look["chance"] is not None else ""
-    return [f"{look['mean']:.5f}", *(show(look[key], form) for key, form in
-                                     (("sd", ".5f"), ("t", ".2f"), ("boundary", ".2f"))), look["says"] + more + chance]
+        return ["", "", "", "", "", look["says"]]
+    least = "at least" if look["boundary"] is None else "about"
+    more = f", {least} {look['more']} more" if look["more"] else ""
+    numbers = [show(look[key], form) for key, form in (("sd", ".5f"), ("t", ".2f"), ("boundary", ".2f"))]
+    chance = "-" if look["chance"] is None else f"{100 * look['chance']:.0f} %"
+    return [f"{look['mean']:.5f}", *numbers, chance, look["says"] + more]

@@ -1,0 +1,357 @@
+"""Tests of sequential testing (runlogs/planning.py) and of the times of steps and stages."""
+
+import math
+import random
+import statistics
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from runlogs import judging, loading, parsing, planning
+from runlogs.planning import boundaries, look, outlook, plan_numbers
+from runlogs.reporting import plain, plan_report, stage_report
+
+BAR = "=" * 100 + "\n"
+
+
+def t_values(values):
+    """t of the first 1, 2, .. values of each row, as an array."""
+    counts = np.arange(1, values.shape[1] + 1)
+    sums, squares = values.cumsum(1), (values * values).cumsum(1)
+    variance = (squares - sums**2 / counts) / np.maximum(counts - 1, 1)
+    return sums / np.sqrt(counts * np.maximum(variance, 1e-300))
+
+
+def passes(values, alpha, most):
+    """Whether each row has passed by look n, as an array (row, look)."""
+    found = boundaries(alpha, most)
+    over = np.array([t_values(values)[:, n - 1] >= bound for n, bound in found.items()]).T
+    return np.logical_or.accumulate(over, 1)
+
+
+def sample(loss, date=None, name="a.txt"):
+    trace = SimpleNamespace(header={"date": date} if date else {})
+    run = SimpleNamespace(path=SimpleNamespace(name=name), trace=trace)
+    return SimpleNamespace(loss=loss, run=run, date=date)
+
+
+# -- boundaries
+
+
+def test_a_plan_of_one_look_is_the_t_test():
+    """Of three values t has two degrees of freedom: P(t <= x) = 1/2 + x / (2 sqrt(2 + x^2))."""
+    x = 0.98 * math.sqrt(2 / (1 - 0.98**2))
+    assert boundaries(0.01, 3) == {3: pytest.approx(x, rel=1e-9)}
+
+
+def test_first_look_spends_its_share():
+    """Of 12 runs the first look has (3 / 12)^1.5 = 1/8 of the error rate."""
+    share = 1 - 2 * 0.04 / 8
+    assert boundaries(0.04, 12)[3] == pytest.approx(share * math.sqrt(2 / (1 - share**2)), rel=1e-9)
+
+
+def test_error_rate_at_the_target_is_alpha():
+    """100,000 competitors at the target who look after each run. By look n alpha (n / N)^1.5 of them have passed."""
+    values = np.random.default_rng(1).standard_normal((100_000, 20))
+    rates = passes(values, 0.01, 20).mean(0)
+    spent = 0.01 * (np.arange(3, 21) / 20) ** 1.5
+    assert np.abs(rates - spent).max() < 4 * math.sqrt(0.01 / 100_000)
+    rates = passes(values[:, :12], 0.1, 12).mean(0)
+    spent = 0.1 * (np.arange(3, 13) / 12) ** 1.5
+    assert np.abs(rates - spent).max() < 4 * math.sqrt(0.1 / 100_000)
+
+
+def test_the_t_test_at_every_look_does_not_keep_its_rate():
+    from scipy.stats import t
+
+    values = np.random.default_rng(1).standard_normal((20_000, 20))
+    tests = t.isf(0.01, np.arange(2, 20))  # after run 3 to 20
+    assert (t_values(values)[:, 2:] > tests).any(1).mean() == pytest.approx(0.056, abs=0.005)
+
+
+def test_power_and_runs_against_a_fixed_number_of_runs():
+    """At a margin of 1 sd 92 % pass within 20 runs, after 13 on average; with 20 runs and one look 96 %. At 2 sd all
+    pass, after 7.5."""
+    values = np.random.default_rng(2).standard_normal((20_000, 20))
+    for margin, power, runs in ((0.5, 0.31, 18.4), (1, 0.924, 13.07), (2, 1, 7.49)):
+        passed = passes(values + margin, 0.01, 20)
+        needed = np.where(passed[:, -1], passed.argmax(1) + 3, 20)
+        assert passed[:, -1].mean() == pytest.approx(power, abs=0.012)
+        assert needed.mean() == pytest.approx(runs, abs=0.12)
+
+
+def test_boundaries_fall_and_end_above_the_t_test():
+    """What passes here passes the field's t-test at the same run."""
+    from scipy.stats import t
+
+    for alpha, most in ((0.01, 20), (0.05, 8), (0.001, 30), (0.2, 4), (0.01, 100)):
+        found = boundaries(alpha, most)
+        assert list(found) == [*range(3, most + 1)] and [*found.values()] == sorted(found.values(), reverse=True)
+        assert all(bound > t.isf(alpha, n - 1) for n, bound in found.items())
+
+
+def test_chance_of_the_next_u():
+    """Against 400,000 next values, for u and y on both sides of 0 and of 1."""
+    rng, n = np.random.default_rng(3), 5
+    us = np.array([-2.0, -1.3, -0.4, 0.0, 0.7, 1.8])
+    ys = np.array([-2.2, -1.4, -1.0, -0.5, 0.0, 0.3, 1.0, 1.2, 1.9, 2.3])
+    found = planning.chance_below(ys, us, n)
+    w = rng.standard_normal(400_000) / np.sqrt(rng.chisquare(n, 400_000))
+    for j, u in enumerate(us):
+        following = (u + w) / np.sqrt(1 + w * w)
+        assert [(following <= y).mean() for y in ys] == pytest.approx(found[:, j], abs=0.004)
+
+
+def test_u_and_t_are_inverse():
+    values = [1.0, 2.0, 4.0]
+    u = sum(values) / math.sqrt(sum(v * v for v in values))
+    t = statistics.mean(values) * math.sqrt(3) / statistics.stdev(values)
+    assert planning.t_of(u, 3) == pytest.approx(t) and planning.u_of(t, 3) == pytest.approx(u)
+
+
+# -- what is still to be expected
+
+
+def expected(n, mean, sd, most, alpha=0.01, futures=4000):
+    """outlook() in plain Python: draw variance and mean, then runs one by one."""
+    rng, bounds, passed = random.Random(4), boundaries(alpha, most), []
+    for _ in range(futures):
+        sigma = sd * math.sqrt((n - 1) / rng.gammavariate((n - 1) / 2, 2))
+        center = rng.gauss(mean, sigma / math.sqrt(n))
+        count, total, squares = n, n * mean, (n - 1) * sd**2 + n * mean**2
+        while count < most:
+            value = rng.gauss(center, sigma)
+            count, total, squares = count + 1, total + value, squares + value**2
+            spread = math.sqrt((squares - total**2 / count) / (count - 1))
+            if total / math.sqrt(count) >= bounds[count] * spread:
+                passed.append(count - n)
+                break
+    return len(passed) / futures, statistics.median(passed)
+
+
+@pytest.mark.parametrize("n, mean, sd, most", [(4, 0.9, 1.0, 12), (8, 0.5, 0.7, 20), (10, 2.2, 2.0, 11)])
+def test_outlook(n, mean, sd, most):
+    chance, more = outlook(n, mean * math.sqrt(n) / sd, 0.01, most)
+    other_chance, other_more = expected(n, mean, sd, most)
+    assert chance == pytest.approx(other_chance, abs=0.03) and abs(more - other_more) <= 1
+
+
+def test_stopping_without_hope_costs_little():
+    """Of the series with a margin of 1 sd that pass within 20 runs, 1 to 2 % would have been stopped; at the target 7
+    runs are made instead of 20."""
+    limits = {}
+    for n in range(3, 20):  # the t with a chance of HOPELESS
+        low, high = -6.0, boundaries(0.01, 20)[n]
+        for _ in range(8):
+            middle = (low + high) / 2
+            low, high = (middle, high) if outlook(n, middle, 0.01, 20)[0] < planning.HOPELESS else (low, middle)
+        limits[n] = high
+    values = np.random.default_rng(5).standard_normal((20_000, 20))
+    for margin, lost, runs in ((0, 0.001, 7.0), (1, 0.012, 12.5)):
+        t = t_values(values + margin)
+        up = passes(values + margin, 0.01, 20)
+        down = np.array([t[:, n - 1] < limit for n, limit in limits.items()]).T
+        first_up = np.where(up[:, -1], up.argmax(1), 99)
+        first_down = np.where(down.any(1), down.argmax(1), 99)
+        assert ((first_up < 99) & (first_down < first_up)).mean() == pytest.approx(lost, abs=0.01)
+        assert np.minimum(np.minimum(first_up, first_down) + 3, 20).mean() == pytest.approx(runs, abs=0.5)
+
+
+# -- looks and plans
+
+
+def test_looks_by_hand():
+    """Losses 3.27, 3.28, 3.29 against 3.30: mean 3.28, sd 0.01, t = 0.02 * sqrt(3) / 0.01."""
+    found = look([3.27, 3.28, 3.29], 3.30, 0.01, 20)
+    assert (found["n"], found["mean"], found["sd"]) == (3, pytest.approx(3.28), pytest.approx(0.01))
+    assert found["t"] == pytest.approx(2 * math.sqrt(3)) and found["boundary"] == boundaries(0.01, 20)[3]
+    assert found["says"] == "go on" and 0.7 < found["chance"] < 0.9 and 2 <= found["more"] <= 8
+    assert look([3.29, 3.28, 3.27], 3.30, 0.2, 3)["says"] == "enough"  # t_2 of 0.2 is 1.06
+    assert look([3.31, 3.32, 3.33], 3.30, 0.01, 20)["says"] == "hopeless"
+    late = look([3.29, 3.28, 3.27], 3.30, 0.01, 3)  # the last run: t is 3.46, 6.96 is needed
+    assert (late["says"], late["chance"], late["more"]) == ("hopeless", 0.0, None)
+
+
+def test_looks_that_say_nothing():
+    assert [look([3.2] * n, 3.28, 0.01, 4)["says"] for n in (1, 2, 3, 4)] == ["go on"] * 3 + ["hopeless"]
+    assert [look([3.2, 3.1][:n], 3.28, 0.01, 9)["more"] for n in (1, 2)] == [2, 1]
+    assert look([3.1, 3.2, 3.3, 3.4], 3.28, 0.01, 3)["says"] == "beyond the plan"
+
+
+def test_spread_and_level_do_not_matter():
+    """Losses in other units: the same t, the same advice."""
+    losses = [3.271, 3.277, 3.268, 3.279]
+    a, b = look(losses, 3.28, 0.01, 15), look([10 * v + 1 for v in losses], 33.8, 0.01, 15)
+    assert a["t"] == pytest.approx(b["t"], rel=1e-6) and (a["says"], a["more"]) == (b["says"], b["more"])
+
+
+def test_plan_goes_by_the_dates():
+    """The runs in the order of their dates pass after the fourth; what comes later changes nothing."""
+    losses = [3.27, 3.271, 3.272, 3.27, 3.271, 3.272, 3.35, 3.4]
+    samples = [sample(loss, f"2026-01-01 10:{i:02}:00") for i, loss in enumerate(losses)]
+    plan = plan_numbers(samples[::-1], 3.28, 0.01, 20)
+    assert [row["loss"] for row in plan["looks"]] == losses and "dates" in plan["order"]
+    assert plan["passed_after"] == 4 and plan["verdict"] == "enough" and "after run 4 of at most 20" in plan["sentence"]
+    assert [row["says"] for row in plan["looks"]] == ["go on"] * 3 + ["enough"] * 5
+    undated = plan_numbers([*samples[:1], sample(3.4)], 3.28)
+    assert [row["loss"] for row in undated["looks"]] == [3.27, 3.4] and "files" in undated["order"]
+
+
+def test_sentences():
+    plan = plan_numbers([sample(v) for v in (3.27, 3.275, 3.272, 3.279)], 3.28, 0.01, 20)
+    assert plan["verdict"] == "go on" and plan["passed_after"] is None
+    last = plan["looks"][-1]
+    assert plan["sentence"].startswith(f"go on, about {last['more']} more: the chance to pass by run 20 is ")
+    assert "probability of at most 0.01" in plan["sentence"] and f"{100 * last['chance']:.0f} %" in plan["sentence"]
+    plan = plan_numbers([sample(v) for v in (3.29, 3.295, 3.292, 3.299)], 3.28, 0.01, 20)
+    assert plan["sentence"].startswith("hopeless: the chance to pass by run 20 is 0.0 %, below 2 %")
+    plan = plan_numbers([sample(v) for v in (3.27, 3.275, 3.288, 3.279)], 3.28, 0.01, 4)
+    assert plan["verdict"] == "hopeless" and "the 4 planned runs are used up" in plan["sentence"]
+    plan = plan_numbers([sample(v) for v in (3.27, 3.275, 3.288, 3.279, 3.2)], 3.28, 0.01, 4)
+    assert plan["verdict"] == "hopeless" and plan["looks"][-1]["says"] == "beyond the plan"
+    assert "too few runs" in plan_numbers([sample(3.27)], 3.28)["sentence"]
+
+
+def test_plan_report():
+    plan = plan_numbers([sample(v) for v in (3.27, 3.275, 3.272, 3.279)], 3.28, 0.01, 20)
+    lines = plain(plan_report(plan)).split("\n")
+    assert len(lines) == 7
+    assert "go on, at least 2 more" in lines[2] and "14.4" in lines[5] and "go on, about" in lines[5]
+    assert lines[6] == plan["sentence"] and all(len(line) <= 90 for line in lines[:6])
+
+
+@pytest.mark.parametrize("alpha, most, word", [(0, 20, "--alpha is 0"), (0.5, 20, "--alpha is 0.5"), (0.01, 2, "is 2"),
+                                               (0.01, 101, "is 101"), (math.nan, 20, "nan")])
+def test_plans_that_cannot_be_made(alpha, most, word):
+    with pytest.raises(ValueError, match=word):
+        plan_numbers([sample(3.2)], 3.28, alpha, most)
+
+
+# -- times of steps
+
+
+def rows_of(times, key="train_time_ms", **more):
+    return [{"step": step, key: ms, **more} for step, ms in times]
+
+
+def test_step_time_is_divided_by_the_gap():
+    rows = rows_of([(0, 0.0), (25, 500.0), (50, 1250.0), (51, 1280.0), (51, 1290.0), (52, 10.0), (53, 35.0)])
+    assert loading.step_times(rows) == [(25, 20.0), (50, 30.0), (51, 30.0), (53, 25.0)]
+    assert loading.step_times(rows_of([(1, 5.0), (2, math.nan), (3, 9.0), (5, math.inf)])) == []
+
+
+def test_gaps_add_up_to_the_time():
+    """A clock that begins before the first record, is set back at step 11, and runs on after the last step."""
+    rows = rows_of([(5, 900.0), (10, 1900.0), (11, 100.0), (20, 1000.0), (20, 1030.0)])
+    assert loading.gaps_of(rows) == [(10, 11, 100.0), (11, 20, 900.0), (20, 20, 30.0)]
+    assert loading.gaps_of(rows[:2]) == [(0, 5, 900.0), (5, 10, 1000.0)]
+    assert loading.gaps_of(rows_of([(1, 100.0), (2, 90.0)])) == [(0, 1, 100.0), (1, 2, -10.0)]  # a jitter is no reset
+    assert loading.gaps_of([{"step": 1}, *rows_of([(2, math.nan)])]) == []
+
+
+def test_quarters():
+    """Ten steps: the quarters end after step 3, 5, 8 and 10; a gap over an end is shared by its steps."""
+    rows = rows_of([(0, 0.0), (2, 20.0), (4, 60.0), (10, 120.0), (10, 121.0)])
+    found = loading.stage_times(rows, {})
+    assert list(found) == ["quarters"]
+    assert found["quarters"] == {"0-25 % of the steps": (40.0, 3), "25-50 % of the steps": (30.0, 2),
+                                 "50-75 % of the steps": (30.0, 3), "75-100 % of the steps": (20.0, 2),
+                                 "after the last step": (1.0, 0)}
+    assert loading.stage_times([{"step": 3, "val_loss": 1.0}], {}) == {}
+
+
+def test_stages_that_the_log_announces():
+    rows = rows_of([(10, 100.0), (20, 300.0), (40, 500.0)])
+    found = loading.stage_times(rows, {"stage_ends": "0, 15, 30, 36"})["logged"]
+    assert found == {"stage 1": (200.0, 15), "stage 2": (200.0, 15), "stage 3": (100.0, 10)}
+    found = loading.stage_times(rows, {"stage_ends": "(0, 20), (20, 40)"})["logged"]
+    assert found == {"stage 1": (300.0, 20), "stage 2": (200.0, 20)}
+    text = f"code\n{BAR}[schedule] stage ends=[0, 15, 30]\n{BAR}step:1/1 val_loss:3.0 train_time:9ms step_avg:9ms\n"
+    assert parsing.parse_log(text).header["stage_ends"] == "0, 15, 30"
+    text = f"code\n{BAR}machine\n{BAR}run seed=6 stage boundaries=[(0, 279), (279, 600)]\nstep:1/1 val_loss:3.0\n"
+    assert parsing.parse_log(text).header["stage_ends"] == "(0, 279), (279, 600)"
+
+
+def test_stages_by_batch():
+    rows = rows_of([(2, 20.0), (4, 40.0)], batch_tokens=64, seq_len=32) + rows_of([(4, 40.0)])
+    rows += rows_of([(6, 100.0), (8, 160.0)], batch_tokens=128)
+    found = loading.stage_times(rows, {"stage_ends": "0, 1"})["logged"]
+    assert found == {"64 tokens a step, seq_len 32": (40.0, 4), "128 tokens a step, seq_len None": (120.0, 4)}
+
+
+def test_many_stages_are_few_rows():
+    """A hostile log with a stage for each of 20,000 steps: in linear time, and no time is lost."""
+    rows = [{"step": i, "train_time_ms": 2.0 * i, "batch_tokens": i} for i in range(1, 20_001)]
+    found = loading.stage_times(rows, {})["logged"]
+    assert len(found) == parsing.MAX_KEYS + 1 and found["other stages"][1] == 20_000 - parsing.MAX_KEYS
+    assert sum(ms for ms, _ in found.values()) == pytest.approx(40_000)
+
+
+def timed(runs):
+    """Samples of runs that are given as stages {name: (ms, steps)}."""
+    return [SimpleNamespace(stage_ms={"logged": run, "quarters": {"q": (sum(ms for ms, _ in run.values()), 1)}})
+            for run in runs]
+
+
+def whole_ms(step_ms, count=400):
+    """Records of a run of a public script, which prints whole milliseconds."""
+    return rows_of([(step, float(round(step * step_ms))) for step in range(count + 1)])
+
+
+def test_mean_shows_what_the_median_of_whole_milliseconds_hides():
+    times = {ms: loading.stage_times(whole_ms(ms), {}) for ms in (88.4, 87.7)}
+    medians = [statistics.median(ms for _, ms in loading.step_times(whole_ms(ms))) for ms in times]
+    assert medians == [88, 88]
+    groups = [[SimpleNamespace(stage_ms=found)] for found in times.values()]
+    means = [judging.step_numbers(judging.by_stage(group, "quarters"))["all"]["mean"] for group in groups]
+    assert means == pytest.approx([88.4, 87.7])
+
+
+def test_interval_of_the_mean_by_hand():
+    """Of 2, 4, 6: sd 2, t_0.975 with two degrees of freedom 4.302653."""
+    half = 4.302652729911275 * 2 / math.sqrt(3)
+    found = judging.mean_interval([2, 4, 6])
+    assert (found["n"], found["mean"]) == (3, 4)
+    assert (found["ci_low"], found["ci_high"]) == pytest.approx((4 - half, 4 + half), rel=1e-9)
+    assert judging.mean_interval([2]) == {"n": 1, "mean": 2, "ci_low": None, "ci_high": None}
+
+
+def test_seconds_saved_by_stage_add_up():
+    old = timed([{"x": (1000.0, 10), "y": (3000.0, 20)}, {"x": (1200.0, 10), "y": (3100.0, 20)}])
+    new = timed([{"x": (900.0, 10), loading.AFTER: (50.0, 0)}, {"x": (1000.0, 10), "z": (500.0, 5)}])
+    a, b = (judging.by_stage(samples, "logged") for samples in (old, new))
+    assert list(b) == ["x", "z", loading.AFTER, "all"]
+    found = {row.pop("stage"): row for row in judging.saved_by_stage(a, b)}
+    assert list(found) == ["x", "y", "z", loading.AFTER, "all"]
+    assert [found["x"][key] for key in ("a_s", "b_s", "difference")] == pytest.approx([1.1, 0.95, -0.15])
+    assert found["y"]["difference"] == pytest.approx(-3.05) and found["z"]["difference"] == pytest.approx(0.25)
+    assert found["all"]["difference"] == pytest.approx(sum(row["difference"] for row in [*found.values()][:-1]))
+    assert found["all"]["difference"] == pytest.approx((0.95 + 1.5) / 2 - (4.0 + 4.3) / 2)
+    test = judging.welch([0.9, 1.0], [1.0, 1.2])
+    assert (found["x"]["ci_low"], found["x"]["ci_high"]) == pytest.approx((test["ci_low"], test["ci_high"]))
+    assert judging.saved_by_stage(a, b, test=False)[0]["ci_low"] is None
+    assert judging.step_numbers(b)["x"]["mean"] == 95 and judging.step_numbers(b)["z"]["n"] == 1
+    assert judging.step_means(b).keys() == {"x", "z"}
+
+
+def test_stages_are_compared_where_both_have_them():
+    staged, other, plain_one = timed([{"x": (1.0, 1)}]), timed([{"z": (1.0, 1)}]), timed([{"x": (1.0, 1)}])
+    del plain_one[0].stage_ms["logged"]
+    assert judging.stage_kind([staged, staged]) == "logged"
+    assert judging.stage_kind([staged, other]) == judging.stage_kind([staged, plain_one]) == "quarters"
+    untimed = SimpleNamespace(stage_ms={})
+    assert judging.stage_kind([staged, [untimed]]) == "quarters"
+    assert judging.by_stage([untimed], "quarters") == {"all": []}
+    assert judging.saved_by_stage({"all": []}, judging.by_stage(staged, "quarters")) == []
+
+
+def test_stage_report():
+    groups = {"A": timed([{"x": (1000.0, 10)}, {"x": (1100.0, 10)}]), "B": timed([{"x": (900.0, 10)}])}
+    times = {name: judging.by_stage(samples, "logged") for name, samples in groups.items()}
+    result = {"step_ms": {name: judging.step_numbers(found) for name, found in times.items()},
+              "pairs": [{"a": "A", "b": "B", "stages": judging.saved_by_stage(times["A"], times["B"])}]}
+    text = plain(stage_report([*groups], result))
+    half = 12.706204736432095 * math.sqrt(50) / math.sqrt(2)
+    assert "x" in text and f"105.00 +- {half:.2f}" in text and "90.00" in text
+    assert "-0.150" in text and "A is A, B is B" in text
