@@ -6,6 +6,7 @@
     python logger.py diff A B                      # what changed: settings, functions, text, environment, effect
     python logger.py profile RUN                   # time of a step, overlap, heaviest operations of its traces
     python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; how many runs are missing
+    python logger.py stats FOLDER --target 3.28 --plan    # a look after each run: enough, go on, or hopeless
     python logger.py verify FOLDER                 # does a record folder hold what its README claims
     python logger.py extract LOG -o train_gpt.py   # the source inside a log, ready to run
     python logger.py export LOG... -o runs.csv     # every record as CSV or JSON, or to wandb: --wandb PROJECT
@@ -41,23 +42,16 @@ import os
 import sys
 from pathlib import Path
 
+from runlogs.arms import Arm, evidence_of, samples_of
 from runlogs.drawing import compare_figure, figures_of, load_figure, loss_limits, save_figures
 from runlogs.exporting import columns_of, export_csv, export_json, export_wandb
 from runlogs.extracting import write_parts
-from runlogs.judging import (
-    changed_config,
-    compare_numbers,
-    effect_of,
-    group_numbers,
-    group_warnings,
-    samples_of,
-    target_numbers,
-    versions,
-)
+from runlogs.judging import changed_config, compare_numbers, effect_of, opponent, stats_numbers, versions
 from runlogs.leaderboard import records_of
 from runlogs.loading import changes_of, describe, expand, load, load_experiment, load_one, natural, read_each
 from runlogs.output import encoded, give, printable, say, say_json, write_file
 from runlogs.parsing import read_text
+from runlogs.planning import plan_of
 from runlogs.profiling import trace_numbers
 from runlogs.reporting import (
     Table,
@@ -72,8 +66,8 @@ from runlogs.reporting import (
     profile_line,
     run_table,
     screen,
-    stats_report,
 )
+from runlogs.stats_report import plan_report, statistics_report, stats_report
 from runlogs.verifying import VERDICTS, check_claims, check_sources, check_versions, verdict
 
 
@@ -129,16 +123,50 @@ def show_runs(args):
     return 1 if not logs or (args.strict and any(n["status"] != "complete" for n in found)) else 0
 
 
-def load_groups(names):
-    """{name: samples} and {name: what was left out} of groups of logs. ValueError if one has no complete run."""
-    groups, dropped = {}, {}
+def record_arm(name):
+    """The record arm of a group of logs. ValueError if it has no complete run."""
+    arm = evidence_of([name]).arm("record")
+    if not arm.samples:
+        raise ValueError(f"'{name}' holds no complete run: {reasons(arm.dropped)}")
+    return arm
+
+
+def load_arms(names, cells=()):
+    """{name: Arm} of groups of logs: their record arms; of a single folder its baseline and its record."""
+    if len(names) == 1:
+        return arms_of_folder(names[0], cells)
+    arms = {}
     short = ["/".join(Path(os.path.abspath(name)).parts[-1 - ("*" in name) :]) for name in names]
     for name, last in zip(names, short, strict=True):
-        label = last if short.count(last) == 1 else name if name not in groups else f"{name} ({len(groups) + 1})"
-        groups[label], dropped[label] = samples_of(load(expand([name]), "stages"))
-        if not groups[label]:
-            raise ValueError(f"'{name}' holds no complete run: {reasons(dropped[label])}")
-    return groups, dropped
+        label = last if short.count(last) == 1 else name if name not in arms else f"{name} ({len(arms) + 1})"
+        arms[label] = record_arm(name)
+    return arms
+
+
+def arms_of_folder(name, cells):
+    """{"baseline": Arm, "record": Arm} of one folder; of the baseline the cell that the record is compared with."""
+    evidence = evidence_of([name])
+    record, baseline = evidence.arm("record"), evidence.arm("baseline")
+    if not record.samples or not baseline.samples:
+        raise ValueError(f"compare needs two groups or more: files, folders or quoted globs; '{name}' alone has no "
+                         f"{'record' if not record.samples else 'baseline'}: expected a folder with runs and baseline/")
+    chosen = [cell for cell in cells if any(c.answers_to(cell) for c in record.cells)]
+    record = record.only(chosen[0]) if chosen else record
+    other = opponent(record.cells[0], baseline)[0] if len(record.cells) == 1 else None
+    return {"baseline": Arm("baseline", [other], baseline.dropped) if other else baseline, "record": record}
+
+
+def load_groups(names, cells=()):
+    """{name: samples}, {name: what was left out} and {name: why it is a mixture} of groups of logs. A mixture becomes a
+    group for each of its cells, or the cell that one of `cells` means."""
+    groups, dropped, mixtures = {}, {}, {}
+    for name, arm in load_arms(names, cells).items():
+        chosen = [cell for cell in cells if arm.mixture and any(c.answers_to(cell) for c in arm.cells)]
+        arm = arm.only(chosen[0]) if chosen else arm
+        for cell in arm.cells:
+            label = f"{name}: {cell.label}" if arm.mixture or chosen else name
+            groups[label], dropped[label], mixtures[label] = cell.samples, arm.dropped, arm.mixture
+    return groups, dropped, mixtures
 
 
 def reasons(dropped):
@@ -146,11 +174,9 @@ def reasons(dropped):
 
 
 def compare_groups(args):
-    """Means of groups of runs and how they differ from the first group."""
-    if len(args.groups) < 2:
-        raise ValueError("compare needs two groups or more: files, folders or quoted globs")
-    groups, dropped = load_groups(args.groups)
-    result = compare_numbers(groups, dropped)
+    """Means of groups of runs and how they differ from the first group; of one folder its record and its baseline."""
+    groups, dropped, mixtures = load_groups(args.groups, args.cell)
+    result = compare_numbers(groups, dropped, mixtures)
     if args.json:
         say_json(result)
         return 0
@@ -184,12 +210,19 @@ def show_profile(args):
 ENVIRONMENT = ("python", "torch", "cuda", "triton", "driver", "gpus", "world_size")
 
 
+def source_run(name, arm):
+    """The run that stands for a group in `diff`: of the largest cell the first with a source, else any log."""
+    runs = [sample.run for sample in arm.samples] or load(expand([name]))
+    return load_one(next((run for run in runs if run.trace.parts), runs[0]).path)
+
+
 def diff_runs(args):
     """What changed from run or group A to B."""
     from runlogs.sources import compare_parts, unified
 
-    loaded = [load(expand([name])) for name in (args.a, args.b)]
-    a, b = (load_one(next((run for run in runs if run.trace.parts), runs[0]).path) for runs in loaded)
+    found = [evidence_of([name], keep_rows=False, keep_source=True) for name in (args.a, args.b)]
+    arms = [evidence.arm("record") for evidence in found]
+    a, b = (source_run(name, arm) for name, arm in zip((args.a, args.b), arms, strict=True))
     for run in (a, b):
         if not run.trace.parts and not run.config:
             raise ValueError(f"'{run.path}' holds no source: a log that begins with it is needed")
@@ -198,9 +231,9 @@ def diff_runs(args):
     facts = [describe(run) for run in (a, b)]
     result["environment"] = [{"name": key, "a": facts[0][key], "b": facts[1][key]} for key in ENVIRONMENT
                              if facts[0][key] != facts[1][key]]
-    result["effect"] = effect_of(*loaded)
-    result["notes"] += [f"{name}: {text}" for name, runs in zip("AB", loaded, strict=True)
-                        for text in group_warnings(*samples_of(runs)) if "code versions" in text]
+    result["effect"] = effect_of(*arms)
+    result["notes"] += [f"{name}: {arm.mixture}: no mean over them" for name, arm in zip("AB", arms, strict=True)
+                        if arm.mixture]
     result["notes"] += [f"{name}: {text}" for name, run in zip("AB", (a, b), strict=True) for text in changes_of(run)]
     result["unified_diff"] = unified(a.trace.parts, b.trace.parts, ("a", "b"))
     if args.json:
@@ -211,20 +244,21 @@ def diff_runs(args):
 
 
 def show_stats(args):
-    """Mean and spread of a group of runs, and what they say about a target."""
-    samples, dropped = samples_of(load(expand(args.logs)))
-    if not samples:
-        raise ValueError(f"no complete run in {', '.join(args.logs)}: {reasons(dropped)}")
-    result = {**group_numbers(samples), "losses": [s.loss for s in samples], "times_s": [s.time_s for s in samples],
-              "paths": [str(s.run.path) for s in samples],
-              "versions": {key: group_numbers(group) for key, group in versions(samples).items()}}
-    result["test"] = None if args.target is None else target_numbers(samples, args.target, args.alpha)
-    result["warnings"] = group_warnings(samples, dropped)
+    """Mean and spread of a record's runs, what they say about a target, and how they differ from its baseline."""
+    evidence = evidence_of(args.logs, keep_rows=False, keep_source=True)
+    if not evidence.arm("record").samples:
+        raise ValueError(f"no complete run in {', '.join(args.logs)}: {reasons(evidence.arm('record').dropped)}")
+    evidence = evidence.choose(args.cell) if args.cell else evidence
+    result = stats_numbers(evidence, args.target, args.alpha)
+    if args.plan:
+        result["plan"] = plan_of(evidence.arm("record"), args.target, args.alpha, args.max_runs)
+        result["passed"] = result["plan"]["verdict"] == "enough"
     if args.json:
         say_json(result)
     else:
-        emit(stats_report(samples, result), args)
-    return 0 if not result["test"] or result["test"]["passed"] else 1
+        report = (statistics_report if args.markdown else stats_report)(evidence, result)
+        emit(report + (plan_report(result["plan"]) if args.plan else []), args)
+    return 0 if args.target is None or result["passed"] else 1
 
 
 def verify_folder(args):
@@ -375,6 +409,7 @@ def add_commands(command):
     sub.add_argument("--plot", metavar="FILE", help="draw the experts' load of the last run that reports its routers")
     sub = command("compare", compare_groups)
     sub.add_argument("groups", nargs="+", metavar="GROUP", help="a file, folder or quoted glob for each group")
+    flag(sub, "cell", action="append", default=[], metavar="LABEL_OR_HASH", help="of a mixture these runs")
     sub.add_argument("--plot", default="images/compare.png", help="where the plot goes (default: images/compare.png)")
     flag(sub, "no-plot", action="store_true", help="draw nothing")
     sub = command("diff", diff_runs)
@@ -387,7 +422,10 @@ def add_commands(command):
     sub = command("stats", show_stats)
     sub.add_argument("logs", **logs)
     sub.add_argument("--target", **target)
+    flag(sub, "cell", metavar="LABEL_OR_HASH", help="of a mixture of versions or machines these runs")
     sub.add_argument("--alpha", type=float, default=0.01, help="p has to be below (default: 0.01)")
+    sub.add_argument("--plan", action="store_true", help="a look after each run: enough, go on, or hopeless")
+    flag(sub, "max-runs", type=int, default=20, metavar="N", help="of --plan, chosen before the first (default: 20)")
     sub = command("verify", verify_folder)
     sub.add_argument("folder", metavar="FOLDER", help="record folder with README.md and logs")
     sub.add_argument("--target", **target | {"default": 3.28, "help": "of its p (default: 3.28)"})

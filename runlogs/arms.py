@@ -132,6 +132,14 @@ class Evidence:
         """The arm of that name; one without runs if there is none."""
         return next((arm for arm in self.arms if arm.name == name), Arm(name))
 
+    def choose(self, name):
+        """The same with one cell of the record, that `name` means. ValueError if none or several do."""
+        chosen = self.arm("record").only(name)
+        others = [cell.label for cell in self.arm("record").cells if cell is not chosen.cells[0]]
+        note = f"of the record the cell {chosen.cells[0].label}; set aside: {'; '.join(others[:12])}"
+        arms = [chosen if arm.name == "record" else arm for arm in self.arms]
+        return Evidence(self.folder, arms, self.notes + [note] * bool(others))
+
 
 def evidence_of(names, loss_key=None, keep_rows="stages", keep_source=False):
     """Evidence of files, folders and globs. `loss_key`: the number of a record that is its loss, instead of val_loss.

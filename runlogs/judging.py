@@ -334,7 +334,7 @@ def control_numbers(groups):
 
 
 def opponent(cell, arm):
-    """(the cell of the baseline arm that `cell` is compared with or None, why there is none): of those with its hardware
+    """(the cell of a baseline arm that `cell` is compared with or None, why there is none): of those with its hardware
     and number of processes the one with the most steps. A baseline with fewer is the same code cut short."""
     if not arm.cells:
         return None, "no baseline"
@@ -379,7 +379,7 @@ def arm_numbers(arm):
 
 
 def difference_of(record, baseline):
-    """Record minus baseline: {"val_loss", "train_time_s" (Welch), "gain", "baseline" (the cell), "why" there is none}."""
+    """Record minus baseline: {"val_loss", "train_time_s": Welch, "gain", "baseline": its cell, "why" there is none}."""
     cell = record.cells[0] if len(record.cells) == 1 else None
     other, why = opponent(cell, baseline) if cell else (None, record.mixture)
     found = {"baseline": other and other.label, "why": why, "val_loss": None, "train_time_s": None, "gain": None}
@@ -390,23 +390,29 @@ def difference_of(record, baseline):
     return found
 
 
-def session_numbers(record, baseline):
+def compared(record, baseline):
+    """Samples of the session: of the record and of the baseline that it is compared with, else of all."""
+    other = opponent(record.cells[0], baseline)[0] if len(record.cells) == 1 else None
+    return [*record.samples, *(other or baseline).samples]
+
+
+def session_numbers(samples):
     """{"order": "P B P", "interleaved", "first", "last"}: in which order runs of the record (P) and of the baseline (B)
     began, None if a log does not say when."""
-    ordered = session_of([*record.samples, *baseline.samples])
+    ordered = session_of(samples)
     if ordered is None:
-        return {"order": None, "interleaved": None, "first": None, "last": None}
+        undated = sum(sample.date is None for sample in samples)
+        return {"order": None, "interleaved": None, "first": None, "last": None, "undated": undated}
     letters = ["B" if sample.arm == "baseline" else "P" for sample in ordered]
     changes = sum(a != b for a, b in zip(letters, letters[1:], strict=False))
-    return {"order": " ".join(letters), "interleaved": changes > 1 if baseline.samples else None,
-            "first": ordered[0].date, "last": ordered[-1].date}
+    return {"order": " ".join(letters), "interleaved": changes > 1 if changes else None,
+            "first": ordered[0].date, "last": ordered[-1].date, "undated": 0}
 
 
-def stats_numbers(evidence, target=None, alpha=0.01, cell=None):
-    """What `stats` says: numbers of the record, of its baseline, of their difference, and the verdict on the target: None
-    where the record is a mixture and no cell was chosen."""
+def stats_numbers(evidence, target=None, alpha=0.01):
+    """What `stats` says: numbers of the record, its baseline and their difference, and the verdict on the target: None
+    over a mixture."""
     record, baseline = evidence.arm("record"), evidence.arm("baseline")
-    record = record.only(cell) if cell else record
     samples = record.samples
     test = None
     if target is not None:
@@ -416,7 +422,7 @@ def stats_numbers(evidence, target=None, alpha=0.01, cell=None):
             "versions": {key: group_numbers(group) for key, group in versions(samples).items()}, "test": test,
             "baseline": arm_numbers(baseline) if baseline.samples else None,
             "difference": difference_of(record, baseline) if baseline.samples else None,
-            "session": session_numbers(record, baseline),
+            "session": session_numbers(compared(record, baseline)),
             "other_arms": {arm.name: arm_numbers(arm) for arm in evidence.arms if arm.name not in TWO},
             "notes": evidence.notes, "passed": test["passed"] if test else None}
 

@@ -8,6 +8,9 @@ from runlogs.judging import gain_of, group_numbers, opponent
 from runlogs.loading import SELF, describe, device_of, folders, latest, points_of, settings_of
 from runlogs.parsing import read_text
 
+MAX_README = 200_000  # characters that are searched for claims
+TARGET = re.compile(r"(?:ttest_1samp\([^()\n,]{1,80},|below|under|target(?: loss)?(?: of)?:?|<=?|≤)"
+                    r"[ \t]{0,9}(\d\.\d{2,4})\b", re.IGNORECASE | re.ASCII)
 DECIMAL = re.compile(r"(?<![\d.])\d{1,6}\.(\d{1,6})(?![\d.])", re.ASCII)
 
 
@@ -48,16 +51,20 @@ def record_of(folder):
 
 
 def chosen_cell(cells, readme):
-    """The cell that a folder's record is: of those with the most processes the one whose loss, time and n its README
-    claims, then the largest, then the newest."""
-    claimed = numbers_in(readme[:200_000])
+    """The cell that a folder's record is. Of those with the most processes: if the README claims some, the fastest of
+    these that meets the target it names; else the largest, of equals the fastest, of single runs the newest."""
     most = max(cell.processes or 0 for cell in cells)
-
-    def rank(cell):
-        dates = [sample.date or "" for sample in cell.samples]
-        return claims_met(cell, claimed, readme), len(cell.samples), max(dates)
-
-    return max((cell for cell in cells if (cell.processes or 0) == most), key=rank)
+    cells = [cell for cell in cells if (cell.processes or 0) == most]
+    stated = numbers_in(readme[:MAX_README])
+    if claimed := [cell for cell in cells if is_claimed(cell, stated)]:
+        target = target_in(readme[:MAX_README])
+        means = {id(cell): group_numbers(cell.samples) for cell in claimed}
+        good = [cell for cell in claimed if means[id(cell)]["mean_val_loss"] <= target] or claimed
+        return min(good, key=lambda cell: means[id(cell)]["mean_time_s"] or math.inf)
+    large = [cell for cell in cells if len(cell.samples) == max(len(other.samples) for other in cells)]
+    if len(large[0].samples) == 1:
+        return max(large, key=lambda cell: cell.samples[0].date or "")
+    return min(large, key=lambda cell: group_numbers(cell.samples)["mean_time_s"] or math.inf)
 
 
 def numbers_in(text):
@@ -65,14 +72,19 @@ def numbers_in(text):
     return {match[0] for match in DECIMAL.finditer(text)}
 
 
-def claims_met(cell, claimed, readme):
-    """How many of a cell's mean loss (3 decimals or more), mean time in seconds (2 or more) and n a README states."""
+def is_claimed(cell, stated):
+    """Whether the mean loss (4 decimals or more) or the mean time in seconds (2 or more) of the runs of a cell is among
+    the numbers of a README. One run has no mean: it may be any line of a list."""
     numbers = group_numbers(cell.samples)
-    loss, time_s = numbers["mean_val_loss"], numbers["mean_time_s"]
-    stated = any(f"{loss:.{digits}f}" in claimed for digits in (4, 5, 6))
-    timed = time_s is not None and any(f"{time_s:.{digits}f}" in claimed for digits in (2, 3, 4))
-    count = re.search(rf"\bn\s*=\s*{len(cell.samples)}\b", readme[:200_000]) is not None
-    return stated + 2 * timed + (count and len(cell.samples) > 1)
+    means = ((numbers["mean_val_loss"], (4, 5, 6)), (numbers["mean_time_s"], (2, 3, 4)))
+    found = [f"{mean:.{digits}f}" in stated for mean, most in means if mean is not None for digits in most]
+    return len(cell.samples) > 1 and any(found)
+
+
+def target_in(readme):
+    """The target loss that a README names, as in `below 3.28` or `ttest_1samp(losses, 3.28)`; inf if it names none."""
+    match = TARGET.search(readme)
+    return float(match[1]) if match else math.inf
 
 
 def source_of(run):

@@ -42,7 +42,8 @@ def chance_below(y, u, n):
     from scipy.special import stdtr
 
     y, u = y[:, None], u[None, :]
-    a = np.where(np.abs(y * y - 1) < 1e-9, -1e-9, y * y - 1)
+    y = np.where(np.abs(np.abs(y) - 1) < 1e-8, y * (1 - 1e-8), y)  # the quadratic is none at 1 and -1
+    a = y * y - 1
     rest = u * u - a
     root = y * np.sqrt(np.maximum(rest, 0))
     low, high = (stdtr(n, w * math.sqrt(n)) for w in ((u - root) / a, (u + root) / a))
@@ -129,7 +130,16 @@ def statistic(losses, target):
 def in_order(samples):
     """(samples by the time of their beginning, what the order is); as they come, by file, where a log does not say."""
     ordered = session_of(samples)
-    return (ordered, "by their dates") if ordered else (samples, "by the names of files: not all have a date")
+    return (ordered, "by date") if ordered else (samples, "by file: not all have a date")
+
+
+def plan_of(arm, target, alpha, most):
+    """plan_numbers of an arm. ValueError if it is a mixture, or there is no target."""
+    if target is None:
+        raise ValueError("--plan needs a target: --target LOSS")
+    if arm.mixture:
+        raise ValueError(f"--plan: {arm.mixture}; choose some of them with --cell")
+    return plan_numbers(arm.samples, target, alpha, most)
 
 
 def plan_numbers(samples, target, alpha=0.01, most=20):

@@ -282,7 +282,9 @@ def compare_report(groups, result):
             for what, key, form in (("val loss", "val_loss", "+.5f"), ("train s", "train_time_s", "+.3f"))]
     report.append(Table(["minus that of " + names[0], "difference", "95 % interval", "p (Welch)", "Cohen's d"], rows))
     for pair in result["pairs"]:
-        rule = pair["sigma_rule"]
+        if not (rule := pair["sigma_rule"]):
+            report.append(f"no test of {pair['b']} against {names[0]}: {pair['why']}; choose with --cell")
+            continue
         words = f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"
         report.append(f"track 3's rule for {pair['b']} beating {names[0]}: {words}")
     report += stage_report(names, result)
@@ -378,49 +380,3 @@ def diff_report(result, no_text):
         rows.append([key, show(e["a"], form), show(e["b"], form), show(e["difference"], "+" + form), *cells])
     headings = ["mean", f"A (n={effect['n_a']})", f"B (n={effect['n_b']})", "B - A", "95 % interval", "p (Welch)"]
     return [*report, Table(headings, rows)]
-
-
-def stats_report(samples, result):
-    groups = versions(samples)
-    report = [group_table({"all": samples, **(groups if len(groups) > 1 else {})})]
-    if len(samples) <= 50:
-        rows = [[s.run.path.name, f"{s.loss:.5f}", show(s.time_s, ",.3f"), s.steps] for s in samples]
-        report.append(Table(["run", "val loss", "train s", "steps"], rows))
-    report += target_lines(result["test"], result["n"]) if result["test"] else []
-    return report + [f"warning: {text}" for text in result["warnings"]]
-
-
-def target_lines(test, n):
-    """What the test says, in sentences."""
-    p, alpha, rule = test["p_value"], test["alpha"], test["sigma_rule"]
-    lines = ["no t-test: it needs two runs that are not equal" if p is None else
-             f"one-sided t-test that the mean loss is below {test['target']}: p = {p:.2g}, "
-             f"{passed(test)} (p < {alpha})",
-             f"track 3's rule with a fixed sd of 0.0013: (target - mean) * sqrt(n) = "
-             f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"]
-    if test["detectable_margin"] is not None:
-        lines.append(f"{n} runs with this spread show a mean that is {test['detectable_margin']:.5f} below the target")
-    if test["more_runs"]:
-        lines.append(f"for p < {alpha} at this mean and spread {test['runs_needed']} runs are needed, "
-                     f"{test['more_runs']} more")
-    elif test["runs_needed"] is None and p is not None:
-        lines.append("no number of runs would show it at this mean and spread")
-    return lines
-
-
-def plan_report(plan):
-    """A look after each run, and what to do now."""
-    rows = [[str(n), f"{look['loss']:.5f}", *look_cells(look)] for n, look in enumerate(plan["looks"], 1)]
-    title = f"looks at the runs {plan['order']}; t = (target - mean) * sqrt(n) / sd"
-    headings = ["run", "val loss", "mean", "sd", "t", "needed", "chance", "says"]
-    return [Table(headings, rows, title), plan["sentence"]]
-
-
-def look_cells(look):
-    if "mean" not in look:
-        return ["", "", "", "", "", look["says"]]
-    least = "at least" if look["boundary"] is None else "about"
-    more = f", {least} {look['more']} more" if look["more"] else ""
-    numbers = [show(look[key], form) for key, form in (("sd", ".5f"), ("t", ".2f"), ("boundary", ".2f"))]
-    chance = "-" if look["chance"] is None else f"{100 * look['chance']:.0f} %"
-    return [f"{look['mean']:.5f}", *numbers, chance, look["says"] + more]

@@ -1,5 +1,6 @@
 """Tests of sequential testing (runlogs/planning.py) and of the times of steps and stages."""
 
+import json
 import math
 import random
 import statistics
@@ -8,9 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import logger
 from runlogs import judging, loading, parsing, planning
 from runlogs.planning import boundaries, look, outlook, plan_numbers
-from runlogs.reporting import plain, plan_report, stage_report
+from runlogs.reporting import plain, stage_report
+from runlogs.stats_report import plan_report
 
 BAR = "=" * 100 + "\n"
 
@@ -85,7 +88,7 @@ def test_boundaries_fall_and_end_above_the_t_test():
     """What passes here passes the field's t-test at the same run."""
     from scipy.stats import t
 
-    for alpha, most in ((0.01, 20), (0.05, 8), (0.001, 30), (0.2, 4), (0.01, 100)):
+    for alpha, most in ((0.01, 20), (0.05, 8), (0.001, 15), (0.2, 4), (0.01, 30)):
         found = boundaries(alpha, most)
         assert list(found) == [*range(3, most + 1)] and [*found.values()] == sorted(found.values(), reverse=True)
         assert all(bound > t.isf(alpha, n - 1) for n, bound in found.items())
@@ -191,11 +194,11 @@ def test_plan_goes_by_the_dates():
     losses = [3.27, 3.271, 3.272, 3.27, 3.271, 3.272, 3.35, 3.4]
     samples = [sample(loss, f"2026-01-01 10:{i:02}:00") for i, loss in enumerate(losses)]
     plan = plan_numbers(samples[::-1], 3.28, 0.01, 20)
-    assert [row["loss"] for row in plan["looks"]] == losses and "dates" in plan["order"]
+    assert [row["loss"] for row in plan["looks"]] == losses and plan["order"] == "by date"
     assert plan["passed_after"] == 4 and plan["verdict"] == "enough" and "after run 4 of at most 20" in plan["sentence"]
     assert [row["says"] for row in plan["looks"]] == ["go on"] * 3 + ["enough"] * 5
     undated = plan_numbers([*samples[:1], sample(3.4)], 3.28)
-    assert [row["loss"] for row in undated["looks"]] == [3.27, 3.4] and "files" in undated["order"]
+    assert [row["loss"] for row in undated["looks"]] == [3.27, 3.4] and "by file" in undated["order"]
 
 
 def test_sentences():
@@ -226,6 +229,46 @@ def test_plan_report():
 def test_plans_that_cannot_be_made(alpha, most, word):
     with pytest.raises(ValueError, match=word):
         plan_numbers([sample(3.2)], 3.28, alpha, most)
+
+
+def write_runs(folder, losses, code="x = 1"):
+    """A log for each loss, an hour between them; the first is the last of its folder."""
+    folder.mkdir(parents=True)
+    for i, loss in enumerate(losses):
+        text = (f"{code}\n{BAR}Running Python 3.11\nRunning PyTorch 2.9.0 compiled for CUDA 12.6 on H100 with "
+                f"world_size 1\nMon Jan  5 {i:02}:00:00 2026\n{BAR}"
+                f"step:1/2 train_time:50ms step_avg:50.00ms\nstep:2/2 val_loss:{loss} train_time:{100 + i}ms "
+                "step_avg:50.00ms\n")
+        (folder / f"run_{99 - i}.txt").write_text(text)
+    return folder
+
+
+def command(capsys, *argv):
+    code = logger.main(list(map(str, argv)))
+    return code, *capsys.readouterr()
+
+
+def test_stats_plan(tmp_path, capsys):
+    good = write_runs(tmp_path / "good", [3.27, 3.271, 3.272, 3.27])
+    code, out, err = command(capsys, "stats", good, "--target", 3.28, "--plan", "--json")
+    plan = json.loads(out)["plan"]
+    assert (code, err, plan["verdict"], plan["passed_after"], plan["max_runs"]) == (0, "", "enough", 4, 20)
+    assert [row["loss"] for row in plan["looks"]] == [3.27, 3.271, 3.272, 3.27] and plan["order"] == "by date"
+    assert plan["looks"][3]["path"].endswith("run_96.txt")
+    code, out, _ = command(capsys, "stats", good, "--target", 3.28, "--plan", "--max-runs", 40, "--alpha", 0.001)
+    assert code == 1 and "go on, about" in out and "at most 0.001" in out and "passed (p < 0.001)" in out
+    late = write_runs(tmp_path / "late", [3.29, 3.3, 3.31])
+    code, out, _ = command(capsys, "stats", late, "--target", 3.28, "--plan", "--markdown")
+    assert code == 1 and "hopeless" in out and "| run |" in out
+
+
+def test_stats_plan_refuses(tmp_path, capsys):
+    mixed = write_runs(tmp_path / "a", [3.27, 3.271, 3.272]).parent
+    write_runs(tmp_path / "b", [3.26, 3.261, 3.262], "x = 2")
+    for argv, words in ((["--target", 3.28], "2 code versions"), ([], "--plan needs a target: --target LOSS"),
+                        (["--target", 3.28, "--cell", "a", "--max-runs", 1], "--max-runs is 1: a plan has 3 to 100")):
+        code, out, err = command(capsys, "stats", mixed, "--plan", *argv)
+        assert (code, out, err.count("\n")) == (1, "", 1) and words in err
 
 
 # -- times of steps
