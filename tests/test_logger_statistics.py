@@ -107,10 +107,10 @@ def check_welch(test, a, b):
 
 
 def test_welch_with_other_sizes_and_spreads():
-    """Student's t would give p = 0.0072 and an interval of +- 5.8, not 0.020 and +- 6.9."""
+    """Student's t would give p = 0.0119 and an interval of +- 6.05, not 0.0169 and +- 6.47."""
     test = judging.welch(A, B)
     check_welch(test, A, B)
-    assert test["p_value"] > 0.012 and test["ci_low"] < -9.0833 < test["ci_high"] < 0
+    assert test["p_value"] > 0.015 and test["ci_low"] < -9.0833 < test["ci_high"] < 0
     spread = math.sqrt((statistics.variance(A) + statistics.variance(B)) / 2)
     assert test["cohens_d"] == pytest.approx(-(9 + 1 / 12) / spread)
     assert judging.welch(A, B, 0.5)["ci_low"] > test["ci_low"]
