@@ -46,7 +46,7 @@ def record_of(folder):
             "readme_title": titles[0].strip() if titles else None, "steps": numbers["steps"][-1],
             "tokens": tokens, "gpus": device_of(first), "torch": torch,
             "gain": gain_of(cell, opponent(cell, evidence.arm("baseline"))[0]),
-            "cells": len(cells), "code_hash": first.trace.code_hash, "source": source_of(first),
+            "code_hash": first.trace.code_hash, "source": source_of(first),
             "curves": [{"label": s.run.path.name, "points": points_of(s.rows)} for s in samples]}
 
 

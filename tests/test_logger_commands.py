@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logger
-from runlogs import drawing, judging, leaderboard, loading, parsing, sources, verifying
+from runlogs import arms, drawing, judging, leaderboard, loading, parsing, sources, verifying
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = settings(deadline=None, database=None, max_examples=30)
@@ -163,7 +163,7 @@ def test_runs_needed_limits_and_detectable_margin():
 
 def test_track_3_rules(tmp_path):
     old, new = make_group(tmp_path / "a", [3.28, 3.28], count=8), make_group(tmp_path / "b", [3.279, 3.279], count=4)
-    a, b = (judging.samples_of(loading.load(loading.expand([str(path)])))[0] for path in (old, new))
+    a, b = (arms.samples_of(loading.load(loading.expand([str(path)])))[0] for path in (old, new))
     rule = judging.pairwise_rule(a, b)
     assert rule["value"] == pytest.approx(0.001 + 4 * 0.000045) and not rule["passed"]
     test = judging.target_numbers(b, 3.282)
@@ -185,7 +185,7 @@ def test_stats(tmp_path, capsys):
     assert "no number of runs" in command(capsys, "stats", group, "--target", 3.2)[1]
     assert numbers(capsys, "stats", group)["test"] is None
     code, out, _ = command(capsys, "stats", group, "--target", 3.28, "--markdown")
-    assert code == 0 and "| group | n | val loss |" in out and "|--:|" in out
+    assert code == 0 and "| leg | seed | log | steps | loss | train s |" in out and "|--:|" in out
 
 
 def test_stats_warns(tmp_path, capsys):
@@ -225,7 +225,8 @@ def test_other_seeds_and_comments_are_one_version(tmp_path, capsys):
     (group / "c.txt").write_text(log_text(3.277, 1.5, code=CODE + "SEED = 2\n"))
     (group / "d.txt").write_text(log_text(3.278, 1.6, code=CODE + "SEED = 1  # one\n"))
     found = numbers(capsys, "stats", group)["warnings"]
-    assert found == ["3 sources: only comments differ, only seeds and names differ"]
+    assert found == ["3 sources of 1 code version(s): the others differ in "
+                     "comments, blank lines, seeds or names of runs alone"]
 
 
 def test_trials_of_one_file_are_samples(tmp_path, capsys):
@@ -616,7 +617,7 @@ def test_verify_needs_runs_and_a_readme(record, capsys):
 def test_any_readme_can_be_checked(text):
     rows = [{"step": 4, "iterations": 4, "val_loss": 3.2, "train_time_ms": 1.0}]
     run = loading.Run(Path("a"), "a", parsing.Trace(rows=rows), {})
-    samples = [judging.Sample(run, rows, loss, 1.0, 4, {}) for loss in (3.2, 3.3)]
+    samples = [arms.Sample(run, rows, loss, 1.0, 4, {}) for loss in (3.2, 3.3)]
     verdicts = {claim["verdict"] for claim in verifying.check_claims(text, {"all": samples}, 3.28)}
     assert verdicts <= {"confirmed", "contradicted", "not checkable"}
 
@@ -718,9 +719,11 @@ def test_board_collects_records(tmp_path, capsys, boards):
                 "readme_title": "The first", "n": 2, "steps": 4, "tokens": None, "gpus": "Chip",
                 "torch": "2.9.0", "source": CODE}
     assert expected.items() <= one.items() and one["mean_val_loss"] == pytest.approx(3.255)
-    measured = {"mean_val_loss", "sd_val_loss", "mean_time_s", "sd_time_s", "code_hash", "curves"}
+    measured = {"mean_val_loss", "sd_val_loss", "mean_time_s", "sd_time_s", "code_hash", "curves", "gain"}
     assert set(one) == set(two) == expected.keys() | measured
     points = [[0, 0.0, 4.25, None], [2, 0.5, 3.75, None], [4, 1.0, 3.25, None]]
+    gain = {"time_s": pytest.approx(-0.0005), "percent": pytest.approx(-0.05), "n_record": 2, "n_baseline": 1}
+    assert gain.items() <= one["gain"].items() and one["gain"]["ci_low"] is None and two["gain"] is None
     assert one["curves"][0] == {"label": "run_0.txt", "points": points}
     assert (two["name"], two["tokens"], two["sd_val_loss"]) == ("Second", 128, None)
     assert two["curves"][0]["points"] == [[1, 0.01, None, 4.0], [2, 0.02, None, 3.5], [2, 0.02, 3.5, None]]

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import logger
-from runlogs import judging, loading, output, parsing, reporting
+from runlogs import arms, loading, output, parsing, reporting
 
 QUICK = settings(deadline=None, database=None, max_examples=60)
 BAR = "=" * 100 + "\n"
@@ -241,7 +241,7 @@ def test_arbitrary_bytes_never_raise(tmp_path_factory, pieces, keep):
     for text in (reporting.plain(report), reporting.markdown(report)):
         assert "\x1b" not in text and "\0" not in text
     json.loads(output.strict_json(found), parse_constant=pytest.fail)
-    samples, dropped = judging.samples_of([run])
+    samples, dropped = arms.samples_of([run])
     assert len(samples) + len(dropped) >= len(run.trace.trials)
 
 
