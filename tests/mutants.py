@@ -1,6 +1,6 @@
 """Mutants: small errors put into the statistics of runlogs/, one at a time; the tests have to see each.
 
-    python tests/mutants.py                      # all of them: about 5 minutes on one core
+    python tests/mutants.py                      # all of them: a few minutes on one core
     python tests/mutants.py planning welch       # those with one of these words in their file, place or reason
     python tests/mutants.py --list
 
@@ -13,13 +13,19 @@ import argparse
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+import scipy.optimize  # noqa: F401
+import scipy.special  # noqa: F401
+import scipy.stats  # noqa: F401
+
+LONGEST = 600  # seconds of the tests of a mutant
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["statistics", "plan"]
 TESTS = {  # file: test_logger_*.py that may see an error in it, the fastest first
@@ -68,19 +74,36 @@ def copy_of_tree(folder: Path):
 
 
 def tests_fail(folder: Path, file: str) -> str:
-    """The first failing test of the file's tests, "" if all pass."""
+    """The first failing test of the file's tests, "" if all pass. They run in a fork of this process, which has
+    imported what takes long, but nothing of runlogs/."""
     paths = [f"tests/test_logger_{name}.py" for name in TESTS[file]]
     paths = [path for path in paths if (folder / path).exists()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:randomly", *paths]
-    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    try:
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
-    except subprocess.TimeoutExpired:
-        return "no end within 600 s"
-    if done.returncode == 0:
+    with tempfile.TemporaryFile("w+") as out:
+        child = os.fork()
+        if not child:
+            run_tests(folder, paths, out)
+        status = os.waitpid(child, 0)[1]
+        out.seek(0)
+        text = out.read()
+    if os.WIFSIGNALED(status):
+        return f"ended by signal {os.WTERMSIG(status)}" + " (no end)" * (os.WTERMSIG(status) == signal.SIGALRM)
+    if not os.WEXITSTATUS(status):
         return ""
-    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
-    return found[1].removeprefix("tests/") if found else f"exit code {done.returncode}: {done.stdout[-200:]}"
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", text, re.M)
+    return found[1].removeprefix("tests/test_logger_") if found else f"exit code {status >> 8}: {text[-200:]}"
+
+
+def run_tests(folder: Path, paths: list[str], out):
+    """Run tests in a child process and end it with their exit code."""
+    signal.alarm(LONGEST)
+    for stream in (1, 2):
+        os.dup2(out.fileno(), stream)
+    os.chdir(folder)
+    sys.dont_write_bytecode = True  # a mutant of equal size in the same second would be taken from a .pyc
+    sys.path[0] = str(folder)
+    code = pytest.main(["-x", "-q", "--no-header", "--tb=no", "--rootdir", str(folder), *paths])
+    sys.stdout.flush()
+    os._exit(int(code))
 
 
 def outcome_of(mutant: Mutant, folder: Path) -> Outcome:
