@@ -26,6 +26,18 @@ def mean_sd(values):
     return (statistics.mean(values) if values else None), (statistics.stdev(values) if len(values) > 1 else None)
 
 
+def mean_interval(values, confidence=0.95):
+    """Mean of one value a run and its t interval: {"n", "mean", "ci_low", "ci_high"}, without bounds for one run."""
+    values = [value for value in values if value is not None and math.isfinite(value)]
+    n, (mean, sd) = len(values), mean_sd(values)
+    if sd is None:
+        return {"n": n, "mean": mean, "ci_low": None, "ci_high": None}
+    from scipy.stats import t
+
+    half = float(t.isf((1 - confidence) / 2, n - 1)) * sd / math.sqrt(n)
+    return {"n": n, "mean": mean, "ci_low": mean - half, "ci_high": mean + half}
+
+
 def below_target(losses, target):
     """p of the one-sided one-sample t-test that the mean is below the target; None unless two values differ."""
     if len(losses) < 2 or statistics.stdev(losses) == 0:
@@ -92,9 +104,10 @@ def group_numbers(samples):
     """n, mean and sd of loss and time, steps of a list of samples."""
     (loss, loss_sd), (time_s, time_sd) = mean_sd([s.loss for s in samples]), mean_sd([s.time_s for s in samples])
     steps = sorted({s.steps for s in samples})
-    step_ms = mean_sd([trial_numbers(s.rows)["step_avg_ms"] for s in samples])[0]
+    step = mean_interval([trial_numbers(s.rows)["step_avg_ms"] for s in samples])
     return {"n": len(samples), "mean_val_loss": loss, "sd_val_loss": loss_sd, "mean_time_s": time_s,
-            "sd_time_s": time_sd, "mean_step_ms": step_ms, "steps": steps}
+            "sd_time_s": time_sd, "mean_step_ms": step["mean"], "step_ms_ci_low": step["ci_low"],
+            "step_ms_ci_high": step["ci_high"], "steps": steps}
 
 
 def target_numbers(samples, target, alpha=0.01):
@@ -180,17 +193,6 @@ def group_warnings(samples, dropped):
         found.append(f"the clock was set back in {resets} run(s): their times leave out the steps before")
     found += [f"{s.run.path.name}: {text}" for s in samples for text in changes_of(s.run)]
     return found + [f"left out: {text}" for text in dropped]
-
-
-def mean_interval(values, confidence=0.95):
-    """Mean of one value a run and its t interval: {"n", "mean", "ci_low", "ci_high"}, without bounds for one run."""
-    n, (mean, sd) = len(values), mean_sd(values)
-    if sd is None:
-        return {"n": n, "mean": mean, "ci_low": None, "ci_high": None}
-    from scipy.stats import t
-
-    half = float(t.isf((1 - confidence) / 2, n - 1)) * sd / math.sqrt(n)
-    return {"n": n, "mean": mean, "ci_low": mean - half, "ci_high": mean + half}
 
 
 def stage_kind(groups):

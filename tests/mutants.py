@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis.strategies  # noqa: F401
 import pytest
 import scipy.optimize  # noqa: F401
 import scipy.special  # noqa: F401
@@ -73,10 +74,10 @@ def copy_of_tree(folder: Path):
         (folder / name).symlink_to(ROOT / name)
 
 
-def tests_fail(folder: Path, file: str) -> str:
-    """The first failing test of the file's tests, "" if all pass. They run in a fork of this process, which has
+def tests_fail(folder: Path, names: list[str]) -> str:
+    """The first failing test of test_logger_NAME.py, "" if all pass. They run in a fork of this process, which has
     imported what takes long, but nothing of runlogs/."""
-    paths = [f"tests/test_logger_{name}.py" for name in TESTS[file]]
+    paths = [f"tests/test_logger_{name}.py" for name in names]
     paths = [path for path in paths if (folder / path).exists()]
     with tempfile.TemporaryFile("w+") as out:
         child = os.fork()
@@ -101,9 +102,10 @@ def run_tests(folder: Path, paths: list[str], out):
     os.chdir(folder)
     sys.dont_write_bytecode = True  # a mutant of equal size in the same second would be taken from a .pyc
     sys.path[0] = str(folder)
-    code = pytest.main(["-x", "-q", "--no-header", "--tb=no", "--rootdir", str(folder), *paths])
+    codes = (int(pytest.main(["-x", "-q", "--no-header", "--tb=no", "--rootdir", str(folder), path])) for path in paths)
+    code = next((code for code in codes if code), 0)
     sys.stdout.flush()
-    os._exit(int(code))
+    os._exit(code)
 
 
 def outcome_of(mutant: Mutant, folder: Path) -> Outcome:
@@ -114,7 +116,7 @@ def outcome_of(mutant: Mutant, folder: Path) -> Outcome:
         return Outcome(mutant, "does not apply", f"the text occurs {count} times", 0.0)
     path.write_text(text.replace(mutant.old, mutant.new))
     try:
-        failed = tests_fail(folder, mutant.file)
+        failed = tests_fail(folder, TESTS[mutant.file])
     finally:
         path.write_text(text)
     word = "killed" if failed else "equivalent" if mutant.equivalent else "SURVIVED"
@@ -145,10 +147,10 @@ def main() -> int:
     outcomes = []
     with tempfile.TemporaryDirectory() as name:
         copy_of_tree(folder := Path(name))
-        for file in dict.fromkeys(m.file for m in chosen(args.words)):
-            if failed := tests_fail(folder, file):
-                print(f"without a mutant {failed} fails: repair that first")
-                return 1
+        names = dict.fromkeys(name for m in chosen(args.words) for name in TESTS[m.file])
+        if failed := tests_fail(folder, [*names]):
+            print(f"without a mutant {failed} fails: repair that first")
+            return 1
         for mutant in chosen(args.words):
             outcomes.append(one := outcome_of(mutant, folder))
             print(f"{one.word:<14} {mutant.file}: {mutant.why} ({one.seconds:.1f} s) {one.detail}", flush=True)

@@ -77,6 +77,8 @@ def test_target_numbers():
     assert found["detectable_margin"] == pytest.approx(judging.detectable_margin(4, sd, 0.02))
     assert found["sigma_rule"] == {"value": pytest.approx((3.28 - mean) * 2), "passed": True}  # 0.00475
     assert judging.target_numbers(samples, 3.29, 0.02)["more_runs"] == 0
+    easy = judging.target_numbers(samples, 3.278, 0.2)["runs_needed"]
+    assert easy == first_enough(3.278 - mean, sd, 0.2) < first_enough(3.278 - mean, sd, 0.01)
     assert not judging.target_numbers(samples, 3.2793, 0.02)["sigma_rule"]["passed"]  # 0.00335
 
 
@@ -85,7 +87,10 @@ def test_group_numbers():
     found = judging.group_numbers(samples)
     assert (found["n"], found["mean_val_loss"], found["mean_time_s"]) == (2, 3.25, 2.0)
     assert found["sd_val_loss"] == pytest.approx(math.sqrt(0.125)) and found["sd_time_s"] == pytest.approx(math.sqrt(2))
+    half = 12.706204736432095 * 500 * math.sqrt(2) / math.sqrt(2)  # steps of 500 and 1500 ms, one degree of freedom
     assert found["mean_step_ms"] == 1000 and found["steps"] == [2]
+    assert (found["step_ms_ci_low"], found["step_ms_ci_high"]) == pytest.approx((1000 - half, 1000 + half))
+    assert judging.group_numbers([run((3.0,), rows=[{"step": 1, "val_loss": 3.0}])])["mean_step_ms"] is None
 
 
 # -- two groups
