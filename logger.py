@@ -152,7 +152,7 @@ def arms_of_folder(name, cells):
                          f"{'record' if not record.samples else 'baseline'}: expected a folder with runs and baseline/")
     chosen = [cell for cell in cells if any(c.answers_to(cell) for c in record.cells)]
     record = record.only(chosen[0]) if chosen else record
-    other = opponent(record.cells[0], baseline)[0] if len(record.cells) == 1 else None
+    other = None if record.mixture else opponent(record.cells[0], baseline)[0]
     return {"baseline": Arm("baseline", [other], baseline.dropped) if other else baseline, "record": record}
 
 

@@ -11,9 +11,9 @@ that is its record.
 Cells: runs are pooled if they share the code version, the hardware, the number of processes and the final step.
 A code version is the tokens of the source, without comments, docstrings, blank lines, and the values of seeds and
 of run names; of our runs the settings too (but for SELF). It is a hash: the time is linear in the sources.
-A log that does not say one of these (a console capture has neither source nor hardware) joins the cell that agrees
-with all it says, if there is one such cell in its arm and a step takes about as long there (factor 1.5); else it
-is a cell of its own, and the arm is a mixture. Nothing is concluded from a mixture: one cell has to be chosen.
+A log that does not say one of these (a console capture has neither source nor hardware) is not known to be of
+the same: such logs are cells of their own and never join others. Logs that name no machine and differ in the time of
+a step by a factor of 1.5 are a mixture too. Nothing is concluded from a mixture: one cell has to be chosen.
 
 Copies: a run with the final step, loss and train time of another one is that run, unless a validation that both hold
 differs. The log with source counts, of equals that of the record. This holds across files, trials and arms.
@@ -44,7 +44,7 @@ OTHER_LANGUAGES = (".rs", ".cu", ".cuh", ".c", ".cc", ".cpp", ".h", ".hpp", ".js
 OWN_NAME = re.compile(r"seed|run_?id|run_?name", re.I)
 FACTS = {"code": "code versions", "hardware": "kinds of hardware", "processes": "numbers of processes",
          "steps": "final steps"}
-SLOWER = 1.5  # a step that takes this much longer is of other hardware
+SLOWER = 1.5  # a step that takes this much longer is of another machine
 
 
 @dataclass
@@ -80,15 +80,14 @@ class Cell:
     samples: list[Sample] = field(default_factory=list)
     label: str = "all"
 
-    def knows(self):
-        return [getattr(self, fact) is not None for fact in FACTS].count(True)
-
-    def takes(self, sample):
-        """Whether all that sample says of itself agrees with the cell, its time for a step roughly."""
-        said = {fact: value for fact in FACTS if (value := getattr(sample, fact)) is not None}
-        mean = step_s(self.samples)
-        alike = mean is None or sample.time_s is None or 1 / SLOWER < step_s([sample]) / mean < SLOWER
-        return alike and all(getattr(self, fact) == value for fact, value in said.items())
+    @property
+    def uneven(self):
+        """Why runs that do not name their machine cannot be of one; "" if they name it, or their steps take about as
+        long."""
+        times = [1000 * s.time_s / s.steps for s in self.samples if s.time_s and s.steps]
+        if not times or self.hardware or max(times) < SLOWER * min(times):
+            return ""
+        return f"the runs do not name their machine, and a step takes {min(times):,.2f} to {max(times):,.2f} ms"
 
     def answers_to(self, name):
         """Whether `name` is the cell's label, its code, a folder of all its logs, or the beginning of a hash."""
@@ -117,7 +116,7 @@ class Arm:
         if len(found) != 1:
             known = "; ".join(cell.label for cell in self.cells[:12])
             raise ValueError(f"--cell '{name}' means {len(found)} cells of the {self.name}: it has {known}")
-        return Arm(self.name, found, self.dropped)
+        return Arm(self.name, found, self.dropped, mixture_of(found))
 
 
 @dataclass
@@ -244,6 +243,7 @@ def tokens_of(text, name=""):
             own = bool(OWN_NAME.search(token)) or own and token not in ",)]}" if kind != "string" else own
             line.append("_" if own and kind in ("string", "number") else token)
             kinds.add(kind)
+    lines += [(indent, " ".join(line))] if kinds - {"string"} else []  # of an open bracket: the source was cut
     return [text for _, text in lines] if foreign else leveled(lines)
 
 
@@ -317,27 +317,12 @@ def agree(rows, others):
 # -- cells
 
 
-def step_s(samples):
-    """Mean seconds of a step; None where no time is known."""
-    times = [s.time_s / s.steps for s in samples if s.time_s and s.steps]
-    return sum(times) / len(times) if times else None
-
-
 def cells_of(samples):
-    """Cells of samples, the largest first."""
-    cells, open_ones = {}, []
+    """Cells of samples, the largest first. What a log does not say is not known to be the same."""
+    cells = {}
     for sample in samples:
         facts = tuple(getattr(sample, fact) for fact in FACTS)
-        if None in facts:
-            open_ones.append((facts, sample))
-        else:
-            cells.setdefault(facts, Cell(*facts)).samples.append(sample)
-    open_ones.sort(key=lambda pair: pair[0].count(None))
-    for facts, sample in open_ones:
-        homes = [cell for cell in cells.values() if cell.takes(sample)]
-        fuller = [cell for cell in homes if cell.knows() > len(FACTS) - facts.count(None)]
-        home = fuller[0] if len(fuller) == 1 else cells.setdefault(facts, Cell(*facts))
-        home.samples.append(sample)
+        cells.setdefault(facts, Cell(*facts)).samples.append(sample)
     found = sorted(cells.values(), key=lambda cell: -len(cell.samples))
     for cell in found:
         cell.label = label_of(cell, found)
@@ -354,8 +339,10 @@ def label_of(cell, cells):
 
 
 def mixture_of(cells):
-    """Why the samples of several cells cannot be pooled, a sentence; "" for one cell."""
+    """Why the samples of cells cannot be pooled, a sentence; "" for one cell."""
     said = []
+    if len(cells) == 1:
+        return cells[0].uneven
     for fact, plural in FACTS.items():
         counts = {}
         for cell in cells:

@@ -176,6 +176,8 @@ def group_warnings(samples, dropped):
     if len(groups := versions(samples)) > 1:
         found.append(version_warning(groups))
     found += alike_warning(groups)
+    if samples and not any(sample.code for sample in samples):
+        found.append("no log holds a source: that the runs are of one version is not shown")
     for what, values in (("hardware", {s.hardware for s in samples}),
                          ("numbers of processes", {s.processes for s in samples} - {None}),
                          ("torch versions", {str(summarize(s.run)["torch"]) for s in samples}),
@@ -340,7 +342,8 @@ def opponent(cell, arm):
     and number of processes the one with the most steps. A baseline with fewer is the same code cut short."""
     if not arm.cells:
         return None, "no baseline"
-    near = [c for c in arm.cells if all(None in pair or pair[0] == pair[1] for pair in
+    even = [c for c in arm.cells if not c.uneven]
+    near = [c for c in even if all(None in pair or pair[0] == pair[1] for pair in
                                         ((c.hardware, cell.hardware), (c.processes, cell.processes)))]
     most = [c for c in near if c.steps == max(c.steps for c in near)]
     if len(most) == 1:
@@ -382,7 +385,7 @@ def arm_numbers(arm):
 
 def difference_of(record, baseline):
     """Record minus baseline: {"val_loss", "train_time_s": Welch, "gain", "baseline": its cell, "why" there is none}."""
-    cell = record.cells[0] if len(record.cells) == 1 else None
+    cell = None if record.mixture else record.cells[0]
     other, why = opponent(cell, baseline) if cell else (None, record.mixture)
     found = {"baseline": other and other.label, "why": why, "val_loss": None, "train_time_s": None, "gain": None}
     if other:
@@ -394,7 +397,7 @@ def difference_of(record, baseline):
 
 def compared(record, baseline):
     """Samples of the session: of the record and of the baseline that it is compared with, else of all."""
-    other = opponent(record.cells[0], baseline)[0] if len(record.cells) == 1 else None
+    other = None if record.mixture else opponent(record.cells[0], baseline)[0]
     return [*record.samples, *(other or baseline).samples]
 
 
