@@ -42,15 +42,14 @@ import os
 import sys
 from pathlib import Path
 
-from runlogs.arms import Arm, evidence_of, samples_of
+from runlogs.arms import Arm, evidence_of
 from runlogs.drawing import compare_figure, figures_of, load_figure, loss_limits, save_figures
 from runlogs.exporting import columns_of, export_csv, export_json, export_wandb
 from runlogs.extracting import write_parts
-from runlogs.judging import changed_config, compare_numbers, effect_of, opponent, stats_numbers, versions
+from runlogs.judging import changed_config, compare_numbers, effect_of, opponent, stats_numbers
 from runlogs.leaderboard import records_of
 from runlogs.loading import changes_of, describe, expand, load, load_experiment, load_one, natural, read_each
 from runlogs.output import encoded, give, printable, say, say_json, write_file
-from runlogs.parsing import read_text
 from runlogs.planning import plan_of
 from runlogs.profiling import trace_numbers
 from runlogs.reporting import (
@@ -68,7 +67,7 @@ from runlogs.reporting import (
     screen,
 )
 from runlogs.stats_report import plan_report, statistics_report, stats_report
-from runlogs.verifying import VERDICTS, check_claims, check_sources, check_versions, verdict
+from runlogs.verifying import VERDICTS, check_folder, check_runs, texts_of
 
 
 def show_experiment(args):
@@ -262,33 +261,33 @@ def show_stats(args):
 
 
 def verify_folder(args):
-    """Check the claims of a record folder's README.md, its code versions and its sources."""
+    """Check the claims of a record folder's README.md and statistics.md, its code versions and its sources."""
     folder = Path(args.folder)
-    if not (folder / "README.md").is_file():
+    if not texts_of(folder):
         raise FileNotFoundError(f"'{folder / 'README.md'}' is not there: nothing is claimed")
-    runs = load(expand([args.folder]), keep_source=True)
-    samples, dropped = samples_of(runs)
-    groups = {"all": samples} if samples else {}
-    for sample in samples:
-        groups.setdefault(str(sample.run.path.parent), []).append(sample)
-    groups |= versions(samples)
-    claims = check_claims(read_text(folder / "README.md")[:1_000_000], groups, args.target)
-    complete = verdict("runs", "complete runs", bool(samples), f"{len(samples)} complete")
-    others = [verdict("runs", name, None, why) for name, _, why in (s.partition(": ") for s in dropped[:20])]
-    checks = [check_versions(samples), check_sources(runs), complete, *others]
+    evidence = evidence_of([args.folder], keep_source=True)
+    samples = [sample for arm in evidence.arms for sample in arm.samples]
+    claims = check_folder(folder, evidence, args.target)
+    checks = check_runs(evidence, samples)
     bad = [c for c in claims + checks if c["verdict"] == "contradicted"]
     result = {"folder": str(folder), "runs": len(samples), "claims": claims, "checks": checks, "passed": not bad}
     if args.json:
         say_json(result)
     else:
-        report = [Table(["check", "verdict", "detail"], [[c["claim"], c["verdict"], c["detail"]] for c in checks])]
-        order = sorted(claims, key=lambda c: list(VERDICTS.values()).index(c["verdict"]))
-        rows = [[c["kind"], c["claim"], c["verdict"], c["detail"]] for c in order]
-        report += [Table(["kind", "claim of the README", "verdict", "detail"], rows)] if rows else ["no claim found"]
-        said = [claim["verdict"] for claim in claims]
-        counts = [f"{said.count(word)} {word}" for word in VERDICTS.values()]
-        emit([*report, f"{len(samples)} complete runs; claims: {', '.join(counts)}"], args)
+        emit(verify_report(result), args)
     return 1 if bad else 0
+
+
+def verify_report(result):
+    """Tables of checks and claims, the contradicted first; how many there are of each verdict."""
+    rows = [[c["claim"], c["verdict"], c["detail"]] for c in result["checks"]]
+    report = [Table(["check", "verdict", "detail"], rows)]
+    order = sorted(result["claims"], key=lambda c: list(VERDICTS.values()).index(c["verdict"]))
+    rows = [[c["kind"], c["claim"], c["verdict"], c["detail"], f"{c['file']}:{c['line']}"] for c in order]
+    report += [Table(["kind", "claim", "verdict", "detail", "where"], rows)] if rows else ["no claim found"]
+    said = [claim["verdict"] for claim in result["claims"]]
+    counts = [f"{said.count(word)} {word}" for word in VERDICTS.values()]
+    return [*report, f"{result['runs']} complete runs; claims: {', '.join(counts)}"]
 
 
 def extract_source(args):

@@ -28,7 +28,7 @@ import scipy.stats  # noqa: F401
 
 LONGEST = 600  # seconds of the tests of a mutant
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["statistics", "plan"]
+QUICK = ["statistics", "stages"]
 TESTS = {  # file: test_logger_*.py that may see an error in it, the fastest first
     "judging": [*QUICK, "arms", "commands", "control"],
     "planning": ["plan"],

@@ -556,7 +556,7 @@ def test_diff_command_names_the_parts(tmp_path, capsys):
 # -- verify
 
 README = """# A record
-Mean val loss 3.27650 over 4 runs (n=4), p=0.0060, in 1.0015 s on average.
+Mean val loss 3.27650 over 4 runs (n=4), p=0.0062, in 1.0015 s on average.
 losses = [3.2750, 3.2760, 3.2770, 3.2780]
 times = [1.000, 1.001, 1.002, 1.003]
 The last line of run_0 is `step:4/4 val_loss:3.27500 train_time:1000.000ms step_avg:250.00ms`.
@@ -578,14 +578,14 @@ def claims(found, word):
 def test_verify_confirms_a_true_record(record, capsys):
     found = numbers(capsys, "verify", record)
     assert found["passed"] and claims(found, "contradicted") == []
-    assert claims(found, "not checkable") == ["3.2911", "20 minutes"]
-    assert len(claims(found, "confirmed")) == 11
+    assert claims(found, "not found") == ["20 minutes", "3.2911"]
+    assert len(claims(found, "supported")) == 10
     code, out, _ = command(capsys, "verify", record)
-    assert code == 0 and "8 confirmed" in out
+    assert code == 0 and "0 contradicted, 2 not found, 7 supported" in out
 
 
 @pytest.mark.parametrize(("old", "new", "kind"), [
-    ("3.27650", "3.27550", "loss"), ("(n=4)", "(n=5)", "n"), ("4 runs", "40 runs", "n"), ("p=0.0060", "p=0.0001", "p"),
+    ("3.27650", "3.27550", "loss mean"), ("(n=4)", "(n=5)", "n"), ("4 runs", "40 runs", "n"), ("p=0.0062", "p=0.0001", "p"),
     ("3.2770, ", "3.2700, ", "list of losses"), ("1.002", "0.902", "list of times"),
     ("val_loss:3.27500", "val_loss:3.27400", "step line")])
 def test_verify_finds_false_claims(record, capsys, old, new, kind):
@@ -618,8 +618,9 @@ def test_any_readme_can_be_checked(text):
     rows = [{"step": 4, "iterations": 4, "val_loss": 3.2, "train_time_ms": 1.0}]
     run = loading.Run(Path("a"), "a", parsing.Trace(rows=rows), {})
     samples = [arms.Sample(run, rows, loss, 1.0, 4, {}) for loss in (3.2, 3.3)]
-    verdicts = {claim["verdict"] for claim in verifying.check_claims(text, {"all": samples}, 3.28)}
-    assert verdicts <= {"confirmed", "contradicted", "not checkable"}
+    groups = [verifying.group_of("record", "record", samples)]
+    verdicts = {claim["verdict"] for claim in verifying.check_text(text, groups, 3.28)}
+    assert verdicts <= {"supported", "contradicted", "not found"}
 
 
 # -- extract, export, board

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 from scipy import stats
 
-from runlogs import arms, judging, loading
+from runlogs import arms, judging, loading, verifying
+from runlogs.claims import Claim
 
 A, B = [0.0, 2.0, 4.0, 7.0], [10.0, 11.0, 16.0]  # other sizes and other spreads: Welch is not Student
 
@@ -153,7 +154,8 @@ def test_compare_is_the_second_minus_the_first(monkeypatch):
 
 
 def cell_of(samples, **more):
-    return SimpleNamespace(**{"samples": samples, "hardware": "h", "processes": 1, "steps": 2, "label": "all"} | more)
+    facts = {"samples": samples, "hardware": "h", "processes": 1, "steps": 2, "label": "all", "uneven": ""}
+    return SimpleNamespace(**facts | more)
 
 
 def test_gain_by_hand():
@@ -186,6 +188,8 @@ def test_opponent_is_the_longest_baseline_of_the_machine():
     arm = SimpleNamespace(cells=cells)
     assert judging.opponent(cell_of([]), arm) == (cells[1], "")
     assert judging.opponent(cell_of([], processes=8), arm)[0] is None
+    arm.cells = [*cells, cell_of([], steps=300, uneven="no")]
+    assert judging.opponent(cell_of([]), arm)[0] is cells[1]
     arm.cells = [*cells, cell_of([], steps=100)]
     assert judging.opponent(cell_of([]), arm)[1].startswith("several baselines")
 
@@ -294,20 +298,16 @@ def test_cells_and_mixtures():
     assert arms.mixture_of(cells[:1]) == "" and "processes" not in words
 
 
-def test_log_that_does_not_say_joins_its_only_cell():
-    """It joins where a step takes about as long; not where two cells would do, or on a machine 1.5 times as fast."""
-    silent = {"code": None, "hardware": None}
-    cells = arms.cells_of([sample(time_s=1.0), sample(time_s=1.2), sample(time_s=1.4, **silent)])
-    assert [len(cell.samples) for cell in cells] == [3]
-    for time_s in (0.7, 1.7):
-        assert len(arms.cells_of([sample(time_s=1.1), sample(time_s=time_s, **silent)])) == 2
-    assert len(arms.cells_of([sample(), sample(code="d"), sample(**silent)])) == 3
-    assert len(arms.cells_of([sample(steps=4, time_s=2.0), sample(steps=4, time_s=1.5, **silent)])) == 1
+def test_runs_of_no_named_machine_are_even():
+    """Of steps of 0.5 and 0.74 s they may be, of 0.5 and 0.75 s not; a name, or no time, says nothing against it."""
+    def uneven(*times, **more):
+        return bool(arms.Cell("c", more.get("hardware"), 8, 2, [sample(time_s=t) for t in times]).uneven)
 
-
-def test_step_seconds():
-    assert arms.step_s([sample(steps=4, time_s=2.0), sample(steps=10, time_s=1.0), sample(time_s=None)]) == 0.3
-    assert arms.step_s([sample(time_s=None)]) is None
+    assert not uneven(1.0, 1.48) and uneven(1.0, 1.5) and uneven(1.5, 1.0) and not uneven(1.0, 1.5, hardware="h")
+    assert not uneven(None, None) and not uneven(1.0)
+    cell = arms.Cell("c", None, 8, 4, [sample(steps=4, time_s=2.0), sample(steps=8, time_s=2.0)])
+    assert "250.00 to 500.00 ms" in cell.uneven
+    assert arms.mixture_of([cell]) == cell.uneven
 
 
 def whole_run(losses, time_s=1.0, name="a.txt", status=None, last=None):
@@ -340,3 +340,65 @@ def test_only_whole_runs_count():
     found, dropped = samples_and_reasons(whole_run((4.0, 3.0), last=9), whole_run((4.0, math.nan)),
                                          whole_run((4.0, math.inf)), whole_run((4.0, 3.0), name="good"))
     assert [s.name for s in found] == ["good"] and len(dropped) == 3
+
+
+# -- what a README may claim
+
+
+def test_spread_of():
+    values, sd = [1.0, 2.0, 4.0, 9.0], math.sqrt(38 / 3)
+    found = verifying.spread_of(values[::-1])
+    assert (found["mean"], found["median"], found["min"], found["max"]) == ([4.0], [3.0], [1.0], [9.0])
+    assert found["range"] == [1.0, 9.0] and found["run"] == values
+    assert found["sd"] == pytest.approx([math.sqrt(38 / 4), sd])
+    spread = sorted([math.sqrt(38 / 4), sd, sd / 2, 1.96 * sd / 2, 4.0])  # +- sd, its error, 95 % of it, half the range
+    assert found["spread"] == pytest.approx(spread) and "sd" not in verifying.spread_of([1.0])
+
+
+def test_tests_of():
+    """p of the t-test and of a z-test with a known sd of 0.0013; t with either sign."""
+    losses = [3.277, 3.28, 3.2785, 3.2788]
+    found, mean = verifying.tests_of(losses, 3.28), statistics.mean(losses)
+    z = statistics.NormalDist().cdf((mean - 3.28) * 2 / 0.0013)
+    assert found["p"] == pytest.approx(sorted([judging.below_target(losses, 3.28), z]))
+    t = (3.28 - mean) * 2 / statistics.stdev(losses)
+    assert found["t"] == pytest.approx([-t, t])
+    assert verifying.tests_of(losses[:1], 3.28) == verifying.tests_of(losses, 9.0) == {"p": [], "t": []}
+
+
+def test_facts_of_two_groups():
+    a, b = (verifying.Group(name, name, values, values) for name, values in (("a", A), ("b", B)))
+    found = verifying.welch_facts(a, b, "loss")
+    difference, half, p = welch_by_hand(A, B)
+    t = difference / math.sqrt(statistics.variance(A) / 4 + statistics.variance(B) / 3)
+    assert sorted(found["p"]) == pytest.approx(sorted([p, p / 2, 1 - p / 2]))
+    assert sorted(found["t"]) == pytest.approx([t, -t])
+
+
+@pytest.mark.parametrize("written, value, agrees", [
+    ("3.277", 3.2766, True), ("3.277", 3.2774, True), ("3.277", 3.2779, True),  # the last is cut, not rounded
+    ("3.277", 3.2781, False), ("3.277", 3.2764, False), ("3.277", 3.2759, False), ("-1.5", -1.54, True),
+    ("-1.5", 1.52, False), ("12", 12.4, True), ("12", 13.1, False), ("12", 11.4, False)])
+def test_rounded_or_cut(written, value, agrees):
+    digit = 10.0 ** -len(written.partition(".")[2])
+    assert verifying.close(float(written), digit, value, "=") is agrees
+
+
+def test_rough_claims():
+    assert verifying.close(100, 1, 102.5, "~") and not verifying.close(100, 1, 104, "~")
+    assert verifying.close(3.28, 0.01, 3.289, "~") and not verifying.close(3.28, 0.0001, 3.2802, "~")
+
+
+def test_claims_of_a_bound():
+    below, above = (Claim("p", "", "0.01", 0.01, 0.01, relation) for relation in "<>")
+    assert verifying.holds(below, [0.001, 0.5]) and not verifying.holds(below, [0.01, 0.5])
+    assert verifying.holds(above, [0.001, 0.5]) and not verifying.holds(above, [0.001, 0.01])
+    assert not verifying.holds(below, []) and not verifying.holds(above, [])
+
+
+def test_step_time_of_a_run():
+    sample = run((4.0, 3.0), time_s=3.0)
+    sample.rows[-1]["step_avg_ms"] = 1490.0
+    assert verifying.run_of(sample).step_times == [1.49]
+    sample.rows = [{"step": 2, "val_loss": 3.0}]
+    assert verifying.run_of(sample).step_times == [1.5]
