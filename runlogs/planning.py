@@ -18,7 +18,7 @@ FIRST = 3  # runs at the first look: two say nothing of a spread
 SPENDING = 1.5  # more saves errors for the late looks: more power, but more runs where the margin is large
 HOPELESS = 0.02  # a smaller chance to pass by the last run is not worth a run
 MOST = 100  # runs that can be planned
-CELLS, LOWEST = 240, -5.0  # of the grid of u; below it u is a millionth of a percent of the time
+CELLS, LOWEST = 240, -5.0  # of the grid of u; below it u is less than once in a million times
 FUTURES = 4000  # simulated continuations of which the chance is a share
 
 
@@ -69,7 +69,7 @@ def boundaries(alpha, most):
             return float(chance_below(np.array([y]), middles, n)[0] @ mass) - kept[n + 1]
 
         top = math.sqrt(n + 1) * (1 - 1e-12)
-        bound = brentq(missing, 1.001, top) if missing(1.001) < 0 < missing(top) else top
+        bound = brentq(missing, LOWEST, top) if missing(top) > 0 else top  # a share below the precision is not spent
         found[n + 1] = float(t_of(bound, n + 1))
         edges = grid(bound, n + 1)
         below = chance_below(edges, middles, n) @ mass
@@ -115,7 +115,7 @@ def look(losses, target, alpha, most):
         return {**found, "says": "go on" if n < most else "hopeless", "more": max(1, FIRST - n) if n < most else None}
     if t >= bound:
         return {**found, "says": "enough"}
-    chance, more = outlook(n, t, alpha, most) if n < most else (0.0, None)
+    chance, more = outlook(n, t, alpha, most)
     says = "go on" if chance >= HOPELESS else "hopeless"
     return {**found, "says": says, "chance": chance, "more": more if says == "go on" else None}
 

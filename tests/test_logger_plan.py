@@ -54,15 +54,12 @@ def test_first_look_spends_its_share():
     assert boundaries(0.04, 12)[3] == pytest.approx(share * math.sqrt(2 / (1 - share**2)), rel=1e-9)
 
 
-def test_error_rate_at_the_target_is_alpha():
+@pytest.mark.parametrize("alpha, most", [(0.01, 20), (0.1, 12), (0.4, 8)])
+def test_error_rate_at_the_target_is_alpha(alpha, most):
     """100,000 competitors at the target who look after each run. By look n alpha (n / N)^1.5 of them have passed."""
-    values = np.random.default_rng(1).standard_normal((100_000, 20))
-    rates = passes(values, 0.01, 20).mean(0)
-    spent = 0.01 * (np.arange(3, 21) / 20) ** 1.5
-    assert np.abs(rates - spent).max() < 4 * math.sqrt(0.01 / 100_000)
-    rates = passes(values[:, :12], 0.1, 12).mean(0)
-    spent = 0.1 * (np.arange(3, 13) / 12) ** 1.5
-    assert np.abs(rates - spent).max() < 4 * math.sqrt(0.1 / 100_000)
+    rates = passes(np.random.default_rng(1).standard_normal((100_000, most)), alpha, most).mean(0)
+    spent = alpha * (np.arange(3, most + 1) / most) ** 1.5
+    assert np.abs(rates - spent).max() < 3.5 * math.sqrt(alpha * (1 - alpha) / 100_000)
 
 
 def test_the_t_test_at_every_look_does_not_keep_its_rate():
@@ -138,6 +135,16 @@ def test_outlook(n, mean, sd, most):
     chance, more = outlook(n, mean * math.sqrt(n) / sd, 0.01, most)
     other_chance, other_more = expected(n, mean, sd, most)
     assert chance == pytest.approx(other_chance, abs=0.03) and abs(more - other_more) <= 1
+    assert more == 1 or most > n + 1
+
+
+@pytest.mark.parametrize("n", [3, 7, 12])
+def test_boundary_is_where_it_says(n):
+    """Losses with a mean just so far below the target."""
+    offsets = [i - (n - 1) / 2 for i in range(n)]
+    for share, says in ((0.999, ("go on", "hopeless")), (1.001, ("enough",))):
+        margin = share * boundaries(0.01, 12)[n] * statistics.stdev(offsets) / math.sqrt(n)
+        assert look([3.28 - margin + x for x in offsets], 3.28, 0.01, 12)["says"] in says
 
 
 def test_stopping_without_hope_costs_little():
@@ -197,6 +204,7 @@ def test_plan_goes_by_the_dates():
     assert [row["loss"] for row in plan["looks"]] == losses and plan["order"] == "by date"
     assert plan["passed_after"] == 4 and plan["verdict"] == "enough" and "after run 4 of at most 20" in plan["sentence"]
     assert [row["says"] for row in plan["looks"]] == ["go on"] * 3 + ["enough"] * 5
+    assert [plan_numbers(samples[:3], target, 0.1, 3)["verdict"] for target in (3.28, 3.271)] == ["enough", "hopeless"]
     undated = plan_numbers([*samples[:1], sample(3.4)], 3.28)
     assert [row["loss"] for row in undated["looks"]] == [3.27, 3.4] and "by file" in undated["order"]
 

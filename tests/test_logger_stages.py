@@ -121,6 +121,7 @@ def test_stages_are_compared_where_both_have_them():
     del plain_one[0].stage_ms["logged"]
     assert judging.stage_kind([staged, staged]) == "logged"
     assert judging.stage_kind([staged, other]) == judging.stage_kind([staged, plain_one]) == "quarters"
+    assert judging.stage_kind([staged, [*staged, *plain_one]]) == "quarters"
     untimed = SimpleNamespace(stage_ms={})
     assert judging.stage_kind([staged, [untimed]]) == "quarters"
     assert judging.by_stage([untimed], "quarters") == {"all": []}
