@@ -5,19 +5,22 @@
     python logger.py compare A B [C...]            # groups of runs: means, Welch's t-test, equal steps and time, a plot
     python logger.py diff A B                      # what changed: settings, functions, text, environment, effect
     python logger.py profile RUN                   # time of a step, overlap, heaviest operations of its traces
-    python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; how many runs are missing
+    python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; gain over baseline/
     python logger.py stats FOLDER --target 3.28 --plan    # a look after each run: enough, go on, or hopeless
     python logger.py verify FOLDER                 # does a record folder hold what its README claims
     python logger.py extract LOG -o train_gpt.py   # the source inside a log, ready to run
     python logger.py export LOG... -o runs.csv     # every record as CSV or JSON, or to wandb: --wandb PROJECT
     python logger.py board FOLDER... --html FILE   # leaderboard: Markdown on the terminal, one self-contained page
 
-A LOG is a file, a folder (searched for run folders, *.txt and *.log) or a glob. --json prints the numbers under stable
-keys, --markdown the report as Markdown: `stats FOLDER --target 3.28 --markdown > statistics.md`.
-Exit codes: 0 fine; 1 a check failed (stats: p is not below alpha; verify: a claim is contradicted; show --strict: a run
-is not complete) or an input could not be used, said in one line of `error: ...`; 2 wrong usage.
+A LOG is a file, a folder (searched for run folders, *.txt, *.log, *.out, *.stdout, these with .gz) or a glob. --json
+prints the numbers under stable keys, --markdown the report as Markdown: `stats FOLDER --target 3.28 --markdown >
+statistics.md`. --loss-key KEY judges another column: val_ema_loss, val_bpb, or a score that `show` names as an extra.
+Exit codes: 0 fine; 1 a check failed (stats: p is not below alpha, or the runs are a mixture; verify: a claim is
+contradicted; show --strict: a run is not complete) or an input could not be used, said in one line of `error: ...`; 2
+wrong usage.
 
-A run is a public log (source, ====, machine, ====, step lines; llm.c's `s:1 trl:3.2` lines) or a folder of ours with
+A run is a public log (source, ====, machine, ====, step lines; llm.c's `s:1 trl:3.2` lines; those of nanoGPT, nanochat,
+slowrun, parameter-golf and autoresearch, runlogs/formats.py) or a folder of ours with
     metrics.jsonl  one object a line: training steps, validations, {"event": "resume"}, a closing {"event": "end"};
                    of mixtures of experts {"event": "routers"}: the load of each expert since the report before
     hellaswag.jsonl  scores of evals/hellaswag.py --follow, an object a line
@@ -26,9 +29,9 @@ A run is a public log (source, ====, machine, ====, step lines; llm.c's `s:1 trl
 Runs may be in progress, killed or damaged: what can be read is shown, what was left out is named in a note. Files are
 read in blocks and records above MAX_ROWS are thinned out, so that a log of any size fits in memory.
 
-Its parts are in runlogs/: parsing (bytes -> Trace), loading (files -> Run -> numbers) and judging (statistics) know
-nothing of presenting (reporting, drawing, board); here a command is a function of the parsed arguments. Losses are in
-nats/token; times are in ms wherever a name ends in _ms, in s with _s.
+Its parts are in runlogs/: formats and parsing (bytes -> Trace), loading (files -> Run -> numbers) and judging
+(statistics) know nothing of presenting (reporting, drawing, board); here a command is a function of the parsed
+arguments. Losses are in nats/token; times are in ms wherever a name ends in _ms, in s with _s.
 """
 
 import signal
@@ -104,7 +107,7 @@ def draw_load_of(args):
 
 def show_runs(args):
     """A screen per run, or above ten of them a table; what is no log is counted."""
-    found = [describe(run, args.target) for run in read_each(expand(args.logs))]
+    found = [describe(run, args.target) for run in read_each(expand(args.logs), loss_key=args.loss_key)]
     logs = [numbers for numbers in found if numbers["status"] != "not a log"]
     if args.json:
         say_json({"runs": found})
@@ -115,36 +118,40 @@ def show_runs(args):
             report.append(f"{len(found)} files: {', '.join(f'{count} {status}' for status, count in counts.items())}")
         report += hellaswag_report(logs)
         others = [n for n in found if n["status"] == "not a log"]
-        reasons = [f"not a log: {n['path']}{''.join(f' ({note})' for note in n['warnings'])}" for n in others]
-        emit(report + reasons[:20], args)
+        reasons = [f"not a log: {n['path']} ({'; '.join(n['warnings'] or [n['reason']])})" for n in others]
+        more = [f"and {len(reasons) - 20} more that are no logs"] if len(reasons) > 20 else []
+        emit(report + reasons[:20] + more, args)
         if args.plot:
             draw_load_of(args)
     return 1 if not logs or (args.strict and any(n["status"] != "complete" for n in found)) else 0
 
 
-def record_arm(name):
-    """The record arm of a group of logs. ValueError if it has no complete run."""
-    arm = evidence_of([name]).arm("record")
+def record_arm(name, loss_key=None):
+    """The record arm of a group of logs; what was left out names the other arms. ValueError if it has no run."""
+    evidence = evidence_of([name], loss_key)
+    arm = evidence.arm("record")
     if not arm.samples:
-        raise ValueError(f"'{name}' holds no complete run: {reasons(arm.dropped)}")
+        raise ValueError(f"'{name}' holds no complete run: {reasons(evidence)}")
+    arm.dropped += [f"{other.name}: {len(other.samples)} runs, another arm" for other in evidence.arms
+                    if other.name != "record" and other.samples]
     return arm
 
 
-def load_arms(names, cells=()):
+def load_arms(names, cells=(), loss_key=None):
     """{name: Arm} of groups of logs: their record arms; of a single folder its baseline and its record."""
     if len(names) == 1:
-        return arms_of_folder(names[0], cells)
+        return arms_of_folder(names[0], cells, loss_key)
     arms = {}
     short = ["/".join(Path(os.path.abspath(name)).parts[-1 - ("*" in name) :]) for name in names]
     for name, last in zip(names, short, strict=True):
         label = last if short.count(last) == 1 else name if name not in arms else f"{name} ({len(arms) + 1})"
-        arms[label] = record_arm(name)
+        arms[label] = record_arm(name, loss_key)
     return arms
 
 
-def arms_of_folder(name, cells):
+def arms_of_folder(name, cells, loss_key=None):
     """{"baseline": Arm, "record": Arm} of one folder; of the baseline the cell that the record is compared with."""
-    evidence = evidence_of([name])
+    evidence = evidence_of([name], loss_key)
     record, baseline = evidence.arm("record"), evidence.arm("baseline")
     if not record.samples or not baseline.samples:
         raise ValueError(f"compare needs two groups or more: files, folders or quoted globs; '{name}' alone has no "
@@ -155,11 +162,11 @@ def arms_of_folder(name, cells):
     return {"baseline": Arm("baseline", [other], baseline.dropped) if other else baseline, "record": record}
 
 
-def load_groups(names, cells=()):
+def load_groups(names, cells=(), loss_key=None):
     """{name: samples}, {name: what was left out} and {name: why it is a mixture} of groups of logs. A mixture becomes a
     group for each of its cells, or the cell that one of `cells` means."""
     groups, dropped, mixtures = {}, {}, {}
-    for name, arm in load_arms(names, cells).items():
+    for name, arm in load_arms(names, cells, loss_key).items():
         chosen = [cell for cell in cells if arm.mixture and any(c.answers_to(cell) for c in arm.cells)]
         arm = arm.only(chosen[0]) if chosen else arm
         for cell in arm.cells:
@@ -168,13 +175,17 @@ def load_groups(names, cells=()):
     return groups, dropped, mixtures
 
 
-def reasons(dropped):
-    return "; ".join(dropped[:3]) or "no step in any file"
+def reasons(evidence):
+    """Why there is no run of a record, a few words."""
+    if dropped := evidence.arm("record").dropped:
+        return "; ".join(dropped[:3])
+    others = [arm.name for arm in evidence.arms if arm.samples]
+    return f"its runs are of {', '.join(others[:5])}: give one of these" if others else "no step in any file"
 
 
 def compare_groups(args):
     """Means of groups of runs and how they differ from the first group; of one folder its record and its baseline."""
-    groups, dropped, mixtures = load_groups(args.groups, args.cell)
+    groups, dropped, mixtures = load_groups(args.groups, args.cell, args.loss_key)
     result = compare_numbers(groups, dropped, mixtures)
     if args.json:
         say_json(result)
@@ -244,9 +255,9 @@ def diff_runs(args):
 
 def show_stats(args):
     """Mean and spread of a record's runs, what they say about a target, and how they differ from its baseline."""
-    evidence = evidence_of(args.logs, keep_rows=False, keep_source=True)
+    evidence = evidence_of(args.logs, args.loss_key, keep_rows=False, keep_source=True)
     if not evidence.arm("record").samples:
-        raise ValueError(f"no complete run in {', '.join(args.logs)}: {reasons(evidence.arm('record').dropped)}")
+        raise ValueError(f"no complete run in {', '.join(args.logs)}: {reasons(evidence)}")
     evidence = evidence.choose(args.cell) if args.cell else evidence
     result = stats_numbers(evidence, args.target, args.alpha)
     if args.plan:
@@ -265,7 +276,7 @@ def verify_folder(args):
     folder = Path(args.folder)
     if not texts_of(folder):
         raise FileNotFoundError(f"'{folder / 'README.md'}' is not there: nothing is claimed")
-    evidence = evidence_of([args.folder], keep_source=True)
+    evidence = evidence_of([args.folder], args.loss_key, keep_source=True)
     samples = [sample for arm in evidence.arms for sample in arm.samples]
     claims = check_folder(folder, evidence, args.target)
     checks = check_runs(evidence, samples)
@@ -323,15 +334,15 @@ def extract_source(args):
 def export_records(args):
     """All records of all trials as CSV or JSON, or to Weights & Biases."""
     paths = expand(args.logs)
-    rows = (row for run in read_each(paths, True) for rows in run.trace.trials for row in rows)
+    rows = (row for run in read_each(paths, True, loss_key=args.loss_key) for rows in run.trace.trials for row in rows)
     keys = columns_of(rows)
     if not keys:
         raise ValueError(f"no log in {', '.join(args.logs)} holds a step")
     if args.wandb:
-        return export_wandb(paths, args.wandb)
+        return export_wandb(paths, args.wandb, args.loss_key)
     form = "json" if str(args.output).endswith(".json") else "csv"
     form = "json" if args.json else args.format or form
-    pieces = export_json(paths) if form == "json" else export_csv(paths, keys)
+    pieces = export_json(paths, args.loss_key) if form == "json" else export_csv(paths, keys, args.loss_key)
     if args.output:
         write_file(args.output, map(encoded, pieces))
         say(f"wrote {args.output}", sys.stderr)
@@ -344,7 +355,7 @@ def show_board(args):
     """Leaderboard of record folders: Markdown on the terminal, a page in a file."""
     from runlogs.board import board_html, board_markdown
 
-    records = [record for name in args.folders for record in records_of(Path(name))]
+    records = [record for name in args.folders for record in records_of(Path(name), args.loss_key)]
     if not records:
         raise ValueError(f"no record in {', '.join(args.folders)}: expected folders with logs of complete runs")
     records.sort(key=lambda record: (record["date"] or "", record["name"]))
@@ -356,7 +367,7 @@ def show_board(args):
         page = Path(args.html)
         for record in records:  # links of the page start at its folder
             record["folder"] = os.path.relpath(record["folder"], page.resolve().parent)
-        write_file(page, [board_html(records, args.title).encode("utf-8", "replace")])
+        write_file(page, [board_html(records, args.title, args.target).encode("utf-8", "replace")])
         say(f"page: {args.html}", sys.stderr)
     return 0
 
@@ -401,12 +412,15 @@ def add_commands(command):
     """The sub-commands and their flags."""
     logs = {"nargs": "+", "metavar": "LOG", "help": "files, folders or globs"}
     target = {"type": float, "metavar": "LOSS", "help": "the loss to be reached"}
+    claim = {"metavar": "KEY", "help": "what counts as the loss, as val_ema_loss or val_bpb (default: val_loss)"}
     sub = command("show", show_runs)
+    flag(sub, "loss-key", **claim)
     sub.add_argument("logs", **logs)
     sub.add_argument("--target", **target | {"default": 3.28, "help": "to cross (default: 3.28)"})
     sub.add_argument("--strict", action="store_true", help="exit with 1 unless every file is a complete run")
     sub.add_argument("--plot", metavar="FILE", help="draw the experts' load of the last run that reports its routers")
     sub = command("compare", compare_groups)
+    flag(sub, "loss-key", **claim)
     sub.add_argument("groups", nargs="+", metavar="GROUP", help="a file, folder or quoted glob for each group")
     flag(sub, "cell", action="append", default=[], metavar="LABEL_OR_HASH", help="of a mixture these runs")
     sub.add_argument("--plot", default="images/compare.png", help="where the plot goes (default: images/compare.png)")
@@ -419,6 +433,7 @@ def add_commands(command):
     sub.add_argument("run", metavar="RUN", help="folder of a run, or of its traces")
     sub.add_argument("--top", type=int, default=12, metavar="N", help="operations (default: 12)")
     sub = command("stats", show_stats)
+    flag(sub, "loss-key", **claim)
     sub.add_argument("logs", **logs)
     sub.add_argument("--target", **target)
     flag(sub, "cell", metavar="LABEL_OR_HASH", help="of a mixture of versions or machines these runs")
@@ -426,6 +441,7 @@ def add_commands(command):
     sub.add_argument("--plan", action="store_true", help="a look after each run: enough, go on, or hopeless")
     flag(sub, "max-runs", type=int, default=20, metavar="N", help="of --plan, chosen before the first (default: 20)")
     sub = command("verify", verify_folder)
+    flag(sub, "loss-key", **claim)
     sub.add_argument("folder", metavar="FOLDER", help="record folder with README.md and logs")
     sub.add_argument("--target", **target | {"default": 3.28, "help": "of its p (default: 3.28)"})
     sub = command("extract", extract_source)
@@ -433,14 +449,17 @@ def add_commands(command):
     sub.add_argument("-o", "--output", metavar="FILE", help="file to write (default: the terminal)")
     sub.add_argument("--force", action="store_true", help="overwrite files that differ")
     sub = command("export", export_records)
+    flag(sub, "loss-key", **claim)
     sub.add_argument("logs", **logs)
     sub.add_argument("-o", "--output", metavar="FILE", help="file to write (default: the terminal)")
     sub.add_argument("--format", choices=("csv", "json"), help="default: by its name, else csv")
     sub.add_argument("--wandb", metavar="PROJECT", help="upload to Weights & Biases instead")
     sub = command("board", show_board)
+    flag(sub, "loss-key", **claim)
     sub.add_argument("folders", nargs="+", metavar="FOLDER", help="records, or a folder of them")
     sub.add_argument("--html", default="board.html", metavar="FILE", help="default: board.html")
     sub.add_argument("--title", default="Leaderboard", help="its title")
+    sub.add_argument("--target", **target | {"help": "a line in the page's loss curves (default: none)"})
 
 
 def main(argv=None):

@@ -27,7 +27,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runlogs.loading import SELF, Run, expand, latest, read_each, settings_of, status_of, trial_numbers
+from runlogs.loading import SELF, Run, expand, read_each, settings_of, status_of, trial_numbers, why_no_loss
 from runlogs.parsing import number
 
 BASELINE = re.compile(r"^baseline|(?:^|[^a-z])(?:baselines?|master)(?:$|[^a-z])", re.I)
@@ -146,14 +146,14 @@ def evidence_of(names, loss_key=None, keep_rows="stages", keep_source=False):
     paths = expand(names)
     base = base_of(names, paths)
     runs, codes = [], {}
-    for run in read_each(paths, keep_rows, True):
+    for run in read_each(paths, keep_rows, True, loss_key):
         code = version_of(run, codes)
         run.trace.parts = run.trace.parts if keep_source else dict.fromkeys(run.trace.parts, "")
         runs.append((arm_name(run.path, base), run, code))
-    return evidence_from(runs, base, loss_key)
+    return evidence_from(runs, base)
 
 
-def evidence_from(runs, base, loss_key=None):
+def evidence_from(runs, base):
     """Evidence of (name of the arm, run, code version) triples."""
     order = {"record": 0, "baseline": 1}
     names = sorted({name for name, *_ in runs}, key=lambda name: (order.get(name, 2), name))
@@ -161,7 +161,7 @@ def evidence_from(runs, base, loss_key=None):
     found = {name: [] for name in names}
     first = sorted(runs, key=lambda r: (r[2] is None, len(r[1].trace.trials) > 1, names.index(r[0])))
     for name, run, code in first:  # of copies the log with a source, then that of one run
-        samples, dropped = trials_of(run, name, code, seen, loss_key)
+        samples, dropped = trials_of(run, name, code, seen)
         found[name] += samples
         arms[name].dropped += [why for why, _ in dropped]
         notes += [f"{name}: {why}, which is of the {other}" for why, other in dropped if other not in (None, name)]
@@ -272,14 +272,14 @@ def machine_of(run):
     return name, count
 
 
-def trials_of(run, arm="record", code=None, seen=None, loss_key=None):
+def trials_of(run, arm="record", code=None, seen=None):
     """(samples, [(what was left out and why, arm of its twin or None)]) of a run's complete trials with a finite loss.
     `seen` {key of a trial: samples} tells those that stood in other files."""
     found, dropped, count = [], [], len(run.trace.trials)
     seen, (hardware, processes) = {} if seen is None else seen, machine_of(run)
     for i in range(count):
         name = f"{run.path.name}, trial {i + 1}" if count > 1 else run.path.name
-        sample, why = sample_of(run, i, loss_key)
+        sample, why = sample_of(run, i)
         if why:
             dropped.append((f"{name}: {why}", None))
             continue
@@ -295,11 +295,13 @@ def trials_of(run, arm="record", code=None, seen=None, loss_key=None):
     return found, dropped
 
 
-def sample_of(run, i, loss_key=None):
+def sample_of(run, i):
     """(Sample or None, reason) of trial i."""
     rows, last = run.trace.trials[i], i == len(run.trace.trials) - 1
     numbers = trial_numbers(rows, run.trace.end if last else None)
-    loss = latest(rows, loss_key) if loss_key else numbers["final_val_loss"]
+    loss = numbers["final_val_loss"]
+    if loss is None and numbers["status"] == "complete":
+        return None, why_no_loss(rows)
     if loss is None or numbers["status"] != "complete":
         return None, f"{numbers['status']} at step {numbers['steps']}"
     if not math.isfinite(loss):
@@ -310,8 +312,9 @@ def sample_of(run, i, loss_key=None):
 
 def agree(rows, others):
     """Whether two records of runs agree wherever both hold a validation."""
-    known = {row["step"]: row["val_loss"] for row in rows if number(row.get("val_loss")) is not None}
-    return all(known.get(row["step"], row["val_loss"]) == row["val_loss"] for row in others if "val_loss" in row)
+    known, other = ({row["step"]: loss for row in found if (loss := number(row.get("val_loss"))) is not None
+                     and math.isfinite(loss)} for found in (rows, others))
+    return all(known[step] == other[step] for step in known.keys() & other.keys())
 
 
 # -- cells

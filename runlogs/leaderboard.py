@@ -14,22 +14,23 @@ TARGET = re.compile(r"(?:ttest_1samp\([^()\n,]{1,80},|below|under|target(?: loss
 DECIMAL = re.compile(r"(?<![\d.])\d{1,6}\.(\d{1,6})(?![\d.])", re.ASCII)
 
 
-def records_of(folder):
+def records_of(folder, loss_key=None):
     """Record dicts of a folder: of itself if it holds logs or a README.md beside folders of logs, else of each folder
     inside it."""
     if not folder.is_dir():
         raise FileNotFoundError(f"'{folder}' is no folder")
     date = re.compile(r"\d{4}-?\d\d-?\d\d")
     inside = [entry for entry in folders(folder) if date.match(entry.name)]
-    found = [record_of(entry) for entry in inside] if inside and not date.match(folder.name) else [record_of(folder)]
+    several = inside and not date.match(folder.name)
+    found = [record_of(entry, loss_key) for entry in (inside if several else [folder])]
     return [record for record in found if record]
 
 
-def record_of(folder):
+def record_of(folder, loss_key=None):
     """The record dict of one folder: numbers of one cell of its record arm, as chosen_cell says; None without one.
     `gain`: seconds that it is faster than its baseline arm."""
     try:
-        evidence = evidence_of([str(folder)], keep_rows=False, keep_source=True)
+        evidence = evidence_of([str(folder)], loss_key, keep_rows=False, keep_source=True)
     except FileNotFoundError:
         return None
     cells, readme = evidence.arm("record").cells, read_text(folder / "README.md")

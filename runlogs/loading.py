@@ -19,6 +19,7 @@ from runlogs.parsing import (
     LOSSES,
     MAX_KEYS,
     RUN_FILES,
+    SCORES,
     Trace,
     number,
     open_file,
@@ -42,9 +43,9 @@ class Run:
     config: dict
 
 
-def read_run(path, keep_rows=True):
+def read_run(path, keep_rows=True, loss_key=None):
     """Run of the folder `path`."""
-    log = read_log(path / "log.txt", keep_rows).trace if (path / "log.txt").is_file() else Trace()
+    log = read_log(path / "log.txt", keep_rows, loss_key).trace if (path / "log.txt").is_file() else Trace()
     trace = Trace()
     if (path / "metrics.jsonl").is_file():
         with io.TextIOWrapper(open_file(path / "metrics.jsonl"), encoding="utf-8-sig", errors="replace") as file:
@@ -67,22 +68,25 @@ def read_run(path, keep_rows=True):
     return Run(path, source, trace, config)
 
 
-def read_log(path, keep_rows=True):
+def read_log(path, keep_rows=True, loss_key=None):
     """Run of the log file `path`."""
     with open_file(path) as file:
-        return Run(path, path.name, parse_log(file, keep_rows), {})
+        return Run(path, path.name, parse_log(file, keep_rows, loss_key, path.name), {})
+
+
+LOG_NAMES = re.compile(r".+\.(txt|log|out|stdout)(\.gz)?", re.I)  # what is looked for in folders
 
 
 def find_logs(path, depth=50):
-    """Run folders and *.txt and *.log files in the folder `path` and below, in the order of their names. FIFOs and
-    devices of such names are listed: reading them says what they are."""
+    """Run folders and LOG_NAMES in the folder `path` and below, in the order of their names. FIFOs and devices of such
+    names are listed: reading them says what they are."""
     if (path / "metrics.jsonl").is_file() or (path / "log.txt").is_file():
         return [path]
     found = []
     for entry in sorted(path.iterdir(), key=natural):
         if entry.is_dir() and not entry.is_symlink():
             found += find_logs(entry, depth - 1) if depth else []
-        elif entry.suffix.lower() in (".txt", ".log") and entry.name != "logs.txt" and entry.exists():
+        elif LOG_NAMES.fullmatch(entry.name) and entry.name != "logs.txt" and entry.exists():
             found.append(entry) if not entry.is_dir() else None
     return found
 
@@ -94,31 +98,59 @@ def expand(names):
         hits = [Path(name)] if os.path.exists(name) else [Path(hit) for hit in sorted(glob.glob(name, recursive=True))]
         logs = [log for hit in hits for log in (find_logs(hit) if hit.is_dir() else [hit] * hit.exists())]
         if not logs:
-            what = "holds no log: expected run folders, *.txt or *.log" if hits else "is not there"
+            what = "holds no log: expected run folders, *.txt or *.log, also *.out and *.gz" if hits else "is not there"
             raise FileNotFoundError(f"'{name}' {what}")
         found |= {os.path.abspath(log): log for log in logs}
     return list(found.values())
 
 
-def read_each(paths, keep_rows=False, keep_source=False):
+def read_each(paths, keep_rows=False, keep_source=False, loss_key=None):
     """Runs of log files and run folders, one after the other; one that cannot be read becomes a Run with a note that
     says why. Records without loss and sources are dropped unless a command needs them: 1,500 public logs hold a
-    gigabyte of them. keep_rows="stages" keeps the times of the stages."""
+    gigabyte of them. keep_rows="stages" keeps the times of the stages. `loss_key` names what counts as
+    val_loss; ValueError if no record has it."""
+    names, keys, held = [*map(str, paths)], {}, loss_key is None
     if len(paths) > 20 and sys.stderr.isatty():
         from tqdm import tqdm
 
         paths = tqdm(paths, unit="log", leave=False)
     for path in paths:
-        yield load_one(path, keep_rows, keep_source)
+        yield (run := load_one(path, keep_rows, keep_source, loss_key))
+        if not held:
+            held = run.trace.loss_key == loss_key
+            last = [row for rows in run.trace.trials for row in rows[-1:]]
+            keys |= dict.fromkeys(key.removesuffix("_raw") for row in last for key in row
+                                  if is_score(key) and number(row[key]) is not None)
+    if not held:
+        where = names[0] if len(names) == 1 else f"{len(names)} logs"
+        listed = f"they hold {', '.join([*keys][:12])}" if keys else "they hold no loss"
+        raise ValueError(f"--loss-key {loss_key}: no record of {where} has it; {listed}")
 
 
-def load(paths, keep_rows=False, keep_source=False):
-    return list(read_each(paths, keep_rows, keep_source))
+def is_score(key):
+    return "loss" in key or "bpb" in key
 
 
-def load_one(path, keep_rows=True, keep_source=True):
+def load(paths, keep_rows=False, keep_source=False, loss_key=None):
+    return list(read_each(paths, keep_rows, keep_source, loss_key))
+
+
+def choose_loss(trace, key):
+    """Make `key` the val_loss of all records; what was val_loss is val_loss_raw, and alone where a record lacks it."""
+    for row in (*(row for rows in trace.trials for row in rows), trace.end):
+        if "val_loss" in row and key != "val_loss":
+            row["val_loss_raw"] = row.pop("val_loss")
+        if number(row.get(key)) is not None:
+            row["val_loss"], trace.loss_key = row[key], key
+    lacking = sum("val_loss" not in rows[-1] for rows in trace.trials if not rows[-1].keys().isdisjoint(VALIDATIONS))
+    if lacking:
+        trace.note(f"the last validation of {lacking} trial(s) has no {key}: no final loss is known of them")
+
+
+def load_one(path, keep_rows=True, keep_source=True, loss_key=None):
     try:
-        run = (read_run if path.is_dir() else read_log)(path, keep_rows)
+        run = (read_run if path.is_dir() else read_log)(path, keep_rows, loss_key)
+        choose_loss(run.trace, loss_key) if loss_key else None
     except OSError as error:
         return Run(path, None, Trace(notes=[f"cannot be read: {error.strerror or error}"]), {})
     run.trace.parts = run.trace.parts if keep_source else dict.fromkeys(run.trace.parts, "")
@@ -133,6 +165,9 @@ def keep_stages(trace):
         trace.stage_ms.append(stage_times(rows, trace.header))
         trials[i] = [row for row in rows[:-1] if not row.keys().isdisjoint(LOSSES)] + rows[-1:]
     trace.earlier, trace.rows = trials[:-1], trials[-1] if trials else []
+
+
+VALIDATIONS = (*SCORES, "val_loss_raw")  # a record of one of these is a validation
 
 
 def folders(path):
@@ -278,7 +313,7 @@ def files_being_written():
 def off_beat(rows):
     """Whether the last record is a validation out of turn: a run that stops at a step of its choice ends so, one that
     is killed hardly ever."""
-    steps = [row["step"] for row in rows if "val_loss" in row]
+    steps = [row["step"] for row in rows if not row.keys().isdisjoint(VALIDATIONS)]
     gaps = [b - a for a, b in zip(steps, steps[1:], strict=False) if b > a]
     return len(gaps) > 1 and rows[-1]["step"] == steps[-1] and (steps[-1] - steps[0]) % gaps[0] != 0
 
@@ -286,13 +321,14 @@ def off_beat(rows):
 def trial_status(rows, end=None):
     """"complete", "nan", "error" or "died" for the records of one trial; `end`: what is known of the end of the run."""
     last = rows[-1]
-    if any(number(last.get(key)) is not None and not math.isfinite(last[key]) for key in LOSSES):
+    if any(number(last.get(key)) is not None and not math.isfinite(last[key]) for key in (*LOSSES, *SCORES)):
         return "nan"
     status = str((end or {}).get("status", ""))
     by_itself = status.startswith("stopped at") if end else off_beat(rows)
-    if "val_loss" in last and (last["step"] == last.get("iterations") or by_itself):
+    validated = not last.keys().isdisjoint(VALIDATIONS)
+    if validated and (last["step"] == last.get("iterations") or by_itself):
         return "complete"
-    llmc = last.get("iterations") is None and "val_loss" in last and "train_time_ms" not in last and not end
+    llmc = last.get("iterations") is None and validated and "train_time_ms" not in last and not end
     return "complete" if status in COMPLETED or llmc else status if status in ("nan", "error") else "died"
 
 
@@ -303,7 +339,8 @@ def status_of(run):
         started = run.config or (trace.code_hash and trace.header.get("torch"))
         status = "died" if started else "not a log"
     else:
-        ended = "error" if trace.end.get("status") == "error" else "died"
+        said = trace.end.get("status")
+        ended = "complete" if said == "done" else "error" if said == "error" else "died"
         status = trial_status(trace.rows, trace.end) if trace.rows else ended
     names = ("metrics.jsonl", "log.txt") if run.path.is_dir() else ("",)
     if status == "died" and any(os.path.realpath(run.path / name) in files_being_written() for name in names):
@@ -312,22 +349,32 @@ def status_of(run):
 
 
 def trial_numbers(rows, end=None):
-    """Final and best validation, time, last step and average of one trial."""
-    vals = [row for row in rows if number(row.get("val_loss")) is not None]
-    good = [row for row in vals if math.isfinite(row["val_loss"])]
+    """Final and best validation, time, last step and average of one trial. The final loss is of the last validation:
+    None where that lacks it."""
+    vals = [row for row in rows if any(number(row.get(key)) is not None for key in VALIDATIONS)]
+    good = [row for row in vals if math.isfinite(number(row.get("val_loss", math.inf)) or math.inf)]
     best = min(good, key=lambda row: row["val_loss"], default={})
+    bpb = [row["val_bpb"] for row in vals if number(row.get("val_bpb")) is not None]
     step, time_ms = rows[-1]["step"] if rows else None, latest(rows, "train_time_ms")
     average = latest(rows[-1:], "step_avg_ms")
     return {
         "status": trial_status(rows, end) if rows else "died",
         "steps": step,
         "max_step": latest(rows, "iterations"),
-        "final_val_loss": vals[-1]["val_loss"] if vals else None,
+        "final_val_loss": vals[-1].get("val_loss") if vals else None,
         "best_val_loss": best.get("val_loss"),
         "best_val_step": best.get("step"),
+        "final_val_bpb": bpb[-1] if bpb else None,
+        "best_val_bpb": min((value for value in bpb if math.isfinite(value)), default=None),
         "train_time_s": None if time_ms is None else time_ms / 1000,
         "step_avg_ms": average or (time_ms / step if time_ms and step else None),
     }
+
+
+def why_no_loss(rows):
+    """Why a trial that is complete has no final loss, and what helps."""
+    other = [key for key in rows[-1] if is_score(key) and re.match(r"(.*\.)?val(?!_loss_raw)", key)]
+    return "no val_loss in its last record" + (f"; --loss-key {other[0]} takes what it has" if other else "")
 
 
 def crossing(rows, target):
@@ -351,15 +398,16 @@ def describe(run, target=None):
     last = trials[-1]
     if last["status"] == "complete" and last["max_step"] and last["steps"] < last["max_step"]:
         notes.append(f"ended by itself at step {last['steps']} of {last['max_step']}")
-    if run.source == "metrics.jsonl":
+    if run.source == "metrics.jsonl" or not trace.rows:
         last = {**last, "steps": old["step"], "max_step": old["iterations"], "final_val_loss": old["val_loss"]}
         last["train_time_s"] = None if old["train_time_ms"] is None else old["train_time_ms"] / 1000
+    status = status_of(run)
     return {
         "path": str(run.path),
         "run_id": run.path.name if run.path.is_dir() else run.path.stem,
         "era": trace.era or None,
         **last,
-        "status": status_of(run),
+        "status": status,
         "trials": len(trace.trials),
         "peak_allocated_mib": number(trace.end.get("peak_memory_mib")),
         "peak_reserved_mib": number(trace.end.get("peak_reserved_mib")),
@@ -370,15 +418,29 @@ def describe(run, target=None):
         "params_total": old["params_total"] or header.get("params_total"),
         "params_active": old["params_active"],
         **{key: old[key] for key in ("routers", "hellaswag")},
-        **{key: header.get(key) for key in ("python", "cuda", "triton", "driver", "world_size", "date")},
+        **{key: header.get(key) for key in ("python", "cuda", "triton", "driver", "world_size", "seed", "date")},
         "torch": old["torch"],
         "gpus": old["device"],
         "gpu_count": header.get("gpu_count"),
         "code_hash": trace.code_hash,
         "parts": list(trace.parts),
         "warnings": notes,
+        "extras": extras_of(run),
+        "reason": (trace.reason or "it holds no step line") if status == "not a log" else None,
         "trial_runs": trials if len(trials) > 1 else [],
     }
+
+
+SHOWN = ("step", "iterations", *LOSSES, *SCORES, "train_time_ms", "step_avg_ms", "tokens")  # by lines of their own
+
+
+def extras_of(run):
+    """The other numbers of the last validation of a log: {key: number}."""
+    if run.source == "metrics.jsonl":
+        return {}
+    rows = run.trace.rows or [run.trace.end]  # an excerpt may hold the end only
+    last = next((row for row in reversed(rows) if not row.keys().isdisjoint(VALIDATIONS)), rows[-1])
+    return {key: value for key, value in last.items() if key not in SHOWN and number(value) is not None}
 
 
 SELF = ("seed", "run_id", "experiment_name", "log_dir", "resume", "wandb")  # settings that do not change the training

@@ -1,5 +1,5 @@
-"""Bytes of a log -> Trace: the public speedrun's logs of every year, ours, and those of sister projects. It knows
-nothing of presenting. Losses are in nats/token; times are in ms wherever a name ends in _ms, in s with _s."""
+"""Bytes of a log -> Trace: the public speedrun's logs of every year, ours, and those of sister projects, whose lines
+are in formats.py. It knows nothing of presenting. Losses are in nats/token, times in ms wherever a name ends in _ms."""
 
 import errno
 import hashlib
@@ -9,9 +9,25 @@ import math
 import os
 import re
 import stat
+import zlib
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import accumulate
+
+from runlogs.formats import (
+    FIRST,
+    FORMATS,
+    LINE,
+    MONTHS,
+    PREFIX,
+    SUMMARY,
+    closing_of,
+    limited,
+    reason_of,
+    scores_of,
+    summary_of,
+)
 
 SEPARATOR = "=" * 100  # a line of exactly this; nvidia-smi's rules are shorter, with | or + first
 BAR = SEPARATOR.encode()
@@ -25,36 +41,39 @@ MAX_LOADS = 1_000_000  # shares of experts kept in all reports of a run
 MAX_SCORES = 400  # HellaSwag scores kept of a run
 MAX_KEYS, MAX_VALUE = 64, 200  # keys of a record, characters of a text in it
 MAX_LINE = 2000  # bytes read of a line with a record
-MAX_PARTS = 100  # files of a source
+MAX_PARTS = 400  # files of a source
+MAX_UNPACKED = 256 << 20  # bytes read of gzip data
 MAX_SECTIONS = 6  # parts between separators that are kept
 MAX_COLUMNS = 1000  # of an exported table
 MAX_CELL = 500  # characters of a cell of a table
 MAX_TEXT = 16 << 20  # characters read of config.json, README.md and hellaswag.jsonl
-HUGE, TINY = 1e30, 1e-100  # a number beyond is infinite or 0: none of a training run is
+STEP_LINE = re.compile(rb"step[: ]\d|iter \d|Step +\d")
 STEP = re.compile(r"step:(\d{1,15})(?:/(\d{1,15}))?", re.ASCII)
 NUMBER = re.compile(r"([+-]?(?:\d++(?:\.\d*+)?|\.\d++)(?:e[+-]?\d++)?|[+-]?(?:nan|inf))(ms|s)?", re.ASCII | re.I)
 DECIMAL = rb"(\d{1,15}(?:\.\d{0,15})?)"
 USUAL_STEP = re.compile(  # nearly every line of every log; the others go through parse_step_line
     rb"step:(\d{1,15})/(\d{1,15}) (?:(val|train)_loss:%b )?train_time:%b(m?)s step_avg:(?:nan|%b)ms"
     % (DECIMAL, DECIMAL, DECIMAL))
-RECORDS = (b"step:", b"s:", b"peak memory", b"resumed after", b"\x1b")  # lines that are read
 LLMC = re.compile(r"s:(\d{1,15}) (tel|trl):", re.ASCII)
 PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d{1,15}) MiB(?: reserved: (\d{1,15}) MiB)?", re.ASCII)
 RESUMED = re.compile(r"resumed after step (\d{1,15})", re.ASCII)
-PART = re.compile(rb"^-{40}\n# ([\w.-]{1,100})\n-{40}\n", re.MULTILINE)  # one more file of a source
+# a name of a file, or a path that leads neither up nor out
+PLAIN = rb"[\w.-]{1,100}|(?:(?!\.{1,2}/|-)[\w.+-]{1,100}/){1,12}(?!\.{1,2}\n|-)[\w.+-]{1,100}"
+PART = re.compile(rb"^-{40}\n# (%b)\n-{40}\n" % PLAIN, re.MULTILINE)  # one more file of a source
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
 GPU = re.compile(r"^\| {1,9}\d{1,3} {1,9}(\S.{0,80}?) {1,80}(?:On|Off|N/A) {1,80}\|", re.M)  # of nvidia-smi
 GPU_LIST = re.compile(r"^GPU \d+: (.+?) \(UUID", re.MULTILINE)
 DATE = re.compile(r"^\w{3} (\w{3}) +(\d{1,2}) ([\d:]{8}) (?:[A-Z]{2,5} )?(\d{4})", re.M | re.ASCII)
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "python": r"^Running python (\S+)",
     "torch": r"^Running pytorch (?:version )?(\d\S*)",
     "cuda": r"^Running pytorch .* compiled for CUDA (\S+)",
     "triton": r"^Running Triton version (\S+)",
     "driver": r"Driver Version: (\S+)",
-    "world_size": r"^Running pytorch .* with world_size (\d{1,5})",
-    "gpu": r"^Running pytorch .{0,300} on (\S.{0,100}?) with world_size",
+    "world_size": r"^(?:Running .* with world_size[ =]|.{0,99}Distributed world size: )(\d{1,5})",
+    "gpu": r"^(?:Running (?:pytorch .{0,300} on |on device_name=)|GPU: )(\S.{0,100}?)(?: with world_size| \| Peak F)",
+    "seed": r"^Using seed=(\d{1,18})",
+    "max_iters": r"^(?:.{0,99}[ :\]])?max_iters = (\d{1,15})",
     "cpu": r"^(?:Running on )?(?:CPU|Model name):[ \t]*([^,\n]+)",
     "train_tokens": r"^Training DataLoader: total number of tokens: (\d{1,18})",
     "params_total": r"^[ \t]*Total parameters: ([\d,]{1,24})",
@@ -64,6 +83,7 @@ FACTS = {  # key of Trace.header: where it stands in the text about the machine
 FACTS = {key: re.compile(form, re.ASCII | re.I | re.M) for key, form in FACTS.items()}
 LONG = re.compile(r"^(?!Settings: )(.{500}).+", re.MULTILINE)  # a line about the machine that is cut
 LOSSES = ("train_loss", "val_loss")
+SCORES = ("val_loss", "val_bpb")  # what a validation says
 ACCURACIES = ("per_token", "per_byte", "raw")  # of HellaSwag: by what a loss is divided
 DEAD = 1 / 20  # an expert with less than this share of the mean load is dead, as in train_moe.py
 RUN_FILES = ("metrics.jsonl", "log.txt", "config.json", "hellaswag.jsonl")
@@ -89,6 +109,8 @@ class Trace:
     routers: list[dict] = field(default_factory=list)  # reports as of parse_routers, in order
     scores: dict[int, dict] = field(default_factory=dict)  # by step, as of parse_score
     changes: list[tuple] = field(default_factory=list)  # (step of a resume, its changed settings in words)
+    reason: str = ""  # why it is no log
+    loss_key: str = "val_loss"  # which key of its records is the claim
 
     @property
     def trials(self):
@@ -111,7 +133,7 @@ class Trace:
         after a last step or at step 0 or 1. A record of a finished trial that is told again is left out."""
         if self.rows and row["step"] < (last := self.rows[-1])["step"]:
             whole = last["step"] == last.get("iterations")
-            if trials and whole and row["step"] > 1 and row in self.rows[-100:]:
+            if trials and row["step"] > 1 and row in self.rows[-100:]:
                 return
             if trials and (whole or row["step"] <= 1):
                 self.next_trial()
@@ -121,6 +143,14 @@ class Trace:
         self.rows.append(row)
         if len(self.rows) > MAX_ROWS:
             self.thin()
+
+    def merge(self, row):
+        """Give the record of the step of `row` the keys that it lacks; among the last records, else it is left out."""
+        for old in reversed(self.rows[-100:]):
+            if old["step"] == row["step"]:
+                for key in row if len(old) < MAX_KEYS else ():
+                    old.setdefault(key, row[key])
+                return
 
     def add_routers(self, report):
         """Append a report of the routers; it replaces those from its step on, and all of another shape."""
@@ -190,13 +220,6 @@ def number(value):
     return value if isinstance(value, float) or abs(value) < 2**63 else None
 
 
-def limited(value):
-    """A float without what overflows or vanishes as soon as one computes with it; all else as it is."""
-    if not isinstance(value, float) or TINY < abs(value) < HUGE:
-        return value
-    return math.copysign(math.inf if abs(value) >= HUGE else 0.0, value) if value == value else value
-
-
 def shortened(row):
     """A record with its first MAX_KEYS keys, beside those that are read, and the start of long texts."""
     keys = [key for key in ("step", "iterations", *LOSSES, "train_time_ms", "tokens") if key in row]
@@ -225,14 +248,18 @@ def parse_pairs(words):
     return row
 
 
+OTHER_NAMES = {"loss": "train_loss", "t_ms": "train_time_ms"}  # of keys in public step lines
+
+
 def parse_step_line(line):
     """`step:N/M key:value ...` as a dict with N as `step` and M as `iterations` (None without /M), llm.c's
     `s:N tel:L` and `s:N trl:L ...` likewise; None if `line` has another form."""
     line = ANSI.sub("", line)
     words = line.split()
     if head := STEP.fullmatch(words[0]) if words else None:
-        return {"step": int(head[1]), "iterations": int(head[2]) if head[2] else None} | {
-            key: value for key, value in parse_pairs(words[1:]).items() if key not in ("step", "iterations")}
+        found = {OTHER_NAMES.get(key, key): value for key, value in parse_pairs(words[1:]).items()}
+        first = {"step": int(head[1]), "iterations": int(head[2]) if head[2] else None}
+        return {**first, **found, **first}
     if LLMC.match(line):
         row = parse_pairs(words[1:])
         names = {"tel": "val_loss", "trl": "train_loss"}
@@ -259,10 +286,12 @@ def whole_part(line):
 
 
 class LogParser:
-    """Parses blocks of whole lines. Step lines count after the last separator only, because the code may quote one."""
+    """Parses blocks of whole lines. Step lines count after the last separator only, because the code may quote one.
+    Lines of several projects in one file are read as one run, or its trials, in their order."""
 
-    def __init__(self, keep_rows=True):
-        self.keep_rows, self.sections, self.trace = keep_rows, [], None
+    def __init__(self, keep_rows=True, loss_key=None):
+        self.keep_rows, self.sections, self.found, self.notes = keep_rows, [], None, []
+        self.kept = {*LOSSES, *SCORES, loss_key}  # keys of records that stay
         self.bar()
 
     def bar(self):
@@ -270,80 +299,225 @@ class LogParser:
         if len(self.sections) == MAX_SECTIONS:
             del self.sections[-2]
         self.sections.append(bytearray())
-        self.before, self.trace, self.bad, self.time = self.trace, Trace(), 0, -1.0
+        self.before, self.found = self.found, Found(Trace())
 
     def feed(self, block):
         """`block` ends with a line end; "\\r\\n" is read as "\\n"."""
         block = block.replace(b"\r\n", b"\n") if b"\r" in block else block
-        start = at = 0
+        pieces, start, at = [], 0, 0
         while (at := block.find(BAR, at)) >= 0:
             end = block.find(b"\n", at) + 1 or len(block)
             if (at == 0 or block[at - 1 : at] == b"\n") and block[at:end].rstrip() == BAR:
-                self.text(block[start:at])
-                self.bar()
+                pieces.append((start, at))
                 start = end
             at = end
-        self.text(block[start:])
+        pieces.append((start, len(block)))
+        for i, (start, end) in enumerate(pieces):
+            self.bar() if i else None
+            self.text(block[start:end], i >= len(pieces) - 2)  # steps may be in the last section, or before a blank one
 
-    def text(self, block):
-        """Lines of one section."""
+    def text(self, block, steps):
+        """Lines of one section, which may hold steps."""
         section = self.sections[-1]
         section += block[: MAX_SECTION - len(section)]
-        if any(block.startswith(start) or b"\n" + start in block for start in RECORDS):
-            for line in block.split(b"\n"):
-                if match := USUAL_STEP.fullmatch(line):
-                    self.row(usual_row(match))
-                elif line:
-                    self.other(line)
+        block = block.replace(b"\r", b"\n") if b"\r" in block else block  # of progress bars
+        for line in block.split(b"\n") if steps else ():
+            if match := USUAL_STEP.fullmatch(line):
+                self.row(usual_row(match))
+            elif line:
+                self.other(line)
 
     def other(self, line):
         """A line that has not the usual form."""
-        if not line.startswith(RECORDS):
-            return
-        line = line[:MAX_LINE].decode("utf-8", "replace")
-        if match := PEAK.search(line):
+        if b"\x1b" in line:
+            line = ANSI.sub("", line[:MAX_LINE].decode("utf-8", "replace")).encode()
+        likely = line[:1] and (line[0] in FIRST or line[1:2].isdigit())  # srun -l writes blanks before a rank
+        if likely and (match := LINE.match(line)):
+            text = line[match.end() : match.end() + MAX_LINE].decode("utf-8", "replace")
+            if self.found.counts(match["rank"]):
+                self.line(text)
+        elif self.found.block is not None:
+            self.summary(line)
+        elif b"val_bpb" in line or b"Val BPB" in line:
+            text = line[:MAX_LINE].decode("utf-8", "replace")
+            self.found.add(scores_of(text[PREFIX.match(text).end() :]))
+
+    def line(self, text):
+        """A line that begins as those that are read do."""
+        trace = self.found.trace
+        if match := PEAK.search(text):
             values = zip(("peak_memory_mib", "peak_reserved_mib"), match.groups(), strict=True)
-            self.trace.end = {key: int(value) for key, value in values if value}
-        elif match := RESUMED.match(line):
-            self.trace.rewind(int(match[1]))
-            self.time = -1.0
-        elif row := parse_step_line(line):
+            trace.end |= {key: int(value) for key, value in values if value}
+        elif match := RESUMED.match(text):
+            trace.rewind(int(match[1]))
+            self.found.time = -1.0
+        elif row := parse_step_line(text):
             if any(isinstance(row.get(key), str) for key in LOSSES):
-                self.bad += 1
-            else:
-                self.row(row if len(row) <= MAX_KEYS else shortened(row))
+                self.found.bad += 1
+            elif row := self.found.own(row if len(row) <= MAX_KEYS else shortened(row)):
+                self.row(row)
+        elif text.startswith("---"):
+            self.found.block = {}
+        elif pair := closing_of(text):
+            self.found.close(*pair)
+        elif found := next(((form, row) for form in FORMATS if (row := form.record(text))), None):
+            self.foreign(*found)
+        if text.startswith("stopping_early"):
+            trace.end["status"] = "stopped at its limit of time"
+
+    def foreign(self, form, row):
+        """A record of a sister project: all lines of a step are one record."""
+        found, last = self.found, self.found.trace.rows[-1:]
+        found.forms[form.name] += 1
+        if form.sums and "dt_ms" in row and "train_time_ms" not in row:
+            row |= found.summed(row)
+        if last and last[0]["step"] == row["step"]:
+            found.trace.merge(row)
+        else:
+            same = last and row["iterations"] is None and row["step"] > last[0]["step"]
+            self.row({**row, "iterations": last[0]["iterations"]} if same else row)
+
+    def summary(self, line):
+        """A line of a closing block, or behind it."""
+        if (match := SUMMARY.match(line[:MAX_LINE].decode("utf-8", "replace"))) and len(self.found.block) < MAX_KEYS:
+            self.found.block[match[1]] = limited(float(match[2].replace(",", "")))
+        elif line.strip():
+            self.end_block()
+
+    def end_block(self):
+        """Take what a closing block tells; a block of another task is kept to be named."""
+        found = self.found
+        row, end = summary_of(found.block)
+        if row and (found.trace.rows or "step" in row):
+            step = found.trace.rows[-1]["step"] if found.trace.rows else 0
+            found.forms["autoresearch"] += "step" in row
+            row = {"step": step, "iterations": None} | row
+            found.add(row) if row["step"] == step and found.trace.rows else self.row(row)
+            found.trace.end |= {**end, "status": "done"}
+        found.other_task, found.block = found.other_task or (None if row else found.block), None
 
     def row(self, row):
         """A record; without keep_rows one that holds no loss is replaced by the next."""
-        trace, time = self.trace, row.get("train_time_ms", -1.0)
+        found, trace, time = self.found, self.found.trace, row.get("train_time_ms", -1.0)
+        if trace.rows and row == trace.rows[-1]:  # of another rank
+            return
         if isinstance(time, float):
-            trace.resets += 0 <= time < self.time / 2 and bool(trace.rows) and row["step"] > trace.rows[-1]["step"]
-            self.time = time
-        if not self.keep_rows and trace.rows and trace.rows[-1].keys().isdisjoint(LOSSES):
+            trace.resets += 0 <= time < found.time / 2 and bool(trace.rows) and row["step"] > trace.rows[-1]["step"]
+            found.time = time
+        if not self.keep_rows and trace.rows and trace.rows[-1].keys().isdisjoint(self.kept):
             if row["step"] >= trace.rows[-1]["step"]:
                 trace.rows.pop()
+        found.count += 1
+        if trace.end:
+            trace.end = {}  # of the run before
         trace.add(row, trials=True)
 
-    def close(self):
-        """The Trace of all that was fed."""
-        trace, sections = self.trace, [bytes(section) for section in self.sections]
-        if len(sections) > 2 and not sections[-1].strip() and self.before.rows:  # a separator after the last line
-            trace, sections = self.before, sections[:-1]
+    def close(self, start=b"", name=""):
+        """The Trace of all that was fed; `start` are the first bytes of the file `name`."""
+        found, sections = self.found, [bytes(section) for section in self.sections]
+        if len(sections) > 2 and not sections[-1].strip() and self.before.trace.rows:  # a separator after the last line
+            found, sections = self.before, sections[:-1]
+        self.found, trace = found, found.trace
+        self.end_block() if found.block is not None else None
         first_bar = len(sections) > 1 and not sections[0].strip()
         sections = sections[1:] if first_bar else sections
-        if self.bad:
-            trace.note(f"{self.bad} step line(s) of log.txt left out: their loss is not a number")
-        last = trace.rows[-1] if trace.rows else {"step": 0}
-        done = "val_loss" in last and last["step"] == last["iterations"]
-        if done or trace.end:
-            trace.end["status"] = "done" if done else f"stopped at step {last['step']}"
-        machine = [*sections[1:-1], sections[-1].partition(b"step:")[0]]  # without the source
-        machine = b"\n".join(section[:16384] for section in machine)
+        for note in self.notes:
+            trace.note(note)
+        if found.bad:
+            trace.note(f"{found.bad} step line(s) of log.txt left out: their loss is not a number")
+        machine = [*(section[:16384] for section in sections[1:-1]), STEP_LINE.split(sections[-1][: 1 << 18], 1)[0]]
+        machine = b"\n".join(machine)  # without the source
         trace.header = parse_header(machine.decode("utf-8", "replace"))
+        found.finish()
         if len(sections) > 1:
             split_source(trace, sections[0])
-        trace.era = era_of(trace, sections, first_bar)
+        trace.era = era_of(found, sections, first_bar)
+        if not trace.trials and not trace.end:
+            other = start.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")) and sections[0].strip()
+            trace.reason = reason_of(sections[0][:65536] if other else start, found.other_task, name)
         return trace
+
+
+@dataclass
+class Found:
+    """The Trace of a section while it is read, and what is known of its lines so far."""
+
+    trace: Trace
+    bad: int = 0  # step lines whose loss is no number
+    time: float = -1.0  # of the last record
+    count: int = 0  # records
+    forms: Counter = field(default_factory=Counter)  # of them those of sister projects
+    rank: int | None = None
+    sum: tuple = (-1, 0.0)  # step and time so far where a format tells the time of each step only
+    block: dict | None = None  # of autoresearch, while it is read
+    other_task: dict | None = None
+
+    def counts(self, rank):
+        """Whether a line of this rank counts: those of the lowest rank that speaks, and of none."""
+        if rank is None or (rank := int(rank)) == self.rank:
+            return True
+        if self.rank is not None and rank < self.rank:
+            self.trace.rows = []  # it tells them itself
+        lower = self.rank is None or rank < self.rank
+        self.rank = rank if lower else self.rank
+        return lower
+
+    def own(self, row):
+        """`row` if it is a record of its own. Else the record of its step gets its keys: one without /M after /M was
+        seen, and one of the same step without a validation and its time."""
+        last = self.trace.rows[-1] if self.trace.rows else None
+        if last is None:
+            return row
+        if row["iterations"] is None and last["iterations"] is not None:
+            later = last["step"] < row["step"] and last["step"] < last["iterations"]
+            row["iterations"] = last["iterations"]
+            if later and not row.keys().isdisjoint((*LOSSES, "train_time_ms")):
+                return row
+        elif row["step"] != last["step"] or (row.keys() >= {"val_loss", "train_time_ms"} and row != last):
+            return row
+        self.trace.merge(row)
+        return None
+
+    def summed(self, row):
+        """The time so far of a step that tells its own time: none counts the first 10 steps, which compile. {} where a
+        step is missing."""
+        step, time = self.sum
+        if row["step"] not in (step, step + 1) and row["step"] > 1:
+            self.sum = (-9, 0.0)
+            return {}
+        time = 0.0 if row["step"] <= 1 else time
+        self.sum = (row["step"], time + (row["dt_ms"] if row["step"] > 10 and row["step"] != step else 0.0))
+        return {"train_time_ms": self.sum[1]}
+
+    def add(self, keys):
+        """Give the last record keys that it lacks."""
+        if self.trace.rows and keys:
+            self.trace.merge({**keys, "step": self.trace.rows[-1]["step"]})
+
+    def close(self, key, value):
+        """A line that closes a run of a sister project."""
+        if key in ("total_training_time_ms", "peak_memory"):
+            time = key == "total_training_time_ms"
+            self.trace.end |= {"train_time_ms": value, "status": "done"} if time else {"peak_memory_mib": value}
+        elif self.trace.rows:
+            self.add({key: value})
+        else:
+            self.trace.end[key] = value
+
+    def finish(self):
+        """What is known of the end."""
+        trace = self.trace
+        last = trace.rows[-1] if trace.rows else {"step": 0, "iterations": None}
+        if self.forms["nanoGPT"] and trace.rows:
+            planned = trace.header.get("max_iters")
+            for row in trace.rows:
+                row["iterations"] = row["iterations"] or planned
+            trace.end = trace.end or {"status": "no end is logged"}
+        done = not last.keys().isdisjoint(SCORES) and last["step"] == last["iterations"]
+        if "train_time_ms" in trace.end and trace.rows:
+            last["train_time_ms"] = trace.end["train_time_ms"]
+        if done or (trace.end and "status" not in trace.end):
+            trace.end["status"] = "done" if done else f"stopped at step {last['step']}"
 
 
 def split_source(trace, source):
@@ -357,6 +531,8 @@ def split_source(trace, source):
         trace.note(f"the source holds {MAX_PARTS} files or more: those after them are in the last one")
     for name, text in zip(names, texts, strict=True):
         name = name.decode("ascii", "replace")
+        while name in trace.parts:
+            name += "~"  # which no name that is split has
         trace.parts[name] = text.decode("utf-8", "replace").strip("\n") + "\n"
 
 
@@ -365,8 +541,8 @@ def parse_header(text):
     text = LONG.sub(r"\1", text)
     found = {key: match[1].strip() for key, form in FACTS.items() if (match := form.search(text))}
     names = GPU.findall(text) or GPU_LIST.findall(text)
-    names = names or [found["gpu"]] * int(found["world_size"]) if "gpu" in found else names
-    for key in ("world_size", "train_tokens", "params_total"):
+    names = names or [found["gpu"]] * int(found.get("world_size", 1)) if "gpu" in found else names
+    for key in ("world_size", "train_tokens", "params_total", "seed", "max_iters"):
         found |= {key: int(digits)} if (digits := found.get(key, "").replace(",", "")) else {}
     if names:
         found |= {"gpus": names[0], "gpu_count": len(names), "device": times(names[0], len(names))}
@@ -377,9 +553,17 @@ def parse_header(text):
     return {key: value for key, value in found.items() if key not in ("gpu", "cpu")}
 
 
-def era_of(trace, sections, first_bar):
-    """Which form of the public format a log has, as docs of the formats call them."""
-    tail, last = sections[-1][:65536], trace.trials[-1][-1] if trace.trials else {}
+GOLF = re.compile(rb"^(?:[\d.]{1,30} )?(?:val_bpb:enabled|train_batch_tokens:|stopping_early: |Serialized model)", re.M)
+
+
+def era_of(found, sections, first_bar):
+    """Which project or form of the public format a log has, as docs of the formats call them."""
+    trace, tail = found.trace, sections[-1][:65536]
+    last = trace.trials[-1][-1] if trace.trials else {}
+    if last and 2 * found.forms.total() >= found.count:
+        return " + ".join(name for name, _ in found.forms.most_common(3))
+    if any("val_bpb" in row for row in trace.rows) and GOLF.search(tail):
+        return "parameter-golf"
     if last and last["iterations"] is None and "train_time_ms" not in last:
         return "llm.c"
     if len(sections) == 1:
@@ -401,19 +585,24 @@ def era_of(trace, sections, first_bar):
     return "01/2025, clock reset" if trace.resets or b"step_avg:nanms" in tail else "02/2025, two separators"
 
 
-def blocks_of(file):
+def blocks_of(file, notes=None):
     """Bytes of a binary file as blocks that end with a line end; a longer line than BLOCK is cut. A last line without
-    line end comes without what may be cut."""
-    rest, head = b"", file.read(BLOCK)
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, as PowerShell's > writes
+    line end comes without what may be cut. gzip data is unpacked; what is wrong with it goes to `notes`."""
+    rest, head, read = b"", file.read(BLOCK), lambda: file.read(BLOCK)
+    if head.startswith(b"\x1f\x8b"):
+        file.seek(0)
+        pieces = unpacked(file, [] if notes is None else notes)
+        head, read = next(pieces, b""), lambda: next(pieces, b"")
+    elif head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16, as PowerShell's > writes
         file.seek(0)
         text = io.TextIOWrapper(file, "utf-16", errors="replace", newline="")
         head, read = text.read(BLOCK).encode("utf-8", "replace"), lambda: text.read(BLOCK).encode("utf-8", "replace")
-    else:
-        head, read = head.removeprefix(b"\xef\xbb\xbf"), lambda: file.read(BLOCK)
+    head = head.removeprefix(b"\xef\xbb\xbf")
     while head:
         data = rest + head
-        cut = data.rfind(b"\n") + 1 or (len(data) if len(data) > BLOCK else 0)
+        cut = data.rfind(b"\n") + 1
+        if not cut and len(data) > BLOCK:
+            cut = data.rfind(b"\r") + 1 or len(data)
         if cut:
             yield data[:cut]
         rest, head = data[cut:], read()
@@ -421,12 +610,35 @@ def blocks_of(file):
         yield whole_part(rest.rstrip(b"\r")) + b"\n"
 
 
-def parse_log(text, keep_rows=True):
+def unpacked(file, notes):
+    """Pieces of what gzip data holds, none longer than BLOCK, up to MAX_UNPACKED bytes in all."""
+    left, member, whole = MAX_UNPACKED, zlib.decompressobj(31), False
+    try:
+        while packed := file.read(1 << 14):
+            while packed and left:
+                if piece := member.decompress(packed, min(BLOCK, left)):
+                    yield piece
+                left, whole = left - len(piece), member.eof
+                packed = member.unused_data if whole else member.unconsumed_tail
+                member = zlib.decompressobj(31) if whole else member
+            if not left:
+                notes.append(f"more than {MAX_UNPACKED >> 20} MiB of gzip data: the rest was left out")
+                return
+    except zlib.error:
+        whole = False
+    if not whole:
+        notes.append("the gzip data is damaged or cut: what stands before that was read")
+
+
+def parse_log(text, keep_rows=True, loss_key=None, name=""):
     """Trace of a log.txt, given as text or as an open binary file."""
-    parser = LogParser(keep_rows)
-    for block in blocks_of(io.BytesIO(text.encode("utf-8", "replace")) if isinstance(text, str) else text):
+    parser = LogParser(keep_rows, loss_key)
+    file = io.BytesIO(text.encode("utf-8", "replace")) if isinstance(text, str) else text
+    start = file.read(65536)
+    file.seek(0)
+    for block in blocks_of(file, parser.notes):
         parser.feed(block)
-    return parser.close()
+    return parser.close(start, name)
 
 
 def parse_object(text):

@@ -205,9 +205,15 @@ def router_line(found):
             f"{found['dead']} dead{dropped}")
 
 
+def extras_line(extras, most=12):
+    """Other numbers of the last validation as `key 1.5, key 2`."""
+    words = [f"{key} {value:.6g}" for key, value in [*extras.items()][:most]]
+    return ", ".join(words) + (f" and {len(extras) - most} more" if len(extras) > most else "")
+
+
 def screen(numbers):
     """One run as a two-column Table."""
-    n, status = numbers, numbers["status"]
+    n, status, best = numbers, numbers["status"], numbers["best_val_loss"]
     place = f" at step {show(n['steps'])} of {show(n['max_step'])}"
     place = place if status in ("died", "nan", "error", "running") else ""
     memory = [f"{n[key]:,} MiB {key.split('_')[1]}" for key in ("peak_allocated_mib", "peak_reserved_mib") if n[key]]
@@ -217,8 +223,10 @@ def screen(numbers):
     rows = [("status", status + place), ("format", n["era"]), ("trials", show(n["trials"])),
             ("steps", f"{show(n['steps'])} of {show(n['max_step'])}"),
             ("final val loss", show(n["final_val_loss"], ".5g")),
-            ("best val loss", f"{show(n['best_val_loss'], '.5g')} at step {show(n['best_val_step'])}"),
-            ("training time", seconds(n["train_time_s"])), ("step average", f"{show(n['step_avg_ms'], ',.2f')} ms"),
+            ("best val loss", best and f"{show(best, '.5g')} at step {show(n['best_val_step'])}"),
+            ("bits per byte", show(n["final_val_bpb"], ".6g")), ("extras", extras_line(n["extras"])),
+            ("training time", seconds(n["train_time_s"])),
+            ("step average", n["step_avg_ms"] and f"{n['step_avg_ms']:,.2f} ms"),
             (f"target {show(n['target'])}", where), ("peak memory", ", ".join(memory)),
             ("hardware", show(n["gpus"])), ("versions", ", ".join(known)),
             ("parameters", parameters(n["params_total"], n["params_active"])), ("routers", router_line(n["routers"])),

@@ -1,7 +1,7 @@
 """Mutants: small errors put into the statistics of runlogs/, one at a time; the tests have to see each.
 
     python tests/mutants.py                      # all of them: a few minutes on one core
-    python tests/mutants.py planning welch       # those with one of these words in their file, place or reason
+    python tests/mutants.py planning welch       # those with one of these words in their lines
     python tests/mutants.py --list
 
 They are in mutants.txt: a file, a text in it that occurs exactly once, what takes its place, and why that is an error.
@@ -125,7 +125,7 @@ def outcome_of(mutant: Mutant, folder: Path) -> Outcome:
 
 def chosen(words: list[str]) -> list[Mutant]:
     mutants = read_mutants((ROOT / "tests" / "mutants.txt").read_text())
-    return [m for m in mutants if not words or any(w in f"{m.file} {m.old} {m.why}" for w in words)]
+    return [m for m in mutants if not words or any(w in f"{m.file}: {m.why} {m.old}" for w in words)]
 
 
 def report(outcomes: list[Outcome]) -> int:

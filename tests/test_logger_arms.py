@@ -106,6 +106,12 @@ def test_side_folders_are_never_pooled(tmp_path, capsys):
     assert found["baseline"] is found["difference"] is None
 
 
+def test_record_and_baseline_come_first(tmp_path):
+    for i, name in enumerate(("ablation", "baseline", "this_pr", "smoke")):
+        group(tmp_path / name, GOOD[:2], 10.0 + i)
+    assert [arm.name for arm in evidence(tmp_path).arms] == ["record", "baseline", "ablation", "smoke"]
+
+
 # -- code versions
 
 
@@ -284,6 +290,20 @@ def test_a_run_in_two_files_counts_once(tmp_path):
     assert all(sample.code for sample in arm.samples)  # of copies the one with a source
 
 
+def test_of_copies_the_log_with_a_source_counts_whatever_it_holds(tmp_path):
+    first, second = ((3.27, 10.0), (3.271, 10.1))
+    (tmp_path / "z.txt").write_text(log_text(*first) + log_text(*second).rpartition(BAR)[2])
+    console(tmp_path / "a.txt", second)
+    assert [sample.name for sample in evidence(tmp_path).arm("record").samples] == ["z.txt, trial 1", "z.txt, trial 2"]
+
+
+def test_other_steps_are_no_copy(tmp_path):
+    for steps in (4, 8):
+        text = f"step:{steps}/{steps} val_loss:3.27000 train_time:10000ms step_avg:5.00ms\n"
+        (tmp_path / f"{steps}.txt").write_text(text)
+    assert counts(evidence(tmp_path)) == {"record": [1, 1]}
+
+
 def test_two_captures_without_source_count_once(tmp_path):
     console(tmp_path / "all.txt", (3.27, 10.0), (3.271, 10.1))
     console(tmp_path / "run1.txt", (3.271, 10.1))
@@ -314,6 +334,13 @@ def test_runs_that_end_alike_and_differ_before_are_two(tmp_path):
     for old, new in (("3.77500", "3.77600"), ("3.27500", "3.27600"), ("10000.000ms", "10001.000ms")):
         (tmp_path / "b.txt").write_text(text.replace(old, new))
         assert counts(evidence(tmp_path)) == {"record": [2]}
+
+
+def test_a_validation_that_is_nan_says_nothing_of_copies(tmp_path):
+    text = log_text(3.27).replace("3.77000", "nan")
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text(text)
+    assert counts(evidence(tmp_path)) == {"record": [1]}
 
 
 def test_another_loss_can_be_the_claim(tmp_path):
@@ -370,6 +397,27 @@ def test_a_cell_is_chosen_by_label_hash_or_folder(tmp_path, capsys):
     assert f"set aside: {old.code}" in numbers(capsys, "stats", tmp_path, "--cell", new.code)["notes"][0]
     text = error(capsys, "stats", tmp_path, "--cell", "nothing")
     assert "'nothing' means 0 cells" in text and new.code in text and old.code in text
+
+
+def test_a_cell_has_to_be_named_clearly(tmp_path, capsys):
+    group(tmp_path, GOOD, machine=machine())
+    group(tmp_path / "long", GOOD[:4], 20.0, machine=machine(), count=8)
+    code = evidence(tmp_path).arm("record").cells[0].code
+    assert f"--cell '{code}' means 2 cells of the record: it has step 4; step 8" in error(
+        capsys, "stats", tmp_path, "--cell", code)
+
+
+def test_comments_and_seeds_make_no_cells(tmp_path):
+    group(tmp_path / "a", GOOD, code=CODE + "seed = 1\n")
+    group(tmp_path / "b", GOOD, 11.0, code=CODE + "seed = 2  # another\n")
+    assert counts(evidence(tmp_path)) == {"record": [10]}
+
+
+def test_an_uneven_baseline_is_not_compared(tmp_path):
+    console(tmp_path / "a.txt", (3.27, 10.0), (3.271, 10.1))
+    console(tmp_path / "baseline" / "b.txt", (3.28, 12.0), (3.281, 90.0))
+    found = evidence(tmp_path)
+    assert judging.difference_of(found.arm("record"), found.arm("baseline"))["gain"] is None
 
 
 def test_the_baseline_on_the_same_machine_with_the_most_steps_is_compared(tmp_path):
@@ -460,6 +508,15 @@ def test_compare_takes_the_record_of_a_folder(tmp_path, capsys):
     found = numbers(capsys, "compare", tmp_path / "a", tmp_path / "b")
     assert [one["n"] for one in found["groups"]] == [5, 5]
     assert found["pairs"][0]["train_time_s"]["difference"] == pytest.approx(-1)
+    assert found["groups"][0]["warnings"] == ["left out: baseline: 5 runs, another arm"]
+
+
+def test_only_side_folders_are_named(tmp_path, capsys):
+    for name in ("dev_1", "dev_2"):
+        group(tmp_path / name, GOOD, 10.0 + len(name) * (name == "dev_2"))
+    for argv in (("stats", tmp_path), ("compare", tmp_path, tmp_path)):
+        assert "holds no complete run" in (text := error(capsys, *argv)) or "no complete run in" in text
+        assert "its runs are of dev_1, dev_2: give one of these" in text
 
 
 def test_compare_of_one_folder_is_record_against_baseline(tmp_path, capsys):

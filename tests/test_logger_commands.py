@@ -264,7 +264,7 @@ def test_show_screens_tables_and_exit_codes(tmp_path, capsys):
     assert command(capsys, "show", group, "--strict")[0] == 1
     (group / "junk.txt").write_text("nothing\n")
     code, out, _ = command(capsys, "show", group / "junk.txt")
-    assert code == 1 and out == f"not a log: {group / 'junk.txt'}\n"
+    assert code == 1 and out == f"not a log: {group / 'junk.txt'} (it holds no step line)\n"
 
 
 def test_show_reads_our_runs(tmp_path, capsys):
@@ -700,7 +700,7 @@ def boards(monkeypatch):
     """The records that the board's functions were called with."""
     seen = []
     module = types.SimpleNamespace(board_markdown=lambda records: seen.append(records) or "| table |",
-                                   board_html=lambda records, title: f"<title>{title}</title>")
+                                   board_html=lambda records, title, target: f"<title>{title}</title>")
     monkeypatch.setitem(sys.modules, "runlogs.board", module)
     return seen
 
