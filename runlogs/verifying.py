@@ -1,40 +1,41 @@
 """Claims of READMEs -> what the logs beside them say: supported, contradicted, or not found.
 
-Facts are those of groups: an arm, its cells, a folder of logs, and each list of runs in the README that the logs hold.
-A claim is supported if a fact of its kind and statistic (of its arm, where the words say one) rounds or is cut to it,
-contradicted if its kind and statistic are known and no fact agrees, and else not found: it may be about something that
-is not here. Claims of one row of a table, or of one sentence, are about one thing: the group that most of them fit is
-the one that the others have to fit. `claims.py` says which numbers are claims.
+A claim is supported if a fact of its kind and statistic (and of its arm, where the words say one) rounds or is cut to
+it, contradicted if its kind and statistic are known and no fact agrees, and else not found: it may be about something
+that is not here. Claims of one row of a table, or one sentence, are about one thing: the group that most of them fit is
+the one that the others have to fit. A row that fits no group, or is said to be of other runs, is not found.
 """
 
-import itertools
-import math
 import re
-import statistics
 import sys
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from functools import cached_property
 from pathlib import Path
 
-from runlogs.claims import COMPARED, RECORD, claims_of
-from runlogs.judging import HARMLESS, below_target, versions, welch, what_differs
-from runlogs.loading import natural, trial_numbers
+from runlogs.claims import claims_of
+from runlogs.facts import Group, Pairs, agrees, around, close, groups_of, holds, some
+from runlogs.judging import HARMLESS, versions, what_differs
+from runlogs.loading import natural
 from runlogs.parsing import parse_step_line, read_text
+from runlogs.wording import COMPARED, COUNTED, RECORD
 
 VERDICTS = {False: "contradicted", None: "not found", True: "supported"}
-MAX_GROUPS = 40
-MAX_PAIRS = 300
-SPECIFIC = ("mean", "sd", "median", "min", "max", "range", "spread", "result")
+KNOWN = ("mean", "sd", "median", "min", "max", "range", "interval", "spread", "result")
 BASELINE = re.compile(r"baseline|previous|prior\b|\bold\b|\bmaster\b|former|\bcontrol\b|reference|retim\w+|re-?r[ua]n",
                       re.I)
-ELSEWHERE = re.compile(r"#\d\d+|\b(?:PR|pull) ?#?\d+|official|karpathy|another (?:run|record|machine|node|box|cluster)|earlier|elsewhere|cluster|separate|\b(?:on|an?) (?:single )?(?:G?[AH]\d00|GH200)|"
-                       r"\b(?:record|WR) #?\d{1,3}(?![\d.])|original|\bablat|suggest|would|could|might|expect|\beval\b|no changes", re.I)
+ELSEWHERE = re.compile(
+    r"#\d\d+|\b(?:PR|pull) ?#?\d+|\b(?:record|WR) #?\d{1,3}(?![\d.])|official|karpathy|original|earlier|elsewhere|"
+    r"separate|cluster|another (?:run|record|machine|node|box)|\b(?:on|an?) (?:single )?G?[AH]\d00|\bablat|\beval\b|"
+    r"suggest|would|could|might|expect|no changes", re.I)
 PAIRED = re.compile(r"welch|two[- ]sample|two[- ]sided|differ|faster|slower|\bvs\b|compar|improve", re.I)
-PARTS = re.compile(r"\beach\b|\bper\b|\bevery\b|groups? of|\bparts?\b|\bhalf\b|mean[- ]of|\bsubset|\bfirst\b|\blast\b", re.I)
+WELCH = re.compile(r"welch|two[- ]sample|differ", re.I)
+PARTS = re.compile(r"\b(?:each|per|every|parts?|half|subset\w*|first|last)\b|groups? of|mean[- ]of", re.I)
+RULE = re.compile(r"rule|target|need|requir|must|criteri|alpha|threshold", re.I)
+KNOWN_SD = re.compile(r"0\.0013|track[ _]3|\bz[ -]|known sd", re.I)  # track 3's test
 WHOLE = re.compile(r"these timings|\b(?:total|overall|net|wall-?clock)\b", re.I)
 BARE = re.compile(r"(?:[-*+] )?[\w -]{3,40}: ?[+-]?[\d.]+ ?\w{0,7}")  # - train time: -1.04 s
-WEIGHTS = {"n": 0.5, "steps": 0.5, "p": 0.5, "t": 0.5}
+ENOUGH = 1.5  # weight of the claims of a row that make it one of a group
+OWN_LIST = "the README's own list, whose runs are not here"
 
 
 def verdict(kind, claim, truth, detail="", **more):
@@ -43,310 +44,103 @@ def verdict(kind, claim, truth, detail="", **more):
     return {"kind": kind, "claim": claim, "verdict": word, "detail": detail, **more}
 
 
-# -- facts
-
-
-class Group:
-    """Runs that a claim may be about, and their statistics. `real`: they are in the logs, not in the README alone."""
-
-    def __init__(self, name, arm, losses, times, steps=(), step_times=(), rows=(), real=True, runs=None, folder=""):
-        self.name, self.arm, self.real, self.runs, self.folder = name, arm, real, runs or {}, folder
-        self.losses, self.times, self.steps = list(losses), [t for t in times if t is not None], sorted(set(steps))
-        self.step_times, self.rows = [t for t in step_times if t is not None], rows
-        self.n = max(len(self.losses), len(self.times))
-
-    def numbers(self, kind):
-        return {"loss": self.losses, "time": self.times, "step time": self.step_times, "steps": self.steps}.get(kind, [])
-
-    def facts(self, kind, statistic, target=None):
-        """Values that a claim of that kind and statistic may have."""
-        if kind == "n":
-            return [self.n]
-        if kind in ("p", "t"):
-            return self.tests(target)[kind]
-        values = self.numbers(kind)
-        found = self.known(kind, values)
-        statistic = "run" if kind == "steps" else statistic
-        if statistic and statistic != "result":
-            return found.get(statistic, [])
-        return found.get("any", [])
-
-    def known(self, kind, values):
-        """{statistic: values} of losses, times or steps."""
-        if kind not in self.cache:
-            self.cache[kind] = spread_of(values) if values else {}
-        return self.cache[kind]
-
-    @cached_property
-    def cache(self):
-        return {}
-
-    @cached_property
-    def validations(self):
-        """Losses on the way, sorted."""
-        return sorted(row["val_loss"] for rows in self.rows for row in rows if math.isfinite(row.get("val_loss", math.nan)))
-
-    def tests(self, target):
-        """{"p", "t"}: of the one-sample t-test against the target, and of track 3's test with a known sd."""
-        if "tests" not in self.cache:
-            self.cache["tests"] = tests_of(self.losses, target)
-        return self.cache["tests"]
-
-
-def spread_of(values):
-    """{statistic: values} of a list of numbers; several where people mean several things."""
-    values = sorted(values)
-    found = {"mean": [statistics.fmean(values)], "median": [statistics.median(values)], "run": values,
-             "min": values[:1], "max": values[-1:], "range": [values[0], values[-1]]}
-    if len(values) > 1:
-        sd = statistics.stdev(values)
-        root = math.sqrt(len(values))
-        found["sd"] = [statistics.pstdev(values), sd]
-        found["spread"] = sorted([*found["sd"], sd / root, 1.96 * sd / root, (values[-1] - values[0]) / 2])
-    found["any"] = sorted([*found["mean"], *found["median"], *values])
-    return found
-
-
-def tests_of(losses, target):
-    """{"p", "t"} of the tests that the mean loss is below the target."""
-    if len(losses) < 2 or target is None or not all(abs(loss - target) < 1 for loss in losses):
-        return {"p": [], "t": []}
-    z = (target - statistics.fmean(losses)) * math.sqrt(len(losses)) / 0.0013
-    p, sd = below_target(losses, target), statistics.stdev(losses)
-    t = (statistics.fmean(losses) - target) * math.sqrt(len(losses)) / sd if sd else None
-    return {"p": sorted(p for p in (p, 0.5 * math.erfc(z / math.sqrt(2))) if p is not None),
-            "t": sorted([t, -t]) if t is not None else []}
-
-
-def run_of(sample):
-    """Group of one run."""
-    step_ms = trial_numbers(sample.rows)["step_avg_ms"]
-    steps_s = step_ms / 1000 if step_ms else sample.time_s / sample.steps if sample.time_s and sample.steps else None
-    return Group(f"run {sample.name or sample.run.path.name}", sample.arm, [sample.loss], [sample.time_s], [sample.steps],
-                 [steps_s], [sample.rows])
-
-
-def group_of(name, arm, samples, runs=None):
-    """Group of samples; `runs` keeps the group of each."""
-    runs = {} if runs is None else runs
-    own = [runs.setdefault(id(sample), run_of(sample)) for sample in samples]
-    folders = {sample.run.path.parent.name for sample in samples}
-    return Group(name, arm, *([v for run in own for v in getattr(run, key)]
-                              for key in ("losses", "times", "steps", "step_times", "rows")),
-                 runs={run_stem(sample): run for sample, run in zip(samples, own, strict=True)},
-                 folder=folders.pop() if len(folders) == 1 else "")
-
-
-def run_stem(sample):
-    """What a row of a table may call a run: its folder, or its log without ending."""
-    path = sample.run.path
-    return (path.parent.name if path.name == "log.txt" else path.name if path.is_dir() else path.stem).lower()
-
-
-def groups_of(evidence):
-    """Groups of an Evidence: cells, whole arms, folders, all runs; the same runs once."""
-    found, runs = {}, {}
-
-    def add(name, arm, samples):
-        key = frozenset(map(id, samples))
-        if samples and len(found) < MAX_GROUPS and key not in found:
-            found[key] = group_of(name, arm, samples, runs)
-
-    for arm in evidence.arms:
-        add(arm.name, arm.name, arm.samples)
-        folders = defaultdict(list)
-        for cell in arm.cells:
-            add(f"{arm.name}, {cell.label}", arm.name, cell.samples)
-            for sample in cell.samples:
-                folders[str(sample.run.path.parent), sample.steps].append(sample)
-                folders[str(sample.run.path.parent), ""].append(sample)
-        for (folder, steps), samples in folders.items():
-            add(f"{Path(folder).name}{', step ' if steps else ''}{steps}", arm.name, samples)
-    add("all runs", "", [sample for arm in evidence.arms for sample in arm.samples])
-    return list(found.values())
-
-
-class Pairs:
-    """Differences, ratios and tests between groups."""
-
-    def __init__(self, groups):
-        self.pairs = list(itertools.islice(itertools.combinations([g for g in groups if g.real], 2), MAX_PAIRS))
-        self.cache, self.all = {}, {}
-
-    def facts(self, kind, statistic, about="", of=None):
-        """Values over all pairs, or those of the groups `of`."""
-        key = kind, about, None if of is None else tuple(map(id, of))
-        if key not in self.all:
-            pairs = [pair for pair in self.pairs if of is None or any(group in of for group in pair)]
-            self.all[key] = sorted(value for a, b in pairs for value in self.of_pair(kind, about, a, b))
-        return self.all[key]
-
-    def of_pair(self, kind, about, a, b):
-        key = kind, about, id(a), id(b)
-        if key not in self.cache:
-            self.cache[key] = self.made(kind, about, a, b)
-        return self.cache[key]
-
-    def made(self, kind, about, a, b):
-        """Values of one pair."""
-        if kind in ("p", "t"):
-            return [v for name in ([about] if about else ["loss", "time"]) for v in welch_facts(a, b, name)[kind]]
-        if kind == "percent":
-            ratios = [x / y for name in ("time", "loss", "steps", "step time") for x, y in self.means(name, a, b) if x and y]
-            return [100 * v for r in ratios for v in (r, 1 / r, r - 1, 1 - r, 1 / r - 1, 1 - 1 / r)] + ratios
-        if kind == "n":
-            return [b.n - a.n, a.n - b.n]
-        return [v for x, y in self.means(kind, a, b) for v in (x - y, y - x)]
-
-    def means(self, kind, a, b):
-        """[(mean of a, mean of b)], [] where one has no such number."""
-        x, y = a.numbers(kind), b.numbers(kind)
-        return [(statistics.fmean(x), statistics.fmean(y))] if x and y else []
-
-
-def welch_facts(a, b, name):
-    """{"p", "t"} of Welch's test of two groups: one-sided either way and two-sided."""
-    x, y = a.numbers(name), b.numbers(name)
-    test = welch(x, y)
-    if test is None:
-        return {"p": [], "t": []}
-    error = math.sqrt(statistics.variance(x) / len(x) + statistics.variance(y) / len(y))
-    p, t = test["p_value"], test["difference"] / error if error else 0.0
-    return {"p": [p, p / 2, 1 - p / 2], "t": [t, -t]}
-
-
-# -- comparing
-
-
-SLACK = {"loss": 4e-7, "time": 2e-5, "step time": 2e-7}  # of means and deviations that were taken in single precision
-
-
-def agrees(claim, values):
-    """Whether one of the sorted values is the number, rounded or cut to its digits; a rough one may be 1 off."""
-    slack = SLACK.get(claim.kind, 0) + (0.51 * claim.digit if claim.statistic == "difference" else 0)  # of rounded means
-    reach = 2 * claim.digit + slack + (0.04 * abs(claim.value) if claim.relation == "~" else 0)
-    low, high = bisect_left(values, claim.value - reach), bisect_right(values, claim.value + reach)
-    return any(close(claim.value, claim.digit, value, claim.relation, slack) for value in values[low:high][:5000])
-
-
-def close(number, digit, value, relation, slack=0.0):
-    """Whether a number as it is written stands for a value."""
-    if relation == "~":
-        return abs(number - value) <= max(1.01 * digit, 0.03 * abs(value) if digit > 0.001 * abs(value) else 0)
-    cut = 0 <= abs(value) - abs(number) < digit and number * value >= 0
-    return abs(number - value) <= 0.505 * digit + slack + 1e-12 * abs(value) or cut
-
-
-def holds(claim, values):
-    """Whether the claim holds for one of the values; of p < x it is enough that one is below."""
-    if claim.relation == "<":
-        return bool(values) and values[0] < claim.value
-    if claim.relation == ">":
-        return bool(values) and values[-1] > claim.value
-    return agrees(claim, values)
-
-
-# -- verdicts
-
-
 class Judge:
-    """Verdicts on the claims of one text."""
+    """Verdicts on the claims of one text. `home`: the folder inside the record that it is of."""
 
     def __init__(self, groups, target, home=""):
         self.groups, self.target, self.home = groups, target, home
-        self.real = list(groups)
-        self.pairs = Pairs(groups)
-        self.lists = []
+        self.pairs, self.lists = Pairs(groups), []
+        self.sample = self.known_sd = False
+        self.subjects, self.weights, self.sizes, self.zeros = {}, {}, {}, {}
 
     def all(self, text):
         """Verdicts on all claims of a Text."""
+        self.known_sd = any(KNOWN_SD.search(claim.quote) for claim in text.claims)
         found = [self.step_line(line, number) for line, number in text.step_lines[:500]]
-        for numbers in text.lists:
-            found.append(self.list(numbers))
-        self.sample = self.style_of(text.claims)
-        self.subjects = self.subjects_of(text.claims)
+        found += [self.list(numbers) for numbers in text.lists]
+        self.sample = self.counts_with_sample(text.claims)
+        self.find_subjects(text.claims)
         return found + [self.claim(claim) for claim in text.claims]
 
-    # whose numbers they are
+    def claim(self, claim):
+        """Verdict on one claim."""
+        truth, detail = self.truth(claim)
+        relation = "≈" if claim.relation == "~" else claim.relation
+        said = f"{claim.kind} {relation} " if claim.kind in "pntd" else f"{relation} " if relation != "=" else ""
+        return verdict(said_of(claim), f"{said}{claim.text}", truth, detail, line=claim.line, quote=claim.quote)
+
+    # -- whose numbers they are
 
     def candidates(self, claim):
-        """(groups that a claim may be about, why the words say so, whether it is about something else)."""
-        if claim.label and (run := self.run_named(claim.label)):
+        """(groups that a claim may be about, whether the words say so)."""
+        run = self.run_named(claim.label)
+        if run:
             return [run], True
         section = "" if re.match(r"\W*(?:vs\b|versus|compared)", claim.section, re.I) else claim.section
-        for words in (COMPARED.sub(" ", claim.subject), COMPARED.sub(" ", section)):
-            groups = self.named(words)
-            if groups:
+        for words in (claim.subject, section):
+            words = COMPARED.sub(" ", words)
+            if groups := self.named(words):
                 return groups, True
-            arm = last_word(words, {"baseline": BASELINE, "record": RECORD})
-            if arm:
-                return [g for g in self.real if g.arm == arm or (arm == "baseline" and BASELINE.search(g.folder))], True
-        if self.home:
-            return [g for g in self.real if self.home in (g.folder, g.arm)] or self.real, False
-        return self.real, False
+            if arm := last_word(words, {"baseline": BASELINE, "record": RECORD}):
+                return [g for g in self.groups if arm in (g.arm, role_of(g.folder))], True
+        home = [g for g in self.groups if self.home and self.home in (g.folder, g.arm)]
+        return home or self.groups, False
 
     def run_named(self, label):
         """Group of the one run whose log a row's label names, by its beginning or with its ending."""
         name = re.sub(r"\\|\.(?:txt|log)$", "", label)
         if len(name) < 4:
             return None
-        runs = {stem: run for group in self.real for stem, run in group.runs.items() if stem.startswith(name)}
+        runs = {log: run for group in self.groups for log, run in group.runs.items() if log.startswith(name)}
         return runs.get(name) or (next(iter(runs.values())) if len(runs) == 1 else None)
 
     def named(self, words):
-        """Groups whose folder, or one of whose logs, the words name."""
-        folders = {g.folder for g in self.real if len(g.folder) > 2}
-        said = [f for f in folders if re.search(rf"(?<![\w-]){re.escape(f)}(?![\w-])", words, re.I)]
+        """Groups whose folder the words name, the longest name that they hold."""
+        folders = {group.folder for group in self.groups if len(group.folder) > 2}
+        said = [f for f in folders if f in words and re.search(rf"(?<![\w-]){re.escape(f)}(?![\w-])", words)]
         said = [f for f in said if not any(f != other and f in other for other in said)]
-        return [g for g in self.real if any(g.folder == f or g.folder.startswith((f + "-", f + "_")) for f in said)]
+        return [g for g in self.groups if any(g.folder == f or g.folder.startswith((f + "-", f + "_")) for f in said)]
 
-    def subjects_of(self, claims):
-        """{scope: the groups that most of its claims fit}."""
+    def find_subjects(self, claims):
+        """The groups that most claims of each scope fit, and how many there are."""
         scopes = defaultdict(list)
         for claim in claims:
-            if claim.kind in WEIGHTS or claim.statistic in SPECIFIC:
+            if claim.kind in COUNTED or claim.statistic in KNOWN:
                 scopes[claim.scope].append(claim)
-        found, self.best = {}, {}
         for scope, members in scopes.items():
-            groups = self.candidates(members[0])[0] or self.real
-            scores = {i: sum(weight_of(c) for c in members if self.fits(c, [g])) for i, g in enumerate(groups)}
-            best = self.best[scope] = max(scores.values(), default=0)
-            if best >= 1.5:
-                found[scope] = [g for i, g in enumerate(groups) if scores[i] == best]
+            groups = self.candidates(members[0])[0] or self.groups
+            weights = [sum(weight_of(c) for c in members if holds(c, self.facts(c, [group]))) for group in groups]
+            best = self.weights[scope] = max(weights, default=0)
+            if best >= ENOUGH:
+                self.subjects[scope] = [g for g, weight in zip(groups, weights, strict=True) if weight == best]
+        self.sizes = {scope: len(members) for scope, members in scopes.items()}
         self.zeros = {(c.scope[1], c.kind): c.scope for c in reversed(claims)
                       if c.statistic == "difference" and c.value == 0 and c.scope[0] == "row"}
-        self.sizes = {scope: len(members) for scope, members in scopes.items()}
-        return found
 
-    def fits(self, claim, groups):
-        """Whether a claim agrees with one of the groups."""
-        return any(holds(claim, self.facts(claim, [group])) for group in groups)
+    def stranger(self, claim):
+        """Whether a row of a table has several numbers of which hardly one fits a group that the logs hold."""
+        size, weight = self.sizes.get(claim.scope, 0), self.weights.get(claim.scope, 0)
+        return claim.scope[0] == "row" and size > 2 and weight < 0.25 * size and not self.candidates(claim)[1]
+
+    # -- facts
 
     def facts(self, claim, groups):
-        """Sorted values of groups that a claim may have; an sd with n is left out if the others are with n - 1."""
+        """Sorted values of groups that a claim may have."""
         found = [group.facts(claim.kind, claim.statistic, self.target) for group in groups]
         if claim.statistic == "sd" and self.sample:
             found = [values[-1:] for values in found]
-        if len(found) == 1:
-            return found[0]
-        return sorted(value for values in found for value in around(claim, values))
+        if claim.kind == "p" and self.known_sd:
+            found += [group.facts("z", "", self.target) for group in groups]
+        return found[0] if len(found) == 1 else sorted(value for values in found for value in around(claim, values))
 
-    def style_of(self, claims):
-        """Whether the deviations that a README claims are those with n - 1, as far as some are."""
-        claims, self.sample = [c for c in claims if c.statistic == "sd"], True
-        with_sample = sum(self.fits(c, self.real) for c in claims)
-        self.sample = False
-        return with_sample > 0.5 * sum(self.fits(c, self.real) for c in claims)
+    def counts_with_sample(self, claims):
+        """Whether the deviations that a text claims are those with n - 1, as far as they can be found."""
+        claims, fits = [claim for claim in claims if claim.statistic == "sd"], {}
+        for self.sample in (True, False):
+            fits[self.sample] = sum(holds(c, self.facts(c, [g])) for c in claims for g in self.groups)
+        return fits[True] > 0.5 * fits[False]
 
-    # what is true
-
-    def claim(self, claim):
-        """Verdict on one claim."""
-        truth, detail = self.truth(claim)
-        name = " ".join(filter(None, (claim.kind, claim.statistic)))
-        mark = {"=": "", "~": "≈ "}.get(claim.relation, claim.relation + " ")
-        said = f"{claim.kind} {claim.relation if claim.relation != '~' else '≈'} " if claim.kind in "pnt" else mark
-        return verdict(name, f"{said}{claim.text}", truth, detail, line=claim.line, quote=claim.quote)
+    # -- what is true
 
     def truth(self, claim):
         """(True, False or None, why)."""
@@ -357,188 +151,184 @@ class Judge:
             return self.difference(claim)
         groups, said = self.candidates(claim)
         subjects = self.subjects.get(claim.scope, [])
-        strict = subjects and (claim.scope[0] != "words" or claim.kind == "n")
-        if claim.kind in ("p", "t"):
-            return self.test(claim, subjects if strict else groups, groups)
-        pool = subjects if strict else groups
+        pool = subjects if subjects and (claim.scope[0] != "words" or claim.kind == "n") else groups
+        if claim.kind in ("p", "t", "d"):
+            return self.test(claim, pool)
+        if claim.statistic == "interval" and agrees(claim, self.pairs.facts("interval", claim.kind)):
+            return True, "interval of a difference"
         if self.stranger(claim):
             return self.listed(claim) or (None, "its row fits no group of the logs")
-        for group in pool:
-            if holds(claim, self.facts(claim, [group])):
-                return True, f"{name_of(claim)} of {group.name}"
-        return self.unmatched(claim, pool, said, bool(subjects))
+        fitting = next((group for group in pool if holds(claim, self.facts(claim, [group]))), None)
+        if fitting:
+            return True, f"{name_of(claim)} of {fitting.name}"
+        return self.elsewhere(claim, pool, bool(subjects)) or self.unmatched(claim, pool, said, bool(subjects))
 
     def is_target(self, claim):
         """Whether a loss is the target; one that is called a mean is a mean, unless it is "below" the target."""
-        called = claim.statistic in SPECIFIC and claim.relation == "="
+        called = claim.statistic in KNOWN and claim.relation == "="
         return claim.kind == "loss" and not called and self.target is not None and abs(claim.value - self.target) < 1e-9
 
-    def stranger(self, claim):
-        """Whether a row of a table has several numbers of which hardly one fits a group that the logs hold."""
-        size = self.sizes.get(claim.scope, 0)
-        return claim.scope[0] == "row" and size > 2 and \
-            self.best.get(claim.scope, 0) < 0.25 * size and not self.candidates(claim)[1]
+    def elsewhere(self, claim, pool, resolved):
+        """Verdict on a claim that no group fits, but a validation on the way, the sum of all runs, or a list."""
+        loss = claim.kind == "loss" and claim.statistic in ("", "result") and claim.digit <= 1e-3
+        if loss and any(agrees(claim, group.validations) for group in pool):
+            return True, "a validation on the way"
+        if claim.kind == "n" and claim.value == max((group.n for group in self.groups), default=0):
+            return True, "all runs here"
+        return None if resolved and claim.scope[0] == "row" else self.listed(claim)
 
     def unmatched(self, claim, pool, said, resolved):
-        """A claim that no group fits: about runs on the way, of a list, of something else, or false."""
-        statistic = claim.statistic
-        if claim.kind == "loss" and statistic in ("", "result") and claim.digit <= 1e-3 and any(agrees(claim, group.validations) for group in pool):
-            return True, "a validation on the way"
-        if claim.kind == "n" and claim.value == sum(g.n for g in self.real if g.name == "all runs"):
-            return True, "all runs here"
-        strict = resolved and claim.scope[0] == "row"
-        if not strict and (listed := self.listed(claim)):
-            return listed
+        """Verdict on a claim that nothing here fits: false, if it is known what it is and of which runs."""
         values = self.facts(claim, pool)
-        if claim.scope[0] == "words" and (aside := self.aside(claim, not values)):
-            return False, f"the list above gives {some(aside, claim)}"
-        one = bool(claim.label) and len(pool) == 1 and pool[0].name.startswith("run ")
-        known = claim.kind == "n" or statistic in SPECIFIC or (claim.kind == "steps" and claim.sure) or one
+        if claim.scope[0] == "words" and (beside := self.beside(claim, not values)):
+            return False, f"the list above gives {some(beside, claim)}"
         if not values:
             return None, "no logs of that here" if said else "no number of that kind here"
-        if not resolved and not one and (why := self.other(claim, said, pool)):
+        run = len(pool) == 1 and pool[0].name.startswith("run ")
+        if not resolved and not run and (why := self.excuse(claim, said, pool)):
             return None, f"{why}; here: {some(values, claim)}"
-        if not known or (not claim.sure and claim.kind != "n"):
-            return (False if resolved and claim.scope[0] == "row" else None), f"here: {some(values, claim)}"
-        return False, f"{name_of(claim)} here: {some(values, claim)}"
+        known = run or claim.kind == "n" or (claim.sure and (claim.statistic in KNOWN or claim.kind == "steps"))
+        if known or (resolved and claim.scope[0] == "row"):
+            return False, f"{name_of(claim)} here: {some(values, claim)}"
+        return None, f"here: {some(values, claim)}"
 
-    def other(self, claim, said, pool):
+    def excuse(self, claim, said, pool):
         """Why a claim may be about runs that are not here, "" if nothing says so."""
-        table = claim.scope[0] != "words"
-        if ELSEWHERE.search(f"{claim.subject} {claim.intro}" if table else claim.quote) and not (self.home and claim.kind == "n"):
+        table, size = claim.scope[0] != "words", self.sizes.get(claim.scope, 0)
+        words = f"{claim.subject} {claim.intro}" if table else claim.quote
+        if ELSEWHERE.search(words) and not (self.home and claim.kind == "n"):
             return "perhaps of other runs"
-        if claim.kind == "n" and PARTS.search(claim.around):
-            return "perhaps of a part of the runs"
-        if table and not said and self.sizes.get(claim.scope, 0) > 1:
-            best = self.best.get(claim.scope, 0)
-            return "its row fits no group of the logs" if best < 0.25 * self.sizes[claim.scope] else ""
-        if claim.kind != "n" and claim.statistic not in ("", "result") and max((g.n for g in pool), default=0) < 2:
-            return "one run says nothing of a mean"
-        return ""
+        if claim.kind == "n":
+            return "perhaps of a part of the runs" if PARTS.search(claim.around) else ""
+        if table and not said and not self.home and size > 1 and self.weights.get(claim.scope, 0) < 0.25 * size:
+            return "its row fits no group of the logs"
+        alone = claim.statistic not in ("", "result") and max((group.n for group in pool), default=0) < 2
+        return "one run says nothing of a mean" if alone else ""
+
+    # -- lists in the README
 
     def listed(self, claim):
-        """Verdict on a claim that follows, or should, from a list in the README."""
-        beside = claim.kind == "n" and claim.scope[0] == "words"
-        lists = beside and self.above(claim) or self.lists
-        for group in lists:
-            if holds(claim, self.facts(claim, [group])):
-                where = "runs that the README lists" if group.real else "the README's own list, whose runs are not here"
-                return (True, where) if group.real else (None, f"follows from {where}")
-        return None
+        """Verdict on a claim that follows from a list in the README, None without one; an n has to be that above it."""
+        lists = self.above(claim) if claim.kind == "n" and claim.scope[0] == "words" else []
+        group = next((group for group in lists or self.lists if holds(claim, self.facts(claim, [group]))), None)
+        if group is None:
+            return None
+        return (True, "runs that the README lists") if group.real else (None, f"follows from {OWN_LIST}")
 
     def above(self, claim):
         """Lists just above a claim, under the same heading or label."""
-        return [g for g in self.lists if 0 <= claim.line - g.line <= 8 and g.section == claim.section]
+        return [group for group in self.lists if 0 <= claim.line - group.line <= 8 and group.section == claim.section]
 
-    def aside(self, claim, absent):
-        """What the README's own list just above a claim gives for it, if its runs are not here."""
+    def beside(self, claim, absent):
+        """What lists just above a claim give for it, if their runs are not here."""
         if claim.kind not in ("n", "loss", "time") or (claim.kind != "n" and claim.statistic not in ("mean", "sd")):
             return []
-        near = [group for group in self.above(claim) if (absent or not group.real)
-                and (claim.kind == "n" or group.numbers(claim.kind))]
-        return self.facts(claim, near)
-
-    def test(self, claim, groups, all_groups):
-        """Verdict on a p or a t."""
-        of = None if len(groups) == len(self.real) else groups
-        single = self.facts(claim, groups)
-        paired = self.pairs.facts(claim.kind, "", claim.about, of) if self.pairs.pairs else []
-        words = f"{claim.quote} {claim.section}"
-        table = claim.scope[0] in ("row", "column")
-        if table and claim.about == "time":
-            single = []
-        elif table and claim.scope[0] == "row":
-            paired = []
-        elif re.search(r"one[- ]sample", claim.around, re.I) or not PAIRED.search(words) and claim.about != "time":
-            paired = []
-        values = sorted([*single, *paired])
-        if holds(claim, values):
-            return True, "the t-test of these logs" if holds(claim, single) else "Welch's test of two groups here"
-        if listed := self.listed(claim):
-            return listed
-        if not values:
-            return None, "no test of that kind can be made of the logs here"
-        if re.search(r"rule|target|need|requir|must|criteri|alpha|threshold", claim.quote, re.I) and claim.relation == "<":
-            return None, "a rule"
-        if claim.scope not in self.subjects and (ELSEWHERE.search(claim.quote) or
-                                                 (table and self.sizes.get(claim.scope, 0) > 2)):
-            return None, f"here: {some(values, claim)}"
-        return False, f"{claim.kind} here: {some(values, claim)}"
-
-    def difference(self, claim):
-        """Verdict on a difference of two groups, or a ratio."""
-        pair = self.compared(claim)
-        if claim.value == 0 and claim.scope[0] != "words" and not pair:
-            return True, "of a group and itself"
-        values = pair or self.pairs.facts(claim.kind, "difference")
-        if agrees(claim, values):
-            return True, "difference of two groups here"
-        if not values:
-            return None, "no two groups to compare here"
-        columns = claim.scope[0] in ("column", "table") and claim.kind != "percent" and claim.sure
-        if pair or self.headline(claim) or (columns and not ELSEWHERE.search(claim.subject)):
-            return False, f"the difference is {some(values, claim)}"
-        return None, f"differences here: {some(values, claim)}"
-
-    def headline(self, claim):
-        """Whether the words say that a difference in time is that of the whole record, and there are two arms."""
-        arms = {group.arm for group in self.real} - {""}
-        said = claim.kind == "time" and claim.scope[0] == "words" and WHOLE.search(claim.quote)
-        said = said or (claim.kind in ("time", "loss") and BARE.fullmatch(claim.quote))
-        return bool(said) and len(self.real) == 3 and arms == {"record", "baseline"} and not ELSEWHERE.search(claim.quote)
-
-    def compared(self, claim):
-        """Differences of a row's group and that of the row of its table which has 0 there; [] if one is not known."""
-        if claim.scope[0] != "row" or claim.kind == "percent":
-            return []
-        zero = self.zeros.get((claim.scope[1], claim.kind), claim.scope)
-        groups, others = self.subjects.get(claim.scope, []), self.subjects.get(zero, []) if zero != claim.scope else []
-        return sorted(v for a in groups for b in others for v in self.pairs.of_pair(claim.kind, "", a, b))
-
-    def step_line(self, line, number):
-        """Verdict on a step line quoted from a log."""
-        row = parse_step_line(re.sub(r"[,;.)]+(?=\s|$)", "", line))
-        rows = [r for g in self.real for rows in g.rows for r in rows
-                if r["step"] == row["step"] and r["iterations"] == row["iterations"]]
-        there = any(r.get("val_loss") == row["val_loss"] for r in rows)
-        return verdict("step line", line, there if rows else None, "" if there else "no log holds it", line=number)
+        lists = [group for group in self.above(claim) if absent or not group.real]
+        return self.facts(claim, [group for group in lists if claim.kind == "n" or group.numbers(claim.kind)])
 
     def list(self, numbers):
-        """Verdict on a list: losses or times of the runs. Many of them in the logs and some not is a contradiction."""
-        words, everything = numbers.words, self.real
-        sorts = {"losses": (sorted({v for g in everything for v in g.losses}), 1.0),
-                 "times": (sorted({v for g in everything for v in g.times}), 1.0)}
-        sorts["times in ms"] = (sorts["times"][0], 1e-3)
-        hits = {sort: [w for w in words if word_in(w, *of)] for sort, of in sorts.items()}
-        sort = max(hits, key=lambda sort: len(hits[sort]))
-        missing = [word for word in words if word not in set(hits[sort])]
-        most = len(missing) <= max(1, len(words) / 4) and (len(words) > 3 or sort != "losses")
-        truth = True if not missing else False if most and hits[sort] else None
-        self.keep(numbers, sort if hits[sort] else self.sort_of(numbers), truth)
+        """Verdict on a list: losses or times of the runs. Most of them in the logs and some not is a contradiction."""
+        words = numbers.words
+        losses, times = (sorted({v for g in self.groups for v in g.numbers(kind)}) for kind in ("loss", "time"))
+        known = {"losses": (losses, 1.0), "times": (times, 1.0), "times in ms": (times, 1e-3)}
+        hits = {name: {word for word in words if is_one_of(word, *of)} for name, of in known.items()}
+        name = max(hits, key=lambda name: len(hits[name]))
+        missing = [word for word in words if word not in hits[name]]
+        few = len(missing) <= max(1, len(words) / 4) and (len(words) > 3 or name != "losses")
+        truth = True if not missing else False if few and hits[name] else None
+        self.keep(numbers, name if hits[name] else self.name_of_list(numbers), bool(truth))
         detail = f"{len(words) - len(missing)} of {len(words)} are in the logs"
         detail += f", not {', '.join(missing[:5])}" if missing else ""
-        return verdict(f"list of {sort if hits[sort] else 'numbers'}", f"[{', '.join(words[:4])}, ...]", truth, detail,
+        return verdict(f"list of {name if hits[name] else 'numbers'}", f"[{', '.join(words[:4])}, ...]", truth, detail,
                        line=numbers.line)
 
-    def sort_of(self, numbers):
-        """Which numbers a list without a run of these logs holds."""
+    def name_of_list(self, numbers):
+        """What a list without a run of these logs is of."""
         value = float(numbers.words[0])
         if self.target and abs(value - self.target) < 0.3 * self.target:
             return "losses"
         return "times in ms" if value > 2000 else "times"
 
-    def keep(self, numbers, sort, real):
+    def keep(self, numbers, name, real):
         """A list is a group too: its mean and so on may be claimed."""
-        values = [float(word) * (1e-3 if sort == "times in ms" else 1) for word in numbers.words]
-        losses, times = (values, []) if sort == "losses" else ([], values)
-        group = Group("the list", "", losses, times, real=bool(real))
-        group.line, group.section = numbers.line + numbers.lines, numbers.above
+        values = [float(word) * (1e-3 if name == "times in ms" else 1) for word in numbers.words]
+        group = Group("the list", "", *((values, []) if name == "losses" else ([], values)), real=real)
+        group.line, group.section = numbers.line + numbers.lines, numbers.section
         self.lists.append(group)
+
+    # -- two groups
+
+    def test(self, claim, groups):
+        """Verdict on a p or a t."""
+        table = claim.scope[0] in ("row", "column")
+        values = self.tests(claim, groups, table)
+        if holds(claim, values):
+            one = holds(claim, self.facts(claim, groups))
+            return True, "the t-test of these logs" if one else "Welch's test of two groups here"
+        if listed := self.listed(claim):
+            return listed
+        if not values:
+            return None, "no test of that kind can be made of the logs here"
+        if claim.relation == "<" and RULE.search(claim.quote):
+            return None, "a rule"
+        strange = ELSEWHERE.search(claim.quote) or (table and self.sizes.get(claim.scope, 0) > 2)
+        truth = None if strange and claim.scope not in self.subjects else False
+        return truth, f"{claim.kind} here: {some(values, claim)}"
+
+    def tests(self, claim, groups, table):
+        """Values of the tests that a p or t may be of: of a column of times two groups', of a row its group's."""
+        welch = claim.kind == "d" or (table and WELCH.search(claim.around))
+        single = [] if welch or (table and claim.about == "time") else self.facts(claim, groups)
+        of = None if len(groups) == len(self.groups) else groups
+        two = PAIRED.search(f"{claim.quote} {claim.section}") and not re.search("one[- ]sample", claim.around, re.I)
+        two = welch or claim.about == "time" or (two and claim.scope[0] != "row")
+        return sorted([*single, *(self.pairs.facts(claim.kind, claim.about, of) if two else [])])
+
+    def difference(self, claim):
+        """Verdict on a difference of two groups, or a ratio."""
+        pair = self.compared(claim)
+        values = pair or self.pairs.facts(claim.kind)
+        if claim.value == 0 and claim.scope[0] != "words" and not pair:
+            return True, "of a group and itself"
+        if agrees(claim, values):
+            return True, "difference of two groups here"
+        if agrees(claim, self.pairs.facts("interval", claim.kind)):
+            return True, "interval of a difference"
+        if not values:
+            return None, "no two groups to compare here"
+        column = claim.scope[0] in ("column", "table") and claim.kind != "percent" and claim.sure
+        if pair or self.is_whole(claim) or (column and not ELSEWHERE.search(claim.subject)):
+            return False, f"the difference is {some(values, claim)}"
+        return None, f"differences here: {some(values, claim)}"
+
+    def is_whole(self, claim):
+        """Whether the words say that a difference is that of the record and the baseline, and each is one group."""
+        arms = {group.arm for group in self.groups} - {""}
+        said = claim.kind == "time" and WHOLE.search(claim.quote)
+        said = said or (claim.kind in ("time", "loss") and BARE.fullmatch(claim.quote))
+        two = len(self.groups) == 3 and arms == {"record", "baseline"}
+        return bool(said) and two and claim.scope[0] == "words" and not ELSEWHERE.search(claim.quote)
+
+    def compared(self, claim):
+        """Differences of a row's group and that of the row of its table which has 0 there; [] if one is not known."""
+        zero = self.zeros.get((claim.scope[1], claim.kind))
+        if claim.scope[0] != "row" or claim.kind == "percent" or zero in (None, claim.scope):
+            return []
+        groups, others = self.subjects.get(claim.scope, []), self.subjects.get(zero, [])
+        return sorted(v for a in groups for b in others for v in self.pairs.of_pair(claim.kind, a, b))
+
+    def step_line(self, line, number):
+        """Verdict on a step line quoted from a log."""
+        row = parse_step_line(re.sub(r"[,;.)]+(?=\s|$)", "", line))
+        rows = [r for g in self.groups for rows in g.rows for r in rows
+                if r["step"] == row["step"] and r.get("iterations") == row["iterations"]]
+        there = any(r.get("val_loss") == row["val_loss"] for r in rows)
+        return verdict("step line", line, there if rows else None, "" if there else "no log holds it", line=number)
 
 
 def weight_of(claim):
     """How much it says if a claim fits a group: small numbers and spreads may by chance."""
-    return WEIGHTS.get(claim.kind, 0.5 if claim.statistic in ("sd", "spread") else 1)
+    return 0.5 if claim.kind in COUNTED or claim.statistic in ("sd", "spread") else 1
 
 
 def last_word(text, patterns):
@@ -548,40 +338,40 @@ def last_word(text, patterns):
     return name if ends[name] >= 0 else ""
 
 
+def role_of(folder):
+    """The arm that the name of a folder says."""
+    return "baseline" if BASELINE.search(folder) else ""
+
+
 def name_of(claim):
     return " ".join(filter(None, (claim.statistic, claim.kind)))
 
 
-def some(values, claim, most=4):
-    """The values nearest to a claim, as words."""
-    values = sorted(set(around(claim, values)), key=lambda value: abs(value - claim.value))[:most]
-    return ", ".join(f"{value:.6g}" for value in values)
+def said_of(claim):
+    return " ".join(filter(None, (claim.kind, claim.statistic)))
 
 
-def around(claim, values, most=4):
-    """Those of the sorted values that are nearest to a claim."""
-    at = bisect_left(values, claim.value)
-    return values[max(0, at - most):at + most]
-
-
-def word_in(word, values, scale):
+def is_one_of(word, values, scale):
     """Whether a number of a list is one of the sorted values."""
     number, digit = float(word) * scale, 10.0 ** -len(word.partition(".")[2]) * scale
     low, high = bisect_left(values, number - 2 * digit), bisect_right(values, number + 2 * digit)
-    return any(close(number, digit, value, "=") for value in values[low:high][:1000])
+    return any(close(number, digit, value) for value in values[low:high][:1000])
 
 
 def check_text(text, groups, target, home=""):
     """Verdicts on all claims of a README, of the folder `home` if it is one inside the record; the same one once."""
+    claims = claims_of(text, ranges_of(groups, target))
+    found = Judge(groups, target, home).all(claims)
+    found += [verdict("text", "the rest of this text", None, LONG, line=0)] if claims.cut else []
+    return list({(c["kind"], c["claim"], c["verdict"], c["detail"]): c for c in reversed(found)}.values())[::-1]
+
+
+def ranges_of(groups, target):
+    """{"loss", "time": (low, high)} around those of the runs, and the target."""
     losses = [loss for group in groups for loss in group.losses] + ([target] if target is not None else [])
     times = [time for group in groups for time in group.times]
-    ranges = {"loss": (0.97 * min(losses), 1.03 * max(losses)) if losses else (0, 0),
-              "time": (0.8 * min(times), 1.25 * max(times)) if times else (0, 0)}
-    claims = claims_of(text, ranges)
-    found = Judge(groups, target, home).all(claims)
-    if claims.cut:
-        found.append(verdict("text", "the rest of this text", None, LONG, line=0))
-    return list({(c["kind"], c["claim"], c["verdict"], c["detail"]): c for c in reversed(found)}.values())[::-1]
+    return {"loss": (0.97 * min(losses), 1.03 * max(losses)) if losses else (0, 0),
+            "time": (0.8 * min(times), 1.25 * max(times)) if times else (0, 0)}
 
 
 # -- a folder

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import logger
-from runlogs import arms, drawing, judging, leaderboard, loading, parsing, sources, verifying
+from runlogs import arms, drawing, facts, judging, leaderboard, loading, parsing, sources, verifying
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = settings(deadline=None, database=None, max_examples=30)
@@ -585,7 +585,8 @@ def test_verify_confirms_a_true_record(record, capsys):
 
 
 @pytest.mark.parametrize(("old", "new", "kind"), [
-    ("3.27650", "3.27550", "loss mean"), ("(n=4)", "(n=5)", "n"), ("4 runs", "40 runs", "n"), ("p=0.0062", "p=0.0001", "p"),
+    ("3.27650", "3.27550", "loss mean"), ("(n=4)", "(n=5)", "n"), ("4 runs", "40 runs", "n"),
+    ("p=0.0062", "p=0.0001", "p"),
     ("3.2770, ", "3.2700, ", "list of losses"), ("1.002", "0.902", "list of times"),
     ("val_loss:3.27500", "val_loss:3.27400", "step line")])
 def test_verify_finds_false_claims(record, capsys, old, new, kind):
@@ -618,7 +619,7 @@ def test_any_readme_can_be_checked(text):
     rows = [{"step": 4, "iterations": 4, "val_loss": 3.2, "train_time_ms": 1.0}]
     run = loading.Run(Path("a"), "a", parsing.Trace(rows=rows), {})
     samples = [arms.Sample(run, rows, loss, 1.0, 4, {}) for loss in (3.2, 3.3)]
-    groups = [verifying.group_of("record", "record", samples)]
+    groups = [facts.group_of("record", "record", samples)]
     verdicts = {claim["verdict"] for claim in verifying.check_text(text, groups, 3.28)}
     assert verdicts <= {"supported", "contradicted", "not found"}
 
