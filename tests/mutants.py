@@ -34,7 +34,7 @@ TESTS = {  # file: test_logger_*.py that may see an error in it, the fastest fir
     "planning": ["plan"],
     "loading": [*QUICK, "commands", "public", "formats"],
     "arms": [*QUICK, "arms", "commands"],
-    "verifying": [*QUICK, "verify", "commands"],
+    "facts": [*QUICK, "verify", "commands"],
 }
 
 

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 from scipy import stats
 
-from runlogs import arms, judging, loading, verifying
-from runlogs.claims import Claim
+from runlogs import arms, facts, judging, loading
 
 A, B = [0.0, 2.0, 4.0, 7.0], [10.0, 11.0, 16.0]  # other sizes and other spreads: Welch is not Student
 
@@ -347,58 +346,66 @@ def test_only_whole_runs_count():
 
 def test_spread_of():
     values, sd = [1.0, 2.0, 4.0, 9.0], math.sqrt(38 / 3)
-    found = verifying.spread_of(values[::-1])
+    found = facts.spread_of(values[::-1])
     assert (found["mean"], found["median"], found["min"], found["max"]) == ([4.0], [3.0], [1.0], [9.0])
     assert found["range"] == [1.0, 9.0] and found["run"] == values
     assert found["sd"] == pytest.approx([math.sqrt(38 / 4), sd])
     spread = sorted([math.sqrt(38 / 4), sd, sd / 2, 1.96 * sd / 2, 4.0])  # +- sd, its error, 95 % of it, half the range
-    assert found["spread"] == pytest.approx(spread) and "sd" not in verifying.spread_of([1.0])
+    assert found["spread"] == pytest.approx(spread) and "sd" not in facts.spread_of([1.0])
+
+
+def test_intervals_of():
+    error = statistics.stdev(A) / 2
+    ends = [statistics.mean(A) + sign * error * stats.t.ppf(share, 3) for share in (0.975, 0.995) for sign in (-1, 1)]
+    assert facts.interval_of(A) == pytest.approx(sorted(ends)) and facts.interval_of([1.0]) == []
 
 
 def test_tests_of():
     """p of the t-test and of a z-test with a known sd of 0.0013; t with either sign."""
     losses = [3.277, 3.28, 3.2785, 3.2788]
-    found, mean = verifying.tests_of(losses, 3.28), statistics.mean(losses)
-    z = statistics.NormalDist().cdf((mean - 3.28) * 2 / 0.0013)
-    assert found["p"] == pytest.approx(sorted([judging.below_target(losses, 3.28), z]))
+    found, mean = facts.tests_of(losses, 3.28), statistics.mean(losses)
+    assert found["p"] == [judging.below_target(losses, 3.28)]
+    assert found["z"] == pytest.approx([statistics.NormalDist().cdf((mean - 3.28) * 2 / 0.0013)])
     t = (3.28 - mean) * 2 / statistics.stdev(losses)
     assert found["t"] == pytest.approx([-t, t])
-    assert verifying.tests_of(losses[:1], 3.28) == verifying.tests_of(losses, 9.0) == {"p": [], "t": []}
+    assert not any(facts.tests_of(losses[:1], 3.28).values()) and not any(facts.tests_of(losses, 9.0).values())
 
 
 def test_facts_of_two_groups():
-    a, b = (verifying.Group(name, name, values, values) for name, values in (("a", A), ("b", B)))
-    found = verifying.welch_facts(a, b, "loss")
+    found = facts.welch_facts(A, B)
     difference, half, p = welch_by_hand(A, B)
     t = difference / math.sqrt(statistics.variance(A) / 4 + statistics.variance(B) / 3)
     assert sorted(found["p"]) == pytest.approx(sorted([p, p / 2, 1 - p / 2]))
     assert sorted(found["t"]) == pytest.approx([t, -t])
+    ends = difference - half, difference + half
+    assert found["interval"] == pytest.approx([*ends, -ends[0], -ends[1]])
+    assert sorted(map(abs, found["d"])) == pytest.approx([abs(judging.welch(A, B)["cohens_d"])] * 2)
 
 
 @pytest.mark.parametrize("written, value, agrees", [
     ("3.277", 3.2766, True), ("3.277", 3.2774, True), ("3.277", 3.2779, True),  # the last is cut, not rounded
     ("3.277", 3.2781, False), ("3.277", 3.2764, False), ("3.277", 3.2759, False), ("-1.5", -1.54, True),
-    ("-1.5", 1.52, False), ("12", 12.4, True), ("12", 13.1, False), ("12", 11.4, False)])
+    ("-1.5", 1.52, False), ("12", 12.4, True), ("12", 13.1, False), ("12", 11.4, False), ("-1", 1.5, False)])
 def test_rounded_or_cut(written, value, agrees):
     digit = 10.0 ** -len(written.partition(".")[2])
-    assert verifying.close(float(written), digit, value, "=") is agrees
+    assert facts.close(float(written), digit, value) is agrees
 
 
 def test_rough_claims():
-    assert verifying.close(100, 1, 102.5, "~") and not verifying.close(100, 1, 104, "~")
-    assert verifying.close(3.28, 0.01, 3.289, "~") and not verifying.close(3.28, 0.0001, 3.2802, "~")
+    assert facts.close(100, 1, 102.5, True) and not facts.close(100, 1, 104, True)
+    assert facts.close(3.28, 0.01, 3.289, True) and not facts.close(3.28, 0.0001, 3.2802, True)
 
 
 def test_claims_of_a_bound():
-    below, above = (Claim("p", "", "0.01", 0.01, 0.01, relation) for relation in "<>")
-    assert verifying.holds(below, [0.001, 0.5]) and not verifying.holds(below, [0.01, 0.5])
-    assert verifying.holds(above, [0.001, 0.5]) and not verifying.holds(above, [0.001, 0.01])
-    assert not verifying.holds(below, []) and not verifying.holds(above, [])
+    below, above = (SimpleNamespace(kind="p", value=0.01, relation=relation) for relation in "<>")
+    assert facts.holds(below, [0.001, 0.5]) and not facts.holds(below, [0.01, 0.5])
+    assert facts.holds(above, [0.001, 0.5]) and not facts.holds(above, [0.001, 0.01])
+    assert not facts.holds(below, []) and not facts.holds(above, [])
 
 
 def test_step_time_of_a_run():
     sample = run((4.0, 3.0), time_s=3.0)
     sample.rows[-1]["step_avg_ms"] = 1490.0
-    assert verifying.run_of(sample).step_times == [1.49]
+    assert facts.run_of(sample).step_times == [1.49]
     sample.rows = [{"step": 2, "val_loss": 3.0}]
-    assert verifying.run_of(sample).step_times == [1.5]
+    assert facts.run_of(sample).step_times == [1.5]
