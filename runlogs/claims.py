@@ -197,7 +197,7 @@ class Reader:
         """Whether the line is the header or a row of a table whose columns are parted by blanks; it is taken in."""
         if self.header_of_blanks(line, number):
             return True
-        if self.header is None or not line.strip() or "|" in line:
+        if self.header is None or not self.ends or not line.strip():
             return False
         parts = REMARK.sub("", line[:2000]).split()
         count = next((i for i, part in enumerate(reversed(parts)) if not is_value(part)), len(parts))
@@ -222,8 +222,6 @@ class Reader:
 
     def offset(self, line, count):
         """The column of the first of `count` values: where all together are nearest to the names above them."""
-        if not self.ends:
-            return len(self.header) - count
         ends = [match.end() for match in re.finditer(r"\S+", REMARK.sub("", line[:2000]))][-count:]
         costs = [sum(abs(a - b) for a, b in zip(self.ends[i:], ends, strict=False))
                  for i in range(len(self.header) - count + 1)]

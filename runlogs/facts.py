@@ -85,7 +85,8 @@ def interval_of(values):
     from scipy.stats import t
 
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
-    return sorted(mean + side * error * float(t.isf(tail, len(values) - 1)) for tail in (0.025, 0.005) for side in (-1, 1))
+    half = [error * float(t.isf(tail, len(values) - 1)) for tail in (0.025, 0.005)]
+    return sorted(mean + side * width for width in half for side in (-1, 1))
 
 
 def tests_of(losses, target):

@@ -25,8 +25,8 @@ class Number:
 @dataclass
 class Claim:
     """One number and what is said of it. `kind`: loss, time, step time, n, steps, p, t, d (Cohen's), percent.
-    `statistic`: mean, sd, spread (after ±), median, min, max, range, interval (of confidence), result (a mean or a run),
-    target, difference, or "" for unknown."""
+    `statistic`: mean, sd, spread (after ±), median, min, max, range, interval, result (a mean or a run), target,
+    difference, or "" for unknown."""
 
     kind: str
     statistic: str
@@ -101,7 +101,7 @@ def number_of(match):
     """Number of a match of NUMBER; None if it is part of something else: a date, a version, 12-wide."""
     digits, rest, after = match[1], match[2].strip().lstrip("-"), match.string[match.end():match.end() + 1]
     thousands = re.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", digits)
-    if ("," in digits and not thousands) or digits.count(".") > 1 or len(digits) > 40:
+    if ("," in digits and not thousands) or len(digits) > 40:
         return None
     unit = "" if rest == "min" and after in (":", "=") else rest.lower()  # "2.9195 min: 2.9177"
     glued = match[2][:1].isalpha() and unit not in UNITS and unit not in PER_STEP and unit != "x"
@@ -111,7 +111,7 @@ def number_of(match):
 
 
 def as_number(text, unit):
-    """Number of digits and a unit; None if it is too large for one."""
+    """Number of digits and a unit; None for a version (1.2.3), or if it is too large."""
     mantissa, _, exponent = text.replace(",", "").lower().partition("e")
     try:
         value = float(text.replace(",", ""))
