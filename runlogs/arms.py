@@ -24,7 +24,6 @@ import json
 import math
 import os
 import re
-from array import array
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -57,7 +56,7 @@ class Sample:
     loss: float
     time_s: float | None
     steps: int
-    stage_ms: dict[str, array]
+    stage_ms: dict[str, dict]  # as of loading.stage_times
     name: str = ""  # of the file, with its trial
     arm: str = "record"
     code: str | None = None

@@ -473,10 +473,10 @@ def test_statistics_md(tmp_path, capsys):
     session(folder, "BPPBP")
     code, out, _ = command(capsys, "stats", folder, "--target", 3.28, "--markdown")
     assert code == 0 and out.startswith("# Statistics of 2026-12-01_Mine\n") and "B P P B P, interleaved" in out
-    for words in ("## record", "## baseline", "| GPUs | 8 x NVIDIA H100 80GB HBM3 |", "| commit | not known |",
+    for words in ("## record", "## baseline", "| hardware | 8 x NVIDIA H100 80GB HBM3 |", "| commit | not known |",
                   "Python 3.11.1, PyTorch 2.9.0, CUDA 12.6", "| n | 3 |", "| train s | 10.023 +- 0.015 |",
                   "| val loss | 3.27023 +- 0.00015 |", "| leg | seed | log | steps | loss | train s |",
-                  "| 2 P | - | 8.txt | 4 | 3.27010 | 10.010 |", "| 4 B | - | 6.txt | 4 | 3.27030 | 10.030 |",
+                  "| 2 | - | 8.txt | 4 | 3.27010 | 10.010 |", "| 4 | - | 6.txt | 4 | 3.27030 | 10.030 |",
                   "## Record minus baseline", "| t against 3.28 | -", "| one-sided p |", "gain on the same machine",
                   "cold or warm caches not known"):
         assert words in out
@@ -493,9 +493,9 @@ def test_commit_and_seed_of_our_runs(tmp_path, capsys):
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(config | {"git": {"commit": "abc123", "dirty": True}}))
     out = command(capsys, "stats", tmp_path / "mine", "--markdown")[1]
-    assert "| commit | abc123 with changes |" in out and "| - P | 40 | r0 |" in out and "| - P | 41 | r1 |" in out
+    assert "| commit | abc123 with changes |" in out and "| - | 40 | r0 |" in out and "| - | 41 | r1 |" in out
     write(tmp_path / "logs" / "seed_7.txt", 3.2)
-    assert "| - P | 7 | seed\\_7.txt |" in command(capsys, "stats", tmp_path / "logs", "--markdown")[1]
+    assert "| - | 7 | seed\\_7.txt |" in command(capsys, "stats", tmp_path / "logs", "--markdown")[1]
 
 
 # -- compare and diff
