@@ -481,7 +481,7 @@ def test_statistics_md(tmp_path, capsys):
                   "cold or warm caches not known"):
         assert words in out
     legs = [line.split("|")[1].strip() for line in out.splitlines() if line.endswith("0 |") and ".txt" in line]
-    assert legs == ["2 P", "3 P", "5 P", "1 B", "4 B"]
+    assert legs == ["2", "3", "5", "1", "4"]
     test = judging.target_numbers(evidence(folder).arm("record").samples, 3.28)
     mean, sd = 3.2702333333, 0.000152753
     assert test["t"] == pytest.approx((mean - 3.28) * math.sqrt(3) / sd, rel=1e-4)
