@@ -164,7 +164,7 @@ def group_warnings(samples, dropped):
     if len(groups := versions(samples)) > 1:
         found.append(version_warning(groups))
     found += alike_warning(groups)
-    if samples and not any(sample.code for sample in samples):
+    if samples and not any(sample.run.trace.code_hash for sample in samples):
         found.append("no log holds a source: that the runs are of one version is not shown")
     for what, values in (("hardware", {s.hardware for s in samples}),
                          ("numbers of processes", {s.processes for s in samples} - {None}),
