@@ -210,20 +210,25 @@ def arm_name(path, base):
 
 
 def version_of(run, known):
-    """Hash of what a run's source and settings do; None without both. `known` keeps those of equal sources. Settings
-    are those of its begin, those that were changed later, and its data; without a source its commit stands for it."""
+    """Hash of what a run's source and settings do; None without both. `known` keeps those of equal sources; of
+    our runs also of what `around` tells."""
     parts, raw = run.trace.parts, run.trace.code_hash
     if raw and raw not in known:
         known[raw] = code_of(parts) or raw
     settings = {key: value for key, value in settings_of(run).items() if key not in SELF}
     if not settings:
         return known.get(raw)
-    data, git = run.config.get("data"), run.config.get("git")
-    settings |= {"data of the run": data.get("fingerprint") if isinstance(data, dict) else None}
-    text = json.dumps([settings, run.trace.changes], sort_keys=True)
-    commit = git.get("commit") if isinstance(git, dict) else None
-    source = known.get(raw) or (f"commit {commit:.12}" if isinstance(commit, str) else "no source")
+    text = json.dumps([settings, around(run)], sort_keys=True)
+    source = known.get(raw) or "no source"
     return f"{source}+{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def around(run):
+    """What else decides what one of our runs did: its data, what was changed on resume, and the commit that stands for
+    a source that is not told."""
+    data, git = (run.config.get(key) if isinstance(run.config.get(key), dict) else {} for key in ("data", "git"))
+    commit = None if run.trace.code_hash else git.get("commit")
+    return {"data": data.get("fingerprint"), "changes on resume": run.trace.changes, "commit": commit}
 
 
 def code_of(parts):

@@ -236,6 +236,11 @@ def test_data_commit_and_changes_on_resume_are_part_of_the_version(tmp_path, cap
     assert counts(evidence(tmp_path)) == {"record": [2, 1]}
     said = any("no log holds a source" in text for text in numbers(capsys, "stats", tmp_path)["warnings"])
     assert said == (change == "git")
+    (tmp_path / "README.md").write_text("# Runs\n")
+    checks = numbers(capsys, "verify", tmp_path, code=1)["checks"]
+    words = {"data": "data", "git": "commit", "resume": "changes on resume"}[change]
+    assert [(c["verdict"], f"other {words}" in c["detail"]) for c in checks if c["kind"] == "code"] == [
+        ("contradicted", True)]
 
 
 # -- cells
