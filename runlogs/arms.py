@@ -211,19 +211,19 @@ def arm_name(path, base):
 
 def version_of(run, known):
     """Hash of what a run's source and settings do; None without both. `known` keeps those of equal sources; of
-    our runs also of what `around` tells."""
+    our runs also of what `conditions_of` tells."""
     parts, raw = run.trace.parts, run.trace.code_hash
     if raw and raw not in known:
         known[raw] = code_of(parts) or raw
     settings = {key: value for key, value in settings_of(run).items() if key not in SELF}
     if not settings:
         return known.get(raw)
-    text = json.dumps([settings, around(run)], sort_keys=True)
+    text = json.dumps([settings, conditions_of(run)], sort_keys=True)
     source = known.get(raw) or "no source"
     return f"{source}+{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
-def around(run):
+def conditions_of(run):
     """What else decides what one of our runs did: its data, what was changed on resume, and the commit that stands for
     a source that is not told."""
     data, git = (run.config.get(key) if isinstance(run.config.get(key), dict) else {} for key in ("data", "git"))

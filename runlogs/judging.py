@@ -6,7 +6,7 @@ import re
 import statistics
 from array import array
 
-from runlogs.arms import around, session_of
+from runlogs.arms import conditions_of, session_of
 from runlogs.curves import AXES, equal_points, loss_of
 from runlogs.loading import (
     SELF,
@@ -129,7 +129,7 @@ def what_differs(a, b):
     a, b = (run if any(run.trace.parts.values()) else load_one(run.path) for run in (a, b))
     found = compare_parts(a.trace.parts, b.trace.parts)
     names = [s["name"] for s in changed_config(a, b) + found["settings"]]
-    x, y = around(a), around(b)
+    x, y = conditions_of(a), conditions_of(b)
     names += [name for name in x if x[name] != y[name]]
     units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
     units += [m["name"] for m in found["modules"] if m["change"] in ("moved", "renamed")]

@@ -418,7 +418,7 @@ def check_versions(samples):
     for sample in samples:
         folders.setdefault(str(sample.run.path.parent), []).append(sample)
     for name, group in folders.items():
-        first, *others = [found[0].run for found in versions(group).values() if found[0].run.trace.code_hash] or [None]
+        first, *others = [found[0].run for found in versions(group).values() if found[0].code] or [None]
         words = dict.fromkeys(what_differs(first, run) for run in others)
         some = "; ".join(list(words)[:3])
         mixed += [f"{name}: {len(others) + 1} versions: {some}"] if words else []
