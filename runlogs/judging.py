@@ -5,7 +5,7 @@ import math
 import re
 import statistics
 
-from runlogs.arms import session_of
+from runlogs.arms import conditions_of, session_of
 from runlogs.curves import AXES, equal_points, loss_of
 from runlogs.loading import (
     AFTER,
@@ -142,6 +142,8 @@ def what_differs(a, b):
     a, b = (run if any(run.trace.parts.values()) else load_one(run.path) for run in (a, b))
     found = compare_parts(a.trace.parts, b.trace.parts)
     names = [s["name"] for s in changed_config(a, b) + found["settings"]]
+    x, y = conditions_of(a), conditions_of(b)
+    names += [name for name in x if x[name] != y[name]]
     units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
     units += [m["name"] for m in found["modules"] if m["change"] in ("moved", "renamed")]
     if not names + units:
@@ -177,7 +179,7 @@ def group_warnings(samples, dropped):
     if len(groups := versions(samples)) > 1:
         found.append(version_warning(groups))
     found += alike_warning(groups)
-    if samples and not any(sample.code for sample in samples):
+    if samples and not any(sample.run.trace.code_hash for sample in samples):
         found.append("no log holds a source: that the runs are of one version is not shown")
     for what, values in (("hardware", {s.hardware for s in samples}),
                          ("numbers of processes", {s.processes for s in samples} - {None}),
