@@ -2,10 +2,9 @@
 
 import json
 import math
-import re
 import statistics
 
-from runlogs.arms import conditions_of, session_of
+from runlogs.arms import OWN_NAME, conditions_of, session_of
 from runlogs.curves import AXES, equal_points, loss_of
 from runlogs.loading import (
     AFTER,
@@ -132,11 +131,9 @@ def versions(samples):
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
-HARMLESS = {"only comments differ", "only seeds and names differ"}
-
-
 def what_differs(a, b):
-    """A few words on how the version of run b differs from that of run a: settings, definitions, seeds, comments."""
+    """A few words on how the version of run b differs from that of run a: settings, definitions. That it does differ is
+    known from arms.py."""
     from runlogs.sources import compare_parts
 
     a, b = (run if any(run.trace.parts.values()) else load_one(run.path) for run in (a, b))
@@ -147,13 +144,15 @@ def what_differs(a, b):
     units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
     units += [m["name"] for m in found["modules"] if m["change"] in ("moved", "renamed")]
     if not names + units:
-        return next((note for note in found["notes"] if "text only" in note), "only comments differ")
-    names = [name for name in names if not re.search(r"seed|run_?id|run_?name", name, re.I)]
-    if not names + units:
-        return "only seeds and names differ"
-    names = [name.removeprefix("setting ") for name in [*names, *units]]
+        return next((note for note in found["notes"] if "text only" in note), "other text, no setting or definition")
+    names = [name.removeprefix("setting ") for name in [*sorted(names, key=is_own_name), *units]]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return f"other {', '.join(names[:4])}{more}"
+
+
+def is_own_name(name):
+    """Whether a setting is the seed or the name of a run, which say least."""
+    return bool(OWN_NAME.fullmatch(name))
 
 
 def version_warning(groups, most=5):

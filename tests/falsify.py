@@ -1,11 +1,12 @@
 """Falsified READMEs: does `logger.py verify` see one false number in each of many record folders?
 
-    python tests/falsify.py RECORDS [--seeds 1 2] [--folders 30] [--target 3.28]
+    python tests/falsify.py RECORDS [--seeds 1 2] [--folders 30] [--target 3.28] [--any]
 
 RECORDS is a folder of record folders (a checkout of public ones). In each README one number is replaced that is, by
 arithmetic of its own, the mean loss, the mean time, n or the p of a group of runs: by a number that is off by 0.05 % to
 90 % (n by 1 to nine times, p by 1.25 to 100 times) and is none of the other groups'. Detected: verify contradicts that
-number, and did not contradict it before. The contradictions of the READMEs as they are get listed: judge them by hand.
+number, and did not contradict it before. With --any it is any number that verify had supported, off by 0.05 % to 90 %
+or by one run or step; some of these are other true numbers by chance. The contradictions of the READMEs as they are get listed: judge them by hand.
 """
 
 import argparse
@@ -121,12 +122,48 @@ def one_round(readmes, seed, count, target):
     return hits, done
 
 
+def any_round(readmes, seed, count):
+    """(detected, falsified) of up to `count` numbers of each README that verify had supported."""
+    rng, hits, done = random.Random(seed), 0, 0
+    for path, text, groups, target in readmes:
+        before = contradicted(text, groups, target)[0]
+        claims = [c for c in check_text(text, groups, target) if c["verdict"] == "supported"]
+        claims = [claim for claim in claims if "quote" in claim and claim["detail"] != "the target"]  # no result
+        rng.shuffle(claims)
+        for false, word, new, claim in changed_numbers(text, claims, rng)[:count]:
+            found = {n.replace(",", "").lstrip("+-") for _, n in contradicted(false, groups, target)[0] - before}
+            hit = any(re.fullmatch(r"[\d.]+(?:e-\d+)?", number) and float(number) == float(new) for number in found)
+            hits, done = hits + hit, done + 1
+            if not hit:
+                print(f"  missed: {path.parent.name}:{claim['line']}: {claim['kind']} {word} -> {new}: {claim['quote']}")
+    print(f"seed {seed}: {hits} of {done} detected (any supported number)")
+
+
+def changed_numbers(text, claims, rng):
+    """[(text with one number changed, number, the new one, its claim)] of claims whose line has the number once."""
+    lines, found = text.split("\n"), []
+    for claim in claims:
+        word = next(iter(re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", claim["claim"])), "")
+        line = lines[claim["line"] - 1] if word else ""
+        places = [m for m in re.finditer(rf"(?<![\w.,]){re.escape(word)}(?![\d.]*\d)", line)] if word else []
+        if len(places) != 1:
+            continue
+        step = 1 + rng.choice([-1, 1]) * rng.choice(FACTORS)
+        new = str(max(1, int(word) + rng.choice([-1, 1, 5]))) if word.isdigit() and len(word) < 5 else \
+            f"{float(word) * step:{'.2e' if 'e' in word else f'.{len(word.partition(chr(46))[2])}f'}}"
+        if float(new) != float(word):
+            false = line[:places[0].start()] + new + line[places[0].end():]
+            found.append(("\n".join([*lines[:claim["line"] - 1], false, *lines[claim["line"]:]]), word, new, claim))
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--folders", type=int, default=30)
     parser.add_argument("--target", type=float, default=3.28)
+    parser.add_argument("--any", action="store_true", help="falsify any number that verify had supported")
     args = parser.parse_args()
     readmes = load(args.records, args.target)
     print(f"{len(readmes)} READMEs beside logs, {sum(bool(r[4]) for r in readmes)} with checkable numbers")
@@ -134,7 +171,10 @@ def main():
         for claim in contradicted(text, groups, args.target)[1]:
             print(f"  contradicted as it is: {path.parent.name}:{claim['line']}: {claim['claim']} ({claim['detail']})")
     for seed in args.seeds:
-        one_round(readmes, seed, args.folders, args.target)
+        if args.any:
+            any_round([(*readme[:3], args.target) for readme in readmes], seed, 5)
+        else:
+            one_round(readmes, seed, args.folders, args.target)
 
 
 if __name__ == "__main__":

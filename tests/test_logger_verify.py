@@ -434,3 +434,24 @@ def test_numbers_as_they_are_written():
     assert read("70,188.5 ms") == [(70188.5, 0.1)]
     assert read("1.5e-4, -3 and +.5") == [(1.5e-4, 1e-5), (-3, 1), (0.5, 0.1)]
     assert read("1.2.3, v3, 3D, H100, #12, a-1, 2026-12, 1,2, 8xH100, 124M") == []
+
+
+# -- versions
+
+
+@pytest.mark.parametrize(("old", "new", "truth"), [
+    ("0.05", "0.06", "contradicted"),
+    ('{"seed": 1}', '{"seed": 2}', "contradicted"), ("seed = 1", "seed = 2", "supported"),
+    ("# one", "# two", "supported")])
+def test_versions_are_those_of_the_statistics(tmp_path, capsys, old, new, truth):
+    """What `stats` calls a mixture is none of one version, even where a setting is called seed."""
+    code = CODE + 'seed = 1  # one\nCONFIG = {"seed": 1}\n'
+    write_logs(tmp_path / "a" / "logs", "record", code)
+    path = next((tmp_path / "a" / "logs").glob("*.txt"))
+    path.write_text(path.read_text().replace(old, new))
+    (tmp_path / "a" / "README.md").write_text("# Nothing\n")
+    logger.main(["verify", str(tmp_path / "a"), "--json"])
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert [c["verdict"] for c in checks if c["kind"] == "code"] == [truth]
+    logger.main(["stats", str(tmp_path / "a"), "--target", "3.28", "--json"])
+    assert bool(json.loads(capsys.readouterr().out)["mixture"]) == (truth == "contradicted")
