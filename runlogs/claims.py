@@ -10,7 +10,7 @@ from bisect import bisect_right
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from runlogs.wording import NOWHERE, NUMBER, cell_claims, kind_of, sentence_claims, statistic_of, within
+from runlogs.wording import LABELED, NOWHERE, NUMBER, cell_claims, kind_of, sentence_claims, statistic_of, within
 
 MAX_CLAIMS = 3000  # of one text
 MAX_NUMBERS = 20_000  # of one text that are looked at
@@ -21,6 +21,9 @@ STEP_LINE = re.compile(r"step:\d{1,15}/\d{1,15} val_loss:\d{1,9}\.\d{1,15}[^\n`|
 LIST = re.compile(r"\[([\s\d.,e+ms-]{8,60000})\]")
 LABEL = re.compile(r"loss|acc|val|time|timing|runs|results|second", re.I)
 COLUMNS = re.compile(r"\S\s{2,}\S.{0,500}?\S\s{2,}\S")
+ASKS_P = re.compile(r"\.pvalue\)?\s*$")
+ANSWER = re.compile(r"(?:#|>|Out\[\d{1,4}\]:|\s){0,4}\(?(\d?\.\d{1,30}(?:e-?\d{1,3})?|\d(?:\.\d{1,30})?e-\d{1,3})\)?")
+SEED = re.compile(r"\bseed\b", re.I)
 REMARK = re.compile(r"\s#.*$|[\s*]+$")  # after the values of a row: "# At 1775 steps", "**"
 CLEANING = tuple((re.compile(pattern), new) for pattern, new in (  # what hides a number or its meaning
     (r"</?[A-Za-z][^<>\n]{0,3000}>", " "),
@@ -28,7 +31,7 @@ CLEANING = tuple((re.compile(pattern), new) for pattern, new in (  # what hides 
     (r"\]\([^()\s]{0,2000}\)", "] "),
     (r"\bhttps?://[^\s)>\]]{1,2000}", " "),
     ("&lt;", "<"), ("&gt;", ">"), ("&plusmn;", "±"), (r"\\approx|\\sim", "≈"), (r"\\pm", "±"), (r"\\(?=[_%])", ""),
-    (r"alternative ?= ?.less.", ""), (r"\bnp\.float\d\d", ""), (r"\*\*|`|\$", ""), (r"[−–‒]", "-"),
+    (r"alternative ?= ?.less.", ""), (r"\bnp\.float\d\d", ""), (r"\*\*|\$|(?<!`)`{1,2}(?!`)", ""), (r"[−–‒]", "-"),
     (r"\(tensor\(([\d.e-]{1,20})\), ?tensor\(([\d.e-]{1,20})\)\)", r"(std=\1, mean=\2)"),  # of torch.std_mean
     (r"(\d\.\d{1,9}) ?- ?(\d{1,9}\.\d)", r"\1 to \2"),
     (r"(\d ?(?:ms|s|sec)?) ?(?:\+/-|\+-) ?(?=\d)", r"\1 ± "),
@@ -109,6 +112,7 @@ class Reader:
         self.found, self.ranges, self.lists = found, ranges, iter(found.lists)
         self.next_list = next(self.lists, None)
         self.section, self.intro, self.code = "", "", False  # heading or label above, sentences before, in a fence
+        self.asked = False  # for a p, by the line of code above
         self.pending, self.start = [], 0  # lines of an open sentence, the number of the first
         self.header, self.ends, self.table = None, [], 0  # of an open table: names, where they end, its number
 
@@ -140,13 +144,20 @@ class Reader:
             self.header = self.header if self.code else None
             return
         title = (line.startswith("#") and not self.code) or (line.endswith(":") and len(line) < 120)
-        if title or self.code or re.match(r"[-*+>] |\d{1,3}[.)] ", line):
+        line = self.with_p(line) if self.code else line
+        if title or self.code or re.match(r"[-*+>] |\d{1,3}[.)] ", line) or LABELED.match(line):
             self.sentence_ends()
         self.section = line if title else self.section
         self.start = self.start if self.pending else number
         self.pending.append(line)
         if title or self.code:
             self.sentence_ends()
+
+    def with_p(self, line):
+        """A line of code; a number alone below `.pvalue` is called p."""
+        answer = ANSWER.fullmatch(line[:80]) if self.asked else None
+        self.asked = bool(ASKS_P.search(line[-40:]))
+        return f"p = {answer[1]}" if answer else line
 
     def sentence_ends(self):
         """The lines so far are whole sentences."""
@@ -241,6 +252,8 @@ class Reader:
         if not self.room(len(cells)):
             return
         names = [name for name, _, _ in cells]
+        texts = tuple(plain(text) for text in (label, *(cell for _, cell, _ in cells)))
+        seed = next((text for name, text in zip((self.header[0], *names), texts, strict=True) if SEED.search(name)), "")
         summary = any(kind_of(name) == "n" or statistic_of(name) in ("mean", "sd") for name in names)
         for name, cell, i in cells:
             own = kind_of(name)
@@ -248,9 +261,14 @@ class Reader:
                 ("column", self.table, i)
             claims = cell_claims(label, name, cell, self.ranges, summary)
             for claim in claims:
-                claim.scope, claim.label = claim.scope or place, label.strip("[]* ").lower()
+                claim.scope, claim.label = claim.scope or place, texts[0]
+                claim.cells, claim.seed = texts, seed
                 claim.subject = label if own else f"{name} {label}"
             self.add(claims, number, line)
+
+
+def plain(cell):
+    return cell.strip("[]* ").lower()
 
 
 def is_value(part):

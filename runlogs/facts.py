@@ -5,6 +5,7 @@ A group is an arm, one of its cells, a folder of logs, all runs, one run, or a l
 
 import itertools
 import math
+import re
 import statistics
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -12,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from runlogs.judging import below_target, welch
-from runlogs.loading import trial_numbers
+from runlogs.loading import settings_of, trial_numbers
 
 MAX_GROUPS = 40
 MAX_PAIRS = 300
@@ -23,12 +24,13 @@ SINGLE_PRECISION = 1.2e-7
 
 class Group:
     """Runs that a claim may be about. `real`: they are in the logs, not in the README alone; `runs`: {name of its log:
-    group of one run}; `members`: what tells runs apart."""
+    group of one run}; `each`: all of these; `members`: what tells runs apart; `seed`: of one run, as text."""
 
     def __init__(self, name, arm, losses, times, steps=(), step_times=(), rows=(), real=True, runs=None, folder="",
-                 members=frozenset()):
+                 members=frozenset(), each=(), seed=None):
         self.name, self.arm, self.real, self.runs, self.folder = name, arm, real, runs or {}, folder
         self.rows, self.members, self.made = rows, members, {}
+        self.each, self.seed = each, seed
         known = [[v for v in values if v is not None] for values in (losses, times, step_times)]
         self.losses, self.times, self.step_times = known
         self.steps = sorted(set(steps))
@@ -108,7 +110,15 @@ def run_of(sample):
     mean_s = sample.time_s / sample.steps if sample.time_s and sample.steps else None
     name = f"run {sample.name or sample.run.path.name}"
     return Group(name, sample.arm, [sample.loss], [sample.time_s], [sample.steps],
-                 [step_ms / 1000 if step_ms else mean_s], [sample.rows])
+                 [step_ms / 1000 if step_ms else mean_s], [sample.rows], seed=seed_of(sample))
+
+
+def seed_of(sample):
+    """The seed of a run as text, by its settings, its log or the log's name; None if none tells it."""
+    run = sample.run
+    told = next((s for s in (settings_of(run).get("seed"), run.trace.header.get("seed")) if s is not None), None)
+    named = re.search(r"seed[_-]?(\d{1,9})(?!\d)", log_name(sample))
+    return str(told) if told is not None else named and named[1]
 
 
 def group_of(name, arm, samples, runs=None):
@@ -119,7 +129,7 @@ def group_of(name, arm, samples, runs=None):
     keys = ("losses", "times", "steps", "step_times", "rows")
     values = ([value for run in own for value in getattr(run, key)] for key in keys)
     return Group(name, arm, *values, runs={log_name(s): run for s, run in zip(samples, own, strict=True)},
-                 folder=folders.pop() if len(folders) == 1 else "", members=frozenset(map(id, samples)))
+                 folder=folders.pop() if len(folders) == 1 else "", members=frozenset(map(id, samples)), each=own)
 
 
 def log_name(sample):

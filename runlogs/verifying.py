@@ -17,14 +17,15 @@ from runlogs.facts import Group, Pairs, agrees, around, close, groups_of, holds,
 from runlogs.judging import versions, what_differs
 from runlogs.loading import natural
 from runlogs.parsing import parse_step_line, read_text
-from runlogs.wording import COMPARED, COUNTED, RECORD
+from runlogs.wording import COMPARED, COUNTED, RECORD, label_statistic
 
 VERDICTS = {False: "contradicted", None: "not found", True: "supported"}
 KNOWN = ("mean", "sd", "median", "min", "max", "range", "interval", "spread", "result")
+OF_RUN = ("loss", "time", "step time", "steps")
 BASELINE = re.compile(r"baseline|previous|prior\b|\bold\b|\bmaster\b|former|\bcontrol\b|reference|retim\w+|re-?r[ua]n",
                       re.I)
 ELSEWHERE = re.compile(
-    r"#\d\d+|\b(?:PR|pull) ?#?\d+|\b(?:record|WR) #?\d{1,3}(?![\d.])|official|karpathy|original|earlier|elsewhere|"
+    r"#\d\d+|\b(?:PR|pull) ?#?\d+|\b(?:record|WR) #?\d{1,3}(?!\.?\d)|official|karpathy|original|earlier|elsewhere|"
     r"separate|cluster|another (?:run|record|machine|node|box)|\b(?:on|an?) (?:single )?G?[AH]\d00|\bablat|\beval\b|"
     r"suggest|would|could|might|expect|no changes", re.I)
 PAIRED = re.compile(r"welch|two[- ]sample|two[- ]sided|differ|faster|slower|\bvs\b|compar|improve", re.I)
@@ -34,6 +35,13 @@ RULE = re.compile(r"rule|target|need|requir|must|criteri|alpha|threshold", re.I)
 KNOWN_SD = re.compile(r"0\.0013|track[ _]3|\bz[ -]|known sd", re.I)  # track 3's test
 WHOLE = re.compile(r"these timings|\b(?:total|overall|net|wall-?clock)\b", re.I)
 BARE = re.compile(r"(?:[-*+] )?[\w -]{3,40}: ?[+-]?[\d.]+ ?\w{0,7}")  # - train time: -1.04 s
+# Words of a difference of whole runs, and those of a part of them or of other ones
+OF_RUNS = re.compile(
+    r"\b(?:mean|average\w*|baseline|record|this (?:PR|run|change|submission)|train\w* time|loss|runs?)\b|"
+    r"%\) (?:faster|slower)|\b(?:is|runs?|are) [~≈]?[\d.]+ ?\w{0,7} ?(?:\([^()]{0,12}\) )?(?:faster|slower)", re.I)
+OF_PART = re.compile(
+    r"\b(?:another|further|kernels?|stages?|layers?|forward|backward|compil\w+|fus\w+|freez\w+|each|per|steps? time|"
+    r"due to|of which|from [a-z]|if|when|by (?!about |around )[a-z]+ing)\b", re.I)
 ENOUGH = 1.5  # weight of the claims of a row that make it one of a group
 OWN_LIST = "the README's own list, whose runs are not here"
 
@@ -50,8 +58,11 @@ class Judge:
     def __init__(self, groups, target, home=""):
         self.groups, self.target, self.home = groups, target, home
         self.pairs, self.lists = Pairs(groups), []
+        self.two = len(groups) == 3 and {g.arm for g in groups} == {"record", "baseline", ""}
         self.sample = self.known_sd = False
         self.subjects, self.weights, self.sizes, self.zeros = {}, {}, {}, {}
+        self.each = list({id(run): run for group in groups for run in group.each}.values())
+        self.rows = {}  # of tables whose rows are runs: {scope: its claims}
 
     def all(self, text):
         """Verdicts on all claims of a Text."""
@@ -60,6 +71,7 @@ class Judge:
         found += [self.list(numbers) for numbers in text.lists]
         self.sample = self.counts_with_sample(text.claims)
         self.find_subjects(text.claims)
+        self.find_rows(text.claims)
         return found + [self.claim(claim) for claim in text.claims]
 
     def claim(self, claim):
@@ -76,6 +88,9 @@ class Judge:
         run = self.run_named(claim.label)
         if run:
             return [run], True
+        if claim.change and self.two:
+            arm = "baseline" if claim.change == "from" else "record"
+            return [g for g in self.groups if g.arm == arm], True
         section = "" if re.match(r"\W*(?:vs\b|versus|compared)", claim.section, re.I) else claim.section
         for words in (claim.subject, section):
             words = COMPARED.sub(" ", words)
@@ -117,6 +132,51 @@ class Judge:
         self.zeros = {(c.scope[1], c.kind): c.scope for c in reversed(claims)
                       if c.statistic == "difference" and c.value == 0 and c.scope[0] == "row"}
 
+    def find_rows(self, claims):
+        """The rows of tables of which at least two, and half of those with two numbers, are those of one run."""
+        rows, tables = defaultdict(list), defaultdict(list)
+        for claim in claims:
+            if claim.scope[0] == "row" and claim.kind in OF_RUN and claim.statistic in ("", "result"):
+                rows[claim.scope].append(claim)
+        for scope, members in rows.items():
+            if {"loss", "time"} & {c.kind for c in members} and (len(members) > 1 or self.runs_called(members[0])):
+                tables[scope[1]].append(scope)
+        for scopes in tables.values():
+            fitting = [scope for scope in scopes if self.runs_with(rows[scope], self.each)]
+            if len(fitting) >= max(2, len(scopes) / 2):
+                self.rows |= {scope: rows[scope] for scope in scopes if not self.is_summary(rows[scope])}
+
+    def is_summary(self, row):
+        """Whether all numbers of a row are means of one group."""
+        groups = (group for group in self.groups if group.n > 1)
+        return any(all(agrees(c, group.facts(c.kind, "run" if c.kind == "steps" else "mean")) for c in row)
+                   for group in groups)
+
+    def runs_called(self, claim):
+        """Runs whose log or seed a row of a table names."""
+        names = {re.sub(r"\\|\.(?:txt|log)\b.*$", "", cell) for cell in claim.cells}
+        logs = [run for group in self.groups for log, run in group.runs.items() if log in names and len(log) > 3]
+        return logs or [run for run in self.each if claim.seed and run.seed == claim.seed]
+
+    def runs_with(self, claims, runs):
+        """Those of the runs that have all numbers of some claims."""
+        return [run for run in runs if all(agrees(c, run.facts(c.kind, "", self.target)) for c in claims)]
+
+    def of_run(self, claim):
+        """Verdict on a number of a row that is of a run: that whose log, seed or other numbers are in the row; None if
+        they are of none."""
+        called = self.runs_called(claim)
+        others = [other for other in self.rows.get(claim.scope, []) if other is not claim]
+        if claim.scope not in self.rows or not (called or {"loss", "time"} & {other.kind for other in others}):
+            return None
+        runs = self.runs_with(others, called or self.each) or called
+        if not runs:
+            return None
+        if found := self.runs_with([claim], runs):
+            return True, f"{name_of(claim)} of {found[0].name}"
+        values = sorted(value for run in runs for value in run.facts(claim.kind, "", self.target))
+        return (False, f"the row is of {runs[0].name}, which has {some(values, claim)}") if values else None
+
     def stranger(self, claim):
         """Whether a row of a table has several numbers of which hardly one fits a group that the logs hold."""
         size, weight = self.sizes.get(claim.scope, 0), self.weights.get(claim.scope, 0)
@@ -156,8 +216,11 @@ class Judge:
             return self.test(claim, pool)
         if claim.statistic == "interval" and agrees(claim, self.pairs.facts("interval", claim.kind)):
             return True, "interval of a difference"
+        if found := self.of_run(claim) if claim.kind in OF_RUN else None:
+            return found
         if self.stranger(claim):
             return self.listed(claim) or (None, "its row fits no group of the logs")
+        pool = pool if claim.every is None else all_of(claim.every, pool)
         fitting = next((group for group in pool if holds(claim, self.facts(claim, [group]))), None)
         if fitting:
             return True, f"{name_of(claim)} of {fitting.name}"
@@ -165,7 +228,7 @@ class Judge:
 
     def is_target(self, claim):
         """Whether a loss is the target; one that is called a mean is a mean, unless it is "below" the target."""
-        called = claim.statistic in KNOWN and claim.relation == "="
+        called = claim.statistic in KNOWN and (claim.relation == "=" or claim.every is not None)
         return claim.kind == "loss" and not called and self.target is not None and abs(claim.value - self.target) < 1e-9
 
     def elsewhere(self, claim, pool, resolved):
@@ -184,6 +247,8 @@ class Judge:
             return False, f"the list above gives {some(beside, claim)}"
         if not values:
             return None, "no logs of that here" if said else "no number of that kind here"
+        if claim.kind == "n" and claim.value > 1 == values[-1]:
+            return None, "one log is here, perhaps of that many runs"
         run = len(pool) == 1 and pool[0].name.startswith("run ")
         if not resolved and not run and (why := self.excuse(claim, said, pool)):
             return None, f"{why}; here: {some(values, claim)}"
@@ -299,17 +364,18 @@ class Judge:
         if not values:
             return None, "no two groups to compare here"
         column = claim.scope[0] in ("column", "table") and claim.kind != "percent" and claim.sure
-        if pair or self.is_whole(claim) or (column and not ELSEWHERE.search(claim.subject)):
+        row = claim.scope[0] == "row" and label_statistic(claim.label) == "difference" and self.two
+        if pair or row or self.is_whole(claim) or (column and not ELSEWHERE.search(claim.subject)):
             return False, f"the difference is {some(values, claim)}"
         return None, f"differences here: {some(values, claim)}"
 
     def is_whole(self, claim):
         """Whether the words say that a difference is that of the record and the baseline, and each is one group."""
-        arms = {group.arm for group in self.groups} - {""}
         said = claim.kind == "time" and WHOLE.search(claim.quote)
         said = said or (claim.kind in ("time", "loss") and BARE.fullmatch(claim.quote))
-        two = len(self.groups) == 3 and arms == {"record", "baseline"}
-        return bool(said) and two and claim.scope[0] == "words" and not ELSEWHERE.search(claim.quote)
+        runs = OF_RUNS.search(claim.quote) and not OF_PART.search(claim.quote)
+        said = said or (runs and claim.kind in ("time", "loss", "percent"))
+        return bool(said) and self.two and claim.scope[0] == "words" and not ELSEWHERE.search(claim.quote)
 
     def compared(self, claim):
         """Differences of a row's group and that of the row of its table which has 0 there; [] if one is not known."""
@@ -326,6 +392,11 @@ class Judge:
                 if r["step"] == row["step"] and r.get("iterations") == row["iterations"]]
         there = any(r.get("val_loss") == row["val_loss"] for r in rows)
         return verdict("step line", line, there if rows else None, "" if there else "no log holds it", line=number)
+
+
+def all_of(count, groups):
+    """Those of the groups that may be "all 8 runs" (a count of 0: "all runs"): as many, else the arms."""
+    return [g for g in groups if g.n == count] or [g for g in groups if g.name == g.arm] or groups
 
 
 def weight_of(claim):

@@ -37,12 +37,16 @@ class Claim:
     about: str = ""  # of p and t: loss or time
     subject: str = ""  # words that may name an arm or a log
     label: str = ""  # of its row
+    cells: tuple = ()  # of its row, which may name a log
+    seed: str = ""  # in its row
     section: str = ""  # the heading or label above
     intro: str = ""  # of a table: the sentences before it
     around: str = ""  # the words next to it
     quote: str = ""  # the sentence or row
     scope: tuple = ()  # claims of one scope are about one thing
     sure: bool = False  # in a table, or called by its name: it is what it is taken for
+    every: int | None = None  # runs that are said to be all below or above it, 0 for "all"
+    change: str = ""  # "from" or "to": an end of "84.9 s to 82.3 s"
     line: int = 0
     at: int = 0  # where in its sentence
 
@@ -69,7 +73,7 @@ KINDS = {  # in order of precedence where one name has several
     "t": re.compile(r"(?<![\w-])t(?:[- ]?(?:stat(?:istic)?|value))?(?![\w/-])", re.I),
     "d": words("cohen.{0,3}s d", "effect size"),
     "step time": words("per[- ]step", "step[ _-]?(?:time|avg|average)s?", "ms ?/ ?step", "s ?/ ?step"),
-    "n": words("n", "runs?", "trials", "logs", "samples", "count"),
+    "n": words("n", "runs", "trials", "logs", "samples", "count"),
     "steps": words("steps?", "iterations", "iters"),
     "loss": words("loss(?:es)?", "accs?", "val"),
     "time": words("times?", "traintime", "train s", "runtime", "wall[- ]?clock", "seconds", "duration", "timing"),
@@ -178,12 +182,18 @@ NAMED = re.compile(r"(?<![\w-])(?P<name>p|n|t|z)(?:[- ]?(?:values?|stat(?:istic)
 CALLED = re.compile(r"(?<![\w-])(?:(?P<p>p-?val(?:ue)?s?|(?:one|two)-sided p)|t-?stat(?:istic)?)(?![\w-])"
                     r"[\w\s.,<>()-]{0,60}(?P<relation>[=:])\s{0,3}$", re.I)
 RELATION = re.compile(r"(=|<=?|(?<!-)>=?|≤|≥|~|≈|\babout|\baround|\broughly|\bapprox\w*\.?|\bnearly|\balmost|\bbelow|"
-                      r"\bunder)\s{0,3}$", re.I)
+                      r"\bunder|\bbeneath)\s{0,3}$", re.I)
 RELATIONS = {"": "=", "=": "=", ":": "=", "of": "=", "is": "=", "<": "<", "<=": "<", "≤": "<", "below": "<",
-             "under": "<", ">": ">", ">=": ">", "≥": ">"}
+             "under": "<", "beneath": "<", ">": ">", ">=": ">", "≥": ">"}
 RUNS = re.compile(r"^\s?(?:\w+ ){0,2}?(?:runs|trials|seeds|logs|times)\b", re.I)
 STEPS = re.compile(r"^\s?-?(?:\w+ )?(?:steps?|iterations|iters)\b(?!/)", re.I)
-STEPS_ARE = re.compile(r"\W*(?:(?:total |training )?steps|(?:total )?number of steps) ?[:=] ?", re.I)
+STEPS_ARE = re.compile(r"(?:^\W*|[,;|(.] ?)(?:(?:total |training )?steps|(?:total )?number of steps) ?[:=] ?$", re.I)
+LABELED = re.compile(r"\W*(?:(?:final|mean|average|total|best|training|train|val|validation|test|overall)[ _-])*"
+                     r"(?:loss|time|steps|runtime) ?: ?[~≈]? ?", re.I)  # a line that begins so is a claim of its own
+EVERY_RUN = re.compile(r"(?<!\bnot )\b(?:all|every|each)\b(?: (?:of|the|my|our|these|single)\b){0,3} ?(\d{1,4}|\w*) ?"
+                       r"\b(?:runs?|seeds?|trials?|logs?)\b[^.;,]{0,40}$", re.I)
+ASIDE = re.compile(r"\s?-?[A-Za-z]{0,8}(\s?\([~≈+-]?[\d.]{1,12} ?%\))")  # 2.68 seconds (3.2%) faster
+INTO = re.compile(r"\s?\w{0,7} ?(?:to|->|→) ?[~≈]?$")  # between the ends of a change
 EVERY = re.compile(r"\b(?:every|each|first|last|next|within|per|at|on|by|around|about|once|over|warm-?up(?: of)?)"
                    r"\W{0,3}$", re.I)
 LINK = re.compile(r"\s{0,3}(?:,|/|and|or|vs\.?|->|→|to|against|versus|\()?\s{0,3}", re.I)
@@ -218,7 +228,7 @@ def sentence_claims(text, ranges, heading=False):
     starts = [match.start() for match, _ in matches[1:]] + [len(text)]
     for (match, number), until in zip(matches, starts, strict=False):
         at, own = match.start(), match.end(1)
-        place = Place(number, text[max(end, at - 90):at], text[own:min(until, own + 60)], text[max(0, at - 120):at],
+        place = Place(number, text[max(end, at - 90):at], words_after(text, own, until), text[max(0, at - 120):at],
                       last, ranges)
         claim = claim_at(place)
         last = last if claim and claim.kind == "n" and last else claim  # "3.2788 (6 runs), std 0.0009"
@@ -226,7 +236,27 @@ def sentence_claims(text, ranges, heading=False):
             found.append(replace(waiting, kind=claim.kind, at=at))  # "(std=0.0013, mean=3.2777)"
         waiting, end = None if claim else deviation_at(place), own
         found += [described(claim, place, text, at, heading)] if claim else []
+        if claim and len(found) > 1 and INTO.fullmatch(text[found[-2].at + len(found[-2].text.split()[0]):at]):
+            mark_change(*found[-2:])
     return found
+
+
+def words_after(text, own, until):
+    """The words after a number that ends at `own`, until the next one; a percentage in brackets is passed over."""
+    aside = ASIDE.match(text, own)
+    if not aside:
+        return text[own:min(until, own + 60)]
+    rest = re.split(r"\d", text[aside.end():aside.end() + 60], maxsplit=1)[0]
+    return text[own:aside.start(1)] + rest
+
+
+def mark_change(old, new):
+    """Two claims of "84.9 s to 82.3 s": what it was and what it is now. A range is written the other way round."""
+    alike = old.kind == new.kind and old.kind in ("loss", "time") and old.value > new.value
+    if alike and {old.statistic, new.statistic} <= {"", "difference", "result", "mean"}:
+        old.change, new.change = "from", "to"
+        new.statistic, new.sure = "mean" if "mean" in (old.statistic, new.statistic) else "result", True
+        old.statistic, old.sure = new.statistic if old.statistic else "", old.sure or bool(old.statistic)
 
 
 def described(claim, place, text, at, heading):
@@ -235,6 +265,7 @@ def described(claim, place, text, at, heading):
     claim.subject = compared + (OWNER.match(place.after) or [""])[0]
     claim.around, claim.at = place.before[-40:] + place.after[:25], at
     own = heading or RESULT.search(place.before[-50:]) or ON_HARDWARE.match(place.after)
+    own = own or LABELED.fullmatch(place.reach)
     if own and claim.kind in ("time", "loss") and not claim.statistic:
         claim.statistic, claim.sure = "result", True
     return claim
@@ -317,11 +348,23 @@ def measured_claim(place):
         kind = last.kind if alike else kind
     if not kind and last and statistic in SINGLE and number.digit < 1 and len(place.before) < 40:
         kind = last.kind if last.kind != "steps" else ""  # "time: mean 70.2, median 70.1"
+    if not kind and last and last.kind == "loss" and statistic == "difference" and number.digit <= 0.01 > number.value:
+        kind = "loss" if re.search(r"\bby\s$", place.before[-40:]) else ""  # "3.2769 before: it falls by 0.0031"
     claim = claim_of(number, kind, statistic)
     if claim:
         claim.relation = relation_before(place.before)
         claim.sure = statistic not in ("", "difference") or kind == "steps" and all_steps(place)
+        of_every_run(claim, place.reach)
     return claim
+
+
+def of_every_run(claim, before):
+    """Make "all 8 runs are under 81.3 s" a claim of the slowest one."""
+    every = EVERY_RUN.search(before)
+    if every and claim.relation in "<>" and claim.statistic in ("", "result") and claim.kind in ("loss", "time") and \
+            not STATISTICS["mean"].search(before):
+        claim.statistic, claim.sure = "max" if claim.relation == "<" else "min", True
+        claim.every = int(every[1]) if every[1].isdigit() else 0
 
 
 def measured_statistic(place):
@@ -356,7 +399,8 @@ def kind_at(place):
     number, before = place.number, place.before
     if number.unit in UNITS or number.unit in PER_STEP:
         return "step time" if A_STEP.search(before[-40:] + place.after[:25]) else "time"
-    if number.digit <= 1e-3 and within(abs(number.value), place.ranges["loss"]):
+    fine = 1e-2 if EVERY_RUN.search(place.reach) else 1e-3  # "all runs are below 3.28"
+    if number.digit <= fine and within(abs(number.value), place.ranges["loss"]):
         return "loss"
     alone = re.fullmatch(r"\W*", before) and not place.after.strip()  # "# 163.8384" below the print of a mean
     if alone and number.digit <= 0.1 and within(number.value, place.ranges["time"]):
@@ -385,8 +429,8 @@ def kind_by_word(place, kind):
 
 
 def all_steps(place):
-    """Whether a number of steps is that of a run: step 1480/1480, or "Steps: 1480" at the begin of a line."""
-    return place.after[:1] == "/" or STEPS_ARE.fullmatch(place.reach) and not place.after.lstrip().startswith("+")
+    """Whether a number of steps is that of a run: step 1480/1480, or "Steps: 1480" at the begin of a clause."""
+    return place.after[:1] == "/" or STEPS_ARE.search(place.reach) and not place.after.lstrip().startswith("+")
 
 
 # -- cells of tables

@@ -6,7 +6,8 @@ RECORDS is a folder of record folders (a checkout of public ones). In each READM
 arithmetic of its own, the mean loss, the mean time, n or the p of a group of runs: by a number that is off by 0.05 % to
 90 % (n by 1 to nine times, p by 1.25 to 100 times) and is none of the other groups'. Detected: verify contradicts that
 number, and did not contradict it before. With --any it is any number that verify had supported, off by 0.05 % to 90 %
-or by one run or step; some of these are other true numbers by chance. The contradictions of the READMEs as they are get listed: judge them by hand.
+or by one run or step; some of these are other true numbers by chance. The contradictions of the READMEs as they are
+get listed: judge them by hand.
 """
 
 import argparse
@@ -135,7 +136,8 @@ def any_round(readmes, seed, count):
             hit = any(re.fullmatch(r"[\d.]+(?:e-\d+)?", number) and float(number) == float(new) for number in found)
             hits, done = hits + hit, done + 1
             if not hit:
-                print(f"  missed: {path.parent.name}:{claim['line']}: {claim['kind']} {word} -> {new}: {claim['quote']}")
+                place = f"{path.parent.name}:{claim['line']}"
+                print(f"  missed: {place}: {claim['kind']} {word} -> {new}: {claim['quote']}")
     print(f"seed {seed}: {hits} of {done} detected (any supported number)")
 
 

@@ -455,3 +455,137 @@ def test_versions_are_those_of_the_statistics(tmp_path, capsys, old, new, truth)
     assert [c["verdict"] for c in checks if c["kind"] == "code"] == [truth]
     logger.main(["stats", str(tmp_path / "a"), "--target", "3.28", "--json"])
     assert bool(json.loads(capsys.readouterr().out)["mixture"]) == (truth == "contradicted")
+
+
+# -- what an independent review found
+
+
+def contradictions(folder, text, capsys):
+    return [(c["kind"], c["claim"].lstrip("≈<= ")) for c in verified(folder, text, capsys) if c["verdict"] == "contradicted"]
+
+
+RUNS = "| seed | val loss | train time |\n|--:|--:|--:|\n" + "".join(
+    f"| {i} | {loss} | {seconds}s |\n" for i, (loss, seconds) in
+    enumerate(zip(LOSSES["record"], TIMES["record"], strict=True)))
+
+
+@pytest.mark.parametrize(("old", "new", "kind"), [
+    ("70.254s", "81.288s", "time"), ("70.254s", "70.255s", "time"), ("3.2752", "3.2763", "loss"),
+    ("70.254s", "70.333s", "time")])  # the last one is that of another run
+def test_rows_of_runs_that_name_no_log(one, both, capsys, old, new, kind):
+    """The other numbers of a row say which run it is."""
+    for folder in (one, both):
+        assert {v for _, v in verdicts(folder, RUNS, capsys)} == {"supported"}
+        found = contradictions(folder, RUNS.replace(old, new), capsys)
+        assert (kind, new.replace("s", " s")) in found and (len(found) == 1 or new == "70.333s")
+
+
+def test_a_row_of_runs_that_are_not_here(one, capsys):
+    for row in ("| 9 | 3.2799 | 71.001s |\n", "| 9 | 3.2799 | 70.9s |\n", "| all | 3.2735 | 70.188s |\n"):
+        assert contradictions(one, RUNS + row, capsys) == [], row
+    other = RUNS.replace("3.27", "3.26").replace("3.2648", "3.2748")  # one loss of five is here by chance
+    assert contradictions(one, other.replace("70.", "71."), capsys) == []
+
+
+def test_rows_that_name_a_log_in_any_column_or_a_seed(tmp_path, capsys):
+    folder = tmp_path / "named"
+    write_logs(folder / "logs", "record")
+    for i, path in enumerate(sorted((folder / "logs").glob("*.txt"))):
+        path.rename(path.with_name(f"{path.stem}_seed{i + 40}.txt"))
+    head = "| i | {} | val loss |\n|---|---|---|\n"
+    for name, word in (("log", "r{}f4e2a_seed4{}.txt"), ("seed", "4{1}")):
+        text = head.format(name) + "".join(f"| {i} | {word.format(i, i)} | {loss} |\n"
+                                           for i, loss in enumerate(LOSSES["record"]))
+        assert {v for _, v in verdicts(folder, text, capsys)} == {"supported"}
+        for new in ("3.2763", "3.2711"):  # of no run, of another one
+            assert contradictions(folder, text.replace("3.2752", new), capsys) == [("loss", new)]
+
+
+# True is 5.2055 s, 6.90 %, 0.0045, 50 steps
+DIFFERENCES = [
+    ("This PR is {} seconds (6.9%) faster.", "time difference", "5.21", "4.21"),
+    ("5.21 seconds ({}%) faster", "percent difference", "6.9", "4.9"),
+    ("{} seconds (6.9%) faster", "time difference", "5.21", "2.98"),
+    ("The mean loss falls by {}.", "loss difference", "0.0045", "0.0031"),
+    ("Loss of the baseline: 3.2780; it falls by {}.", "loss difference", "0.0045", "0.0031"),
+    ("The mean time: 75.39s to {}s.", "time mean", "70.19", "71.30"),
+    ("The mean time: {}s to 70.19s.", "time mean", "75.39", "74.98"),
+    ("Loss: {} → 3.2735", "loss", "3.2780", "3.2790"),
+]
+
+
+@pytest.mark.parametrize(("text", "kind", "true", "false"), DIFFERENCES)
+def test_differences_of_two_arms_in_sentences(both, one, capsys, text, kind, true, false):
+    assert contradictions(both, text.format(true), capsys) == []
+    assert [k.split()[0] for k, _ in contradictions(both, text.format(false), capsys)] == [kind.split()[0]]
+    said = [k for k, _ in verdicts(both, text.format(true), capsys)]
+    assert kind in said or kind == "loss"
+    if "difference" in kind:
+        assert contradictions(one, text.format(false), capsys) == []
+
+
+@pytest.mark.parametrize("text", [
+    "Fusing the kernels saves 300 ms.", "Another change is 0.3 s (0.4%) faster.", "PR #123 is 0.3 s (0.4%) faster.",
+    "The loss of record 59 falls by 0.0031.", "The times are from 70.04 to 70.34 s.", "Losses: 3.2711 - 3.2752"])
+def test_differences_of_something_else(both, capsys, text):
+    assert contradictions(both, text, capsys) == []
+
+
+def test_a_row_of_differences(both, capsys):
+    table = "| arm | mean loss | mean time (s) |\n|---|---|---|\n| baseline | 3.2780 | 75.394 |\n"
+    table += "| this PR | 3.2735 | 70.188 |\n| diff | -0.0045 | -5.206 |\n"
+    table = table.replace("mean ", "")
+    assert {v for _, v in verdicts(both, table, capsys)} == {"supported"}
+    for old, new in (("-0.0045", "-0.0031"), ("-5.206", "-2.98")):
+        assert [text for _, text in contradictions(both, table.replace(old, new), capsys)] == [new]
+
+
+def test_what_is_said_of_all_runs(one, both, capsys):
+    for folder in (one, both):
+        for text in ("All 5 runs under 70.4 s.", "All 5 runs are below 3.28.", "Every run stays under 3.2753.",
+                     "The mean of all runs is below 3.274.", "Not all runs are below 3.274."):
+            assert contradictions(folder, text, capsys) == [], text
+        for text, number in (("All 5 runs under 70.3 s.", "70.3 s"), ("Every run stays under 3.275.", "3.275"),
+                             ("All of the 5 seeds are below 3.2750.", "3.2750")):
+            assert [word for _, word in contradictions(folder, text, capsys)] == [number], text
+    baseline = "All 5 runs of the record are below 3.2780; all 4 runs of the baseline are below {}."
+    assert contradictions(both, baseline.format("3.28"), capsys) == []
+    assert contradictions(both, baseline.format("3.2785"), capsys) == [("loss max", "3.2785")]
+
+
+def test_all_runs_below_the_target(tmp_path, capsys):
+    folder = tmp_path / "above"
+    write_logs(folder, "record")
+    path = next(iter(sorted(folder.glob("*.txt"))))
+    path.write_text(path.read_text().replace("val_loss:3.2711", "val_loss:3.2811"))
+    assert contradictions(folder, "All 5 runs are below 3.28.", capsys) == [("loss max", "3.28")]
+    assert contradictions(folder, "The mean loss is below 3.28.", capsys) == []
+
+
+def test_one_log_of_many(tmp_path, one, capsys):
+    folder = tmp_path / "single"
+    write_logs(folder, "record")
+    for path in sorted(folder.glob("*.txt"))[1:]:
+        path.unlink()
+    for text in ("I made 40 runs.", "n = 160", "| arm | n | loss |\n|---|---|---|\n| all | 40 | 3.2711 |\n"):
+        assert ("n", "not found") in verdicts(folder, text, capsys), text
+        assert ("n", "contradicted") in verdicts(one, text, capsys), text
+
+
+def test_labels_at_the_begin_of_a_line_and_within(one, capsys):
+    for text, true, false in (("Loss: {}", "3.2735", "3.2769"), ("- **Loss:** {}", "3.2711", "3.2769"),
+                              ("It is good,\nFinal val loss: {}\nand so on", "3.2735", "3.2769"),
+                              ("Time: {} s", "70.188", "71.3"), ("Done on 8 GPUs, Steps: {} and so on.", "1400", "1300"),
+                              ("8 GPUs were used\nSteps: {}\nand so on", "1400", "1300")):
+        assert [v for _, v in verdicts(one, text.format(true), capsys)] == ["supported"], text
+        assert [v for _, v in verdicts(one, text.format(false), capsys)] == ["contradicted"], text
+    for text in ("8 GPUs, warm-up steps: 300", "8 GPUs\nCooldown steps: 300", "Baseline loss: 3.2769"):
+        assert contradictions(one, text, capsys) == [], text
+
+
+def test_a_p_that_is_printed_below_its_question(one, capsys):
+    text = "```python\n>>> stats.ttest_1samp(losses, 3.28, alternative='less').pvalue\n{}\n```\n"
+    for form in ("{}", "np.float64({})", "# {}"):
+        assert ("p", "supported") in verdicts(one, text.format(form.format("0.00044")), capsys)
+        assert [k for k, _ in contradictions(one, text.format(form.format("0.0031")), capsys)] == ["p"]
+    assert verdicts(one, "```\nx = 1\n0.0031\n```\n", capsys) == []
