@@ -21,8 +21,8 @@ STEP_LINE = re.compile(r"step:\d{1,15}/\d{1,15} val_loss:\d{1,9}\.\d{1,15}[^\n`|
 LIST = re.compile(r"\[([\s\d.,e+ms-]{8,60000})\]")
 LABEL = re.compile(r"loss|acc|val|time|timing|runs|results|second", re.I)
 COLUMNS = re.compile(r"\S\s{2,}\S.{0,500}?\S\s{2,}\S")
-ASKS_P = re.compile(r"\.pvalue\)?\s*$")
-ANSWER = re.compile(r"(?:#|>|Out\[\d{1,4}\]:|\s){0,4}\(?(\d?\.\d{1,30}(?:e-?\d{1,3})?|\d(?:\.\d{1,30})?e-\d{1,3})\)?")
+ASKS = {"p": re.compile(r"\.pvalue\)?\s*$"), "mean": re.compile(r"\bmean\(")}  # lines of code, answered by the next
+ANSWER = re.compile(r"(?:#|>|Out\[\d{1,4}\]:|\s){0,4}\(?(\d{0,9}\.\d{1,30}(?:e-?\d{1,3})?|\de-\d{1,3})\)?", re.ASCII)
 SEED = re.compile(r"\bseed\b", re.I)
 REMARK = re.compile(r"\s#.*$|[\s*]+$")  # after the values of a row: "# At 1775 steps", "**"
 CLEANING = tuple((re.compile(pattern), new) for pattern, new in (  # what hides a number or its meaning
@@ -112,7 +112,7 @@ class Reader:
         self.found, self.ranges, self.lists = found, ranges, iter(found.lists)
         self.next_list = next(self.lists, None)
         self.section, self.intro, self.code = "", "", False  # heading or label above, sentences before, in a fence
-        self.asked = False  # for a p, by the line of code above
+        self.asked = ""  # what the line of code above prints: p or mean
         self.pending, self.start = [], 0  # lines of an open sentence, the number of the first
         self.header, self.ends, self.table = None, [], 0  # of an open table: names, where they end, its number
 
@@ -144,7 +144,7 @@ class Reader:
             self.header = self.header if self.code else None
             return
         title = (line.startswith("#") and not self.code) or (line.endswith(":") and len(line) < 120)
-        line = self.with_p(line) if self.code else line
+        line = self.answered(line) if self.code else line
         if title or self.code or re.match(r"[-*+>] |\d{1,3}[.)] ", line) or LABELED.match(line):
             self.sentence_ends()
         self.section = line if title else self.section
@@ -153,11 +153,12 @@ class Reader:
         if title or self.code:
             self.sentence_ends()
 
-    def with_p(self, line):
-        """A line of code; a number alone below `.pvalue` is called p."""
+    def answered(self, line):
+        """A line of code; a number alone below `.pvalue` or `mean(..)` is called p or mean."""
         answer = ANSWER.fullmatch(line[:80]) if self.asked else None
-        self.asked = bool(ASKS_P.search(line[-40:]))
-        return f"p = {answer[1]}" if answer else line
+        named = f"{self.asked} = {answer[1]}" if answer else line
+        self.asked = next((name for name, asks in ASKS.items() if asks.search(line[-200:])), "")
+        return named
 
     def sentence_ends(self):
         """The lines so far are whole sentences."""

@@ -21,6 +21,7 @@ from runlogs.wording import COMPARED, COUNTED, RECORD, label_statistic
 
 VERDICTS = {False: "contradicted", None: "not found", True: "supported"}
 KNOWN = ("mean", "sd", "median", "min", "max", "range", "interval", "spread", "result")
+MAX_RUNS = 500  # that rows of tables are compared with
 OF_RUN = ("loss", "time", "step time", "steps")
 BASELINE = re.compile(r"baseline|previous|prior\b|\bold\b|\bmaster\b|former|\bcontrol\b|reference|retim\w+|re-?r[ua]n",
                       re.I)
@@ -30,10 +31,11 @@ ELSEWHERE = re.compile(
     r"suggest|would|could|might|expect|no changes", re.I)
 PAIRED = re.compile(r"welch|two[- ]sample|two[- ]sided|differ|faster|slower|\bvs\b|compar|improve", re.I)
 WELCH = re.compile(r"welch|two[- ]sample|differ", re.I)
+ONE_SAMPLE = re.compile(r"one[- ]sample", re.I)
 PARTS = re.compile(r"\b(?:each|per|every|parts?|half|subset\w*|first|last)\b|groups? of|mean[- ]of", re.I)
 RULE = re.compile(r"rule|target|need|requir|must|criteri|alpha|threshold", re.I)
 KNOWN_SD = re.compile(r"0\.0013|track[ _]3|\bz[ -]|known sd", re.I)  # track 3's test
-WHOLE = re.compile(r"these timings|\b(?:total|overall|net|wall-?clock)\b", re.I)
+WHOLE = re.compile(r"these timings|\b(?:total|overall|net|wall-?(?:clock|time))\b", re.I)
 BARE = re.compile(r"(?:[-*+] )?[\w -]{3,40}: ?[+-]?[\d.]+ ?\w{0,7}")  # - train time: -1.04 s
 # Words of a difference of whole runs, and those of a part of them or of other ones
 OF_RUNS = re.compile(
@@ -61,7 +63,11 @@ class Judge:
         self.two = len(groups) == 3 and {g.arm for g in groups} == {"record", "baseline", ""}
         self.sample = self.known_sd = False
         self.subjects, self.weights, self.sizes, self.zeros = {}, {}, {}, {}
-        self.each = list({id(run): run for group in groups for run in group.each}.values())
+        self.each = list({id(run): run for group in groups for run in group.each}.values())[:MAX_RUNS]
+        self.logs = {log: run for group in groups for log, run in group.runs.items() if len(log) > 3}
+        self.seeds = defaultdict(list)
+        for run in self.each:
+            self.seeds[run.seed].append(run)
         self.rows = {}  # of tables whose rows are runs: {scope: its claims}
 
     def all(self, text):
@@ -155,8 +161,7 @@ class Judge:
     def runs_called(self, claim):
         """Runs whose log or seed a row of a table names."""
         names = {re.sub(r"\\|\.(?:txt|log)\b.*$", "", cell) for cell in claim.cells}
-        logs = [run for group in self.groups for log, run in group.runs.items() if log in names and len(log) > 3]
-        return logs or [run for run in self.each if claim.seed and run.seed == claim.seed]
+        return [self.logs[name] for name in names & self.logs.keys()] or self.seeds.get(claim.seed or "none", [])
 
     def runs_with(self, claims, runs):
         """Those of the runs that have all numbers of some claims."""
@@ -282,14 +287,14 @@ class Judge:
 
     def above(self, claim):
         """Lists just above a claim, under the same heading or label."""
-        return [group for group in self.lists if 0 <= claim.line - group.line <= 8 and group.section == claim.section]
+        return [group for group in self.lists if 0 <= claim.line - group.line <= 12 and group.section == claim.section]
 
     def beside(self, claim, absent):
         """What lists just above a claim give for it, if their runs are not here."""
-        if claim.kind not in ("n", "loss", "time") or (claim.kind != "n" and claim.statistic not in ("mean", "sd")):
+        if claim.kind not in ("n", "p") and not (claim.kind in ("loss", "time") and claim.statistic in ("mean", "sd")):
             return []
         lists = [group for group in self.above(claim) if absent or not group.real]
-        return self.facts(claim, [group for group in lists if claim.kind == "n" or group.numbers(claim.kind)])
+        return self.facts(claim, [group for group in lists if claim.kind in ("n", "p") or group.numbers(claim.kind)])
 
     def list(self, numbers):
         """Verdict on a list: losses or times of the runs. Most of them in the logs and some not is a contradiction."""
@@ -332,9 +337,13 @@ class Judge:
             return True, "the t-test of these logs" if one else "Welch's test of two groups here"
         if listed := self.listed(claim):
             return listed
+        beside = self.beside(claim, True) if not values and claim.relation == "=" else []
+        if beside and claim.kind == "p" and claim.scope[0] == "words":
+            return False, f"the list above gives {some(beside, claim)}"
         if not values:
             return None, "no test of that kind can be made of the logs here"
-        if claim.relation == "=" and claim.scope[0] == "words" and agrees(claim, self.pairs.facts(claim.kind)):
+        unsaid = claim.relation == "=" and claim.scope[0] == "words" and not ONE_SAMPLE.search(claim.quote)
+        if unsaid and agrees(claim, self.pairs.facts(claim.kind)):
             return None, f"it would be of Welch's test of two groups; {claim.kind} here: {some(values, claim)}"
         if claim.relation == "<" and RULE.search(claim.quote):
             return None, "a rule"
@@ -347,7 +356,7 @@ class Judge:
         welch = claim.kind == "d" or (table and WELCH.search(claim.around))
         single = [] if welch or (table and claim.about == "time") else self.facts(claim, groups)
         of = None if len(groups) == len(self.groups) else groups
-        two = PAIRED.search(f"{claim.quote} {claim.section}") and not re.search("one[- ]sample", claim.around, re.I)
+        two = PAIRED.search(f"{claim.quote} {claim.section}") and not ONE_SAMPLE.search(claim.around)
         two = welch or claim.about == "time" or (two and claim.scope[0] != "row")
         return sorted([*single, *(self.pairs.facts(claim.kind, claim.about, of) if two else [])])
 

@@ -402,7 +402,7 @@ def kind_at(place):
     fine = 1e-2 if EVERY_RUN.search(place.reach) else 1e-3  # "all runs are below 3.28"
     if number.digit <= fine and within(abs(number.value), place.ranges["loss"]):
         return "loss"
-    alone = re.fullmatch(r"\W*", before) and not place.after.strip()  # "# 163.8384" below the print of a mean
+    alone = re.fullmatch(r"\W*(?:mean = )?", before) and not place.after.strip()  # "# 163.8384"
     if alone and number.digit <= 0.1 and within(number.value, place.ranges["time"]):
         return "time"
     hits = [(m.end(), kind) for kind in ("loss", "time", "step time", "steps")

@@ -461,7 +461,8 @@ def test_versions_are_those_of_the_statistics(tmp_path, capsys, old, new, truth)
 
 
 def contradictions(folder, text, capsys):
-    return [(c["kind"], c["claim"].lstrip("≈<= ")) for c in verified(folder, text, capsys) if c["verdict"] == "contradicted"]
+    found = [claim for claim in verified(folder, text, capsys) if claim["verdict"] == "contradicted"]
+    return [(claim["kind"], claim["claim"].lstrip("≈<= ")) for claim in found]
 
 
 RUNS = "| seed | val loss | train time |\n|--:|--:|--:|\n" + "".join(
@@ -507,7 +508,7 @@ DIFFERENCES = [
     ("5.21 seconds ({}%) faster", "percent difference", "6.9", "4.9"),
     ("{} seconds (6.9%) faster", "time difference", "5.21", "2.98"),
     ("The mean loss falls by {}.", "loss difference", "0.0045", "0.0031"),
-    ("Loss of the baseline: 3.2780; it falls by {}.", "loss difference", "0.0045", "0.0031"),
+    ("Loss of the baseline: 3.2780, and it falls by {}.", "loss difference", "0.0045", "0.0031"),
     ("The mean time: 75.39s to {}s.", "time mean", "70.19", "71.30"),
     ("The mean time: {}s to 70.19s.", "time mean", "75.39", "74.98"),
     ("Loss: {} → 3.2735", "loss", "3.2780", "3.2790"),
@@ -575,8 +576,8 @@ def test_one_log_of_many(tmp_path, one, capsys):
 def test_labels_at_the_begin_of_a_line_and_within(one, capsys):
     for text, true, false in (("Loss: {}", "3.2735", "3.2769"), ("- **Loss:** {}", "3.2711", "3.2769"),
                               ("It is good,\nFinal val loss: {}\nand so on", "3.2735", "3.2769"),
-                              ("Time: {} s", "70.188", "71.3"), ("Done on 8 GPUs, Steps: {} and so on.", "1400", "1300"),
-                              ("8 GPUs were used\nSteps: {}\nand so on", "1400", "1300")):
+                              ("Time: {} s", "70.188", "71.3"), ("On 8 GPUs, Steps: {} and so on.", "1400", "1300"),
+                              ("8 GPUs\nSteps: {}\nand so on", "1400", "1300")):
         assert [v for _, v in verdicts(one, text.format(true), capsys)] == ["supported"], text
         assert [v for _, v in verdicts(one, text.format(false), capsys)] == ["contradicted"], text
     for text in ("8 GPUs, warm-up steps: 300", "8 GPUs\nCooldown steps: 300", "Baseline loss: 3.2769"):
@@ -589,3 +590,17 @@ def test_a_p_that_is_printed_below_its_question(one, capsys):
         assert ("p", "supported") in verdicts(one, text.format(form.format("0.00044")), capsys)
         assert [k for k, _ in contradictions(one, text.format(form.format("0.0031")), capsys)] == ["p"]
     assert verdicts(one, "```\nx = 1\n0.0031\n```\n", capsys) == []
+
+
+def test_a_mean_that_is_printed_below_its_question(one, capsys):
+    text = "```python\nprint(f'{{np.mean(times):.4f}}')\n# {}\n```\n"
+    assert verdicts(one, text.format("70.1880"), capsys) == [("time mean", "supported")]
+    assert verdicts(one, text.format("69.1880"), capsys) == [("time mean", "contradicted")]
+
+
+def test_a_p_below_its_list(one, capsys):
+    """Of runs of the record that the README calls the baseline's: there is no baseline to compare with."""
+    text = "Previous record, timed here:\n\n```\nlosses = [3.2711, 3.2735, 3.2752]\n\n# p={}\n```\n"
+    p = facts.tests_of([3.2711, 3.2735, 3.2752], 3.28)["p"][0]
+    assert ("p", "supported") in verdicts(one, text.format(f"{p:.4f}"), capsys)
+    assert contradictions(one, text.format("0.0640"), capsys) == [("p", "p = 0.0640")]
