@@ -31,7 +31,8 @@ CLEANING = tuple((re.compile(pattern), new) for pattern, new in (  # what hides 
     (r"\]\([^()\s]{0,2000}\)", "] "),
     (r"\bhttps?://[^\s)>\]]{1,2000}", " "),
     ("&lt;", "<"), ("&gt;", ">"), ("&plusmn;", "±"), (r"\\approx|\\sim", "≈"), (r"\\pm", "±"), (r"\\(?=[_%])", ""),
-    (r"alternative ?= ?.less.", ""), (r"\bnp\.float\d\d", ""), (r"\*\*|\$|(?<!`)`{1,2}(?!`)", ""), (r"[−–‒]", "-"),
+    (r"alternative ?= ?.less.", ""), (r"\bnp\.float\d\d", ""),
+    (r"```([^`\n]{1,3000})```", r"\1"), (r"\*\*|\$|(?<!`)`{1,2}(?!`)", ""), (r"[−–‒]", "-"),
     (r"\(tensor\(([\d.e-]{1,20})\), ?tensor\(([\d.e-]{1,20})\)\)", r"(std=\1, mean=\2)"),  # of torch.std_mean
     (r"(\d\.\d{1,9}) ?- ?(\d{1,9}\.\d)", r"\1 to \2"),
     (r"(\d ?(?:ms|s|sec)?) ?(?:\+/-|\+-) ?(?=\d)", r"\1 ± "),

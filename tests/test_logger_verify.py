@@ -415,7 +415,8 @@ def test_more_than_is_checked_is_said(one, capsys, monkeypatch):
 
 @pytest.mark.parametrize("piece", [
     "p(mean<3.28) = 0.01\n", "|3.27|3.28|\n", "loss  time  n  p\n1.1 2.2 3 4\n", "<!--", "![", "mean 3.271 s, ", "1,1.",
-    "\n", "](", "[1.1, ", "word. ", "vs ", "± 1 "])
+    "\n", "](", "[1.1, ", "word. ", "vs ", "± 1 ", "```", "all runs < 3.2, ", "3.29 to 3.28 (1%) ", "loss: 3.3\n",
+    "|a|time|loss|\n" + "|1|70.2s|3.27|\n" * 100])
 def test_the_time_is_linear(piece):
     groups = [facts.Group("record", "record", LOSSES["record"], TIMES["record"], [1400])]
     times = []
@@ -604,3 +605,8 @@ def test_a_p_below_its_list(one, capsys):
     p = facts.tests_of([3.2711, 3.2735, 3.2752], 3.28)["p"][0]
     assert ("p", "supported") in verdicts(one, text.format(f"{p:.4f}"), capsys)
     assert contradictions(one, text.format("0.0640"), capsys) == [("p", "p = 0.0640")]
+
+
+def test_code_in_one_line_opens_no_block(one, capsys):
+    found = verdicts(one, "```n = 5```\n\n# Loss\n\nThe mean\nloss is 3.2735, p = 0.0004.\n", capsys)
+    assert found == [("n", "supported"), ("loss mean", "supported"), ("p", "supported")]
