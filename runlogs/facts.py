@@ -198,10 +198,11 @@ def means_of(kind, a, b):
 
 
 def ratios_of(a, b):
-    """Ratios of the means of two groups, and what they are called in percent."""
+    """Ratios of the means of two groups, either way, and what they are called in percent."""
     means = [means_of(kind, a, b) for kind in ("time", "loss", "steps", "step time")]
     ratios = [x / y for x, y in means if x and y]
-    return ratios + [100 * v for r in ratios for v in (r, 1 / r, r - 1, 1 - r, 1 / r - 1, 1 - 1 / r)]
+    percents = [100 * v for r in ratios for v in (r, 1 / r, r - 1, 1 - r, 1 / r - 1, 1 - 1 / r)]
+    return ratios + [1 / r for r in ratios] + percents
 
 
 def welch_facts(x, y):
