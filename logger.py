@@ -280,7 +280,7 @@ def is_path(name, folder):
     there = os.path.exists(name) or os.sep in name or glob.has_magic(name)
     lacking = folder == RECORDS and not os.path.isdir(folder)
     if lacking and not there and re.fullmatch(r"#?\d{1,6}", name, re.ASCII):
-        raise FileNotFoundError(f"'{name}' is no log, and there is no folder '{RECORDS}' where it could be a record's "
+        raise FileNotFoundError(f"'{name}' is not there, nor a folder '{RECORDS}' where it could be a record's "
                                 "number: name one with --records")
     return there or lacking
 

@@ -33,13 +33,17 @@ def cell_table(result):
     rows = []
     for name, arm in ((name, arm) for name, arm in arms.items() if arm):
         for cell in arm["cells"]:
-            machine = f"{cell['processes']} x " if cell["processes"] else ""
-            machine += cell["hardware"] or "unknown"
+            machine = machine_of(cell["processes"], cell["hardware"])
             rows.append([name, cell["label"], cell["n"], plus_minus(cell["mean_val_loss"], cell["sd_val_loss"], ".5f"),
                          plus_minus(cell["mean_time_s"], cell["sd_time_s"], ",.3f"), show(cell["mean_step_ms"], ",.2f"),
                          cell["steps"][0], machine, cell["code"] or "no source"])
     headings = ["arm", "cell", "n", "val loss", "train s", "ms/step", "steps", "hardware", "code"]
     return Table(headings, rows, extras=("code", "ms/step", "hardware", "steps"))
+
+
+def machine_of(processes, hardware):
+    """Words for the hardware of a cell: how many of it there were is not always known, as of a CPU."""
+    return (f"{processes} x " if processes else "") + (hardware or "unknown")
 
 
 def difference_lines(found):
@@ -147,9 +151,9 @@ def facts_of(cell):
     versions = {"Python": header.get("python"), "PyTorch": torch, "CUDA": header.get("cuda"),
                 "Triton": header.get("triton"), "driver": header.get("driver")}
     known = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
-    machine = f"{cell.processes or 'unknown number of'} x {cell.hardware or 'unknown'}"
     return [["commit", (", ".join(commits) or "not known") + (" with changes" if dirty else "")],
-            ["code", cell.code or "no source in the logs"], ["GPUs", machine], ["versions", known or "not known"]]
+            ["code", cell.code or "no source in the logs"], ["GPUs", machine_of(cell.processes, cell.hardware)],
+            ["versions", known or "not known"]]
 
 
 def numbers_of(cell, test):

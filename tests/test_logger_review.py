@@ -44,7 +44,7 @@ def test_a_cell_that_no_group_has_is_an_error(runs, capsys):
 def test_numbers_of_records_without_a_folder_of_records_say_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert logger.main(["diff", "1", "2"]) == 1
-    assert "'1' is no log" in (error := capsys.readouterr().err) and "--records" in error
+    assert "'1' is not there, nor" in (error := capsys.readouterr().err) and "--records" in error
     assert logger.main(["history", "lr", "nowhere"]) == 1
     assert "'nowhere' is no folder of records" in (error := capsys.readouterr().err) and "--records" not in error
 
@@ -66,6 +66,8 @@ def test_hardware_without_its_number_has_no_question_mark(tmp_path, capsys):
                                     "step:1/1 val_loss:3.2 train_time:1000ms step_avg:1000ms\n")
     assert logger.main(["stats", str(tmp_path), "--wide"]) == 0
     assert "? x" not in capsys.readouterr().out
+    assert logger.main(["stats", str(tmp_path), "--markdown"]) == 0
+    assert "| GPUs | unknown |" in capsys.readouterr().out
 
 
 def test_a_log_without_a_loss_is_not_said_to_miss_the_target(tmp_path, capsys):
@@ -78,6 +80,34 @@ def test_a_text_that_is_not_read_to_its_end_has_no_line_zero(runs, tmp_path, cap
     (tmp_path / "2026-01-01_x" / "README.md").write_text("mean 3.2710\n" + "x" * 30_000)
     assert logger.main(["verify", runs]) == 0
     assert "README.md:1" in (out := capsys.readouterr().out) and "longer than" in out and "README.md:0" not in out
+
+
+def test_a_p_that_needs_another_target_says_so(tmp_path, capsys):
+    folder = write_runs(tmp_path / "x", (1.87, 1.871, 1.872))
+    (tmp_path / "x" / "README.md").write_text("The mean loss is below 1.8857, p = 0.00077.\n")
+    for target, verdict in (((), "not found"), (("--target", "1.8857"), "supported")):
+        assert logger.main(["verify", folder, "--wide", *target]) == 0
+        line, = [line for line in capsys.readouterr().out.split("\n") if line.startswith("p ")]
+        assert verdict in line and ("the target 3.28, --target names another" in line) == (not target)
+
+
+@pytest.mark.parametrize("dated", [True, False])
+def test_what_stats_writes_is_all_supported(tmp_path, capsys, dated):
+    """The leg "2 P" with the seed 1 beside it is no p, and 8 x NVIDIA no ratio."""
+    folder = tmp_path / "2026-01-01_x"
+    write_runs(folder, (3.27, 3.271, 3.2715), 8, source="lr = 0.2\n")
+    write_runs(folder / "baseline", (3.272, 3.274, 3.277), 8)
+    for k, path in enumerate(sorted(folder.rglob("*.txt"))):
+        date = f"Running PyTorch 2.10.0+cu128 compiled for CUDA None\nThu Jan  1 00:{k:02d}:00 2026\n"
+        path.write_text(path.read_text().replace("Running PyTorch 2.10.0\n", date if dated else ""))
+        path.rename(path.with_name(f"seed_{path.name}"))
+    assert logger.main(["stats", str(folder), "--target", "3.28", "--markdown"]) == 0
+    text = capsys.readouterr().out
+    assert ("| 1 P | 0 |" in text or "| 4 P | 0 |" in text) if dated else "| - P | 0 |" in text
+    assert "| 8 x NVIDIA H100 80GB HBM3 |" in text and "CUDA None" not in text
+    (folder / "statistics.md").write_text(text)
+    assert logger.main(["verify", str(folder)]) == 0
+    assert "0 contradicted, 0 not found" in capsys.readouterr().out
 
 
 def test_a_ratio_holds_either_way():
