@@ -7,6 +7,7 @@
     python logger.py history NAME FOLDER           # a function or constant through all records: how it changed and when
     python logger.py profile RUN                   # time of a step, overlap, heaviest operations of its traces
     python logger.py stats FOLDER --target 3.28    # is the mean loss below the target; gain over baseline/
+    python logger.py stats FOLDER --target 3.28 --plan    # a look after each run: enough, go on, or hopeless
     python logger.py verify FOLDER                 # does a record folder hold what its README claims
     python logger.py extract LOG -o train_gpt.py   # the source inside a log, ready to run
     python logger.py export LOG... -o runs.csv     # every record as CSV or JSON, or to wandb: --wandb PROJECT
@@ -57,6 +58,7 @@ from runlogs.leaderboard import records_of
 from runlogs.loading import changes_of, describe, expand, load, load_experiment, load_one, natural, read_each
 from runlogs.numbering import find_records, numbered, tracks_of
 from runlogs.output import encoded, give, printable, say, say_json, write_file
+from runlogs.planning import plan_of
 from runlogs.profiling import trace_numbers
 from runlogs.reporting import (
     Table,
@@ -73,7 +75,7 @@ from runlogs.reporting import (
     run_table,
     screen,
 )
-from runlogs.stats_report import statistics_report, stats_report
+from runlogs.stats_report import plan_report, statistics_report, stats_report
 
 
 def show_experiment(args):
@@ -311,10 +313,14 @@ def show_stats(args):
         raise ValueError(f"no complete run in {', '.join(args.logs)}: {reasons(evidence)}")
     evidence = evidence.choose(args.cell) if args.cell else evidence
     result = stats_numbers(evidence, args.target, args.alpha)
+    if args.plan:
+        result["plan"] = plan_of(evidence.arm("record"), args.target, args.alpha, args.max_runs)
+        result["passed"] = result["plan"]["verdict"] == "enough"
     if args.json:
         say_json(result)
     else:
-        emit((statistics_report if args.markdown else stats_report)(evidence, result), args)
+        report = (statistics_report if args.markdown else stats_report)(evidence, result)
+        emit(report + (plan_report(result["plan"]) if args.plan else []), args)
     return 0 if args.target is None or result["passed"] else 1
 
 
@@ -522,6 +528,8 @@ def add_commands(command):
     sub.add_argument("--target", **target)
     flag(sub, "cell", metavar="LABEL_OR_HASH", help="of a mixture of versions or machines these runs")
     sub.add_argument("--alpha", type=probability, default=0.01, help="p has to be below (default: 0.01)")
+    sub.add_argument("--plan", action="store_true", help="a look after each run: enough, go on, or hopeless")
+    flag(sub, "max-runs", type=int, default=20, metavar="N", help="of --plan, chosen before the first (default: 20)")
     sub = command("verify", verify_folder)
     flag(sub, "loss-key", **claim)
     sub.add_argument("folder", metavar="FOLDER", help="record folder with README.md and logs")

@@ -24,7 +24,6 @@ import json
 import math
 import os
 import re
-from array import array
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -42,7 +41,10 @@ PYTHON = re.compile(rf"(?P<remark>#[^\n]*)|(?P<string>{STRING})|{REST}", re.S)
 OTHERS = re.compile(rf"(?P<remark>//[^\n]*|/\*(?:[^*]|\*(?!/))*(?:\*/|\Z))|(?P<string>\"(?:[^\"\\\n]|\\.?)*\"?)|{REST}",
                     re.S)
 OTHER_LANGUAGES = (".rs", ".cu", ".cuh", ".c", ".cc", ".cpp", ".h", ".hpp", ".js", ".ts", ".go", ".metal")
-OWN_NAME = re.compile(r"seed|run_?id|run_?name", re.I)
+OWN_NAME = re.compile(r".*(?:seed|run_?id|run_?name)", re.I)
+# Tokens that may stand between such a name and its value
+BEFORE_VALUE = re.compile(r"(?!(?:if|else|and|or|in|for|while|elif)\b)[^\W\d]\w*|[:=(.\[|]")
+BRANCHES = ("if", "elif", "while", "for")  # what follows their colon is no value of a name
 FACTS = {"code": "code versions", "hardware": "kinds of hardware", "processes": "numbers of processes",
          "steps": "final steps"}
 SLOWER = 1.5  # a step that takes this much longer is of another machine
@@ -57,7 +59,7 @@ class Sample:
     loss: float
     time_s: float | None
     steps: int
-    stage_ms: dict[str, array]
+    stage_ms: dict[str, dict]  # as of loading.stage_times
     name: str = ""  # of the file, with its trial
     arm: str = "record"
     code: str | None = None
@@ -207,15 +209,25 @@ def arm_name(path, base):
 
 
 def version_of(run, known):
-    """Hash of what a run's source and settings do; None without both. `known` keeps those of equal sources."""
+    """Hash of what a run's source and settings do; None without both. `known` keeps those of equal sources; of
+    our runs also of what `conditions_of` tells."""
     parts, raw = run.trace.parts, run.trace.code_hash
     if raw and raw not in known:
         known[raw] = code_of(parts) or raw
     settings = {key: value for key, value in settings_of(run).items() if key not in SELF}
     if not settings:
         return known.get(raw)
-    text = json.dumps(settings, sort_keys=True)
-    return f"{known.get(raw, 'no source')}+{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    text = json.dumps([settings, conditions_of(run)], sort_keys=True)
+    source = known.get(raw) or "no source"
+    return f"{source}+{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def conditions_of(run):
+    """What else decides what one of our runs did: its data, what was changed on resume, and the commit that stands for
+    a source that is not told."""
+    data, git = (run.config.get(key) if isinstance(run.config.get(key), dict) else {} for key in ("data", "git"))
+    commit = None if run.trace.code_hash else git.get("commit")
+    return {"data": data.get("fingerprint"), "changes on resume": run.trace.changes, "commit": commit}
 
 
 def code_of(parts):
@@ -241,11 +253,17 @@ def tokens_of(text, name=""):
             line, kinds, indent, own = [], set(), len(token.expandtabs()) - 1, False
         elif kind not in ("line", "blank", "remark"):
             depth += (token in "([{") - (token in ")]}")
-            own = bool(OWN_NAME.search(token)) or own and token not in ",)]}" if kind != "string" else own
+            own = own if kind in ("string", "number") else is_own(token, own, line)
             line.append("_" if own and kind in ("string", "number") else token)
             kinds.add(kind)
     lines += [(indent, " ".join(line))] if kinds - {"string"} else []  # of an open bracket: the source was cut
     return [text for _, text in lines] if foreign else leveled(lines)
+
+
+def is_own(token, own, line):
+    """Whether a value that follows is that of a seed or of a run's name. `own`: it was before `token` of the line."""
+    return bool(OWN_NAME.fullmatch(token)) or own and bool(BEFORE_VALUE.fullmatch(token)) and (
+        token != ":" or line[0] not in BRANCHES)
 
 
 def leveled(lines):

@@ -17,7 +17,6 @@ MAX_NUMBERS = 20_000  # of one text that are looked at
 MAX_LISTS = 200
 MAX_LINE = 20_000  # characters of a line that are looked at
 MAX_COLUMNS = 64
-LEG = re.compile(r"(?:\d{1,4}|[-–]) [A-Z]")  # label of a row: a place in a session and the letter of an arm, 14 P
 STEP_LINE = re.compile(r"step:\d{1,15}/\d{1,15} val_loss:\d{1,9}\.\d{1,15}[^\n`|]{0,300}", re.ASCII)
 LIST = re.compile(r"\[([\s\d.,e+ms-]{8,60000})\]")
 LABEL = re.compile(r"loss|acc|val|time|timing|runs|results|second", re.I)
@@ -241,7 +240,6 @@ class Reader:
         """The claims of a row. A column that says its kind makes the row one thing, else the column is one."""
         if not self.room(len(cells)):
             return
-        label = "" if LEG.fullmatch(label) else label
         names = [name for name, _, _ in cells]
         summary = any(kind_of(name) == "n" or statistic_of(name) in ("mean", "sd") for name in names)
         for name, cell, i in cells:

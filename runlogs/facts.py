@@ -185,8 +185,8 @@ def pair_facts(kind, a, b, tested):
     """Values of a kind for two groups: of Welch's tests of what is `tested`, ratios, or differences either way."""
     if kind in ("p", "t", "d", "interval"):
         return [value for name in tested for value in welch_facts(a.numbers(name), b.numbers(name))[kind]]
-    if kind == "percent":
-        return ratios_of(a, b)
+    if kind in ("percent", "ratio"):
+        return ratios_of(kind, a, b)
     x, y = means_of("n", a, b) if kind == "n" else means_of(kind, a, b)
     return [] if x is None else [x - y, y - x]
 
@@ -197,12 +197,13 @@ def means_of(kind, a, b):
     return (statistics.fmean(x), statistics.fmean(y)) if x and y else (None, None)
 
 
-def ratios_of(a, b):
-    """Ratios of the means of two groups, either way, and what they are called in percent."""
-    means = [means_of(kind, a, b) for kind in ("time", "loss", "steps", "step time")]
+def ratios_of(kind, a, b):
+    """Ratios of the means of two groups, or what they are called in percent."""
+    means = [means_of(name, a, b) for name in ("time", "loss", "steps", "step time")]
     ratios = [x / y for x, y in means if x and y]
-    percents = [100 * v for r in ratios for v in (r, 1 / r, r - 1, 1 - r, 1 / r - 1, 1 - 1 / r)]
-    return ratios + [1 / r for r in ratios] + percents
+    if kind == "ratio":
+        return [v for r in ratios for v in (r, 1 / r)]
+    return [100 * v for r in ratios for v in (r, 1 / r, r - 1, 1 - r, 1 / r - 1, 1 - 1 / r)]
 
 
 def welch_facts(x, y):

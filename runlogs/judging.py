@@ -4,11 +4,11 @@ import json
 import math
 import re
 import statistics
-from array import array
 
-from runlogs.arms import session_of
+from runlogs.arms import conditions_of, session_of
 from runlogs.curves import AXES, equal_points, loss_of
 from runlogs.loading import (
+    AFTER,
     SELF,
     changes_of,
     counted,
@@ -18,13 +18,25 @@ from runlogs.loading import (
     summarize,
     trial_numbers,
 )
-from runlogs.parsing import MAX_KEYS, number
+from runlogs.parsing import number
 
 
 def mean_sd(values):
     """(mean, sample sd with n - 1), None where there are too few values."""
     values = [value for value in values if value is not None and math.isfinite(value)]
     return (statistics.mean(values) if values else None), (statistics.stdev(values) if len(values) > 1 else None)
+
+
+def mean_interval(values, confidence=0.95):
+    """Mean of one value a run and its t interval: {"n", "mean", "ci_low", "ci_high"}, without bounds for one run."""
+    values = [value for value in values if value is not None and math.isfinite(value)]
+    n, (mean, sd) = len(values), mean_sd(values)
+    if sd is None:
+        return {"n": n, "mean": mean, "ci_low": None, "ci_high": None}
+    from scipy.stats import t
+
+    half = float(t.isf((1 - confidence) / 2, n - 1)) * sd / math.sqrt(n)
+    return {"n": n, "mean": mean, "ci_low": mean - half, "ci_high": mean + half}
 
 
 def below_target(losses, target):
@@ -93,9 +105,10 @@ def group_numbers(samples):
     """n, mean and sd of loss and time, steps of a list of samples."""
     (loss, loss_sd), (time_s, time_sd) = mean_sd([s.loss for s in samples]), mean_sd([s.time_s for s in samples])
     steps = sorted({s.steps for s in samples})
-    step_ms = mean_sd([trial_numbers(s.rows)["step_avg_ms"] for s in samples])[0]
+    step = mean_interval([trial_numbers(s.rows)["step_avg_ms"] for s in samples])
     return {"n": len(samples), "mean_val_loss": loss, "sd_val_loss": loss_sd, "mean_time_s": time_s,
-            "sd_time_s": time_sd, "mean_step_ms": step_ms, "steps": steps}
+            "sd_time_s": time_sd, "mean_step_ms": step["mean"], "step_ms_ci_low": step["ci_low"],
+            "step_ms_ci_high": step["ci_high"], "steps": steps}
 
 
 def target_numbers(samples, target, alpha=0.01):
@@ -130,6 +143,8 @@ def what_differs(a, b):
     a, b = (run if any(run.trace.parts.values()) else load_one(run.path) for run in (a, b))
     found = compare_parts(a.trace.parts, b.trace.parts)
     names = [s["name"] for s in changed_config(a, b) + found["settings"]]
+    x, y = conditions_of(a), conditions_of(b)
+    names += [name for name in x if x[name] != y[name]]
     units = [unit["name"] for unit in found["units"] if unit["change"] not in ("comments only", "constants only")]
     units += [m["name"] for m in found["modules"] if m["change"] in ("moved", "renamed")]
     if not names + units:
@@ -165,7 +180,7 @@ def group_warnings(samples, dropped):
     if len(groups := versions(samples)) > 1:
         found.append(version_warning(groups))
     found += alike_warning(groups)
-    if samples and not any(sample.code for sample in samples):
+    if samples and not any(sample.run.trace.code_hash for sample in samples):
         found.append("no log holds a source: that the runs are of one version is not shown")
     for what, values in (("hardware", {s.hardware for s in samples}),
                          ("numbers of processes", {s.processes for s in samples} - {None}),
@@ -186,13 +201,45 @@ def group_warnings(samples, dropped):
     return found + [f"left out: {text}" for text in dropped]
 
 
-def stage_medians(samples):
-    """{stage: median ms of a step}, over all steps of all samples."""
-    found = {}
-    for stage, values in ((stage, ms) for sample in samples for stage, ms in sample.stage_ms.items() if stage):
-        if stage in found or len(found) < MAX_KEYS:
-            found.setdefault(stage, array("d")).extend(values)
-    return {stage: statistics.median(values) for stage, values in found.items()}
+def stage_kind(groups):
+    """"logged" if all runs tell their stages and all groups share one, else "quarters"."""
+    told = [[s.stage_ms.get("logged") for s in samples if s.stage_ms] for samples in groups]
+    names = [{name for found in runs if found for name in found if name != AFTER} for runs in told]
+    return "logged" if all(map(all, told)) and set.intersection(*names) else "quarters"
+
+
+def by_stage(samples, kind):
+    """{stage: [(ms, steps) of each run]}, and of "all" of them; a run without a stage has spent no time in it."""
+    runs = [s.stage_ms[kind] for s in samples if s.stage_ms]
+    found = {name: [run.get(name, (0.0, 0)) for run in runs] for name in dict.fromkeys(n for run in runs for n in run)}
+    found |= {AFTER: found.pop(AFTER)} if AFTER in found else {}
+    return found | {"all": [tuple(map(sum, zip(*run.values(), strict=True))) for run in runs]}
+
+
+def step_numbers(times):
+    """{stage: mean_interval of the ms of a step} of what by_stage found: the mean of a run is one observation."""
+    found = {name: [ms / steps for ms, steps in runs if steps] for name, runs in times.items()}
+    return {name: mean_interval(values) for name, values in found.items() if values}
+
+
+def step_means(times):
+    """{stage: mean ms of a step} of what by_stage found."""
+    return {name: found["mean"] for name, found in step_numbers(times).items() if name != "all"}
+
+
+def saved_by_stage(a, b, test=True):
+    """[{"stage", "a_s", "b_s", "difference", "ci_low", "ci_high"}] of what by_stage found of two groups: mean seconds
+    of a run in each stage and how much more they are in b (Welch), at last in all of them."""
+    rows, none = [], [(0.0, 0)]
+    for name in [*(n for n in dict.fromkeys([*a, *b]) if n not in (AFTER, "all")), AFTER, "all"]:
+        x, y = ([ms / 1000 for ms, _ in times.get(name, none * len(times["all"]))] for times in (a, b))
+        if not x or not y or name not in a | b:
+            continue
+        interval = (welch(y, x) if test else None) or {}
+        rows.append({"stage": name, "a_s": statistics.mean(x), "b_s": statistics.mean(y),
+                     "difference": statistics.mean(y) - statistics.mean(x),
+                     "ci_low": interval.get("ci_low"), "ci_high": interval.get("ci_high")})
+    return rows
 
 
 def sizes_of(samples):
@@ -370,20 +417,24 @@ def compare_numbers(groups, dropped, mixtures=None):
     other one. `mixtures` {group: why it is a cell of a mixture}: such a group has a mean and no test."""
     first, *others = groups
     pairs, mixtures = [], mixtures or {}
+    kind = stage_kind(groups.values())
+    times = {name: by_stage(samples, kind) for name, samples in groups.items()}
     for name in others:
         why = mixtures.get(first) or mixtures.get(name) or ""
         a, b = groups[first], groups[name]
         pairs.append({"a": first, "b": name, "why": why,
                       "val_loss": None if why else welch([s.loss for s in b], [s.loss for s in a]),
                       "train_time_s": None if why else welch([s.time_s for s in b], [s.time_s for s in a]),
-                      "sigma_rule": None if why else pairwise_rule(a, b)})
+                      "sigma_rule": None if why else pairwise_rule(a, b),
+                      "stages": saved_by_stage(times[first], times[name], not why)})
     equal = equal_points(list(groups.values()))
     for i, pair in enumerate(pairs):
         for point in (point for points in equal.values() for point in points if pair["why"]):
             point["intervals"][i] = None
     return {"groups": [{"name": name, "mixture": mixtures.get(name, ""), **group_numbers(samples), **sizes_of(samples),
                         "warnings": group_warnings(samples, dropped[name])} for name, samples in groups.items()],
-            "pairs": pairs, "stages": {name: stage_medians(samples) for name, samples in groups.items()},
+            "pairs": pairs, "stages": {name: step_means(found) for name, found in times.items()},
+            "step_ms": {name: step_numbers(found) for name, found in times.items()},
             "equal": equal, "equal_loss": {x: loss_of(groups.values(), x) for x in AXES},
             "control": control_numbers(groups)}
 

@@ -40,7 +40,7 @@ def record_of(folder, loss_key=None):
     samples = cell.samples
     first, match = samples[0].run, re.match(r"(\d{4})-?(\d\d)-?(\d\d)[_-]?(.*)", folder.name)
     titles = re.findall(r"^#+\s+(.+)", readme, re.MULTILINE)
-    numbers = {key: value for key, value in group_numbers(samples).items() if key != "mean_step_ms"}
+    numbers = {key: value for key, value in group_numbers(samples).items() if "step_ms" not in key}
     torch, tokens = describe(first)["torch"], latest(samples[0].rows, "tokens")
     name, date = (match[4] or folder.name, "-".join(match.groups()[:3])) if match else (folder.name, None)
     return {"name": name, "date": date, "folder": str(folder), **numbers,

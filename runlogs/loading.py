@@ -9,7 +9,6 @@ import os
 import re
 import statistics
 import sys
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from runlogs.parsing import (
     COMPLETED,
     DEAD,
     LOSSES,
+    MAX_KEYS,
     RUN_FILES,
     SCORES,
     Trace,
@@ -107,7 +107,7 @@ def expand(names):
 def read_each(paths, keep_rows=False, keep_source=False, loss_key=None):
     """Runs of log files and run folders, one after the other; one that cannot be read becomes a Run with a note that
     says why. Records without loss and sources are dropped unless a command needs them: 1,500 public logs hold a
-    gigabyte of them. keep_rows="stages" keeps the times of the steps as plain numbers. `loss_key` names what counts as
+    gigabyte of them. keep_rows="stages" keeps the times of the stages. `loss_key` names what counts as
     val_loss; ValueError if no record has it."""
     names, keys, held = [*map(str, paths)], {}, loss_key is None
     if len(paths) > 20 and sys.stderr.isatty():
@@ -160,12 +160,9 @@ def load_one(path, keep_rows=True, keep_source=True, loss_key=None):
 
 
 def keep_stages(trace):
-    """Keep the time of each step as a plain number, and of the records those that hold a loss, and the last."""
+    """Keep the time of each stage, and of the records those that hold a loss, and the last."""
     for i, rows in enumerate(trials := trace.trials):
-        trace.stage_ms.append(found := {})
-        stage = stage_of(rows)
-        for step, ms in step_times(rows):
-            found.setdefault(stage(step), array("d")).append(ms)
+        trace.stage_ms.append(stage_times(rows, trace.header))
         trials[i] = [row for row in rows[:-1] if not row.keys().isdisjoint(LOSSES)] + rows[-1:]
     trace.earlier, trace.rows = trials[:-1], trials[-1] if trials else []
 
@@ -468,14 +465,65 @@ def step_times(rows):
     return [(b, (y - x) / (b - a)) for (a, x), (b, y) in pairs if b > a and y >= x]
 
 
-def stage_of(rows):
-    """step -> name of its stage: by batch_tokens and seq_len where they are logged, else quarters of the steps."""
-    known = [(row["step"], (row["batch_tokens"], row.get("seq_len"))) for row in rows if "batch_tokens" in row]
-    if known:
-        table = dict(known)
-        return lambda step: (f"{table[step][0]} tokens a step, seq_len {table[step][1]}") if step in table else None
-    last, names = max(1, rows[-1]["step"]), [f"{share}-{share + 25} % of the steps" for share in (0, 25, 50, 75)]
-    return lambda step: names[max(0, min(3, 4 * (step - 1) // last))]
+AFTER = "after the last step"  # of the clock: what runs on until the last validation
+
+
+def gaps_of(rows):
+    """[(step before, step, ms between)] of the records with a time, the first from step 0 at 0 ms: their sum is the
+    training time. Where the clock was set back it begins anew."""
+    found, before, at = [], 0, 0.0
+    for row in rows:
+        ms = number(row.get("train_time_ms"))
+        if ms is None or not math.isfinite(ms):
+            continue
+        found, at = (found, at) if ms >= at / 2 else ([], 0.0)
+        found.append((before, row["step"], ms - at))
+        before, at = row["step"], ms
+    return found
+
+
+def stage_times(rows, header):
+    """{"logged" | "quarters": {stage: (ms, steps)}} of a trial's stages as its log tells them, if it does, and of the
+    quarters of its steps. {} without times."""
+    gaps, last = gaps_of(rows), rows[-1]["step"]
+    if not gaps:
+        return {}
+    quarters = [(-(-last * i // 4), f"{25 * i - 25}-{25 * i} % of the steps") for i in (1, 2, 3, 4)]
+    spans = {"logged": logged_stages(rows, header), "quarters": quarters}
+    return {kind: shares_of(gaps, found) for kind, found in spans.items() if found}
+
+
+def logged_stages(rows, header):
+    """[(last step, name)] of the stages: by batch_tokens and seq_len of the records, else by the ends that the log
+    announces."""
+    known = [(row["step"], f"{row['batch_tokens']} tokens a step, seq_len {row.get('seq_len')}")
+             for row in rows if "batch_tokens" in row]
+    ends = sorted({int(word) for word in re.findall(r"\d{1,15}", header.get("stage_ends", ""))} - {0})
+    known = known or [(end, f"stage {i}") for i, end in enumerate(ends, 1)]
+    following = zip(known, [*known[1:], (0, None)], strict=False)
+    return [stage for stage, after in following if stage[1] != after[1]]
+
+
+def shares_of(gaps, stages):
+    """{stage: (ms, steps)}; a gap over the end of a stage is divided by the numbers of steps on both sides."""
+    found, i, last = {}, 0, gaps[-1][1]
+    for before, step, ms in gaps:
+        if before == step and ms:
+            add_time(found, AFTER if step == last else stages[i][1], ms, 0)
+        at = before
+        while at < step:
+            while i < len(stages) - 1 and stages[i][0] <= at:
+                i += 1
+            end = min(step, stages[i][0]) if i < len(stages) - 1 else step
+            add_time(found, stages[i][1], ms * (end - at) / (step - before), end - at)
+            at = end
+    return found
+
+
+def add_time(found, name, ms, steps):
+    name = name if name in found or len(found) < MAX_KEYS else "other stages"
+    old_ms, old_steps = found.get(name, (0.0, 0))
+    found[name] = old_ms + ms, old_steps + steps
 
 
 def curve(rows, loss, x):

@@ -78,6 +78,7 @@ FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "cpu": r"^(?:Running on )?(?:CPU|Model name):[ \t]*([^,\n]+)",
     "train_tokens": r"^Training DataLoader: total number of tokens: (\d{1,18})",
     "params_total": r"^[ \t]*Total parameters: ([\d,]{1,24})",
+    "stage_ends": r"\bstage (?:ends|boundaries)=\[([\d, ()]{1,400})\]",
     "settings": r"^Settings: (\{.{1,100000}\})$",
 }
 FACTS = {key: re.compile(form, re.ASCII | re.I | re.M) for key, form in FACTS.items()}
@@ -104,7 +105,7 @@ class Trace:
     era: str = ""
     parts: dict[str, str] = field(default_factory=dict)
     code_hash: str | None = None
-    stage_ms: list[dict] = field(default_factory=list)  # of each trial {stage: ms of each step}
+    stage_ms: list[dict] = field(default_factory=list)  # of each trial, as of loading.stage_times
     resets: int = 0  # falls of the clock: until record 21 the scripts set it back after 10 steps
     routers: list[dict] = field(default_factory=list)  # reports as of parse_routers, in order
     scores: dict[int, dict] = field(default_factory=dict)  # by step, as of parse_score

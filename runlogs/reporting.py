@@ -477,9 +477,7 @@ def compare_report(groups, result):
         if rule := pair["sigma_rule"]:
             words = f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"
             report.append(f"track 3's rule for {pair['b']} beating {names[0]}: {words}")
-    stages = dict.fromkeys(stage for found in result["stages"].values() for stage in found)
-    rows = [[stage, *(show(found.get(stage), ",.2f") for found in result["stages"].values())] for stage in stages]
-    report.append(Table(["median ms of a step", *names], rows))
+    report += stage_report(names, result)
     report += equal_report(names, result["equal"], result["equal_loss"])
     report += control_report(result["control"])
     return report + [f"note on {group['name']}: {text}" for group in result["groups"]
@@ -533,6 +531,32 @@ def equal_table(a, b, points, i, x, loss):
         rows.append([mark + form(point["at"]), f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}", interval])
     title = f"{loss} at equal {what}: A is {a}, B is {b}"
     return Table([unit, "A", "B", "B - A", "95 % interval"], rows, title)
+
+
+def stage_report(names, result):
+    """Tables of the time of a step in each group, and of the time of a run in each stage for each pair."""
+    times = result["step_ms"].values()
+    stages = dict.fromkeys(stage for found in times for stage in found)
+    rows = [[stage, *(mean_half(found.get(stage)) for found in times)] for stage in stages]
+    report = [Table(["ms of a step, 95 %", *names], rows)]
+    for pair in result["pairs"]:
+        rows = []
+        for stage in pair["stages"]:
+            low, high = stage["ci_low"], stage["ci_high"]
+            interval = "-" if low is None else f"{low:+.3f} to {high:+.3f}"
+            rows.append([stage["stage"], f"{stage['a_s']:,.3f}", f"{stage['b_s']:,.3f}",
+                         f"{stage['difference']:+.3f}", interval])
+        title = f"seconds of a run by stage: A is {pair['a']}, B is {pair['b']}"
+        report += [Table(["stage", "A", "B", "B - A", "95 % interval"], rows, title)] if rows else []
+    return report
+
+
+def mean_half(found):
+    """A mean with half of its interval."""
+    if not found:
+        return "-"
+    half = "" if found["ci_low"] is None else f" +- {(found['ci_high'] - found['ci_low']) / 2:,.2f}"
+    return f"{found['mean']:,.2f}{half}"
 
 
 def passed(test):

@@ -41,11 +41,6 @@ def cell_table(result):
     return Table(headings, rows, extras=("code", "ms/step", "hardware", "steps"))
 
 
-def machine_of(processes, hardware):
-    """Words for the hardware of a cell: how many of it there were is not always known, as of a CPU."""
-    return (f"{processes} x " if processes else "") + (hardware or "unknown")
-
-
 def difference_lines(found):
     """Record minus baseline, as a Table and the gain in a sentence, or why there is none."""
     if not found["baseline"]:
@@ -128,7 +123,7 @@ def statistics_report(evidence, result):
 
 
 def legs_of(arms, session):
-    """{id of a sample: (its place in the session or None, the letter of its arm)}; cells that are not compared have
+    """{id of a sample: its place in the session, None where that is not known}; cells that are not compared have
     sessions of their own."""
     known = set(map(id, session))
     groups = [session, *([s for s in cell.samples if id(s) not in known] for arm in arms for cell in arm.cells)]
@@ -136,7 +131,7 @@ def legs_of(arms, session):
     for samples in groups:
         ordered = session_of(samples)
         for i, s in enumerate(ordered or samples, 1):
-            found[id(s)] = (i if ordered else None, "B" if s.arm == "baseline" else "P")
+            found[id(s)] = i if ordered else None
     return found
 
 
@@ -150,10 +145,15 @@ def facts_of(cell):
     torch = run.config.get("torch") or header.get("torch")
     versions = {"Python": header.get("python"), "PyTorch": torch, "CUDA": header.get("cuda"),
                 "Triton": header.get("triton"), "driver": header.get("driver")}
-    known = ", ".join(f"{name} {value}" for name, value in versions.items() if value)
+    known = ", ".join(f"{name} {value}" for name, value in versions.items() if value not in (None, "", "None"))
     return [["commit", (", ".join(commits) or "not known") + (" with changes" if dirty else "")],
-            ["code", cell.code or "no source in the logs"], ["GPUs", machine_of(cell.processes, cell.hardware)],
+            ["code", cell.code or "no source in the logs"], ["hardware", machine_of(cell.processes, cell.hardware)],
             ["versions", known or "not known"]]
+
+
+def machine_of(processes, hardware):
+    """Number and name of the devices, as far as they are known."""
+    return (f"{processes} x " if processes else "") + (hardware or "not known")
 
 
 def numbers_of(cell, test):
@@ -170,8 +170,8 @@ def numbers_of(cell, test):
 
 def leg_table(cell, legs):
     """Table of the runs of a cell in the order of the session."""
-    rows = [[f"{show(legs[id(s)][0])} {legs[id(s)][1]}", show(seed_of(s)), s.name, s.steps, f"{s.loss:.5f}",
-             show(s.time_s, ".3f")] for s in sorted(cell.samples, key=lambda s: legs[id(s)][0] or 0)]
+    rows = [[show(legs[id(s)]), show(seed_of(s)), s.name, s.steps, f"{s.loss:.5f}", show(s.time_s, ".3f")]
+            for s in sorted(cell.samples, key=lambda s: legs[id(s)] or 0)]
     return Table(["leg", "seed", "log", "steps", "loss", "train s"], rows)
 
 
@@ -180,3 +180,21 @@ def seed_of(sample):
     seed = settings_of(sample.run).get("seed")
     match = re.search(r"seed[_-]?(\d{1,9})(?!\d)", sample.run.path.name, re.I | re.ASCII)
     return seed if seed is not None else match and match[1]
+
+
+def plan_report(plan):
+    """A look after each run, and what to do now."""
+    rows = [[str(n), f"{look['loss']:.5f}", *look_cells(look)] for n, look in enumerate(plan["looks"], 1)]
+    title = f"looks at the runs {plan['order']}; t = (target - mean) * sqrt(n) / sd"
+    headings = ["run", "val loss", "mean", "sd", "t", "needed", "chance", "says"]
+    return [Table(headings, rows, title), plan["sentence"]]
+
+
+def look_cells(look):
+    if "mean" not in look:
+        return ["", "", "", "", "", look["says"]]
+    least = "at least" if look["boundary"] is None else "about"
+    more = f", {least} {look['more']} more" if look["more"] else ""
+    numbers = [show(look[key], form) for key, form in (("sd", ".5f"), ("t", ".2f"), ("boundary", ".2f"))]
+    chance = "-" if look["chance"] is None else f"{100 * look['chance']:.0f} %"
+    return [f"{look['mean']:.5f}", *numbers, chance, look["says"] + more]

@@ -270,6 +270,8 @@ class Judge:
         if not values:
             against = f"the target {self.target:g}, --target names another" if self.target is not None else "no target"
             return None, f"no test of that kind can be made of the logs here ({against})"
+        if claim.relation == "=" and claim.scope[0] == "words" and agrees(claim, self.pairs.facts(claim.kind)):
+            return None, f"it would be of Welch's test of two groups; {claim.kind} here: {some(values, claim)}"
         if claim.relation == "<" and RULE.search(claim.quote):
             return None, "a rule"
         strange = ELSEWHERE.search(claim.quote) or (table and self.sizes.get(claim.scope, 0) > 2)
@@ -288,7 +290,7 @@ class Judge:
     def difference(self, claim):
         """Verdict on a difference of two groups, or a ratio."""
         pair = self.compared(claim)
-        values = pair or self.pairs.facts(claim.kind)
+        values = pair or self.pairs.facts("ratio" if claim.text.endswith("x") else claim.kind)
         if claim.value == 0 and claim.scope[0] != "words" and not pair:
             return True, "of a group and itself"
         if agrees(claim, values):
@@ -417,7 +419,7 @@ def check_versions(samples):
     for sample in samples:
         folders.setdefault(str(sample.run.path.parent), []).append(sample)
     for name, group in folders.items():
-        first, *others = [found[0].run for found in versions(group).values() if found[0].run.trace.code_hash] or [None]
+        first, *others = [found[0].run for found in versions(group).values() if found[0].code] or [None]
         words = dict.fromkeys(what_differs(first, run) for run in others)
         some = "; ".join(list(words)[:3])
         mixed += [f"{name}: {len(others) + 1} versions: {some}"] if words else []

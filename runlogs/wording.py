@@ -184,12 +184,14 @@ RELATIONS = {"": "=", "=": "=", ":": "=", "of": "=", "is": "=", "<": "<", "<=": 
              "under": "<", ">": ">", ">=": ">", "≥": ">"}
 RUNS = re.compile(r"^\s?(?:\w+ ){0,2}?(?:runs|trials|seeds|logs|times)\b", re.I)
 STEPS = re.compile(r"^\s?-?(?:\w+ )?(?:steps?|iterations|iters)\b(?!/)", re.I)
+STEPS_ARE = re.compile(r"\W*(?:(?:total |training )?steps|(?:total )?number of steps) ?[:=] ?", re.I)
 EVERY = re.compile(r"\b(?:every|each|first|last|next|within|per|at|on|by|around|about|once|over|warm-?up(?: of)?)"
                    r"\W{0,3}$", re.I)
 LINK = re.compile(r"\s{0,3}(?:,|/|and|or|vs\.?|->|→|to|against|versus|\()?\s{0,3}", re.I)
 VERSUS = re.compile(r"\s?\w{0,3} (?:vs\.?|instead of) [~≈]?(?:\d|$)")  # after the own number
 ARROW = re.compile(r"\s?\w{0,3} ?(?:->|→) ?[~≈]?$")  # before it
-AFTER = re.compile(r"^[\s\w]{0,12}\b(?:on average|(?:mean|avg|average|median|std|sd)\b(?! ?[:=]))", re.I)
+AFTER = re.compile(r"^(?!\s?(?:with|and|but|while)\b)[\s\w]{0,12}\b"
+                   r"(?:on average|(?:mean|avg|average|median|std|sd)\b(?! ?[:=]))", re.I)
 LISTED = re.compile(r"\S{0,12}:? ?\[list\]|\s?(?:ms|s|sec)?\s?±")  # a mean stands before its list or its ±
 CHANGE = re.compile(r"^\s?(?:\w+ ){0,2}?(?:mean |of |the )?(?:improvement|faster|slower|speed-?up|saving|fewer|less|"
                     r"overhead|longer|shorter|reduction|decrease|increase|difference|gain|extra|slow-?down)", re.I)
@@ -219,7 +221,8 @@ def sentence_claims(text, ranges, heading=False):
         at, own = match.start(), match.end(1)
         place = Place(number, text[max(end, at - 90):at], text[own:min(until, own + 60)], text[max(0, at - 120):at],
                       last, ranges)
-        claim = last = claim_at(place)
+        claim = claim_at(place)
+        last = last if claim and claim.kind == "n" and last else claim  # "3.2788 (6 runs), std 0.0009"
         if waiting and claim and claim.kind in ("loss", "time") and MEAN_NEXT.match(place.before):
             found.append(replace(waiting, kind=claim.kind, at=at))  # "(std=0.0013, mean=3.2777)"
         waiting, end = None if claim else deviation_at(place), own
@@ -317,9 +320,8 @@ def measured_claim(place):
         kind = last.kind if last.kind != "steps" else ""  # "time: mean 70.2, median 70.1"
     claim = claim_of(number, kind, statistic)
     if claim:
-        all_steps = kind == "steps" and place.after[:1] == "/"  # step 1480/1480
         claim.relation = relation_before(place.before)
-        claim.sure = all_steps or statistic not in ("", "difference")
+        claim.sure = statistic not in ("", "difference") or kind == "steps" and all_steps(place)
     return claim
 
 
@@ -372,7 +374,7 @@ def kind_by_word(place, kind):
     mean = STATISTICS["mean"].search(before[-30:])
     if kind == "steps":
         counted = re.search(r"steps?[:=]? ?$", before, re.I) and place.after[:1] in ("/", ":")
-        return kind if counted and number.digit == 1 else ""
+        return kind if (counted or all_steps(place)) and number.digit == 1 else ""
     if kind == "loss":
         wide = 20 if re.search(r"loss\w*\W{0,4}(?:\w+\W+){0,2}$", before, re.I) else 3
         fits = number.digit < 1 and low / wide <= number.value <= wide * high
@@ -381,6 +383,11 @@ def kind_by_word(place, kind):
         return "loss" if mean and number.digit <= 0.01 and low / 2 <= number.value <= 2 * high else ""
     called = mean or TIME_IS.search(before) or STATISTICS["sd"].search(before)
     return kind if called and number.digit < 1 else ""
+
+
+def all_steps(place):
+    """Whether a number of steps is that of a run: step 1480/1480, or "Steps: 1480" at the begin of a line."""
+    return place.after[:1] == "/" or STEPS_ARE.fullmatch(place.reach) and not place.after.lstrip().startswith("+")
 
 
 # -- cells of tables

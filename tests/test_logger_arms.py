@@ -163,6 +163,14 @@ def test_values_beside_a_seed_count():
     assert arms.code_of({"a": "f(g(seed=1), 1)"}) != arms.code_of({"a": "f(g(seed=1), 2)"})
 
 
+@pytest.mark.parametrize("line", [
+    "seed = 1; lr = {}", "if seed: lr = {}", "steps = 5 if seed else {}", "lr = seed * {}", "num_seed_tokens = {}",
+    "lr = 1 if run_id == 'a' else {}", "while seed: lr = {}", "lr = seed and {}",
+])
+def test_no_other_value_is_taken_for_a_seed(line):
+    assert arms.code_of({"a.py": line.format(1)}) != arms.code_of({"a.py": line.format(2)})
+
+
 def test_files_and_other_languages_are_part_of_the_version():
     rust = "fn main() { // a\n let x = 1; /* b\n c */ }\n"
     assert arms.code_of({"a.rs": rust}) == arms.code_of({"a.rs": "fn main() {\n let x = 1; }"})
@@ -207,6 +215,32 @@ def test_settings_of_our_runs_are_part_of_the_version(tmp_path):
         make_ours(tmp_path / "runs" / f"a{i}", [4.0, 3.0 + i / 100], seed=i)
     make_ours(tmp_path / "runs" / "b", [4.0, 3.1], width=64)
     assert counts(evidence(tmp_path)) == {"record": [2, 1]}
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("change", ["data", "git", "resume"])
+def test_data_commit_and_changes_on_resume_are_part_of_the_version(tmp_path, capsys, change):
+    for i in range(3):
+        run = make_ours(tmp_path / f"r{i}", [4.0, 3.0 + i / 100], seed=i)
+        edit(run / "config.json", data={"fingerprint": "b" if i and change == "data" else "a"},
+             git={"commit": "0" * 40 if i and change == "git" else "1" * 40})
+        if change == "git":  # without a source the commit stands for it
+            (run / "log.txt").unlink()
+    if change == "resume":
+        event = {"event": "resume", "step": 1, "config": {}, "changed": {"muon_lr": [0.1, 0.9]}}
+        first, rest = (tmp_path / "r0/metrics.jsonl").read_text().split("\n", 1)
+        (tmp_path / "r0/metrics.jsonl").write_text(f"{first}\n{json.dumps(event)}\n{rest}")
+    assert counts(evidence(tmp_path)) == {"record": [2, 1]}
+    said = any("no log holds a source" in text for text in numbers(capsys, "stats", tmp_path)["warnings"])
+    assert said == (change == "git")
+    (tmp_path / "README.md").write_text("# Runs\n")
+    checks = numbers(capsys, "verify", tmp_path, code=1)["checks"]
+    words = {"data": "data", "git": "commit", "resume": "changes on resume"}[change]
+    assert [(c["verdict"], f"other {words}" in c["detail"]) for c in checks if c["kind"] == "code"] == [
+        ("contradicted", True)]
 
 
 # -- cells
@@ -473,15 +507,15 @@ def test_statistics_md(tmp_path, capsys):
     session(folder, "BPPBP")
     code, out, _ = command(capsys, "stats", folder, "--target", 3.28, "--markdown")
     assert code == 0 and out.startswith("# Statistics of 2026-12-01_Mine\n") and "B P P B P, interleaved" in out
-    for words in ("## record", "## baseline", "| GPUs | 8 x NVIDIA H100 80GB HBM3 |", "| commit | not known |",
+    for words in ("## record", "## baseline", "| hardware | 8 x NVIDIA H100 80GB HBM3 |", "| commit | not known |",
                   "Python 3.11.1, PyTorch 2.9.0, CUDA 12.6", "| n | 3 |", "| train s | 10.023 +- 0.015 |",
                   "| val loss | 3.27023 +- 0.00015 |", "| leg | seed | log | steps | loss | train s |",
-                  "| 2 P | - | 8.txt | 4 | 3.27010 | 10.010 |", "| 4 B | - | 6.txt | 4 | 3.27030 | 10.030 |",
+                  "| 2 | - | 8.txt | 4 | 3.27010 | 10.010 |", "| 4 | - | 6.txt | 4 | 3.27030 | 10.030 |",
                   "## Record minus baseline", "| t against 3.28 | -", "| one-sided p |", "gain on the same machine",
                   "cold or warm caches not known"):
         assert words in out
     legs = [line.split("|")[1].strip() for line in out.splitlines() if line.endswith("0 |") and ".txt" in line]
-    assert legs == ["2 P", "3 P", "5 P", "1 B", "4 B"]
+    assert legs == ["2", "3", "5", "1", "4"]
     test = judging.target_numbers(evidence(folder).arm("record").samples, 3.28)
     mean, sd = 3.2702333333, 0.000152753
     assert test["t"] == pytest.approx((mean - 3.28) * math.sqrt(3) / sd, rel=1e-4)
@@ -493,9 +527,9 @@ def test_commit_and_seed_of_our_runs(tmp_path, capsys):
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(config | {"git": {"commit": "abc123", "dirty": True}}))
     out = command(capsys, "stats", tmp_path / "mine", "--markdown")[1]
-    assert "| commit | abc123 with changes |" in out and "| - P | 40 | r0 |" in out and "| - P | 41 | r1 |" in out
+    assert "| commit | abc123 with changes |" in out and "| - | 40 | r0 |" in out and "| - | 41 | r1 |" in out
     write(tmp_path / "logs" / "seed_7.txt", 3.2)
-    assert "| - P | 7 | seed\\_7.txt |" in command(capsys, "stats", tmp_path / "logs", "--markdown")[1]
+    assert "| - | 7 | seed\\_7.txt |" in command(capsys, "stats", tmp_path / "logs", "--markdown")[1]
 
 
 # -- compare and diff

@@ -106,7 +106,32 @@ SENTENCES = [
     ("It is significant, p < {}", "p", ["0.01", "0.001", "0.0005"], ["0.0000001"]),
     ("t = {}", "t", ["-8.88", "-8.887", "8.9"], ["-7.89", "88.9"]),
     ("In {} training steps, this run is done.", "steps", ["1400", "1,400"], ["1300", "14000"]),
+    ("- **Steps:** {}", "steps", ["1400"], ["1300"]),
+    ("Number of steps: {}", "steps", ["1400"], ["1300"]),
+    ("Mean loss of 3.2735 (5 runs), std {}", "loss sd", ["0.0016"], ["0.0026"]),
 ]
+
+
+@pytest.mark.parametrize("text", [
+    "Steps: 1360 + 40", "Warm-up steps: 300", "The losses lie between 3.2711 and 3.2752 with a median of 3.2735.",
+])
+def test_true_sentences(one, capsys, text):
+    assert "contradicted" not in [v for _, v in verdicts(one, text, capsys)]
+
+
+def test_a_test_of_two_groups_that_is_not_called_so(both, capsys):
+    p = facts.welch_facts(LOSSES["record"], LOSSES["baseline"])["p"][0]
+    text = "Welch's tests of record and baseline. For the loss: p = {}"
+    assert verdicts(both, text.format(f"{p:.2g}"), capsys) == [("p", "not found")]
+    assert verdicts(both, text.format("0.2"), capsys) == [("p", "contradicted")]
+
+
+@pytest.mark.parametrize(("claim", "truth"), [
+    ("1.074x", "supported"), ("0.931x", "supported"), ("1.174x", "not found"), ("7.4x", "not found"),
+    ("6.9 %", "supported"), ("1.0 %", "not found"), ("1.07 %", "not found"),
+])
+def test_a_ratio_is_no_percentage(both, capsys, claim, truth):
+    assert verdicts(both, f"A speedup of {claim} faster", capsys) == [("percent difference", truth)]
 
 
 @pytest.mark.parametrize(("text", "kind", "true", "false"), SENTENCES)
