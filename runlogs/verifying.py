@@ -268,7 +268,8 @@ class Judge:
         if listed := self.listed(claim):
             return listed
         if not values:
-            return None, "no test of that kind can be made of the logs here"
+            against = f"the target {self.target:g}, --target names another" if self.target is not None else "no target"
+            return None, f"no test of that kind can be made of the logs here ({against})"
         if claim.relation == "=" and claim.scope[0] == "words" and agrees(claim, self.pairs.facts(claim.kind)):
             return None, f"it would be of Welch's test of two groups; {claim.kind} here: {some(values, claim)}"
         if claim.relation == "<" and RULE.search(claim.quote):
