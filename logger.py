@@ -43,7 +43,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import glob
 import json
+import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -167,9 +169,15 @@ def arms_of_folder(name, cells, loss_key=None):
 
 def load_groups(names, cells=(), loss_key=None):
     """{name: samples}, {name: what was left out} and {name: why it is a mixture} of groups of logs. A mixture becomes a
-    group for each of its cells, or the cell that one of `cells` means."""
+    group for each of its cells, or the cell that one of `cells` means. ValueError if one means none."""
     groups, dropped, mixtures = {}, {}, {}
-    for name, arm in load_arms(names, cells, loss_key).items():
+    arms = load_arms(names, cells, loss_key)
+    known = [cell for arm in arms.values() for cell in arm.cells]
+    for name in cells:
+        if not any(cell.answers_to(name) for cell in known):
+            labels = ", ".join(dict.fromkeys(f"'{cell.label}'" for cell in known[:12]))
+            raise ValueError(f"--cell '{name}' means none of the runs: expected one of {labels}, or a hash of code")
+    for name, arm in arms.items():
         chosen = [cell for cell in cells if arm.mixture and any(c.answers_to(cell) for c in arm.cells)]
         arm = arm.only(chosen[0]) if chosen else arm
         for cell in arm.cells:
@@ -269,9 +277,14 @@ def side_of(name, record):
 
 
 def is_path(name, folder):
-    """Whether a name can only be that of logs, not of a record of `folder`."""
+    """Whether a name can only be that of logs, not of a record of `folder`. FileNotFoundError if it is a number, and
+    the folder is not there."""
     there = os.path.exists(name) or os.sep in name or glob.has_magic(name)
-    return there or (folder == RECORDS and not os.path.isdir(folder))
+    lacking = folder == RECORDS and not os.path.isdir(folder)
+    if lacking and not there and re.fullmatch(r"#?\d{1,6}", name, re.ASCII):
+        raise FileNotFoundError(f"'{name}' is not there, nor a folder '{RECORDS}' where it could be a record's "
+                                "number: name one with --records")
+    return there or lacking
 
 
 def show_history(args):
@@ -338,11 +351,15 @@ def verify_report(result):
     rows = [[c["claim"], c["verdict"], c["detail"]] for c in result["checks"]]
     report = [Table(["check", "verdict", "detail"], rows)]
     order = sorted(result["claims"], key=lambda c: list(VERDICTS.values()).index(c["verdict"]))
-    rows = [[c["kind"], c["claim"], c["verdict"], c["detail"], f"{c['file']}:{c['line']}"] for c in order]
+    rows = [[c["kind"], c["claim"], c["verdict"], c["detail"], where_of(c)] for c in order]
     report += [Table(["kind", "claim", "verdict", "detail", "where"], rows)] if rows else ["no claim found"]
     said = [claim["verdict"] for claim in result["claims"]]
     counts = [f"{said.count(word)} {word}" for word in VERDICTS.values()]
     return [*report, f"{result['runs']} complete runs; claims: {', '.join(counts)}"]
+
+
+def where_of(claim):
+    return f"{claim['file']}:{claim['line']}" if claim["line"] else claim["file"]
 
 
 def extract_source(args):
@@ -423,6 +440,25 @@ def flag(parser, name, **options):
     parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options)
 
 
+def finite(text):
+    """A number of the command line, neither nan nor inf."""
+    if not math.isfinite(value := float(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not finite: expected a number, as 3.28")
+    return value
+
+
+def probability(text):
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no probability: expected a number between 0 and 1, as 0.01")
+    return float(text)
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is below 1: expected a number of rows, as 12")
+    return int(text)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         super().error(printable(message))  # a folder's name may be taken for a flag
@@ -459,7 +495,7 @@ def build_parser():
 def add_commands(command):
     """The sub-commands and their flags."""
     logs = {"nargs": "+", "metavar": "LOG", "help": "files, folders or globs"}
-    target = {"type": float, "metavar": "LOSS", "help": "the loss to be reached"}
+    target = {"type": finite, "metavar": "LOSS", "help": "the loss to be reached"}
     claim = {"metavar": "KEY", "help": "what counts as the loss, as val_ema_loss or val_bpb (default: val_loss)"}
     sub = command("show", show_runs)
     flag(sub, "loss-key", **claim)
@@ -485,13 +521,13 @@ def add_commands(command):
     flag(sub, "no-text", action="store_true", help="without the text of what changed")
     sub = command("profile", show_profile)
     sub.add_argument("run", metavar="RUN", help="folder of a run, or of its traces")
-    sub.add_argument("--top", type=int, default=12, metavar="N", help="operations (default: 12)")
+    sub.add_argument("--top", type=positive, default=12, metavar="N", help="operations (default: 12)")
     sub = command("stats", show_stats)
     flag(sub, "loss-key", **claim)
     sub.add_argument("logs", **logs)
     sub.add_argument("--target", **target)
     flag(sub, "cell", metavar="LABEL_OR_HASH", help="of a mixture of versions or machines these runs")
-    sub.add_argument("--alpha", type=float, default=0.01, help="p has to be below (default: 0.01)")
+    sub.add_argument("--alpha", type=probability, default=0.01, help="p has to be below (default: 0.01)")
     sub.add_argument("--plan", action="store_true", help="a look after each run: enough, go on, or hopeless")
     flag(sub, "max-runs", type=int, default=20, metavar="N", help="of --plan, chosen before the first (default: 20)")
     sub = command("verify", verify_folder)

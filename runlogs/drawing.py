@@ -101,8 +101,8 @@ def look_of(i):
     return {"color": PALETTE[i % len(PALETTE)], "ls": ("-", "--", ":", "-.")[i // len(PALETTE) % 4]}
 
 
-def spread(values, gap):
-    """Places of labels at least `gap` apart, in the order of the values and close to them."""
+def spread(values, gap, least=-math.inf):
+    """Places of labels at least `gap` apart, in the order of the values, close to them, and none below `least`."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     groups = []  # [mean of what its members want, members]
     for i in order:
@@ -113,7 +113,8 @@ def spread(values, gap):
     places = dict.fromkeys(order)
     for middle, members in groups:
         for k, i in enumerate(members):
-            places[i] = middle + gap * (k - (len(members) - 1) / 2)
+            places[i] = max(least, middle + gap * (k - (len(members) - 1) / 2))
+            least = places[i] + gap
     return [places[i] for i in range(len(values))]
 
 
@@ -158,7 +159,8 @@ def draw_values(ax, runs, looks):
     for run, look in zip(runs, looks, strict=True):
         value, step = last_losses(run)[0], run.trace.rows[-1]["step"] if run.trace.rows else 0
         seen += [(value, look)] if value is not None and low <= value <= high and step >= 0.97 * end else []
-    for (v, look), y in zip(seen, spread([v for v, _ in seen], (high - low) / 24), strict=True):
+    places = spread([v for v, _ in seen], (high - low) / 24, low)
+    for (v, look), y in zip(seen, places, strict=True):
         ax.annotate(f"{v:.4f}", (1, y), (7, 0), xycoords=ax.get_yaxis_transform(), textcoords="offset points",
                     va="center", color=look["color"], fontsize=10, fontweight="bold")
 

@@ -10,6 +10,7 @@ from runlogs.loading import (
     AFTER,
     SELF,
     changes_of,
+    counted,
     latest,
     load_one,
     settings_of,
@@ -192,9 +193,9 @@ def group_warnings(samples, dropped):
     seeds = [(key, str(seed)) for key, group in groups.items() for s in group
              if (seed := settings_of(s.run).get("seed")) is not None]
     if again := len(seeds) - len(set(seeds)):
-        found.append(f"{again} run(s) repeat the seed of another one: they are no independent samples")
+        found.append(f"{counted(again, 'run')} with the seed of another one: no independent samples")
     if resets := sum(s.run.trace.resets > 0 for s in samples):
-        found.append(f"the clock was set back in {resets} run(s): their times leave out the steps before")
+        found.append(f"the clock was set back in {counted(resets, 'run')}: the time before is left out")
     found += [f"{s.run.path.name}: {text}" for s in samples for text in changes_of(s.run)]
     return found + [f"left out: {text}" for text in dropped]
 

@@ -124,7 +124,7 @@ def read_each(paths, keep_rows=False, keep_source=False, loss_key=None):
     if not held:
         where = names[0] if len(names) == 1 else f"{len(names)} logs"
         listed = f"they hold {', '.join([*keys][:12])}" if keys else "they hold no loss"
-        raise ValueError(f"--loss-key {loss_key}: no record of {where} has it; {listed}")
+        raise ValueError(f"--loss-key '{loss_key}': no record of {where} has it; {listed}")
 
 
 def is_score(key):
@@ -386,6 +386,10 @@ def crossing(rows, target):
     return None
 
 
+def counted(number, noun):
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def describe(run, target=None):
     """Numbers of a run as `show` gives them, None where unknown; of several trials those of the last, and all of them
     under trial_runs."""
@@ -394,7 +398,7 @@ def describe(run, target=None):
     trials = [trial_numbers(rows, end) for rows, end in zip(trace.trials, ends, strict=False)] or [trial_numbers([])]
     broken = [str(i) for i, trial in enumerate(trials[:-1], 1) if trial["status"] != "complete"]
     notes = old["notes"] + ([f"incomplete trials: {', '.join(broken)}"] if broken else [])
-    notes += [f"the clock was set back {trace.resets} time(s)"] if trace.resets else []
+    notes += [f"the clock was set back {counted(trace.resets, 'time')}"] if trace.resets else []
     last = trials[-1]
     if last["status"] == "complete" and last["max_step"] and last["steps"] < last["max_step"]:
         notes.append(f"ended by itself at step {last['steps']} of {last['max_step']}")

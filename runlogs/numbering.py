@@ -14,7 +14,7 @@ def tracks_of(folder):
     there."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"'{folder}' is no folder of records: name one with --records")
+        raise FileNotFoundError(f"'{folder}' is no folder of records: expected one like 'records/track_cpu'")
     return [inside for inside in folders(folder) if inside.name.startswith("track_")] or [folder]
 
 

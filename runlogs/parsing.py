@@ -68,7 +68,7 @@ DATE = re.compile(r"^\w{3} (\w{3}) +(\d{1,2}) ([\d:]{8}) (?:[A-Z]{2,5} )?(\d{4})
 FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "python": r"^Running python (\S+)",
     "torch": r"^Running pytorch (?:version )?(\d\S*)",
-    "cuda": r"^Running pytorch .* compiled for CUDA (\S+)",
+    "cuda": r"^Running pytorch .* compiled for CUDA (?!None\b)(\S+)",
     "triton": r"^Running Triton version (\S+)",
     "driver": r"Driver Version: (\S+)",
     "world_size": r"^(?:Running .* with world_size[ =]|.{0,99}Distributed world size: )(\d{1,5})",

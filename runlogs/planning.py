@@ -77,10 +77,11 @@ def boundaries(alpha, most):
 
 
 def grid(bound, n):
-    """Edges of CELLS cells of u, from the lowest to the boundary."""
+    """Edges of CELLS cells of u, from the lowest to the boundary, near which they are finest: what passes is there."""
     import numpy as np
 
-    return np.linspace(max(-math.sqrt(n), LOWEST), bound, CELLS + 1)
+    low, rest = max(-math.sqrt(n), LOWEST), np.linspace(1, 0, CELLS + 1) ** 2
+    return bound - (bound - low) * rest
 
 
 def outlook(n, t, alpha, most):

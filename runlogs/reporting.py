@@ -11,7 +11,7 @@ from pathlib import Path
 from unicodedata import east_asian_width
 
 from runlogs.judging import SIGMA_RULE, group_numbers, versions
-from runlogs.loading import accuracy, differing, summarize
+from runlogs.loading import accuracy, counted, differing, summarize
 from runlogs.output import printable, say, strict_json
 from runlogs.parsing import ACCURACIES, MAX_CELL
 
@@ -67,7 +67,7 @@ def short_names(names, most):
 
 
 def wrap(text, most):
-    """Lines of at most so many columns, broken at spaces, and within words that are longer."""
+    """Lines of at most so many columns, broken at spaces; a longer word after one of ._/(,- or anywhere."""
     if wide(text) <= most:
         return [text]
     lines, width = [""], 0
@@ -75,12 +75,18 @@ def wrap(text, most):
         if width + wide(word) > most and wide(word.lstrip()) <= most:
             lines.append("")
             word, width = word.lstrip(), 0
-        for c in [word] if width + wide(word) <= most else word:
+        for c in [word] if width + wide(word) <= most else pieces_of(word, most):
             if width + wide(c) > most:
                 lines.append("")
-                width = 0
+                c, width = c.lstrip(), 0
             lines[-1], width = lines[-1] + c, width + wide(c)
     return lines
+
+
+def pieces_of(word, most):
+    """Where a word that is too long may be broken: as few pieces as fit, each whole or its characters."""
+    pieces = re.findall(r"[^._/(,-]*[._/(,-]|[^._/(,-]+", word)
+    return [c for piece in pieces for c in ([piece] if wide(piece) <= most else piece)]
 
 
 NAME_LEAST, STATE_LEAST, TEXT_LEAST = 26, 18, 10  # columns of a name with `extras` beside it, its state, any text
@@ -331,7 +337,7 @@ def hellaswag_report(summaries):
 def experiment_report(name, runs):
     """The report of an experiment."""
     summaries, names = [summarize(run) for run in runs], differing(runs)
-    report = [f"{name}: {len(runs)} run(s), losses in nats/token"]
+    report = [f"{name}: {counted(len(runs), 'run')}, losses in nats/token"]
     rows = [[cell(s) for _, cell in COLUMNS] for s in summaries]
     report.append(Table([heading for heading, _ in COLUMNS], rows, names=True, extras=EXTRAS))
     report += router_report(summaries) + hellaswag_report(summaries)
@@ -380,6 +386,7 @@ def screen(numbers):
     known = [f"{key} {n[key]}" for key in ("python", "torch", "cuda", "triton", "driver") if n[key]]
     crossed = n["target_crossing"] or {}
     where = f"step {crossed.get('step')}, {seconds(crossed.get('train_time_s'))}" if crossed else "not reached"
+    where = where if best is not None else "-"  # a log of bits per byte has no loss that could reach it
     rows = [("status", status + place), ("format", n["era"]), ("trials", show(n["trials"])),
             ("steps", f"{show(n['steps'])} of {show(n['max_step'])}"),
             ("final val loss", show(n["final_val_loss"], ".5g")),
@@ -443,21 +450,33 @@ def control_report(found):
     return [Table(headings, rows, names=True)]
 
 
+MEASURED = (("val loss", "val_loss", "+.5f"), ("train s", "train_time_s", "+.3f"))
+
+
+def untested_report(first, pairs):
+    """A sentence for each reason why groups are not tested against the first."""
+    why = {}
+    for pair in pairs:
+        if not pair["sigma_rule"]:
+            why.setdefault(pair["why"], []).append(pair["b"])
+    return [f"no test of {', '.join(names)} against {first}: {reason}; choose with --cell"
+            for reason, names in why.items()]
+
+
 def compare_report(groups, result):
     report, names = [group_table(groups)], list(groups)
     if any(group["params_active"] != group["params_total"] for group in result["groups"]):
         rows = [[g["name"], show(g["params_total"], ","), show(g["params_active"], ",")] for g in result["groups"]]
         report.append(Table(["parameters of", "all", "active"], rows, names=True))
     rows = [[f"{what} of {pair['b']}", *welch_cells(pair[key], form)] for pair in result["pairs"]
-            for what, key, form in (("val loss", "val_loss", "+.5f"), ("train s", "train_time_s", "+.3f"))]
+            if pair["sigma_rule"] for what, key, form in MEASURED]
     headings = ["minus that of " + names[0], "difference", "95 % interval", "p (Welch)", "Cohen's d"]
-    report.append(Table(headings, rows, names=True, extras=("Cohen's d",)))
+    report += [Table(headings, rows, names=True, extras=("Cohen's d",))] if rows else []
+    report += untested_report(names[0], result["pairs"])
     for pair in result["pairs"]:
-        if not (rule := pair["sigma_rule"]):
-            report.append(f"no test of {pair['b']} against {names[0]}: {pair['why']}; choose with --cell")
-            continue
-        words = f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"
-        report.append(f"track 3's rule for {pair['b']} beating {names[0]}: {words}")
+        if rule := pair["sigma_rule"]:
+            words = f"{rule['value']:+.4f}, {passed(rule)} (>= {SIGMA_RULE})"
+            report.append(f"track 3's rule for {pair['b']} beating {names[0]}: {words}")
     report += stage_report(names, result)
     report += equal_report(names, result["equal"], result["equal_loss"])
     report += control_report(result["control"])

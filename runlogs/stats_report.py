@@ -13,7 +13,7 @@ UNITS = (("val loss", "val_loss", "+.5f"), ("train s", "train_time_s", "+.3f"))
 
 def stats_report(evidence, result):
     """The report on the terminal: arms and cells, runs, difference, verdict, warnings."""
-    record, report = evidence.arm("record"), [cell_table(evidence, result)]
+    record, report = evidence.arm("record"), [cell_table(result)]
     if len(record.samples) <= MOST:
         rows = [[s.name, f"{s.loss:.5f}", show(s.time_s, ",.3f"), s.steps, cell.label]
                 for cell in record.cells for s in cell.samples]
@@ -27,7 +27,7 @@ def stats_report(evidence, result):
                                 for text in arm["warnings"]]
 
 
-def cell_table(evidence, result):
+def cell_table(result):
     """A row for each cell of each arm."""
     arms = {"record": result, "baseline": result["baseline"], **result["other_arms"]}
     rows = []

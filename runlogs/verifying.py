@@ -341,7 +341,8 @@ class Judge:
         if beside and claim.kind == "p" and claim.scope[0] == "words":
             return False, f"the list above gives {some(beside, claim)}"
         if not values:
-            return None, "no test of that kind can be made of the logs here"
+            against = f"the target {self.target:g}, --target names another" if self.target is not None else "no target"
+            return None, f"no test of that kind can be made of the logs here ({against})"
         unsaid = claim.relation == "=" and claim.scope[0] == "words" and not ONE_SAMPLE.search(claim.quote)
         if unsaid and agrees(claim, self.pairs.facts(claim.kind)):
             return None, f"it would be of Welch's test of two groups; {claim.kind} here: {some(values, claim)}"

@@ -109,7 +109,8 @@ def number_of(match):
         return None
     unit = "" if rest == "min" and after in (":", "=") else rest.lower()  # "2.9195 min: 2.9177"
     glued = match[2][:1].isalpha() and unit not in UNITS and unit not in PER_STEP and unit != "x"
-    if glued or after in ("_", "²") or after.isdigit():
+    hardware = unit == "x" and re.match(r" ?[A-Z]", match.string[match.end():match.end() + 2])  # 8 x NVIDIA H100
+    if glued or hardware or after in ("_", "²") or after.isdigit():
         return None
     return as_number(digits, unit)
 

@@ -318,7 +318,7 @@ def test_no_plot_needs_no_matplotlib(tmp_path):
     make_run(tmp_path / "logs", "a", lines(val(100, 3.5)))
     code = "import sys, logger; logger.main(sys.argv[1:]); assert 'matplotlib' not in sys.modules"
     command = [sys.executable, "-c", code, "--experiment-name", "exp", "--log_dir", str(tmp_path / "logs"), "--no_plot"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.startswith(b"exp: 1 run(s)")
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.startswith(b"exp: 1 run,")
 
 
 # -- the plot

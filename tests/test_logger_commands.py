@@ -213,11 +213,11 @@ def test_clock_resets_and_seeds_are_told(tmp_path, capsys):
     reset = log_text().replace("train_time:250", "train_time:9250")
     (tmp_path / "a.txt").write_text(reset)
     found = numbers(capsys, "stats", tmp_path)
-    assert found["warnings"] == ["the clock was set back in 1 run(s): their times leave out the steps before"]
+    assert found["warnings"] == ["the clock was set back in 1 run: the time before is left out"]
     for i, seed in enumerate((1, 2, 2)):
         make_ours(tmp_path / "ours" / str(i), [4.0, 3.0 + i / 100], seed=seed)
     assert numbers(capsys, "stats", tmp_path / "ours")["warnings"] == [
-        "1 run(s) repeat the seed of another one: they are no independent samples"]
+        "1 run with the seed of another one: no independent samples"]
 
 
 def test_other_seeds_and_comments_are_one_version(tmp_path, capsys):

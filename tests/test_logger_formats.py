@@ -160,7 +160,7 @@ def test_a_loss_key_that_no_record_has_is_refused(tmp_path, capsys):
     for command in ("show", "stats", "export"):
         code, out, err = run(capsys, command, "--loss-key", "val_emu", path)
         assert (code, out) == (1, "") and err.count("\n") == 1
-        assert "--loss-key val_emu: no record" in err and "they hold val_ema_loss, val_loss\n" in err
+        assert "--loss-key 'val_emu': no record" in err and "they hold val_ema_loss, val_loss\n" in err
 
 
 def test_a_run_without_the_loss_key_at_its_end_does_not_count(tmp_path, capsys):

@@ -228,7 +228,7 @@ def test_plan_report():
     plan = plan_numbers([sample(v) for v in (3.27, 3.275, 3.272, 3.279)], 3.28, 0.01, 20)
     lines = plain(plan_report(plan)).split("\n")
     assert len(lines) == 7
-    assert "go on, at least 2 more" in lines[2] and "14.4" in lines[5] and "go on, about" in lines[5]
+    assert "go on, at least 2 more" in lines[2] and "14.2" in lines[5] and "go on, about" in lines[5]
     assert lines[6] == plan["sentence"] and all(len(line) <= 90 for line in lines[:6])
 
 
