@@ -64,7 +64,9 @@ class Judge:
         self.sample = self.known_sd = False
         self.subjects, self.weights, self.sizes, self.zeros = {}, {}, {}, {}
         self.each = list({id(run): run for group in groups for run in group.each}.values())[:MAX_RUNS]
-        self.logs = {log: run for group in groups for log, run in group.runs.items() if len(log) > 3}
+        self.logs = defaultdict(dict)  # of one name there may be one in each arm
+        for log, run in (item for group in groups for item in group.runs.items()):
+            self.logs[log] |= {id(run): run} if len(log) > 3 else {}
         self.seeds = defaultdict(list)
         for run in self.each:
             self.seeds[run.seed].append(run)
@@ -112,8 +114,9 @@ class Judge:
         name = re.sub(r"\\|\.(?:txt|log)$", "", label)
         if len(name) < 4:
             return None
-        runs = {log: run for group in self.groups for log, run in group.runs.items() if log.startswith(name)}
-        return runs.get(name) or (next(iter(runs.values())) if len(runs) == 1 else None)
+        runs = [run for log, found in self.logs.items() if log.startswith(name) for run in found.values()]
+        runs = list(self.logs[name].values()) if name in self.logs else runs
+        return runs[0] if len(runs) == 1 else None
 
     def named(self, words):
         """Groups whose folder the words name, the longest name that they hold."""
@@ -161,7 +164,8 @@ class Judge:
     def runs_called(self, claim):
         """Runs whose log or seed a row of a table names."""
         names = {re.sub(r"\\|\.(?:txt|log)\b.*$", "", cell) for cell in claim.cells}
-        return [self.logs[name] for name in names & self.logs.keys()] or self.seeds.get(claim.seed or "none", [])
+        called = [run for name in sorted(names & self.logs.keys()) for run in self.logs[name].values()]
+        return called or self.seeds.get(claim.seed or "none", [])
 
     def runs_with(self, claims, runs):
         """Those of the runs that have all numbers of some claims."""
