@@ -12,8 +12,11 @@ Cells: runs are pooled if they share the code version, the hardware, the number 
 A code version is the tokens of the source, without comments, docstrings, blank lines, and the values of seeds and
 of run names; of our runs the settings too (but for SELF). It is a hash: the time is linear in the sources.
 A log that does not say one of these (a console capture has neither source nor hardware) is not known to be of
-the same: such logs are cells of their own and never join others. Logs that name no machine and differ in the time of
-a step by a factor of 1.5 are a mixture too. Nothing is concluded from a mixture: one cell has to be chosen.
+the same: such logs are cells of their own and never join others; without a source they are of one cell only if their
+folders have one name, digits aside. Logs that name no machine and differ in the time of a step by a factor of 1.5 are a
+mixture too. Where only nvidia-smi tells how many processes there were, a run whose steps take 3 times as long is a cell
+of its own. Several whole logs in one file are trials if source and machine are the same, else no samples. Nothing is
+concluded from a mixture: one cell has to be chosen.
 
 Copies: a run with the final step, loss and train time of another one is that run, unless a validation that both hold
 differs. The log with source counts, of equals that of the record. This holds across files, trials and arms.
@@ -74,7 +77,7 @@ class Sample:
     @property
     def step_s(self):
         """Seconds of a step, None where they are not known."""
-        return self.time_s / self.steps if self.time_s and self.steps else None
+        return self.time_s / self.steps if self.steps and 0 < (self.time_s or 0) < math.inf else None
 
     @property
     def date(self):
@@ -379,7 +382,7 @@ def paces_of(cell):
     found = {}
     for sample in cell.samples:
         known = cell.hardware and not sample.counted and sample.step_s
-        level = int(math.log(sample.step_s / fastest, MUCH_SLOWER) + 1e-9) if known else 0
+        level = min(9, int(math.log(sample.step_s / fastest, MUCH_SLOWER) + 1e-9)) if known else 0
         pace = f"{MUCH_SLOWER**level}x slower steps" if level else USUAL
         found.setdefault(pace, replace(cell, samples=[], pace=pace)).samples.append(sample)
     return list(found.values())

@@ -317,6 +317,14 @@ def test_a_much_slower_run_had_fewer_processes(tmp_path, capsys, count, slow, pa
     assert [cell["label"] for cell in found["cells"]][1:] == [words] * len(parts[1:])
 
 
+@pytest.mark.parametrize("time", ["1e31", "-5", "0", "nan"])
+def test_odd_times_are_no_pace(tmp_path, time):
+    group(tmp_path, GOOD, machine=machine())
+    text = (tmp_path / "run_0.txt").read_text().replace("3.27500 train_time:10000.000", f"3.2755 train_time:{time}")
+    (tmp_path / "odd.txt").write_text(text)
+    assert counts(evidence(tmp_path)) == {"record": [6]}
+
+
 def test_a_log_that_counts_its_processes_may_be_slow(tmp_path):
     said = machine() + "Running on device_name=NVIDIA H100 80GB HBM3 with world_size=8\n"
     group(tmp_path, GOOD, machine=said)
