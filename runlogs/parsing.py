@@ -498,6 +498,9 @@ def joined(logs, lost=False):
     if differ or lost:
         what = f"with different {' and '.join(differ)}" if differ else "or more"
         trace.mixed = f"holds {len(logs)} logs {what}: split it"
+    for key in ("date", "seed"):  # of one log are not those of all
+        if any(log.header.get(key) != trace.header.get(key) for log in logs):
+            trace.header.pop(key, None)
     for note in (note for log in logs for note in log.notes):
         trace.note(note)
     trace.note(trace.mixed or f"holds {len(logs)} whole logs of one source and machine: each is a trial")

@@ -416,6 +416,14 @@ def test_seeds_in_settings_do_not_part_logs(tmp_path):
     assert counts(evidence(cat(tmp_path / "a.txt", *texts))) == {"record": [3]}
 
 
+def test_date_and_seed_of_one_whole_log_are_not_those_of_all(tmp_path, capsys):
+    texts = [whole(3.27 + i / 1000, machine=machine(date=day(i)) + f"Using seed={i}\n") for i in (1, 2)]
+    shown = numbers(capsys, "show", cat(tmp_path / "a.txt", *texts))["runs"][0]
+    assert (shown["date"], shown["seed"], shown["gpu_count"]) == (None, None, 8)
+    shown = numbers(capsys, "show", cat(tmp_path / "a.txt", *texts[:1] * 2))["runs"][0]
+    assert (shown["date"], shown["seed"]) == ("2026-08-31 07:01:00", 1)
+
+
 def test_a_capture_before_a_whole_log_is_no_part_of_its_source(tmp_path):
     path = cat(tmp_path / "a.txt", log_text(3.27).rpartition(BAR)[2], whole(3.271))
     assert evidence(path).arm("record").dropped == ["a.txt: holds 2 logs with different sources and machines: split it"]
