@@ -12,8 +12,11 @@ Cells: runs are pooled if they share the code version, the hardware, the number 
 A code version is the tokens of the source, without comments, docstrings, blank lines, and the values of seeds and
 of run names; of our runs the settings too (but for SELF). It is a hash: the time is linear in the sources.
 A log that does not say one of these (a console capture has neither source nor hardware) is not known to be of
-the same: such logs are cells of their own and never join others. Logs that name no machine and differ in the time of
-a step by a factor of 1.5 are a mixture too. Nothing is concluded from a mixture: one cell has to be chosen.
+the same: such logs are cells of their own and never join others; without a source they are of one cell only if their
+folders have one name, digits aside. Logs that name no machine and differ in the time of a step by a factor of 1.5 are a
+mixture too. Where only nvidia-smi tells how many processes there were, a run whose steps take 3 times as long is a cell
+of its own. Several whole logs in one file are trials if source and machine are the same, else no samples. Nothing is
+concluded from a mixture: one cell has to be chosen.
 
 Copies: a run with the final step, loss and train time of another one is that run, unless a validation that both hold
 differs. The log with source counts, of equals that of the record. This holds across files, trials and arms.
@@ -27,8 +30,8 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from runlogs.loading import SELF, Run, expand, read_each, settings_of, status_of, trial_numbers, why_no_loss
-from runlogs.parsing import number
+from runlogs.loading import Run, expand, read_each, settings_of, status_of, trial_numbers, why_no_loss
+from runlogs.parsing import SELF, number
 
 BASELINE = re.compile(r"^baseline|(?:^|[^a-z])(?:baselines?|master)(?:$|[^a-z])", re.I)
 SIDE = re.compile(r"^(?:smoke|provenance|hparam|hyperparam|ablation|profil)"
@@ -46,8 +49,11 @@ OWN_NAME = re.compile(r".*(?:seed|run_?id|run_?name)", re.I)
 BEFORE_VALUE = re.compile(r"(?!(?:if|else|and|or|in|for|while|elif)\b)[^\W\d]\w*|[:=(.\[|]")
 BRANCHES = ("if", "elif", "while", "for")  # what follows their colon is no value of a name
 FACTS = {"code": "code versions", "hardware": "kinds of hardware", "processes": "numbers of processes",
-         "steps": "final steps"}
+         "steps": "final steps", "pace": "paces", "place": "folders of logs without a source"}
 SLOWER = 1.5  # a step that takes this much longer is of another machine
+MUCH_SLOWER = 3  # of named machines: of another number of processes than GPUs that nvidia-smi lists
+USUAL = "usual steps"
+MAX_LINKS = 10  # that are named
 
 
 @dataclass
@@ -65,6 +71,13 @@ class Sample:
     code: str | None = None
     hardware: str | None = None
     processes: int | None = None
+    place: str | None = None  # of a run without a source: its folder, digits aside
+    counted: bool = True  # the log says how many processes there were, not only how many GPUs
+
+    @property
+    def step_s(self):
+        """Seconds of a step, None where they are not known."""
+        return self.time_s / self.steps if self.steps and 0 < (self.time_s or 0) < math.inf else None
 
     @property
     def date(self):
@@ -82,12 +95,14 @@ class Cell:
     steps: int
     samples: list[Sample] = field(default_factory=list)
     label: str = "all"
+    pace: str = USUAL
+    place: str | None = None
 
     @property
     def uneven(self):
         """Why runs that do not name their machine cannot be of one; "" if they name it, or their steps take about as
         long."""
-        times = [1000 * s.time_s / s.steps for s in self.samples if s.time_s and s.steps]
+        times = [1000 * s.step_s for s in self.samples if s.step_s]
         if not times or self.hardware or max(times) < SLOWER * min(times):
             return ""
         return f"the runs do not name their machine, and a step takes {min(times):,.2f} to {max(times):,.2f} ms"
@@ -146,14 +161,16 @@ class Evidence:
 def evidence_of(names, loss_key=None, keep_rows="stages", keep_source=False):
     """Evidence of files, folders and globs. `loss_key`: the number of a record that is its loss, instead of val_loss.
     FileNotFoundError if a name leads to no log."""
-    paths = expand(names)
+    paths = expand(names, links := [])
     base = base_of(names, paths)
     runs, codes = [], {}
     for run in read_each(paths, keep_rows, True, loss_key):
         code = version_of(run, codes)
         run.trace.parts = run.trace.parts if keep_source else dict.fromkeys(run.trace.parts, "")
         runs.append((arm_name(run.path, base), run, code))
-    return evidence_from(runs, base)
+    found = evidence_from(runs, base)
+    found.notes += [f"{os.path.relpath(link, base)} is a link to a folder: not followed" for link in links[:MAX_LINKS]]
+    return found
 
 
 def evidence_from(runs, base):
@@ -165,7 +182,7 @@ def evidence_from(runs, base):
     first = sorted(runs, key=lambda r: (r[2] is None, len(r[1].trace.trials) > 1, names.index(r[0])))
     for name, run, code in first:  # of copies the log with a source, then that of one run
         samples, dropped = trials_of(run, name, code, seen)
-        found[name] += samples
+        found[name] += [sample if code else replace(sample, place=place_of(run.path, base)) for sample in samples]
         arms[name].dropped += [why for why, _ in dropped]
         notes += [f"{name}: {why}, which is of the {other}" for why, other in dropped if other not in (None, name)]
     for name, arm in arms.items():
@@ -178,20 +195,18 @@ def evidence_from(runs, base):
     return Evidence(base, kept, notes)
 
 
-def samples_of(runs):
-    """(samples, what was left out and why) of runs, whatever their arms."""
-    codes = {}
-    found = evidence_from([("record", run, version_of(run, codes)) for run in runs], Path())
-    arm = found.arm("record")
-    return arm.samples, arm.dropped
-
-
 def base_of(names, paths):
     """The folder that arms are named from: the one given, or the one that holds all that are given."""
     if len(names) == 1 and os.path.isdir(names[0]):
         return Path(os.path.abspath(names[0]))
     parents = {os.path.dirname(os.path.abspath(path)) for path in paths}
     return Path(os.path.commonpath(parents))
+
+
+def place_of(path, base):
+    """The folder of a log below `base`, digits aside: logs of run_1 and run_2 may be of one version, those of this_pr
+    and old hardly."""
+    return re.sub(r"\d+", "#", os.path.relpath(os.path.dirname(os.path.abspath(path)), base))
 
 
 def arm_name(path, base):
@@ -286,9 +301,14 @@ def machine_of(run):
     header, hardware = run.trace.header, run.config.get("hardware")
     name = hardware.get("name") if isinstance(hardware, dict) else hardware
     name = name if isinstance(name, str) else header.get("gpus") or header.get("device")
-    count = next((n for n in (run.config.get("world_size"), header.get("world_size"), header.get("gpu_count"))
-                  if isinstance(n, int)), None)
-    return name, count
+    count = count_of(run)
+    return name, header.get("gpu_count") if count is None else count
+
+
+def count_of(run):
+    """The number of processes as a run itself tells it, None if it does not."""
+    told = (run.config.get("world_size"), run.trace.header.get("world_size"))
+    return next((n for n in told if isinstance(n, int)), None)
 
 
 def trials_of(run, arm="record", code=None, seen=None):
@@ -296,13 +316,16 @@ def trials_of(run, arm="record", code=None, seen=None):
     `seen` {key of a trial: samples} tells those that stood in other files."""
     found, dropped, count = [], [], len(run.trace.trials)
     seen, (hardware, processes) = {} if seen is None else seen, machine_of(run)
+    if run.trace.mixed:
+        return [], [(f"{run.path.name}: {run.trace.mixed}", None)]
     for i in range(count):
         name = f"{run.path.name}, trial {i + 1}" if count > 1 else run.path.name
         sample, why = sample_of(run, i)
         if why:
             dropped.append((f"{name}: {why}", None))
             continue
-        sample = replace(sample, name=name, arm=arm, code=code, hardware=hardware, processes=processes)
+        sample = replace(sample, name=name, arm=arm, code=code, hardware=hardware, processes=processes,
+                         counted=count_of(run) is not None)
         twins = seen.setdefault((sample.steps, sample.loss, sample.time_s), [])
         if twin := next((twin for twin in twins if agree(twin.rows, sample.rows)), None):
             dropped.append((f"{name}: the same run as {twin.name}", twin.arm))
@@ -316,8 +339,8 @@ def trials_of(run, arm="record", code=None, seen=None):
 
 def sample_of(run, i):
     """(Sample or None, reason) of trial i."""
-    rows, last = run.trace.trials[i], i == len(run.trace.trials) - 1
-    numbers = trial_numbers(rows, run.trace.end if last else None)
+    rows = run.trace.trials[i]
+    numbers = trial_numbers(rows, run.trace.end_of(i))
     loss = numbers["final_val_loss"]
     if loss is None and numbers["status"] == "complete":
         return None, why_no_loss(rows)
@@ -343,21 +366,41 @@ def cells_of(samples):
     """Cells of samples, the largest first. What a log does not say is not known to be the same."""
     cells = {}
     for sample in samples:
-        facts = tuple(getattr(sample, fact) for fact in FACTS)
-        cells.setdefault(facts, Cell(*facts)).samples.append(sample)
-    found = sorted(cells.values(), key=lambda cell: -len(cell.samples))
+        facts = sample.code, sample.hardware, sample.processes, sample.steps
+        cells.setdefault((*facts, sample.place), Cell(*facts, place=sample.place)).samples.append(sample)
+    found = [part for cell in cells.values() for part in paces_of(cell)]
+    found.sort(key=lambda cell: -len(cell.samples))
     for cell in found:
         cell.label = label_of(cell, found)
     return found
+
+
+def paces_of(cell):
+    """A cell as one or more: runs on a named machine that do not say how many processes they had are apart if a step
+    takes them 3 times as long as the fastest, 9 times, ..."""
+    fastest = min((sample.step_s for sample in cell.samples if sample.step_s), default=None)
+    found = {}
+    for sample in cell.samples:
+        known = cell.hardware and not sample.counted and sample.step_s
+        level = min(9, int(math.log(sample.step_s / fastest, MUCH_SLOWER) + 1e-9)) if known else 0
+        pace = f"{MUCH_SLOWER**level}x slower steps" if level else USUAL
+        found.setdefault(pace, replace(cell, samples=[], pace=pace)).samples.append(sample)
+    return list(found.values())
 
 
 def label_of(cell, cells):
     """Short words for what tells a cell from the others of its arm."""
     words = {"code": cell.code or "no source", "hardware": cell.hardware or "no hardware",
              "processes": f"{cell.processes or '?'} process{'es' * (cell.processes != 1)}",
-             "steps": f"step {cell.steps}"}
-    varied = [fact for fact in FACTS if len({getattr(other, fact) for other in cells}) > 1]
+             "steps": f"step {cell.steps}", "pace": cell.pace, "place": f"folder {cell.place}"}
+    varied = [fact for fact in FACTS if len(values_of(fact, cells)) > 1 and (fact != "place" or cell.place)]
     return ", ".join(words[fact] for fact in varied) or "all"
+
+
+def values_of(fact, cells):
+    """Values of a fact in cells, in their order. Only runs without a source have a place."""
+    values = dict.fromkeys(getattr(cell, fact) for cell in cells)
+    return [value for value in values if value is not None or fact != "place"]
 
 
 def mixture_of(cells):
@@ -366,10 +409,9 @@ def mixture_of(cells):
     if len(cells) == 1:
         return cells[0].uneven
     for fact, plural in FACTS.items():
-        counts = {}
-        for cell in cells:
-            key = getattr(cell, fact)
-            counts[key] = counts.get(key, 0) + len(cell.samples)
+        counts = dict.fromkeys(values_of(fact, cells), 0)
+        for key, cell in ((getattr(cell, fact), cell) for cell in cells):
+            counts |= {key: counts[key] + len(cell.samples)} if key in counts else {}
         listed = [f"{count} of {'unknown' if key is None else key}" for key, count in counts.items()]
         more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
         said += [f"{len(counts)} {plural}: {', '.join(listed[:5])}{more}"] if len(counts) > 1 else []

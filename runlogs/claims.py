@@ -30,6 +30,8 @@ CLEANING = tuple((re.compile(pattern), new) for pattern, new in (  # what hides 
     (r"!\[[^\[\]\n]{0,500}\]\([^()\s]{0,2000}\)", " "),
     (r"\]\([^()\s]{0,2000}\)", "] "),
     (r"\bhttps?://[^\s)>\]]{1,2000}", " "),
+    (r"\b(\d{1,3}) ?(?:minutes?|mins?|m) ?(?:and )?(\d{1,2}(?:\.\d{1,6})?) ?(?:seconds?|secs?|s)\b",
+     lambda match: in_seconds(*match.groups())),
     ("&lt;", "<"), ("&gt;", ">"), ("&plusmn;", "±"), (r"\\approx|\\sim", "≈"), (r"\\pm", "±"), (r"\\(?=[_%])", ""),
     (r"alternative ?= ?.less.", ""), (r"\bnp\.float\d\d", ""),
     (r"```([^`\n]{1,3000})```", r"\1"), (r"\*\*|\$|(?<!`)`{1,2}(?!`)", ""), (r"[−–‒]", "-"),
@@ -77,6 +79,11 @@ def claims_of(text, ranges=NOWHERE):
         reader.read(line[:MAX_LINE], number)
     reader.end()
     return found
+
+
+def in_seconds(minutes, seconds):
+    """Minutes and seconds as seconds, with as many digits."""
+    return f"{60 * int(minutes) + float(seconds):.{len(seconds.partition('.')[2])}f} s"
 
 
 def line_starts(text):

@@ -8,7 +8,6 @@ from runlogs.arms import OWN_NAME, conditions_of, session_of
 from runlogs.curves import AXES, equal_points, loss_of
 from runlogs.loading import (
     AFTER,
-    SELF,
     changes_of,
     counted,
     latest,
@@ -17,7 +16,7 @@ from runlogs.loading import (
     summarize,
     trial_numbers,
 )
-from runlogs.parsing import number
+from runlogs.parsing import SELF, number
 
 
 def mean_sd(values):

@@ -5,8 +5,8 @@ import re
 
 from runlogs.arms import evidence_of
 from runlogs.judging import gain_of, group_numbers, opponent
-from runlogs.loading import SELF, describe, device_of, folders, latest, points_of, settings_of
-from runlogs.parsing import read_text
+from runlogs.loading import describe, device_of, folders, latest, points_of, settings_of
+from runlogs.parsing import SELF, read_text
 
 MAX_README = 200_000  # characters that are searched for claims
 TARGET = re.compile(r"(?:ttest_1samp\([^()\n,]{1,80},|below|under|target(?: loss)?(?: of)?:?|<=?|≤)"

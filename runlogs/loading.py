@@ -77,26 +77,29 @@ def read_log(path, keep_rows=True, loss_key=None):
 LOG_NAMES = re.compile(r".+\.(txt|log|out|stdout)(\.gz)?", re.I)  # what is looked for in folders
 
 
-def find_logs(path, depth=50):
+def find_logs(path, depth=50, links=None):
     """Run folders and LOG_NAMES in the folder `path` and below, in the order of their names. FIFOs and devices of such
-    names are listed: reading them says what they are."""
+    names are listed: reading them says what they are. Links to folders are not followed; they go to `links`."""
     if (path / "metrics.jsonl").is_file() or (path / "log.txt").is_file():
         return [path]
     found = []
     for entry in sorted(path.iterdir(), key=natural):
         if entry.is_dir() and not entry.is_symlink():
-            found += find_logs(entry, depth - 1) if depth else []
+            found += find_logs(entry, depth - 1, links) if depth else []
+        elif entry.is_dir():
+            links.append(entry) if links is not None else None
         elif LOG_NAMES.fullmatch(entry.name) and entry.name != "logs.txt" and entry.exists():
-            found.append(entry) if not entry.is_dir() else None
+            found.append(entry)
     return found
 
 
-def expand(names):
-    """Paths of all logs that files, folders and globs name, each once. FileNotFoundError if a name leads to none."""
+def expand(names, links=None):
+    """Paths of all logs that files, folders and globs name, each once. FileNotFoundError if a name leads to none.
+    `links` takes the links to folders, which are not followed."""
     found = {}
     for name in names:
         hits = [Path(name)] if os.path.exists(name) else [Path(hit) for hit in sorted(glob.glob(name, recursive=True))]
-        logs = [log for hit in hits for log in (find_logs(hit) if hit.is_dir() else [hit] * hit.exists())]
+        logs = [log for hit in hits for log in (find_logs(hit, links=links) if hit.is_dir() else [hit] * hit.exists())]
         if not logs:
             what = "holds no log: expected run folders, *.txt or *.log, also *.out and *.gz" if hits else "is not there"
             raise FileNotFoundError(f"'{name}' {what}")
@@ -394,8 +397,7 @@ def describe(run, target=None):
     """Numbers of a run as `show` gives them, None where unknown; of several trials those of the last, and all of them
     under trial_runs."""
     trace, header, old = run.trace, run.trace.header, summarize(run)
-    ends = [None] * (len(trace.trials) - 1) + [trace.end]
-    trials = [trial_numbers(rows, end) for rows, end in zip(trace.trials, ends, strict=False)] or [trial_numbers([])]
+    trials = [trial_numbers(rows, trace.end_of(i)) for i, rows in enumerate(trace.trials)] or [trial_numbers([])]
     broken = [str(i) for i, trial in enumerate(trials[:-1], 1) if trial["status"] != "complete"]
     notes = old["notes"] + ([f"incomplete trials: {', '.join(broken)}"] if broken else [])
     notes += [f"the clock was set back {counted(trace.resets, 'time')}"] if trace.resets else []
@@ -445,9 +447,6 @@ def extras_of(run):
     rows = run.trace.rows or [run.trace.end]  # an excerpt may hold the end only
     last = next((row for row in reversed(rows) if not row.keys().isdisjoint(VALIDATIONS)), rows[-1])
     return {key: value for key, value in last.items() if key not in SHOWN and number(value) is not None}
-
-
-SELF = ("seed", "run_id", "experiment_name", "log_dir", "resume", "wandb")  # settings that do not change the training
 
 
 def differing(runs):

@@ -62,8 +62,8 @@ RESUMED = re.compile(r"resumed after step (\d{1,15})", re.ASCII)
 PLAIN = rb"[\w.-]{1,100}|(?:(?!\.{1,2}/|-)[\w.+-]{1,100}/){1,12}(?!\.{1,2}\n|-)[\w.+-]{1,100}"
 PART = re.compile(rb"^-{40}\n# (%b)\n-{40}\n" % PLAIN, re.MULTILINE)  # one more file of a source
 ANSI = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
-GPU = re.compile(r"^\| {1,9}\d{1,3} {1,9}(\S.{0,80}?) {1,80}(?:On|Off|N/A) {1,80}\|", re.M)  # of nvidia-smi
-GPU_LIST = re.compile(r"^GPU \d+: (.+?) \(UUID", re.MULTILINE)
+GPU = re.compile(r"^\| {1,9}(\d{1,3}) {1,9}(\S.{0,80}?) {1,80}(?:On|Off|N/A) {1,80}\|", re.M)  # of nvidia-smi
+GPU_LIST = re.compile(r"^GPU (\d+): (.+?) \(UUID", re.MULTILINE)
 DATE = re.compile(r"^\w{3} (\w{3}) +(\d{1,2}) ([\d:]{8}) (?:[A-Z]{2,5} )?(\d{4})", re.M | re.ASCII)
 FACTS = {  # key of Trace.header: where it stands in the text about the machine
     "python": r"^Running python (\S+)",
@@ -87,6 +87,7 @@ LOSSES = ("train_loss", "val_loss")
 SCORES = ("val_loss", "val_bpb")  # what a validation says
 ACCURACIES = ("per_token", "per_byte", "raw")  # of HellaSwag: by what a loss is divided
 DEAD = 1 / 20  # an expert with less than this share of the mean load is dead, as in train_moe.py
+SELF = ("seed", "run_id", "experiment_name", "log_dir", "resume", "wandb")  # settings that do not change the training
 RUN_FILES = ("metrics.jsonl", "log.txt", "config.json", "hellaswag.jsonl")
 COMPLETED = ("done", "target")  # reached the last step or the target loss
 BACKWARD = "step numbers go back without a resume line; the later records are used"
@@ -111,11 +112,17 @@ class Trace:
     scores: dict[int, dict] = field(default_factory=dict)  # by step, as of parse_score
     changes: list[tuple] = field(default_factory=list)  # (step of a resume, its changed settings in words)
     reason: str = ""  # why it is no log
+    ends: list[dict] = field(default_factory=list)  # the closing records of `earlier`, where they are whole logs
+    mixed: str = ""  # why the whole logs in one file are no runs of one kind
     loss_key: str = "val_loss"  # which key of its records is the claim
 
     @property
     def trials(self):
         return [*self.earlier, self.rows] if self.rows else self.earlier
+
+    def end_of(self, i):
+        """What is known of the end of trial i, {} if nothing is."""
+        return self.end if i == len(self.trials) - 1 else self.ends[i] if i < len(self.ends) else {}
 
     def note(self, text):
         self.notes += [text] if text not in self.notes else []
@@ -287,20 +294,39 @@ def whole_part(line):
 
 
 class LogParser:
-    """Parses blocks of whole lines. Step lines count after the last separator only, because the code may quote one.
-    Lines of several projects in one file are read as one run, or its trials, in their order."""
+    """Parses blocks of whole lines. Step lines count behind a separator only, because the code may quote one; if one
+    more source and separator follow, that is the next of several whole logs in the file. Lines of several projects in
+    one file are read as one run, or its trials, in their order."""
 
     def __init__(self, keep_rows=True, loss_key=None):
         self.keep_rows, self.sections, self.found, self.notes = keep_rows, [], None, []
         self.kept = {*LOSSES, *SCORES, loss_key}  # keys of records that stay
+        self.logs, self.lost, self.rows_kept = [], False, 0  # the whole logs before this one
         self.bar()
 
     def bar(self):
         """A separator, or the start of the file: what follows may be the steps."""
-        if len(self.sections) == MAX_SECTIONS:
+        if self.found and self.found.trace.trials and self.holds_steps():
+            rest = self.sections[-1][self.read :]
+            self.whole_log()
+            self.sections = [rest]  # the source of the next log, if one follows
+        elif len(self.sections) == MAX_SECTIONS:
             del self.sections[-2]
         self.sections.append(bytearray())
         self.before, self.found = self.found, Found(Trace())
+        self.size = self.read = 0  # bytes of the section so far, and up to its last line that was taken
+
+    def holds_steps(self):
+        """Whether the section that ends here is one of steps: behind the source, or one that begins with a step."""
+        first = 1 if len(self.sections) > 1 and not self.sections[0].strip() else 0
+        return len(self.sections) > first + 1 or bool(LINE.match(self.sections[-1][:MAX_LINE].lstrip()))
+
+    def whole_log(self):
+        """Keep the log that ends here, of too many the first ones."""
+        log = self.log()
+        self.rows_kept += sum(map(len, log.trials))
+        self.lost |= len(self.logs) >= MAX_TRIALS or self.rows_kept > 3 * MAX_ROWS
+        self.logs += [] if self.lost else [log]
 
     def feed(self, block):
         """`block` ends with a line end; "\\r\\n" is read as "\\n"."""
@@ -315,36 +341,41 @@ class LogParser:
         pieces.append((start, len(block)))
         for i, (start, end) in enumerate(pieces):
             self.bar() if i else None
-            self.text(block[start:end], i >= len(pieces) - 2)  # steps may be in the last section, or before a blank one
+            steps = i >= len(pieces) - 2 or len(self.sections) > 1  # not in a source
+            self.text(block[start:end], steps or bool(LINE.match(block[start : start + MAX_LINE].lstrip())))
 
     def text(self, block, steps):
         """Lines of one section, which may hold steps."""
         section = self.sections[-1]
         section += block[: MAX_SECTION - len(section)]
         block = block.replace(b"\r", b"\n") if b"\r" in block else block  # of progress bars
+        at, self.size = self.size, self.size + len(block)
         for line in block.split(b"\n") if steps else ():
+            at += len(line) + 1
             if match := USUAL_STEP.fullmatch(line):
                 self.row(usual_row(match))
-            elif line:
-                self.other(line)
+                self.read = at
+            elif line and self.other(line):
+                self.read = at
 
     def other(self, line):
-        """A line that has not the usual form."""
+        """Whether a line that has not the usual form is of a run; it is taken in."""
         if b"\x1b" in line:
             line = ANSI.sub("", line[:MAX_LINE].decode("utf-8", "replace")).encode()
         likely = line[:1] and (line[0] in FIRST or line[1:2].isdigit())  # srun -l writes blanks before a rank
         if likely and (match := LINE.match(line)):
             text = line[match.end() : match.end() + MAX_LINE].decode("utf-8", "replace")
-            if self.found.counts(match["rank"]):
-                self.line(text)
-        elif self.found.block is not None:
+            return self.found.counts(match["rank"]) and self.line(text)
+        if self.found.block is not None:
             self.summary(line)
         elif b"val_bpb" in line or b"Val BPB" in line:
             text = line[:MAX_LINE].decode("utf-8", "replace")
-            self.found.add(scores_of(text[PREFIX.match(text).end() :]))
+            self.found.add(scores := scores_of(text[PREFIX.match(text).end() :]))
+            return bool(scores)
+        return False
 
     def line(self, text):
-        """A line that begins as those that are read do."""
+        """Whether a line that begins as those that are read do is one; it is taken in."""
         trace = self.found.trace
         if match := PEAK.search(text):
             values = zip(("peak_memory_mib", "peak_reserved_mib"), match.groups(), strict=True)
@@ -363,8 +394,11 @@ class LogParser:
             self.found.close(*pair)
         elif found := next(((form, row) for form in FORMATS if (row := form.record(text))), None):
             self.foreign(*found)
+        else:
+            return False
         if text.startswith("stopping_early"):
             trace.end["status"] = "stopped at its limit of time"
+        return True
 
     def foreign(self, form, row):
         """A record of a sister project: all lines of a step are one record."""
@@ -415,15 +449,29 @@ class LogParser:
 
     def close(self, start=b"", name=""):
         """The Trace of all that was fed; `start` are the first bytes of the file `name`."""
+        if self.logs and not self.lost and len(self.sections) == 2 and not self.sections[1].strip():
+            trace = self.logs.pop()  # a separator after the last line
+        else:
+            if len(self.sections) > 2 and not self.sections[-1].strip() and self.before.trace.rows:
+                self.found, self.sections = self.before, self.sections[:-1]
+            trace = self.log()
+        if self.logs:
+            trace = joined([*self.logs, trace], self.lost)
+        for note in reversed(self.notes):
+            trace.notes.insert(0, note)
+        if not trace.trials and not trace.end:
+            first = next((section for section in self.sections if section.strip()), b"")
+            other = start.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")) and first
+            trace.reason = reason_of(bytes(first[:65536]) if other else start, self.found.other_task, name)
+        return trace
+
+    def log(self):
+        """The Trace of the log that ends here."""
         found, sections = self.found, [bytes(section) for section in self.sections]
-        if len(sections) > 2 and not sections[-1].strip() and self.before.trace.rows:  # a separator after the last line
-            found, sections = self.before, sections[:-1]
-        self.found, trace = found, found.trace
+        trace = found.trace
         self.end_block() if found.block is not None else None
         first_bar = len(sections) > 1 and not sections[0].strip()
         sections = sections[1:] if first_bar else sections
-        for note in self.notes:
-            trace.note(note)
         if found.bad:
             trace.note(f"{found.bad} step line(s) of log.txt left out: their loss is not a number")
         machine = [*(section[:16384] for section in sections[1:-1]), STEP_LINE.split(sections[-1][: 1 << 18], 1)[0]]
@@ -433,10 +481,43 @@ class LogParser:
         if len(sections) > 1:
             split_source(trace, sections[0])
         trace.era = era_of(found, sections, first_bar)
-        if not trace.trials and not trace.end:
-            other = start.startswith((b"\x1f\x8b", b"\xff\xfe", b"\xfe\xff")) and sections[0].strip()
-            trace.reason = reason_of(sections[0][:65536] if other else start, found.other_task, name)
         return trace
+
+
+def joined(logs, lost=False):
+    """One Trace of the whole logs in a file: the last one that has a step, with the trials of all. Where their sources
+    or machines are not the same, `mixed` says so: they are runs of several kinds."""
+    trace = next((log for log in reversed(logs) if log.trials), logs[-1])
+    trials = [(rows, log.end_of(i)) for log in logs for i, rows in enumerate(log.trials)]
+    trace.earlier, trace.rows = [rows for rows, _ in trials[:-1]], trials[-1][0] if trials else []
+    trace.ends = [end for _, end in trials[:-1]]
+    trace.resets = sum(log.resets for log in logs)
+    kinds = {"sources": [log.code_hash for log in logs], "machines": [machine_of(log) for log in logs],
+             "settings": [own_settings(log) for log in logs]}
+    differ = [name for name, values in kinds.items() if any(value != values[0] for value in values)]
+    if differ or lost:
+        what = f"with different {' and '.join(differ)}" if differ else "or more"
+        trace.mixed = f"holds {len(logs)} logs {what}: split it"
+    for key in ("date", "seed"):  # of one log are not those of all
+        if any(log.header.get(key) != trace.header.get(key) for log in logs):
+            trace.header.pop(key, None)
+    for note in (note for log in logs for note in log.notes):
+        trace.note(note)
+    trace.note(trace.mixed or f"holds {len(logs)} whole logs of one source and machine: each is a trial")
+    if empty := sum(not log.trials for log in logs):
+        trace.note(f"{empty} of the {len(logs)} logs in the file have no step")
+    return trace
+
+
+def machine_of(log):
+    """What a log says of the machine that decides which runs may be pooled."""
+    return [log.header.get(key) for key in ("device", "gpus", "gpu_count", "world_size")]
+
+
+def own_settings(log):
+    """The settings that a log of ours tells, but for SELF."""
+    found = parse_object(log.header.get("settings", ""))
+    return {key: value for key, value in found.items() if key not in SELF}
 
 
 @dataclass
@@ -543,7 +624,7 @@ def parse_header(text):
     """What is said of the machine: FACTS, device, gpus, gpu_count and date (ISO), each only where it is named."""
     text = LONG.sub(r"\1", text)
     found = {key: match[1].strip() for key, form in FACTS.items() if (match := form.search(text))}
-    names = GPU.findall(text) or GPU_LIST.findall(text)
+    names = one_machine(GPU.findall(text) or GPU_LIST.findall(text))
     names = names or [found["gpu"]] * int(found.get("world_size", 1)) if "gpu" in found else names
     for key in ("world_size", "train_tokens", "params_total", "seed", "max_iters"):
         found |= {key: int(digits)} if (digits := found.get(key, "").replace(",", "")) else {}
@@ -554,6 +635,16 @@ def parse_header(text):
     if (match := DATE.search(text)) and match[1] in MONTHS:
         found["date"] = f"{match[4]}-{MONTHS.index(match[1]) + 1:02}-{int(match[2]):02} {match[3]}"
     return {key: value for key, value in found.items() if key not in ("gpu", "cpu")}
+
+
+def one_machine(gpus):
+    """Names of (index, name) of GPUs up to the first index that comes again: a second table, or a second machine."""
+    found = {}
+    for index, name in gpus:
+        if index in found:
+            break
+        found[index] = name
+    return list(found.values())
 
 
 GOLF = re.compile(rb"^(?:[\d.]{1,30} )?(?:val_bpb:enabled|train_batch_tokens:|stopping_early: |Serialized model)", re.M)

@@ -304,6 +304,166 @@ def test_logs_that_say_nothing_are_one_cell_if_their_steps_take_as_long(tmp_path
     assert not evidence(tmp_path / "named").arm("record").mixture  # one machine, by name: slow as it may be
 
 
+@pytest.mark.parametrize("count,slow,parts", [(8, 30.0, [5, 1]), (8, 29.0, [6]), (8, 90.1, [5, 1])])
+def test_a_much_slower_run_had_fewer_processes(tmp_path, capsys, count, slow, parts):
+    """nvidia-smi lists the GPUs of the machine, used or not."""
+    group(tmp_path, [*GOOD, 3.2755], machine=machine(count))
+    write(tmp_path / "run_5.txt", 3.2755, slow, machine=machine(count))
+    assert counts(evidence(tmp_path)) == {"record": parts}
+    found = numbers(capsys, "stats", tmp_path, "--target", 3.28, code=len(parts) - 1)
+    words = f"{9 if slow > 90 else 3}x slower steps"
+    assert found["passed"] is (None if parts[1:] else True)
+    assert found["mixture"] == (f"the runs are of 2 paces: 5 of usual steps, 1 of {words}" if parts[1:] else "")
+    assert [cell["label"] for cell in found["cells"]][1:] == [words] * len(parts[1:])
+
+
+@pytest.mark.parametrize("time", ["1e31", "-5", "0", "nan"])
+def test_odd_times_are_no_pace(tmp_path, time):
+    group(tmp_path, GOOD, machine=machine())
+    text = (tmp_path / "run_0.txt").read_text().replace("3.27500 train_time:10000.000", f"3.2755 train_time:{time}")
+    (tmp_path / "odd.txt").write_text(text)
+    assert counts(evidence(tmp_path)) == {"record": [6]}
+
+
+def test_a_log_that_counts_its_processes_may_be_slow(tmp_path):
+    said = machine() + "Running on device_name=NVIDIA H100 80GB HBM3 with world_size=8\n"
+    group(tmp_path, GOOD, machine=said)
+    write(tmp_path / "slow.txt", 3.2755, 99.0, machine=said)
+    assert counts(evidence(tmp_path)) == {"record": [6]}
+
+
+def captures(folder, losses, seconds=10.0):
+    for i, loss in enumerate(losses):
+        console(folder / f"{i}.txt", (loss, seconds + i / 1000))
+
+
+@pytest.mark.parametrize("names,folders", [
+    (("this_pr", "control"), 2), (("new", "old"), 2), (("after", "before"), 2), ((".", "upstream"), 2),
+    (("a/logs", "b/logs"), 2), (("run_1", "run_20"), 1), (("logs/1", "logs/2"), 1)])
+def test_captures_in_folders_of_other_names_are_not_pooled(tmp_path, capsys, names, folders):
+    captures(tmp_path / names[0], GOOD)
+    captures(tmp_path / names[1], [3.2761, 3.2763, 3.2765], 10.5)
+    found = numbers(capsys, "stats", tmp_path, "--target", 3.28, code=folders - 1)
+    assert found["passed"] is (None if folders > 1 else True)
+    assert found["mixture"] == ("" if folders == 1 else "the runs are of 2 folders of logs without a source: "
+                                f"5 of {names[0]}, 3 of {names[1]}")
+    if folders > 1:
+        assert [cell["label"] for cell in found["cells"]] == [f"folder {name}" for name in names]
+        assert numbers(capsys, "stats", tmp_path, "--target", 3.28, "--cell", f"folder {names[0]}")["passed"]
+
+
+def test_a_linked_folder_is_named(tmp_path, capsys):
+    group(tmp_path / "far", BAD, 12.0)
+    group(tmp_path / "mine", GOOD)
+    (tmp_path / "mine" / "baseline").symlink_to(tmp_path / "far")
+    found = evidence(tmp_path / "mine")
+    assert counts(found) == {"record": [5]} and found.notes == ["baseline is a link to a folder: not followed"]
+    assert found.notes[0] in command(capsys, "stats", tmp_path / "mine", "--target", 3.28)[1]
+
+
+# -- several whole logs in a file
+
+
+def cat(path, *texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(texts))
+    return path
+
+
+def whole(loss, seconds=10.0, **options):
+    return log_text(loss, seconds, **{"machine": machine(), "tail": "peak memory allocated: 9 MiB\n"} | options)
+
+
+@pytest.mark.parametrize("form", [whole, lambda *a: BAR + whole(*a), lambda *a: whole(*a) + BAR, lambda *a: log_text(
+    *a, machine="").replace(2 * BAR, BAR)], ids=["two bars", "bar first", "bar last", "one bar"])
+def test_whole_logs_of_one_source_in_a_file_are_trials(tmp_path, capsys, form):
+    for n in (2, 5):
+        path = cat(tmp_path / f"{n}.txt", *(form(loss, 10.0 + loss) for loss in GOOD[:n]))
+        arm = evidence(path).arm("record")
+        assert [sample.loss for sample in arm.samples] == GOOD[:n] and arm.dropped == [] and not arm.mixture
+        assert arm.cells[0].processes == (8 if "NVIDIA" in path.read_text() else None)
+        assert f"holds {n} whole logs of one source and machine: each is a trial" in numbers(
+            capsys, "show", path)["runs"][0]["warnings"]
+
+
+def test_a_machine_is_counted_once(tmp_path):
+    group(tmp_path, GOOD[:2], machine=machine())
+    cat(tmp_path / "both.txt", whole(3.27), whole(3.271))
+    write(tmp_path / "again.txt", 3.272, 10.5, machine=machine() + machine())
+    (cell,) = evidence(tmp_path).arm("record").cells
+    assert (cell.processes, len(cell.samples)) == (8, 5)
+
+
+@pytest.mark.parametrize("what,options", [
+    ("sources", {"code": CODE + "x = 1\n"}), ("sources", {"code": "x = 1\n" + CODE}), ("sources", {"code": "y = 1\n"}),
+    ("machines", {"machine": machine(1)}), ("machines", {"machine": machine(name="NVIDIA H200")}),
+    ("sources and machines", {"code": "y = 1\n", "machine": machine(4)}),
+    ("settings", {"machine": machine() + 'Settings: {"lr": 2, "seed": 1}\n'})])
+def test_whole_logs_of_other_kinds_are_no_sample(tmp_path, capsys, what, options):
+    for first, second in ((whole(3.27), whole(3.29, **options)), (whole(3.27, **options), whole(3.29))):
+        path = cat(tmp_path / "z.txt", first, second)
+        group(tmp_path, GOOD, machine=machine())
+        found = numbers(capsys, "stats", tmp_path, "--target", 3.28)
+        why = f"z.txt: holds 2 logs with different {what}: split it"
+        assert found["n"] == 5 and f"left out: {why}" in found["warnings"]
+        assert len(numbers(capsys, "show", path)["runs"][0]["trial_runs"]) == 2
+        assert why[7:] in numbers(capsys, "show", path)["runs"][0]["warnings"]
+        assert why in error(capsys, "stats", path)
+
+
+def test_seeds_in_settings_do_not_part_logs(tmp_path):
+    texts = [whole(3.27 + i / 1000, machine=machine() + f'Settings: {{"lr": 2, "seed": {i}}}\n') for i in range(3)]
+    assert counts(evidence(cat(tmp_path / "a.txt", *texts))) == {"record": [3]}
+
+
+def test_date_and_seed_of_one_whole_log_are_not_those_of_all(tmp_path, capsys):
+    texts = [whole(3.27 + i / 1000, machine=machine(date=day(i)) + f"Using seed={i}\n") for i in (1, 2)]
+    shown = numbers(capsys, "show", cat(tmp_path / "a.txt", *texts))["runs"][0]
+    assert (shown["date"], shown["seed"], shown["gpu_count"]) == (None, None, 8)
+    shown = numbers(capsys, "show", cat(tmp_path / "a.txt", *texts[:1] * 2))["runs"][0]
+    assert (shown["date"], shown["seed"]) == ("2026-08-31 07:01:00", 1)
+
+
+def test_a_capture_before_a_whole_log_is_no_part_of_its_source(tmp_path):
+    path = cat(tmp_path / "a.txt", log_text(3.27).rpartition(BAR)[2], whole(3.271))
+    assert evidence(path).arm("record").dropped == ["a.txt: holds 2 logs with different sources and machines: split it"]
+
+
+def test_a_whole_log_without_steps_hides_none(tmp_path, capsys):
+    started = whole(3.27).rpartition(BAR)[0] + BAR
+    for texts in ((whole(3.27), started), (started, whole(3.27))):
+        path = cat(tmp_path / "a.txt", *texts)
+        assert [sample.loss for sample in evidence(path).arm("record").samples] == [3.27]
+
+
+def test_a_whole_log_that_died_is_left_out(tmp_path):
+    cut = whole(3.27).partition("step:3/4")[0]
+    for texts in ((cut, whole(3.271)), (whole(3.271), cut)):
+        arm = evidence(cat(tmp_path / "a.txt", *texts)).arm("record")
+        assert [s.loss for s in arm.samples] == [3.271] and "died at step 2" in arm.dropped[0]
+
+
+def test_the_end_of_each_whole_log_counts(tmp_path):
+    tail = "stopping_early: wallclock_cap train_time:9000ms step:4/9\n"
+    texts = [whole(loss, tail=tail).replace("/4 ", "/9 ").replace("step:2/9 val_loss", "step:2/9 x") for loss in GOOD]
+    assert [s.loss for s in evidence(cat(tmp_path / "a.txt", *texts)).arm("record").samples] == GOOD
+
+
+def test_a_source_that_quotes_steps_is_no_log(tmp_path):
+    quoting = CODE + '"""\nstep:4/4 val_loss:1.0 train_time:1ms step_avg:1ms\n"""\n'
+    for text in (whole(3.27, code=quoting), BAR + whole(3.27, code=quoting)):
+        (sample,) = evidence(cat(tmp_path / "a.txt", text)).arm("record").samples
+        assert sample.loss == 3.27 and sample.processes == 8
+
+
+def test_many_whole_logs_are_read_in_linear_time(tmp_path):
+    text = "x = 1\n" + BAR + "step:1/1 val_loss:3\n"
+    start = time.process_time()
+    arm = evidence(cat(tmp_path / "a.txt", text * 20_000)).arm("record")
+    assert time.process_time() - start < 10
+    assert arm.dropped == ["a.txt: holds 1001 logs or more: split it"]
+
+
 def test_a_baselines_capture_does_not_join_the_record(tmp_path):
     group(tmp_path, GOOD, machine=machine())
     console(tmp_path / "baseline" / "console.txt", (3.2755, 10.5))

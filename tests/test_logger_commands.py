@@ -163,7 +163,7 @@ def test_runs_needed_limits_and_detectable_margin():
 
 def test_track_3_rules(tmp_path):
     old, new = make_group(tmp_path / "a", [3.28, 3.28], count=8), make_group(tmp_path / "b", [3.279, 3.279], count=4)
-    a, b = (arms.samples_of(loading.load(loading.expand([str(path)])))[0] for path in (old, new))
+    a, b = (arms.evidence_of([str(path)]).arm("record").samples for path in (old, new))
     rule = judging.pairwise_rule(a, b)
     assert rule["value"] == pytest.approx(0.001 + 4 * 0.000045) and not rule["passed"]
     test = judging.target_numbers(b, 3.282)

@@ -517,7 +517,7 @@ def test_any_mixture_of_lines_is_read(tmp_path_factory, pieces, keep, loss_key):
     text = reporting.plain([reporting.screen(found), reporting.run_table([found])])
     assert "\x1b" not in text
     json.loads(output.strict_json(found), parse_constant=pytest.fail)
-    samples, dropped = arms.samples_of([one])
+    samples, dropped = arms.trials_of(one)
     assert len(samples) + len(dropped) >= len(one.trace.trials)
 
 

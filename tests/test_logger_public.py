@@ -241,7 +241,7 @@ def test_arbitrary_bytes_never_raise(tmp_path_factory, pieces, keep):
     for text in (reporting.plain(report), reporting.markdown(report)):
         assert "\x1b" not in text and "\0" not in text
     json.loads(output.strict_json(found), parse_constant=pytest.fail)
-    samples, dropped = arms.samples_of([run])
+    samples, dropped = arms.trials_of(run)
     assert len(samples) + len(dropped) >= len(run.trace.trials)
 
 

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from runlogs import arms, facts, judging, loading
+from runlogs.parsing import Trace
 
 A, B = [0.0, 2.0, 4.0, 7.0], [10.0, 11.0, 16.0]  # other sizes and other spreads: Welch is not Student
 
@@ -314,8 +315,7 @@ def whole_run(losses, time_s=1.0, name="a.txt", status=None, last=None):
     for row in rows:
         row["iterations"] = last or len(losses)
     path = SimpleNamespace(name=name, is_dir=lambda: False)
-    trace = SimpleNamespace(trials=[rows], rows=rows, end={"status": status} if status else {}, header={}, stage_ms=[],
-                            code_hash=None, parts={})
+    trace = Trace(rows=rows, end={"status": status} if status else {})
     return SimpleNamespace(path=path, trace=trace, config={}, source=name)
 
 

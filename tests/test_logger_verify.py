@@ -341,6 +341,13 @@ def test_a_table_of_blanks_with_two_labels(one, capsys):
     assert ("time mean", "contradicted") in found and ("loss mean", "supported") in found and len(found) == 4
 
 
+@pytest.mark.parametrize("text", ["1 minute {} seconds", "1 min {} s", "1m{}s", "1 minute and {} seconds"])
+def test_minutes_and_seconds_are_one_time(one, capsys, text):
+    words = f"The mean time is {text}.\n"
+    assert verdicts(one, words.format("10.19"), capsys) == [("time mean", "supported")]
+    assert verdicts(one, words.format("20.10"), capsys) == [("time mean", "contradicted")]
+
+
 # -- arms
 
 
