@@ -12,7 +12,7 @@ BAR = "=" * 100
 def write_runs(folder, losses, gpus=1, source="lr = 0.1\n"):
     folder.mkdir(parents=True)
     for i, loss in enumerate(losses):
-        machine = "|   0  NVIDIA H100 80GB HBM3          On  |\n" * gpus
+        machine = "".join(f"|   {i}  NVIDIA H100 80GB HBM3          On  |\n" for i in range(gpus))
         rows = "".join(f"step:{s}/20 val_loss:{loss + 20 - s:.4f} train_time:{1000 * s + i}ms step_avg:1000.00ms\n"
                        for s in (0, 10, 20))
         (folder / f"{i}.txt").write_text(f"{source}{BAR}\nRunning PyTorch 2.10.0\n{machine}{BAR}\n{rows}")

@@ -3,6 +3,7 @@ small errors into the code; these tests are fast, so that they are run first."""
 
 import math
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ def run(losses=(4.0, 3.0), steps=None, time_s=1.0, **more):
              "train_time_ms": 1000 * time_s * i / count} for i, loss in enumerate(losses, 1)]
     found = SimpleNamespace(rows=rows, loss=losses[-1], time_s=time_s, steps=steps, arm="record", date=None, name="a")
     trace = SimpleNamespace(header={}, end={}, resets=0, changes=[], code_hash=None)
-    found.run = SimpleNamespace(path=SimpleNamespace(name="a"), trace=trace, config={}, source="a")
+    found.run = SimpleNamespace(path=Path("a"), trace=trace, config={}, source="a")
     return SimpleNamespace(**{**vars(found), **more})
 
 
