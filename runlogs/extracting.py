@@ -64,12 +64,14 @@ def write_parts(target, parts, log):
     """Write the files of a source of several into a folder that is new, or empty: old/old.py and others for old.py,
     old/train_gpt.py and others for old; {path: text}."""
     main, *others = parts
-    folder, name = (target.with_suffix(""), target.name) if target.suffix == ".py" else (target, main)
+    script = target.suffix == ".py"
+    folder, name = (target.with_suffix(""), target.name) if script else (target, main)
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise ValueError(f"'{log}' holds {len(parts)} files: they need a new folder, and '{folder}' is there; choose "
                          "another -o")
     if len(parts) > MAX_FILES:
-        raise ValueError(f"'{log}' holds {len(parts)} files, more than {MAX_FILES}: nothing was written")
+        count = f"{len(parts)} files, more than {MAX_FILES}"
+        raise ValueError(f"'{log}' holds {count}: nothing was written")
     for other in others:
         check_part(other)
     check_tree([name, *others], log)
@@ -94,7 +96,8 @@ def how_to_run(files, world_size=None):
     """The command that runs extracted files: their main file, which is the first, from the folder that it is in, where
     its imports find the other files."""
     main = next(iter(files))
-    start = f"torchrun --standalone --nproc_per_node={world_size}" if (world_size or 1) > 1 else "python"
+    several = (world_size or 1) > 1
+    start = f"torchrun --standalone --nproc_per_node={world_size}" if several else "python"
     inside = "" if str(main.parent) == "." else f"cd {quoted(main.parent)} && "
     return f"{inside}{start} {quoted(main.name)}"
 

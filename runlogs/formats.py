@@ -10,7 +10,8 @@ HUGE, TINY = 1e30, 1e-100  # a number beyond is infinite or 0: none of a trainin
 NUM = r"`?([+-]?(?:\d{1,3}(?:,\d{3})++|\d++(?:\.\d*+)?|\.\d++)(?:e[+-]?\d++)?|[+-]?(?:nan|inf))`?"
 UNITS = {"ms": 1, "s": 1000, "m": 60_000}
 NAMES = {  # what a line calls it (small letters): the key of a record; other words keep theirs
-    "loss": "train_loss", "train loss": "eval_train_loss", "val loss": "val_loss", "val bpb": "val_bpb",
+    "loss": "train_loss", "train loss": "eval_train_loss",
+    "val loss": "val_loss", "val bpb": "val_bpb",
     "validation bpb": "val_bpb", "total time": "train_time", "time": "dt", "minimum validation bpb": "min_val_bpb",
 }
 
@@ -19,7 +20,9 @@ def limited(value):
     """A float without what overflows or vanishes as soon as one computes with it; all else as it is."""
     if not isinstance(value, float) or TINY < abs(value) < HUGE:
         return value
-    return math.copysign(math.inf if abs(value) >= HUGE else 0.0, value) if value == value else value
+    if value != value:
+        return value
+    return math.copysign(math.inf if abs(value) >= HUGE else 0.0, value)
 
 
 def pair_of(name, value, unit):
@@ -158,7 +161,8 @@ def reason_of(head, block, name=""):
     if trials := trials_of(text):
         return trials
     if block:
-        return f"a closing block of another task, without val_bpb or val_loss: {', '.join([*block][:6])}"
+        keys = ", ".join([*block][:6])
+        return f"a closing block of another task, without val_bpb or val_loss: {keys}"
     if re.match(r"readme", name, re.I):
         return "a README"
     found = next((kind for form, kind in KINDS if re.search(form, text)), "it holds no step line")

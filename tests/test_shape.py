@@ -1,6 +1,6 @@
 """The shape of the code keeps its budgets: lines of files and parts, sizes of functions, widths of lines.
 
-    python tests/test_shape.py      # the numbers of every script and of bench/ as a table
+    python tests/test_shape.py      # the numbers of every script, of bench/ and runlogs/ as a table
 
 A line of code holds a token that is neither a comment nor part of a docstring. A function's size is that of its `def`
 to its last line, functions within it included. The parts of a script are marked by boxes of three comment lines:
@@ -23,7 +23,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LINES = {"train_gpt.py": 2920, "train_moe.py": 3570, "train_baseline.py": 1685, "train_grokking.py": 725,
          "README.md": 200}
-BENCH = 5000  # lines of bench/*.py together
+TOGETHER = {  # name: most lines of several files together, the files
+    "bench/": (5000, "bench/*.py"), "logger.py, runlogs/": (8110, "logger.py runlogs/*.py")}
 PARTS = {"RECORD": 1200, "KERNELS": 380, "SERVICE": 1295}  # lines of the parts of train_gpt.py
 SCRIPTS = [name for name in LINES if name.endswith(".py")]
 MEDIAN, LONGEST = 10, 80  # lines of a function
@@ -134,14 +135,19 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def bench_files() -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "bench").glob("*.py"))
+def files_of(name: str) -> list[str]:
+    paths = [path for pattern in TOGETHER[name][1].split() for path in ROOT.glob(pattern)]
+    return sorted(str(path.relative_to(ROOT)) for path in paths)
 
 
-def bench_shape() -> Shape:
+def lines_together(name: str) -> int:
+    return sum(line_count(read(file)) for file in files_of(name))
+
+
+def shape_together(name: str) -> Shape:
     total = Shape([], [])
-    for name in bench_files():
-        total += shape(read(name), name)
+    for file in files_of(name):
+        total += shape(read(file), file)
     return total
 
 
@@ -154,9 +160,10 @@ def test_lines_of_a_file(name):
     assert not faults, faults[0]
 
 
-def test_lines_of_bench():
-    count = sum(line_count(read(name)) for name in bench_files())
-    assert len(bench_files()) > 5 and count <= BENCH, f"bench/*.py: {count} lines together, the limit is {BENCH}"
+@pytest.mark.parametrize("name", TOGETHER)
+def test_lines_of_several_files(name):
+    count, most = lines_together(name), TOGETHER[name][0]
+    assert len(files_of(name)) > 5 and count <= most, f"{name}: {count} lines together, the limit is {most}"
 
 
 def test_lines_of_the_parts_of_train_gpt():
@@ -172,8 +179,9 @@ def test_shape_of_a_script(name):
     assert not faults, "\n".join(faults)
 
 
-def test_shape_of_bench():
-    faults = shape_faults("bench/", bench_shape())
+@pytest.mark.parametrize("name", TOGETHER)
+def test_shape_of_several_files(name):
+    faults = shape_faults(name, shape_together(name))
     assert not faults, "\n".join(faults)
 
 
@@ -278,7 +286,7 @@ def test_sizes_above_their_limit_are_told():
 def main():
     print(f"{'file':24} {'lines':>6} {'limit':>6} {'code':>6} {'median':>7} {'longest':>8} {'>100':>6} {'average':>8}")
     rows = [(name, line_count(read(name)), LINES[name], shape(read(name), name)) for name in SCRIPTS]
-    rows.append(("bench/", sum(line_count(read(name)) for name in bench_files()), BENCH, bench_shape()))
+    rows += [(name, lines_together(name), most, shape_together(name)) for name, (most, _) in TOGETHER.items()]
     for name, lines, limit, s in rows:
         print(f"{name:24} {lines:6} {limit:6} {len(s.code):6} {s.median:7g} {s.longest.lines:8} "
               f"{100 * s.wide_share:5.1f}% {s.average:8.1f}")
