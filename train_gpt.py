@@ -94,8 +94,9 @@ class Hyperparameters:
     skip: str = "single"  # from early to late layers (11, 45) [unet|single|none]
     backout: bool = True  # subtract a learned share of the stream after 2/3 (40)
     smear: bool = True  # embeddings take up the previous token's, gated (34)
-    bigram: int = 0  # rows of an embedding of hashed token pairs (62); 0 off [>=0]
+    ngram_rows: int = 0  # vectors of hashed token pairs and triples (62, 92); 0 off [>=0]
     attn_gate: bool = True  # gate each head's output by 12 dimensions of the input (28)
+    pointer: int = 0  # size of queries and keys that copy from the document (379); 0 off [>=0]
     softcap: floats = (23.0, 5.0, 7.5)  # a*sigmoid((logit+b)/c) (54); 0,0,1 off [>=0]
     rope_base: float = 1024.0  # 1 / slowest rotary frequency, radians per token [>0]
     attn_scale: float = 0.0  # on q.k; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (20) [>=0]
@@ -112,7 +113,10 @@ class Hyperparameters:
     max_doc_len: ints = (0,)  # longest piece, in tokens; 0: seq_len [>=0; per stage]
     window: ints = (1792,)  # long attention window at the end, tokens [>0; per stage]
     mtp: ints = (0,)  # further tokens to predict, by 1/2, 1/4 .. (53) [>=0; per stage]
+    candidates: ints = (0,)  # classes in the loss of a row; 0: all (92) [>=0; per stage]
     stage_lr: floats = (1.0,)  # factor on all learning rates [>0; per stage]
+    candidate_rows: int = 1  # rows of a step that share their candidates [>0]
+    ngram_every: int = 1  # steps whose gradients of n-grams make one update [>0; with ngram_rows]
     window_start: int = 128  # long window at step 0, tokens, grows; 0: no growth [>=0]
     window_step: int = 128  # windows are rounded up to a multiple of this, tokens [>0]
     # --- optimizer
@@ -135,6 +139,8 @@ class Hyperparameters:
     warmup_steps: int = 0  # steps over which the learning rates rise [>=0]
     cooldown: float = 0.45  # last fraction of the iterations, in which they fall [0..1]
     lr_floor: float = 0.1  # learning rate at the end / its peak [0..1]
+    tail: float = 0.0  # share of the last weights' average in the final ones (92); 0 off [0..1]
+    tail_steps: int = 128  # its time constant, steps; it begins two before the end [>0; with tail]
 
     @property
     def num_heads(self) -> int:
@@ -241,8 +247,8 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
                    "value tables, needs it")
     if len(s.softcap) != 3 or not s.softcap[2] or (not s.softcap[0] and s.softcap != (0, 0, 1)):
         bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
-    if s.bigram == 1:
-        bad.append("--bigram 1: one row is for starts of documents; use 2 or more, or 0 for none")
+    if s.ngram_rows and (s.ngram_rows < 4 or s.ngram_rows % 2):
+        bad.append(f"--ngram_rows {s.ngram_rows}: pairs and triples have half each: an even number from 4 on, or 0")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
     if s.warmup_steps >= s.iterations:
@@ -257,7 +263,7 @@ def least_memory(s: Settings, world_size: int) -> float:
     """Bytes that a process needs at the very least, far below the expected ones: bf16 weights, an activation of each
     layer for a row, a batch on its way, where there is no FlexAttention the mask of a row."""
     length = max(s.seq_len)
-    weights = s.num_layers * (4 + 2 * s.mlp_ratio) * s.width + s.bigram
+    weights = s.num_layers * (4 + 2 * s.mlp_ratio) * s.width + s.ngram_rows / world_size
     mask = 0 if s.backend == "flex" else length**2
     batch = 12 * max(s.batch_tokens) / world_size
     return 2 * s.width * (weights + s.num_layers * length) + mask + batch
@@ -281,6 +287,11 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
             bad.append(f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {t.seq_len} tokens")
         elif t.mtp >= t.seq_len:
             bad.append(f"--mtp {t.mtp} must be less than --seq_len {t.seq_len}")
+        elif t.candidates % HEAD_MULTIPLE:
+            bad.append(f"--candidates {t.candidates} must be a multiple of {HEAD_MULTIPLE}")
+        elif t.candidates and t.micro_rows(s, world_size) % s.candidate_rows:
+            bad.append(f"--candidate_rows {s.candidate_rows} must divide the {t.micro_rows(s, world_size)} "
+                       "rows of a micro-step")
     return bad
 
 class Stage(NamedTuple):
@@ -293,6 +304,7 @@ class Stage(NamedTuple):
     max_doc_len: int
     window: int  # long window at `end`
     mtp: int  # further future tokens
+    candidates: int  # classes in the loss; 0: all
     lr: float
 
     def micro_rows(self, s: Settings, world_size: int) -> int:
@@ -388,6 +400,11 @@ def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=Non
 GATE_DIM = 12  # dimensions of the residual stream that gates read (28)
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
 IGNORE = -1  # target that has no loss
+POINTER_BLOCK = 2048  # positions; copies come from the own block and the one before
+NGRAM_SIGNS = 8192  # different vectors of signs
+NGRAM_FACTORS = (  # of a token, that before it and the one before that: of rows, of signs; primes
+    (2654435761, 2246822519, 3266489917), (668265263, 374761393, 2869860233))
+PERMUTATION = 20011  # label * this, modulo the vocabulary, is a permutation: a prime
 # Learned scalars of a layer and their initial values: weights of the residual stream, of the
 # embedding (added in again at every layer), of the skip connection, of the values, of the value
 # embedding (11, 14, 15), of the output where the last layer's is freed of it (40).
@@ -535,38 +552,42 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The language model, built in fp32 on the CPU from the seed alone; the optimizer casts it."""
-    def __init__(self, s: Settings, vocab_size: int):
+    def __init__(self, s: Settings, vocab_size: int, world_size: int = 1):
         super().__init__()
         torch.manual_seed(s.seed)
         self.layers, self.window_step, self.flex = layer_table(s), s.window_step, s.backend == "flex"
         self.loss_kernel, self.fp8_head = "loss" in s.kernels, s.fp8_head == "on"
-        padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
-        self.embed = nn.Embedding(padded, s.width)
+        padded = -(-(vocab_size + bool(s.pointer)) // HEAD_MULTIPLE) * HEAD_MULTIPLE
+        self.vocab_size, self.embed = vocab_size, nn.Embedding(padded, s.width)
         self.value_embeds = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeds))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, its weight
         self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
-        self.bigram = nn.Embedding(s.bigram, s.width) if s.bigram else None
+        ngrams = s.ngram_rows, s.width, s.num_layers, world_size
+        self.ngrams = Ngrams(*ngrams) if s.ngram_rows else None
         gates = torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM)  # of outputs, of value embeddings
         gated = s.attn_gate or (s.value_embeds and s.value_gate)
         self.gates = nn.Parameter(gates) if gated else None
         self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
         self.backout = 2 * s.num_layers // 3 - 1 if s.backout and s.num_layers > 2 else None  # layer
         self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
-        if s.bigram:
-            nn.init.zeros_(self.bigram.weight)
+        self.pointer = Pointer(s.width, s.pointer) if s.pointer else None
         a, b, c = s.softcap
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
+        self.candidates, self.candidate_rows = 0, s.candidate_rows
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
         saturated = torch.zeros((), dtype=torch.int64)  # values that FP8 clipped
         for name, buffer in dict(cos=cos, sin=sin, saturated=saturated).items():
             self.register_buffer(name, buffer, persistent=False)
 
-    def forward(self, inputs_BT, targets_KBT, docs_BT, window: Tensor) -> Tensor:
+    def forward(self, inputs_BT, targets_KBT, docs_BT, window: Tensor, turn=None, found_BTD=None) -> Tensor:
         """Cross-entropies with the targets k of `future_targets`, each summed over those not IGNORE, in nats, (K,)
-        fp32. `window`: int32 0-D tensor, tokens of the long window; document numbers rise along a row."""
-        return self.losses(self.trunk(inputs_BT, docs_BT, window), targets_KBT)
+        fp32. `window`: int32 0-D tensor, tokens of the long window; document numbers rise along a row; `turn`: int64
+        0-D tensor, of candidate_set, without which all classes count; found: what `ngrams` finds."""
+        x_BTD = norm(self.trunk(inputs_BT, docs_BT, window, found_BTD))
+        copies = None if self.pointer is None else self.pointer(x_BTD, inputs_BT, targets_KBT[0], docs_BT)
+        return self.losses(x_BTD, targets_KBT, turn, copies)
 
-    def trunk(self, inputs_BT, docs_BT, window: Tensor) -> Tensor:
+    def trunk(self, inputs_BT, docs_BT, window: Tensor, found_BTD=None) -> Tensor:
         """Residual stream after the last layer, (B, T, D)."""
         follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
         x = x0 = self.embedding(inputs_BT, follows)
@@ -576,10 +597,12 @@ class GPT(nn.Module):
         at = self.cos[:length], self.sin[:length], follows[..., None]
         scalars = self.scalars.type_as(x).unbind(0)
         gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
+        weights = self.ngrams.weight.type_as(x).unbind(0) if self.ngrams is not None else None
         outputs = []
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
             value = values[layer.value_table] if layer.value_table is not None else None
+            x = x if found_BTD is None else x + weights[i] * found_BTD
             x = block(x, x0, skip, value, masks.get(layer.attention), at, scalars[i], gates[i])
             outputs.append(x)
         return x if self.backout is None else x - scalars[self.backout][-1] * outputs[self.backout]
@@ -593,11 +616,9 @@ class GPT(nn.Module):
         return {kind: make(docs_BT, *options[kind]) for kind in sorted(kinds)}
 
     def embedding(self, inputs_BT, follows_BT1) -> Tensor:
-        """Normed token embeddings, with hashed pairs of tokens; each takes up some of the previous
-        token's, gated, if that is of the same document (34)."""
+        """Normed token embeddings; each takes up some of the previous token's, gated, if that is of
+        the same document (34)."""
         x = self.embed(inputs_BT)
-        if self.bigram is not None:
-            x = x + self.bigram(bigram_rows(inputs_BT, follows_BT1[..., 0], self.bigram.num_embeddings))
         if self.smear is not None:
             gate, weight = self.smear.split((GATE_DIM, 1))
             previous = torch.cat((x[:, :1], x[:, :-1]), dim=1) * follows_BT1
@@ -608,18 +629,121 @@ class GPT(nn.Module):
         """Logits, exact."""
         return cap_logits(F.linear(norm(x_BTD), self.lm_head), self.cap)
 
-    def losses(self, x_BTD, targets_KBT) -> Tensor:
+    def losses(self, x_BTD, targets_KBT, turn=None, copies=None) -> Tensor:
+        """As `forward`, of the normed stream; copies: what the pointer says of each token."""
+        if not self.candidates or turn is None:
+            return self.class_losses(x_BTD, targets_KBT, self.lm_head, self.vocab_size, copies)
+        losses, rows = [], self.candidate_rows
+        for start in range(0, len(x_BTD), rows):
+            part = slice(start, start + rows)
+            first = turn + len(losses) * (self.candidates + 1)
+            classes, place = candidate_set(
+                targets_KBT[:, part], first, self.candidates, self.vocab_size, self.pointer is not None)
+            among = place[targets_KBT[:, part].long().clamp_min(0)].where(targets_KBT[:, part] != IGNORE, IGNORE)
+            weight, some = F.embedding(classes, self.lm_head), copies and [x[part] for x in copies]
+            gate = None if copies is None else place[self.vocab_size]
+            losses.append(self.class_losses(x_BTD[part], among, weight, gate, some))
+        return sum(losses)
+
+    def class_losses(self, x_BTD, targets_KBT, weight_VD, gate, copies) -> Tensor:
+        """Summed cross-entropies, (K,), among the classes with these rows of the head. The first one is that of a mixture
+        with copies, by the probability of the class `gate`, which is no token."""
         fp8 = self.fp8_head and torch.is_grad_enabled()  # evaluation is exact
-        x_ND, targets_KN = norm(x_BTD).flatten(0, 1), targets_KBT.flatten(1)
-        losses, saturated = head_losses(x_ND, self.lm_head, targets_KN, self.cap, self.loss_kernel, fp8)
+        x_ND, targets_KN = x_BTD.flatten(0, 1), targets_KBT.flatten(1)
+        if copies is not None:
+            targets_KN = torch.cat((targets_KN, torch.zeros_like(targets_KN[:1]) + gate))
+        losses, saturated = head_losses(
+            x_ND, weight_VD, targets_KN, self.cap, self.loss_kernel, fp8, each=copies is not None)
         if fp8:
             self.saturated += saturated
-        return losses
+        if copies is None:
+            return losses
+        *losses, gate_N = losses
+        copied, nothing = (x.flatten() for x in copies)
+        losses[0] = copy_losses(losses[0], gate_N, copied, nothing) * (targets_KN[0] != IGNORE)
+        return torch.stack([loss.sum() for loss in losses])
 
-def bigram_rows(inputs_BT, follows_BT, rows: int) -> Tensor:
-    """Row of the bigram table for a token and the one before it; 0 at the start of a document."""
-    pairs = (inputs_BT[:, 1:] * 40503) ^ (inputs_BT[:, :-1] * 27644)  # below 2^31 for GPT-2 tokens
-    return F.pad(1 + pairs % (rows - 1), (1, 0)) * follows_BT
+class Pointer(nn.Module):
+    """Attention whose values are tokens: where in the document what comes next was seen before (379; Merity et al. 2016,
+    arXiv 1609.07843). Queries see strictly earlier positions of their own block and the one before, and a
+    sink that copies nothing."""
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        self.qk = nn.Parameter(uniform_matrix(2 * size, width))
+        self.small = nn.Parameter(torch.cat((torch.ones(1, size), torch.zeros(1, size))))  # gain, sink
+
+    def forward(self, x_BTD, inputs_BT, targets_BT, docs_BT) -> tuple[Tensor, Tensor]:
+        """The attention on the target, and on the sink, each (B, T), fp32."""
+        q_BTK, k_BTK = F.linear(x_BTD, self.qk).float().chunk(2, dim=-1)
+        gain, sink = self.small.float()
+        q_BTK, k_BTK = norm(q_BTK) * gain * q_BTK.size(-1) ** -0.5, norm(k_BTK)
+        copied, nothing = [], []
+        for start in range(0, q_BTK.size(1), POINTER_BLOCK):
+            own, seen = slice(start, start + POINTER_BLOCK), slice(max(0, start - POINTER_BLOCK), start + POINTER_BLOCK)
+            scores = q_BTK[:, own] @ k_BTK[:, seen].mT
+            position = torch.arange(q_BTK.size(1), device=x_BTD.device)
+            mask = (position[own, None] > position[seen]) & (docs_BT[:, own, None] == docs_BT[:, None, seen])
+            scores = scores.masked_fill(~mask, -math.inf)
+            share = torch.cat((scores, q_BTK[:, own] @ sink[:, None]), dim=-1).softmax(dim=-1)
+            hit = inputs_BT[:, None, seen] == targets_BT[:, own, None]
+            copied.append((share[..., :-1] * hit).sum(-1))
+            nothing.append(share[..., -1])
+        return torch.cat(copied, dim=1), torch.cat(nothing, dim=1)
+
+def copy_losses(loss_N, gate_N, copied_N, nothing_N) -> Tensor:
+    """-log of p' (1 - alpha (1 - nothing)) + alpha copied: p' is the model's without the gate, exp(-loss) / (1 - alpha),
+    alpha the gate's, exp(-gate)."""
+    model, alpha = (-loss_N).exp(), (-gate_N).exp()
+    return -torch.log(model * (1 + alpha * nothing_N / (1 - alpha)) + alpha * copied_N)
+
+class Ngrams(nn.Module):
+    """Vectors of hashed pairs and triples of tokens, half of the rows each (62, 92). Pairs that share a row mostly differ
+    in its signs. Each layer adds them to the stream with a learned weight. In training the optimizer finds the rows,
+    perhaps on other ranks, and their gradient is that of what was found (NgramBank)."""
+    def __init__(self, rows: int, width: int, layers: int, world_size: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(-(-rows // world_size), width))  # this rank's
+        self.weight = nn.Parameter(torch.full((layers,), 0.05))
+        signs = torch.randint(2, (NGRAM_SIGNS, width), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("signs", 2.0 * signs - 1, persistent=False)
+        self.half, self.collect = rows // 2, None
+        self.look_up = lambda numbers: self.table[numbers]
+
+    def forward(self, inputs_BT, docs_BT) -> Tensor:
+        """The two vectors of each token, summed, (B, T, D); a leaf, whose gradient goes to the rows."""
+        with torch.no_grad():
+            rows, kinds = ngram_rows(inputs_BT.long(), docs_BT, self.half)
+            signs = self.signs.type_as(self.table)[kinds]
+            found = (self.look_up(rows.flatten()).view_as(signs) * signs).sum(0)
+        if torch.is_grad_enabled():
+            found.requires_grad_().register_post_accumulate_grad_hook(
+                lambda leaf: self.collect(rows.flatten(), (leaf.grad * signs).flatten(0, 2)))
+        return found
+
+def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
+    """Rows of the pair and of the triple that end at each token, and which signs they have, (2, B, T) each. The last
+    row of each half is for tokens whose document begins too late."""
+    rows, kinds = [], []
+    row_hash, sign_hash = (inputs_BT * factors[0] for factors in NGRAM_FACTORS)
+    for n in (1, 2):
+        before = F.pad(inputs_BT[:, :-n], (n, 0))
+        inside = F.pad(docs_BT[:, n:] == docs_BT[:, :-n], (n, 0))
+        row_hash, sign_hash = (
+            h ^ (before * factors[n]) for h, factors in zip((row_hash, sign_hash), NGRAM_FACTORS, strict=True))
+        rows.append((row_hash % (half - 1)).where(inside, half - 1) + (n - 1) * half)
+        kinds.append((sign_hash >> 13) % NGRAM_SIGNS)
+    return torch.stack(rows), torch.stack(kinds)
+
+def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple[Tensor, Tensor]:
+    """The classes of a sampled softmax (92), in order: the targets, the gate, and as many others as are missing, by a
+    fixed permutation from `turn` on; and the place of each class among them, IGNORE for those left out. The loss is
+    that of fewer classes, without a correction: below the full one by -log of their probability."""
+    label = torch.arange(vocab_size + gate, device=targets.device)
+    rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -1)
+    rank = rank.index_fill(0, targets.flatten().long().clamp_min(0), -1)
+    classes = rank.topk(count, largest=False, sorted=False).indices.sort().values
+    place = torch.full_like(label, IGNORE).scatter(0, classes, label[:count])
+    return classes, place
 
 def future_targets(targets_BT, docs_BT, count: int) -> Tensor:
     """Targets and those of the `count` tokens after them, (1 + count, B, T); IGNORE past the document."""
@@ -647,7 +771,8 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
     for layer in layer_table(s):
         window = min({"L": long, "-": 0}.get(layer.attention, short), length)
         keys += (window - window * (window - 1) / (2 * length)) * (2 if layer.attention == "P" else 1)
-    return 6.0 * counts["matmul"] + 12.0 * s.width * keys
+    left_out = max(0, counts["head"] - stage.candidates * s.width) if stage.candidates else 0
+    return 6.0 * (counts["matmul"] - left_out) + 12.0 * s.width * keys
 
 # Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first counts.
 PEAK_FLOPS = {
@@ -675,10 +800,11 @@ def expected_memory(s: Settings, vocab_size: int, optimizer: MuonAdamW, total: i
     size, world = s.torch_dtype.itemsize, optimizer.world.size
     tokens, t = max((t.micro_rows(s, world) * t.seq_len, t) for t in stage_table(s))
     states = [x for bank in optimizer.banks for x in [*bank.state.values(), bank.grad]]
-    sums = 4 * total if tokens * world < t.batch_tokens else 0
+    rows = sum(x.numel() * x.element_size() for bank in optimizer.ngrams for x in bank.state.values())
+    sums = 4 * (total - s.ngram_rows * s.width) if tokens * world < t.batch_tokens else 0
     logits = (4 if "loss" in s.kernels else 12) * vocab_size * tokens
-    weights = sum(4 * x.numel() for x in states) + 2 * size * total
-    return weights + sums + logits + activation_bytes(s, tokens, t.seq_len)
+    weights = sum(4 * x.numel() for x in states) + 2 * size * (total - s.ngram_rows * s.width)
+    return weights + rows + sums + logits + activation_bytes(s, tokens, t.seq_len)
 
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
 # One class for one rank or many. Each gradient is packed, freed and reduced into the shard of the
@@ -699,6 +825,7 @@ class Rule(NamedTuple):
     role: str  # what grows with the width: hidden, input, output, fixed; table: input
     fans: tuple[int, int] = (1, 1)  # fan_out and fan_in; 1 where the width is not in it
     eps: float = 0.0  # of adamw
+    tail: float = 1.0  # time constant of its tail average / tail_steps; 0: not averaged
 
 def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
@@ -711,17 +838,21 @@ def parameter_table(s: Settings) -> list[Rule]:
     fast, decay = (0.8, 0.95), s.adam_weight_decay
     table = decay, "sharded", "table", (width, 1), eps
     small = (0.9, 0.99), 0.0, "replicated"
+    short = 0.5  # MLPs forget in half the time (a later branch of 92)
     return [
         Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, *matrix, (width, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps),
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps, short),
+        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps, short),
         Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
         Rule(r"embed\.weight", "adamw", 75 * adam, fast, *table),
         Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, fast, *table),
-        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), *table),
-        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
-        Rule(r"smear", "adamw", adam, *small, "fixed", eps=eps),
-        Rule(r"scalars", "adamw", 5 * adam, *small, "fixed", eps=eps),
+        Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table[1:], tail=0),
+        Rule(r"ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps, tail=0),
+        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "input", (1, width), eps),
+        Rule(r"pointer\.small", "adamw", adam, *small, "fixed", eps=eps, tail=0),
+        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps, tail=0),
+        Rule(r"smear", "adamw", adam, *small, "fixed", eps=eps, tail=0),
+        Rule(r"scalars", "adamw", 5 * adam, *small, "fixed", eps=eps, tail=0),
     ]
 
 def hidden_rule(s: Settings) -> tuple:
@@ -862,6 +993,8 @@ class Bank:
         if self.muon and self.s.muon_beta2:
             rows, cols = self.shape
             self.state["variance"] = torch.zeros_like(master[..., :1] if rows >= cols else master[:, :1])
+        if self.s.tail and self.rule.tail:
+            self.state["average"] = torch.zeros_like(master)
 
     def cut(self, tensor: Tensor, shape=None) -> Tensor:
         """A whole tensor as pieces, (number, *piece), padded with zeros where it does not divide."""
@@ -916,7 +1049,36 @@ class Bank:
                 state["master"], self.grad, state["exp_avg"], state["exp_avg_sq"], lr,
                 *self.on_device(decay, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step),
                 self.rule.eps, s.cautious)
+        if share := self.tail_share(step):
+            state["average"].lerp_(state["master"], share)
         self.send_weights()
+
+    def tail_share(self, step: int) -> float:
+        """Share of the weights after `step` steps in their tail average: at first all of it."""
+        steps = self.rule.tail * self.s.tail_steps
+        into = step - max(0, self.s.iterations - round(2 * steps))
+        if "average" not in self.state or into <= 0:
+            return 0.0
+        return min(1.0, 1 / steps) if into > 1 else 1.0
+
+    def blend(self, step: int):
+        """Draws the weights towards their tail average, and sends them off; averaging shrinks, so each
+        tensor keeps its norm (92)."""
+        if self.tail_share(step):
+            master = self.state["master"]
+            blended = master.lerp(self.state["average"], self.s.tail)
+            shrunk = self.norms(blended) / self.norms(master).clamp_min(1e-12)
+            self.state["master"] = blended / shrunk.clamp_min(1e-12)
+        self.send_weights()
+
+    def norms(self, pieces: Tensor) -> Tensor:
+        """Frobenius norms: of each matrix (Muon), or of the one tensor that the pieces of all ranks are."""
+        if self.muon:
+            return pieces.norm(dim=(-2, -1), keepdim=True)
+        square = pieces.square().sum()
+        if self.owners > 1:
+            dist.all_reduce(square)
+        return square.sqrt()
 
     def on_device(self, *values: float) -> list[Tensor]:
         """The scalars of a step, written into the same tensors each time: a new value compiles nothing."""
@@ -978,17 +1140,140 @@ class Bank:
         self.send_weights()
         self.receive_weights()
 
+class NgramBank:
+    """The rows of the n-gram table, each on the rank that owns it: the rank-th share of them. No momentum, one second
+    moment for a row, and only rows that were seen are touched (92): those of `ngram_every` steps at once."""
+    def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
+        self.s, self.rule, self.world, self.ngrams = s, rule, world, ngrams
+        self.total, self.share = s.ngram_rows, len(ngrams.table)
+        ngrams.table.data = ngrams.table.data.to(s.device, s.torch_dtype)
+        ngrams.look_up, ngrams.collect = self.look_up, self.collect
+        self.reset()
+
+    def reset(self):
+        """As before the first step, with the rows at hand."""
+        table = self.ngrams.table.data
+        square, event = table.new_zeros(2, self.share, dtype=torch.float32)
+        self.state = {"master": table, "square": square, "event": event}  # event: number of the last one
+        self.clear()
+
+    def clear(self):
+        """Nothing waits for the next event."""
+        self.rows = torch.zeros(0, dtype=torch.int64, device=self.s.device)
+        self.sums = torch.zeros(0, self.s.width, device=self.s.device)
+
+    def routes(self, rows: Tensor) -> tuple:
+        """Order that sorts rows by their owners, how many go to each, and how many come from each. Collective."""
+        owner = rows // self.share
+        sent = torch.bincount(owner, minlength=self.world.size)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent)
+        return owner.argsort(stable=True), sent.tolist(), received.tolist()
+
+    def look_up(self, rows: Tensor) -> Tensor:
+        """The vectors of rows, from their owners. Collective."""
+        table = self.ngrams.table.data
+        if self.world.size == 1:
+            return table[rows]
+        order, sent, received = self.routes(rows)
+        wanted = traded(rows[order], sent, received) - self.world.rank * self.share
+        found = traded(table[wanted], received, sent)
+        return torch.empty_like(found).index_copy_(0, order, found)
+
+    def collect(self, rows: Tensor, grad: Tensor):
+        """Adds the gradients of rows to what waits for the next event, at their owners. Collective."""
+        grad = grad.float()
+        rows, grad = summed(rows, grad)
+        if self.world.size > 1:
+            order, sent, received = self.routes(rows)
+            rows = traded(rows[order], sent, received) - self.world.rank * self.share
+            grad = traded(grad[order], sent, received)
+        self.rows, self.sums = summed(torch.cat((self.rows, rows)), torch.cat((self.sums, grad)))
+
+    def step(self, scale: float, mu: float, step: int):
+        """The event that ends a cycle: v <- beta2 v + (1 - beta2) mean(g^2), a number a row, which
+        makes up for the events that the row missed."""
+        if step % self.s.ngram_every:
+            return
+        events, beta2, state, rows = step // self.s.ngram_every, self.rule.betas[1], self.state, self.rows
+        missed = events - state["event"][rows] - 1
+        square = state["square"][rows] * beta2**missed
+        square.lerp_(self.sums.square().mean(dim=1), 1 - beta2)
+        state["square"][rows], state["event"][rows] = square, float(events)
+        root = (square / (1 - beta2**events)).sqrt() + self.rule.eps
+        table = state["master"][rows].float()
+        decay = self.rule.weight_decay * scale
+        apply_update(table, self.sums / root[:, None], self.rule.lr * scale, decay, self.s.cautious)
+        state["master"][rows] = table.type_as(state["master"])
+        self.clear()
+
+    def full(self, key: str) -> dict[str, Tensor]:
+        """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
+        whole = from_owners(self.world, self.state[key])
+        return {} if whole is None else {"ngrams.table": whole[:self.total].float()}
+
+    def waiting_sums(self) -> dict:
+        """What waits for the next event, if anything, on rank 0. Collective."""
+        rows = from_owners(self.world, self.rows + self.world.rank * self.share)
+        sums = from_owners(self.world, self.sums)
+        return {} if rows is None or not len(rows) else {"ngram_rows": rows, "ngram_sums": sums}
+
+    def load(self, saved: dict[str, dict[str, Tensor]]):
+        """State as `full` gave it to rank 0. Collective."""
+        first = self.world.rank * self.share
+        for key, own in self.state.items():
+            whole = on_rank_zero(self.world, lambda key=key: saved[key]["ngrams.table"].clone())
+            own.zero_()[:max(0, self.total - first)] = whole[first:first + self.share].type_as(own)
+
+    def load_sums(self, saved: dict):
+        """What waited, as `waiting_sums` gave it to rank 0. Collective."""
+        self.clear()
+        rows = on_rank_zero(self.world, lambda: saved.get("ngram_rows", self.rows.cpu()).clone())
+        sums = on_rank_zero(self.world, lambda: saved.get("ngram_sums", self.sums.cpu()).clone())
+        own = rows // self.share == self.world.rank
+        self.rows = (rows[own] - self.world.rank * self.share).to(self.s.device)
+        self.sums = sums[own].to(self.s.device)
+
+def from_owners(world: World, own: Tensor) -> Tensor | None:
+    """The parts of all ranks, one after the other, on the CPU of rank 0; None elsewhere. Collective."""
+    if world.size == 1:
+        return own.to("cpu", copy=True)
+    sizes = torch.zeros(world.size, dtype=torch.int64, device=own.device)
+    sizes[world.rank] = len(own)
+    dist.all_reduce(sizes)
+    parts = []
+    for owner, size in enumerate(sizes.tolist()):
+        part = own.contiguous() if owner == world.rank else own.new_empty(size, *own.shape[1:])
+        dist.broadcast(part, owner)
+        parts += [part.to("cpu", copy=True)] if world.rank == 0 else []
+    return torch.cat(parts) if parts else None
+
+def summed(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Different rows, in order, and the sum of the values of each."""
+    rows, place = rows.unique(return_inverse=True)
+    return rows, values.new_zeros(len(rows), values.size(1)).index_add_(0, place, values)
+
+def traded(values: Tensor, sent: list[int], received: list[int]) -> Tensor:
+    """What all ranks sent here, for values that go to them in order. Collective."""
+    out = values.new_empty(sum(received), *values.shape[1:])
+    dist.all_to_all_single(out, values.contiguous(), received, sent)
+    return out
+
 class MuonAdamW:
     """The optimizer of a model: hooks that reduce gradients during backward, and the step."""
     def __init__(self, model: nn.Module, s: Settings, world: World):
         named = list(reversed(list(model.named_parameters())))  # about the order of backward
         rules = trained_rules(s, [name for name, _ in named])
         groups = {}  # Muon: matrices of one shape and decay; AdamW: each alone
+        rows = [rules.pop(name) for name, _ in named if rules[name].kind == "rows"]
         for name, p in named:
+            if name not in rules:
+                continue
             alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
             groups.setdefault(alike, []).append((name, p))
         self.steps, self.last_micro_step, self.world = 0, True, world
         self.banks = [Bank(group, rules, s, world) for group in groups.values()]
+        self.ngrams = [NgramBank(model.ngrams, rule, s, world) for rule in rows]
         self.sums = {}  # fp32 gradient sums of earlier micro-steps
         for bank in self.banks:
             for name, p in bank.params.items():
@@ -1011,30 +1296,59 @@ class MuonAdamW:
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
         self.steps += 1
-        for bank in self.banks:
+        for bank in [*self.banks, *self.ngrams]:
             bank.step(scale, momentum, self.steps)
         for bank in self.banks:
             bank.receive_weights()
 
+    def blend(self):
+        """The model takes the weights that count: blended with their tail average."""
+        for bank in self.banks:
+            bank.blend(self.steps)
+        for bank in self.banks:
+            bank.receive_weights()
+
+    @contextlib.contextmanager
+    def blended(self):
+        """The model has the weights that would count now; after the last step it has them anyway."""
+        s = self.banks[0].s
+        if not s.tail or self.steps >= s.iterations:
+            yield
+            return
+        masters = [bank.state["master"] for bank in self.banks]
+        self.blend()
+        try:
+            yield
+        finally:
+            for bank, master in zip(self.banks, masters, strict=True):
+                bank.state["master"] = master
+                bank.send_weights()
+            for bank in self.banks:
+                bank.receive_weights()
+
     def reset(self):
         """As before the first step, with the weights at hand."""
         self.steps = 0
-        for bank in self.banks:
+        for bank in [*self.banks, *self.ngrams]:
             bank.reset()
 
     def state_dict(self) -> dict:
         """{"steps": n, "state": {key: {parameter name: whole fp32 tensor, on rank 0 only}}}. Collective."""
-        state = {}
-        for bank in self.banks:
+        state, waiting = {}, {}
+        for bank in [*self.banks, *self.ngrams]:
             for key in bank.state:
                 state.setdefault(key, {}).update(bank.full(key))
-        return {"steps": self.steps, "state": state}
+        for bank in self.ngrams:
+            waiting |= bank.waiting_sums()
+        return {"steps": self.steps, "state": state, **waiting}
 
     def load_state_dict(self, saved: dict):
         """Restores what state_dict gave (`saved` counts on rank 0) and the model's weights. Collective."""
         self.steps = on_rank_zero(self.world, lambda: saved["steps"])
-        for bank in self.banks:
+        for bank in [*self.banks, *self.ngrams]:
             bank.load(saved.get("state", {}))
+        for bank in self.ngrams:
+            bank.load_sums(saved)
 
 def compiled(function, s: Settings):
     """torch.compile with static shapes and whole graphs, or the function itself."""
@@ -1079,6 +1393,13 @@ def future_weights(stages: list[Stage], step: int) -> list[float]:
     stage = stage_at(stages, step)
     fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
     return [0.5**k * (fade if k == stage.mtp > 0 else 1.0) for k in range(stage.mtp + 1)]
+
+def candidate_turn(s: Settings, stage: Stage, world: World, step: int, micro_step: int) -> int:
+    """Where the other classes of this process's first candidates begin: the sets of a step take turns, in the order of
+    its rows, however many processes share these."""
+    rows, sets = stage.micro_rows(s, world.size), stage.batch_tokens // stage.seq_len // s.candidate_rows
+    before = (micro_step * world.size + world.rank) * rows // s.candidate_rows
+    return (step * sets + before) * (stage.candidates + 1)
 
 def window_at(s: Settings, stages: list[Stage], step: int) -> int:
     """Long attention window of a step in tokens: linear within its stage, rounded up (13)."""
@@ -1173,7 +1494,8 @@ def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, b
     for start in range(0, stream.num_rows, rows * world.size)[:batches]:
         batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows))
         inputs, targets, docs = batch.to(s.device)
-        total += model(inputs, targets[None], docs, long_window)[0]
+        found = model.ngrams(inputs, docs) if s.ngram_rows else None
+        total += model(inputs, targets[None], docs, long_window, None, found)[0]
     if s.eval_window > window:
         set_rotary(model, s)
     if world.size > 1:
@@ -1191,10 +1513,11 @@ def train(run: Run):
     """The training: steps of micro-steps, and what is looked at, logged and saved on the way.
     Nothing but a log step, an evaluation or a checkpoint waits for the device."""
     s, world, stages = run.s, run.world, stage_table(run.s)
-    model = GPT(s, run.vocab_size).to(s.device)
+    model = GPT(s, run.vocab_size, world.size).to(s.device)
     optimizer = MuonAdamW(model, s, world)
     compile_model(model, s)
     window = torch.zeros((), dtype=torch.int32, device=s.device)
+    turn = torch.zeros((), dtype=torch.int64, device=s.device)
     run.open(model, optimizer)
     if s.compile or s.device == "cuda":
         warm_up(run, model, optimizer, window)
@@ -1202,7 +1525,7 @@ def train(run: Run):
     losses = []  # of the steps since the last log line, on the device
 
     def validate():
-        with run.look():
+        with run.look(), optimizer.blended():
             val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
             run.log_validation(step, val_loss)
 
@@ -1212,6 +1535,7 @@ def train(run: Run):
     while step < s.iterations and not run.over:
         # --- a batch, by micro-steps: forward, backward; the last one's gradients are reduced
         stage = stage_at(stages, step)
+        model.candidates = stage.candidates if stage.candidates < run.vocab_size else 0
         micro_steps = run.next_batch(step)
         window.fill_(window_at(s, stages, step))
         weights = [w / stage.batch_tokens for w in future_weights(stages, step)]
@@ -1219,7 +1543,9 @@ def train(run: Run):
         for i, (inputs_BT, targets_BT, docs_BT) in enumerate(micro_steps):
             optimizer.last_micro_step = i == len(micro_steps) - 1
             targets_KBT = future_targets(targets_BT, docs_BT, stage.mtp)
-            losses_K = model(inputs_BT, targets_KBT, docs_BT, window)
+            turn.fill_(candidate_turn(s, stage, world, step, i))
+            found_BTD = model.ngrams(inputs_BT, docs_BT) if s.ngram_rows else None
+            losses_K = model(inputs_BT, targets_KBT, docs_BT, window, turn, found_BTD)
             sum(w * loss for w, loss in zip(weights, losses_K, strict=True)).backward()
             step_loss += losses_K[0].detach() / stage.batch_tokens
         scale = lr_scale(s, stages, step)
@@ -1229,6 +1555,8 @@ def train(run: Run):
 
         # --- log, checkpoint, evaluation
         last = step == s.iterations
+        if last and s.tail:
+            optimizer.blend()
         save = s.save_last if last else s.save_every and step % s.save_every == 0
         if run.log_due(step) or last or save:
             train_loss = run.read_losses(losses, step)  # raises if one is not finite
@@ -1246,12 +1574,14 @@ def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     """Compiles and runs every shape of training and evaluation on random tokens, untimed, then
     restores: a rate of 0 changes no weight, and the moments are cleared."""
     s, world = run.s, run.world
-    shapes = {(t.micro_rows(s, world.size), t.seq_len, t.mtp) for t in stage_table(s)}
+    shapes = {(t.micro_rows(s, world.size), t.seq_len, t.mtp, t.candidates) for t in stage_table(s)}
     window.fill_(s.window_step)
-    for rows, seq_len, mtp in sorted(shapes):
+    turn = torch.zeros((), dtype=torch.int64, device=s.device)
+    for rows, seq_len, mtp, model.candidates in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.zeros_like(tokens)
-        sum(model(tokens, future_targets(tokens, docs, mtp), docs, window)).backward()
+        found = model.ngrams(tokens, docs) if s.ngram_rows else None
+        sum(model(tokens, future_targets(tokens, docs, mtp), docs, window, turn, found)).backward()
         optimizer.step(scale=0.0, momentum=s.momentum_start)
     evaluate(model, run.stream, s, world, s.window_step, batches=1)
     optimizer.reset()
@@ -1469,7 +1799,7 @@ def loss_gradient_kernel(
         CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr):
     """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows).
-    grads: of the summed loss of each target."""
+    grads: of the loss of each target and row."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (col < vocab)[None, :]
@@ -1480,7 +1810,8 @@ def loss_gradient_kernel(
     weight, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(TARGETS):
         target = tl.load(targets + k * rows + row, row < rows, -1)
-        grad = tl.where(target >= 0, tl.load(grads + k) / tl.load(unit), 0.0)
+        grad = tl.load(grads + k * rows + row, row < rows, 0.0) / tl.load(unit)
+        grad = tl.where(target >= 0, grad, 0.0)
         weight += grad
         hit += tl.where(col[None, :] == target[:, None], grad[:, None], 0.0)
     lse = tl.load(lses + row, row < rows, 0.0)
@@ -1522,15 +1853,15 @@ def loss_rows(logits_NV, targets_KN, cap: list[float], kernel: bool) -> tuple:
     return torch.cat(losses, dim=1), torch.cat(lses)
 
 def logit_gradient(
-        logits_NV, targets_KN, lse_N, grad_K, unit: Tensor,
+        logits_NV, targets_KN, lse_N, grad_KN, unit: Tensor,
         cap: list[float], dtype: torch.dtype, kernel: bool) -> tuple:
-    """Gradient of sum(grad_K * losses_K) by the uncapped logits / `unit`; and its transpose."""
+    """Gradient of sum(grad_KN * losses_KN) by the uncapped logits / `unit`; and its transpose."""
     (rows, vocab), fp8 = logits_NV.shape, dtype.itemsize == 1
     out = logits_NV.new_empty(rows, vocab, dtype=dtype)
     if kernel:
         out_t = out.new_empty(vocab, rows) if fp8 else out
         triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
-            logits_NV, targets_KN.contiguous(), lse_N, grad_K.contiguous(), unit, out, out_t, rows,
+            logits_NV, targets_KN.contiguous(), lse_N, grad_KN.contiguous(), unit, out, out_t, rows,
             vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, TARGETS=len(targets_KN),
             TRANSPOSED=fp8, ROWS=64, COLS=128, num_warps=8)
         return out, out_t if fp8 else out.T
@@ -1538,7 +1869,7 @@ def logit_gradient(
     for start in range(0, rows, LOSS_CHUNK):
         part = slice(start, start + LOSS_CHUNK)
         z, target = cap_logits(logits_NV[part].float(), cap), targets_KN[:, part]
-        weight = grad_K[:, None] * (target != IGNORE)
+        weight = grad_KN[:, part] * (target != IGNORE)
         gradient = (z - lse_N[part, None]).exp() * weight.sum(0)[:, None]
         gradient.scatter_add_(1, target.clamp_min(0).long().T, -weight.T)
         gradient *= z * (1 - z / a) / c if a else 1 / c
@@ -1554,35 +1885,35 @@ def head_scales(model_dim: int) -> tuple:
 @operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, float[] cap, bool kernel) -> "
           "(Tensor, Tensor, Tensor)")
 def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, cap, kernel):
-    """Losses (K,), logits and log-sum-exps. xq and wq: x and weight in FP8, or they themselves."""
+    """Losses (K, N), logits and log-sum-exps. xq and wq: x and weight in FP8, or they themselves."""
     if xq_ND.dtype.itemsize == 1:
         scales = [torch.full((), s, device=x_ND.device) for s in head_scales(x_ND.size(1))]
         logits_NV = fp8_product(xq_ND, wq_VD, *scales, fast=True)
     else:
         logits_NV = F.linear(xq_ND, wq_VD)
     losses_KN, lse_N = loss_rows(logits_NV, targets_KN, cap, kernel)
-    return losses_KN.sum(1), logits_NV, lse_N
+    return losses_KN, logits_NV, lse_N
 
 @operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor logits, Tensor lse, float[] cap, "
           "bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
-def fused_head_backward(grad_K, xq_ND, wq_VD, targets_KN, logits_NV, lse_N, cap, kernel, dtype):
+def fused_head_backward(grad_KN, xq_ND, wq_VD, targets_KN, logits_NV, lse_N, cap, kernel, dtype):
     """Gradients of x and weight. FP8: a token's loss being a sum over its targets, a logit's gradient is at most sum
     |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the units go into the products' scales."""
-    rest = logits_NV, targets_KN, lse_N, grad_K
+    rest = logits_NV, targets_KN, lse_N, grad_KN
     if xq_ND.dtype.itemsize > 1:
-        one = torch.ones_like(grad_K[0])
+        one = torch.ones_like(grad_KN[0, 0])
         gradient, transposed = logit_gradient(*rest, one, cap, logits_NV.dtype, kernel)
         return gradient @ wq_VD, transposed @ xq_ND
     steepest = (cap[0] / 4 or 1.0) / cap[2]
-    unit = grad_K.abs().sum().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
+    unit = grad_KN.abs().sum(0).amax().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
     gradient, transposed = logit_gradient(*rest, unit, cap, torch.float8_e5m2, kernel)
     x_scale, w_scale = (torch.full((), s, device=unit.device) for s in head_scales(xq_ND.size(1)))
     x_grad = fp8_product(gradient, wq_VD.T.contiguous(), unit, w_scale, fast=False)
     w_grad = fp8_product(transposed, xq_ND.T.contiguous(), unit, x_scale, fast=False)
     return x_grad.to(dtype), w_grad.to(dtype)
 
-def _head_backward(ctx, grad_K, *_):
-    gradients = fused_head_backward(grad_K, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
+def _head_backward(ctx, grad_KN, *_):
+    gradients = fused_head_backward(grad_KN, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
     return (*gradients, *[None] * 5)
 
 def _head_context(ctx, inputs, output):
@@ -1593,7 +1924,7 @@ def _head_context(ctx, inputs, output):
 
 def _head_fake(x, weight, xq, wq, targets, cap, kernel):
     logits = torch.bfloat16 if xq.dtype.itemsize == 1 else x.dtype
-    losses = x.new_empty(len(targets), dtype=torch.float32)
+    losses = x.new_empty(targets.shape, dtype=torch.float32)
     return losses, x.new_empty(len(x), len(weight), dtype=logits), losses.new_empty(len(x))
 
 fused_head.register_autograd(_head_backward, setup_context=_head_context)
@@ -1606,22 +1937,23 @@ quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(wei
 fused_gram.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
 
 def head_losses(
-    x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool,
+    x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool, each: bool = False,
 ) -> tuple:
     """Cross-entropies of capped logits x @ weight.T with each row of targets, summed, (K,) fp32 in
-    nats, IGNORE left out; and how many values FP8 clipped, int64. Their gradients come from
-    outside, so the weights of several predicted tokens need nothing here."""
+    nats, IGNORE left out, or `each` token's, (K, N); and how many values FP8 clipped, int64. Their
+    gradients come from outside, so the weights of several predicted tokens need nothing here."""
     clipped = targets_KN.new_zeros((), dtype=torch.int64)
     if not kernel and not fp8:
         logits = cap_logits(F.linear(x_ND, weight_VD), cap).float()
-        losses = [F.cross_entropy(logits, t.long(), reduction="sum", ignore_index=IGNORE) for t in targets_KN]
-        return torch.stack(losses), clipped
+        form = {"reduction": "none" if each else "sum", "ignore_index": IGNORE}
+        return torch.stack([F.cross_entropy(logits, t.long(), **form) for t in targets_KN]), clipped
     x, weight = x_ND.detach(), weight_VD.detach()
     if fp8:
         x_scale, w_scale = head_scales(x.size(1))
         clipped = (x.abs() > 448 * x_scale).sum() + (weight.abs() > 448 * w_scale).sum()
         x, weight = to_fp8(x, x_scale), to_fp8(weight, w_scale)
-    return fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap), kernel)[0], clipped
+    losses = fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap), kernel)[0]
+    return losses if each else losses.sum(1), clipped
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ SERVICE: what surrounds a run; the same text in train_gpt.py and train_moe.py                ║
