@@ -130,10 +130,13 @@ def build_model(script: ModuleType, s, vocab_size: int, weights: dict, size: int
             shapes = script.GPT(s, vocab_size)
     finally:
         hook.remove()
-    more = ", ".join(map(str, weights.keys() - shapes.state_dict().keys()))
-    if wrong := misfit(weights, shapes.state_dict(), "state.pt") or more and f"state.pt has more: {more:.80}":
+    like = shapes.state_dict()
+    if getattr(weights.get(table := "ngrams.table"), "dtype", None) == torch.bfloat16 and table in like:
+        like[table] = like[table].bfloat16()  # it is stored as it was trained
+    more = ", ".join(map(str, weights.keys() - like.keys()))
+    if wrong := misfit(weights, like, "state.pt") or more and f"state.pt has more: {more:.80}":
         raise ValueError(wrong)
-    if 4 * sum(p.numel() for p in shapes.parameters()) > size:
+    if sum(x.numel() * x.element_size() for x in weights.values()) > size:
         raise ValueError("state.pt is smaller than the weights that it says to hold")
     if sum(buffer.numel() for buffer in shapes.buffers()) > MAX_TABLES:
         raise ValueError("its settings ask for rotary tables that no text needs")
@@ -256,9 +259,8 @@ class Decoder:
             for block, layer in zip(model.blocks, model.layers, strict=True):
                 if (attn := block.attn) is not None:
                     slots = sizes[layer.attention] // (2 if attn.paired else 1)  # the mask of paired heads has two rows
-                    ring = torch.empty((2, 1, slots, attn.num_heads, attn.head_dim), device=self.device)
-                    attn.offset_keys = partial(self.offset, attn.offset_keys, torch.empty_like(ring[0, :, :1]))
-                    attn.project = partial(self.remember, attn.project, ring)
+                    attn.offset_keys = partial(self.offset, attn.offset_keys, kept := {})
+                    attn.project = partial(self.remember, attn.project, kept, slots)
         self.restart()
 
     def restart(self):
@@ -317,21 +319,24 @@ class Decoder:
         everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         return {kind: everything for kind in "LSP"} if self.start else self.masks(docs_BT, window)
 
-    def offset(self, offset_keys: Callable, last: Tensor, k_BTHK: Tensor, follows_BT11: Tensor) -> Tensor:
-        """Attention.offset_keys, with the key of the token before the new ones in front, (1, 1, H, K), kept in `last`.
+    def offset(self, offset_keys: Callable, kept: dict[str, Tensor], k_BTHK: Tensor, follows_BT11: Tensor) -> Tensor:
+        """Attention.offset_keys, with the key of the token before the new ones in front, (1, 1, H, K), which is kept.
         """
-        k = torch.cat((last, k_BTHK), dim=1) if self.start else k_BTHK
-        last.copy_(k_BTHK[:, -1:])
+        k = torch.cat((kept["last"], k_BTHK), dim=1) if self.start else k_BTHK
+        kept["last"] = k_BTHK[:, -1:]
         follows = torch.arange(k.size(1), device=self.device)[None, :, None, None] > 0
         return offset_keys(k, follows)[:, -k_BTHK.size(1):]
 
-    def remember(self, project: Callable, ring: Tensor, x_BTD: Tensor, *rest):
-        """Attention.project, which stores k and v in the ring, (2, 1, slots, H, K); a later token gets all of it."""
+    def remember(self, project: Callable, kept: dict[str, Tensor], slots: int, x_BTD: Tensor, *rest):
+        """Attention.project, which stores k and v in rings, (1, slots, H, K) each; a later token gets all of them."""
         q, k, v, *own = project(x_BTD, *rest)
-        size, end = ring.size(2), self.start + x_BTD.size(1)
-        slots = torch.arange(max(self.start, end - size), end, device=self.device) % size
-        ring[:, :, slots] = torch.stack((k, v))[:, :, -size:]
-        return (q, *ring[:, :, :end], *own) if self.start else (q, k, v, *own)
+        end = self.start + x_BTD.size(1)
+        places = torch.arange(max(self.start, end - slots), end, device=self.device) % slots
+        if not self.start:
+            kept |= {name: x.new_empty(1, slots, *x.shape[2:]) for name, x in (("k", k), ("v", v))}
+        for name, x in (("k", k), ("v", v)):
+            kept[name][:, places] = x[:, -slots:]
+        return (q, kept["k"][:, :end], kept["v"][:, :end], *own) if self.start else (q, k, v, *own)
 
 
 def not_cacheable(script: ModuleType, model: nn.Module) -> str | None:

@@ -88,6 +88,7 @@ VARIANTS = [
     {"softcap": (30.0, 0.0, 7.5)}, {"key_offset": False}, {"attention": "LPPL"}, {"attention": "PPPP"}, {"xsa": False},
     {"backout": False}, {"value_gate": False}, {"ngram_rows": 50}, {"attention": "PP-L", "xsa": False, "ngram_rows": 6},
     {"pointer": 8}, {"pointer": 4, "ngram_rows": 50, "attention": "LSPL"}, {"pointer": 8, "softcap": (0.0, 0.0, 1.0)},
+    {"qk_dim": 8, "attention": "LSPL"}, {"qk_dim": 12, "attention": "SPSL", "pointer": 8, "ngram_rows": 8},
     {"value_embeds": 0}, {"value_embeds": 2}, {"attention": "LS-L", "value_embeds": 2}, {"attention": "-S-S"},
     {"attention": "----"}, {"attention": "LLLL"}, {"num_layers": 1, "attention": "S", "value_embeds": 0},
     {"num_layers": 5, "attention": "LS-SL", "value_embeds": 2, "head_dim": 32, "mlp_ratio": 2},
@@ -142,8 +143,7 @@ def test_the_pointer_sees_its_block_and_the_one_before(monkeypatch, prompt, cach
     losses = generate.target_losses(model, batch, 16, 7)
     expected = -log_probabilities(model, tokens[:-1], 16).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
     torch.testing.assert_close(losses, expected.float(), atol=1e-4, rtol=1e-4)
-    found = model.ngrams(batch[0], batch[2])
-    trained = model(batch[0], batch[1:2], batch[2], torch.tensor(16, dtype=torch.int32), None, found)
+    trained = model(batch[0], batch[1:2], batch[2], torch.tensor(16, dtype=torch.int32))
     torch.testing.assert_close(losses.sum(), trained[0].detach())
 
 
@@ -158,6 +158,16 @@ def test_the_comparison_above_would_notice_a_part_left_out(changes):
     other.load_state_dict({name: tensor for name, tensor in parts.items() if name in other.state_dict()})
     one, two = (log_probabilities(model, tokens, w) for model, w in [(random_model(full), 16), (other, window)])
     assert (one - two)[-1, :VOCAB].abs().max() > 0.01
+
+
+def test_an_ngram_table_in_bf16(tmp_path, capsys):
+    """As training in bf16 stores it: the text is that of the same numbers in fp32."""
+    model = random_model(s := settings(ngram_rows=20_000, attention="LS", num_layers=2), 257)
+    with torch.no_grad():
+        model.ngrams.table.copy_(model.ngrams.table.bfloat16())
+    expected = text_of(capsys, "--checkpoint", save(tmp_path / "fp32", BYTES, s, model=model))
+    model.ngrams.table.data = model.ngrams.table.data.bfloat16()
+    assert text_of(capsys, "--checkpoint", save(tmp_path / "bf16", BYTES, s, model=model)) == expected
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-cache"]])
