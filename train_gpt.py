@@ -337,9 +337,8 @@ def stage_at(stages: list[Stage], step: int) -> Stage:
     return next((stage for stage in stages if step < stage.end), stages[-1])
 
 # ┌─ Attention ──────────────────────────────────────────────────────────────────────────────────┐
-# One rule says who sees whom; all backends apply it token by token, so that compiled, eager and
-# SDPA agree. (A window that exists only in the block lists of FlexAttention is silently ignored
-# wherever the kernel is not compiled.)
+# One rule says who sees whom; all backends apply it token by token, so that compiled, eager and SDPA agree. (A window
+# that exists only in the block lists of FlexAttention is silently ignored wherever the kernel is not compiled.)
 
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
 
