@@ -6,7 +6,8 @@
 The text goes to stdout as it is made: its bytes as they are, but on a terminal without control characters. Notes and
 tokens/s go to stderr. The weights are the checkpoint's fp32 masters, the attention window is that of its validation.
 Keys and values of earlier tokens are cached, which changes no logit beyond rounding; `--no-cache` computes them anew
-for every token. Routers of a mixture of experts choose without noise, and drop nothing.
+for every token. Routers of a mixture of experts choose without noise, and drop nothing. A model that copies is sampled
+from the mixture of its head and its copies, never the head's class that stands for copying.
 """
 from __future__ import annotations
 

@@ -165,9 +165,12 @@ def test_an_ngram_table_in_bf16(tmp_path, capsys):
     model = random_model(s := settings(ngram_rows=20_000, attention="LS", num_layers=2), 257)
     with torch.no_grad():
         model.ngrams.table.copy_(model.ngrams.table.bfloat16())
-    expected = text_of(capsys, "--checkpoint", save(tmp_path / "fp32", BYTES, s, model=model))
+    fp32 = save(tmp_path / "fp32", BYTES, s, model=model)
     model.ngrams.table.data = model.ngrams.table.data.bfloat16()
-    assert text_of(capsys, "--checkpoint", save(tmp_path / "bf16", BYTES, s, model=model)) == expected
+    bf16 = save(tmp_path / "bf16", BYTES, s, model=model)
+    assert 2 * bf16.joinpath("state.pt").stat().st_size < 1.2 * fp32.joinpath("state.pt").stat().st_size
+    one, two = (text_of(capsys, "--checkpoint", path, "--max-tokens", 30) for path in (fp32, bf16))
+    assert one == two
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-cache"]])
