@@ -1355,8 +1355,9 @@ def window_at(s: Settings, stages: list[Stage], step: int) -> int:
 # cut at the end of the row and its rest skipped (26: batches that start at a document's start train better).
 
 def piece_table(tokens, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple:
-    """Start and length of each piece of a shard: documents cut to at most max_len tokens; clip: first pieces only (29).
-    The last token is only a target. Without end-of-text the shard is one document, cut from `offset` on."""
+    """Start and length of each piece of a shard: documents cut to at most `max_len` tokens; `clip` keeps first pieces
+    only (29). The last token is only a target. Without end-of-text tokens the shard is one document, cut from
+    `offset` on, so that every epoch cuts elsewhere."""
     last = len(tokens) - 1
     starts = np.array([min(offset, last)]) if eot is None else np.flatnonzero(tokens[:last] == eot)
     if eot is not None and (not len(starts) or starts[0]):
