@@ -362,10 +362,12 @@ def score(losses_N4: Tensor, packed: Packed) -> Score:
 
 
 def cast(model: nn.Module, fp32: tuple[str, ...], device: str, dtype: torch.dtype) -> nn.Module:
-    """The model as in training: parameters in `dtype`, but those whose names end with one of `fp32`, and buffers, in
-    fp32."""
+    """The model as in training: parameters in `dtype`, but those whose names end with one of `fp32`, and buffers but
+    the n-grams' signs, in fp32."""
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float32 if name.split(".")[-1] in fp32 else dtype)
+    if getattr(model, "ngrams", None) is not None:
+        model.ngrams.to(dtype)
     return model.to(device)
 
 
