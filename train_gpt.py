@@ -212,8 +212,8 @@ def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
 
 def auto_attention(num_layers: int, paired: bool) -> str:
-    """Long windows in the first, the last and a layer at a third (20); from 12 layers on no
-    attention in layer 7/12 (17); paired heads in every third of the others (58 has 4 of 11)."""
+    """Long windows in the first, the last and a layer at a third (20); none in layer 7/12 from 12 on (17); paired
+    heads in every third of the others (58 has 4 of 11)."""
     long = {0, num_layers // 3, num_layers - 1}
     none = 7 * num_layers // 12 if num_layers >= 12 else None
     letters = ["L" if i in long else "P" if paired and i % 3 == 2 else "S" for i in range(num_layers)]
@@ -295,11 +295,9 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
             bad.append(f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {t.seq_len} tokens")
         elif t.mtp >= t.seq_len:
             bad.append(f"--mtp {t.mtp} must be less than --seq_len {t.seq_len}")
-        elif t.candidates % HEAD_MULTIPLE:
-            bad.append(f"--candidates {t.candidates} must be a multiple of {HEAD_MULTIPLE}")
-        elif t.candidates and t.micro_rows(s, world_size) % s.candidate_rows:
-            bad.append(f"--candidate_rows {s.candidate_rows} must divide the {t.micro_rows(s, world_size)} "
-                       "rows of a micro-step")
+        elif t.candidates % HEAD_MULTIPLE or t.candidates and t.micro_rows(s, world_size) % s.candidate_rows:
+            bad.append(f"--candidates {t.candidates} must be a multiple of {HEAD_MULTIPLE}, --candidate_rows "
+                       f"{s.candidate_rows} a divisor of the {t.micro_rows(s, world_size)} rows of a micro-step")
     return bad
 
 class Stage(NamedTuple):
@@ -470,9 +468,8 @@ def without_component(y: Tensor, direction: Tensor) -> Tensor:
     return y - (y * unit).sum(-1, keepdim=True) * unit
 
 def pair(x_BTHK) -> Tensor:
-    """(B, T, H, K) -> (B, 2T, H/2, K), head h and head h + H/2 of a token one after the other; a view
-    if the tokens are contiguous. Each query sees the keys of both heads in a short window. (58 orders
-    the two heads of a token, and halves the window, so that the cost stays; here it doubles.)"""
+    """(B, T, H, K) -> (B, 2T, H/2, K), head h and head h + H/2 of a token one after the other: each query sees the
+    keys of both heads. (58 orders the two heads, and halves the window, so that the cost stays; here it doubles.)"""
     return x_BTHK.unflatten(2, (2, -1)).flatten(1, 2)
 
 def uniform_matrix(*shape: int) -> Tensor:
@@ -481,9 +478,8 @@ def uniform_matrix(*shape: int) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound)
 
 class Attention(nn.Module):
-    """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate. Its matrices
-    have one shape, so that the optimizer can batch them, but for narrow queries and keys, which are apart; that of
-    the output is transposed and starts at zero."""
+    """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate. Matrices of one
+    shape are one parameter, so that they can be batched; that of the output is transposed and starts at zero."""
     def __init__(self, s: Settings, kind: str):
         super().__init__()
         self.num_heads, self.head_dim = s.num_heads, s.head_dim
@@ -586,22 +582,22 @@ class GPT(nn.Module):
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
         self.candidates, self.candidate_rows = 0, s.candidate_rows
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
-        saturated, left_out = torch.zeros(2, dtype=torch.int64)  # values that FP8 clipped, targets without a loss
-        for name, buffer in dict(cos=cos, sin=sin, saturated=saturated, left_out=left_out).items():
+        # number of the first row (candidate_turn); values that FP8 clipped; targets without a loss
+        turn, saturated, left_out = torch.zeros(3, dtype=torch.int64)
+        for name, buffer in dict(cos=cos, sin=sin, turn=turn, saturated=saturated, left_out=left_out).items():
             self.register_buffer(name, buffer, persistent=False)
 
-    def forward(self, inputs_BT, targets_KBT, docs_BT, window: Tensor, turn=None) -> Tensor:
+    def forward(self, inputs_BT, targets_KBT, docs_BT, window: Tensor) -> Tensor:
         """Cross-entropies with the targets k of `future_targets`, each summed over those not IGNORE, in nats, (K,)
-        fp32. `window`: int32 0-D tensor, tokens of the long window; document numbers rise along a row; `turn`: int64
-        0-D tensor, of candidate_set, without which all classes count."""
+        fp32. `window`: int32 0-D tensor, tokens of the long window; document numbers rise along a row."""
         found_BTD = None if self.ngrams is None else self.ngrams(inputs_BT, docs_BT)
-        return self.calculate(inputs_BT, targets_KBT, docs_BT, window, turn, found_BTD)
+        return self.calculate(inputs_BT, targets_KBT, docs_BT, window, found_BTD)
 
-    def calculate(self, inputs_BT, targets_KBT, docs_BT, window: Tensor, turn, found_BTD) -> Tensor:
+    def calculate(self, inputs_BT, targets_KBT, docs_BT, window: Tensor, found_BTD) -> Tensor:
         """As `forward`, with the vectors that `ngrams` found: what can be one graph."""
         x_BTD = norm(self.trunk(inputs_BT, docs_BT, window, found_BTD))
         copies = None if self.pointer is None else self.pointer(x_BTD, inputs_BT, targets_KBT[0], docs_BT)
-        return self.losses(x_BTD, targets_KBT, turn, copies)
+        return self.losses(x_BTD, targets_KBT, copies)
 
     def trunk(self, inputs_BT, docs_BT, window: Tensor, found_BTD=None) -> Tensor:
         """Residual stream after the last layer, (B, T, D)."""
@@ -632,8 +628,7 @@ class GPT(nn.Module):
         return {kind: make(docs_BT, *options[kind]) for kind in sorted(kinds)}
 
     def embedding(self, inputs_BT, follows_BT1) -> Tensor:
-        """Normed token embeddings; each takes up some of the previous token's, gated, if that is of
-        the same document (34)."""
+        """Normed token embeddings; each takes up some of the previous one of its document, gated (34)."""
         x = self.embed(inputs_BT)
         if self.smear is not None:
             gate, weight = self.smear.split((GATE_DIM, 1))
@@ -645,21 +640,20 @@ class GPT(nn.Module):
         """Logits, exact."""
         return cap_logits(F.linear(norm(x_BTD), self.lm_head), self.cap)
 
-    def losses(self, x_BTD, targets_KBT, turn=None, copies=None) -> Tensor:
-        """As `forward`, of the normed stream; copies: what the pointer says of each token. Every candidate_rows rows
-        have classes of their own; targets that find no place among them have no loss and are counted."""
-        if not self.candidates or turn is None:
+    def losses(self, x_BTD, targets_KBT, copies=None) -> Tensor:
+        """As `forward`, of the normed stream; copies: what the pointer says of each token. In training every
+        candidate_rows rows have classes of their own; targets without a place among them are counted."""
+        if not torch.is_grad_enabled() or not 0 < self.candidates < self.vocab_size:
             return self.class_losses(x_BTD, targets_KBT, self.lm_head, self.vocab_size, copies)
-        losses, gated = [], copies is not None
+        losses = []
         for start in range(0, len(x_BTD), self.candidate_rows):
-            part = slice(start, start + self.candidate_rows)
-            targets = targets_KBT[:, part].long()
-            classes, place = candidate_set(targets, turn, self.candidates, self.vocab_size, gated)
+            part, turn = slice(start, start + self.candidate_rows), (self.turn + start) * (self.candidates + 1)
+            targets, some = targets_KBT[:, part].long(), copies and [x[part] for x in copies]
+            classes, place = candidate_set(targets, turn, self.candidates, self.vocab_size, copies is not None)
             among = place[targets.clamp_min(0)].where(targets != IGNORE, IGNORE)
             self.left_out += ((among == IGNORE) & (targets != IGNORE)).sum()
-            weight, gate, own = F.embedding(classes, self.lm_head), place[-1], copies and [x[part] for x in copies]
-            losses.append(self.class_losses(x_BTD[part], among, weight, gate, own))
-            turn = turn + self.candidates + 1  # odd, so that no class is always missed
+            weight_VD = F.embedding(classes, self.lm_head)
+            losses.append(self.class_losses(x_BTD[part], among, weight_VD, place[-1], some))
         return sum(losses)
 
     def class_losses(self, x_BTD, targets_KBT, weight_VD, gate, copies) -> Tensor:
@@ -681,8 +675,7 @@ class GPT(nn.Module):
 
 class Pointer(nn.Module):
     """Attention whose values are tokens: where in the document what comes next was seen before (379; Merity et al.
-    2016, arXiv 1609.07843). A query sees strictly earlier positions of its block and of the one before, and a sink
-    that copies nothing."""
+    2016, arXiv 1609.07843). A query sees earlier positions of its block and the one before, and a sink: no copy."""
     def __init__(self, width: int, size: int):
         super().__init__()
         self.qk = nn.Parameter(uniform_matrix(2 * size, width))
@@ -706,15 +699,13 @@ class Pointer(nn.Module):
         return copied, nothing
 
 def copy_losses(loss_N, gate_N, copied_N, nothing_N) -> Tensor:
-    """-log(p (1 - alpha (1 - nothing)) + alpha copied), with alpha = exp(-gate) and the model's probability
-    without the gate, p = exp(-loss) / (1 - alpha)."""
+    """-log(p (1 - alpha (1 - nothing)) + alpha copied): alpha = exp(-gate), p = exp(-loss) / (1 - alpha)."""
     model, alpha = (-loss_N).exp(), (-gate_N).exp()
     return -torch.log(model * (1 + alpha * nothing_N / (1 - alpha)) + alpha * copied_N)
 
 class Ngrams(nn.Module):
-    """Vectors of hashed pairs and triples of tokens, half of the rows each (62, 92); what shares a row mostly differs
-    in its signs. Each layer adds them to the stream with a learned weight. In training a process owns a share of the
-    rows and serves them for the tokens of all: what is exchanged follows the tokens, not the rows."""
+    """Vectors of hashed pairs and triples of tokens, half of the rows each (62, 92), which each layer adds to the
+    stream with a learned weight. In training a process owns a share of the rows and serves it to all."""
     def __init__(self, s: Settings, world: World):
         super().__init__()
         self.world, self.half, self.take = world, s.ngram_rows // 2, None
@@ -730,21 +721,24 @@ class Ngrams(nn.Module):
         rows, kinds = ngram_rows(gathered(world, inputs_BT), gathered(world, docs_BT), self.half)
         order, token = (rows // len(self.table) == world.rank).nonzero(as_tuple=True)
         row, kind = rows[order, token] - first, kinds[order, token]
-        found = self.table.new_zeros(rows.size(1), self.table.size(1))
-        found = scattered(world, found.index_add_(0, token, self.table[row] * self.signs[kind]))
+        total = self.table.new_zeros(rows.size(1), self.table.size(1))
+        found = total.index_add_(0, token, self.table[row] * self.signs[kind])
+        if world.size > 1:
+            found = total.new_empty(inputs_BT.numel(), total.size(1))
+            dist.reduce_scatter_tensor(found, total)
+        found = found.view(*inputs_BT.shape, -1)
 
         def hand_over(leaf: Tensor):
             grads = gathered(world, leaf.grad.flatten(0, 1))[token] * self.signs[kind]
-            self.take(row_sums(row, grads.float(), len(self.table)))
+            self.take(row, grads.float())
 
-        found = found.view(*inputs_BT.shape, -1)
         if self.take:
             found.requires_grad_().register_post_accumulate_grad_hook(hand_over)
         return found
 
 def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
-    """Rows of the pair and of the triple that end at each token, and which signs they have, (2, B * T) each. The last
-    row of each half is for tokens whose document begins too late."""
+    """Rows of the pair and of the triple that end at each token, (2, B * T), the last one of a half where the document
+    begins too late; and which signs they have, so that what shares a row mostly differs in them."""
     rows, kinds, inputs_BT = [], [], inputs_BT.long()
     hashed = inputs_BT * NGRAM_FACTORS[0]
     for n in (1, 2):
@@ -754,10 +748,6 @@ def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
         kinds.append(hashed % NGRAM_SIGNS)
     return torch.stack(rows).flatten(1), torch.stack(kinds).flatten(1)
 
-def row_sums(ids: Tensor, values: Tensor, size: int) -> Tensor:
-    """The sum of each row's values, as a sparse tensor, (size, D)."""
-    return torch.sparse_coo_tensor(ids[None], values, (size, values.size(1)), check_invariants=False)
-
 def gathered(world: World, x: Tensor) -> Tensor:
     """x of all ranks, one after the other along the first axis. Collective."""
     if world.size == 1:
@@ -765,14 +755,6 @@ def gathered(world: World, x: Tensor) -> Tensor:
     whole = x.new_empty(world.size * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
-
-def scattered(world: World, x: Tensor) -> Tensor:
-    """The rank-th part of x, summed over all ranks. Collective."""
-    if world.size == 1:
-        return x
-    part = x.new_empty(len(x) // world.size, *x.shape[1:])
-    dist.reduce_scatter_tensor(part, x)
-    return part
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple[Tensor, Tensor]:
     """The classes of a sampled softmax (92), in order: the targets, the gate, and as many others as are missing, by a
@@ -832,8 +814,7 @@ PEAK_FLOPS = {
 }
 
 def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: int) -> float | None:
-    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count); None where that is
-    unknown (CPUs). The optimizer does not count, and fp8 products count against the bf16 peak."""
+    """tokens/s * FLOPs per token / (peak bf16 FLOP/s * count), without the optimizer's; None: no known peak."""
     peaks = [peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)]
     return tokens_per_s * flops / (peaks[0] * count) if peaks else None
 
@@ -879,9 +860,8 @@ class Rule(NamedTuple):
     tail: float = 1.0  # time constant of its tail average, if sharded, / tail_steps
 
 def parameter_table(s: Settings) -> list[Rule]:
-    """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
-    parameters as in 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are
-    stored as (hidden, model), which gives both the factor sqrt(mlp_ratio)."""
+    """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small parameters as in 89.
+    Muon's shape rule sqrt(rows / columns) gives both MLP matrices, (hidden, model), the factor sqrt(mlp_ratio)."""
     width, hidden, adam, eps = s.width, s.mlp_ratio * s.width, s.adam_lr, s.adam_eps
     kind, lr, *rest = hidden_rule(s)
     mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
@@ -890,20 +870,16 @@ def parameter_table(s: Settings) -> list[Rule]:
     table = decay, "sharded", "table", (width, 1), eps
     small = (0.9, 0.99), 0.0, "replicated"
     return [
-        Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, *matrix, (width, width), eps),
-        Rule(r"blocks\.\d+\.attn\.qk", kind, lr, *matrix, (s.num_heads * s.qk_dim, width), eps),
+        Rule(r"blocks\.\d+\.attn\.qk(vo)?", kind, lr, *matrix, (width, width), eps),
         Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps, tail=0.5),  # a later branch of 92
         Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps, tail=0.5),
         Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
-        Rule(r"embed\.weight", "adamw", 75 * adam, fast, *table),
-        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, fast, *table),
+        Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, *table),
         Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table[1:]),
-        Rule(r"ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps),
         Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "input", (1, width), eps),
-        Rule(r"pointer\.small", "adamw", adam, *small, "fixed", eps=eps),
         Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
-        Rule(r"smear", "adamw", adam, *small, "fixed", eps=eps),
-        Rule(r"scalars", "adamw", 5 * adam, *small, "fixed", eps=eps),
+        Rule(r"smear|pointer\.small", "adamw", adam, *small, "fixed", eps=eps),
+        Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps),
     ]
 
 def hidden_rule(s: Settings) -> tuple:
@@ -920,17 +896,15 @@ def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
     return {name: rules[0] for name, rules in matches.items()}
 
 def trained_rules(s: Settings, names: list[str]) -> dict[str, Rule]:
-    """How each parameter is trained at the model's width: by name, its row at the base width, with
-    what --mup changes (transferred)."""
+    """By parameter name, its row of the table at the base width, with what --mup changes (transferred)."""
     base, wide = (match_rules(parameter_table(settings), names) for settings in (s.base, s))
     return {name: transferred(wide[name], base[name], s.mup_embedding) for name in names}
 
 def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
-    """The rule of the base width, serving at another one: muP (Tensor Programs V, TP-V: Yang et al.
-    2022, arXiv 2203.03466), as a condition on spectral norms, which covers Muon (2310.17813).
-
-    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any
-      width, and nothing changes while that ratio stays.
+    """The rule of the base width, serving at another one: muP (Tensor Programs V, TP-V: arXiv 2203.03466), as a
+    condition on spectral norms, which covers Muon (2310.17813).
+    
+    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width.
     - Output: its product is divided by the growth of fan_in (GPT.cap), all else stays (TP-V, 8).
     - AdamW: the entries of an update have one size and add up over the fan-in. A table's rate is constant;
       disputed: / sqrt(growth) (2506.15025), which fails the coordinate check by design.
@@ -966,9 +940,8 @@ def orthogonalize(matrices, method: str, dtype, kernel=False) -> Tensor:
     return x.mT if tall else x
 
 def normalize_variance(update, variance, new_share) -> Tensor:
-    """NorMuon (Li et al. 2025, arXiv 2510.05491): divides each row (of a wide matrix: each column) of the
-    update by the running root-mean-square of its entries, then restores the matrix's norm; so it needs no
-    bias correction. `variance`: (K, rows, 1) or (K, 1, cols), updated in place."""
+    """NorMuon (arXiv 2510.05491): divides each row (of a wide matrix: column) of the update by the running RMS of its
+    entries, then restores the matrix's norm, so needs no bias correction. variance, (K, rows, 1) or (K, 1, cols)."""
     before = update.norm(dim=(-2, -1), keepdim=True)
     along = -1 if variance.size(-1) == 1 else -2
     variance.lerp_(update.square().mean(dim=along, keepdim=True), new_share)
@@ -978,8 +951,8 @@ def normalize_variance(update, variance, new_share) -> Tensor:
 def muon_update(
         master, grad, momentum, variance, lr, weight_decay, mu, new_share,
         method: str, dtype, cautious: bool, kernel=False):
-    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon). lr (K, 1, 1); mu: momentum; variance None: no NorMuon."""
+    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    lr (K, 1, 1); mu: momentum; variance None: no NorMuon."""
     grad = grad.float()
     momentum.lerp_(grad, 1 - mu)
     update = orthogonalize(torch.lerp(grad, momentum, mu), method, dtype, kernel).float()
@@ -990,8 +963,7 @@ def muon_update(
 def adamw_update(
         master, grad, exp_avg, exp_avg_sq, lr, weight_decay, new_share1, new_share2,
         correction1, correction2, eps: float, cautious: bool):
-    """One AdamW step on a flat shard, in place (Loshchilov & Hutter 2019, arXiv 1711.05101).
-    new_share: 1 - beta; correction: 1 - beta^step."""
+    """One AdamW step on a flat shard, in place (arXiv 1711.05101); share: 1 - beta; correction: 1 - beta^step."""
     grad = grad.float()
     exp_avg.lerp_(grad, new_share1)
     exp_avg_sq.lerp_(grad.square(), new_share2)
@@ -999,8 +971,7 @@ def adamw_update(
     apply_update(master, update, lr, weight_decay, cautious)
 
 def apply_update(master, update, lr, weight_decay, cautious: bool):
-    """master -= lr * (update + decay * master), the decay only where it and the update agree in sign
-    if `cautious` (Chen et al. 2025, arXiv 2510.12402)."""
+    """master -= lr * (update + decay * master); `cautious`: decay only where both agree in sign (arXiv 2510.12402)."""
     decay = weight_decay * master
     master.sub_(lr * (update + (decay * (update * master >= 0) if cautious else decay)))
 
@@ -1111,7 +1082,7 @@ class Bank:
         return 0.0 if since < 0 or "average" not in self.state else 1 / steps if since else 1.0
 
     def blend(self):
-        """The weights that count are drawn towards their tail average, those of training kept as `raw`. Averaging
+        """The weights that count: drawn towards their tail average; those of training are kept as `raw`. Averaging
         shrinks, so each matrix or, of AdamW, tensor keeps its norm (92)."""
         raw = self.state["raw"] = self.state["master"]
         blended = raw.lerp(self.state["average"], self.s.tail)
@@ -1188,37 +1159,37 @@ class NgramBank:
     """The rows of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
     came are touched (92): those of `ngram_every` steps at once, in an event."""
     def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
-        self.s, self.rule, self.world, self.share = s, rule, world, len(ngrams.table)
-        self.state, ngrams.take = {"master": ngrams.table.data}, self.take
+        self.s, self.rule, self.world, self.table = s, rule, world, ngrams.table.data
+        ngrams.take = self.take
         self.reset()
 
     def reset(self):
         """As before the first step, with the rows at hand. event: number of a row's last one; sums: of gradients."""
-        square, event = torch.zeros(2, self.share, device=self.s.device)
-        nothing = torch.zeros(0, self.s.width, device=self.s.device)
-        sums = row_sums(nothing[:, 0].long(), nothing, self.share)
-        self.state |= {"square": square, "event": event, "sums": sums}
+        square, event = torch.zeros(2, len(self.table), device=self.s.device)
+        self.state = {"master": self.table, "square": square, "event": event}
+        none = self.table[:0].float()
+        self.state["sums"] = torch.sparse_coo_tensor(
+            none[:, :1].T.long(), none, self.table.shape, check_invariants=False).coalesce()
 
-    def take(self, sums: Tensor):
-        """Gradients that the next event has to count."""
-        self.state["sums"] = (self.state["sums"] + sums).coalesce()
+    def take(self, rows: Tensor, grads: Tensor):
+        """Adds gradients of rows, which may repeat, to those that the next event counts."""
+        new = torch.sparse_coo_tensor(rows[None], grads, self.table.shape, check_invariants=False)
+        self.state["sums"] = (self.state["sums"] + new).coalesce()
 
     def step(self, scale: float, step: int):
-        """The event that ends a cycle: v <- beta2 v + (1 - beta2) mean(g^2), after as many v <- beta2 v as
-        the row has missed events."""
+        """The event of a cycle's end: v <- beta2 v for those that a row missed, and + (1 - beta2) mean(g^2)."""
         if step % self.s.ngram_every:
             return
         state, beta2, event = self.state, self.rule.betas[1], step // self.s.ngram_every
-        sums = state["sums"].coalesce()
-        rows, grads = sums.indices()[0], sums.values()
+        rows, grads = state["sums"].indices()[0], state["sums"].values()
         square = state["square"][rows] * beta2**(event - 1 - state["event"][rows])
         square.lerp_(grads.square().mean(dim=1), 1 - beta2)
         state["square"][rows], state["event"][rows] = square, float(event)
         root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
-        vectors, lr, decay = state["master"][rows].float(), self.rule.lr * scale, self.rule.weight_decay * scale
+        vectors, lr, decay = self.table[rows].float(), self.rule.lr * scale, self.rule.weight_decay * scale
         apply_update(vectors, grads / root[:, None], lr, decay, self.s.cautious)
-        state["master"][rows] = vectors.type_as(state["master"])
-        state["sums"] = row_sums(rows[:0], grads[:0], self.share)
+        self.table[rows] = vectors.type_as(self.table)
+        state["sums"] = torch.zeros_like(state["sums"])
 
     def full(self, key: str) -> dict[str, Tensor]:
         """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
@@ -1232,12 +1203,14 @@ class NgramBank:
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
         """State as `full` gave it to rank 0, a share at a time to all ranks. Collective."""
-        def share_of(owner: int, key: str) -> Tensor:
-            return saved[key]["ngrams.table"].narrow_copy(0, owner * self.share, self.share)
+        def share(key: str, owner: int) -> Tensor:
+            return saved[key]["ngrams.table"].narrow_copy(0, owner * len(self.table), len(self.table))
 
         for key, own in self.state.items():
-            shares = [on_rank_zero(self.world, share_of, owner, key) for owner in range(self.world.size)]
-            own.copy_(shares[self.world.rank])
+            for owner in range(self.world.size):
+                part = on_rank_zero(self.world, share, key, owner)
+                if owner == self.world.rank:
+                    own.copy_(part)
 
 class MuonAdamW:
     """The optimizer of a model: hooks that reduce gradients during backward, and the step."""
@@ -1365,11 +1338,9 @@ def future_weights(stages: list[Stage], step: int) -> list[float]:
     return [0.5**k * (fade if k == stage.mtp > 0 else 1.0) for k in range(stage.mtp + 1)]
 
 def candidate_turn(s: Settings, stage: Stage, world: World, step: int, micro_step: int) -> int:
-    """Where the other classes of this process's first candidates begin: the sets of a step take turns, in the order of
-    its rows, however many processes share these."""
-    rows, sets = stage.micro_rows(s, world.size), stage.batch_tokens // stage.seq_len // s.candidate_rows
-    before = (micro_step * world.size + world.rank) * rows // s.candidate_rows
-    return (step * sets + before) * (stage.candidates + 1)
+    """The number of the first row of a micro-step, of all rows of the run however many processes share them."""
+    rows, own = stage.batch_tokens // stage.seq_len, stage.micro_rows(s, world.size)
+    return step * rows + (micro_step * world.size + world.rank) * own
 
 def window_at(s: Settings, stages: list[Stage], step: int) -> int:
     """Long attention window of a step in tokens: linear within its stage, rounded up (13)."""
@@ -1459,14 +1430,12 @@ def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, b
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
     long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
     total = torch.zeros((), dtype=torch.float64, device=s.device)
-    if s.eval_window > window:
-        set_rotary(model, s, window, s.eval_window)
+    set_rotary(model, s, window, s.eval_window)
     for start in range(0, stream.num_rows, rows * world.size)[:batches]:
         batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows))
         inputs, targets, docs = batch.to(s.device)
         total += model(inputs, targets[None], docs, long_window)[0]
-    if s.eval_window > window:
-        set_rotary(model, s)
+    set_rotary(model, s)
     if world.size > 1:
         dist.all_reduce(total)
     return total.item() / stream.num_tokens
@@ -1486,7 +1455,6 @@ def train(run: Run):
     optimizer = MuonAdamW(model, s, world)
     compile_model(model, s)
     window = torch.zeros((), dtype=torch.int32, device=s.device)
-    turn = torch.zeros((), dtype=torch.int64, device=s.device)
     run.open(model, optimizer)
     if s.compile or s.device == "cuda":
         warm_up(run, model, optimizer, window)
@@ -1507,15 +1475,15 @@ def train(run: Run):
         micro_steps = run.next_batch(step)
         if stage.candidates != model.candidates:
             model.candidates = stage.candidates
-            run.log.print(f"step {step + 1}: train loss from here on among {stage.candidates or 'all'} classes")
+            run.log.print(f"step {step + 1}: train losses are among {stage.candidates or 'all'} classes")
         window.fill_(window_at(s, stages, step))
         weights = [w / stage.batch_tokens for w in future_weights(stages, step)]
         step_loss = torch.zeros((), device=s.device)
         for i, (inputs_BT, targets_BT, docs_BT) in enumerate(micro_steps):
             optimizer.last_micro_step = i == len(micro_steps) - 1
             targets_KBT = future_targets(targets_BT, docs_BT, stage.mtp)
-            turn.fill_(candidate_turn(s, stage, world, step, i))
-            losses_K = model(inputs_BT, targets_KBT, docs_BT, window, turn)
+            model.turn.fill_(candidate_turn(s, stage, world, step, i))
+            losses_K = model(inputs_BT, targets_KBT, docs_BT, window)
             sum(w * loss for w, loss in zip(weights, losses_K, strict=True)).backward()
             step_loss += losses_K[0].detach() / stage.batch_tokens
         scale, others = (lr_scale(s, stages, step, x) for x in (s.cooldown, s.cooldown_others or s.cooldown))
@@ -1532,7 +1500,7 @@ def train(run: Run):
             run.log_step(
                 step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
                 batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
-            if stage.candidates and int(model.left_out):
+            if model.left_out:  # 0, unless a set was too small
                 run.log.print(f"{int(model.left_out)} targets found no place among the candidates: raise --candidates")
         if save or run.over:  # first: what follows may fail
             run.save(step, optimizer)
@@ -1541,16 +1509,14 @@ def train(run: Run):
     run.finish(step, optimizer)
 
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
-    """Compiles and runs every shape of training and evaluation on random tokens, untimed, then
-    restores: a rate of 0 changes no weight, and the moments are cleared."""
+    """Compiles and runs every shape on random tokens, untimed; a rate of 0 changes no weight, moments are cleared."""
     s, world = run.s, run.world
     shapes = {(t.micro_rows(s, world.size), t.seq_len, t.mtp, t.candidates) for t in stage_table(s)}
     window.fill_(s.window_step)
-    turn = torch.zeros((), dtype=torch.int64, device=s.device)
     for rows, seq_len, mtp, model.candidates in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.zeros_like(tokens)
-        sum(model(tokens, future_targets(tokens, docs, mtp), docs, window, turn)).backward()
+        sum(model(tokens, future_targets(tokens, docs, mtp), docs, window)).backward()
         optimizer.step(scale=0.0, momentum=s.momentum_start)
     model.candidates = 0
     evaluate(model, run.stream, s, world, s.window_step, batches=1)
