@@ -802,24 +802,24 @@ def short_window(window, step: int):
     return -(-window // (2 * step)) * step
 
 def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) -> tuple:
-    """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, radians per token. For a `longer` window
-    than in training, YaRN (arXiv 2309.00071): what turns less than once in it slows by the ratio, 32 turns stay."""
+    """cos and signed sin, (length, 1, head_dim) fp32, of frequencies 1 .. 1/base, radians per token; 1 and 0 where content
+    counts, not position (17). For a `longer` window than in training, YaRN (arXiv 2309.00071): what turns less than
+    once in it slows by the ratio, 32 turns stay."""
     frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
     if longer > window:
         kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) * window / longer)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
-    return angle.cos(), angle.sin()
+    cos, sin, still = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return torch.cat((cos, still + 1, cos, still + 1), -1), torch.cat((sin, still, -sin, still), -1)
 
 def rotate(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]), of narrow heads as many, by the
-    angle of their position, in fp32; the others carry content regardless of position (17)."""
-    turned, still = cos.size(-1), x_BTHK.size(-1) // 2 - cos.size(-1)
-    a, a_still, b, b_still = x_BTHK.split((turned, still, turned, still), dim=-1)
-    a, b = a.float(), b.float()
-    turned_a = (a * cos + b * sin).type_as(x_BTHK)
-    turned_b = (b * cos - a * sin).type_as(x_BTHK)
-    return torch.cat((turned_a, a_still, turned_b, b_still), dim=-1)
+    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of their position, in
+    fp32 (17); of narrow heads as many, at most all. Whole heads at a time: so a compiler fuses it with the norm."""
+    half = x_BTHK.size(-1) // 2
+    cos, sin = (table.unflatten(-1, (2, -1))[..., :half].flatten(-2) for table in (cos, sin))
+    x = x_BTHK.float()
+    return (x * cos + x.roll(half, -1) * sin).type_as(x_BTHK)
 
 def without_component(y: Tensor, direction: Tensor) -> Tensor:
     """y minus its projection on `direction`, along the last axis."""
@@ -851,7 +851,7 @@ class Attention(nn.Module):
         self.qkvo = nn.Parameter(torch.cat((inner, out)))
 
     def forward(self, x_BTD, value_BTD, mask, at, scalars: dict, gates) -> Tensor:
-        """`at`: rotary cos and sin, (T, 1, K / 4), and where the token before is of the same document."""
+        """`at`: rotary cos and sin, (T, 1, K), and where the token before is of the same document."""
         q, k, v, value_BTHK, gate = self.project(x_BTD, value_BTD, at, scalars, gates)
         q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
         y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(value_BTHK.shape)
@@ -868,7 +868,7 @@ class Attention(nn.Module):
         else:
             qk = F.linear(x_BTD, self.qk.flatten(0, 1)).unflatten(-1, (2 * self.num_heads, -1))
         cos, sin, follows_BT11 = at
-        q, k = (rotate(x, cos, sin) for x in norm(qk).chunk(2, dim=2))
+        q, k = rotate(norm(qk), cos, sin).chunk(2, dim=2)
         k = self.offset_keys(k, follows_BT11)
         out_gate = value_gate = None
         if gates is not None:
@@ -884,10 +884,8 @@ class Attention(nn.Module):
         if not self.offset:
             return k_BTHK
         shifted = torch.cat((k_BTHK[:, :1], k_BTHK[:, :-1]), dim=1)
-        previous = torch.where(follows_BT11, shifted, k_BTHK)
-        a, _, b, _ = k_BTHK.chunk(4, dim=-1)
-        _, a_still, _, b_still = previous.chunk(4, dim=-1)
-        return torch.cat((a, a_still, b, b_still), dim=-1)
+        quarter = torch.arange(k_BTHK.size(-1), device=k_BTHK.device) // (k_BTHK.size(-1) // 4)
+        return torch.where(follows_BT11 & (quarter % 2 == 1), shifted, k_BTHK)
 
 class MLP(nn.Module):
     """ReLU^2 feed-forward; both matrices are (hidden, model), so that they can be batched (27)."""
@@ -2189,6 +2187,11 @@ def small_shared_memory(device: str) -> bool:
         return False
     return torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 << 10
 
+@functools.cache
+def multiprocessors(device: str) -> int:
+    """Programs that run at the same time: a grid of as many lasts for the whole kernel."""
+    return torch.cuda.get_device_properties().multi_processor_count if device == "cuda" else 4
+
 # --- x @ x.mT, of which one triangle is computed (record 27)
 
 def gram_kernel(
@@ -2244,45 +2247,48 @@ def gram(x_KMN, add_KMM, alpha: float, beta: float, kernel: bool) -> Tensor:
 # --- the MLP, fused (records 59, 87), or with its up-projection in FP8 (84)
 
 def product_relu2_kernel(
-        a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr,
-        ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
+        a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
+        COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
     """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the
-    former's result: a (rows, depth), b (cols, depth), all row-major. Tiles run down GROUP rows
-    before they go right: b stays in the L2."""
+    former's result: a (rows, depth), b (cols, depth), all row-major, given as tensor descriptors.
+    Each program takes every PROGRAMS-th tile: it loads the next one's while it stores one. Tiles run
+    down GROUP rows before they go right, so that b stays in the L2; they are stored in halves, which
+    leaves shared memory for the loads."""
     tiles_down, tiles_right = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
-    group = tl.program_id(0) // (GROUP * tiles_right)
-    within = tl.program_id(0) % (GROUP * tiles_right)
-    height = min(tiles_down - group * GROUP, GROUP)
-    row = (group * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
-    row = row.to(tl.int64)[:, None]
-    col = ((within // height) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
-    k = tl.arange(0, DEPTH)
-    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for start in range(0, depth, DEPTH):
-        deep = start + k < depth
-        inside = (row < rows) & deep[None, :]
-        left = tl.load(a + row * depth + (start + k)[None, :], inside, 0.0)
-        inside = (col < cols) & deep[:, None]
-        right = tl.load(b + col * depth + (start + k)[:, None], inside, 0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    where, inside = row * cols + col, (row < rows) & (col < cols)
-    if BACKWARD:
-        total *= 2 * tl.sqrt(tl.load(post + where, inside, 0.0).to(tl.float32))
-    else:
-        total = tl.maximum(total, 0.0) * total
-    tl.store(out + where, total.to(out.dtype.element_ty), inside)
+    half: tl.constexpr = COLS // 2
+    for tile in tl.range(tl.program_id(0), tiles_down * tiles_right, PROGRAMS, flatten=True):
+        group, within = tile // (GROUP * tiles_right), tile % (GROUP * tiles_right)
+        height = min(tiles_down - group * GROUP, GROUP)
+        row = (group * GROUP + within % height) * ROWS
+        col = (within // height) * COLS
+        total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            left, right = a.load([row, start]), b.load([col, start])
+            total = tl.dot(left, right.T, total, input_precision="ieee")
+        parts = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, half)), (0, 2, 1)))
+        for i in tl.static_range(2):
+            part = parts[i]
+            if BACKWARD:
+                part *= 2 * tl.sqrt(post.load([row, col + i * half]).to(tl.float32))
+            else:
+                part = tl.maximum(part, 0.0) * part
+            out.store([row, col + i * half], part.to(out.dtype))
 
 def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root
     gives the pre-activations back."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
     (rows, depth), cols = a.shape, b.size(0)
     out = a.new_empty(rows, cols)
     small = small_shared_memory(a.device.type)
-    tile = dict(ROWS=128, COLS=128 if small else 256, DEPTH=32 if small else 64, GROUP=8)
-    grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]),)
-    triton_kernel(product_relu2_kernel)[grid](
-        a.contiguous(), b.contiguous(), out if post is None else post, out, rows, cols, depth,
-        BACKWARD=post is not None, **tile, num_warps=8, num_stages=3)
+    tile = dict(ROWS=128, COLS=128 if small else 256, DEPTH=32 if small else 64)
+    whole, half = [tile["ROWS"], tile["DEPTH"]], [tile["ROWS"], tile["COLS"] // 2]
+    shapes = whole, [tile["COLS"], tile["DEPTH"]], half, half
+    tensors = a.contiguous(), b.contiguous(), out if post is None else post, out
+    programs = min(multiprocessors(a.device.type), -(-rows // 128) * -(-cols // tile["COLS"]))
+    triton_kernel(product_relu2_kernel)[(programs,)](
+        *map(TensorDescriptor.from_tensor, tensors, shapes), rows, cols, depth,
+        BACKWARD=post is not None, **tile, GROUP=8, PROGRAMS=programs, num_warps=8, num_stages=3)
     return out
 
 @operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
@@ -2342,14 +2348,16 @@ def loss_kernel(
         logits, targets, losses, lses, rows, vocab, a, slope, shift,
         CAPPED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets.
-    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum."""
+    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum; the sigmoid is
+    a squared rsqrt(1 + 2^..), cheaper than a division."""
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     peak = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         inside = start + col < vocab
         z = tl.load(logits + row * vocab + start + col, inside, 0.0).to(tl.float32)
-        z = tl.where(inside, a * tl.sigmoid(slope * z + shift) if CAPPED else slope * z, -1e30)
+        root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * slope * z - 1.4426950408889634 * shift))
+        z = tl.where(inside, a * (root * root) if CAPPED else slope * z, -1e30)
         if not CAPPED:
             higher = tl.maximum(peak, z)
             total *= tl.exp(peak - higher)
@@ -2375,7 +2383,8 @@ def loss_gradient_kernel(
     inside = (row < rows)[:, None] & (col < vocab)[None, :]
     where = row.to(tl.int64)[:, None] * vocab + col[None, :]
     z = tl.load(logits + where, inside, 0.0).to(tl.float32)
-    share = tl.sigmoid(slope * z + shift) if CAPPED else z
+    root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * slope * z - 1.4426950408889634 * shift))
+    share = root * root if CAPPED else z
     z = a * share if CAPPED else slope * z
     weight, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(TARGETS):
@@ -2411,7 +2420,7 @@ def loss_rows(logits_NV, targets_KN, cap: list[float], kernel: bool) -> tuple:
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](
             logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
-            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=4096, num_warps=8)
+            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=2048, num_warps=4)
         return losses_KN, lse_N
     losses, lses = [], []
     for start in range(0, rows, LOSS_CHUNK):
@@ -2430,10 +2439,10 @@ def logit_gradient(
     out = logits_NV.new_empty(rows, vocab, dtype=dtype)
     if kernel:
         out_t = out.new_empty(vocab, rows) if fp8 else out
-        triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
+        triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 64))](
             logits_NV, targets_KN.contiguous(), lse_N, grad_KN.contiguous(), unit, out, out_t, rows,
             vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, TARGETS=len(targets_KN),
-            TRANSPOSED=fp8, ROWS=64, COLS=128, num_warps=8)
+            TRANSPOSED=fp8, ROWS=64, COLS=64, num_warps=4)
         return out, out_t if fp8 else out.T
     a, _, c = cap
     for start in range(0, rows, LOSS_CHUNK):
