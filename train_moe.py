@@ -276,8 +276,7 @@ def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
 
 def auto_attention(num_layers: int, paired: bool) -> str:
-    """Long windows in the first, the last and a layer at a third (20); none in layer 7/12 from 12 on (17); paired
-    heads in every third of the others (58 has 4 of 11)."""
+    """Long windows in the first, last and a third's layer (20), none in layer 7/12 (17), pairs in every third (58)."""
     long = {0, num_layers // 3, num_layers - 1}
     none = 7 * num_layers // 12 if num_layers >= 12 else None
     letters = ["L" if i in long else "P" if paired and i % 3 == 2 else "S" for i in range(num_layers)]
@@ -502,8 +501,7 @@ def flex_options(device: str) -> dict | None:
     return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
 def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
-    """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a dense_mask
-    SDPA or the formula itself, in bf16 on a CPU 0.25 to 0.64 of SDPA's time (records/LOG.md, 2026-11-20)."""
+    """softmax(scale * q k + mask) v -> (B, T, H, K). The plain formula takes 0.25 to 0.64 of SDPA's time on a CPU."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
@@ -768,9 +766,8 @@ POINTER_BLOCK = 2048  # positions; copies come from the own block and the one be
 NGRAM_FACTORS = 2654435761, 2246822519, 3266489917  # primes, of a token and of the two before it
 NGRAM_SIGNS = 8192  # different vectors of signs
 PERMUTATION = 20011  # label * this, modulo the vocabulary, is a permutation: a prime
-# Learned scalars of a layer and their initial values: weights of the residual stream, of the
-# embedding (added in again at every layer), of the skip connection, of the values, of the value
-# embedding (11, 14, 15), of the output where the last layer's is freed of it (40).
+# Learned scalars of a layer and their initial values: weights of the residual stream, the embedding (at every layer),
+# the skip connection, values, value embedding (11, 14, 15), of the output of which the last is freed (40).
 SCALARS = {
     "residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_embed": 0.5, "backout": 0.5}
 
@@ -805,25 +802,24 @@ def short_window(window, step: int):
     return -(-window // (2 * step)) * step
 
 def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) -> tuple:
-    """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, radians per token. For a `longer`
-    window than that of training, YaRN (Peng et al. 2023, arXiv 2309.00071): frequencies that turn less than once in
-    the window are slowed down by the ratio of the two, those that turn 32 times stay. (Not its temperature.)"""
+    """cos and signed sin, (length, 1, head_dim) fp32, of frequencies 1 .. 1/base, radians per token; 1 and 0 where content
+    counts, not position (17). For a `longer` window than in training, YaRN (arXiv 2309.00071): what turns less than
+    once in it slows by the ratio, 32 turns stay."""
     frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
     if longer > window:
         kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) * window / longer)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
-    return angle.cos(), angle.sin()
+    cos, sin, still = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return torch.cat((cos, still + 1, cos, still + 1), -1), torch.cat((sin, still, -sin, still), -1)
 
 def rotate(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]), of narrow heads as many, by the
-    angle of their position, in fp32; the others carry content regardless of position (17)."""
-    turned, still = cos.size(-1), x_BTHK.size(-1) // 2 - cos.size(-1)
-    a, a_still, b, b_still = x_BTHK.split((turned, still, turned, still), dim=-1)
-    a, b = a.float(), b.float()
-    turned_a = (a * cos + b * sin).type_as(x_BTHK)
-    turned_b = (b * cos - a * sin).type_as(x_BTHK)
-    return torch.cat((turned_a, a_still, turned_b, b_still), dim=-1)
+    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of their position, in
+    fp32 (17); of narrow heads as many, at most all. Whole heads at a time: so a compiler fuses it with the norm."""
+    half = x_BTHK.size(-1) // 2
+    cos, sin = (table.unflatten(-1, (2, -1))[..., :half].flatten(-2) for table in (cos, sin))
+    x = x_BTHK.float()
+    return (x * cos + x.roll(half, -1) * sin).type_as(x_BTHK)
 
 def without_component(y: Tensor, direction: Tensor) -> Tensor:
     """y minus its projection on `direction`, along the last axis."""
@@ -831,8 +827,7 @@ def without_component(y: Tensor, direction: Tensor) -> Tensor:
     return y - (y * unit).sum(-1, keepdim=True) * unit
 
 def pair(x_BTHK) -> Tensor:
-    """(B, T, H, K) -> (B, 2T, H/2, K), head h and head h + H/2 of a token one after the other: each query sees the
-    keys of both heads. (58 orders the two heads, and halves the window, so that the cost stays; here it doubles.)"""
+    """(B, T, H, K) -> (B, 2T, H/2, K): heads h and h + H/2 of a token in turn: queries see both heads' keys (58)."""
     return x_BTHK.unflatten(2, (2, -1)).flatten(1, 2)
 
 def uniform_matrix(*shape: int) -> Tensor:
@@ -856,7 +851,7 @@ class Attention(nn.Module):
         self.qkvo = nn.Parameter(torch.cat((inner, out)))
 
     def forward(self, x_BTD, value_BTD, mask, at, scalars: dict, gates) -> Tensor:
-        """`at`: rotary cos and sin, (T, 1, K / 4), and where the token before is of the same document."""
+        """`at`: rotary cos and sin, (T, 1, K), and where the token before is of the same document."""
         q, k, v, value_BTHK, gate = self.project(x_BTD, value_BTD, at, scalars, gates)
         q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
         y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(value_BTHK.shape)
@@ -873,7 +868,7 @@ class Attention(nn.Module):
         else:
             qk = F.linear(x_BTD, self.qk.flatten(0, 1)).unflatten(-1, (2 * self.num_heads, -1))
         cos, sin, follows_BT11 = at
-        q, k = (rotate(x, cos, sin) for x in norm(qk).chunk(2, dim=2))
+        q, k = rotate(norm(qk), cos, sin).chunk(2, dim=2)
         k = self.offset_keys(k, follows_BT11)
         out_gate = value_gate = None
         if gates is not None:
@@ -885,15 +880,12 @@ class Attention(nn.Module):
         return q, k, v, v, out_gate if self.gated else None
 
     def offset_keys(self, k_BTHK, follows_BT11) -> Tensor:
-        """Partial key offset: the unrotated half of a key is that of the token before, if of the same document. A
-        query that looks for a content finds what came after it: one layer can do induction (49)."""
+        """The unrotated half of a key is the previous token's, if of the same document: one layer can induce (49)."""
         if not self.offset:
             return k_BTHK
         shifted = torch.cat((k_BTHK[:, :1], k_BTHK[:, :-1]), dim=1)
-        previous = torch.where(follows_BT11, shifted, k_BTHK)
-        a, _, b, _ = k_BTHK.chunk(4, dim=-1)
-        _, a_still, _, b_still = previous.chunk(4, dim=-1)
-        return torch.cat((a, a_still, b, b_still), dim=-1)
+        quarter = torch.arange(k_BTHK.size(-1), device=k_BTHK.device) // (k_BTHK.size(-1) // 4)
+        return torch.where(follows_BT11 & (quarter % 2 == 1), shifted, k_BTHK)
 
 class MLP(nn.Module):
     """ReLU^2 feed-forward; both matrices are (hidden, model), so that they can be batched (27)."""
@@ -1295,7 +1287,7 @@ def parameter_table(s: Settings) -> list[Rule]:
         Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
         Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, *table),
         Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table[1:]),
-        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "input", (1, width), eps),
+        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "hidden", (1, width), eps),
         Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
         Rule(r"smear|pointer\.small", "adamw", adam, *small, "fixed", eps=eps),
         Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps),
@@ -1337,8 +1329,7 @@ def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
         factor = out**-0.5
     return base._replace(lr=base.lr * factor, weight_decay=base.weight_decay / factor, eps=base.eps / out)
 
-# Minimax-optimal quintic steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932; 5 steps,
-# safety 2e-2, cushion 2).
+# Minimax-optimal quintic steps of Polar Express (arXiv 2505.16932; 5 steps, safety 2e-2, cushion 2).
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1370,8 +1361,7 @@ def normalize_variance(update, variance, new_share) -> Tensor:
 def muon_update(
         master, grad, momentum, variance, lr, weight_decay, mu, new_share,
         method: str, dtype, cautious: bool, kernel=False):
-    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-    lr (K, 1, 1); mu: momentum; variance None: no NorMuon."""
+    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
     grad = grad.float()
     momentum.lerp_(grad, 1 - mu)
     update = orthogonalize(torch.lerp(grad, momentum, mu), method, dtype, kernel).float()
@@ -1616,14 +1606,12 @@ class NgramBank:
         """As before the first step, with the rows at hand. event: number of a row's last one; sums: of gradients."""
         square, event = torch.zeros(2, len(self.table), device=self.s.device)
         self.state = {"master": self.table, "square": square, "event": event}
-        none = self.table[:0].float()
-        self.state["sums"] = torch.sparse_coo_tensor(
-            none[:, :1].T.long(), none, self.table.shape, check_invariants=False).coalesce()
+        self.take(event[:0].long(), self.table[:0].float())
 
     def take(self, rows: Tensor, grads: Tensor):
         """Adds gradients of rows, which may repeat, to those that the next event counts."""
         new = torch.sparse_coo_tensor(rows[None], grads, self.table.shape, check_invariants=False)
-        self.state["sums"] = (self.state["sums"] + new).coalesce()
+        self.state["sums"] = (new + self.state["sums"] if "sums" in self.state else new).coalesce()
 
     def step(self, scale: float, step: int):
         """The event of a cycle's end: v <- beta2 v for those that a row missed, and + (1 - beta2) mean(g^2)."""
@@ -1647,7 +1635,7 @@ class NgramBank:
             part = [self.state[key].cpu()]
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
-            parts += part if self.world.rank == 0 else []
+            parts += part * (self.world.rank == 0)
         return {"ngrams.table": torch.cat(parts)} if parts else {}
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
@@ -1876,8 +1864,7 @@ def compiled(function, s: Settings):
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 def compile_model(model: GPT, s: Settings):
-    """One graph; or one per block: then the gradients of a block are complete, and their reduction
-    starts, while earlier blocks are still in backward. A single graph hands over all at its end."""
+    """One graph; or one per block: then gradients are reduced while earlier blocks are still in backward."""
     if s.compile_unit == "model":
         model.calculate = compiled(model.calculate, s)
         return
@@ -1892,11 +1879,10 @@ def compiled_graphs() -> int:
     return made.counters["stats"]["unique_graphs"] if made else 0
 
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
-def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float) -> float:
-    """Factor on learning rates at a step: warm-up, constant, cool-down to lr_floor before the extension; times the
-    stage's. Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
+def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float = 0.0) -> float:
+    """Factor on rates: warm-up, cool-down to lr_floor (wsd: arXiv 2405.18392) before the extension; the stage's."""
     end = s.iterations - s.extension
-    left = min(1.0, max(0, end - step) / max(1, cooldown * end))
+    left = min(1.0, max(0, end - step) / max(1, (cooldown or s.cooldown) * end))
     left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
     return stage_at(stages, step).lr * warm * (s.lr_floor + (1 - s.lr_floor) * left)
@@ -1908,8 +1894,7 @@ def momentum_at(s: Settings, step: int) -> float:
     return s.momentum_start + (s.muon_momentum - s.momentum_start) * min(1.0, rise, fall)
 
 def future_weights(stages: list[Stage], step: int) -> list[float]:
-    """Weights of the losses of the next and of further tokens, 1, 1/2, 1/4 ..; the last one fades to 0 over its
-    stage (multi-token prediction, Gloeckle et al. 2024, arXiv 2404.19737; here without further heads: 53)."""
+    """Weights of the losses of next and further tokens (arXiv 2404.19737, 53): 1, 1/2 ..; the last fades in a stage."""
     stage = stage_at(stages, step)
     fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
     return [0.5**k * (fade if k == stage.mtp > 0 else 1.0) for k in range(stage.mtp + 1)]
@@ -2122,8 +2107,8 @@ def train(run: Run):
                 loss = loss + balance.add(sums, 1 / stage.batch_tokens, optimizer.last_micro_step)
             loss.backward()
             step_loss += losses_K[0].detach() / stage.batch_tokens
-        scale, others = (lr_scale(s, stages, step, x) for x in (s.cooldown, s.cooldown_others or s.cooldown))
-        optimizer.step(scale, momentum_at(s, step), others)
+        scale = lr_scale(s, stages, step)
+        optimizer.step(scale, momentum_at(s, step), lr_scale(s, stages, step, s.cooldown_others))
         losses.append(step_loss)
         step += 1
 
@@ -2203,6 +2188,11 @@ def small_shared_memory(device: str) -> bool:
         return False
     return torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 << 10
 
+@functools.cache
+def multiprocessors(device: str) -> int:
+    """Programs that run at the same time: a grid of as many lasts for the whole kernel."""
+    return torch.cuda.get_device_properties().multi_processor_count if device == "cuda" else 4
+
 # --- x @ x.mT, of which one triangle is computed (record 27)
 
 def gram_kernel(
@@ -2258,45 +2248,48 @@ def gram(x_KMN, add_KMM, alpha: float, beta: float, kernel: bool) -> Tensor:
 # --- the MLP, fused (records 59, 87), or with its up-projection in FP8 (84)
 
 def product_relu2_kernel(
-        a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr,
-        ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
+        a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
+        COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
     """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the
-    former's result: a (rows, depth), b (cols, depth), all row-major. Tiles run down GROUP rows
-    before they go right: b stays in the L2."""
+    former's result: a (rows, depth), b (cols, depth), all row-major, given as tensor descriptors.
+    Each program takes every PROGRAMS-th tile: it loads the next one's while it stores one. Tiles run
+    down GROUP rows before they go right, so that b stays in the L2; they are stored in halves, which
+    leaves shared memory for the loads."""
     tiles_down, tiles_right = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
-    group = tl.program_id(0) // (GROUP * tiles_right)
-    within = tl.program_id(0) % (GROUP * tiles_right)
-    height = min(tiles_down - group * GROUP, GROUP)
-    row = (group * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
-    row = row.to(tl.int64)[:, None]
-    col = ((within // height) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
-    k = tl.arange(0, DEPTH)
-    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for start in range(0, depth, DEPTH):
-        deep = start + k < depth
-        inside = (row < rows) & deep[None, :]
-        left = tl.load(a + row * depth + (start + k)[None, :], inside, 0.0)
-        inside = (col < cols) & deep[:, None]
-        right = tl.load(b + col * depth + (start + k)[:, None], inside, 0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    where, inside = row * cols + col, (row < rows) & (col < cols)
-    if BACKWARD:
-        total *= 2 * tl.sqrt(tl.load(post + where, inside, 0.0).to(tl.float32))
-    else:
-        total = tl.maximum(total, 0.0) * total
-    tl.store(out + where, total.to(out.dtype.element_ty), inside)
+    half: tl.constexpr = COLS // 2
+    for tile in tl.range(tl.program_id(0), tiles_down * tiles_right, PROGRAMS, flatten=True):
+        group, within = tile // (GROUP * tiles_right), tile % (GROUP * tiles_right)
+        height = min(tiles_down - group * GROUP, GROUP)
+        row = (group * GROUP + within % height) * ROWS
+        col = (within // height) * COLS
+        total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            left, right = a.load([row, start]), b.load([col, start])
+            total = tl.dot(left, right.T, total, input_precision="ieee")
+        parts = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, half)), (0, 2, 1)))
+        for i in tl.static_range(2):
+            part = parts[i]
+            if BACKWARD:
+                part *= 2 * tl.sqrt(post.load([row, col + i * half]).to(tl.float32))
+            else:
+                part = tl.maximum(part, 0.0) * part
+            out.store([row, col + i * half], part.to(out.dtype))
 
 def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root
     gives the pre-activations back."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
     (rows, depth), cols = a.shape, b.size(0)
     out = a.new_empty(rows, cols)
     small = small_shared_memory(a.device.type)
-    tile = dict(ROWS=128, COLS=128 if small else 256, DEPTH=32 if small else 64, GROUP=8)
-    grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]),)
-    triton_kernel(product_relu2_kernel)[grid](
-        a.contiguous(), b.contiguous(), out if post is None else post, out, rows, cols, depth,
-        BACKWARD=post is not None, **tile, num_warps=8, num_stages=3)
+    tile = dict(ROWS=128, COLS=128 if small else 256, DEPTH=32 if small else 64)
+    whole, half = [tile["ROWS"], tile["DEPTH"]], [tile["ROWS"], tile["COLS"] // 2]
+    shapes = whole, [tile["COLS"], tile["DEPTH"]], half, half
+    tensors = a.contiguous(), b.contiguous(), out if post is None else post, out
+    programs = min(multiprocessors(a.device.type), -(-rows // 128) * -(-cols // tile["COLS"]))
+    triton_kernel(product_relu2_kernel)[(programs,)](
+        *map(TensorDescriptor.from_tensor, tensors, shapes), rows, cols, depth,
+        BACKWARD=post is not None, **tile, GROUP=8, PROGRAMS=programs, num_warps=8, num_stages=3)
     return out
 
 @operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
@@ -2356,14 +2349,16 @@ def loss_kernel(
         logits, targets, losses, lses, rows, vocab, a, slope, shift,
         CAPPED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets.
-    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum."""
+    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum; the sigmoid is
+    a squared rsqrt(1 + 2^..), cheaper than a division."""
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     peak = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         inside = start + col < vocab
         z = tl.load(logits + row * vocab + start + col, inside, 0.0).to(tl.float32)
-        z = tl.where(inside, a * tl.sigmoid(slope * z + shift) if CAPPED else slope * z, -1e30)
+        root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * slope * z - 1.4426950408889634 * shift))
+        z = tl.where(inside, a * (root * root) if CAPPED else slope * z, -1e30)
         if not CAPPED:
             higher = tl.maximum(peak, z)
             total *= tl.exp(peak - higher)
@@ -2389,7 +2384,8 @@ def loss_gradient_kernel(
     inside = (row < rows)[:, None] & (col < vocab)[None, :]
     where = row.to(tl.int64)[:, None] * vocab + col[None, :]
     z = tl.load(logits + where, inside, 0.0).to(tl.float32)
-    share = tl.sigmoid(slope * z + shift) if CAPPED else z
+    root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * slope * z - 1.4426950408889634 * shift))
+    share = root * root if CAPPED else z
     z = a * share if CAPPED else slope * z
     weight, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(TARGETS):
@@ -2425,7 +2421,7 @@ def loss_rows(logits_NV, targets_KN, cap: list[float], kernel: bool) -> tuple:
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](
             logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
-            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=4096, num_warps=8)
+            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=2048, num_warps=4)
         return losses_KN, lse_N
     losses, lses = [], []
     for start in range(0, rows, LOSS_CHUNK):
@@ -2444,10 +2440,10 @@ def logit_gradient(
     out = logits_NV.new_empty(rows, vocab, dtype=dtype)
     if kernel:
         out_t = out.new_empty(vocab, rows) if fp8 else out
-        triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
+        triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 64))](
             logits_NV, targets_KN.contiguous(), lse_N, grad_KN.contiguous(), unit, out, out_t, rows,
             vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, TARGETS=len(targets_KN),
-            TRANSPOSED=fp8, ROWS=64, COLS=128, num_warps=8)
+            TRANSPOSED=fp8, ROWS=64, COLS=64, num_warps=4)
         return out, out_t if fp8 else out.T
     a, _, c = cap
     for start in range(0, rows, LOSS_CHUNK):
