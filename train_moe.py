@@ -1197,7 +1197,7 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
         share = 1.0 if layer.attention == "L" or not s.qk_dim else (1 + s.qk_dim / s.head_dim) / 2
         share *= 2 if layer.attention == "P" else 1
         keys += (window - window * (window - 1) / (2 * length)) * share
-    left_out = max(0, counts["head"] - (stage.candidates or math.inf) * s.width)
+    left_out = max(0, counts["head"] - stage.candidates * s.width) if stage.candidates else 0
     pointer = 6.0 * s.pointer * min(length, 3 * POINTER_BLOCK) / 2
     return 6.0 * (counts["matmul"] - left_out) + 12.0 * s.width * keys + pointer
 
@@ -1604,22 +1604,22 @@ class NgramBank:
         self.reset()
 
     def reset(self):
-        """As before the first step, with the rows at hand. event: number of a row's last one; sums: of gradients."""
+        """As before the first step, with the rows at hand. event: number of a row's last one."""
         square, event = torch.zeros(2, len(self.table), device=self.s.device)
         self.state = {"master": self.table, "square": square, "event": event}
-        self.take(event[:0].long(), self.table[:0].float())
 
     def take(self, rows: Tensor, grads: Tensor):
         """Adds gradients of rows, which may repeat, to those that the next event counts."""
         new = torch.sparse_coo_tensor(rows[None], grads, self.table.shape, check_invariants=False)
-        self.state["sums"] = (new + self.state["sums"] if "sums" in self.state else new).coalesce()
+        self.state["sums"] = (self.state["sums"] + new if "sums" in self.state else new).coalesce()
 
     def step(self, scale: float, step: int):
         """The event of a cycle's end: v <- beta2 v for those that a row missed, and + (1 - beta2) mean(g^2)."""
         if step % self.s.ngram_every:
             return
         state, beta2, event = self.state, self.rule.betas[1], step // self.s.ngram_every
-        rows, grads = state["sums"].indices()[0], state["sums"].values()
+        sums = state.pop("sums")
+        rows, grads = sums.indices()[0], sums.values()
         square = state["square"][rows] * beta2**(event - 1 - state["event"][rows])
         square.lerp_(grads.square().mean(dim=1), 1 - beta2)
         state["square"][rows], state["event"][rows] = square, float(event)
@@ -1627,7 +1627,6 @@ class NgramBank:
         vectors, lr, decay = self.table[rows].float(), self.rule.lr * scale, self.rule.weight_decay * scale
         apply_update(vectors, grads / root[:, None], lr, decay, self.s.cautious)
         self.table[rows] = vectors.type_as(self.table)
-        state["sums"] = torch.zeros_like(state["sums"])
 
     def full(self, key: str) -> dict[str, Tensor]:
         """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
@@ -1644,11 +1643,12 @@ class NgramBank:
         def share(key: str, owner: int) -> Tensor:
             return saved[key]["ngrams.table"].narrow_copy(0, owner * len(self.table), len(self.table))
 
-        for key, own in self.state.items():
+        self.reset()
+        for key in on_rank_zero(self.world, lambda: [k for k in saved if "ngrams.table" in saved[k]]):
             for owner in range(self.world.size):
-                part = on_rank_zero(self.world, share, key, owner)
+                own = on_rank_zero(self.world, share, key, owner)
                 if owner == self.world.rank:
-                    own.copy_(part)
+                    self.state[key] = self.table.copy_(own) if key == "master" else own.to(self.s.device)
 
 def penalty(name: str, weight: float, sums_MS, num_experts: int) -> tuple:
     """What makes routers balance, by sums per token: its value in each layer, 1 where all experts are equal, but for z;

@@ -142,7 +142,7 @@ def test_a_bracket_holds_a_range_then_stages_and_conditions(field):
         assert part == "per stage" or condition, f"{field.name}: {part!r}"
         if condition:
             other, *values = (word for word in condition.groups() if word)
-            assert isinstance(getattr(Settings, other), bool) or set(values[0].split("|")) <= set(
+            assert isinstance(getattr(Settings, other), bool | int | float) or set(values[0].split("|")) <= set(
                 bracket(other)[0].split("|"))
     assert ("per stage" in rest) == (field.type in ("ints", "floats") and field.name not in ("stage_ends", "softcap"))
 
@@ -441,9 +441,9 @@ THREE = dict(iterations=100, stage_ends=(0.25, 0.5, 1.0), batch_tokens=(64, 128,
 
 def test_stage_table_broadcasts_single_values():
     assert stage_table(settings(**THREE)) == [
-        Stage(0, 25, 16, 64, 32, 32, 32, 2, 1.0),
-        Stage(25, 50, 32, 128, 32, 16, 48, 1, 1.5),
-        Stage(50, 100, 48, 256, 32, 0, 64, 0, 0.5),
+        Stage(0, 25, 16, 64, 32, 32, 32, 2, 0, 1.0),
+        Stage(25, 50, 32, 128, 32, 16, 48, 1, 0, 1.5),
+        Stage(50, 100, 48, 256, 32, 0, 64, 0, 0, 0.5),
     ]
 
 
