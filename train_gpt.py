@@ -180,23 +180,31 @@ PRESETS: dict[str, dict] = {
     ),
     # the GPT-2-small shape on one 16 GB card; 24 GB and more: --micro-tokens 16384
     "gpu": dict(
-        iterations=4000, batch_tokens=(65536,), seq_len=(8192,), max_doc_len=(2048,),
-        window=(1024,), window_start=256, micro_tokens=8192, muon_lr=0.025, adam_lr=0.004,
-        eval_every=250, eval_tokens=262144, save_every=500,
+        iterations=3000, stage_ends=(0.93, 1.0), batch_tokens=(65536,), seq_len=(8192,),
+        max_doc_len=(2048,), window=(1024,), window_start=256, micro_tokens=8192, muon_lr=0.025,
+        adam_lr=0.004, candidates=(6144, 0), ngram_rows=2**20, pointer=128, tail=0.5, tail_steps=150,
+        lr_floor=0.2, eval_every=250, eval_tokens=262144, save_every=500,
     ),
-    # the 8xH100 track, 3.28 on FineWeb: stages of record 89, more steps, as it has more techniques
+    # the 8xH100 track, 3.28 on FineWeb: stages of record 92, the last two its taper and extension
     "speedrun": dict(
-        data="fineweb10B", shuffle=False, iterations=1800, stage_ends=(1 / 3, 2 / 3, 1.0),
-        batch_tokens=(131072, 262144, 393216), seq_len=(16384, 32768, 49152),
-        max_doc_len=(896, 2048, 2048), window=(384, 896, 1408), stage_lr=(1.0, 1.52, 1.73),
-        mtp=(2, 1, 0), muon_lr=0.023, adam_weight_decay=0.005, cooldown=0.6, lr_floor=0.15,
-        target_loss=3.28, save_last=False,
+        data="fineweb10B", shuffle=False, iterations=1194,
+        stage_ends=tuple(end / 1194 for end in (320, 681, 965, 1107, 1174, 1194)),
+        batch_tokens=(131072, 262144, 393216, 393216, 327680, 131072),
+        seq_len=(16384, 32768, 49152, 49152, 40960, 16384),
+        max_doc_len=(896, 2048, 3072, 3072, 3072, 3072), window=(384, 896, 1408, 1408, 1408, 1664),
+        stage_lr=(1.0, 1.52, 1.73, 1.73, 1.58, 1.73), mtp=(2, 1, 0, 0, 0, 0),
+        candidates=(10240, 10240, 14336, 16384, 0, 0), ngram_rows=84602880, ngram_every=2,
+        pointer=128, qk_dim=64, muon_lr=0.023, adam_weight_decay=0.005, cooldown=0.8, lr_floor=0.17,
+        extension=20, tail=0.5, target_loss=3.28, save_last=False,
     ),
-    # the GPT-2-medium track: 2.92 on FineWeb
+    # the GPT-2-medium track: 2.92 on FineWeb; stages and techniques of speedrun, untried
     "medium": dict(
-        data="fineweb10B", shuffle=False, num_layers=16, width=1024, iterations=5960,
-        batch_tokens=(524288,), seq_len=(65536,), window=(3456,), muon_lr=0.025, adam_lr=0.004,
-        cooldown=0.7, target_loss=2.92, micro_tokens=65536,
+        data="fineweb10B", shuffle=False, num_layers=16, width=1024, iterations=4200,
+        stage_ends=(0.27, 0.57, 0.93, 1.0), batch_tokens=(262144, 524288, 524288, 524288),
+        seq_len=(32768, 65536, 65536, 65536), window=(896, 2048, 3456, 3456),
+        candidates=(10240, 16384, 24576, 0), ngram_rows=21150720, ngram_every=2, pointer=128,
+        qk_dim=64, muon_lr=0.025, adam_lr=0.004, cooldown=0.7, lr_floor=0.17, tail=0.5,
+        tail_steps=400, target_loss=2.92, micro_tokens=65536,
     ),
 }
 
