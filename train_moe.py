@@ -161,7 +161,7 @@ class Hyperparameters:
     warmup_steps: int = 0  # steps over which the learning rates rise [>=0]
     cooldown: float = 0.45  # last fraction of the iterations, in which they fall [0..1]
     cooldown_others: float = 0.0  # of all but the hidden matrices; 0: the same [0..1]
-    extension: int = 0  # last steps, after the cool-down, at the lowest rate (92) [>=0]
+    extension: float = 0.0  # last fraction, after the cool-down, at the lowest rate (92) [0..1]
     lr_floor: float = 0.1  # learning rate at the end / its peak [0..1]
     tail: float = 0.0  # share of the last weights' average in the final ones (92); 0 off [0..1]
     tail_steps: int = 128  # its time constant; it covers the last two of them [>0; with tail]
@@ -242,7 +242,7 @@ PRESETS: dict[str, dict] = {
         stage_lr=(1.0, 1.52, 1.73, 1.73, 1.58, 1.73), mtp=(2, 1, 0, 0, 0, 0),
         candidates=(10240, 10240, 14336, 16384, 0, 0), ngram_rows=84602880, ngram_every=2,
         pointer=128, qk_dim=64, muon_lr=0.023, adam_weight_decay=0.005, cooldown=0.8, lr_floor=0.17,
-        extension=20, tail=0.5, target_loss=3.28, save_last=False,
+        extension=20 / 1194, tail=0.5, target_loss=3.28, save_last=False,
     ),
     # the GPT-2-medium track: 2.92 on FineWeb; stages and techniques of speedrun, untried
     "medium": dict(
@@ -332,9 +332,8 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
         bad.append(f"--ngram_rows {s.ngram_rows}: at least 4, a multiple of 2 and of the {world_size} processes, or 0")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
-    for name in ("warmup_steps", "extension"):
-        if getattr(s, name) >= s.iterations:
-            bad.append(f"--{name} {getattr(s, name)} must be less than --iterations {s.iterations}")
+    if s.warmup_steps >= s.iterations:
+        bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
     least, memory = least_memory(s, world_size) / 2**30, hardware.memory_gib
     if least > memory:
         bad.append(f"this needs more than {least:,.0f} GiB, {hardware.name} has {memory:.1f}: lower --width, "
@@ -1890,7 +1889,7 @@ def compiled_graphs() -> int:
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
 def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float = 0.0) -> float:
     """Factor on rates: warm-up, cool-down to lr_floor (wsd: arXiv 2405.18392) before the extension; the stage's."""
-    end = s.iterations - s.extension
+    end = (1 - s.extension) * s.iterations
     left = min(1.0, max(0, end - step) / max(1, (cooldown or s.cooldown) * end))
     left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
