@@ -276,8 +276,7 @@ def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
 
 def auto_attention(num_layers: int, paired: bool) -> str:
-    """Long windows in the first, the last and a layer at a third (20); none in layer 7/12 from 12 on (17); paired
-    heads in every third of the others (58 has 4 of 11)."""
+    """Long windows in the first, last and a third's layer (20), none in layer 7/12 (17), pairs in every third (58)."""
     long = {0, num_layers // 3, num_layers - 1}
     none = 7 * num_layers // 12 if num_layers >= 12 else None
     letters = ["L" if i in long else "P" if paired and i % 3 == 2 else "S" for i in range(num_layers)]
@@ -502,8 +501,7 @@ def flex_options(device: str) -> dict | None:
     return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
 def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
-    """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a dense_mask
-    SDPA or the formula itself, in bf16 on a CPU 0.25 to 0.64 of SDPA's time (records/LOG.md, 2026-11-20)."""
+    """softmax(scale * q k + mask) v -> (B, T, H, K). The plain formula takes 0.25 to 0.64 of SDPA's time on a CPU."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
@@ -768,9 +766,8 @@ POINTER_BLOCK = 2048  # positions; copies come from the own block and the one be
 NGRAM_FACTORS = 2654435761, 2246822519, 3266489917  # primes, of a token and of the two before it
 NGRAM_SIGNS = 8192  # different vectors of signs
 PERMUTATION = 20011  # label * this, modulo the vocabulary, is a permutation: a prime
-# Learned scalars of a layer and their initial values: weights of the residual stream, of the
-# embedding (added in again at every layer), of the skip connection, of the values, of the value
-# embedding (11, 14, 15), of the output where the last layer's is freed of it (40).
+# Learned scalars of a layer and their initial values: weights of the residual stream, the embedding (at every layer),
+# the skip connection, values, value embedding (11, 14, 15), of the output of which the last is freed (40).
 SCALARS = {
     "residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_embed": 0.5, "backout": 0.5}
 
@@ -805,10 +802,9 @@ def short_window(window, step: int):
     return -(-window // (2 * step)) * step
 
 def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) -> tuple:
-    """cos and signed sin, (length, 1, head_dim) fp32, of frequencies 1 .. 1/base, radians per token, 1 and 0 for the
-    dimensions that carry content regardless of position (17). For a `longer` window than that of training, YaRN (Peng
-    et al. 2023, arXiv 2309.00071): frequencies that turn less than once in the window are slowed down by the ratio of
-    the two, those that turn 32 times stay. (Not its temperature.)"""
+    """cos and signed sin, (length, 1, head_dim) fp32, of frequencies 1 .. 1/base, radians per token; 1 and 0 where content
+    counts, not position (17). For a `longer` window than in training, YaRN (arXiv 2309.00071): what turns less than
+    once in it slows by the ratio, 32 turns stay."""
     frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
     if longer > window:
         kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -831,8 +827,7 @@ def without_component(y: Tensor, direction: Tensor) -> Tensor:
     return y - (y * unit).sum(-1, keepdim=True) * unit
 
 def pair(x_BTHK) -> Tensor:
-    """(B, T, H, K) -> (B, 2T, H/2, K), head h and head h + H/2 of a token one after the other: each query sees the
-    keys of both heads. (58 orders the two heads, and halves the window, so that the cost stays; here it doubles.)"""
+    """(B, T, H, K) -> (B, 2T, H/2, K): heads h and h + H/2 of a token in turn: queries see both heads' keys (58)."""
     return x_BTHK.unflatten(2, (2, -1)).flatten(1, 2)
 
 def uniform_matrix(*shape: int) -> Tensor:
@@ -885,8 +880,7 @@ class Attention(nn.Module):
         return q, k, v, v, out_gate if self.gated else None
 
     def offset_keys(self, k_BTHK, follows_BT11) -> Tensor:
-        """Partial key offset: the unrotated half of a key is that of the token before, if of the same document. A
-        query that looks for a content finds what came after it: one layer can do induction (49)."""
+        """The unrotated half of a key is the previous token's, if of the same document: one layer can induce (49)."""
         if not self.offset:
             return k_BTHK
         shifted = torch.cat((k_BTHK[:, :1], k_BTHK[:, :-1]), dim=1)
@@ -1292,7 +1286,7 @@ def parameter_table(s: Settings) -> list[Rule]:
         Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
         Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, *table),
         Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table[1:]),
-        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "input", (1, width), eps),
+        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "hidden", (1, width), eps),
         Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
         Rule(r"smear|pointer\.small", "adamw", adam, *small, "fixed", eps=eps),
         Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps),
@@ -1334,8 +1328,7 @@ def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
         factor = out**-0.5
     return base._replace(lr=base.lr * factor, weight_decay=base.weight_decay / factor, eps=base.eps / out)
 
-# Minimax-optimal quintic steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932; 5 steps,
-# safety 2e-2, cushion 2).
+# Minimax-optimal quintic steps of Polar Express (arXiv 2505.16932; 5 steps, safety 2e-2, cushion 2).
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1367,8 +1360,7 @@ def normalize_variance(update, variance, new_share) -> Tensor:
 def muon_update(
         master, grad, momentum, variance, lr, weight_decay, mu, new_share,
         method: str, dtype, cautious: bool, kernel=False):
-    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-    lr (K, 1, 1); mu: momentum; variance None: no NorMuon."""
+    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
     grad = grad.float()
     momentum.lerp_(grad, 1 - mu)
     update = orthogonalize(torch.lerp(grad, momentum, mu), method, dtype, kernel).float()
@@ -1613,14 +1605,12 @@ class NgramBank:
         """As before the first step, with the rows at hand. event: number of a row's last one; sums: of gradients."""
         square, event = torch.zeros(2, len(self.table), device=self.s.device)
         self.state = {"master": self.table, "square": square, "event": event}
-        none = self.table[:0].float()
-        self.state["sums"] = torch.sparse_coo_tensor(
-            none[:, :1].T.long(), none, self.table.shape, check_invariants=False).coalesce()
+        self.take(event[:0].long(), self.table[:0].float())
 
     def take(self, rows: Tensor, grads: Tensor):
         """Adds gradients of rows, which may repeat, to those that the next event counts."""
         new = torch.sparse_coo_tensor(rows[None], grads, self.table.shape, check_invariants=False)
-        self.state["sums"] = (self.state["sums"] + new).coalesce()
+        self.state["sums"] = (new + self.state["sums"] if "sums" in self.state else new).coalesce()
 
     def step(self, scale: float, step: int):
         """The event of a cycle's end: v <- beta2 v for those that a row missed, and + (1 - beta2) mean(g^2)."""
@@ -1644,7 +1634,7 @@ class NgramBank:
             part = [self.state[key].cpu()]
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
-            parts += part if self.world.rank == 0 else []
+            parts += part * (self.world.rank == 0)
         return {"ngrams.table": torch.cat(parts)} if parts else {}
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
@@ -1873,8 +1863,7 @@ def compiled(function, s: Settings):
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 def compile_model(model: GPT, s: Settings):
-    """One graph; or one per block: then the gradients of a block are complete, and their reduction
-    starts, while earlier blocks are still in backward. A single graph hands over all at its end."""
+    """One graph; or one per block: then gradients are reduced while earlier blocks are still in backward."""
     if s.compile_unit == "model":
         model.calculate = compiled(model.calculate, s)
         return
@@ -1889,11 +1878,10 @@ def compiled_graphs() -> int:
     return made.counters["stats"]["unique_graphs"] if made else 0
 
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
-def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float) -> float:
-    """Factor on learning rates at a step: warm-up, constant, cool-down to lr_floor before the extension; times the
-    stage's. Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
+def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float = 0.0) -> float:
+    """Factor on rates: warm-up, cool-down to lr_floor (wsd: arXiv 2405.18392) before the extension; the stage's."""
     end = s.iterations - s.extension
-    left = min(1.0, max(0, end - step) / max(1, cooldown * end))
+    left = min(1.0, max(0, end - step) / max(1, (cooldown or s.cooldown) * end))
     left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
     return stage_at(stages, step).lr * warm * (s.lr_floor + (1 - s.lr_floor) * left)
@@ -1905,8 +1893,7 @@ def momentum_at(s: Settings, step: int) -> float:
     return s.momentum_start + (s.muon_momentum - s.momentum_start) * min(1.0, rise, fall)
 
 def future_weights(stages: list[Stage], step: int) -> list[float]:
-    """Weights of the losses of the next and of further tokens, 1, 1/2, 1/4 ..; the last one fades to 0 over its
-    stage (multi-token prediction, Gloeckle et al. 2024, arXiv 2404.19737; here without further heads: 53)."""
+    """Weights of the losses of next and further tokens (arXiv 2404.19737, 53): 1, 1/2 ..; the last fades in a stage."""
     stage = stage_at(stages, step)
     fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
     return [0.5**k * (fade if k == stage.mtp > 0 else 1.0) for k in range(stage.mtp + 1)]
@@ -2119,8 +2106,8 @@ def train(run: Run):
                 loss = loss + balance.add(sums, 1 / stage.batch_tokens, optimizer.last_micro_step)
             loss.backward()
             step_loss += losses_K[0].detach() / stage.batch_tokens
-        scale, others = (lr_scale(s, stages, step, x) for x in (s.cooldown, s.cooldown_others or s.cooldown))
-        optimizer.step(scale, momentum_at(s, step), others)
+        scale = lr_scale(s, stages, step)
+        optimizer.step(scale, momentum_at(s, step), lr_scale(s, stages, step, s.cooldown_others))
         losses.append(step_loss)
         step += 1
 
