@@ -734,8 +734,9 @@ def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
     rows, kinds, inputs_BT = [], [], inputs_BT.long()
     hashed = inputs_BT * NGRAM_FACTORS[0]
     for n in (1, 2):
-        hashed = hashed ^ F.pad(inputs_BT[:, :-n], (n, 0)) * NGRAM_FACTORS[n]
-        inside = F.pad(docs_BT[:, n:] == docs_BT[:, :-n], (n, 0))
+        inside = F.pad(docs_BT, (n, 0), value=-1)[:, :-n] == docs_BT
+        before = F.pad(inputs_BT, (n, 0))[:, :-n] * inside  # signs must not know it either
+        hashed = hashed ^ before * NGRAM_FACTORS[n]
         rows.append((hashed // NGRAM_SIGNS % (half - 1)).where(inside, half - 1) + (n - 1) * half)
         kinds.append(hashed % NGRAM_SIGNS)
     return torch.stack(rows).flatten(1), torch.stack(kinds).flatten(1)
