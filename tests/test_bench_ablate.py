@@ -407,8 +407,8 @@ def test_real_sweep_on_bytes_of_a_local_text(tmp_path, capsys):
     assert made.returncode == 0, made.stderr
     out = tmp_path / "out"
     shared = ["--data", str(tmp_path / "books"), "--out", str(out), "--quick"]
-    small = ["--", "--num-layers", "2", "--width", "32", "--head-dim", "16", "--value-embeds", "1", "--iterations", "12",
-             "--batch-tokens", "512,1024,1536", "--eval-tokens", "512"]
+    small = ["--", "--num-layers", "2", "--width", "32", "--head-dim", "16", "--value-embeds", "1", "--iterations",
+             "12", "--batch-tokens", "512,1024,1536", "--eval-tokens", "512"]
     assert ablate.main([*shared, "--only", "normuon,ngrams", "--seeds", "2", *small]) == 0, capsys.readouterr().err
     runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     assert [(run["seed"], run["technique"], run["length"]) for run in runs] == [
