@@ -57,7 +57,7 @@ PROXIES = {
         --window 64,96,128 --window-start 32 --window-step 32 --eval-seq-len 256 --mtp 2,1,0
         --softcap 23,5,7.5 --paired --key-offset --xsa --skip single --backout
         --muon-lr 0.06 --momentum-warmup 30 --momentum-cooldown 20 --iterations 200 --eval-tokens 65536""",
-        (0.6, 1, 1.6), (0.45, 0.7, 1), 60,
+        (0.7, 1, 1.4), (0.6, 0.8, 1), 50,
         dict(
             floor="--lr-floor 0.3",
             tail="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps}",
@@ -74,8 +74,8 @@ PROXIES = {
     "tokens": Proxy("""
         --num-layers 4 --width 64 --head-dim 32 --value-embeds 1 --batch-tokens 2048 --micro-tokens 1024
         --seq-len 1024 --max-doc-len 1024 --window 512 --window-start 128 --window-step 64
-        --muon-lr 0.03 --adam-lr 0.004 --iterations 160 --eval-tokens 16384""",
-        (0.4, 0.7, 1, 1.4), (0.3, 0.45, 0.65, 1), 130,
+        --muon-lr 0.03 --adam-lr 0.008 --iterations 96 --eval-tokens 16384""",
+        (0.45, 1, 1.3), (0.4, 0.6, 1), 90,
         dict(
             floor="--lr-floor 0.3",
             tail="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps}",
