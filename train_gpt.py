@@ -739,7 +739,7 @@ def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, ga
     fixed permutation from `turn` on; and the place of each class among them, IGNORE for those left out. The loss is
     that of fewer classes, without a correction: below the full one by -log of their probability."""
     label = torch.arange(vocab_size + gate, device=targets.device)
-    rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -1)
+    rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
     rank = rank.index_fill(0, targets.flatten().long().clamp_min(0), -1)
     classes = rank.topk(count, largest=False, sorted=False).indices.sort().values
     place = torch.full_like(label, IGNORE).scatter(0, classes, label[:count])
