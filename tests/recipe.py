@@ -1,0 +1,127 @@
+"""What the tests of the recipe of 2026 share (tail average, sampled softmax, n-gram table, pointer): a tiny model with
+all weights random, batches, steps of the optimizer, and runs of both scripts on several processes."""
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from helpers import flags
+from ranks import free_port, settings
+
+import train_gpt as tg
+
+IGNORE = tg.IGNORE
+
+
+def tiny_settings(**changes) -> tg.Settings:
+    """Settings of the 3-layer model of ranks.py; rows of 16 tokens. Single values of staged settings may be bare."""
+    staged = (*tg.staged_settings(), "stage_ends")
+    return settings(**{k: (v,) if k in staged and not isinstance(v, tuple) else v for k, v in changes.items()})
+
+
+def random_model(s: tg.Settings, vocab_size: int = 50, std: float = 0.3, seed: int = 1) -> tg.GPT:
+    """A model whose every parameter is random, those that start at zero, too."""
+    model, random = tg.GPT(s, vocab_size), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=std, generator=random)
+    return model
+
+
+def random_batch(rows: int = 2, length: int = 16, vocab_size: int = 50, seed: int = 0) -> torch.Tensor:
+    """(3, rows, T) int32: inputs, targets, document numbers; three documents a row, of other lengths in each."""
+    random = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (rows, length + 1), generator=random, dtype=torch.int32)
+    starts = torch.rand(rows, length, generator=random).topk(2).indices
+    docs = torch.zeros(rows, length, dtype=torch.int32).scatter(1, starts, 1).cumsum(1, dtype=torch.int32)
+    return torch.stack([tokens[:, :-1], tokens[:, 1:], docs])
+
+
+def int_tensor(value: int, dtype=torch.int32) -> torch.Tensor:
+    return torch.tensor(value, dtype=dtype)
+
+
+def losses(model: tg.GPT, batch, mtp: int = 0, turn: int | None = None, window: int = 8) -> torch.Tensor:
+    """Summed losses of the next and of `mtp` further tokens, as the training computes them; without a turn the full."""
+    inputs, targets, docs = batch
+    found = None if model.ngrams is None else model.ngrams(inputs, docs)
+    turn = None if turn is None else int_tensor(turn, torch.int64)
+    return model(inputs, tg.future_targets(targets, docs, mtp), docs, int_tensor(window), turn, found)
+
+
+def only(batch: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """The batch with a loss at some positions only."""
+    inputs, targets, docs = batch
+    return torch.stack([inputs, targets.where(keep, IGNORE), docs])
+
+
+def stream(model: tg.GPT, batch, window: int = 8) -> torch.Tensor:
+    """What the head reads: the normed stream after the last layer, (B, T, D)."""
+    inputs, _, docs = batch
+    found = None if model.ngrams is None else model.ngrams(inputs, docs)
+    return tg.norm(model.trunk(inputs, docs, int_tensor(window), found))
+
+
+def cap(logits: torch.Tensor, s: tg.Settings) -> torch.Tensor:
+    """a * sigmoid((logit + b) / c), spelled out."""
+    a, b, c = s.softcap
+    return a * torch.sigmoid((logits + b) / c) if a else logits
+
+
+# --- whole runs
+
+
+def run_processes(size: int, argv: list, script: str = "train_gpt", before: str = "", timeout: int = 99) -> list[int]:
+    """Exit codes of SCRIPT's main on `size` processes, joined as torchrun would: forked from a server that has imported
+    torch, so that a process costs less than a second. `before`: a name of this module, called first in each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed"])
+    port, folder = free_port(), Path(tempfile.mkdtemp())
+    processes = [context.Process(target=_process, args=(script, rank, size, port, list(map(str, argv)), folder, before))
+                 for rank in range(size)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.1, deadline - time.monotonic()))
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    told = "\n".join(path.read_text() for path in sorted(folder.iterdir()))
+    assert all(process.exitcode is not None and process.exitcode >= 0 for process in processes), told
+    codes = [process.exitcode for process in processes]
+    assert not any(codes) or before, f"exit codes {codes}\n{told}"
+    return codes
+
+
+def _process(script: str, rank: int, size: int, port: int, argv: list[str], folder: Path, before: str):
+    out = (folder / f"out_{rank}").open("w", buffering=1)
+    os.dup2(out.fileno(), 1)
+    os.dup2(out.fileno(), 2)
+    sys.stdout = sys.stderr = out
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)
+    if size > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
+    module = importlib.import_module(script)
+    if before:
+        globals()[before](module, rank)
+    os._exit(module.main(argv))
+
+
+def run_flags(folder: Path, logs: Path, **changes) -> list[str]:
+    """Command line of a run of 8 steps of 8 rows of 32 tokens, which 4 processes can share."""
+    given = dict(
+        data=folder, log_dir=logs, experiment_name="x", preset="cpu", device="cpu", dtype="fp32", compile=False,
+        threads=1, num_layers=2, width=32, head_dim=16, value_embeds=1, seq_len=32, max_doc_len=32, batch_tokens=256,
+        micro_tokens=64, window=32, window_start=16, window_step=8, iterations=8, eval_every=4, eval_tokens=300,
+        momentum_warmup=4, momentum_cooldown=2, muon_lr=0.02, adam_lr=0.002, log_every=1, save_every=0)
+    return flags(**{**given, **changes})
