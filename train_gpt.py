@@ -726,8 +726,8 @@ def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
     rows, kinds = [], []
     row_hash, sign_hash = (inputs_BT * factors[0] for factors in NGRAM_FACTORS)
     for n in (1, 2):
-        before = F.pad(inputs_BT[:, :-n], (n, 0))
         inside = F.pad(docs_BT[:, n:] == docs_BT[:, :-n], (n, 0))
+        before = F.pad(inputs_BT[:, :-n], (n, 0)) * inside
         row_hash, sign_hash = (
             h ^ (before * factors[n]) for h, factors in zip((row_hash, sign_hash), NGRAM_FACTORS, strict=True))
         rows.append((row_hash % (half - 1)).where(inside, half - 1) + (n - 1) * half)
