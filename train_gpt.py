@@ -1568,6 +1568,9 @@ def train(run: Run):
             run.save(step, optimizer)
         if run.validation_due(step):
             validate()
+    if s.tail and step < s.iterations and run.status == "target":
+        optimizer.blend()  # what reached it is what counts
+        run.saved_step = 0  # a checkpoint of this step has other weights
     run.finish(step, optimizer)
 
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
