@@ -8,11 +8,12 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
 from helpers import flags
-from ranks import free_port, settings
+from ranks import PRELOADED, free_port, settings
 
 import train_gpt as tg
 
@@ -77,44 +78,42 @@ def cap(logits: torch.Tensor, s: tg.Settings) -> torch.Tensor:
 # --- whole runs
 
 
-def run_processes(size: int, argv: list, script: str = "train_gpt", before: str = "", timeout: int = 99) -> list[int]:
-    """Exit codes of SCRIPT's main on `size` processes, joined as torchrun would: forked from a server that has imported
-    torch, so that a process costs less than a second. `before`: a name of this module, called first in each."""
+def run_processes(size: int, argv: list, script: str = "train_gpt", timeout: float = 100):
+    """A script's main on `size` processes, joined as by torchrun; raises what they print if one fails. They are forked
+    from a server that has imported torch, so that each costs less than a second."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(PRELOADED)
     port, folder = free_port(), Path(tempfile.mkdtemp())
-    processes = [context.Process(target=_process, args=(script, rank, size, port, list(map(str, argv)), folder, before))
-                 for rank in range(size)]
+    processes = [context.Process(target=_process, args=(script, rank, size, port, list(map(str, argv)), folder),
+                                 daemon=True) for rank in range(size)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout
+    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
     for process in processes:
-        process.join(max(0.1, deadline - time.monotonic()))
-    for process in processes:
-        if process.exitcode is None:
+        if process.is_alive():
             process.kill()
-            process.join()
+        process.join()
     told = "\n".join(path.read_text() for path in sorted(folder.iterdir()))
-    assert all(process.exitcode is not None and process.exitcode >= 0 for process in processes), told
-    codes = [process.exitcode for process in processes]
-    assert not any(codes) or before, f"exit codes {codes}\n{told}"
-    return codes
+    assert not any(p.exitcode for p in processes), f"exit codes {[p.exitcode for p in processes]}\n{told}"
 
 
-def _process(script: str, rank: int, size: int, port: int, argv: list[str], folder: Path, before: str):
-    out = (folder / f"out_{rank}").open("w", buffering=1)
-    os.dup2(out.fileno(), 1)
-    os.dup2(out.fileno(), 2)
-    sys.stdout = sys.stderr = out
+def _process(script: str, rank: int, size: int, port: int, argv: list[str], folder: Path):
+    sys.stdout = sys.stderr = (folder / f"out_{rank}").open("w", buffering=1)
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     torch.set_num_threads(1)
     if size > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in names.items()}
-    module = importlib.import_module(script)
-    if before:
-        globals()[before](module, rank)
-    os._exit(module.main(argv))
+    try:
+        code = importlib.import_module(script).main(argv)
+    except BaseException:  # noqa: BLE001 - run_processes raises it
+        traceback.print_exc()
+        code = 1
+    os._exit(code)
 
 
 def run_flags(folder: Path, logs: Path, **changes) -> list[str]:
