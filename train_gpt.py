@@ -84,6 +84,7 @@ class Hyperparameters:
     num_layers: int = 12  # transformer layers [>0]
     width: int = 768  # model_dim: size of the residual stream [>0]
     head_dim: int = 128  # size of a head; num_heads = width / head_dim [>0]
+    qk_dim: int = 0  # its queries' and keys', but in L layers (92); 0: head_dim [>=0]
     mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
     attention: str = "auto"  # by layer: L long window, S short, P short, paired, - none
     paired: bool = True  # auto attention has P layers: queries see two heads' keys (58)
@@ -116,7 +117,7 @@ class Hyperparameters:
     candidates: ints = (0,)  # classes in the loss of a row; 0: all (92) [>=0; per stage]
     stage_lr: floats = (1.0,)  # factor on all learning rates [>0; per stage]
     candidate_rows: int = 1  # rows of a step that share their candidates [>0]
-    ngram_every: int = 1  # steps whose gradients of n-grams make one update [>0; with ngram_rows]
+    ngram_every: int = 1  # steps whose gradients make one update of n-grams [>0; with ngram_rows]
     window_start: int = 128  # long window at step 0, tokens, grows; 0: no growth [>=0]
     window_step: int = 128  # windows are rounded up to a multiple of this, tokens [>0]
     # --- optimizer
@@ -138,9 +139,11 @@ class Hyperparameters:
     schedule: str = "linear"  # shape of the cool-down: linear, or 1 - sqrt [linear|wsd]
     warmup_steps: int = 0  # steps over which the learning rates rise [>=0]
     cooldown: float = 0.45  # last fraction of the iterations, in which they fall [0..1]
+    cooldown_others: float = 0.0  # of all but the hidden matrices; 0: the same [0..1]
+    extension: int = 0  # last steps, after the cool-down, at the lowest rate (92) [>=0]
     lr_floor: float = 0.1  # learning rate at the end / its peak [0..1]
     tail: float = 0.0  # share of the last weights' average in the final ones (92); 0 off [0..1]
-    tail_steps: int = 128  # its time constant, steps; it begins two before the end [>0; with tail]
+    tail_steps: int = 128  # its time constant; it covers the last two of them [>0; with tail]
 
     @property
     def num_heads(self) -> int:
@@ -247,16 +250,19 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
                    "value tables, needs it")
     if len(s.softcap) != 3 or not s.softcap[2] or (not s.softcap[0] and s.softcap != (0, 0, 1)):
         bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
-    if s.ngram_rows and (s.ngram_rows < 4 or s.ngram_rows % 2):
-        bad.append(f"--ngram_rows {s.ngram_rows}: pairs and triples have half each: an even number from 4 on, or 0")
+    if s.qk_dim and (s.qk_dim % 4 or not s.head_dim / 2 <= s.qk_dim <= s.head_dim):
+        bad.append(f"--qk_dim {s.qk_dim}: a multiple of 4 from half of --head_dim {s.head_dim} up to it, or 0")
+    if s.ngram_rows and (s.ngram_rows < 4 or s.ngram_rows % math.lcm(2, world_size)):
+        bad.append(f"--ngram_rows {s.ngram_rows}: at least 4, a multiple of 2 and of the {world_size} processes, or 0")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
-    if s.warmup_steps >= s.iterations:
-        bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
+    for name in ("warmup_steps", "extension"):
+        if getattr(s, name) >= s.iterations:
+            bad.append(f"--{name} {getattr(s, name)} must be less than --iterations {s.iterations}")
     least, memory = least_memory(s, world_size) / 2**30, hardware.memory_gib
     if least > memory:
         bad.append(f"this needs more than {least:,.0f} GiB, {hardware.name} has {memory:.1f}: lower --width, "
-                   "--num_layers, --seq_len, --micro_tokens or --batch_tokens")
+                   "--num_layers, --ngram_rows, --seq_len, --micro_tokens or --batch_tokens")
     return bad + stage_errors(s, world_size)
 
 def least_memory(s: Settings, world_size: int) -> float:
@@ -401,9 +407,8 @@ GATE_DIM = 12  # dimensions of the residual stream that gates read (28)
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
 IGNORE = -1  # target that has no loss
 POINTER_BLOCK = 2048  # positions; copies come from the own block and the one before
+NGRAM_FACTORS = 2654435761, 2246822519, 3266489917  # primes, of a token and of the two before it
 NGRAM_SIGNS = 8192  # different vectors of signs
-NGRAM_FACTORS = (  # of a token, that before it and the one before that: of rows, of signs; primes
-    (2654435761, 2246822519, 3266489917), (668265263, 374761393, 2869860233))
 PERMUTATION = 20011  # label * this, modulo the vocabulary, is a permutation: a prime
 # Learned scalars of a layer and their initial values: weights of the residual stream, of the
 # embedding (added in again at every layer), of the skip connection, of the values, of the value
@@ -450,8 +455,10 @@ def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) ->
 
 def rotate(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
     """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of
-    their position, in fp32; the other half carries content regardless of position (17)."""
-    a, a_still, b, b_still = x_BTHK.chunk(4, dim=-1)
+    their position, in fp32; the other half carries content regardless of position (17). Of narrow
+    heads as many pairs are rotated, at most all."""
+    turned, still = cos.size(-1), x_BTHK.size(-1) // 2 - cos.size(-1)
+    a, a_still, b, b_still = x_BTHK.split((turned, still, turned, still), dim=-1)
     a, b = a.float(), b.float()
     turned_a = (a * cos + b * sin).type_as(x_BTHK)
     turned_b = (b * cos - a * sin).type_as(x_BTHK)
@@ -475,15 +482,19 @@ def uniform_matrix(*shape: int) -> Tensor:
 
 class Attention(nn.Module):
     """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate. Its matrices
-    have one shape, so that the optimizer can batch them; that of the output is transposed and starts at zero."""
+    have one shape, so that the optimizer can batch them, but for narrow queries and keys, which are apart; that of
+    the output is transposed and starts at zero."""
     def __init__(self, s: Settings, kind: str):
         super().__init__()
         self.num_heads, self.head_dim = s.num_heads, s.head_dim
         self.gated, self.value_gated = s.attn_gate, s.value_gate
-        self.scale, self.backend, self.options = s.softmax_scale, s.backend, flex_options(s.device)
+        self.backend, self.options = s.backend, flex_options(s.device)
         self.offset, self.paired, self.xsa = s.key_offset and kind == "L", kind == "P", s.xsa
-        qkv, out = uniform_matrix(3, s.width, s.width), torch.zeros(1, s.width, s.width)
-        self.qkvo = nn.Parameter(torch.cat((qkv, out)))
+        narrow = s.qk_dim if kind != "L" else 0
+        self.scale = s.softmax_scale * (1 if s.attn_scale else math.sqrt(s.head_dim / (narrow or s.head_dim)))
+        self.qk = nn.Parameter(uniform_matrix(2, s.num_heads * narrow, s.width)) if narrow else None
+        inner, out = uniform_matrix(1 if narrow else 3, s.width, s.width), torch.zeros(1, s.width, s.width)
+        self.qkvo = nn.Parameter(torch.cat((inner, out)))
 
     def forward(self, x_BTD, value_BTD, mask, at, scalars: dict, gates) -> Tensor:
         """`at`: rotary cos and sin, (T, 1, K / 4), and where the token before is of the same document."""
@@ -491,14 +502,17 @@ class Attention(nn.Module):
         q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
         y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(value_BTHK.shape)
         y = without_component(y, value_BTHK) if self.xsa else y
-        _, out = self.qkvo.split((3, 1))
+        _, out = self.qkvo.split((len(self.qkvo) - 1, 1))
         return (y if gate is None else y * gate).flatten(2) @ out[0]
 
     def project(self, x_BTD, value_BTD, at, scalars: dict, gates) -> tuple:
         """q, k, v of each position, (B, T, H, K), and for its output v again and its gate, (B, T, H, 1)."""
-        qkv, _ = self.qkvo.split((3, 1))
-        heads = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3 * self.num_heads, self.head_dim))
-        qk, v = heads.split((2 * self.num_heads, self.num_heads), dim=2)
+        inner, _ = self.qkvo.split((len(self.qkvo) - 1, 1))
+        v = F.linear(x_BTD, inner.flatten(0, 1)).unflatten(-1, (-1, self.head_dim))
+        if self.qk is None:
+            qk, v = v.split((2 * self.num_heads, self.num_heads), dim=2)
+        else:
+            qk = F.linear(x_BTD, self.qk.flatten(0, 1)).unflatten(-1, (2 * self.num_heads, -1))
         cos, sin, follows_BT11 = at
         q, k = (rotate(x, cos, sin) for x in norm(qk).chunk(2, dim=2))
         k = self.offset_keys(k, follows_BT11)
@@ -552,7 +566,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The language model, built in fp32 on the CPU from the seed alone; the optimizer casts it."""
-    def __init__(self, s: Settings, vocab_size: int, world_size: int = 1):
+    def __init__(self, s: Settings, vocab_size: int, world: World | None = None):
         super().__init__()
         torch.manual_seed(s.seed)
         self.layers, self.window_step, self.flex = layer_table(s), s.window_step, s.backend == "flex"
@@ -562,8 +576,7 @@ class GPT(nn.Module):
         self.value_embeds = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeds))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, its weight
         self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
-        ngrams = s.ngram_rows, s.width, s.num_layers, world_size
-        self.ngrams = Ngrams(*ngrams) if s.ngram_rows else None
+        self.ngrams = Ngrams(s, world or World()) if s.ngram_rows else None
         gates = torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM)  # of outputs, of value embeddings
         gated = s.attn_gate or (s.value_embeds and s.value_gate)
         self.gates = nn.Parameter(gates) if gated else None
@@ -575,14 +588,19 @@ class GPT(nn.Module):
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
         self.candidates, self.candidate_rows = 0, s.candidate_rows
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
-        saturated = torch.zeros((), dtype=torch.int64)  # values that FP8 clipped
-        for name, buffer in dict(cos=cos, sin=sin, saturated=saturated).items():
+        saturated, left_out = torch.zeros(2, dtype=torch.int64)  # values that FP8 clipped, targets without a loss
+        for name, buffer in dict(cos=cos, sin=sin, saturated=saturated, left_out=left_out).items():
             self.register_buffer(name, buffer, persistent=False)
 
-    def forward(self, inputs_BT, targets_KBT, docs_BT, window: Tensor, turn=None, found_BTD=None) -> Tensor:
+    def forward(self, inputs_BT, targets_KBT, docs_BT, window: Tensor, turn=None) -> Tensor:
         """Cross-entropies with the targets k of `future_targets`, each summed over those not IGNORE, in nats, (K,)
         fp32. `window`: int32 0-D tensor, tokens of the long window; document numbers rise along a row; `turn`: int64
-        0-D tensor, of candidate_set, without which all classes count; found: what `ngrams` finds."""
+        0-D tensor, of candidate_set, without which all classes count."""
+        found_BTD = None if self.ngrams is None else self.ngrams(inputs_BT, docs_BT)
+        return self.calculate(inputs_BT, targets_KBT, docs_BT, window, turn, found_BTD)
+
+    def calculate(self, inputs_BT, targets_KBT, docs_BT, window: Tensor, turn, found_BTD) -> Tensor:
+        """As `forward`, with the vectors that `ngrams` found: what can be one graph."""
         x_BTD = norm(self.trunk(inputs_BT, docs_BT, window, found_BTD))
         copies = None if self.pointer is None else self.pointer(x_BTD, inputs_BT, targets_KBT[0], docs_BT)
         return self.losses(x_BTD, targets_KBT, turn, copies)
@@ -630,24 +648,25 @@ class GPT(nn.Module):
         return cap_logits(F.linear(norm(x_BTD), self.lm_head), self.cap)
 
     def losses(self, x_BTD, targets_KBT, turn=None, copies=None) -> Tensor:
-        """As `forward`, of the normed stream; copies: what the pointer says of each token."""
-        if not self.candidates or turn is None:
+        """As `forward`, of the normed stream; copies: what the pointer says of each token. Every candidate_rows rows
+        have classes of their own; targets that find no place among them have no loss and are counted."""
+        if turn is None or not 0 < self.candidates < self.vocab_size:
             return self.class_losses(x_BTD, targets_KBT, self.lm_head, self.vocab_size, copies)
-        losses, rows = [], self.candidate_rows
-        for start in range(0, len(x_BTD), rows):
-            part = slice(start, start + rows)
-            first = turn + len(losses) * (self.candidates + 1)
-            classes, place = candidate_set(
-                targets_KBT[:, part], first, self.candidates, self.vocab_size, self.pointer is not None)
-            among = place[targets_KBT[:, part].long().clamp_min(0)].where(targets_KBT[:, part] != IGNORE, IGNORE)
-            weight, some = F.embedding(classes, self.lm_head), copies and [x[part] for x in copies]
-            gate = None if copies is None else place[self.vocab_size]
-            losses.append(self.class_losses(x_BTD[part], among, weight, gate, some))
+        losses, gated = [], copies is not None
+        for start in range(0, len(x_BTD), self.candidate_rows):
+            part = slice(start, start + self.candidate_rows)
+            targets = targets_KBT[:, part].long()
+            classes, place = candidate_set(targets, turn, self.candidates, self.vocab_size, gated)
+            among = place[targets.clamp_min(0)].where(targets != IGNORE, IGNORE)
+            self.left_out += ((among == IGNORE) & (targets != IGNORE)).sum()
+            weight, gate, own = F.embedding(classes, self.lm_head), place[-1], copies and [x[part] for x in copies]
+            losses.append(self.class_losses(x_BTD[part], among, weight, gate, own))
+            turn = turn + self.candidates + 1  # odd, so that no class is always missed
         return sum(losses)
 
     def class_losses(self, x_BTD, targets_KBT, weight_VD, gate, copies) -> Tensor:
-        """Summed cross-entropies, (K,), among the classes with these rows of the head. The first one is that of a mixture
-        with copies, by the probability of the class `gate`, which is no token."""
+        """Summed cross-entropies, (K,), among the classes with these rows of the head. The first one is that of a
+        mixture with copies, by the probability of the class `gate`, which is no token."""
         fp8 = self.fp8_head and torch.is_grad_enabled()  # evaluation is exact
         x_ND, targets_KN = x_BTD.flatten(0, 1), targets_KBT.flatten(1)
         if copies is not None:
@@ -658,81 +677,104 @@ class GPT(nn.Module):
             self.saturated += saturated
         if copies is None:
             return losses
-        *losses, gate_N = losses
-        copied, nothing = (x.flatten() for x in copies)
-        losses[0] = copy_losses(losses[0], gate_N, copied, nothing) * (targets_KN[0] != IGNORE)
-        return torch.stack([loss.sum() for loss in losses])
+        mixed_N = copy_losses(losses[0], losses[-1], *(x.flatten() for x in copies))
+        mixed_N = mixed_N.where(targets_KN[0] != IGNORE, 0.0)
+        return torch.stack([loss_N.sum() for loss_N in (mixed_N, *losses[1:-1])])
 
 class Pointer(nn.Module):
-    """Attention whose values are tokens: where in the document what comes next was seen before (379; Merity et al. 2016,
-    arXiv 1609.07843). Queries see strictly earlier positions of their own block and the one before, and a
-    sink that copies nothing."""
+    """Attention whose values are tokens: where in the document what comes next was seen before (379; Merity et al.
+    2016, arXiv 1609.07843). A query sees strictly earlier positions of its block and of the one before, and a sink
+    that copies nothing."""
     def __init__(self, width: int, size: int):
         super().__init__()
         self.qk = nn.Parameter(uniform_matrix(2 * size, width))
-        self.small = nn.Parameter(torch.cat((torch.ones(1, size), torch.zeros(1, size))))  # gain, sink
+        self.small = nn.Parameter(torch.stack((torch.ones(size), torch.zeros(size))))  # gain, sink
 
     def forward(self, x_BTD, inputs_BT, targets_BT, docs_BT) -> tuple[Tensor, Tensor]:
         """The attention on the target, and on the sink, each (B, T), fp32."""
         q_BTK, k_BTK = F.linear(x_BTD, self.qk).float().chunk(2, dim=-1)
         gain, sink = self.small.float()
-        q_BTK, k_BTK = norm(q_BTK) * gain * q_BTK.size(-1) ** -0.5, norm(k_BTK)
-        copied, nothing = [], []
-        for start in range(0, q_BTK.size(1), POINTER_BLOCK):
-            own, seen = slice(start, start + POINTER_BLOCK), slice(max(0, start - POINTER_BLOCK), start + POINTER_BLOCK)
-            scores = q_BTK[:, own] @ k_BTK[:, seen].mT
-            position = torch.arange(q_BTK.size(1), device=x_BTD.device)
+        q_BTK, k_BTK = norm(q_BTK) * gain * len(gain) ** -0.5, norm(k_BTK)
+        position, parts = torch.arange(q_BTK.size(1), device=x_BTD.device), []
+        for start in range(0, len(position), POINTER_BLOCK):
+            end = start + POINTER_BLOCK
+            own, seen = slice(start, end), slice(max(0, start - POINTER_BLOCK), end)
             mask = (position[own, None] > position[seen]) & (docs_BT[:, own, None] == docs_BT[:, None, seen])
-            scores = scores.masked_fill(~mask, -math.inf)
-            share = torch.cat((scores, q_BTK[:, own] @ sink[:, None]), dim=-1).softmax(dim=-1)
-            hit = inputs_BT[:, None, seen] == targets_BT[:, own, None]
-            copied.append((share[..., :-1] * hit).sum(-1))
-            nothing.append(share[..., -1])
-        return torch.cat(copied, dim=1), torch.cat(nothing, dim=1)
+            scores = (q_BTK[:, own] @ k_BTK[:, seen].mT).masked_fill(~mask, -math.inf)
+            shares = torch.cat((scores, q_BTK[:, own] @ sink[:, None]), dim=-1).softmax(dim=-1)
+            hits = inputs_BT[:, None, seen] == targets_BT[:, own, None]
+            parts.append(((shares[..., :-1] * hits).sum(-1), shares[..., -1]))
+        copied, nothing = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return copied, nothing
 
 def copy_losses(loss_N, gate_N, copied_N, nothing_N) -> Tensor:
-    """-log of p' (1 - alpha (1 - nothing)) + alpha copied: p' is the model's without the gate, exp(-loss) / (1 - alpha),
-    alpha the gate's, exp(-gate)."""
+    """-log(p (1 - alpha (1 - nothing)) + alpha copied), with alpha = exp(-gate) and the model's probability
+    without the gate, p = exp(-loss) / (1 - alpha)."""
     model, alpha = (-loss_N).exp(), (-gate_N).exp()
     return -torch.log(model * (1 + alpha * nothing_N / (1 - alpha)) + alpha * copied_N)
 
 class Ngrams(nn.Module):
-    """Vectors of hashed pairs and triples of tokens, half of the rows each (62, 92). Pairs that share a row mostly differ
-    in its signs. Each layer adds them to the stream with a learned weight. In training the optimizer finds the rows,
-    perhaps on other ranks, and their gradient is that of what was found (NgramBank)."""
-    def __init__(self, rows: int, width: int, layers: int, world_size: int):
+    """Vectors of hashed pairs and triples of tokens, half of the rows each (62, 92); what shares a row mostly differs
+    in its signs. Each layer adds them to the stream with a learned weight. In training a process owns a share of the
+    rows and serves them for the tokens of all: what is exchanged follows the tokens, not the rows."""
+    def __init__(self, s: Settings, world: World):
         super().__init__()
-        self.table = nn.Parameter(torch.zeros(-(-rows // world_size), width))  # this rank's
-        self.weight = nn.Parameter(torch.full((layers,), 0.05))
-        signs = torch.randint(2, (NGRAM_SIGNS, width), generator=torch.Generator().manual_seed(0))
-        self.register_buffer("signs", 2.0 * signs - 1, persistent=False)
-        self.half, self.collect = rows // 2, None
-        self.look_up = lambda numbers: self.table[numbers]
+        self.world, self.half, self.take = world, s.ngram_rows // 2, None
+        self.table = nn.Parameter(torch.zeros(s.ngram_rows // world.size, s.width, dtype=s.torch_dtype))
+        self.weight = nn.Parameter(torch.full((s.num_layers,), 0.05))
+        signs = torch.randint(2, (NGRAM_SIGNS, s.width), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("signs", (2 * signs - 1).to(s.torch_dtype), persistent=False)
 
+    @torch.no_grad()
     def forward(self, inputs_BT, docs_BT) -> Tensor:
-        """The two vectors of each token, summed, (B, T, D); a leaf, whose gradient goes to the rows."""
-        with torch.no_grad():
-            rows, kinds = ngram_rows(inputs_BT.long(), docs_BT, self.half)
-            signs = self.signs.type_as(self.table)[kinds]
-            found = (self.look_up(rows.flatten()).view_as(signs) * signs).sum(0)
-        if torch.is_grad_enabled():
-            found.requires_grad_().register_post_accumulate_grad_hook(
-                lambda leaf: self.collect(rows.flatten(), (leaf.grad * signs).flatten(0, 2)))
+        """The two vectors of each token, summed, (B, T, D): a leaf, whose gradient goes to the rows' owners."""
+        world, first = self.world, self.world.rank * len(self.table)
+        rows, kinds = ngram_rows(gathered(world, inputs_BT), gathered(world, docs_BT), self.half)
+        order, token = (rows // len(self.table) == world.rank).nonzero(as_tuple=True)
+        row, kind = rows[order, token] - first, kinds[order, token]
+        found = self.table.new_zeros(rows.size(1), self.table.size(1))
+        found = scattered(world, found.index_add_(0, token, self.table[row] * self.signs[kind]))
+
+        def hand_over(leaf: Tensor):
+            grads = gathered(world, leaf.grad.flatten(0, 1))[token] * self.signs[kind]
+            self.take(row_sums(row, grads.float(), len(self.table)))
+
+        found = found.view(*inputs_BT.shape, -1)
+        if self.take:
+            found.requires_grad_().register_post_accumulate_grad_hook(hand_over)
         return found
 
 def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
-    """Rows of the pair and of the triple that end at each token, and which signs they have, (2, B, T) each. The last
+    """Rows of the pair and of the triple that end at each token, and which signs they have, (2, B * T) each. The last
     row of each half is for tokens whose document begins too late."""
-    rows, kinds = [], []
-    row_hash, sign_hash = (inputs_BT * factors[0] for factors in NGRAM_FACTORS)
+    rows, kinds, inputs_BT = [], [], inputs_BT.long()
+    hashed = inputs_BT * NGRAM_FACTORS[0]
     for n in (1, 2):
         inside = F.pad(docs_BT[:, n:] == docs_BT[:, :-n], (n, 0))
-        before = F.pad(inputs_BT[:, :-n], (n, 0)) * inside
-        row_hash, sign_hash = (
-            h ^ (before * factors[n]) for h, factors in zip((row_hash, sign_hash), NGRAM_FACTORS, strict=True))
-        rows.append((row_hash % (half - 1)).where(inside, half - 1) + (n - 1) * half)
-        kinds.append((sign_hash >> 13) % NGRAM_SIGNS)
-    return torch.stack(rows), torch.stack(kinds)
+        hashed = hashed ^ F.pad(inputs_BT[:, :-n], (n, 0)) * inside * NGRAM_FACTORS[n]
+        rows.append((hashed // NGRAM_SIGNS % (half - 1)).where(inside, half - 1) + (n - 1) * half)
+        kinds.append(hashed % NGRAM_SIGNS)
+    return torch.stack(rows).flatten(1), torch.stack(kinds).flatten(1)
+
+def row_sums(ids: Tensor, values: Tensor, size: int) -> Tensor:
+    """The sum of each row's values, as a sparse tensor, (size, D)."""
+    return torch.sparse_coo_tensor(ids[None], values, (size, values.size(1)), check_invariants=False)
+
+def gathered(world: World, x: Tensor) -> Tensor:
+    """x of all ranks, one after the other along the first axis. Collective."""
+    if world.size == 1:
+        return x
+    whole = x.new_empty(world.size * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous())
+    return whole
+
+def scattered(world: World, x: Tensor) -> Tensor:
+    """The rank-th part of x, summed over all ranks. Collective."""
+    if world.size == 1:
+        return x
+    part = x.new_empty(len(x) // world.size, *x.shape[1:])
+    dist.reduce_scatter_tensor(part, x)
+    return part
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple[Tensor, Tensor]:
     """The classes of a sampled softmax (92), in order: the targets, the gate, and as many others as are missing, by a
@@ -740,8 +782,8 @@ def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, ga
     that of fewer classes, without a correction: below the full one by -log of their probability."""
     label = torch.arange(vocab_size + gate, device=targets.device)
     rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
-    rank = rank.index_fill(0, targets.flatten().long().clamp_min(0), -1)
-    classes = rank.topk(count, largest=False, sorted=False).indices.sort().values
+    rank = rank.index_fill(0, targets.flatten().clamp_min(0), -1)
+    classes = rank.argsort(stable=True)[:count].sort().values
     place = torch.full_like(label, IGNORE).scatter(0, classes, label[:count])
     return classes, place
 
@@ -754,25 +796,35 @@ def future_targets(targets_BT, docs_BT, count: int) -> Tensor:
     return torch.stack(rows)
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Number of parameters by kind; `matmul`: that multiply a token (for FLOPs), `active`: it meets."""
-    kinds = {"embed": "embedding", "value_embeds": "embedding", "blocks": "hidden", "lm_head": "head"}
-    counts = dict.fromkeys(("hidden", "embedding", "head", "small"), 0)
+    """Number of parameters by kind; `matmul`: that multiply a token (for FLOPs), `active`: it meets, of n-grams two."""
+    kinds = {
+        "embed": "embedding", "value_embeds": "embedding", "ngrams": "embedding", "blocks": "hidden",
+        "pointer": "hidden", "lm_head": "head"}
+    counts, idle = dict.fromkeys(("hidden", "embedding", "head", "small"), 0), 0
     for name, p in model.named_parameters():
-        counts[kinds.get(name.split(".")[0], "small")] += p.numel()
+        size = p.numel()
+        if name == "ngrams.table":
+            size = 2 * model.ngrams.half * p.size(1)  # of all processes
+            idle = size - 2 * p.size(1)
+        counts[kinds.get(name.split(".")[0], "small")] += size
     total = sum(counts.values())
-    return {"total": total, "active": total, **counts, "matmul": counts["hidden"] + counts["head"]}
+    return {"total": total, "active": total - idle, **counts, "matmul": counts["hidden"] + counts["head"]}
 
 def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
     """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer
-    (q.k and weighted sum, 2 each, times 3): the mean of a causal row, cut at the final window and max_doc_len."""
+    (q.k and weighted sum, 2 each, times 3): the mean of a causal row, cut at the final window and max_doc_len. Less for
+    narrow q and k, and for a head of few candidates; the pointer adds its scores."""
     length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
     long = math.ceil(stage.window / s.window_step) * s.window_step
     short = min(short_window(long, s.window_step), long)
     for layer in layer_table(s):
         window = min({"L": long, "-": 0}.get(layer.attention, short), length)
-        keys += (window - window * (window - 1) / (2 * length)) * (2 if layer.attention == "P" else 1)
-    left_out = max(0, counts["head"] - stage.candidates * s.width) if stage.candidates else 0
-    return 6.0 * (counts["matmul"] - left_out) + 12.0 * s.width * keys
+        share = 1.0 if layer.attention == "L" or not s.qk_dim else (1 + s.qk_dim / s.head_dim) / 2
+        share *= 2 if layer.attention == "P" else 1
+        keys += (window - window * (window - 1) / (2 * length)) * share
+    left_out = max(0, counts["head"] - (stage.candidates or math.inf) * s.width)
+    pointer = 6.0 * s.pointer * min(length, 3 * POINTER_BLOCK) / 2
+    return 6.0 * (counts["matmul"] - left_out) + 12.0 * s.width * keys + pointer
 
 # Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first counts.
 PEAK_FLOPS = {
@@ -795,16 +847,17 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     return tokens * ((17 if s.compile else 34) * size * s.num_layers * s.width + scores)
 
 def expected_memory(s: Settings, vocab_size: int, optimizer: MuonAdamW, total: int) -> float:
-    """Bytes per process, a rough estimate: weights (`total`), own masters and moments, gradients, and of
-    a micro-step the activations and the logits (three times in fp32, or twice in bf16)."""
+    """Bytes per process, a rough estimate: weights (`total`), own masters and moments, gradients, of a micro-step the
+    activations, the logits (three times in fp32, or twice in bf16) and the pointer's scores (twice), and n-grams."""
     size, world = s.torch_dtype.itemsize, optimizer.world.size
+    rows = s.ngram_rows * s.width
     tokens, t = max((t.micro_rows(s, world) * t.seq_len, t) for t in stage_table(s))
     states = [x for bank in optimizer.banks for x in [*bank.state.values(), bank.grad]]
-    rows = sum(x.numel() * x.element_size() for bank in optimizer.ngrams for x in bank.state.values())
-    sums = 4 * (total - s.ngram_rows * s.width) if tokens * world < t.batch_tokens else 0
+    sums = 4 * (total - rows) if tokens * world < t.batch_tokens else 0
     logits = (4 if "loss" in s.kernels else 12) * vocab_size * tokens
-    weights = sum(4 * x.numel() for x in states) + 2 * size * (total - s.ngram_rows * s.width)
-    return weights + rows + sums + logits + activation_bytes(s, tokens, t.seq_len)
+    scores = 8 * 2 * POINTER_BLOCK * tokens * bool(s.pointer)
+    weights = sum(4 * x.numel() for x in states) + 2 * size * (total - rows) + size * rows / world
+    return weights + sums + logits + scores + activation_bytes(s, tokens, t.seq_len)
 
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
 # One class for one rank or many. Each gradient is packed, freed and reduced into the shard of the
@@ -817,7 +870,7 @@ FP32_PARAMETERS = ("scalars",)  # names of parameters that are not rounded to bf
 class Rule(NamedTuple):
     """One row of the parameter table."""
     pattern: str  # of the parameter names, a full match
-    kind: str  # muon or adamw
+    kind: str  # muon or adamw; rows: NgramBank's
     lr: float  # peak learning rate
     betas: tuple[float, float]  # of adamw; of muon: unused, NorMuon's
     weight_decay: float  # per unit of the peak learning rate
@@ -825,7 +878,7 @@ class Rule(NamedTuple):
     role: str  # what grows with the width: hidden, input, output, fixed; table: input
     fans: tuple[int, int] = (1, 1)  # fan_out and fan_in; 1 where the width is not in it
     eps: float = 0.0  # of adamw
-    tail: float = 1.0  # time constant of its tail average / tail_steps; 0: not averaged
+    tail: float = 1.0  # time constant of its tail average, if sharded, / tail_steps
 
 def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
@@ -838,21 +891,21 @@ def parameter_table(s: Settings) -> list[Rule]:
     fast, decay = (0.8, 0.95), s.adam_weight_decay
     table = decay, "sharded", "table", (width, 1), eps
     small = (0.9, 0.99), 0.0, "replicated"
-    short = 0.5  # MLPs forget in half the time (a later branch of 92)
     return [
         Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, *matrix, (width, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps, short),
-        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps, short),
+        Rule(r"blocks\.\d+\.attn\.qk", kind, lr, *matrix, (s.num_heads * s.qk_dim, width), eps),
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps, tail=0.5),  # a later branch of 92
+        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps, tail=0.5),
         Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
         Rule(r"embed\.weight", "adamw", 75 * adam, fast, *table),
         Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, fast, *table),
-        Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table[1:], tail=0),
-        Rule(r"ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps, tail=0),
+        Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table[1:]),
+        Rule(r"ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps),
         Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "input", (1, width), eps),
-        Rule(r"pointer\.small", "adamw", adam, *small, "fixed", eps=eps, tail=0),
-        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps, tail=0),
-        Rule(r"smear", "adamw", adam, *small, "fixed", eps=eps, tail=0),
-        Rule(r"scalars", "adamw", 5 * adam, *small, "fixed", eps=eps, tail=0),
+        Rule(r"pointer\.small", "adamw", adam, *small, "fixed", eps=eps),
+        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
+        Rule(r"smear", "adamw", adam, *small, "fixed", eps=eps),
+        Rule(r"scalars", "adamw", 5 * adam, *small, "fixed", eps=eps),
     ]
 
 def hidden_rule(s: Settings) -> tuple:
@@ -993,7 +1046,7 @@ class Bank:
         if self.muon and self.s.muon_beta2:
             rows, cols = self.shape
             self.state["variance"] = torch.zeros_like(master[..., :1] if rows >= cols else master[:, :1])
-        if self.s.tail and self.rule.tail:
+        if self.s.tail and self.rule.comm == "sharded":
             self.state["average"] = torch.zeros_like(master)
 
     def cut(self, tensor: Tensor, shape=None) -> Tensor:
@@ -1054,31 +1107,27 @@ class Bank:
         self.send_weights()
 
     def tail_share(self, step: int) -> float:
-        """Share of the weights after `step` steps in their tail average: at first all of it."""
-        steps = self.rule.tail * self.s.tail_steps
-        into = step - max(0, self.s.iterations - round(2 * steps))
-        if "average" not in self.state or into <= 0:
-            return 0.0
-        return min(1.0, 1 / steps) if into > 1 else 1.0
+        """Share of the weights after `step` steps in their tail average; 0 before it starts, with all of them."""
+        steps = max(1.0, self.rule.tail * self.s.tail_steps)
+        since = step - max(1, self.s.iterations - round(2 * steps))
+        return 0.0 if since < 0 or "average" not in self.state else 1 / steps if since else 1.0
 
-    def blend(self, step: int):
-        """Draws the weights towards their tail average, and sends them off; averaging shrinks, so each
-        tensor keeps its norm (92)."""
-        if self.tail_share(step):
-            master = self.state["master"]
-            blended = master.lerp(self.state["average"], self.s.tail)
-            shrunk = self.norms(blended) / self.norms(master).clamp_min(1e-12)
-            self.state["master"] = blended / shrunk.clamp_min(1e-12)
+    def blend(self):
+        """The weights that count are drawn towards their tail average, those of training kept as `raw`. Averaging
+        shrinks, so each matrix or, of AdamW, tensor keeps its norm (92)."""
+        raw = self.state["raw"] = self.state["master"]
+        blended = raw.lerp(self.state["average"], self.s.tail)
+        squares = torch.stack([x.square().sum(dim=(-2, -1), keepdim=True) for x in (raw, blended)])
+        if self.owners > 1 and not self.muon:  # the pieces of all are one tensor
+            dist.all_reduce(squares)
+        before, after = squares.clamp_min(1e-24).sqrt()
+        self.use(blended * (before / after))
+
+    def use(self, master: Tensor):
+        """Gives the weights of all owners to the model. Collective."""
+        self.state["master"] = master
         self.send_weights()
-
-    def norms(self, pieces: Tensor) -> Tensor:
-        """Frobenius norms: of each matrix (Muon), or of the one tensor that the pieces of all ranks are."""
-        if self.muon:
-            return pieces.norm(dim=(-2, -1), keepdim=True)
-        square = pieces.square().sum()
-        if self.owners > 1:
-            dist.all_reduce(square)
-        return square.sqrt()
+        self.receive_weights()
 
     def on_device(self, *values: float) -> list[Tensor]:
         """The scalars of a step, written into the same tensors each time: a new value compiles nothing."""
@@ -1118,9 +1167,7 @@ class Bank:
         """State `key` of all parameters by name, whole, on the CPU of rank 0; {} elsewhere. Collective."""
         pieces = self.state[key]
         if self.owners > 1:
-            gathered = torch.empty(self.owners, *pieces.shape, device=pieces.device)
-            dist.all_gather_into_tensor(gathered.flatten(0, 1), pieces)
-            pieces = gathered.transpose(0, 1).flatten(0, 1)
+            pieces = gathered(self.world, pieces).unflatten(0, (self.owners, -1)).transpose(0, 1).flatten(0, 1)
         if self.world.rank:
             return {}
         return {name: t.to("cpu", copy=True) for name, t in self.join(pieces).items()}
@@ -1137,127 +1184,62 @@ class Bank:
         for key, old in self.state.items():
             whole = {n: on_rank_zero(self.world, lambda k=key, n=n: saved[k][n].clone()) for n in self.params}
             self.state[key] = self.my_pieces(whole, tuple(old.shape[1:]))
-        self.send_weights()
-        self.receive_weights()
+        self.use(self.state["master"])
 
 class NgramBank:
-    """The rows of the n-gram table, each on the rank that owns it: the rank-th share of them. No momentum, one second
-    moment for a row, and only rows that were seen are touched (92): those of `ngram_every` steps at once."""
+    """The rows of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
+    came are touched (92): those of `ngram_every` steps at once, in an event."""
     def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
-        self.s, self.rule, self.world, self.ngrams = s, rule, world, ngrams
-        self.total, self.share = s.ngram_rows, len(ngrams.table)
-        ngrams.table.data = ngrams.table.data.to(s.device, s.torch_dtype)
-        ngrams.look_up, ngrams.collect = self.look_up, self.collect
+        self.s, self.rule, self.world, self.share = s, rule, world, len(ngrams.table)
+        self.state, ngrams.take = {"master": ngrams.table.data}, self.take
         self.reset()
 
     def reset(self):
-        """As before the first step, with the rows at hand."""
-        table = self.ngrams.table.data
-        square, event = table.new_zeros(2, self.share, dtype=torch.float32)
-        self.state = {"master": table, "square": square, "event": event}  # event: number of the last one
-        self.clear()
+        """As before the first step, with the rows at hand. event: number of a row's last one; sums: of gradients."""
+        square, event = torch.zeros(2, self.share, device=self.s.device)
+        nothing = torch.zeros(0, self.s.width, device=self.s.device)
+        sums = row_sums(nothing[:, 0].long(), nothing, self.share)
+        self.state |= {"square": square, "event": event, "sums": sums}
 
-    def clear(self):
-        """Nothing waits for the next event."""
-        self.rows = torch.zeros(0, dtype=torch.int64, device=self.s.device)
-        self.sums = torch.zeros(0, self.s.width, device=self.s.device)
+    def take(self, sums: Tensor):
+        """Gradients that the next event has to count."""
+        self.state["sums"] = (self.state["sums"] + sums).coalesce()
 
-    def routes(self, rows: Tensor) -> tuple:
-        """Order that sorts rows by their owners, how many go to each, and how many come from each. Collective."""
-        owner = rows // self.share
-        sent = torch.bincount(owner, minlength=self.world.size)
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent)
-        return owner.argsort(stable=True), sent.tolist(), received.tolist()
-
-    def look_up(self, rows: Tensor) -> Tensor:
-        """The vectors of rows, from their owners. Collective."""
-        table = self.ngrams.table.data
-        if self.world.size == 1:
-            return table[rows]
-        order, sent, received = self.routes(rows)
-        wanted = traded(rows[order], sent, received) - self.world.rank * self.share
-        found = traded(table[wanted], received, sent)
-        return torch.empty_like(found).index_copy_(0, order, found)
-
-    def collect(self, rows: Tensor, grad: Tensor):
-        """Adds the gradients of rows to what waits for the next event, at their owners. Collective."""
-        grad = grad.float()
-        rows, grad = summed(rows, grad)
-        if self.world.size > 1:
-            order, sent, received = self.routes(rows)
-            rows = traded(rows[order], sent, received) - self.world.rank * self.share
-            grad = traded(grad[order], sent, received)
-        self.rows, self.sums = summed(torch.cat((self.rows, rows)), torch.cat((self.sums, grad)))
-
-    def step(self, scale: float, mu: float, step: int):
-        """The event that ends a cycle: v <- beta2 v + (1 - beta2) mean(g^2), a number a row, which
-        makes up for the events that the row missed."""
+    def step(self, scale: float, step: int):
+        """The event that ends a cycle: v <- beta2 v + (1 - beta2) mean(g^2), after as many v <- beta2 v as
+        the row has missed events."""
         if step % self.s.ngram_every:
             return
-        events, beta2, state, rows = step // self.s.ngram_every, self.rule.betas[1], self.state, self.rows
-        missed = events - state["event"][rows] - 1
-        square = state["square"][rows] * beta2**missed
-        square.lerp_(self.sums.square().mean(dim=1), 1 - beta2)
-        state["square"][rows], state["event"][rows] = square, float(events)
-        root = (square / (1 - beta2**events)).sqrt() + self.rule.eps
-        table = state["master"][rows].float()
-        decay = self.rule.weight_decay * scale
-        apply_update(table, self.sums / root[:, None], self.rule.lr * scale, decay, self.s.cautious)
-        state["master"][rows] = table.type_as(state["master"])
-        self.clear()
+        state, beta2, event = self.state, self.rule.betas[1], step // self.s.ngram_every
+        sums = state["sums"].coalesce()
+        rows, grads = sums.indices()[0], sums.values()
+        square = state["square"][rows] * beta2**(event - 1 - state["event"][rows])
+        square.lerp_(grads.square().mean(dim=1), 1 - beta2)
+        state["square"][rows], state["event"][rows] = square, float(event)
+        root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
+        vectors, lr, decay = state["master"][rows].float(), self.rule.lr * scale, self.rule.weight_decay * scale
+        apply_update(vectors, grads / root[:, None], lr, decay, self.s.cautious)
+        state["master"][rows] = vectors.type_as(state["master"])
+        state["sums"] = row_sums(rows[:0], grads[:0], self.share)
 
     def full(self, key: str) -> dict[str, Tensor]:
         """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
-        whole = from_owners(self.world, self.state[key])
-        return {} if whole is None else {"ngrams.table": whole[:self.total].float()}
-
-    def waiting_sums(self) -> dict:
-        """What waits for the next event, if anything, on rank 0. Collective."""
-        rows = from_owners(self.world, self.rows + self.world.rank * self.share)
-        sums = from_owners(self.world, self.sums)
-        return {} if rows is None or not len(rows) else {"ngram_rows": rows, "ngram_sums": sums}
+        parts = []
+        for owner in range(self.world.size):
+            part = [self.state[key].cpu()]
+            if self.world.size > 1:
+                dist.broadcast_object_list(part, src=owner)
+            parts += part if self.world.rank == 0 else []
+        return {"ngrams.table": torch.cat(parts)} if parts else {}
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
-        """State as `full` gave it to rank 0. Collective."""
-        first = self.world.rank * self.share
+        """State as `full` gave it to rank 0, a share at a time to all ranks. Collective."""
+        def share_of(owner: int, key: str) -> Tensor:
+            return saved[key]["ngrams.table"].narrow_copy(0, owner * self.share, self.share)
+
         for key, own in self.state.items():
-            whole = on_rank_zero(self.world, lambda key=key: saved[key]["ngrams.table"].clone())
-            own.zero_()[:max(0, self.total - first)] = whole[first:first + self.share].type_as(own)
-
-    def load_sums(self, saved: dict):
-        """What waited, as `waiting_sums` gave it to rank 0. Collective."""
-        self.clear()
-        rows = on_rank_zero(self.world, lambda: saved.get("ngram_rows", self.rows.cpu()).clone())
-        sums = on_rank_zero(self.world, lambda: saved.get("ngram_sums", self.sums.cpu()).clone())
-        own = rows // self.share == self.world.rank
-        self.rows = (rows[own] - self.world.rank * self.share).to(self.s.device)
-        self.sums = sums[own].to(self.s.device)
-
-def from_owners(world: World, own: Tensor) -> Tensor | None:
-    """The parts of all ranks, one after the other, on the CPU of rank 0; None elsewhere. Collective."""
-    if world.size == 1:
-        return own.to("cpu", copy=True)
-    sizes = torch.zeros(world.size, dtype=torch.int64, device=own.device)
-    sizes[world.rank] = len(own)
-    dist.all_reduce(sizes)
-    parts = []
-    for owner, size in enumerate(sizes.tolist()):
-        part = own.contiguous() if owner == world.rank else own.new_empty(size, *own.shape[1:])
-        dist.broadcast(part, owner)
-        parts += [part.to("cpu", copy=True)] if world.rank == 0 else []
-    return torch.cat(parts) if parts else None
-
-def summed(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Different rows, in order, and the sum of the values of each."""
-    rows, place = rows.unique(return_inverse=True)
-    return rows, values.new_zeros(len(rows), values.size(1)).index_add_(0, place, values)
-
-def traded(values: Tensor, sent: list[int], received: list[int]) -> Tensor:
-    """What all ranks sent here, for values that go to them in order. Collective."""
-    out = values.new_empty(sum(received), *values.shape[1:])
-    dist.all_to_all_single(out, values.contiguous(), received, sent)
-    return out
+            shares = [on_rank_zero(self.world, share_of, owner, key) for owner in range(self.world.size)]
+            own.copy_(shares[self.world.rank])
 
 class MuonAdamW:
     """The optimizer of a model: hooks that reduce gradients during backward, and the step."""
@@ -1265,15 +1247,13 @@ class MuonAdamW:
         named = list(reversed(list(model.named_parameters())))  # about the order of backward
         rules = trained_rules(s, [name for name, _ in named])
         groups = {}  # Muon: matrices of one shape and decay; AdamW: each alone
-        rows = [rules.pop(name) for name, _ in named if rules[name].kind == "rows"]
         for name, p in named:
-            if name not in rules:
-                continue
             alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
             groups.setdefault(alike, []).append((name, p))
-        self.steps, self.last_micro_step, self.world = 0, True, world
+        self.steps, self.last_micro_step, self.world, self.s = 0, True, world, s
+        table = groups.pop("ngrams.table", None)
+        self.tables = [NgramBank(model.ngrams, rules["ngrams.table"], s, world)] if table else []
         self.banks = [Bank(group, rules, s, world) for group in groups.values()]
-        self.ngrams = [NgramBank(model.ngrams, rule, s, world) for rule in rows]
         self.sums = {}  # fp32 gradient sums of earlier micro-steps
         for bank in self.banks:
             for name, p in bank.params.items():
@@ -1289,66 +1269,56 @@ class MuonAdamW:
         else:
             self.sums[name] = grad.float()
 
-    def step(self, scale: float, momentum: float):
-        """Updates all parameters. `scale`: the schedule's factor on all learning rates; `momentum`:
-        Muon's. Raises RuntimeError that names the parameters whose gradient never came."""
+    def step(self, scale: float, momentum: float, others: float | None = None):
+        """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
+        hidden matrices; `momentum`: Muon's. Raises RuntimeError that names the parameters whose gradient never came."""
         missing = {name for bank in self.banks for needs in bank.waiting for name in needs}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
         self.steps += 1
-        for bank in [*self.banks, *self.ngrams]:
-            bank.step(scale, momentum, self.steps)
+        others = scale if others is None else others
         for bank in self.banks:
-            bank.receive_weights()
-
-    def blend(self):
-        """The model takes the weights that count: blended with their tail average."""
-        for bank in self.banks:
-            bank.blend(self.steps)
+            bank.step(scale if bank.rule.role == "hidden" else others, momentum, self.steps)
+        for table in self.tables:
+            table.step(others, self.steps)
         for bank in self.banks:
             bank.receive_weights()
 
     @contextlib.contextmanager
     def blended(self):
-        """The model has the weights that would count now; after the last step it has them anyway."""
-        s = self.banks[0].s
-        if not s.tail or self.steps >= s.iterations:
-            yield
-            return
-        masters = [bank.state["master"] for bank in self.banks]
-        self.blend()
+        """Meanwhile the model has the weights that would count now: blended with their tail average, if any."""
+        banks = [bank for bank in self.banks if bank.tail_share(self.steps)]
+        for bank in banks:
+            bank.blend()
         try:
             yield
         finally:
-            for bank, master in zip(self.banks, masters, strict=True):
-                bank.state["master"] = master
-                bank.send_weights()
-            for bank in self.banks:
-                bank.receive_weights()
+            for bank in banks:
+                bank.use(bank.state.pop("raw"))
 
     def reset(self):
         """As before the first step, with the weights at hand."""
         self.steps = 0
-        for bank in [*self.banks, *self.ngrams]:
+        for bank in [*self.banks, *self.tables]:
             bank.reset()
 
     def state_dict(self) -> dict:
-        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor, on rank 0 only}}}. Collective."""
-        state, waiting = {}, {}
-        for bank in [*self.banks, *self.ngrams]:
-            for key in bank.state:
-                state.setdefault(key, {}).update(bank.full(key))
-        for bank in self.ngrams:
-            waiting |= bank.waiting_sums()
-        return {"steps": self.steps, "state": state, **waiting}
+        """{"steps": n, "state": {key: {parameter name: whole tensor, on rank 0 only}}}; `master` are the weights that
+        count, blended in the tail, where `raw` are those of training. Collective."""
+        state = {}
+        with self.blended():
+            for bank in [*self.banks, *self.tables]:
+                for key in bank.state:
+                    state.setdefault(key, {}).update(bank.full(key))
+        return {"steps": self.steps, "state": state}
 
     def load_state_dict(self, saved: dict):
         """Restores what state_dict gave (`saved` counts on rank 0) and the model's weights. Collective."""
         self.steps = on_rank_zero(self.world, lambda: saved["steps"])
-        for bank in [*self.banks, *self.ngrams]:
-            bank.load(saved.get("state", {}))
-        for bank in self.ngrams:
-            bank.load_sums(saved)
+        state = saved.get("state", {})
+        state = state | {"master": state.get("master", {}) | state.get("raw", {})}
+        for bank in [*self.banks, *self.tables]:
+            bank.load(state)
 
 def compiled(function, s: Settings):
     """torch.compile with static shapes and whole graphs, or the function itself."""
@@ -1361,10 +1331,11 @@ def compile_model(model: GPT, s: Settings):
     """One graph; or one per block: then the gradients of a block are complete, and their reduction
     starts, while earlier blocks are still in backward. A single graph hands over all at its end."""
     if s.compile_unit == "model":
-        model.forward = compiled(model.forward, s)
+        model.calculate = compiled(model.calculate, s)
         return
     parts = [(model, "embedding"), (model, "masks"), (model, "losses")]
-    for module, name in parts + [(block, "forward") for block in model.blocks]:
+    parts += [(part, "forward") for part in [*model.blocks, model.pointer] if part is not None]
+    for module, name in parts:
         setattr(module, name, compiled(getattr(module, name), s))
 
 def compiled_graphs() -> int:
@@ -1373,10 +1344,11 @@ def compiled_graphs() -> int:
     return made.counters["stats"]["unique_graphs"] if made else 0
 
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
-def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
-    """Factor on all learning rates at a step: warm-up, constant, cool-down to lr_floor; times the
+def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float) -> float:
+    """Factor on learning rates at a step: warm-up, constant, cool-down to lr_floor before the extension; times the
     stage's. Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
-    left = min(1.0, (s.iterations - step) / max(1, s.cooldown * s.iterations))
+    end = s.iterations - s.extension
+    left = min(1.0, max(0, end - step) / max(1, cooldown * end))
     left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
     return stage_at(stages, step).lr * warm * (s.lr_floor + (1 - s.lr_floor) * left)
@@ -1494,8 +1466,7 @@ def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, b
     for start in range(0, stream.num_rows, rows * world.size)[:batches]:
         batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows))
         inputs, targets, docs = batch.to(s.device)
-        found = model.ngrams(inputs, docs) if s.ngram_rows else None
-        total += model(inputs, targets[None], docs, long_window, None, found)[0]
+        total += model(inputs, targets[None], docs, long_window)[0]
     if s.eval_window > window:
         set_rotary(model, s)
     if world.size > 1:
@@ -1513,7 +1484,7 @@ def train(run: Run):
     """The training: steps of micro-steps, and what is looked at, logged and saved on the way.
     Nothing but a log step, an evaluation or a checkpoint waits for the device."""
     s, world, stages = run.s, run.world, stage_table(run.s)
-    model = GPT(s, run.vocab_size, world.size).to(s.device)
+    model = GPT(s, run.vocab_size, world).to(s.device)
     optimizer = MuonAdamW(model, s, world)
     compile_model(model, s)
     window = torch.zeros((), dtype=torch.int32, device=s.device)
@@ -1535,8 +1506,10 @@ def train(run: Run):
     while step < s.iterations and not run.over:
         # --- a batch, by micro-steps: forward, backward; the last one's gradients are reduced
         stage = stage_at(stages, step)
-        model.candidates = stage.candidates if stage.candidates < run.vocab_size else 0
         micro_steps = run.next_batch(step)
+        if stage.candidates != model.candidates:
+            model.candidates = stage.candidates
+            run.log.print(f"step {step + 1}: train loss from here on among {stage.candidates or 'all'} classes")
         window.fill_(window_at(s, stages, step))
         weights = [w / stage.batch_tokens for w in future_weights(stages, step)]
         step_loss = torch.zeros((), device=s.device)
@@ -1544,19 +1517,16 @@ def train(run: Run):
             optimizer.last_micro_step = i == len(micro_steps) - 1
             targets_KBT = future_targets(targets_BT, docs_BT, stage.mtp)
             turn.fill_(candidate_turn(s, stage, world, step, i))
-            found_BTD = model.ngrams(inputs_BT, docs_BT) if s.ngram_rows else None
-            losses_K = model(inputs_BT, targets_KBT, docs_BT, window, turn, found_BTD)
+            losses_K = model(inputs_BT, targets_KBT, docs_BT, window, turn)
             sum(w * loss for w, loss in zip(weights, losses_K, strict=True)).backward()
             step_loss += losses_K[0].detach() / stage.batch_tokens
-        scale = lr_scale(s, stages, step)
-        optimizer.step(scale, momentum_at(s, step))
+        scale, others = (lr_scale(s, stages, step, x) for x in (s.cooldown, s.cooldown_others or s.cooldown))
+        optimizer.step(scale, momentum_at(s, step), others)
         losses.append(step_loss)
         step += 1
 
         # --- log, checkpoint, evaluation
         last = step == s.iterations
-        if last and s.tail:
-            optimizer.blend()
         save = s.save_last if last else s.save_every and step % s.save_every == 0
         if run.log_due(step) or last or save:
             train_loss = run.read_losses(losses, step)  # raises if one is not finite
@@ -1564,13 +1534,12 @@ def train(run: Run):
             run.log_step(
                 step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
                 batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
+            if stage.candidates and int(model.left_out):
+                run.log.print(f"{int(model.left_out)} targets found no place among the candidates: raise --candidates")
         if save or run.over:  # first: what follows may fail
             run.save(step, optimizer)
         if run.validation_due(step):
             validate()
-    if s.tail and step < s.iterations and run.status == "target":
-        optimizer.blend()  # what reached it is what counts
-        run.saved_step = 0  # a checkpoint of this step has other weights
     run.finish(step, optimizer)
 
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
@@ -1583,12 +1552,12 @@ def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     for rows, seq_len, mtp, model.candidates in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.zeros_like(tokens)
-        found = model.ngrams(tokens, docs) if s.ngram_rows else None
-        sum(model(tokens, future_targets(tokens, docs, mtp), docs, window, turn, found)).backward()
+        sum(model(tokens, future_targets(tokens, docs, mtp), docs, window, turn)).backward()
         optimizer.step(scale=0.0, momentum=s.momentum_start)
+    model.candidates = 0
     evaluate(model, run.stream, s, world, s.window_step, batches=1)
     optimizer.reset()
-    model.saturated.zero_()
+    torch._foreach_zero_([model.saturated, model.left_out])
     run.warmed_up()
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗

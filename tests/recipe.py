@@ -51,9 +51,8 @@ def int_tensor(value: int, dtype=torch.int32) -> torch.Tensor:
 def losses(model: tg.GPT, batch, mtp: int = 0, turn: int | None = None, window: int = 8) -> torch.Tensor:
     """Summed losses of the next and of `mtp` further tokens, as the training computes them; without a turn the full."""
     inputs, targets, docs = batch
-    found = None if model.ngrams is None else model.ngrams(inputs, docs)
     turn = None if turn is None else int_tensor(turn, torch.int64)
-    return model(inputs, tg.future_targets(targets, docs, mtp), docs, int_tensor(window), turn, found)
+    return model(inputs, tg.future_targets(targets, docs, mtp), docs, int_tensor(window), turn)
 
 
 def only(batch: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

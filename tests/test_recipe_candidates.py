@@ -26,7 +26,7 @@ def plain_set(targets: list[int], turn: int, count: int, vocab_size: int, gate: 
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("turn", [0, 7, 49, 50, 1234, 10**12])
 def test_a_set_is_the_targets_and_then_the_permutation_from_its_turn_on(turn, gate):
-    targets = torch.tensor([[[3, 3, 41, 0], [17, 49, 3, 8]]], dtype=torch.int32)
+    targets = torch.tensor([[[3, 3, 41, 0], [17, 49, 3, 8]]])
     classes, place = tg.candidate_set(targets, int_tensor(turn, torch.int64), 20, 50, gate)
     assert classes.tolist() == plain_set(targets.flatten().tolist(), turn, 20, 50, gate)
     expected = [classes.tolist().index(label) if label in classes else IGNORE for label in range(50 + gate)]
@@ -35,7 +35,7 @@ def test_a_set_is_the_targets_and_then_the_permutation_from_its_turn_on(turn, ga
 
 def test_targets_that_have_no_loss_do_no_harm():
     """IGNORE is no label; at most it brings in a label that is then only another class."""
-    targets = torch.tensor([[[IGNORE, 3], [IGNORE, 4]]], dtype=torch.int32)
+    targets = torch.tensor([[[IGNORE, 3], [IGNORE, 4]]])
     classes, place = tg.candidate_set(targets, int_tensor(5, torch.int64), 20, 50, False)
     assert len(classes.unique()) == 20 and {3, 4} < set(classes.tolist()) <= set(range(50))
     assert (place != IGNORE).sum() == 20
@@ -69,7 +69,7 @@ def model_of(vocab_size: int = 50, candidates: int = 0, rows: int = 1, **changes
 
 def the_set(targets, turn: int, count: int) -> list[int]:
     """Of the 50 classes of these models, as tested above."""
-    return tg.candidate_set(targets, int_tensor(turn, torch.int64), count, 50, False)[0].tolist()
+    return tg.candidate_set(targets.long(), int_tensor(turn, torch.int64), count, 50, False)[0].tolist()
 
 
 def plain_losses(model, s, batch, mtp: int, turn: int, candidates: int, rows: int):

@@ -1,5 +1,7 @@
 """The hashed n-gram table: rows and signs against a loop, its optimizer against a dense one, cycles and resuming."""
+import functools
 import itertools
+import operator
 
 import pytest
 import torch
@@ -17,16 +19,15 @@ def start_of_document(docs, row: int, t: int) -> int:
 
 
 def plain_rows(inputs, docs, half: int) -> list[tuple[int, int]]:
-    """(row, number of the signs) of pair and triple of each token, in the order of kind, row, token."""
-    factors, signs, found = *tg.NGRAM_FACTORS, []
+    """(row, number of the signs) of pair and triple of each token, in the order of kind, row, token. Tokens before the
+    document are 0."""
+    found = []
     for n, row, t in itertools.product((1, 2), *map(range, inputs.shape)):
         first = start_of_document(docs, row, t)
         tokens = [inputs[row, t - k].item() if t - k >= first else 0 for k in range(n + 1)]
-        row_hash = sign_hash = 0
-        for token, a, b in zip(tokens, factors, signs, strict=False):
-            row_hash, sign_hash = row_hash ^ token * a, sign_hash ^ token * b
-        number = row_hash % (half - 1) if t - n >= first else half - 1
-        found.append(((n - 1) * half + number, (sign_hash >> 13) % tg.NGRAM_SIGNS))
+        hashed = functools.reduce(operator.xor, map(operator.mul, tokens, tg.NGRAM_FACTORS))
+        number = hashed // tg.NGRAM_SIGNS % (half - 1) if t - n >= first else half - 1
+        found.append(((n - 1) * half + number, hashed % tg.NGRAM_SIGNS))
     return found
 
 
@@ -39,7 +40,7 @@ def model_of(**changes):
 @pytest.mark.parametrize("half", [3, 12, 50_000])
 def test_rows_and_signs_are_those_of_a_loop(half):
     inputs, _, docs = random_batch(3, 20, vocab_size=50_257)
-    rows, kinds = tg.ngram_rows(inputs.long(), docs, half)
+    rows, kinds = tg.ngram_rows(inputs, docs, half)
     assert list(zip(rows.flatten().tolist(), kinds.flatten().tolist(), strict=True)) == plain_rows(inputs, docs, half)
     assert rows[0].max() < half <= rows[1].min() and rows.max() < 2 * half
 
@@ -48,18 +49,18 @@ def test_nothing_of_another_document_is_in_rows_or_signs():
     """Not even where there is no history: a first token has the same vector in whatever document it stands."""
     inputs, _, docs = random_batch(4, 20, vocab_size=50_257)
     for number in range(3):
-        own = docs == number
+        own = (docs == number)
         changed = torch.where(own, inputs, (inputs + 17) % 50_257)
-        for before, after in zip(tg.ngram_rows(inputs.long(), docs, 1000), tg.ngram_rows(changed.long(), docs, 1000),
+        for before, after in zip(tg.ngram_rows(inputs, docs, 1000), tg.ngram_rows(changed, docs, 1000),
                                  strict=True):
-            assert torch.equal(before[:, own], after[:, own])
-            assert not torch.equal(before[:, ~own], after[:, ~own])
+            assert torch.equal(before[:, own.flatten()], after[:, own.flatten()])
+            assert not torch.equal(before[:, ~own.flatten()], after[:, ~own.flatten()])
 
 
 def test_rows_and_signs_of_different_pairs_are_spread_evenly():
     """As by chance: of 4,000 different triples about 1 - 1/e fill 4,000 rows, and few share both row and signs."""
     tokens = torch.randint(50_257, (1, 4002), generator=torch.Generator().manual_seed(0))
-    rows, kinds = (x[:, 0, 2:] for x in tg.ngram_rows(tokens, torch.zeros_like(tokens), 4001))
+    rows, kinds = (x[:, 2:] for x in tg.ngram_rows(tokens, torch.zeros_like(tokens), 4001))
     for row, kind in zip(rows, kinds, strict=True):
         assert len(row.unique()) == pytest.approx(4000 * (1 - 1 / 2.718), rel=0.03)
         assert len((row * tg.NGRAM_SIGNS + kind).unique()) > 3995
@@ -140,9 +141,9 @@ class DenseTable:
         """Adds the gradient of the mean loss, over micro-steps, by the whole table."""
         inputs, targets, docs = batch
         table = self.model.ngrams.table.detach().clone().requires_grad_()
-        rows, kinds = tg.ngram_rows(inputs.long(), docs, len(table) // 2)
-        found = (table[rows] * self.model.ngrams.signs[kinds]).sum(0)
-        loss = self.model(inputs, targets[None], docs, int_tensor(8), None, found)
+        rows, kinds = tg.ngram_rows(inputs, docs, len(table) // 2)
+        found = (table[rows] * self.model.ngrams.signs[kinds]).sum(0).view(*inputs.shape, -1)
+        loss = self.model.calculate(inputs, targets[None], docs, int_tensor(8), None, found)
         self.grad += torch.autograd.grad(loss.sum() / inputs.numel() / parts, table)[0].double()
         self.seen[rows.flatten()] = True
 

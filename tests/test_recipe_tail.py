@@ -1,5 +1,6 @@
 """The tail average: closed form on ramps, norms, time constants of its own for each group, validation, and the end of a
 run: at its last step, or earlier at --target-loss."""
+import contextlib
 import itertools
 import re
 from fractions import Fraction
@@ -12,7 +13,7 @@ from recipe import tiny_settings
 
 import train_gpt
 
-ITERATIONS, STEPS = 24, 6  # the average begins after step 24 - 2 * 6 = 12; that of the MLPs after step 18
+ITERATIONS, STEPS = 24, 6  # the average begins with step 24 - 2 * 6 = 12; that of the MLPs with step 18
 PARTS = {  # time constant / --tail-steps
     r"blocks\.\d+\.mlp\..*": Fraction(1, 2), r"gates|scalars|smear|pointer\.small|ngrams\.(weight|table)": 0, ".*": 1}
 
@@ -49,13 +50,18 @@ class Ramp:
     def run(self, steps: range):
         for step in steps:
             saved = self.optimizer.state_dict()
-            saved["state"]["master"] = {name: self.at(name, step) for name in self.start}
+            saved["state"] |= {"master": {name: self.at(name, step) for name in self.start}, "raw": {}}
             self.optimizer.load_state_dict(saved)
             sum((0 * p).sum() for p in self.model.parameters()).backward()
             self.optimizer.step(0.0, 0.9)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in self.model.named_parameters()}
+
+    def final(self) -> dict[str, torch.Tensor]:
+        """The weights that count now."""
+        with self.optimizer.blended():
+            return self.weights()
 
 
 def lag(steps: float, count: int) -> float:
@@ -66,12 +72,11 @@ def lag(steps: float, count: int) -> float:
 def test_the_average_of_a_ramp_has_a_closed_form():
     ramp = Ramp()
     ramp.run(range(1, ITERATIONS + 1))
-    ramp.optimizer.blend()
-    for name, weight in ramp.weights().items():
+    for name, weight in ramp.final().items():
         steps, last = float(share_of(name) * STEPS), ramp.at(name, ITERATIONS)
         expected = last
         if steps:
-            behind = lag(steps, round(2 * steps))
+            behind = lag(steps, round(2 * steps) + 1)
             assert 0.8 * (steps - 1) < behind < steps - 1
             expected = blended(name, last, ramp.at(name, ITERATIONS - behind), 0.5)
             assert not torch.allclose(expected, last, rtol=0.01)
@@ -89,7 +94,7 @@ def test_during_the_tail_the_model_sees_the_blend_and_gets_its_bits_back(steps):
     for name, weight in before.items():
         assert torch.equal(after[name], weight)
         constant = float(share_of(name) * STEPS)
-        count = steps - (ITERATIONS - round(2 * constant))
+        count = steps - (ITERATIONS - round(2 * constant)) + 1
         if not constant or count <= 0:
             assert torch.equal(seen[name], weight), name
         else:
@@ -109,14 +114,21 @@ def test_an_error_in_the_validation_gives_the_weights_back_too():
     assert all(torch.equal(weight, before[name]) for name, weight in ramp.weights().items())
 
 
-def test_after_the_last_step_the_blend_is_not_blended_again():
+def test_the_blend_is_not_blended_again():
     ramp = Ramp()
     ramp.run(range(1, ITERATIONS + 1))
-    ramp.optimizer.blend()
-    final = ramp.weights()
-    with ramp.optimizer.blended():
-        assert all(torch.equal(weight, final[name]) for name, weight in ramp.weights().items())
-    assert all(torch.equal(weight, final[name]) for name, weight in ramp.weights().items())
+    before, first, second = ramp.weights(), ramp.final(), ramp.final()
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+    assert all(torch.equal(weight, before[name]) for name, weight in ramp.weights().items())
+
+
+def test_a_checkpoint_has_the_weights_that_count_and_those_of_training():
+    ramp = Ramp()
+    ramp.run(range(1, ITERATIONS - 8))
+    weights, final, saved = ramp.weights(), ramp.final(), ramp.optimizer.state_dict()["state"]
+    assert all(torch.equal(weight, final[name]) for name, weight in saved["master"].items())
+    assert all(torch.equal(weight, weights[name]) for name, weight in (saved["master"] | saved["raw"]).items())
+    assert saved["raw"].keys() == {name for name in weights if share_of(name) == 1}  # that of the MLPs begins later
 
 
 @pytest.mark.parametrize("tail", [0.3, 1.0])
@@ -129,8 +141,7 @@ def test_norms_stay_and_constants_too(tail):
         ramp.start[name].shape, generator=random)
     ramp.run(range(1, ITERATIONS + 1))
     before = ramp.weights()
-    ramp.optimizer.blend()
-    for name, weight in ramp.weights().items():
+    for name, weight in ramp.final().items():
         torch.testing.assert_close(norms(name, weight), norms(name, before[name]), rtol=1e-5, atol=1e-6)
         if name in still:
             torch.testing.assert_close(weight, ramp.start[name], rtol=1e-5, atol=1e-7)
@@ -143,17 +154,15 @@ def test_weights_of_zero_stay_finite():
     ramp.start = {name: 0 * weight for name, weight in ramp.start.items()}
     ramp.slope = ramp.start
     ramp.run(range(1, ITERATIONS + 1))
-    ramp.optimizer.blend()
-    assert not any(weight.any() for weight in ramp.weights().values())
+    assert not any(weight.any() for weight in ramp.final().values())
 
 
 def test_a_tail_longer_than_the_run_begins_with_its_first_step():
     ramp = Ramp(iterations=5, tail_steps=100)
     ramp.run(range(1, 6))
-    ramp.optimizer.blend()
     name, last = "embed.weight", ramp.at("embed.weight", 5)
     expected = blended(name, last, ramp.at(name, 5 - lag(100.0, 5)), 0.5)
-    torch.testing.assert_close(ramp.weights()[name], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ramp.final()[name], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_without_a_tail_there_is_no_average_and_the_training_is_the_same():
@@ -168,7 +177,8 @@ def test_without_a_tail_there_is_no_average_and_the_training_is_the_same():
         losses += train(model, optimizer, range(6, 8))
         results.append((losses, optimizer.state_dict()["state"]))
     (one, plain), (other, averaged) = results
-    assert one == other and "average" not in plain and averaged.keys() == plain.keys() | {"average"}
+    assert one == other and averaged.keys() - plain.keys() == {"average", "raw"}
+    averaged["master"] |= averaged["raw"]
     for key, tensors in plain.items():
         assert all(torch.equal(tensor, averaged[key][name]) for name, tensor in tensors.items()), key
 
@@ -182,8 +192,10 @@ def test_resuming_inside_the_tail_is_exact():
     resumed.load_state_dict(saved)
     for one_model, one in ((model, optimizer), (other, resumed)):
         train(one_model, one, range(6, 8))
-        one.blend()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    expected, found = (one.state_dict()["state"] for one in (optimizer, resumed))
+    assert found.keys() == expected.keys()
+    for key, tensors in expected.items():
+        assert all(torch.equal(found[key][name], tensor) for name, tensor in tensors.items()), key
 
 
 # --- whole runs
@@ -200,33 +212,30 @@ def spied(monkeypatch) -> list[dict]:
     return seen
 
 
-def saved_parts(folder, step: int) -> tuple[dict, dict]:
-    """Weights and averages of a checkpoint."""
-    state = load_state(folder, step)
-    return tuple({name.removeprefix(f"/optimizer/state/{key}/"): tensor for name, tensor in state.items()
-                  if name.startswith(f"/optimizer/state/{key}/")} for key in ("master", "average"))
+def saved_parts(folder, step: int) -> list[dict]:
+    """Weights that count, weights of training, and averages of a checkpoint."""
+    path = folder / "checkpoints" / f"step_{step:06d}" / "state.pt"
+    state = torch.load(path, weights_only=True)["optimizer"]["state"]
+    return [state["master"], state["master"] | state.get("raw", {}), state["average"]]
 
 
-def test_a_run_validates_and_ends_with_the_blend(tmp_path, monkeypatch):
+def test_a_run_validates_saves_and_ends_with_the_blend(tmp_path, monkeypatch):
     seen = spied(monkeypatch)
     assert train_gpt.main(tiny(tmp_path, tail=0.6, tail_steps=2, eval_every=1, save_every=1, keep=9)) == 0
     folder = run_folder(tmp_path)
     assert steps_saved(folder) == list(range(1, 9)) and len(seen) == 8
-    for step in range(1, 8):
-        weights, averages = saved_parts(folder, step)
+    for step in range(1, 9):
+        final, weights, averages = saved_parts(folder, step)
+        assert all(torch.equal(weight, seen[step - 1][name]) for name, weight in final.items())
         for name, weight in weights.items():
-            begins = 8 - round(2 * 2 * float(share_of(name)))
-            expected = blended(name, weight, averages[name], 0.6) if step > begins else weight
-            torch.testing.assert_close(seen[step - 1][name], expected, rtol=1e-5, atol=1e-7)
-    final, averages = saved_parts(folder, 8)
-    assert all(torch.equal(weight, seen[7][name]) for name, weight in final.items())
+            in_tail = share_of(name) and step >= 8 - round(2 * 2 * share_of(name))
+            expected = blended(name, weight, averages[name], 0.6) if in_tail else weight
+            torch.testing.assert_close(final[name], expected, rtol=1e-5, atol=1e-7)
     with monkeypatch.context() as patch:  # the same run without the blend
-        patch.setattr(train_gpt.MuonAdamW, "blend", lambda self: None)
+        patch.setattr(train_gpt.MuonAdamW, "blended", lambda self: contextlib.nullcontext())
         assert train_gpt.main(tiny(tmp_path, tail=0.6, tail_steps=2, experiment_name="raw")) == 0
-    raw, _ = saved_parts(run_folder(tmp_path, "raw"), 8)
-    for name, weight in raw.items():
-        expected = blended(name, weight, averages[name], 0.6) if share_of(name) else weight
-        torch.testing.assert_close(final[name], expected, rtol=1e-5, atol=1e-7)
+    raw, *_ = saved_parts(run_folder(tmp_path, "raw"), 8)
+    assert all(torch.equal(weight, raw[name]) for name, weight in weights.items())
     assert any(not torch.equal(weight, final[name]) for name, weight in raw.items())
 
 
@@ -247,7 +256,7 @@ def test_training_losses_are_those_without_a_tail(tmp_path):
     off, on = (losses(run_folder(tmp_path, name)) for name in ("off", "on"))
     assert off["train_loss"] == on["train_loss"]
     same = [off["val_loss"][step] == on["val_loss"][step] for step in range(1, 9)]
-    assert same == [True] * 5 + [False] * 3  # after step 5 the average is the weights themselves
+    assert same == [True] * 4 + [False] * 4  # after step 4 the average is the weights themselves
 
 
 @pytest.mark.parametrize("save_every", [0, 1, 3])
@@ -259,9 +268,9 @@ def test_a_run_that_reaches_its_target_ends_with_the_blend(save_every, tmp_path,
     assert train_gpt.main(tiny(tmp_path, **changes)) == 0
     folder = run_folder(tmp_path)
     assert steps_saved(folder)[-1] == 6 and records(folder)[-1]["status"] == "target" and len(seen) == 1
-    final, averages = saved_parts(folder, 6)
+    final, weights, _ = saved_parts(folder, 6)
     assert all(torch.equal(weight, seen[0][name]) for name, weight in final.items())
-    assert any(not torch.equal(final[name], averages[name]) for name in averages)
+    assert any(not torch.equal(final[name], weight) for name, weight in weights.items())
 
 
 def test_shapes_of_all_models_have_a_rule(tmp_path):
