@@ -11,8 +11,9 @@ import time
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
-from helpers import flags
+from helpers import flags, flatten_state
 from ranks import PRELOADED, free_port, settings
 
 import train_gpt as tg
@@ -72,6 +73,25 @@ def cap(logits: torch.Tensor, s: tg.Settings) -> torch.Tensor:
     """a * sigmoid((logit + b) / c), spelled out."""
     a, b, c = s.softcap
     return a * torch.sigmoid((logits + b) / c) if a else logits
+
+
+def assert_same_tensors(found: dict, expected: dict):
+    """The same names, and tensors with the same bits, sparse ones too."""
+    assert found.keys() == expected.keys()
+    differing = [name for name, x in expected.items() if not torch.equal(found[name].to_dense(), x.to_dense())]
+    assert not differing
+
+
+def assert_same_optimizer(found: tg.MuonAdamW, expected: tg.MuonAdamW):
+    """All that a checkpoint would hold is the same, to the bit."""
+    assert_same_tensors(*(flatten_state(optimizer.state_dict()) for optimizer in (found, expected)))
+
+
+def problems(*argv: str, world_size: int = 1) -> list[str]:
+    """What is wrong with a command line, a sentence each."""
+    with pytest.raises(tg.UserError) as caught:
+        tg.parse_settings(["--device", "cpu", *argv], world_size)
+    return str(caught.value).splitlines()[1:]
 
 
 # --- whole runs

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from recipe import IGNORE, cap, int_tensor, losses, random_batch, random_model, stream, tiny_settings
+from recipe import IGNORE, cap, int_tensor, losses, problems, random_batch, random_model, stream, tiny_settings
 
 import train_gpt as tg
 
@@ -196,3 +196,33 @@ def test_each_set_of_a_run_has_a_turn_of_its_own():
     stage = tg.stage_table(s)[0]
     first = [tg.candidate_turn(s, stage, tg.World(), step, 0) for step in range(50)]
     assert first == [step * 3 * 65 for step in range(50)]
+
+
+# --- settings
+
+
+@pytest.mark.parametrize("argv, told", [
+    ("--candidates 100", "--candidates 100 must be a multiple of 128"),
+    ("--candidates -128", "must be >=0"), ("--candidates 128,256", "--candidates has 2 values"),
+    ("--candidates 128 --candidate-rows 3 --batch-tokens 4096 --seq-len 256 --micro-tokens 4096",
+     "--candidate_rows 3 must divide the 16 rows"),
+    ("--candidate-rows 0", "must be >0"),
+], ids=lambda x: x)
+def test_bad_settings_are_told_in_a_sentence(argv, told):
+    (sentence,) = problems(*argv.split())
+    assert told in sentence and len(sentence) < 200
+
+
+def test_targets_without_a_place_have_no_loss_and_are_counted():
+    """More different targets than candidates: the rest is left out, as if it were IGNORE, and not in silence."""
+    model, s = model_of(candidates=12)
+    batch = random_batch(2, 16)
+    batch[1] = torch.arange(32).view(2, 16)
+    loss = losses(model, batch, turn=0)[0]
+    assert int(model.left_out) == 2 * (16 - 12) and loss.isfinite()
+    x, plain = stream(model, batch), 0.0
+    for row, targets in enumerate(batch[1]):
+        chosen = the_set(targets, row * 13, 12)
+        logs = cap(x[row] @ model.lm_head[chosen].T, s).log_softmax(-1)
+        plain -= sum(logs[t, chosen.index(target)].item() for t, target in enumerate(targets.tolist()) if target in chosen)
+    assert loss.item() == pytest.approx(plain, rel=1e-5)

@@ -5,7 +5,16 @@ import operator
 
 import pytest
 import torch
-from recipe import int_tensor, losses, random_batch, random_model, stream, tiny_settings
+from recipe import (
+    assert_same_optimizer,
+    int_tensor,
+    losses,
+    problems,
+    random_batch,
+    random_model,
+    stream,
+    tiny_settings,
+)
 
 import train_gpt as tg
 
@@ -251,12 +260,26 @@ def test_resuming_inside_a_cycle_is_exact(after, dtype):
     trained(s, other, resumed, range(1))  # what it holds itself must go
     resumed.load_state_dict(saved)
     assert torch.equal(trained(s, other, resumed, range(after, 8))[-1], whole)
-    expected, found = (o.state_dict()["state"] for o in (optimizer, resumed))
-    for key, tensors in expected.items():
-        assert all(torch.equal(found[key][name], tensor) for name, tensor in tensors.items()), key
+    assert_same_optimizer(resumed, optimizer)
 
 
 def test_the_memory_check_counts_the_table():
     small, large = (tg.least_memory(tiny_settings(ngram_rows=rows), 1) for rows in (1000, 1_000_000))
     assert large - small >= 2 * 32 * 999_000
     assert tg.least_memory(tiny_settings(ngram_rows=1_000_000), 4) < large / 3
+
+
+@pytest.mark.parametrize("argv, told", [
+    ("--ngram-rows 2", "--ngram_rows 2: at least 4"), ("--ngram-rows 7", "--ngram_rows 7: "),
+    ("--ngram-rows -4", "--ngram_rows -4: must be >=0"), ("--ngram-every 2", "--ngram_every: has no effect without"),
+    ("--ngram-rows 64 --ngram-every 0", "--ngram_every 0: must be >0"),
+    ("--ngram-rows 2000000000", "GiB"),
+], ids=lambda x: x)
+def test_bad_settings_are_told_in_a_sentence(argv, told):
+    (sentence,) = problems(*argv.split())
+    assert told in sentence and len(sentence) < 200
+
+
+def test_rows_that_processes_cannot_share_are_told():
+    (sentence,) = problems("--ngram-rows", "66", world_size=4)
+    assert "--ngram_rows 66" in sentence and "4 processes" in sentence

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from recipe import IGNORE, cap, int_tensor, losses, only, random_batch, random_model, stream, tiny_settings
+from recipe import IGNORE, cap, int_tensor, losses, only, problems, random_batch, random_model, stream, tiny_settings
 
 import train_gpt as tg
 
@@ -282,3 +282,8 @@ def test_a_pointer_changes_no_other_initial_weight():
 @pytest.mark.parametrize("vocab_size, rows", [(127, 128), (128, 256), (50, 128)])
 def test_the_gate_has_a_row_of_its_own(vocab_size, rows):
     assert len(tg.GPT(tiny_settings(pointer=SIZE), vocab_size).lm_head) == rows
+
+
+def test_bad_settings_are_told_in_a_sentence():
+    (sentence,) = problems("--pointer", "-1")
+    assert "--pointer -1: must be >=0" in sentence

@@ -7,9 +7,19 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import assert_same_state, load_state, losses, make_data, records, run_folder, steps_saved, tiny
+from helpers import (
+    assert_same_state,
+    flatten_state,
+    load_state,
+    losses,
+    make_data,
+    records,
+    run_folder,
+    steps_saved,
+    tiny,
+)
 from ranks import build, train
-from recipe import tiny_settings
+from recipe import assert_same_optimizer, assert_same_tensors, problems, tiny_settings
 
 import train_gpt
 
@@ -87,7 +97,7 @@ def test_the_average_of_a_ramp_has_a_closed_form():
 def test_during_the_tail_the_model_sees_the_blend_and_gets_its_bits_back(steps):
     ramp = Ramp()
     ramp.run(range(1, steps + 1))
-    before, state = ramp.weights(), ramp.optimizer.state_dict()
+    before, state = ramp.weights(), flatten_state(ramp.optimizer.state_dict())
     with ramp.optimizer.blended():
         seen = ramp.weights()
     after = ramp.weights()
@@ -101,8 +111,7 @@ def test_during_the_tail_the_model_sees_the_blend_and_gets_its_bits_back(steps):
             average = ramp.at(name, steps - lag(constant, count))
             torch.testing.assert_close(seen[name], blended(name, weight, average, 0.5), rtol=1e-5, atol=1e-6)
             assert count == 1 or not torch.equal(seen[name], weight), name
-    for key, tensors in ramp.optimizer.state_dict()["state"].items():
-        assert all(torch.equal(tensor, state["state"][key][name]) for name, tensor in tensors.items()), key
+    assert_same_tensors(flatten_state(ramp.optimizer.state_dict()), state)
 
 
 def test_an_error_in_the_validation_gives_the_weights_back_too():
@@ -179,8 +188,7 @@ def test_without_a_tail_there_is_no_average_and_the_training_is_the_same():
     (one, plain), (other, averaged) = results
     assert one == other and averaged.keys() - plain.keys() == {"average", "raw"}
     averaged["master"] |= averaged["raw"]
-    for key, tensors in plain.items():
-        assert all(torch.equal(tensor, averaged[key][name]) for name, tensor in tensors.items()), key
+    assert_same_tensors(*(flatten_state({key: state[key] for key in plain}) for state in (averaged, plain)))
 
 
 def test_resuming_inside_the_tail_is_exact():
@@ -192,10 +200,17 @@ def test_resuming_inside_the_tail_is_exact():
     resumed.load_state_dict(saved)
     for one_model, one in ((model, optimizer), (other, resumed)):
         train(one_model, one, range(6, 8))
-    expected, found = (one.state_dict()["state"] for one in (optimizer, resumed))
-    assert found.keys() == expected.keys()
-    for key, tensors in expected.items():
-        assert all(torch.equal(found[key][name], tensor) for name, tensor in tensors.items()), key
+    assert_same_optimizer(resumed, optimizer)
+
+
+@pytest.mark.parametrize("argv, told", [
+    ("--tail 1.5", "--tail 1.5: must be 0 to 1"), ("--tail -0.1", "--tail -0.1: must be 0 to 1"),
+    ("--tail-steps 5", "--tail_steps: has no effect without --tail"),
+    ("--tail 0.5 --tail-steps 0", "--tail_steps 0: must be >0"),
+], ids=lambda x: x)
+def test_bad_settings_are_told_in_a_sentence(argv, told):
+    (sentence,) = problems(*argv.split())
+    assert told in sentence and len(sentence) < 200
 
 
 # --- whole runs
