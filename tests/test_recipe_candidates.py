@@ -26,7 +26,7 @@ def plain_set(targets: list[int], turn: int, count: int, vocab_size: int, gate: 
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("turn", [0, 7, 49, 50, 1234, 10**12])
 def test_a_set_is_the_targets_and_then_the_permutation_from_its_turn_on(turn, gate):
-    targets = torch.tensor([[[3, 3, 41, 0], [17, 49, 3, 8]]])
+    targets = torch.tensor([[[3, 3, 41, 0]], [[17, 49, 3, 8]]])  # of the next and of a further token
     classes, place = tg.candidate_set(targets, int_tensor(turn, torch.int64), 20, 50, gate)
     assert classes.tolist() == plain_set(targets.flatten().tolist(), turn, 20, 50, gate)
     expected = [classes.tolist().index(label) if label in classes else IGNORE for label in range(50 + gate)]

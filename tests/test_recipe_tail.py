@@ -23,7 +23,7 @@ from recipe import assert_same_optimizer, assert_same_tensors, problems, tiny_se
 
 import train_gpt
 
-ITERATIONS, STEPS = 24, 6  # the average begins with step 24 - 2 * 6 = 12; that of the MLPs with step 18
+ITERATIONS, STEPS, SHARE = 24, 6, 0.65  # the average begins with step 24 - 2 * 6 = 12; that of the MLPs with step 18
 PARTS = {  # time constant / --tail-steps
     r"blocks\.\d+\.mlp\..*": Fraction(1, 2), r"gates|scalars|smear|pointer\.small|ngrams\.(weight|table)": 0, ".*": 1}
 
@@ -47,7 +47,7 @@ class Ramp:
     """An optimizer whose weights are what the test says: steps at a rate of 0 with gradients of zero."""
 
     def __init__(self, iterations: int = ITERATIONS, **changes):
-        changes = {"tail": 0.5, "tail_steps": STEPS, "pointer": 8} | changes
+        changes = {"tail": SHARE, "tail_steps": STEPS, "pointer": 8} | changes
         self.s = tiny_settings(iterations=iterations, **changes)
         self.model, self.optimizer = build(self.s)
         random = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def test_the_average_of_a_ramp_has_a_closed_form():
         if steps:
             behind = lag(steps, round(2 * steps) + 1)
             assert 0.8 * (steps - 1) < behind < steps - 1
-            expected = blended(name, last, ramp.at(name, ITERATIONS - behind), 0.5)
+            expected = blended(name, last, ramp.at(name, ITERATIONS - behind), SHARE)
             assert not torch.allclose(expected, last, rtol=0.01)
         torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -109,7 +109,7 @@ def test_during_the_tail_the_model_sees_the_blend_and_gets_its_bits_back(steps):
             assert torch.equal(seen[name], weight), name
         else:
             average = ramp.at(name, steps - lag(constant, count))
-            torch.testing.assert_close(seen[name], blended(name, weight, average, 0.5), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(seen[name], blended(name, weight, average, SHARE), rtol=1e-5, atol=1e-6)
             assert count == 1 or not torch.equal(seen[name], weight), name
     assert_same_tensors(flatten_state(ramp.optimizer.state_dict()), state)
 
@@ -170,7 +170,7 @@ def test_a_tail_longer_than_the_run_begins_with_its_first_step():
     ramp = Ramp(iterations=5, tail_steps=100)
     ramp.run(range(1, 6))
     name, last = "embed.weight", ramp.at("embed.weight", 5)
-    expected = blended(name, last, ramp.at(name, 5 - lag(100.0, 5)), 0.5)
+    expected = blended(name, last, ramp.at(name, 5 - lag(100.0, 5)), SHARE)
     torch.testing.assert_close(ramp.final()[name], expected, rtol=1e-5, atol=1e-6)
 
 
