@@ -83,6 +83,7 @@ class Hyperparameters:
     num_layers: int = 12  # transformer layers [>0]
     width: int = 768  # model_dim: size of the residual stream [>0]
     head_dim: int = 128  # size of a head; num_heads = width / head_dim [>0]
+    qk_dim: int = 0  # its queries' and keys', but in L layers (92); 0: head_dim [>=0]
     mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
     attention: str = "auto"  # by layer: L long window, S short, P short, paired, - none
     paired: bool = True  # auto attention has P layers: queries see two heads' keys (58)
@@ -93,8 +94,9 @@ class Hyperparameters:
     skip: str = "single"  # from early to late layers (11, 45) [unet|single|none]
     backout: bool = True  # subtract a learned share of the stream after 2/3 (40)
     smear: bool = True  # embeddings take up the previous token's, gated (34)
-    bigram: int = 0  # rows of an embedding of hashed token pairs (62); 0 off [>=0]
+    ngram_rows: int = 0  # vectors of hashed token pairs and triples (62, 92); 0 off [>=0]
     attn_gate: bool = True  # gate each head's output by 12 dimensions of the input (28)
+    pointer: int = 0  # size of queries and keys that copy from the document (379); 0 off [>=0]
     softcap: floats = (23.0, 5.0, 7.5)  # a*sigmoid((logit+b)/c) (54); 0,0,1 off [>=0]
     rope_base: float = 1024.0  # 1 / slowest rotary frequency, radians per token [>0]
     attn_scale: float = 0.0  # on q.k; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (20) [>=0]
@@ -133,7 +135,10 @@ class Hyperparameters:
     max_doc_len: ints = (0,)  # longest piece, in tokens; 0: seq_len [>=0; per stage]
     window: ints = (1792,)  # long attention window at the end, tokens [>0; per stage]
     mtp: ints = (0,)  # further tokens to predict, by 1/2, 1/4 .. (53) [>=0; per stage]
+    candidates: ints = (0,)  # classes in the loss of a row; 0: all (92) [>=0; per stage]
     stage_lr: floats = (1.0,)  # factor on all learning rates [>0; per stage]
+    candidate_rows: int = 1  # rows of a step that share their candidates [>0]
+    ngram_every: int = 1  # steps whose gradients make one update of n-grams [>0; with ngram_rows]
     window_start: int = 128  # long window at step 0, tokens, grows; 0: no growth [>=0]
     window_step: int = 128  # windows are rounded up to a multiple of this, tokens [>0]
     # --- optimizer
@@ -155,7 +160,11 @@ class Hyperparameters:
     schedule: str = "linear"  # shape of the cool-down: linear, or 1 - sqrt [linear|wsd]
     warmup_steps: int = 0  # steps over which the learning rates rise [>=0]
     cooldown: float = 0.45  # last fraction of the iterations, in which they fall [0..1]
+    cooldown_others: float = 0.0  # of all but the hidden matrices; 0: the same [0..1]
+    extension: int = 0  # last steps, after the cool-down, at the lowest rate (92) [>=0]
     lr_floor: float = 0.1  # learning rate at the end / its peak [0..1]
+    tail: float = 0.0  # share of the last weights' average in the final ones (92); 0 off [0..1]
+    tail_steps: int = 128  # its time constant; it covers the last two of them [>0; with tail]
 
     @property
     def num_heads(self) -> int:
@@ -267,8 +276,7 @@ def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
 
 def auto_attention(num_layers: int, paired: bool) -> str:
-    """Long windows in the first, the last and a layer at a third (20); from 12 layers on no
-    attention in layer 7/12 (17); paired heads in every third of the others (58 has 4 of 11)."""
+    """Long windows in the first, last and a third's layer (20), none in layer 7/12 (17), pairs in every third (58)."""
     long = {0, num_layers // 3, num_layers - 1}
     none = 7 * num_layers // 12 if num_layers >= 12 else None
     letters = ["L" if i in long else "P" if paired and i % 3 == 2 else "S" for i in range(num_layers)]
@@ -310,16 +318,19 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
                    "value tables, needs it")
     if len(s.softcap) != 3 or not s.softcap[2] or (not s.softcap[0] and s.softcap != (0, 0, 1)):
         bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
-    if s.bigram == 1:
-        bad.append("--bigram 1: one row is for starts of documents; use 2 or more, or 0 for none")
+    if s.qk_dim and (s.qk_dim % 4 or not s.head_dim / 2 <= s.qk_dim <= s.head_dim):
+        bad.append(f"--qk_dim {s.qk_dim}: a multiple of 4 from half of --head_dim {s.head_dim} up to it, or 0")
+    if s.ngram_rows and (s.ngram_rows < 4 or s.ngram_rows % math.lcm(2, world_size)):
+        bad.append(f"--ngram_rows {s.ngram_rows}: at least 4, a multiple of 2 and of the {world_size} processes, or 0")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
-    if s.warmup_steps >= s.iterations:
-        bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
+    for name in ("warmup_steps", "extension"):
+        if getattr(s, name) >= s.iterations:
+            bad.append(f"--{name} {getattr(s, name)} must be less than --iterations {s.iterations}")
     least, memory = least_memory(s, world_size) / 2**30, hardware.memory_gib
     if least > memory:
         bad.append(f"this needs more than {least:,.0f} GiB, {hardware.name} has {memory:.1f}: lower --width, "
-                   "--num_layers, --num_experts, --seq_len, --micro_tokens or --batch_tokens")
+                   "--num_layers, --num_experts, --ngram_rows, --seq_len, --micro_tokens or --batch_tokens")
     return bad + stage_errors(s, world_size) + mixture_errors(s, given)
 
 # differs from train_gpt.py: experts
@@ -329,7 +340,7 @@ def least_memory(s: Settings, world_size: int) -> float:
     length, hidden = max(s.seq_len), s.mlp_ratio * s.width
     experts = (s.num_experts + s.num_shared) * s.hidden if s.num_experts else hidden
     mlps = sum(experts if letter == "M" else hidden for letter in s.moe_layers)
-    weights = s.num_layers * 4 * s.width + 2 * mlps + s.bigram
+    weights = s.num_layers * 4 * s.width + 2 * mlps + s.ngram_rows / world_size
     mask = 0 if s.backend == "flex" else length**2
     batch = 12 * max(s.batch_tokens) / world_size
     return 2 * s.width * (weights + s.num_layers * length) + mask + batch
@@ -395,6 +406,9 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
             bad.append(f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {t.seq_len} tokens")
         elif t.mtp >= t.seq_len:
             bad.append(f"--mtp {t.mtp} must be less than --seq_len {t.seq_len}")
+        elif t.candidates % HEAD_MULTIPLE or t.candidates and t.micro_rows(s, world_size) % s.candidate_rows:
+            bad.append(f"--candidates {t.candidates} must be a multiple of {HEAD_MULTIPLE}, --candidate_rows "
+                       f"{s.candidate_rows} a divisor of the {t.micro_rows(s, world_size)} rows of a micro-step")
     return bad
 
 class Stage(NamedTuple):
@@ -407,6 +421,7 @@ class Stage(NamedTuple):
     max_doc_len: int
     window: int  # long window at `end`
     mtp: int  # further future tokens
+    candidates: int  # classes in the loss; 0: all
     lr: float
 
     def micro_rows(self, s: Settings, world_size: int) -> int:
@@ -486,8 +501,7 @@ def flex_options(device: str) -> dict | None:
     return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
 def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
-    """softmax(scale * q k + mask) v -> (B, T, H, K): FlexAttention with a block_mask, or with a dense_mask
-    SDPA or the formula itself, in bf16 on a CPU 0.25 to 0.64 of SDPA's time (records/LOG.md, 2026-11-20)."""
+    """softmax(scale * q k + mask) v -> (B, T, H, K). The plain formula takes 0.25 to 0.64 of SDPA's time on a CPU."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
@@ -748,9 +762,12 @@ class Mixture(nn.Module):
 GATE_DIM = 12  # dimensions of the residual stream that gates read (28)
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
 IGNORE = -1  # target that has no loss
-# Learned scalars of a layer and their initial values: weights of the residual stream, of the
-# embedding (added in again at every layer), of the skip connection, of the values, of the value
-# embedding (11, 14, 15), of the output where the last layer's is freed of it (40).
+POINTER_BLOCK = 2048  # positions; copies come from the own block and the one before
+NGRAM_FACTORS = 2654435761, 2246822519, 3266489917  # primes, of a token and of the two before it
+NGRAM_SIGNS = 8192  # different vectors of signs
+PERMUTATION = 20011  # label * this, modulo the vocabulary, is a permutation: a prime
+# Learned scalars of a layer and their initial values: weights of the residual stream, the embedding (at every layer),
+# the skip connection, values, value embedding (11, 14, 15), of the output of which the last is freed (40).
 SCALARS = {
     "residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_embed": 0.5, "backout": 0.5}
 
@@ -785,24 +802,24 @@ def short_window(window, step: int):
     return -(-window // (2 * step)) * step
 
 def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) -> tuple:
-    """cos and sin, (length, 1, head_dim / 4) fp32, of frequencies 1 .. 1/base, radians per token. For a `longer`
-    window than that of training, YaRN (Peng et al. 2023, arXiv 2309.00071): frequencies that turn less than once in
-    the window are slowed down by the ratio of the two, those that turn 32 times stay. (Not its temperature.)"""
+    """cos and signed sin, (length, 1, head_dim) fp32, of frequencies 1 .. 1/base, radians per token; 1 and 0 where content
+    counts, not position (17). For a `longer` window than in training, YaRN (arXiv 2309.00071): what turns less than
+    once in it slows by the ratio, 32 turns stay."""
     frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
     if longer > window:
         kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) * window / longer)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)[:, None]
-    return angle.cos(), angle.sin()
+    cos, sin, still = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return torch.cat((cos, still + 1, cos, still + 1), -1), torch.cat((sin, still, -sin, still), -1)
 
 def rotate(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of
-    their position, in fp32; the other half carries content regardless of position (17)."""
-    a, a_still, b, b_still = x_BTHK.chunk(4, dim=-1)
-    a, b = a.float(), b.float()
-    turned_a = (a * cos + b * sin).type_as(x_BTHK)
-    turned_b = (b * cos - a * sin).type_as(x_BTHK)
-    return torch.cat((turned_a, a_still, turned_b, b_still), dim=-1)
+    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of their position, in
+    fp32 (17); of narrow heads as many, at most all. Whole heads at a time: so a compiler fuses it with the norm."""
+    half = x_BTHK.size(-1) // 2
+    cos, sin = (table.unflatten(-1, (2, -1))[..., :half].flatten(-2) for table in (cos, sin))
+    x = x_BTHK.float()
+    return (x * cos + x.roll(half, -1) * sin).type_as(x_BTHK)
 
 def without_component(y: Tensor, direction: Tensor) -> Tensor:
     """y minus its projection on `direction`, along the last axis."""
@@ -810,9 +827,7 @@ def without_component(y: Tensor, direction: Tensor) -> Tensor:
     return y - (y * unit).sum(-1, keepdim=True) * unit
 
 def pair(x_BTHK) -> Tensor:
-    """(B, T, H, K) -> (B, 2T, H/2, K), head h and head h + H/2 of a token one after the other; a view
-    if the tokens are contiguous. Each query sees the keys of both heads in a short window. (58 orders
-    the two heads of a token, and halves the window, so that the cost stays; here it doubles.)"""
+    """(B, T, H, K) -> (B, 2T, H/2, K): heads h and h + H/2 of a token in turn: queries see both heads' keys (58)."""
     return x_BTHK.unflatten(2, (2, -1)).flatten(1, 2)
 
 def uniform_matrix(*shape: int) -> Tensor:
@@ -821,33 +836,39 @@ def uniform_matrix(*shape: int) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound)
 
 class Attention(nn.Module):
-    """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate. Its matrices
-    have one shape, so that the optimizer can batch them; that of the output is transposed and starts at zero."""
+    """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate. Matrices of one
+    shape are one parameter, so that they can be batched; that of the output is transposed and starts at zero."""
     def __init__(self, s: Settings, kind: str):
         super().__init__()
         self.num_heads, self.head_dim = s.num_heads, s.head_dim
         self.gated, self.value_gated = s.attn_gate, s.value_gate
-        self.scale, self.backend, self.options = s.softmax_scale, s.backend, flex_options(s.device)
+        self.backend, self.options = s.backend, flex_options(s.device)
         self.offset, self.paired, self.xsa = s.key_offset and kind == "L", kind == "P", s.xsa
-        qkv, out = uniform_matrix(3, s.width, s.width), torch.zeros(1, s.width, s.width)
-        self.qkvo = nn.Parameter(torch.cat((qkv, out)))
+        narrow = s.qk_dim if kind != "L" else 0
+        self.scale = s.softmax_scale * (1 if s.attn_scale else math.sqrt(s.head_dim / (narrow or s.head_dim)))
+        self.qk = nn.Parameter(uniform_matrix(2, s.num_heads * narrow, s.width)) if narrow else None
+        inner, out = uniform_matrix(1 if narrow else 3, s.width, s.width), torch.zeros(1, s.width, s.width)
+        self.qkvo = nn.Parameter(torch.cat((inner, out)))
 
     def forward(self, x_BTD, value_BTD, mask, at, scalars: dict, gates) -> Tensor:
-        """`at`: rotary cos and sin, (T, 1, K / 4), and where the token before is of the same document."""
+        """`at`: rotary cos and sin, (T, 1, K), and where the token before is of the same document."""
         q, k, v, value_BTHK, gate = self.project(x_BTD, value_BTD, at, scalars, gates)
         q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
         y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(value_BTHK.shape)
         y = without_component(y, value_BTHK) if self.xsa else y
-        _, out = self.qkvo.split((3, 1))
+        _, out = self.qkvo.split((len(self.qkvo) - 1, 1))
         return (y if gate is None else y * gate).flatten(2) @ out[0]
 
     def project(self, x_BTD, value_BTD, at, scalars: dict, gates) -> tuple:
         """q, k, v of each position, (B, T, H, K), and for its output v again and its gate, (B, T, H, 1)."""
-        qkv, _ = self.qkvo.split((3, 1))
-        heads = F.linear(x_BTD, qkv.flatten(0, 1)).unflatten(-1, (3 * self.num_heads, self.head_dim))
-        qk, v = heads.split((2 * self.num_heads, self.num_heads), dim=2)
+        inner, _ = self.qkvo.split((len(self.qkvo) - 1, 1))
+        v = F.linear(x_BTD, inner.flatten(0, 1)).unflatten(-1, (-1, self.head_dim))
+        if self.qk is None:
+            qk, v = v.split((2 * self.num_heads, self.num_heads), dim=2)
+        else:
+            qk = F.linear(x_BTD, self.qk.flatten(0, 1)).unflatten(-1, (2 * self.num_heads, -1))
         cos, sin, follows_BT11 = at
-        q, k = (rotate(x, cos, sin) for x in norm(qk).chunk(2, dim=2))
+        q, k = rotate(norm(qk), cos, sin).chunk(2, dim=2)
         k = self.offset_keys(k, follows_BT11)
         out_gate = value_gate = None
         if gates is not None:
@@ -859,15 +880,12 @@ class Attention(nn.Module):
         return q, k, v, v, out_gate if self.gated else None
 
     def offset_keys(self, k_BTHK, follows_BT11) -> Tensor:
-        """Partial key offset: the unrotated half of a key is that of the token before, if of the same document. A
-        query that looks for a content finds what came after it: one layer can do induction (49)."""
+        """The unrotated half of a key is the previous token's, if of the same document: one layer can induce (49)."""
         if not self.offset:
             return k_BTHK
         shifted = torch.cat((k_BTHK[:, :1], k_BTHK[:, :-1]), dim=1)
-        previous = torch.where(follows_BT11, shifted, k_BTHK)
-        a, _, b, _ = k_BTHK.chunk(4, dim=-1)
-        _, a_still, _, b_still = previous.chunk(4, dim=-1)
-        return torch.cat((a, a_still, b, b_still), dim=-1)
+        quarter = torch.arange(k_BTHK.size(-1), device=k_BTHK.device) // (k_BTHK.size(-1) // 4)
+        return torch.where(follows_BT11 & (quarter % 2 == 1), shifted, k_BTHK)
 
 class MLP(nn.Module):
     """ReLU^2 feed-forward; both matrices are (hidden, model), so that they can be batched (27)."""
@@ -907,25 +925,24 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model, built in fp32 on the CPU from the seed alone; the optimizer casts it."""
     # differs from train_gpt.py: routers
-    def __init__(self, s: Settings, vocab_size: int):
+    def __init__(self, s: Settings, vocab_size: int, world: World | None = None):
         super().__init__()
         torch.manual_seed(s.seed)
         self.layers, self.window_step, self.flex = layer_table(s), s.window_step, s.backend == "flex"
         self.loss_kernel, self.fp8_head = "loss" in s.kernels, s.fp8_head == "on"
-        padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
-        self.embed = nn.Embedding(padded, s.width)
+        padded = -(-(vocab_size + bool(s.pointer)) // HEAD_MULTIPLE) * HEAD_MULTIPLE
+        self.vocab_size, self.embed = vocab_size, nn.Embedding(padded, s.width)
         self.value_embeds = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeds))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, its weight
         self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
-        self.bigram = nn.Embedding(s.bigram, s.width) if s.bigram else None
+        self.ngrams = Ngrams(s, world or World()) if s.ngram_rows else None
         gates = torch.zeros(s.num_layers, 2, s.num_heads, GATE_DIM)  # of outputs, of value embeddings
         gated = s.attn_gate or (s.value_embeds and s.value_gate)
         self.gates = nn.Parameter(gates) if gated else None
         self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
         self.backout = 2 * s.num_layers // 3 - 1 if s.backout and s.num_layers > 2 else None  # layer
         self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
-        if s.bigram:
-            nn.init.zeros_(self.bigram.weight)
+        self.pointer = Pointer(s.width, s.pointer) if s.pointer else None
         if s.mixtures:  # noisy_topk starts even, by its noise; elsewhere ties would all go one way
             shape = len(s.mixtures), s.num_experts, s.width
             routers = torch.zeros(shape).repeat(1, 2, 1)
@@ -935,9 +952,11 @@ class GPT(nn.Module):
             self.register_buffer("router_bias", torch.zeros(shape[:2]), persistent=False)
         a, b, c = s.softcap
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
+        self.candidates, self.candidate_rows = 0, s.candidate_rows
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
-        saturated = torch.zeros((), dtype=torch.int64)  # values that FP8 clipped
-        for name, buffer in dict(cos=cos, sin=sin, saturated=saturated).items():
+        # number of the first row (candidate_turn); values that FP8 clipped; targets without a loss
+        turn, saturated, left_out = torch.zeros(3, dtype=torch.int64)
+        for name, buffer in dict(cos=cos, sin=sin, turn=turn, saturated=saturated, left_out=left_out).items():
             self.register_buffer(name, buffer, persistent=False)
 
     # differs from train_gpt.py: noise in, sums out
@@ -945,12 +964,19 @@ class GPT(nn.Module):
         """Cross-entropies with the targets k of `future_targets`, each summed over those not IGNORE, in nats, and with
         gradients the routers' sums, (K + M * S,) fp32. `window`: int32 0-D tensor, tokens of the long window; document
         numbers rise along a row; noise: standard normal, for noisy_topk in training."""
-        sums = []
-        x_BTD = self.trunk(inputs_BT, docs_BT, window, noise_BMTE, sums)
-        return torch.cat([self.losses(x_BTD, targets_KBT), *sums])
+        found_BTD = None if self.ngrams is None else self.ngrams(inputs_BT, docs_BT)
+        return self.calculate(inputs_BT, targets_KBT, docs_BT, window, found_BTD, noise_BMTE)
 
     # differs from train_gpt.py: noise in, sums out
-    def trunk(self, inputs_BT, docs_BT, window: Tensor, noise_BMTE=None, sums=None) -> Tensor:
+    def calculate(self, inputs_BT, targets_KBT, docs_BT, window: Tensor, found_BTD, noise_BMTE=None) -> Tensor:
+        """As `forward`, with the vectors that `ngrams` found: what can be one graph."""
+        sums = []
+        x_BTD = norm(self.trunk(inputs_BT, docs_BT, window, found_BTD, noise_BMTE, sums))
+        copies = None if self.pointer is None else self.pointer(x_BTD, inputs_BT, targets_KBT[0], docs_BT)
+        return torch.cat([self.losses(x_BTD, targets_KBT, copies), *sums])
+
+    # differs from train_gpt.py: noise in, sums out
+    def trunk(self, inputs_BT, docs_BT, window: Tensor, found_BTD=None, noise_BMTE=None, sums=None) -> Tensor:
         """Residual stream after the last layer, (B, T, D). The routers' sums are appended to `sums`."""
         follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
         x = x0 = self.embedding(inputs_BT, follows)
@@ -960,12 +986,14 @@ class GPT(nn.Module):
         at = self.cos[:length], self.sin[:length], follows[..., None]
         scalars = self.scalars.type_as(x).unbind(0)
         gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
+        weights = self.ngrams.weight.type_as(x).unbind(0) if self.ngrams is not None else None
         outputs = []
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
             value = values[layer.value_table] if layer.value_table is not None else None
             router = self.router(layer.mixture, noise_BMTE)
             mask = masks.get(layer.attention)
+            x = x if found_BTD is None else x + weights[i] * found_BTD
             x, own = block(x, x0, skip, value, mask, at, scalars[i], gates[i], router)
             outputs.append(x)
             if sums is not None and own is not None:
@@ -988,11 +1016,8 @@ class GPT(nn.Module):
         return {kind: make(docs_BT, *options[kind]) for kind in sorted(kinds)}
 
     def embedding(self, inputs_BT, follows_BT1) -> Tensor:
-        """Normed token embeddings, with hashed pairs of tokens; each takes up some of the previous
-        token's, gated, if that is of the same document (34)."""
+        """Normed token embeddings; each takes up some of the previous one of its document, gated (34)."""
         x = self.embed(inputs_BT)
-        if self.bigram is not None:
-            x = x + self.bigram(bigram_rows(inputs_BT, follows_BT1[..., 0], self.bigram.num_embeddings))
         if self.smear is not None:
             gate, weight = self.smear.split((GATE_DIM, 1))
             previous = torch.cat((x[:, :1], x[:, :-1]), dim=1) * follows_BT1
@@ -1003,18 +1028,132 @@ class GPT(nn.Module):
         """Logits, exact."""
         return cap_logits(F.linear(norm(x_BTD), self.lm_head), self.cap)
 
-    def losses(self, x_BTD, targets_KBT) -> Tensor:
+    def losses(self, x_BTD, targets_KBT, copies=None) -> Tensor:
+        """As `forward`, of the normed stream; copies: what the pointer says of each token. In training every
+        candidate_rows rows have classes of their own; targets without a place among them are counted."""
+        if not torch.is_grad_enabled() or not 0 < self.candidates < self.vocab_size:
+            return self.class_losses(x_BTD, targets_KBT, self.lm_head, self.vocab_size, copies)
+        losses = []
+        for start in range(0, len(x_BTD), self.candidate_rows):
+            part, turn = slice(start, start + self.candidate_rows), (self.turn + start) * (self.candidates + 1)
+            targets, some = targets_KBT[:, part].long(), copies and [x[part] for x in copies]
+            classes, place = candidate_set(targets, turn, self.candidates, self.vocab_size, copies is not None)
+            among = place[targets.clamp_min(0)].where(targets != IGNORE, IGNORE)
+            self.left_out += ((among == IGNORE) & (targets != IGNORE)).sum()
+            weight_VD = F.embedding(classes, self.lm_head)
+            losses.append(self.class_losses(x_BTD[part], among, weight_VD, place[-1], some))
+        return sum(losses)
+
+    def class_losses(self, x_BTD, targets_KBT, weight_VD, gate, copies) -> Tensor:
+        """Summed cross-entropies, (K,), among the classes with these rows of the head. The first one is that of a
+        mixture with copies, by the probability of the class `gate`, which is no token."""
         fp8 = self.fp8_head and torch.is_grad_enabled()  # evaluation is exact
-        x_ND, targets_KN = norm(x_BTD).flatten(0, 1), targets_KBT.flatten(1)
-        losses, saturated = head_losses(x_ND, self.lm_head, targets_KN, self.cap, self.loss_kernel, fp8)
+        x_ND, targets_KN = x_BTD.flatten(0, 1), targets_KBT.flatten(1)
+        if copies is not None:
+            targets_KN = torch.cat((targets_KN, torch.zeros_like(targets_KN[:1]) + gate))
+        losses, saturated = head_losses(
+            x_ND, weight_VD, targets_KN, self.cap, self.loss_kernel, fp8, each=copies is not None)
         if fp8:
             self.saturated += saturated
-        return losses
+        if copies is None:
+            return losses
+        mixed_N = copy_losses(losses[0], losses[-1], *(x.flatten() for x in copies))
+        mixed_N = mixed_N.where(targets_KN[0] != IGNORE, 0.0)
+        return torch.stack([loss_N.sum() for loss_N in (mixed_N, *losses[1:-1])])
 
-def bigram_rows(inputs_BT, follows_BT, rows: int) -> Tensor:
-    """Row of the bigram table for a token and the one before it; 0 at the start of a document."""
-    pairs = (inputs_BT[:, 1:] * 40503) ^ (inputs_BT[:, :-1] * 27644)  # below 2^31 for GPT-2 tokens
-    return F.pad(1 + pairs % (rows - 1), (1, 0)) * follows_BT
+class Pointer(nn.Module):
+    """Attention whose values are tokens: where in the document what comes next was seen before (379; Merity et al.
+    2016, arXiv 1609.07843). A query sees earlier positions of its block and the one before, and a sink: no copy."""
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        self.qk = nn.Parameter(uniform_matrix(2 * size, width))
+        self.small = nn.Parameter(torch.stack((torch.ones(size), torch.zeros(size))))  # gain, sink
+
+    def forward(self, x_BTD, inputs_BT, targets_BT, docs_BT) -> tuple[Tensor, Tensor]:
+        """The attention on the target, and on the sink, each (B, T), fp32."""
+        q_BTK, k_BTK = F.linear(x_BTD, self.qk).float().chunk(2, dim=-1)
+        gain, sink = self.small.float()
+        q_BTK, k_BTK = norm(q_BTK) * gain * len(gain) ** -0.5, norm(k_BTK)
+        position, parts = torch.arange(q_BTK.size(1), device=x_BTD.device), []
+        for start in range(0, len(position), POINTER_BLOCK):
+            end = start + POINTER_BLOCK
+            own, seen = slice(start, end), slice(max(0, start - POINTER_BLOCK), end)
+            mask = (position[own, None] > position[seen]) & (docs_BT[:, own, None] == docs_BT[:, None, seen])
+            scores = (q_BTK[:, own] @ k_BTK[:, seen].mT).masked_fill(~mask, -math.inf)
+            shares = torch.cat((scores, q_BTK[:, own] @ sink[:, None]), dim=-1).softmax(dim=-1)
+            hits = inputs_BT[:, None, seen] == targets_BT[:, own, None]
+            parts.append(((shares[..., :-1] * hits).sum(-1), shares[..., -1]))
+        copied, nothing = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return copied, nothing
+
+def copy_losses(loss_N, gate_N, copied_N, nothing_N) -> Tensor:
+    """-log(p (1 - alpha (1 - nothing)) + alpha copied): alpha = exp(-gate), p = exp(-loss) / (1 - alpha)."""
+    model, alpha = (-loss_N).exp(), (-gate_N).exp()
+    return -torch.log(model * (1 + alpha * nothing_N / (1 - alpha)) + alpha * copied_N)
+
+class Ngrams(nn.Module):
+    """Vectors of hashed pairs and triples of tokens, half of the rows each (62, 92), which each layer adds to the
+    stream with a learned weight. In training a process owns a share of the rows and serves it to all."""
+    def __init__(self, s: Settings, world: World):
+        super().__init__()
+        self.world, self.half, self.take = world, s.ngram_rows // 2, None
+        self.table = nn.Parameter(torch.zeros(s.ngram_rows // world.size, s.width, dtype=s.torch_dtype))
+        self.weight = nn.Parameter(torch.full((s.num_layers,), 0.05))
+        signs = torch.randint(2, (NGRAM_SIGNS, s.width), generator=torch.Generator().manual_seed(0))
+        self.register_buffer("signs", (2 * signs - 1).to(s.torch_dtype), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, inputs_BT, docs_BT) -> Tensor:
+        """The two vectors of each token, summed, (B, T, D): a leaf, whose gradient goes to the rows' owners."""
+        world, first = self.world, self.world.rank * len(self.table)
+        rows, kinds = ngram_rows(gathered(world, inputs_BT), gathered(world, docs_BT), self.half)
+        order, token = (rows // len(self.table) == world.rank).nonzero(as_tuple=True)
+        row, kind = rows[order, token] - first, kinds[order, token]
+        total = self.table.new_zeros(rows.size(1), self.table.size(1))
+        found = total.index_add_(0, token, self.table[row] * self.signs[kind])
+        if world.size > 1:
+            found = total.new_empty(inputs_BT.numel(), total.size(1))
+            dist.reduce_scatter_tensor(found, total)
+        found = found.view(*inputs_BT.shape, -1)
+
+        def hand_over(leaf: Tensor):
+            grads = gathered(world, leaf.grad.flatten(0, 1))[token] * self.signs[kind]
+            self.take(row, grads.float())
+
+        if self.take:
+            found.requires_grad_().register_post_accumulate_grad_hook(hand_over)
+        return found
+
+def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
+    """Rows of the pair and of the triple that end at each token, (2, B * T), the last one of a half where the document
+    begins too late; and which signs they have, so that what shares a row mostly differs in them."""
+    rows, kinds, inputs_BT = [], [], inputs_BT.long()
+    hashed = inputs_BT * NGRAM_FACTORS[0]
+    for n in (1, 2):
+        inside = F.pad(docs_BT[:, n:] == docs_BT[:, :-n], (n, 0))
+        hashed = hashed ^ F.pad(inputs_BT[:, :-n], (n, 0)) * inside * NGRAM_FACTORS[n]
+        rows.append((hashed // NGRAM_SIGNS % (half - 1)).where(inside, half - 1) + (n - 1) * half)
+        kinds.append(hashed % NGRAM_SIGNS)
+    return torch.stack(rows).flatten(1), torch.stack(kinds).flatten(1)
+
+def gathered(world: World, x: Tensor) -> Tensor:
+    """x of all ranks, one after the other along the first axis. Collective."""
+    if world.size == 1:
+        return x
+    whole = x.new_empty(world.size * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous())
+    return whole
+
+def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple[Tensor, Tensor]:
+    """The classes of a sampled softmax (92), in order: the gate, the targets, and as many others as are missing, by a
+    fixed permutation from `turn` on; and the place of each class among them, IGNORE for those left out. The loss is
+    that of fewer classes, without a correction: below the full one by -log of their probability."""
+    label = torch.arange(vocab_size + gate, device=targets.device)
+    rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
+    rank = rank.index_fill(0, targets.flatten().clamp_min(0), -1)
+    classes = rank.argsort(stable=True)[:count].sort().values
+    place = torch.full_like(label, IGNORE).scatter(0, classes, label[:count])
+    return classes, place
 
 def future_targets(targets_BT, docs_BT, count: int) -> Tensor:
     """Targets and those of the `count` tokens after them, (1 + count, B, T); IGNORE past the document."""
@@ -1026,30 +1165,39 @@ def future_targets(targets_BT, docs_BT, count: int) -> Tensor:
 
 # differs from train_gpt.py: experts and routers
 def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Number of parameters by kind; `matmul`: that multiply a token (for FLOPs), `active`: it meets."""
+    """Number of parameters by kind; `matmul`: that multiply a token (for FLOPs), `active`: it meets, of n-grams two."""
     kinds = {
-        "embed": "embedding", "value_embeds": "embedding", "blocks": "hidden", "lm_head": "head",
-        "routers": "router"}
-    counts = dict.fromkeys(("hidden", "experts", "router", "embedding", "head", "small"), 0)
+        "embed": "embedding", "value_embeds": "embedding", "ngrams": "embedding", "blocks": "hidden",
+        "pointer": "hidden", "lm_head": "head", "routers": "router"}
+    counts, idle = dict.fromkeys(("hidden", "experts", "router", "embedding", "head", "small"), 0), 0
     for name, p in model.named_parameters():
+        size = p.numel()
+        if name == "ngrams.table":
+            size = 2 * model.ngrams.half * p.size(1)  # of all processes
+            idle = size - 2 * p.size(1)
         kind = kinds.get(name.split(".")[0], "small")
-        counts["experts" if ".experts_" in name else kind] += p.numel()
+        counts["experts" if ".experts_" in name else kind] += size
     routers = [block.mlp.router for block in model.blocks if isinstance(block.mlp, Mixture)]
     share = routers[0].choices / routers[0].num_experts if routers else 0.0
-    total, idle = sum(counts.values()), round(counts["experts"] * (1 - share))
-    matmul = sum(counts[kind] for kind in ("hidden", "experts", "router", "head")) - idle
-    return {"total": total, "active": total - idle, **counts, "matmul": matmul}
+    total, unchosen = sum(counts.values()), round(counts["experts"] * (1 - share))
+    matmul = sum(counts[kind] for kind in ("hidden", "experts", "router", "head")) - unchosen
+    return {"total": total, "active": total - idle - unchosen, **counts, "matmul": matmul}
 
 def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
     """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer
-    (q.k and weighted sum, 2 each, times 3): the mean of a causal row, cut at the final window and max_doc_len."""
+    (q.k and weighted sum, 2 each, times 3): the mean of a causal row, cut at the final window and max_doc_len. Less for
+    narrow q and k, and for a head of few candidates; the pointer adds its scores."""
     length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
     long = math.ceil(stage.window / s.window_step) * s.window_step
     short = min(short_window(long, s.window_step), long)
     for layer in layer_table(s):
         window = min({"L": long, "-": 0}.get(layer.attention, short), length)
-        keys += (window - window * (window - 1) / (2 * length)) * (2 if layer.attention == "P" else 1)
-    return 6.0 * counts["matmul"] + 12.0 * s.width * keys
+        share = 1.0 if layer.attention == "L" or not s.qk_dim else (1 + s.qk_dim / s.head_dim) / 2
+        share *= 2 if layer.attention == "P" else 1
+        keys += (window - window * (window - 1) / (2 * length)) * share
+    left_out = max(0, counts["head"] - (stage.candidates or math.inf) * s.width)
+    pointer = 6.0 * s.pointer * min(length, 3 * POINTER_BLOCK) / 2
+    return 6.0 * (counts["matmul"] - left_out) + 12.0 * s.width * keys + pointer
 
 # Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first counts.
 PEAK_FLOPS = {
@@ -1059,8 +1207,7 @@ PEAK_FLOPS = {
 }
 
 def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: int) -> float | None:
-    """MFU = tokens/s * FLOPs per token / (peak bf16 FLOP/s of the GPU * count); None where that is
-    unknown (CPUs). The optimizer does not count, and fp8 products count against the bf16 peak."""
+    """tokens/s * FLOPs per token / (peak bf16 FLOP/s * count), without the optimizer's; None: no known peak."""
     peaks = [peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)]
     return tokens_per_s * flops / (peaks[0] * count) if peaks else None
 
@@ -1077,15 +1224,17 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     return tokens * (activations * size * s.width + scores) + copies
 
 def expected_memory(s: Settings, vocab_size: int, optimizer: MuonAdamW, total: int) -> float:
-    """Bytes per process, a rough estimate: weights (`total`), own masters and moments, gradients, and of
-    a micro-step the activations and the logits (three times in fp32, or twice in bf16)."""
+    """Bytes per process, a rough estimate: weights (`total`), own masters and moments, gradients, of a micro-step the
+    activations, the logits (three times in fp32, or twice in bf16) and the pointer's scores (twice), and n-grams."""
     size, world = s.torch_dtype.itemsize, optimizer.world.size
+    rows = s.ngram_rows * s.width
     tokens, t = max((t.micro_rows(s, world) * t.seq_len, t) for t in stage_table(s))
     states = [x for bank in optimizer.banks for x in [*bank.state.values(), bank.grad]]
-    sums = 4 * total if tokens * world < t.batch_tokens else 0
+    sums = 4 * (total - rows) if tokens * world < t.batch_tokens else 0
     logits = (4 if "loss" in s.kernels else 12) * vocab_size * tokens
-    weights = sum(4 * x.numel() for x in states) + 2 * size * total
-    return weights + sums + logits + activation_bytes(s, tokens, t.seq_len)
+    scores = 8 * 2 * POINTER_BLOCK * tokens * bool(s.pointer)
+    weights = sum(4 * x.numel() for x in states) + 2 * size * (total - rows) + size * rows / world
+    return weights + sums + logits + scores + activation_bytes(s, tokens, t.seq_len)
 
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
 # One class for one rank or many. Each gradient is packed, freed and reduced into the shard of the
@@ -1099,7 +1248,7 @@ FP32_PARAMETERS = ("scalars", "routers")  # names of parameters that are not rou
 class Rule(NamedTuple):
     """One row of the parameter table."""
     pattern: str  # of the parameter names, a full match
-    kind: str  # muon or adamw
+    kind: str  # muon or adamw; rows: NgramBank's
     lr: float  # peak learning rate
     betas: tuple[float, float]  # of adamw; of muon: unused, NorMuon's
     weight_decay: float  # per unit of the peak learning rate
@@ -1107,6 +1256,7 @@ class Rule(NamedTuple):
     role: str  # what grows with the width: hidden, input, output, fixed; table: input
     fans: tuple[int, int] = (1, 1)  # fan_out and fan_in; 1 where the width is not in it
     eps: float = 0.0  # of adamw
+    tail: float = 1.0  # time constant of its tail average, if sharded, / tail_steps
 
 # differs from train_gpt.py: experts and routers
 def parameter_table(s: Settings) -> list[Rule]:
@@ -1125,21 +1275,21 @@ def parameter_table(s: Settings) -> list[Rule]:
     table = decay, "sharded", "table", (width, 1), eps
     small = (0.9, 0.99), 0.0, "replicated"
     return [
-        Rule(r"blocks\.\d+\.attn\.qkvo", kind, lr, *matrix, (width, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps),
-        Rule(r"blocks\.\d+\.mlp\.experts_up", kind, expert, *matrix, (s.hidden, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.experts_down", kind, expert, *matrix, (width, s.hidden), eps),
-        Rule(r"blocks\.\d+\.mlp\.shared\.up", kind, beside, *matrix, (shared, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.shared\.down", kind, beside, *matrix, (width, shared), eps),
+        Rule(r"blocks\.\d+\.attn\.qk(vo)?", kind, lr, *matrix, (width, width), eps),
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps, tail=0.5),
+        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps, tail=0.5),
+        Rule(r"blocks\.\d+\.mlp\.experts_up", kind, expert, *matrix, (s.hidden, width), eps, tail=0.5),
+        Rule(r"blocks\.\d+\.mlp\.experts_down", kind, expert, *matrix, (width, s.hidden), eps, tail=0.5),
+        Rule(r"blocks\.\d+\.mlp\.shared\.up", kind, beside, *matrix, (shared, width), eps, tail=0.5),
+        Rule(r"blocks\.\d+\.mlp\.shared\.down", kind, beside, *matrix, (width, shared), eps, tail=0.5),
         Rule(r"routers", "adamw", s.router_lr, *small, "output", (1, width), eps),
         Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
-        Rule(r"embed\.weight", "adamw", 75 * adam, fast, *table),
-        Rule(r"value_embeds\.\d+\.weight", "adamw", 75 * adam, fast, *table),
-        Rule(r"bigram\.weight", "adamw", 75 * adam, (0.75, 0.95), *table),
+        Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, *table),
+        Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table[1:]),
+        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "hidden", (1, width), eps),
         Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
-        Rule(r"smear", "adamw", adam, *small, "fixed", eps=eps),
-        Rule(r"scalars", "adamw", 5 * adam, *small, "fixed", eps=eps),
+        Rule(r"smear|pointer\.small", "adamw", adam, *small, "fixed", eps=eps),
+        Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps),
     ]
 
 def hidden_rule(s: Settings) -> tuple:
@@ -1156,17 +1306,15 @@ def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
     return {name: rules[0] for name, rules in matches.items()}
 
 def trained_rules(s: Settings, names: list[str]) -> dict[str, Rule]:
-    """How each parameter is trained at the model's width: by name, its row at the base width, with
-    what --mup changes (transferred)."""
+    """By parameter name, its row of the table at the base width, with what --mup changes (transferred)."""
     base, wide = (match_rules(parameter_table(settings), names) for settings in (s.base, s))
     return {name: transferred(wide[name], base[name], s.mup_embedding) for name in names}
 
 def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
-    """The rule of the base width, serving at another one: muP (Tensor Programs V, TP-V: Yang et al.
-    2022, arXiv 2203.03466), as a condition on spectral norms, which covers Muon (2310.17813).
-
-    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any
-      width, and nothing changes while that ratio stays.
+    """The rule of the base width, serving at another one: muP (Tensor Programs V, TP-V: arXiv 2203.03466), as a
+    condition on spectral norms, which covers Muon (2310.17813).
+    
+    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width.
     - Output: its product is divided by the growth of fan_in (GPT.cap), all else stays (TP-V, 8).
     - AdamW: the entries of an update have one size and add up over the fan-in. A table's rate is constant;
       disputed: / sqrt(growth) (2506.15025), which fails the coordinate check by design.
@@ -1180,8 +1328,7 @@ def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
         factor = out**-0.5
     return base._replace(lr=base.lr * factor, weight_decay=base.weight_decay / factor, eps=base.eps / out)
 
-# Minimax-optimal quintic steps of Polar Express (Amsel et al. 2025, arXiv 2505.16932; 5 steps,
-# safety 2e-2, cushion 2).
+# Minimax-optimal quintic steps of Polar Express (arXiv 2505.16932; 5 steps, safety 2e-2, cushion 2).
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1202,9 +1349,8 @@ def orthogonalize(matrices, method: str, dtype, kernel=False) -> Tensor:
     return x.mT if tall else x
 
 def normalize_variance(update, variance, new_share) -> Tensor:
-    """NorMuon (Li et al. 2025, arXiv 2510.05491): divides each row (of a wide matrix: each column) of the
-    update by the running root-mean-square of its entries, then restores the matrix's norm; so it needs no
-    bias correction. `variance`: (K, rows, 1) or (K, 1, cols), updated in place."""
+    """NorMuon (arXiv 2510.05491): divides each row (of a wide matrix: column) of the update by the running RMS of its
+    entries, then restores the matrix's norm, so needs no bias correction. variance, (K, rows, 1) or (K, 1, cols)."""
     before = update.norm(dim=(-2, -1), keepdim=True)
     along = -1 if variance.size(-1) == 1 else -2
     variance.lerp_(update.square().mean(dim=along, keepdim=True), new_share)
@@ -1214,8 +1360,7 @@ def normalize_variance(update, variance, new_share) -> Tensor:
 def muon_update(
         master, grad, momentum, variance, lr, weight_decay, mu, new_share,
         method: str, dtype, cautious: bool, kernel=False):
-    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon). lr (K, 1, 1); mu: momentum; variance None: no NorMuon."""
+    """One Muon step on (K, rows, cols) matrices, in place (Jordan et al. 2024, kellerjordan.github.io/posts/muon)."""
     grad = grad.float()
     momentum.lerp_(grad, 1 - mu)
     update = orthogonalize(torch.lerp(grad, momentum, mu), method, dtype, kernel).float()
@@ -1226,8 +1371,7 @@ def muon_update(
 def adamw_update(
         master, grad, exp_avg, exp_avg_sq, lr, weight_decay, new_share1, new_share2,
         correction1, correction2, eps: float, cautious: bool):
-    """One AdamW step on a flat shard, in place (Loshchilov & Hutter 2019, arXiv 1711.05101).
-    new_share: 1 - beta; correction: 1 - beta^step."""
+    """One AdamW step on a flat shard, in place (arXiv 1711.05101); share: 1 - beta; correction: 1 - beta^step."""
     grad = grad.float()
     exp_avg.lerp_(grad, new_share1)
     exp_avg_sq.lerp_(grad.square(), new_share2)
@@ -1235,8 +1379,7 @@ def adamw_update(
     apply_update(master, update, lr, weight_decay, cautious)
 
 def apply_update(master, update, lr, weight_decay, cautious: bool):
-    """master -= lr * (update + decay * master), the decay only where it and the update agree in sign
-    if `cautious` (Chen et al. 2025, arXiv 2510.12402)."""
+    """master -= lr * (update + decay * master); `cautious`: decay only where both agree in sign (arXiv 2510.12402)."""
     decay = weight_decay * master
     master.sub_(lr * (update + (decay * (update * master >= 0) if cautious else decay)))
 
@@ -1283,6 +1426,8 @@ class Bank:
         if self.muon and self.s.muon_beta2:
             rows, cols = self.shape
             self.state["variance"] = torch.zeros_like(master[..., :1] if rows >= cols else master[:, :1])
+        if self.s.tail and self.rule.comm == "sharded":
+            self.state["average"] = torch.zeros_like(master)
 
     def cut(self, tensor: Tensor, shape=None) -> Tensor:
         """A whole tensor as pieces, (number, *piece), padded with zeros where it does not divide."""
@@ -1364,7 +1509,32 @@ class Bank:
             self.update_function(
                 state["master"], self.grad, state["exp_avg"], state["exp_avg_sq"], lr,
                 decay, share1, share2, *corrections, self.rule.eps, s.cautious)
+        if share := self.tail_share(step):
+            state["average"].lerp_(state["master"], share)
         self.send_weights()
+
+    def tail_share(self, step: int) -> float:
+        """Share of the weights after `step` steps in their tail average; 0 before it starts, with all of them."""
+        steps = max(1.0, self.rule.tail * self.s.tail_steps)
+        since = step - max(1, self.s.iterations - round(2 * steps))
+        return 0.0 if since < 0 or "average" not in self.state else 1 / steps if since else 1.0
+
+    def blend(self):
+        """The weights that count: drawn towards their tail average; those of training are kept as `raw`. Averaging
+        shrinks, so each matrix or, of AdamW, tensor keeps its norm (92)."""
+        raw = self.state["raw"] = self.state["master"]
+        blended = raw.lerp(self.state["average"], self.s.tail)
+        squares = torch.stack([x.square().sum(dim=(-2, -1), keepdim=True) for x in (raw, blended)])
+        if self.owners > 1 and not self.muon:  # the pieces of all are one tensor
+            dist.all_reduce(squares)
+        before, after = squares.clamp_min(1e-24).sqrt()
+        self.use(blended * (before / after))
+
+    def use(self, master: Tensor):
+        """Gives the weights of all owners to the model. Collective."""
+        self.state["master"] = master
+        self.send_weights()
+        self.receive_weights()
 
     def on_device(self, *values: float) -> list[Tensor]:
         """The scalars of a step, written into the same tensors each time: a new value compiles nothing."""
@@ -1404,9 +1574,7 @@ class Bank:
         """State `key` of all parameters by name, whole, on the CPU of rank 0; {} elsewhere. Collective."""
         pieces = self.state[key]
         if self.owners > 1:
-            gathered = torch.empty(self.owners, *pieces.shape, device=pieces.device)
-            dist.all_gather_into_tensor(gathered.flatten(0, 1), pieces)
-            pieces = gathered.transpose(0, 1).flatten(0, 1)
+            pieces = gathered(self.world, pieces).unflatten(0, (self.owners, -1)).transpose(0, 1).flatten(0, 1)
         if self.world.rank:
             return {}
         return {name: t.to("cpu", copy=True) for name, t in self.join(pieces).items()}
@@ -1423,8 +1591,62 @@ class Bank:
         for key, old in self.state.items():
             whole = {n: on_rank_zero(self.world, lambda k=key, n=n: saved[k][n].clone()) for n in self.params}
             self.state[key] = self.my_pieces(whole, tuple(old.shape[1:]))
-        self.send_weights()
-        self.receive_weights()
+        self.use(self.state["master"])
+
+class NgramBank:
+    """The rows of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
+    came are touched (92): those of `ngram_every` steps at once, in an event."""
+    def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
+        self.s, self.rule, self.world, self.table = s, rule, world, ngrams.table.data
+        ngrams.take = self.take
+        self.reset()
+
+    def reset(self):
+        """As before the first step, with the rows at hand. event: number of a row's last one; sums: of gradients."""
+        square, event = torch.zeros(2, len(self.table), device=self.s.device)
+        self.state = {"master": self.table, "square": square, "event": event}
+        self.take(event[:0].long(), self.table[:0].float())
+
+    def take(self, rows: Tensor, grads: Tensor):
+        """Adds gradients of rows, which may repeat, to those that the next event counts."""
+        new = torch.sparse_coo_tensor(rows[None], grads, self.table.shape, check_invariants=False)
+        self.state["sums"] = (new + self.state["sums"] if "sums" in self.state else new).coalesce()
+
+    def step(self, scale: float, step: int):
+        """The event of a cycle's end: v <- beta2 v for those that a row missed, and + (1 - beta2) mean(g^2)."""
+        if step % self.s.ngram_every:
+            return
+        state, beta2, event = self.state, self.rule.betas[1], step // self.s.ngram_every
+        rows, grads = state["sums"].indices()[0], state["sums"].values()
+        square = state["square"][rows] * beta2**(event - 1 - state["event"][rows])
+        square.lerp_(grads.square().mean(dim=1), 1 - beta2)
+        state["square"][rows], state["event"][rows] = square, float(event)
+        root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
+        vectors, lr, decay = self.table[rows].float(), self.rule.lr * scale, self.rule.weight_decay * scale
+        apply_update(vectors, grads / root[:, None], lr, decay, self.s.cautious)
+        self.table[rows] = vectors.type_as(self.table)
+        state["sums"] = torch.zeros_like(state["sums"])
+
+    def full(self, key: str) -> dict[str, Tensor]:
+        """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
+        parts = []
+        for owner in range(self.world.size):
+            part = [self.state[key].cpu()]
+            if self.world.size > 1:
+                dist.broadcast_object_list(part, src=owner)
+            parts += part * (self.world.rank == 0)
+        return {"ngrams.table": torch.cat(parts)} if parts else {}
+
+    def load(self, saved: dict[str, dict[str, Tensor]]):
+        """State as `full` gave it to rank 0, a share at a time to all ranks. Collective."""
+        def share(key: str, owner: int) -> Tensor:
+            return saved[key]["ngrams.table"].narrow_copy(0, owner * len(self.table), len(self.table))
+
+        for key, own in self.state.items():
+            for owner in range(self.world.size):
+                part = on_rank_zero(self.world, share, key, owner)
+                if owner == self.world.rank:
+                    own.copy_(part)
 
 def penalty(name: str, weight: float, sums_MS, num_experts: int) -> tuple:
     """What makes routers balance, by sums per token: its value in each layer, 1 where all experts are equal, but for z;
@@ -1552,7 +1774,9 @@ class MuonAdamW:
         for name, p in named:
             alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
             groups.setdefault(alike, []).append((name, p))
-        self.steps, self.last_micro_step, self.world = 0, True, world
+        self.steps, self.last_micro_step, self.world, self.s = 0, True, world, s
+        table = groups.pop("ngrams.table", None)
+        self.tables = [NgramBank(model.ngrams, rules["ngrams.table"], s, world)] if table else []
         self.banks = [Bank(group, rules, s, world) for group in groups.values()]
         self.balance = Balance(model, s, world) if s.mixtures else None
         self.sums = {}  # fp32 gradient sums of earlier micro-steps
@@ -1571,36 +1795,52 @@ class MuonAdamW:
             self.sums[name] = grad.float()
 
     # differs from train_gpt.py: balance of the experts
-    def step(self, scale: float, momentum: float):
-        """Updates all parameters. `scale`: the schedule's factor on all learning rates; `momentum`:
-        Muon's. Raises RuntimeError that names the parameters whose gradient never came."""
+    def step(self, scale: float, momentum: float, others: float | None = None):
+        """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
+        hidden matrices; `momentum`: Muon's. Raises RuntimeError that names the parameters whose gradient never came."""
         missing = {name for bank in self.banks for needs in bank.waiting for name in needs}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
         self.steps += 1
         busy = self.balance.busy() if self.balance else None
+        others = scale if others is None else others
         for bank in self.banks:
-            bank.step(scale, momentum, self.steps, busy)
+            bank.step(scale if bank.rule.role == "hidden" else others, momentum, self.steps, busy)
+        for table in self.tables:
+            table.step(others, self.steps)
         if self.balance:
             self.balance.update(self.steps)
         for bank in self.banks:
             bank.receive_weights()
 
+    @contextlib.contextmanager
+    def blended(self):
+        """Meanwhile the model has the weights that would count now: blended with their tail average, if any."""
+        banks = [bank for bank in self.banks if bank.tail_share(self.steps)]
+        for bank in banks:
+            bank.blend()
+        try:
+            yield
+        finally:
+            for bank in banks:
+                bank.use(bank.state.pop("raw"))
+
     # differs from train_gpt.py: balance of the experts
     def reset(self):
         """As before the first step, with the weights at hand."""
         self.steps = 0
-        for part in [*self.banks, self.balance] if self.balance else self.banks:
+        for part in [*self.banks, *self.tables, *([self.balance] if self.balance else [])]:
             part.reset()
 
     # differs from train_gpt.py: balance of the experts
     def state_dict(self) -> dict:
-        """{"steps": n, "state": {key: {parameter name: whole fp32 tensor, on rank 0 only}}, "balance": Balance's}.
-        Collective."""
+        """{"steps": n, "state": {key: {parameter name: whole tensor, on rank 0 only}}, "balance": Balance's}; `master`
+        are the weights that count, blended in the tail, where `raw` are those of training. Collective."""
         state = {}
-        for bank in self.banks:
-            for key in bank.state:
-                state.setdefault(key, {}).update(bank.full(key))
+        with self.blended():
+            for bank in [*self.banks, *self.tables]:
+                for key in bank.state:
+                    state.setdefault(key, {}).update(bank.full(key))
         balance = self.balance.state_dict() if self.balance else None
         return {"steps": self.steps, "state": state, "balance": balance}
 
@@ -1608,8 +1848,10 @@ class MuonAdamW:
     def load_state_dict(self, saved: dict):
         """Restores what state_dict gave (`saved` counts on rank 0) and the model's weights. Collective."""
         self.steps = on_rank_zero(self.world, lambda: saved["steps"])
-        for bank in self.banks:
-            bank.load(saved.get("state", {}))
+        state = saved.get("state", {})
+        state = state | {"master": state.get("master", {}) | state.get("raw", {})}
+        for bank in [*self.banks, *self.tables]:
+            bank.load(state)
         if self.balance:
             self.balance.load_state_dict(on_rank_zero(self.world, lambda: saved["balance"]))
 
@@ -1621,13 +1863,13 @@ def compiled(function, s: Settings):
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 def compile_model(model: GPT, s: Settings):
-    """One graph; or one per block: then the gradients of a block are complete, and their reduction
-    starts, while earlier blocks are still in backward. A single graph hands over all at its end."""
+    """One graph; or one per block: then gradients are reduced while earlier blocks are still in backward."""
     if s.compile_unit == "model":
-        model.forward = compiled(model.forward, s)
+        model.calculate = compiled(model.calculate, s)
         return
     parts = [(model, "embedding"), (model, "masks"), (model, "losses")]
-    for module, name in parts + [(block, "forward") for block in model.blocks]:
+    parts += [(part, "forward") for part in [*model.blocks, model.pointer] if part is not None]
+    for module, name in parts:
         setattr(module, name, compiled(getattr(module, name), s))
 
 def compiled_graphs() -> int:
@@ -1636,10 +1878,10 @@ def compiled_graphs() -> int:
     return made.counters["stats"]["unique_graphs"] if made else 0
 
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
-def lr_scale(s: Settings, stages: list[Stage], step: int) -> float:
-    """Factor on all learning rates at a step: warm-up, constant, cool-down to lr_floor; times the
-    stage's. Cool-down linear, or 1 - sqrt for wsd (Haegele et al. 2024, arXiv 2405.18392)."""
-    left = min(1.0, (s.iterations - step) / max(1, s.cooldown * s.iterations))
+def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float = 0.0) -> float:
+    """Factor on rates: warm-up, cool-down to lr_floor (wsd: arXiv 2405.18392) before the extension; the stage's."""
+    end = s.iterations - s.extension
+    left = min(1.0, max(0, end - step) / max(1, (cooldown or s.cooldown) * end))
     left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
     return stage_at(stages, step).lr * warm * (s.lr_floor + (1 - s.lr_floor) * left)
@@ -1651,11 +1893,15 @@ def momentum_at(s: Settings, step: int) -> float:
     return s.momentum_start + (s.muon_momentum - s.momentum_start) * min(1.0, rise, fall)
 
 def future_weights(stages: list[Stage], step: int) -> list[float]:
-    """Weights of the losses of the next and of further tokens, 1, 1/2, 1/4 ..; the last one fades to 0 over its
-    stage (multi-token prediction, Gloeckle et al. 2024, arXiv 2404.19737; here without further heads: 53)."""
+    """Weights of the losses of next and further tokens (arXiv 2404.19737, 53): 1, 1/2 ..; the last fades in a stage."""
     stage = stage_at(stages, step)
     fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
     return [0.5**k * (fade if k == stage.mtp > 0 else 1.0) for k in range(stage.mtp + 1)]
+
+def candidate_turn(s: Settings, stage: Stage, world: World, step: int, micro_step: int) -> int:
+    """The number of the first row of a micro-step, of all rows of the run however many processes share them."""
+    rows, own = stage.batch_tokens // stage.seq_len, stage.micro_rows(s, world.size)
+    return step * rows + (micro_step * world.size + world.rank) * own
 
 def window_at(s: Settings, stages: list[Stage], step: int) -> int:
     """Long attention window of a step in tokens: linear within its stage, rounded up (13)."""
@@ -1745,14 +1991,12 @@ def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, b
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
     long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
     total = torch.zeros((), dtype=torch.float64, device=s.device)
-    if s.eval_window > window:
-        set_rotary(model, s, window, s.eval_window)
+    set_rotary(model, s, window, s.eval_window)
     for start in range(0, stream.num_rows, rows * world.size)[:batches]:
         batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows))
         inputs, targets, docs = batch.to(s.device)
         total += model(inputs, targets[None], docs, long_window)[0]
-    if s.eval_window > window:
-        set_rotary(model, s)
+    set_rotary(model, s)
     if world.size > 1:
         dist.all_reduce(total)
     return total.item() / stream.num_tokens
@@ -1821,7 +2065,7 @@ def train(run: Run):
     """The training: steps of micro-steps, and what is looked at, logged and saved on the way.
     Nothing but a log step, an evaluation or a checkpoint waits for the device."""
     s, world, stages = run.s, run.world, stage_table(run.s)
-    model = GPT(s, run.vocab_size).to(s.device)
+    model = GPT(s, run.vocab_size, world).to(s.device)
     optimizer = MuonAdamW(model, s, world)
     balance = optimizer.balance  # of the experts; None without them
     compile_model(model, s)
@@ -1833,7 +2077,7 @@ def train(run: Run):
     losses = []  # of the steps since the last log line, on the device
 
     def validate():
-        with run.look():
+        with run.look(), optimizer.blended():
             val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
             run.log_validation(step, val_loss)
 
@@ -1844,12 +2088,16 @@ def train(run: Run):
         # --- a batch, by micro-steps: forward, backward; the last one's gradients are reduced
         stage = stage_at(stages, step)
         micro_steps = run.next_batch(step)
+        if stage.candidates != model.candidates:
+            model.candidates = stage.candidates
+            run.log.print(f"step {step + 1}: train losses are among {stage.candidates or 'all'} classes")
         window.fill_(window_at(s, stages, step))
         weights = [w / stage.batch_tokens for w in future_weights(stages, step)]
         step_loss = torch.zeros((), device=s.device)
         for i, (inputs_BT, targets_BT, docs_BT) in enumerate(micro_steps):
             optimizer.last_micro_step = i == len(micro_steps) - 1
             targets_KBT = future_targets(targets_BT, docs_BT, stage.mtp)
+            model.turn.fill_(candidate_turn(s, stage, world, step, i))
             noise = balance.noise(step, i, *inputs_BT.shape) if balance else None
             values = model(inputs_BT, targets_KBT, docs_BT, window, noise)
             losses_K, sums = values.split((len(weights), len(values) - len(weights)))
@@ -1859,7 +2107,7 @@ def train(run: Run):
             loss.backward()
             step_loss += losses_K[0].detach() / stage.batch_tokens
         scale = lr_scale(s, stages, step)
-        optimizer.step(scale, momentum_at(s, step))
+        optimizer.step(scale, momentum_at(s, step), lr_scale(s, stages, step, s.cooldown_others))
         losses.append(step_loss)
         step += 1
 
@@ -1872,6 +2120,8 @@ def train(run: Run):
             run.log_step(
                 step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
                 batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
+            if model.left_out:  # 0, unless a set was too small
+                run.log.print(f"{int(model.left_out)} targets found no place among the candidates: raise --candidates")
             due = step % s.log_every == 0  # not where a signal or a checkpoint brought the line about
             if balance and (last or (due and balance.report_steps >= s.router_every)):
                 log_routers(run, step, balance.report())
@@ -1888,9 +2138,9 @@ def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     """Compiles and runs every shape of training and evaluation on random tokens, untimed, then
     restores: a rate of 0 changes no weight, and the moments are cleared."""
     s, world, balance = run.s, run.world, optimizer.balance
-    shapes = {(t.micro_rows(s, world.size), t.seq_len, t.mtp) for t in stage_table(s)}
+    shapes = {(t.micro_rows(s, world.size), t.seq_len, t.mtp, t.candidates) for t in stage_table(s)}
     window.fill_(s.window_step)
-    for rows, seq_len, mtp in sorted(shapes):
+    for rows, seq_len, mtp, model.candidates in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.zeros_like(tokens)
         noise = balance.noise(0, 0, rows, seq_len) if balance else None
@@ -1900,9 +2150,10 @@ def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
             loss = loss + balance.add(values[1 + mtp:], 1 / tokens.numel(), last=True)
         loss.backward()
         optimizer.step(scale=0.0, momentum=s.momentum_start)
+    model.candidates = 0
     evaluate(model, run.stream, s, world, s.window_step, batches=1)
     optimizer.reset()
-    model.saturated.zero_()
+    torch._foreach_zero_([model.saturated, model.left_out])
     run.warmed_up()
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
@@ -1935,6 +2186,11 @@ def small_shared_memory(device: str) -> bool:
     if device != "cuda":
         return False
     return torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 << 10
+
+@functools.cache
+def multiprocessors(device: str) -> int:
+    """Programs that run at the same time: a grid of as many lasts for the whole kernel."""
+    return torch.cuda.get_device_properties().multi_processor_count if device == "cuda" else 4
 
 # --- x @ x.mT, of which one triangle is computed (record 27)
 
@@ -1991,45 +2247,48 @@ def gram(x_KMN, add_KMM, alpha: float, beta: float, kernel: bool) -> Tensor:
 # --- the MLP, fused (records 59, 87), or with its up-projection in FP8 (84)
 
 def product_relu2_kernel(
-        a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr,
-        ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
+        a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
+        COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
     """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the
-    former's result: a (rows, depth), b (cols, depth), all row-major. Tiles run down GROUP rows
-    before they go right: b stays in the L2."""
+    former's result: a (rows, depth), b (cols, depth), all row-major, given as tensor descriptors.
+    Each program takes every PROGRAMS-th tile: it loads the next one's while it stores one. Tiles run
+    down GROUP rows before they go right, so that b stays in the L2; they are stored in halves, which
+    leaves shared memory for the loads."""
     tiles_down, tiles_right = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
-    group = tl.program_id(0) // (GROUP * tiles_right)
-    within = tl.program_id(0) % (GROUP * tiles_right)
-    height = min(tiles_down - group * GROUP, GROUP)
-    row = (group * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
-    row = row.to(tl.int64)[:, None]
-    col = ((within // height) * COLS + tl.arange(0, COLS)).to(tl.int64)[None, :]
-    k = tl.arange(0, DEPTH)
-    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    for start in range(0, depth, DEPTH):
-        deep = start + k < depth
-        inside = (row < rows) & deep[None, :]
-        left = tl.load(a + row * depth + (start + k)[None, :], inside, 0.0)
-        inside = (col < cols) & deep[:, None]
-        right = tl.load(b + col * depth + (start + k)[:, None], inside, 0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
-    where, inside = row * cols + col, (row < rows) & (col < cols)
-    if BACKWARD:
-        total *= 2 * tl.sqrt(tl.load(post + where, inside, 0.0).to(tl.float32))
-    else:
-        total = tl.maximum(total, 0.0) * total
-    tl.store(out + where, total.to(out.dtype.element_ty), inside)
+    half: tl.constexpr = COLS // 2
+    for tile in tl.range(tl.program_id(0), tiles_down * tiles_right, PROGRAMS, flatten=True):
+        group, within = tile // (GROUP * tiles_right), tile % (GROUP * tiles_right)
+        height = min(tiles_down - group * GROUP, GROUP)
+        row = (group * GROUP + within % height) * ROWS
+        col = (within // height) * COLS
+        total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+        for start in range(0, depth, DEPTH):
+            left, right = a.load([row, start]), b.load([col, start])
+            total = tl.dot(left, right.T, total, input_precision="ieee")
+        parts = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, half)), (0, 2, 1)))
+        for i in tl.static_range(2):
+            part = parts[i]
+            if BACKWARD:
+                part *= 2 * tl.sqrt(post.load([row, col + i * half]).to(tl.float32))
+            else:
+                part = tl.maximum(part, 0.0) * part
+            out.store([row, col + i * half], part.to(out.dtype))
 
 def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root
     gives the pre-activations back."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
     (rows, depth), cols = a.shape, b.size(0)
     out = a.new_empty(rows, cols)
     small = small_shared_memory(a.device.type)
-    tile = dict(ROWS=128, COLS=128 if small else 256, DEPTH=32 if small else 64, GROUP=8)
-    grid = (-(-rows // tile["ROWS"]) * -(-cols // tile["COLS"]),)
-    triton_kernel(product_relu2_kernel)[grid](
-        a.contiguous(), b.contiguous(), out if post is None else post, out, rows, cols, depth,
-        BACKWARD=post is not None, **tile, num_warps=8, num_stages=3)
+    tile = dict(ROWS=128, COLS=128 if small else 256, DEPTH=32 if small else 64)
+    whole, half = [tile["ROWS"], tile["DEPTH"]], [tile["ROWS"], tile["COLS"] // 2]
+    shapes = whole, [tile["COLS"], tile["DEPTH"]], half, half
+    tensors = a.contiguous(), b.contiguous(), out if post is None else post, out
+    programs = min(multiprocessors(a.device.type), -(-rows // 128) * -(-cols // tile["COLS"]))
+    triton_kernel(product_relu2_kernel)[(programs,)](
+        *map(TensorDescriptor.from_tensor, tensors, shapes), rows, cols, depth,
+        BACKWARD=post is not None, **tile, GROUP=8, PROGRAMS=programs, num_warps=8, num_stages=3)
     return out
 
 @operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
@@ -2089,14 +2348,16 @@ def loss_kernel(
         logits, targets, losses, lses, rows, vocab, a, slope, shift,
         CAPPED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets.
-    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum."""
+    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum; the sigmoid is
+    a squared rsqrt(1 + 2^..), cheaper than a division."""
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     peak = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         inside = start + col < vocab
         z = tl.load(logits + row * vocab + start + col, inside, 0.0).to(tl.float32)
-        z = tl.where(inside, a * tl.sigmoid(slope * z + shift) if CAPPED else slope * z, -1e30)
+        root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * slope * z - 1.4426950408889634 * shift))
+        z = tl.where(inside, a * (root * root) if CAPPED else slope * z, -1e30)
         if not CAPPED:
             higher = tl.maximum(peak, z)
             total *= tl.exp(peak - higher)
@@ -2116,18 +2377,20 @@ def loss_gradient_kernel(
         CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr):
     """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows).
-    grads: of the summed loss of each target."""
+    grads: of the loss of each target and row."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (col < vocab)[None, :]
     where = row.to(tl.int64)[:, None] * vocab + col[None, :]
     z = tl.load(logits + where, inside, 0.0).to(tl.float32)
-    share = tl.sigmoid(slope * z + shift) if CAPPED else z
+    root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * slope * z - 1.4426950408889634 * shift))
+    share = root * root if CAPPED else z
     z = a * share if CAPPED else slope * z
     weight, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(TARGETS):
         target = tl.load(targets + k * rows + row, row < rows, -1)
-        grad = tl.where(target >= 0, tl.load(grads + k) / tl.load(unit), 0.0)
+        grad = tl.load(grads + k * rows + row, row < rows, 0.0) / tl.load(unit)
+        grad = tl.where(target >= 0, grad, 0.0)
         weight += grad
         hit += tl.where(col[None, :] == target[:, None], grad[:, None], 0.0)
     lse = tl.load(lses + row, row < rows, 0.0)
@@ -2157,7 +2420,7 @@ def loss_rows(logits_NV, targets_KN, cap: list[float], kernel: bool) -> tuple:
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](
             logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
-            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=4096, num_warps=8)
+            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=2048, num_warps=4)
         return losses_KN, lse_N
     losses, lses = [], []
     for start in range(0, rows, LOSS_CHUNK):
@@ -2169,23 +2432,23 @@ def loss_rows(logits_NV, targets_KN, cap: list[float], kernel: bool) -> tuple:
     return torch.cat(losses, dim=1), torch.cat(lses)
 
 def logit_gradient(
-        logits_NV, targets_KN, lse_N, grad_K, unit: Tensor,
+        logits_NV, targets_KN, lse_N, grad_KN, unit: Tensor,
         cap: list[float], dtype: torch.dtype, kernel: bool) -> tuple:
-    """Gradient of sum(grad_K * losses_K) by the uncapped logits / `unit`; and its transpose."""
+    """Gradient of sum(grad_KN * losses_KN) by the uncapped logits / `unit`; and its transpose."""
     (rows, vocab), fp8 = logits_NV.shape, dtype.itemsize == 1
     out = logits_NV.new_empty(rows, vocab, dtype=dtype)
     if kernel:
         out_t = out.new_empty(vocab, rows) if fp8 else out
-        triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 128))](
-            logits_NV, targets_KN.contiguous(), lse_N, grad_K.contiguous(), unit, out, out_t, rows,
+        triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 64))](
+            logits_NV, targets_KN.contiguous(), lse_N, grad_KN.contiguous(), unit, out, out_t, rows,
             vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, TARGETS=len(targets_KN),
-            TRANSPOSED=fp8, ROWS=64, COLS=128, num_warps=8)
+            TRANSPOSED=fp8, ROWS=64, COLS=64, num_warps=4)
         return out, out_t if fp8 else out.T
     a, _, c = cap
     for start in range(0, rows, LOSS_CHUNK):
         part = slice(start, start + LOSS_CHUNK)
         z, target = cap_logits(logits_NV[part].float(), cap), targets_KN[:, part]
-        weight = grad_K[:, None] * (target != IGNORE)
+        weight = grad_KN[:, part] * (target != IGNORE)
         gradient = (z - lse_N[part, None]).exp() * weight.sum(0)[:, None]
         gradient.scatter_add_(1, target.clamp_min(0).long().T, -weight.T)
         gradient *= z * (1 - z / a) / c if a else 1 / c
@@ -2201,35 +2464,35 @@ def head_scales(model_dim: int) -> tuple:
 @operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, float[] cap, bool kernel) -> "
           "(Tensor, Tensor, Tensor)")
 def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, cap, kernel):
-    """Losses (K,), logits and log-sum-exps. xq and wq: x and weight in FP8, or they themselves."""
+    """Losses (K, N), logits and log-sum-exps. xq and wq: x and weight in FP8, or they themselves."""
     if xq_ND.dtype.itemsize == 1:
         scales = [torch.full((), s, device=x_ND.device) for s in head_scales(x_ND.size(1))]
         logits_NV = fp8_product(xq_ND, wq_VD, *scales, fast=True)
     else:
         logits_NV = F.linear(xq_ND, wq_VD)
     losses_KN, lse_N = loss_rows(logits_NV, targets_KN, cap, kernel)
-    return losses_KN.sum(1), logits_NV, lse_N
+    return losses_KN, logits_NV, lse_N
 
 @operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor logits, Tensor lse, float[] cap, "
           "bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
-def fused_head_backward(grad_K, xq_ND, wq_VD, targets_KN, logits_NV, lse_N, cap, kernel, dtype):
+def fused_head_backward(grad_KN, xq_ND, wq_VD, targets_KN, logits_NV, lse_N, cap, kernel, dtype):
     """Gradients of x and weight. FP8: a token's loss being a sum over its targets, a logit's gradient is at most sum
     |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the units go into the products' scales."""
-    rest = logits_NV, targets_KN, lse_N, grad_K
+    rest = logits_NV, targets_KN, lse_N, grad_KN
     if xq_ND.dtype.itemsize > 1:
-        one = torch.ones_like(grad_K[0])
+        one = torch.ones_like(grad_KN[0, 0])
         gradient, transposed = logit_gradient(*rest, one, cap, logits_NV.dtype, kernel)
         return gradient @ wq_VD, transposed @ xq_ND
     steepest = (cap[0] / 4 or 1.0) / cap[2]
-    unit = grad_K.abs().sum().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
+    unit = grad_KN.abs().sum(0).amax().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
     gradient, transposed = logit_gradient(*rest, unit, cap, torch.float8_e5m2, kernel)
     x_scale, w_scale = (torch.full((), s, device=unit.device) for s in head_scales(xq_ND.size(1)))
     x_grad = fp8_product(gradient, wq_VD.T.contiguous(), unit, w_scale, fast=False)
     w_grad = fp8_product(transposed, xq_ND.T.contiguous(), unit, x_scale, fast=False)
     return x_grad.to(dtype), w_grad.to(dtype)
 
-def _head_backward(ctx, grad_K, *_):
-    gradients = fused_head_backward(grad_K, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
+def _head_backward(ctx, grad_KN, *_):
+    gradients = fused_head_backward(grad_KN, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
     return (*gradients, *[None] * 5)
 
 def _head_context(ctx, inputs, output):
@@ -2240,7 +2503,7 @@ def _head_context(ctx, inputs, output):
 
 def _head_fake(x, weight, xq, wq, targets, cap, kernel):
     logits = torch.bfloat16 if xq.dtype.itemsize == 1 else x.dtype
-    losses = x.new_empty(len(targets), dtype=torch.float32)
+    losses = x.new_empty(targets.shape, dtype=torch.float32)
     return losses, x.new_empty(len(x), len(weight), dtype=logits), losses.new_empty(len(x))
 
 fused_head.register_autograd(_head_backward, setup_context=_head_context)
@@ -2253,22 +2516,23 @@ quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(wei
 fused_gram.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
 
 def head_losses(
-    x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool,
+    x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool, each: bool = False,
 ) -> tuple:
     """Cross-entropies of capped logits x @ weight.T with each row of targets, summed, (K,) fp32 in
-    nats, IGNORE left out; and how many values FP8 clipped, int64. Their gradients come from
-    outside, so the weights of several predicted tokens need nothing here."""
+    nats, IGNORE left out, or `each` token's, (K, N); and how many values FP8 clipped, int64. Their
+    gradients come from outside, so the weights of several predicted tokens need nothing here."""
     clipped = targets_KN.new_zeros((), dtype=torch.int64)
     if not kernel and not fp8:
         logits = cap_logits(F.linear(x_ND, weight_VD), cap).float()
-        losses = [F.cross_entropy(logits, t.long(), reduction="sum", ignore_index=IGNORE) for t in targets_KN]
-        return torch.stack(losses), clipped
+        form = {"reduction": "none" if each else "sum", "ignore_index": IGNORE}
+        return torch.stack([F.cross_entropy(logits, t.long(), **form) for t in targets_KN]), clipped
     x, weight = x_ND.detach(), weight_VD.detach()
     if fp8:
         x_scale, w_scale = head_scales(x.size(1))
         clipped = (x.abs() > 448 * x_scale).sum() + (weight.abs() > 448 * w_scale).sum()
         x, weight = to_fp8(x, x_scale), to_fp8(weight, w_scale)
-    return fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap), kernel)[0], clipped
+    losses = fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap), kernel)[0]
+    return losses if each else losses.sum(1), clipped
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ SERVICE: what surrounds a run; the same text in train_gpt.py and train_moe.py                ║

@@ -4,17 +4,20 @@ under 9 minutes.
     python bench/gpu.py --out records/h200 --data data/fineweb10B     # on one GPU; needs no network
     python bench/gpu.py --out try --device cpu --tiny                 # every part in small on a CPU, to test it
 
-Parts, in this order; each has a time limit, and all together --budget seconds:
+Parts, in this order; each has a time limit, and all together --budget seconds. Those that time nothing run first, as
+many at the same time as the GPU has memory for:
 
+  compile_*     the programs of the timed parts, from an empty cache, each in a process of its own.
   equality      every fast part against its plain reference, forward and backward. Both are compared with the reference
                 in fp32: a fast part may err 1.5 times as much as the plain one in bf16, or up to a stated tolerance.
   moe_equality  the same of train_moe.py's products with experts, compiled, against its loop over experts, with even and
                 uneven loads and idle experts; and whether they give the same bits twice.
-  moe_steps     the mixtures at `speedrun` size, last stage, 1/8 of its batch, beside the dense control, in turn.
-  steps         ms/step, tokens/s, MFU, peak memory and compile time: `speedrun` and `medium` with 1/8 of their batch,
-                one GPU's share of eight, stage by stage, and `gpu` with all of it, because it is meant for one card.
   resume        a run that goes on from a checkpoint: the same losses, bit by bit?
-  ablate        the last stage of `speedrun` with each fast part switched off (or on) in turn, in alternating blocks.
+  steps         ms/step, tokens/s, MFU, peak memory: `speedrun` and `medium` with 1/8 of their batch, one GPU's share of
+                eight, stage by stage, and `gpu` with all of it, because it is meant for one card.
+  moe_steps     the mixtures at `speedrun` size, last stage, 1/8 of its batch, beside the dense control, in turn.
+  ablate        the last stage of `speedrun` with each fast part switched off (or on) in turn, in alternating blocks;
+                seven programs to compile, so only if --parts names it.
 
 A part is a process of its own and consists of rows, which it writes to OUT/PART.json one by one. A row that raises,
 crashes or hangs is noted as failed, and a fresh process goes on. The same command again runs what is missing or failed;
@@ -36,9 +39,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -57,7 +62,8 @@ from train_gpt import GPT, MuonAdamW, World  # noqa: E402
 
 SHARE = 8  # one GPU's share of the speedrun's eight
 # Seconds a part may take.
-LIMITS = {"equality": 120, "moe_equality": 90, "moe_steps": 300, "steps": 270, "resume": 90, "ablate": 300}
+LIMITS = {"equality": 240, "moe_equality": 120, "moe_steps": 240, "steps": 240, "resume": 240, "ablate": 300}
+COMPILE_LIMIT, COMPILE_GIB = 240, 38  # seconds, memory of the GPU for each of those that run at the same time
 CLEANUP_S = 5  # of the budget, for the report
 ALONE = {"steps"}  # a process for each row: memory that an earlier one keeps would count as the next one's
 GPT2 = {"tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 50257, "eot": 50256}
@@ -475,13 +481,19 @@ def ready(b: Bench, flags: list[str]) -> tuple[Timed, int]:
     t.train(counts(b)[0])
     return t, train_gpt.peak_memory_mib(b.device)[0] - held
 
+def moe_flags(b: Bench, kind: str, impl: str = "grouped") -> list[str]:
+    if kind == "dense":
+        return ["--num-experts", "0"]
+    small = ["--moe-layers", "DMM"] if b.tiny else []
+    return ["--preset", f"{kind}-speedrun", "--moe-impl", impl, *small]
+
 def moe_steps(b: Bench) -> Rows:
     """Each kind of mixture beside the dense control, which is train_gpt.py's model."""
-    flags, small = last_stage(b), ["--moe-layers", "DMM"] if b.tiny else []
-    dense = functools.cache(lambda: ready(b, [*flags, "--num-experts", "0"]))
+    flags = last_stage(b)
+    dense = functools.cache(lambda: ready(b, [*flags, *moe_flags(b, "dense")]))
 
     def compare(kind: str, impl: str) -> dict:
-        both = dense(), ready(b, [*flags, "--preset", f"{kind}-speedrun", "--moe-impl", impl, *small])
+        both = dense(), ready(b, [*flags, *moe_flags(b, kind, impl)])
         timed = in_turn(b, *(t.block for t, _ in both))
         both[1][0].close()
         for t, _ in both:
@@ -490,8 +502,7 @@ def moe_steps(b: Bench) -> Rows:
                             for name, (t, memory) in zip(("base", "variant"), both, strict=True))
         return {"lines": {"": mixture | {"ratio": timed["ratio"]}, "dense beside it": control}}
 
-    rows = [(kind, impl) for some in (KINDS[:2], KINDS[2:]) for impl in ("grouped", "bmm") for kind in some]
-    return {f"{kind}, {impl}": functools.partial(compare, kind, impl) for kind, impl in [*rows, ("mixtral", "loop")]}
+    return {kind: functools.partial(compare, kind, "grouped") for kind in KINDS}
 
 # --- Resume, ablate
 
@@ -530,6 +541,25 @@ def go_on(b: Bench) -> dict:
         result["run_to_run_difference"] = max(abs(again[key] - whole[key]) for key in whole)
     return result
 
+def compile_all(script, flags: list[str]) -> dict:
+    """Compiles what all stages of a run need, and leaves it in the compilers' caches."""
+    began, t = time.perf_counter(), Timed(script, flags)
+    for stage in t.stages:
+        t.at(stage.start).train(1)
+    t.close()
+    t.check()
+    return {"first_step_s": t.first_step_s, "all_s": time.perf_counter() - began, "graphs": train_gpt.compiled_graphs()}
+
+def compile_parts() -> dict[str, Callable[[Bench], Rows]]:
+    """A part for each program that a timed part runs."""
+    def preset(b: Bench, name: str) -> dict:
+        return compile_all(train_gpt, flags_of(b, name, timing_data(b), 1 if name == "gpu" else SHARE))
+
+    def mixture(b: Bench, kind: str) -> dict:
+        return compile_all(train_moe, [*last_stage(b), *moe_flags(b, kind)])
+    rows = {name: preset for name in ("medium", "gpu", "speedrun")} | {kind: mixture for kind in ("dense", *KINDS)}
+    return {f"compile_{name}": lambda b, row=row, name=name: {name: lambda: row(b, name)} for name, row in rows.items()}
+
 def resume(b: Bench) -> Rows:
     return {"from a checkpoint": lambda: go_on(b)}
 
@@ -550,8 +580,8 @@ def ablate(b: Bench) -> Rows:
     variants = {"plain attention": "--backend plain"} if b.device == "cpu" else VARIANTS
     return {name: functools.partial(compare, change) for name, change in variants.items()}
 
-PARTS: dict[str, Callable[[Bench], Rows]] = {
-    part.__name__: part for part in (equality, moe_equality, moe_steps, steps, resume, ablate)}
+UNTIMED = compile_parts() | {part.__name__: part for part in (equality, moe_equality, resume)}
+PARTS: dict[str, Callable[[Bench], Rows]] = UNTIMED | {part.__name__: part for part in (steps, moe_steps, ablate)}
 
 # --- Worker: one part in its own process
 
@@ -621,9 +651,6 @@ def run_part(b: Bench, part: str, seconds: float) -> dict:
     state["rows"] = {name: row for name, row in state["rows"].items() if "error" not in row}
     state |= {"status": "running", "now": None}
     write_part(b.out, state)
-    if part == "steps" and not state["rows"]:  # its compile times are those from an empty cache
-        for name in ("inductor", "triton"):
-            shutil.rmtree(b.cache / name, ignore_errors=True)
     code, problem = 1, ""
     while code and not problem:
         known = len(state["rows"])
@@ -641,25 +668,40 @@ def run_part(b: Bench, part: str, seconds: float) -> dict:
     write_part(b.out, state)
     return state
 
+def beside(b: Bench) -> int:
+    """How many of the parts that time nothing run at the same time."""
+    if b.device == "cpu":
+        return 1
+    return max(1, torch.cuda.get_device_properties().total_memory // (COMPILE_GIB << 30))
+
 def run_parts(b: Bench, parts: list[str], budget: float) -> int:
     """All parts within the budget; 0 if each is done and every equality holds."""
-    end, complete = time.perf_counter() + budget - CLEANUP_S, True
-    for part in parts:
+    end, one_writes = time.perf_counter() + budget - CLEANUP_S, threading.Lock()
+    if all(read_part(b.out, part)["status"] == "not run" for part in PARTS):  # compile times are from empty caches
+        for name in ("inductor", "triton"):
+            shutil.rmtree(b.cache / name, ignore_errors=True)
+
+    def run_one(part: str) -> bool:
         state, left = read_part(b.out, part), end - time.perf_counter()
         if state["status"] == "done":
             print(f"{part}: already done", flush=True)
         elif left <= 0:
             print(f"{part}: skipped, the budget of {budget:g} s is used up; run the same command again", flush=True)
         else:
-            state = run_part(b, part, min(left, LIMITS[part]))
+            state = run_part(b, part, min(left, LIMITS.get(part, COMPILE_LIMIT)))
             print(f"{part}: {state['status']}, {len(state['rows'])} rows, {state['seconds']:.1f} s", flush=True)
         wrong = {name: row for name, row in state["rows"].items() if "error" in row or row.get("ok") is False}
         for name, row in wrong.items():
             print(f"  {name}: {row.get('error', 'NOT EQUAL')}", flush=True)
-        complete &= state["status"] == "done" and not wrong
-        write_report(b)
+        with one_writes:
+            write_report(b)
+        return state["status"] == "done" and not wrong
+
+    with ThreadPoolExecutor(beside(b)) as pool:
+        complete = list(pool.map(run_one, [part for part in parts if part in UNTIMED]))
+    complete += [run_one(part) for part in parts if part not in UNTIMED]
     print(f"report: {b.out / 'README.md'}")
-    return 0 if complete else 1
+    return 0 if all(complete) else 1
 
 # --- Report
 
@@ -683,13 +725,15 @@ COLUMNS = {
     "steps": "batch|share|1/{}; tokens/step|batch_tokens|,d; window at end|window|,d; "
              "ms/step, middle of stage|middle.ms|.2f; ms/step, end|end.ms|.2f; min|end.ms_min|.2f; "
              "spread %|end.spread_percent|.1f; tokens/s, end|tokens_per_s|,.0f; MFU, end|mfu|.1%; "
-             "peak MiB|memory_mib|,d; reserved MiB|reserved_mib|,d; to the end of the first step, s|first_step_s|.1f",
+             "peak MiB|memory_mib|,d; reserved MiB|reserved_mib|,d; warm start, s|first_step_s|.1f",
     "resume": "steps|steps|; resumed after|resumed_after|; losses equal|ok|; largest difference|max_difference|.1e; "
               "of two undisturbed runs|run_to_run_difference|.1e",
     "ablate": "flags|flags|; ms/step as is|base.ms|.2f; variant|variant.ms|.2f; variant / as is|ratio|.3f; "
               "spread %|base.spread_percent|.1f",
 }
 COLUMNS["moe_equality"] = COLUMNS["equality"]
+COLUMNS |= dict.fromkeys(compile_parts(), "to the end of the first step, s|first_step_s|.1f; of all stages|all_s|.1f; "
+                                          "graphs|graphs|")
 
 def results(state: dict) -> dict[str, dict]:
     """The rows that ran."""
@@ -732,8 +776,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="FOLDER", help="where results are written")
     add("--data", default="", metavar="PATH", help="data set in GPT-2's tokens, name or folder")
-    add("--parts", default=",".join(PARTS), metavar="A,B", help="default: %(default)s")
-    add("--budget", type=float, default=520, metavar="S", help="seconds for all (default: %(default)s)")
+    usual = ",".join(part for part in PARTS if part != "ablate")
+    add("--parts", default=usual, metavar="A,B", help="default: %(default)s")
+    add("--budget", type=float, default=560, metavar="S", help="seconds for all (default: %(default)s)")
     add("--redo", action="store_true", help="forget what is done")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--tiny", action="store_true", help="small sizes, to test this script")

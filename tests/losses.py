@@ -44,7 +44,6 @@ CONFIGURATIONS = {  # name: script, flags, processes
     "stages": ("gpt", ALL + MUON + STAGES, 1),
     "plainer": ("gpt", PLAIN + MUON + "--skip none --no-smear --no-attn-gate --no-value-gate --muon-beta2 0 "
                                       "--no-cautious", 1),
-    "bigram": ("gpt", PLAIN + MUON + "--bigram 1000", 1),
     "nocap": ("gpt", PLAIN + MUON + "--softcap 0,0,1", 1),
     "adamw": ("gpt", ALL + "--hidden-optimizer adamw", 1),
     "mup": ("gpt", ALL + MUON + "--mup --base-width 48", 1),

@@ -49,11 +49,11 @@ def int_tensor(value: int, dtype=torch.int32) -> torch.Tensor:
     return torch.tensor(value, dtype=dtype)
 
 
-def losses(model: tg.GPT, batch, mtp: int = 0, turn: int | None = None, window: int = 8) -> torch.Tensor:
-    """Summed losses of the next and of `mtp` further tokens, as the training computes them; without a turn the full."""
+def losses(model: tg.GPT, batch, mtp: int = 0, turn: int = 0, window: int = 8) -> torch.Tensor:
+    """Summed losses of the next and of `mtp` further tokens, as in training, where the first row has number `turn`."""
     inputs, targets, docs = batch
-    turn = None if turn is None else int_tensor(turn, torch.int64)
-    return model(inputs, tg.future_targets(targets, docs, mtp), docs, int_tensor(window), turn)
+    model.turn.fill_(turn)
+    return model(inputs, tg.future_targets(targets, docs, mtp), docs, int_tensor(window))
 
 
 def only(batch: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

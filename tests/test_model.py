@@ -182,7 +182,7 @@ def logits_of(model: GPT, tokens: torch.Tensor, docs: torch.Tensor, window: int 
     return model.head(model.trunk(tokens, docs, int_tensor(window)))
 
 
-@pytest.mark.parametrize("changes", [dict(skip="unet"), dict(skip="single"), dict(skip="none"), dict(bigram=64),
+@pytest.mark.parametrize("changes", [dict(skip="unet"), dict(skip="single"), dict(skip="none"), dict(ngram_rows=64),
                                      dict(attention="LPPL")], ids=str)
 def test_future_tokens_change_nothing_earlier(changes):
     model = random_model(**changes)
@@ -194,7 +194,7 @@ def test_future_tokens_change_nothing_earlier(changes):
     assert not torch.allclose(before[:, 40:44], after[:, 40:44])
 
 
-@pytest.mark.parametrize("changes", [{}, dict(attention="LPPL", bigram=64)], ids=str)
+@pytest.mark.parametrize("changes", [{}, dict(attention="LPPL", ngram_rows=64)], ids=str)
 def test_documents_of_a_row_do_not_see_each_other(changes):
     model = random_model(**changes)
     tokens = torch.randint(VOCAB, (1, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
@@ -363,7 +363,7 @@ def test_parameter_count_of_record_28():
 @pytest.mark.parametrize("off", [
     dict(smear=False), dict(attn_gate=False), dict(value_embeds=0), dict(value_embeds=2), dict(value_gate=False),
     dict(skip="none"), dict(skip="unet"), dict(backout=False), dict(attention="L-SL"), dict(attention="LPSL"),
-    dict(key_offset=False), dict(xsa=False), dict(bigram=64), dict(softcap=(0.0, 0.0, 1.0)),
+    dict(key_offset=False), dict(xsa=False), dict(ngram_rows=64), dict(softcap=(0.0, 0.0, 1.0)),
     dict(softcap=(30.0, 0.0, 7.5)),
 ], ids=str)
 def test_every_part_can_be_left_out_and_then_changes_the_output(off):

@@ -19,12 +19,12 @@ from train_gpt import GPT, IGNORE, MuonAdamW, Rule, World, cap_logits, parameter
 interpreter, where = test_kernels.interpreter, test_kernels.where  # fixtures
 VOCAB, BASE = 64, 32  # the vocabulary is padded to 128
 HIDDEN = ("qkvo", "up", "down")
-TABLES = ("embed.weight", "value_embeds.0.weight", "bigram.weight")
+TABLES = ("embed.weight", "value_embeds.0.weight")
 
 
 def scaled(width: int, **changes) -> train_gpt.Settings:
     """Settings with all kinds of parameters, at `width` from base width 32."""
-    given = dict(bigram=50, mup=True, base_width=BASE, base_head_dim=16, muon_lr=0.02, adam_lr=0.002, adam_eps=1e-8,
+    given = dict(mup=True, base_width=BASE, base_head_dim=16, muon_lr=0.02, adam_lr=0.002, adam_eps=1e-8,
                  hidden_lr=0.003, muon_weight_decay=0.02, hidden_weight_decay=0.1, adam_weight_decay=0.005)
     return settings(**given | {"width": width} | changes)
 
@@ -112,12 +112,12 @@ def test_the_rates_are_those_of_the_base_width_whatever_the_table_says_at_this_o
 @pytest.mark.parametrize("width, base", [(384, 128), (384, 384), (768, 384), (128, 384)])
 def test_a_finite_dimension_that_equals_a_width_is_not_mistaken_for_one_that_grows(width, base):
     """A vocabulary and a table of hashed pairs with 384 rows, at width 384."""
-    s = scaled(width, base_width=base, bigram=384, value_embeds=0)
+    s = scaled(width, base_width=base, ngram_rows=384, value_embeds=0)
     with torch.device("meta"):
         model = GPT(s, 384)
-    assert model.embed.weight.shape == (384, width) == model.bigram.weight.shape == model.lm_head.shape
+    assert model.embed.weight.shape == (384, width) == model.ngrams.table.shape == model.lm_head.shape
     rules = trained_rules(s, [name for name, _ in model.named_parameters()])
-    for name, lr in (("embed.weight", 0.15), ("bigram.weight", 0.15), ("lm_head", 0.002)):
+    for name, lr in (("embed.weight", 0.15), ("ngrams.table", 0.14), ("lm_head", 0.002)):
         assert rules[name].lr == lr and rules[name].eps == pytest.approx(1e-8 * base / width), name
     assert model.cap == pytest.approx((23.0, 5.0 * width / base, 7.5 * width / base), rel=1e-15)
 
@@ -303,7 +303,7 @@ def compare_head(place: test_kernels.Where, cap, m: float, kernel: bool, fused: 
     x, weight, targets = place.random(75, 40), place.random(300, 40, std=0.3 * m), place.targets(3, 75, 300)
     wide, incoming = folded(cap, m), torch.tensor(INCOMING, device=place.device)
     if fused:
-        found = train_gpt.fused_head(x, weight, x.detach(), weight.detach(), targets, list(wide), kernel)[0]
+        found = train_gpt.fused_head(x, weight, x.detach(), weight.detach(), targets, list(wide), kernel)[0].sum(1)
     else:
         found = train_gpt.head_losses(x, weight, targets, wide, kernel, fp8=False)[0]
     expected = explicit(x, weight, targets, cap, m)

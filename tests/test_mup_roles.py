@@ -22,20 +22,20 @@ VOCAB, BASE = 64, 32
 ROLES = {"hidden", "input", "output", "fixed", "table"}
 # Axes (fan_out, fan_in) of a parameter: x @ W.T with W (out, in), or x @ W with W (in, out); rows that are looked up.
 AXES = {
-    r".*(qkvo|mlp\.up|shared\.up)|lm_head|routers|gates": (-2, -1),
+    r".*(qk|qkvo|mlp\.up|shared\.up)|lm_head|routers|gates": (-2, -1),
     r".*(mlp\.down|shared\.down|experts_up|experts_down)": (-1, -2),
-    r".*embed\.weight|value_embeds.*|bigram\.weight": (-1, None),
-    r"smear|scalars": (None, None),
+    r".*embed\.weight|value_embeds.*|ngrams\.table": (-1, None),
+    r"smear|scalars|ngrams\.weight|pointer\.small": (None, None),
 }
-HIDDEN = r"blocks\..*"  # between activations of the model, whatever their size
-LOOKED_UP = r".*embed.*|bigram.*"
+HIDDEN = r"blocks\..*|pointer\.qk"  # between activations of the model, whatever their size
+LOOKED_UP = r".*embed.*|ngrams\.table"
 
 GPT = {
-    "every technique": dict(bigram=50, attention="LS", smear=True, value_embeds=1),
+    "every technique": dict(ngram_rows=50, pointer=8, qk_dim=8, attention="LS", smear=True, value_embeds=1),
     "paired heads": dict(attention="LP", head_dim=8, base_head_dim=8),
     "no gates": dict(attn_gate=False, value_gate=False, smear=False, value_embeds=0),
-    "a vocabulary as large as the width": dict(width=128, bigram=128),
-    "AdamW": dict(hidden_optimizer="adamw", bigram=50),
+    "a vocabulary as large as the width": dict(width=128, ngram_rows=128),
+    "AdamW": dict(hidden_optimizer="adamw", ngram_rows=50),
 }
 MOE = {
     "growing experts": dict(num_experts=8, top_k=2, num_shared=2, moe_layers="MD"),
@@ -44,7 +44,7 @@ MOE = {
     "noisy routers": dict(num_experts=4, top_k=2, router="noisy_topk", moe_layers="MM", num_shared=0),
     "AdamW, fixed": dict(num_experts=8, top_k=2, num_shared=1, moe_layers="DM", expert_hidden=48,
                          hidden_optimizer="adamw"),
-    "dense": dict(num_experts=0, bigram=50),
+    "dense": dict(num_experts=0, ngram_rows=50),
 }
 CASES = [*((train_gpt, GPT[name]) for name in GPT), *((train_moe, MOE[name]) for name in MOE)]
 NAMES = [*GPT, *MOE]

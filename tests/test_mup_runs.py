@@ -37,7 +37,7 @@ ADAMW = dict(hidden_optimizer="adamw")
 SAME = {
     "muon": (train_gpt, {}), "adamw": (train_gpt, ADAMW), "no cap": (train_gpt, dict(softcap=NO_CAP)),
     "symmetric cap": (train_gpt, dict(softcap=(30.0, 0.0, 7.5))),
-    "cap, more targets": (train_gpt, dict(mtp=2, bigram=50, softcap=(23.0, 5.0, 7.5))),
+    "cap, more targets": (train_gpt, dict(mtp=2, ngram_rows=50, pointer=8, softcap=(23.0, 5.0, 7.5))),
     **{router: (train_moe, dict(router=router, num_experts=4)) for router in moe.ROUTERS},
     "experts, adamw": (train_moe, ADAMW | dict(num_experts=4, num_shared=1, expert_hidden=40)),
 }

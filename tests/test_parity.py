@@ -12,7 +12,7 @@ CONFIGURATIONS = {
         max_doc_len=(16, 16, 32), window=(8, 16, 32), window_start=8, stage_lr=(1.0, 1.5, 0.5), micro_tokens=64,
         warmup_steps=2, eval_every=4, save_every=2, adam_weight_decay=0.1),
     "width transfer": dict(
-        mup=True, base_width=16, base_head_dim=8, mup_embedding="sqrt", bigram=20, schedule="wsd", micro_tokens=32,
+        mup=True, base_width=16, base_head_dim=8, mup_embedding="sqrt", schedule="wsd", micro_tokens=32,
         log_every=3, eval_every=0, long_docs="clip", eval_window=48),
 }
 

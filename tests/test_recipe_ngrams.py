@@ -152,7 +152,7 @@ class DenseTable:
         table = self.model.ngrams.table.detach().clone().requires_grad_()
         rows, kinds = tg.ngram_rows(inputs, docs, len(table) // 2)
         found = (table[rows] * self.model.ngrams.signs[kinds]).sum(0).view(*inputs.shape, -1)
-        loss = self.model.calculate(inputs, targets[None], docs, int_tensor(8), None, found)
+        loss = self.model.calculate(inputs, targets[None], docs, int_tensor(8), found)
         self.grad += torch.autograd.grad(loss.sum() / inputs.numel() / parts, table)[0].double()
         self.seen[rows.flatten()] = True
 

@@ -85,7 +85,7 @@ def test_losses_and_gradients_are_those_of_a_mixture_in_probability_space(softca
     batch = only(repetitive_batch(2, 12), torch.rand(2, 12, generator=torch.Generator().manual_seed(0)) < 0.8)
     x = stream(model, batch).detach().requires_grad_()
     copies = model.pointer(x, batch[0], batch[1], batch[2])
-    fast = model.losses(x, batch[1][None], None, copies)[0]
+    fast = model.losses(x, batch[1][None], copies)[0]
     plain = plain_losses(model, s, batch, x.double()).sum()
     torch.testing.assert_close(fast.double(), plain, rtol=1e-5, atol=1e-4)
     leaves = [x, model.lm_head, model.pointer.qk, model.pointer.small]
@@ -99,7 +99,7 @@ def test_gradients_are_those_of_finite_differences():
     model, s = model_of()
     batch = repetitive_batch(2, 10)
     x = stream(model, batch).detach()
-    fast = model.losses(x, batch[1][None], None, model.pointer(x, batch[0], batch[1], batch[2]))[0]
+    fast = model.losses(x, batch[1][None], model.pointer(x, batch[0], batch[1], batch[2]))[0]
     leaves = {"small": (model.pointer.small, [(0, 1), (1, 4)]), "qk": (model.pointer.qk, [(2, 3), (11, 30)]),
               "head": (model.lm_head, [(VOCAB, 7), (3, 0), (VOCAB + 5, 1)])}
     gradients = torch.autograd.grad(fast, [p for p, _ in leaves.values()])
@@ -143,9 +143,9 @@ def test_probabilities_of_all_tokens_sum_to_one(changes):
                 batch[1, 0, t] = token
                 inputs, targets, docs = only(batch, keep)
                 copies = model.pointer(x, inputs, targets, docs)
-                total += math.exp(-model.losses(x, targets[None], None, copies)[0].item())
+                total += math.exp(-model.losses(x, targets[None], copies)[0].item())
             assert total == pytest.approx(1, abs=1e-5), t
-    assert losses(model, only(batch, keep))[0] == model.losses(x, targets[None], None, copies)[0]
+    assert losses(model, only(batch, keep))[0] == model.losses(x, targets[None], copies)[0]
 
 
 def test_the_shut_gate_leaves_the_model():
@@ -255,7 +255,7 @@ def test_with_candidates_the_mixture_is_that_of_the_set():
     model, s = model_of()
     batch = repetitive_batch(1, 12)
     model.candidates = 24
-    classes, _ = tg.candidate_set(batch[1][None].long(), int_tensor(3, torch.int64), 24, VOCAB, True)
+    classes, _ = tg.candidate_set(batch[1][None].long(), int_tensor(3 * 25, torch.int64), 24, VOCAB, True)
     assert VOCAB in classes
     sampled = losses(model, batch, turn=3)[0]
     outside = torch.ones(128, dtype=torch.bool).index_fill(0, classes, False)
