@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import torch._dynamo
 from helpers import load_state, losses, make_data, records, run_folder, steps_saved
 from recipe import assert_same_tensors, run_flags, run_processes
 
@@ -170,3 +171,28 @@ def test_a_run_goes_on_with_other_processes(sizes, runs, tmp_path):
         assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-5)
     for name, weight in optimizer_state(whole)["state"]["master"].items():
         assert (optimizer_state(place)["state"]["master"][name] - weight).norm() <= CLOSE * weight.norm(), name
+
+
+# --- compiled
+
+
+@pytest.mark.parametrize("unit", ["model", "block"])
+def test_the_warm_up_compiles_all_graphs_and_leaves_no_trace(unit, runs, monkeypatch):
+    """Traced only, with no C++ compiler needed: a set, an event or a blend is no new graph, and the run is that without
+    a warm-up, to the bit."""
+    torch._dynamo.reset()
+    whole, late = runs("train_gpt", 1), []
+    compile_traced, finish = torch.compile, train_gpt.Run.finish
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_traced(f, backend="eager", **options))
+    monkeypatch.setattr(train_gpt, "run_errors", lambda *_: [])
+    monkeypatch.setattr(train_gpt.Run, "finish", lambda self, *arguments: (
+        late.append(train_gpt.compiled_graphs() - self.warm_graphs), finish(self, *arguments)))
+    place = whole.with_name(f"traced_{unit}")
+    argv = command(whole.parent, place, **PARTS["all"] | {"compile": True, "compile_unit": unit})
+    assert train_gpt.main(argv) == 0
+    assert late == [0]
+    assert found_losses(place) == found_losses(whole)
+    mine, expected = (load_state(run_folder(folder), 8) for folder in (place, whole))
+    for state in (mine, expected):
+        del state["/rng"]
+    assert_same_tensors(mine, expected)
