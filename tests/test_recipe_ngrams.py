@@ -28,15 +28,16 @@ def start_of_document(docs, row: int, t: int) -> int:
 
 
 def plain_rows(inputs, docs, half: int) -> list[tuple[int, int]]:
-    """(row, number of the signs) of pair and triple of each token, in the order of kind, row, token. Tokens before the
-    document are 0."""
+    """(row, number of the signs) of pair and triple of each token, in the order of kind, row, token; the last row of
+    each half, and the first signs, where the document begins too late."""
     found = []
     for n, row, t in itertools.product((1, 2), *map(range, inputs.shape)):
-        first = start_of_document(docs, row, t)
-        tokens = [inputs[row, t - k].item() if t - k >= first else 0 for k in range(n + 1)]
-        hashed = functools.reduce(operator.xor, map(operator.mul, tokens, tg.NGRAM_FACTORS))
-        number = hashed // tg.NGRAM_SIGNS % (half - 1) if t - n >= first else half - 1
-        found.append(((n - 1) * half + number, hashed % tg.NGRAM_SIGNS))
+        number, kind = half - 1, 0
+        if t - n >= start_of_document(docs, row, t):
+            tokens = [inputs[row, t - k].item() for k in range(n + 1)]
+            hashed = functools.reduce(operator.xor, map(operator.mul, tokens, tg.NGRAM_FACTORS))
+            number, kind = hashed % (half - 1), (hashed >> 20) % tg.NGRAM_SIGNS
+        found.append(((n - 1) * half + number, kind))
     return found
 
 
@@ -103,17 +104,23 @@ def test_vectors_of_zeros_change_no_bit_of_the_model():
     assert not with_table.ngrams.table.any() and torch.equal(one, other)
 
 
-def test_each_layer_has_a_weight_of_its_own():
+def test_each_layer_adds_the_vectors_with_a_weight_of_its_own(monkeypatch):
+    """What a block gets is what the one before gave, the first one the embeddings, and its weight times the vectors."""
     model, _ = model_of()
-    batch, before = random_batch(), None
-    for layer in (None, 0, 1, 2):
-        with torch.no_grad():
-            model.ngrams.weight.zero_()
-            if layer is not None:
-                model.ngrams.weight[layer] = 0.5
-            after = losses(model, batch).item()
-        assert layer is None or abs(after - before) > 1e-3
-        before = after
+    batch, taken, before = random_batch(), [], []
+
+    def forward(self, x_BTD, x0_BTD, *rest, forward=tg.Block.forward):
+        before.extend([] if before else [x0_BTD])
+        taken.append(x_BTD)
+        before.append(forward(self, x_BTD, x0_BTD, *rest))
+        return before[-1]
+    monkeypatch.setattr(tg.Block, "forward", forward)
+    with torch.no_grad():
+        losses(model, batch)
+        found = model.ngrams(batch[0], batch[2])
+    for x, y, weight in zip(taken, before[:-1], model.ngrams.weight, strict=True):
+        torch.testing.assert_close(x, y + weight * found)
+    assert found.any() and model.ngrams.weight.unique().numel() == 3
 
 
 def test_future_tokens_and_other_documents_change_nothing():
