@@ -40,7 +40,7 @@ from train_gpt import IGNORE, checkpoints_in, copy_losses, misfit, norm, out_of_
 
 MAX_PROMPT = 8192  # tokens: the mask of the pass over the prompt has this number squared of entries
 MAX_MASK = 32768  # tokens: the same for the masks that a decoder is made with
-MAX_TABLES = 2**26  # entries of the rotary tables: a million tokens, heads of 128 dimensions
+MAX_TABLES = 2**28  # entries of the rotary tables: a million tokens, heads of 128 dimensions
 NUMBERS = {  # flag: type, default, smallest and largest value, help
     "temperature": (float, 0.8, 0, 1000, "divides the logits: 0 greedy, 1 the model's own distribution"),
     "top-k": (int, 0, 0, 65536, "sample from the K likeliest tokens; 0: from all"),

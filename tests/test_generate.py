@@ -457,12 +457,12 @@ def test_damaged_checkpoints_are_one_sentence(tmp_path, capsys, harm):
 HUGE = [10**6, 2**31, 10**12, 10**18]
 ODD = [None, "x", -1, 2.5, [], {}, True, "\x1b[2J"]
 HARMLESS = [("eval_window", 0), ("eval_window", 10**6), ("window_step", 10**6), ("eval_seq_len", 0),
-            ("ngram_rows", 0), ("pointer", 0), ("eval_seq_len", 10**6), ("softcap", [0]), ("rope_base", 7),
-            ("rope_base", 2.5), ("skip", "x"), ("skip", "L" * 10**6), ("skip", "\x1b[2J"), ("seq_len", [0]),
-            ("stage_ends", [0]), ("stage_ends", [-1.0]),
+            ("ngram_rows", 0), ("pointer", 0), ("qk_dim", 0), ("eval_seq_len", 10**6), ("softcap", [0]),
+            ("rope_base", 7), ("rope_base", 2.5), ("skip", "x"), ("skip", "L" * 10**6), ("skip", "\x1b[2J"),
+            ("seq_len", [0]), ("stage_ends", [0]), ("stage_ends", [-1.0]),
             ("stage_ends", [10**12, 10**12])]  # nothing reads them here, or any value will do
-NUMERIC = ("num_layers", "width", "head_dim", "mlp_ratio", "value_embeds", "ngram_rows", "pointer", "eval_seq_len",
-           "eval_window", "window_step")
+NUMERIC = ("num_layers", "width", "head_dim", "mlp_ratio", "value_embeds", "ngram_rows", "pointer", "qk_dim",
+           "eval_seq_len", "eval_window", "window_step")
 OTHERS = ("attention", "skip", "softcap", "seq_len", "window", "stage_ends", "rope_base")
 SETTINGS = [(name, value) for name in NUMERIC for value in [0, *ODD, *HUGE]]
 SETTINGS += [(name, value) for name in OTHERS
