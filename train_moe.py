@@ -802,9 +802,9 @@ def short_window(window, step: int):
     return -(-window // (2 * step)) * step
 
 def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) -> tuple:
-    """cos and signed sin, (length, 1, head_dim) fp32, of frequencies 1 .. 1/base, radians per token; 1 and 0 where content
-    counts, not position (17). For a `longer` window than in training, YaRN (arXiv 2309.00071): what turns less than
-    once in it slows by the ratio, 32 turns stay."""
+    """cos and signed sin, (length, 1, head_dim) fp32, of frequencies 1 .. 1/base, radians per token; 1 and 0 where
+    content counts, not position (17). For a `longer` window than in training, YaRN (arXiv 2309.00071): what turns less
+    than once in it slows by the ratio, 32 turns stay."""
     frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
     if longer > window:
         kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -987,6 +987,8 @@ class GPT(nn.Module):
         scalars = self.scalars.type_as(x).unbind(0)
         gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
         weights = self.ngrams.weight.type_as(x).unbind(0) if self.ngrams is not None else None
+        if found_BTD is None and self.ngrams is not None:
+            found_BTD = self.ngrams(inputs_BT, docs_BT)
         outputs = []
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
@@ -1132,8 +1134,8 @@ def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
     for n in (1, 2):
         hashed = hashed ^ F.pad(inputs_BT[:, :-n], (n, 0)) * NGRAM_FACTORS[n]
         inside = F.pad(docs_BT[:, n:] == docs_BT[:, :-n], (n, 0))
-        rows.append((hashed // NGRAM_SIGNS % (half - 1)).where(inside, half - 1) + (n - 1) * half)
-        kinds.append(hashed % NGRAM_SIGNS)
+        rows.append((hashed % (half - 1)).where(inside, half - 1) + (n - 1) * half)
+        kinds.append(((hashed >> 20) % NGRAM_SIGNS).where(inside, 0))  # the lowest bits know little
     return torch.stack(rows).flatten(1), torch.stack(kinds).flatten(1)
 
 def gathered(world: World, x: Tensor) -> Tensor:
