@@ -467,11 +467,34 @@ def test_traffic_of_the_speedrun_matches_its_parameters(tmp_path, capsys):
     with torch.device("meta"):
         sharded = sum(p.numel() for n, p in train_gpt.GPT(s, 50257).named_parameters() if "gate" not in n
                       and "scalar" not in n and n != "smear")
-    sent = projection.traffic(projection.build_banks("speedrun", 8), 8)
+    sent = projection.traffic(projection.build([], 8)[2], 8)
     assert 1 <= sent["reduce-scatter of gradients"] / (7 / 8 * 2 * sharded) < 1.05
     assert projection.main(["--bandwidth", "900", "--efficiency", "0.5", "--out", str(tmp_path / "p.md")]) == 0
     text = capsys.readouterr().out
     assert text == (tmp_path / "p.md").read_text() and f"| together | {sum(sent.values()) / 2**20:,.3f} |" in text
-    assert f"{1000 * sum(sent.values()) / 450e9:.2f} ms" in text
-    assert projection.main(["--efficiency", "1.5"]) == 1
-    assert capsys.readouterr().err.startswith("error: --ranks must be 2 or more")
+    for flags, message in ((["--efficiency", "1.5"], "--ranks must be 2 or more"), (["--mfu", "0.3"], "--mfu 0.3: ex")):
+        assert projection.main(flags) == 1
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_the_old_recipe_costs_what_it_did():
+    """377 PFLOP, 472 M tokens, 928.3 MiB a step; its times are those of the utilization measured for each stage."""
+    args = projection.parse_args([])
+    rows, total = projection.costs(projection.BEFORE, args)
+    assert total["flops"] / 1e15 == pytest.approx(376.7, abs=0.05)
+    assert total["tokens"] == 600 * 8 * (16384 + 32768 + 49152)
+    assert [row[-2:] for row in rows] == [["928.3", "2.88"]] * 3 and total["steps"] == 1800
+    assert total["seconds"] == pytest.approx(0.6 * (41.1 + 73 + 107), rel=0.01)  # ms a step of an eighth on one H200
+    assert projection.utilization("10:0.2,20:0.4", 15) == pytest.approx(0.3)
+    assert projection.utilization("20:0.4,10:0.2", 5) == 0.2
+
+
+def test_stages_with_candidates_and_ngrams_by_hand():
+    """The whole head costs 6 FLOPs for each of its 50,304 x 768 weights; found vectors and their gradients are sent."""
+    args, few = projection.parse_args([]), ["--candidates", "10240,10240,0"]
+    (whole, _), (rows, total) = (projection.costs([*projection.BEFORE, *flags], args) for flags in ([], few))
+    saved = 6 * (50304 - 10240) * 768 / 1e6
+    assert float(whole[0][5]) - float(rows[0][5]) == pytest.approx(saved, abs=0.11) and whole[2] == rows[2]
+    rows, _ = projection.costs([*projection.BEFORE, "--ngram-rows", "8192"], args)
+    more = 7 * 16384 * (2 * 768 * 2 + 8) / 2**20  # and a weight for each layer
+    assert float(rows[0][-2].replace(",", "")) - 928.272 == pytest.approx(more, abs=0.1)
