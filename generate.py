@@ -251,7 +251,7 @@ class Decoder:
             docs = torch.zeros(1, min(window, longest), dtype=torch.int32, device=self.device)
             sizes = {kind: int(mask[0, 0, -1].sum()) for kind, mask in model.masks(docs, self.window).items()}
             model.embedding, model.masks = self.embed, self.see
-            if getattr(model, "ngrams", None) is not None:
+            if model.ngrams is not None:
                 model.ngrams.forward = partial(self.find, model.ngrams.forward)
             for block, layer in zip(model.blocks, model.layers, strict=True):
                 if (attn := block.attn) is not None:

@@ -1154,11 +1154,11 @@ def gathered(world: World, x: Tensor) -> Tensor:
     return whole
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple[Tensor, Tensor]:
-    """The classes of a sampled softmax (92), in order: the targets, the gate, and as many others as are missing, by a
+    """The classes of a sampled softmax (92), in order: the gate, the targets, and as many others as are missing, by a
     fixed permutation from `turn` on; and the place of each class among them, IGNORE for those left out. The loss is
     that of fewer classes, without a correction: below the full one by -log of their probability."""
     label = torch.arange(vocab_size + gate, device=targets.device)
-    rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -1)
+    rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
     rank = rank.index_fill(0, targets.flatten().clamp_min(0), -1)
     classes = rank.argsort(stable=True)[:count].sort().values
     place = torch.full_like(label, IGNORE).scatter(0, classes, label[:count])

@@ -385,7 +385,7 @@ class Timed:
         torch.set_num_threads(s.threads or torch.get_num_threads())
         began = time.perf_counter()
         self.script, self.s, self.stages, self.corpus = script, s, script.stage_table(s), script.open_corpus(s.data)
-        self.model = script.GPT(s, self.corpus.meta["vocab_size"]).to(s.device)
+        self.model = script.GPT(s, self.corpus.meta["vocab_size"], script.World()).to(s.device)
         self.counts = script.parameter_counts(self.model)
         self.optimizer = script.MuonAdamW(self.model, s, script.World())
         script.compile_model(self.model, s)
@@ -416,12 +416,15 @@ class Timed:
         stage = script.stage_at(stages, step)
         micro_steps, _ = self.loader.next(step)
         self.window.fill_(script.window_at(s, stages, step))
+        self.model.candidates = stage.candidates
         weights = [w / stage.batch_tokens for w in script.future_weights(stages, step)]
         for i, batch in enumerate(micro_steps):
             self.optimizer.last_micro_step = i == len(micro_steps) - 1
+            self.model.turn.fill_(script.candidate_turn(s, stage, script.World(), step, i))
             loss = common.micro_step(script, self.model, self.optimizer, batch, self.window, weights, (step, i))
             self.loss += loss / stage.batch_tokens
-        self.optimizer.step(script.lr_scale(s, stages, step), script.momentum_at(s, step))
+        scale, others = (script.lr_scale(s, stages, step, x) for x in (s.cooldown, s.cooldown_others or s.cooldown))
+        self.optimizer.step(scale, script.momentum_at(s, step), others)
 
     def block(self, steps: int) -> float:
         """ms per step of the next steps."""
