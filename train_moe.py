@@ -161,7 +161,7 @@ class Hyperparameters:
     warmup_steps: int = 0  # steps over which the learning rates rise [>=0]
     cooldown: float = 0.45  # last fraction of the iterations, in which they fall [0..1]
     cooldown_others: float = 0.0  # of all but the hidden matrices; 0: the same [0..1]
-    extension: int = 0  # last steps, after the cool-down, at the lowest rate (92) [>=0]
+    extension: float = 0.0  # last fraction, after the cool-down, at the lowest rate (92) [0..1]
     lr_floor: float = 0.1  # learning rate at the end / its peak [0..1]
     tail: float = 0.0  # share of the last weights' average in the final ones (92); 0 off [0..1]
     tail_steps: int = 128  # its time constant; it covers the last two of them [>0; with tail]
@@ -227,23 +227,31 @@ PRESETS: dict[str, dict] = {
     ),
     # the GPT-2-small shape on one 16 GB card; 24 GB and more: --micro-tokens 16384
     "gpu": dict(
-        iterations=4000, batch_tokens=(65536,), seq_len=(8192,), max_doc_len=(2048,),
-        window=(1024,), window_start=256, micro_tokens=8192, muon_lr=0.025, adam_lr=0.004,
-        eval_every=250, eval_tokens=262144, save_every=500,
+        iterations=3000, stage_ends=(0.93, 1.0), batch_tokens=(65536,), seq_len=(8192,),
+        max_doc_len=(2048,), window=(1024,), window_start=256, micro_tokens=8192, muon_lr=0.025,
+        adam_lr=0.004, candidates=(6144, 0), ngram_rows=2**20, pointer=128, tail=0.5, tail_steps=150,
+        lr_floor=0.2, eval_every=250, eval_tokens=262144, save_every=500,
     ),
-    # the 8xH100 track, 3.28 on FineWeb: stages of record 89, more steps, as it has more techniques
+    # the 8xH100 track, 3.28 on FineWeb: stages of record 92, the last two its taper and extension
     "speedrun": dict(
-        data="fineweb10B", shuffle=False, iterations=1800, stage_ends=(1 / 3, 2 / 3, 1.0),
-        batch_tokens=(131072, 262144, 393216), seq_len=(16384, 32768, 49152),
-        max_doc_len=(896, 2048, 2048), window=(384, 896, 1408), stage_lr=(1.0, 1.52, 1.73),
-        mtp=(2, 1, 0), muon_lr=0.023, adam_weight_decay=0.005, cooldown=0.6, lr_floor=0.15,
-        target_loss=3.28, save_last=False,
+        data="fineweb10B", shuffle=False, iterations=1194,
+        stage_ends=tuple(end / 1194 for end in (320, 681, 965, 1107, 1174, 1194)),
+        batch_tokens=(131072, 262144, 393216, 393216, 327680, 131072),
+        seq_len=(16384, 32768, 49152, 49152, 40960, 16384),
+        max_doc_len=(896, 2048, 3072, 3072, 3072, 3072), window=(384, 896, 1408, 1408, 1408, 1664),
+        stage_lr=(1.0, 1.52, 1.73, 1.73, 1.58, 1.73), mtp=(2, 1, 0, 0, 0, 0),
+        candidates=(10240, 10240, 14336, 16384, 0, 0), ngram_rows=84602880, ngram_every=2,
+        pointer=128, qk_dim=64, muon_lr=0.023, adam_weight_decay=0.005, cooldown=0.8, lr_floor=0.17,
+        extension=20 / 1194, tail=0.5, target_loss=3.28, save_last=False,
     ),
-    # the GPT-2-medium track: 2.92 on FineWeb
+    # the GPT-2-medium track: 2.92 on FineWeb; stages and techniques of speedrun, untried
     "medium": dict(
-        data="fineweb10B", shuffle=False, num_layers=16, width=1024, iterations=5960,
-        batch_tokens=(524288,), seq_len=(65536,), window=(3456,), muon_lr=0.025, adam_lr=0.004,
-        cooldown=0.7, target_loss=2.92, micro_tokens=65536,
+        data="fineweb10B", shuffle=False, num_layers=16, width=1024, iterations=4200,
+        stage_ends=(0.27, 0.57, 0.93, 1.0), batch_tokens=(262144, 524288, 524288, 524288),
+        seq_len=(32768, 65536, 65536, 65536), window=(896, 2048, 3456, 3456),
+        candidates=(10240, 16384, 24576, 0), ngram_rows=21150720, ngram_every=2, pointer=128,
+        qk_dim=64, muon_lr=0.025, adam_lr=0.004, cooldown=0.7, lr_floor=0.17, tail=0.5,
+        tail_steps=400, target_loss=2.92, micro_tokens=65536,
     ),
 }
 
@@ -324,9 +332,8 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
         bad.append(f"--ngram_rows {s.ngram_rows}: at least 4, a multiple of 2 and of the {world_size} processes, or 0")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
-    for name in ("warmup_steps", "extension"):
-        if getattr(s, name) >= s.iterations:
-            bad.append(f"--{name} {getattr(s, name)} must be less than --iterations {s.iterations}")
+    if s.warmup_steps >= s.iterations:
+        bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
     least, memory = least_memory(s, world_size) / 2**30, hardware.memory_gib
     if least > memory:
         bad.append(f"this needs more than {least:,.0f} GiB, {hardware.name} has {memory:.1f}: lower --width, "
@@ -1197,7 +1204,7 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
         share = 1.0 if layer.attention == "L" or not s.qk_dim else (1 + s.qk_dim / s.head_dim) / 2
         share *= 2 if layer.attention == "P" else 1
         keys += (window - window * (window - 1) / (2 * length)) * share
-    left_out = max(0, counts["head"] - (stage.candidates or math.inf) * s.width)
+    left_out = max(0, counts["head"] - stage.candidates * s.width) if stage.candidates else 0
     pointer = 6.0 * s.pointer * min(length, 3 * POINTER_BLOCK) / 2
     return 6.0 * (counts["matmul"] - left_out) + 12.0 * s.width * keys + pointer
 
@@ -1604,22 +1611,22 @@ class NgramBank:
         self.reset()
 
     def reset(self):
-        """As before the first step, with the rows at hand. event: number of a row's last one; sums: of gradients."""
+        """As before the first step, with the rows at hand. event: number of a row's last one."""
         square, event = torch.zeros(2, len(self.table), device=self.s.device)
         self.state = {"master": self.table, "square": square, "event": event}
-        self.take(event[:0].long(), self.table[:0].float())
 
     def take(self, rows: Tensor, grads: Tensor):
         """Adds gradients of rows, which may repeat, to those that the next event counts."""
         new = torch.sparse_coo_tensor(rows[None], grads, self.table.shape, check_invariants=False)
-        self.state["sums"] = (new + self.state["sums"] if "sums" in self.state else new).coalesce()
+        self.state["sums"] = (self.state["sums"] + new if "sums" in self.state else new).coalesce()
 
     def step(self, scale: float, step: int):
         """The event of a cycle's end: v <- beta2 v for those that a row missed, and + (1 - beta2) mean(g^2)."""
         if step % self.s.ngram_every:
             return
         state, beta2, event = self.state, self.rule.betas[1], step // self.s.ngram_every
-        rows, grads = state["sums"].indices()[0], state["sums"].values()
+        sums = state.pop("sums")
+        rows, grads = sums.indices()[0], sums.values()
         square = state["square"][rows] * beta2**(event - 1 - state["event"][rows])
         square.lerp_(grads.square().mean(dim=1), 1 - beta2)
         state["square"][rows], state["event"][rows] = square, float(event)
@@ -1627,7 +1634,6 @@ class NgramBank:
         vectors, lr, decay = self.table[rows].float(), self.rule.lr * scale, self.rule.weight_decay * scale
         apply_update(vectors, grads / root[:, None], lr, decay, self.s.cautious)
         self.table[rows] = vectors.type_as(self.table)
-        state["sums"] = torch.zeros_like(state["sums"])
 
     def full(self, key: str) -> dict[str, Tensor]:
         """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
@@ -1644,11 +1650,12 @@ class NgramBank:
         def share(key: str, owner: int) -> Tensor:
             return saved[key]["ngrams.table"].narrow_copy(0, owner * len(self.table), len(self.table))
 
-        for key, own in self.state.items():
+        self.reset()
+        for key in on_rank_zero(self.world, lambda: [k for k in saved if "ngrams.table" in saved[k]]):
             for owner in range(self.world.size):
-                part = on_rank_zero(self.world, share, key, owner)
+                own = on_rank_zero(self.world, share, key, owner)
                 if owner == self.world.rank:
-                    own.copy_(part)
+                    self.state[key] = self.table.copy_(own) if key == "master" else own.to(self.s.device)
 
 def penalty(name: str, weight: float, sums_MS, num_experts: int) -> tuple:
     """What makes routers balance, by sums per token: its value in each layer, 1 where all experts are equal, but for z;
@@ -1882,7 +1889,7 @@ def compiled_graphs() -> int:
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
 def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float = 0.0) -> float:
     """Factor on rates: warm-up, cool-down to lr_floor (wsd: arXiv 2405.18392) before the extension; the stage's."""
-    end = s.iterations - s.extension
+    end = (1 - s.extension) * s.iterations
     left = min(1.0, max(0, end - step) / max(1, (cooldown or s.cooldown) * end))
     left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
