@@ -206,7 +206,7 @@ def target_losses(model: nn.Module, batch_3BT: Tensor, window: int, at_a_time: i
     batch: inputs, targets, document numbers, int32; the head runs on `at_a_time` positions at once."""
     inputs_BT, targets_BT, docs_BT = batch_3BT
     long_window = torch.tensor(window, dtype=torch.int32, device=inputs_BT.device)
-    x_BTD = model.trunk(inputs_BT, docs_BT, long_window, **found_ngrams(model, inputs_BT, docs_BT))
+    x_BTD = model.trunk(inputs_BT, docs_BT, long_window)
     chosen, losses = (targets_BT.flatten() != IGNORE).nonzero()[:, 0], []
     copies = copied(model, x_BTD, inputs_BT, targets_BT, docs_BT)
     of_chosen = (x.flatten(0, 1)[chosen] for x in (x_BTD, targets_BT.long(), *copies))
@@ -218,12 +218,6 @@ def target_losses(model: nn.Module, batch_3BT: Tensor, window: int, at_a_time: i
             loss_N = copy_losses(loss_N, F.cross_entropy(logits_NV, gate_N, reduction="none"), *copies_N)
         losses.append(loss_N)
     return torch.cat(losses)
-
-
-def found_ngrams(model: nn.Module, inputs_BT: Tensor, docs_BT: Tensor) -> dict[str, Tensor]:
-    """What the n-gram table of the model has for these tokens, as an argument of its trunk; nothing without a table."""
-    ngrams = getattr(model, "ngrams", None)
-    return {} if ngrams is None else {"found_BTD": ngrams(inputs_BT, docs_BT)}
 
 
 def copied(model: nn.Module, x_BTD: Tensor, inputs_BT, targets_BT, docs_BT) -> tuple[Tensor, ...]:
@@ -240,7 +234,7 @@ class Decoder:
     """Logits of the token after a text that grows: a prompt in one pass, then token by token.
 
     With the cache, the model's own trunk runs on the new tokens only, and what looks at other positions is replaced:
-    the rotary tables start at the first new token; the embedding and the key offset get what came before it, too; and
+    the rotary tables start at the first new token; embedding, n-grams and key offset get what came before it, too; and
     attention has keys and values of a layer from a ring of as many slots as its window. A key overwrites the one that
     leaves the window with it, so a new token sees all of the ring (its mask is 1 x 1 and true); in which order does not
     matter, as keys are stored rotated. The pointer's keys are kept, too; a token costs a row of its attention.
@@ -257,6 +251,8 @@ class Decoder:
             docs = torch.zeros(1, min(window, longest), dtype=torch.int32, device=self.device)
             sizes = {kind: int(mask[0, 0, -1].sum()) for kind, mask in model.masks(docs, self.window).items()}
             model.embedding, model.masks = self.embed, self.see
+            if getattr(model, "ngrams", None) is not None:
+                model.ngrams.forward = partial(self.find, model.ngrams.forward)
             for block, layer in zip(model.blocks, model.layers, strict=True):
                 if (attn := block.attn) is not None:
                     slots = sizes[layer.attention] // (2 if attn.paired else 1)  # the mask of paired heads has two rows
@@ -277,15 +273,9 @@ class Decoder:
         self.text = torch.cat((self.text, torch.tensor([new], device=self.device)), dim=1)
         tokens = self.text[:, self.start:]
         self.model.cos, self.model.sin = self.cos[self.start:], self.sin[self.start:]
-        x = self.model.trunk(tokens, torch.zeros_like(tokens), self.window, **self.find_ngrams(tokens.size(1)))
+        x = self.model.trunk(tokens, torch.zeros_like(tokens), self.window)
         logits = self.model.head(x[:, -1:])[0, -1].float()
         return logits if self.pointer is None else self.mix(logits, *self.point(norm(x[0])))
-
-    def find_ngrams(self, count: int) -> dict[str, Tensor]:
-        """What the n-gram table has for the last `count` tokens, which depends on the two before them."""
-        tokens = self.text[:, max(0, self.start - 2):]
-        found = found_ngrams(self.model, tokens, torch.zeros_like(tokens))
-        return {name: x_BTD[:, -count:] for name, x_BTD in found.items()}
 
     def point(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """The pointer's attention for the next token, on each place of the text, (T,), and on the sink. `x`: the normed
@@ -314,6 +304,11 @@ class Decoder:
         tokens = self.text[:, max(0, self.start - 2):]
         follows = torch.arange(tokens.size(1), device=self.device)[None, :, None] > 0
         return self.embedding(tokens, follows)[:, -inputs_BT.size(1):]
+
+    def find(self, ngrams: Callable, inputs_BT: Tensor, docs_BT: Tensor) -> Tensor:
+        """What the n-gram table has for the new tokens, (B, T, D), which depends on the two before them."""
+        tokens = self.text[:, max(0, self.start - 2):]
+        return ngrams(tokens, torch.zeros_like(tokens))[:, -inputs_BT.size(1):]
 
     def see(self, docs_BT: Tensor, window: Tensor) -> dict:
         """The model's masks for a prompt; a later token sees all that the rings hold."""

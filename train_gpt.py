@@ -743,8 +743,8 @@ def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
     rows, kinds, inputs_BT = [], [], inputs_BT.long()
     hashed = inputs_BT * NGRAM_FACTORS[0]
     for n in (1, 2):
-        hashed = hashed ^ F.pad(inputs_BT[:, :-n], (n, 0)) * NGRAM_FACTORS[n]
-        inside = F.pad(docs_BT[:, n:] == docs_BT[:, :-n], (n, 0))
+        hashed = hashed ^ F.pad(inputs_BT, (n, 0))[:, :-n] * NGRAM_FACTORS[n]
+        inside = F.pad(docs_BT, (n, 0), value=-1)[:, :-n] == docs_BT  # also in a row of one token
         rows.append((hashed % (half - 1)).where(inside, half - 1) + (n - 1) * half)
         kinds.append(((hashed >> 20) % NGRAM_SIGNS).where(inside, 0))  # the lowest bits know little
     return torch.stack(rows).flatten(1), torch.stack(kinds).flatten(1)

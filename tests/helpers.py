@@ -175,8 +175,7 @@ def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
 def log_probabilities(model, tokens: list[int], window: int) -> torch.Tensor:
     """Of all columns of the head after each token of a document, (T, padded vocabulary) fp64, by its plain formulas."""
     inputs, long_window = torch.tensor([tokens]), torch.tensor(window, dtype=torch.int32)
-    found = {} if model.ngrams is None else {"found_BTD": model.ngrams(inputs, torch.zeros_like(inputs))}
-    x_BTD = model.trunk(inputs, torch.zeros_like(inputs), long_window, **found)
+    x_BTD = model.trunk(inputs, torch.zeros_like(inputs), long_window)
     p = model.head(x_BTD)[0].double().softmax(-1)
     if model.pointer is None:
         return p.log()
