@@ -1639,7 +1639,7 @@ class NgramBank:
         """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
         parts = []
         for owner in range(self.world.size):
-            part = [self.state[key].cpu()]
+            part = [self.state[key].cpu().float()]
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
             parts += part * (self.world.rank == 0)

@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 from bench import common  # noqa: E402 - after the path
 
 TRAINER = ROOT / "train_gpt.py"
-BASE, RECIPE = "proxy", "recipe"  # names of the run with nothing changed, of that with all that pays
+BASE = "proxy"  # the name of the run with nothing changed
+RECIPE = "recipe"  # of that with all that pays
 SHORT = 10  # steps of the run whose CPU seconds are taken off
 SHARED = """--preset cpu --device cpu --dtype bf16 --backend plain --no-compile --threads 1
 --adam-weight-decay 0.005 --eval-every 0 --save-every 0 --no-save-last"""
@@ -217,7 +218,8 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
             raise ValueError(
                 f"{name}: {change} changes nothing in this proxy; name the other techniques "
                 "with --only, or give the proxy something to switch off, in flags after --")
-    return Sweep(tuple(proxy), changes, common.key_of(proxy, trainer.open_corpus(base.data).fingerprint()))
+    key = common.key_of(proxy, trainer.open_corpus(base.data).fingerprint())
+    return Sweep(tuple(proxy), changes, key)
 
 def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
     """All jobs, seed by seed, so that an interrupted sweep has complete seeds."""
@@ -238,7 +240,8 @@ def measure(job: Job, children: set) -> dict:
     if job.length == 1:
         short_s = train("--iterations", str(SHORT))[1]["cpu_s"]
         found["step_s"] = (cpu_s - short_s) / (steps - SHORT)
-    return found | {"steps": steps, "cpu_s": cpu_s, "tokens": common.tokens_of(events)} | common.about(config)
+    found |= {"steps": steps, "cpu_s": cpu_s, "tokens": common.tokens_of(events)}
+    return found | common.about(config)
 
 def execute(job: Job, children: set) -> dict:
     """The record of a job."""
@@ -298,7 +301,8 @@ def compare(technique: Technique, curve: dict, base: dict, factor: float) -> Row
     at = math.log(factor) if factor > 0 else math.nan  # noise may exceed a step of a tiny model
     same_seconds = [read_off(base[seed], at) for seed in seeds]
     goals = [base[seed].get(ended, math.nan) for seed in seeds]
-    reached = [read_off({y: x for x, y in curve[seed].items()}, goal) for seed, goal in zip(seeds, goals, strict=True)]
+    inverse = [{y: x for x, y in curve[seed].items()} for seed in seeds]
+    reached = list(map(read_off, inverse, goals))
     return Row(
         technique,
         effect([sign * (a - b) for a, b in zip(loss, goals, strict=True)]),
@@ -313,18 +317,19 @@ def cells(effect: common.Effect | None) -> list[str]:
     """An effect, its interval and its verdict."""
     if not effect:
         return ["not measured", "", ""]
-    return [f"{effect.mean:+.4f} ± {effect.se:.4f}", f"{effect.low:+.4f} to {effect.high:+.4f}", verdict(effect)]
+    span = f"{effect.low:+.4f} to {effect.high:+.4f}"
+    return [f"{effect.mean:+.4f} ± {effect.se:.4f}", span, verdict(effect)]
 
 def table(rows: list[Row], changes: dict[tuple[str, float], str]) -> str:
     """The results as a Markdown table."""
     lines = []
-    for row in rows:
-        technique = row.technique
+    for technique, steps, seconds, time, _ in rows:
         change = f"`{changes[technique.name, 1]}`"
         lines.append([
-            technique.name, technique.record, f"not in the proxy; on: {change}" if technique.added else change,
-            row.steps.n if row.steps else "fewer than 2", *cells(row.steps),
-            f"{row.time:.3f}" if row.time else "not measured", *cells(row.seconds), technique.published])
+            technique.name, technique.record,
+            f"not in the proxy; on: {change}" if technique.added else change,
+            steps.n if steps else "fewer than 2", *cells(steps),
+            f"{time:.3f}" if time else "not measured", *cells(seconds), technique.published])
     return common.markdown(HEAD, lines)
 
 def reach_lines(rows: list[Row]) -> str:
@@ -360,8 +365,9 @@ def proxy_size(runs: list[dict]) -> str:
         return "not run yet"
     losses = [run["val_loss"] for run in base]
     spread = f", sd over seeds {stdev(losses):.4f}" if len(losses) > 1 else ""
-    return (f"{base[0]['params_total']:,} parameters, {base[0]['tokens']:,} training tokens, val loss "
-            f"{mean(losses):.4f}{spread}, {1000 * median(run['step_s'] for run in base):.0f} CPU ms a step")
+    ms = 1000 * median(run["step_s"] for run in base)
+    return (f"{base[0]['params_total']:,} parameters, {base[0]['tokens']:,} training tokens, "
+            f"val loss {mean(losses):.4f}{spread}, {ms:.0f} CPU ms a step")
 
 def readme(sweep: Sweep, rows: list[Row], runs: list[dict], problems: list[str], name: str) -> str:
     """README.md of the results: the tables, how they came about, and what they do not say."""
@@ -387,12 +393,12 @@ def plot(rows: list[Row], path: Path) -> None:
     figure, axes = common.panels(8, 1.4 + 0.27 * len(shown))
     for word, color in COLORS.items():
         for field, fill, shift in (("steps", color, 0.12), ("seconds", "white", -0.12)):
-            points = [(y + shift, getattr(row, field)) for y, row in enumerate(shown) if getattr(row, field)]
-            points = [(y, e) for y, e in points if verdict(e) == word]
+            effects = [(y + shift, getattr(row, field)) for y, row in enumerate(shown)]
+            points = [(y, e) for y, e in effects if e and verdict(e) == word]
             axes.errorbar(
                 [e.mean for _, e in points], [y for y, _ in points],
-                xerr=[e.high - e.mean for _, e in points], markersize=4,
-                fmt="o", color=color, markerfacecolor=fill, capsize=2, label=f"{word}, equal {field} ({len(points)})")
+                xerr=[e.high - e.mean for _, e in points], fmt="o", color=color, markersize=4,
+                markerfacecolor=fill, capsize=2, label=f"{word}, equal {field} ({len(points)})")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [row.technique.name for row in shown])
     axes.set_ylim(-0.7, len(shown) - 0.3)
@@ -403,12 +409,14 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def write_report(sweep: Sweep, out: Path, name: str) -> None:
     """README.md and deltas.png from the records of this proxy and data."""
-    runs = [run for run in common.read_runs(out / "runs.jsonl", Job).values() if run["key"] == sweep.key
+    runs = [run for run in common.read_runs(out / "runs.jsonl", Job).values()
+            if run["key"] == sweep.key
             and run["change"] == sweep.changes.get((run["technique"], run["length"]))]
     done = [run for run in runs if not run["problem"]]
     if not done:
         return
-    problems = [f"{run['technique']}, seed {run['seed']}: {run['problem']}" for run in runs if run["problem"]]
+    problems = [f"{run['technique']}, seed {run['seed']}: {run['problem']}"
+                for run in runs if run["problem"]]
     rows = summarize(done)
     if any(row.steps for row in rows):
         plot(rows, out / "deltas.png")

@@ -278,7 +278,8 @@ def compare(runs: list[Run], tokens: int) -> dict:
     ends = {}
     for run in peers:
         ends.setdefault(run.variant, []).append(run.losses.get(max(run.times), math.inf))
-    peers = [run for run in peers if run.variant == min(ends, key=lambda variant: median(ends[variant]))]
+    best = min(ends, key=lambda variant: median(ends[variant]), default="")
+    peers = [run for run in peers if run.variant == best]
     both = peers + ours
     steps = marks(both) if peers and ours else []
     if len(steps) < 2:
@@ -347,8 +348,10 @@ def prepared(args: argparse.Namespace) -> tuple[dict[str, str], dict, dict]:
     source = set_constants(source, changes)
     for old, new in [*(CPU_SWAPS.items() if simple and args.device == "cpu" else ()), *args.swap]:
         source = swap(source, old, new)
-    old, new = args.vary or ("", "")
-    sources = {text: swap(source, old, text) for text in new.split(",")} if args.vary else {"": source}
+    sources = {"": source}
+    if args.vary:
+        old, texts = args.vary
+        sources = {text: swap(source, old, text) for text in texts.split(",")}
     return sources, identity, changes | dict(args.swap)
 
 def benchmark(args: argparse.Namespace, command: str) -> int:
@@ -411,7 +414,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.set = [tuple(text.split("=", 1)) for text in args.set]
     if wrong := [pair for pair in args.set if len(pair) != 2 or not all(pair)]:
         raise ValueError(f"--set {'='.join(wrong[0])}: expected NAME=VALUE")
-    args.swap, args.vary = [pair("--swap", text) for text in args.swap], args.vary and pair("--vary", args.vary)
+    args.swap = [pair("--swap", text) for text in args.swap]
+    args.vary = args.vary and pair("--vary", args.vary)
     if args.work and (args.work.exists() or args.work.resolve().is_relative_to(ROOT)):
         raise ValueError(f"--work {args.work} must be a new folder, and outside of the project, which keeps no peer")
     return args

@@ -21,7 +21,8 @@ from bench import common  # noqa: E402
 
 VOCAB_SIZE = 50257
 MIB, PEAK = 2**20, train_gpt.PEAK_FLOPS["H100"]
-ON_CPU = "--preset speedrun --device cpu --dtype bf16 --backend sdpa --no-compile --kernels none --fp8-head off".split()
+ON_CPU = """--preset speedrun --device cpu --dtype bf16 --backend sdpa --no-compile --kernels none
+--fp8-head off""".split()
 # `speedrun` until 2026-11-25
 BEFORE = """--iterations 1800 --stage-ends 0.333333,0.666667,1 --batch-tokens 131072,262144,393216
 --seq-len 16384,32768,49152 --max-doc-len 896,2048,2048 --window 384,896,1408 --stage-lr 1,1.52,1.73 --mtp 2,1,0
@@ -69,23 +70,28 @@ def costs(flags: list[str], args: argparse.Namespace) -> tuple[list[list], dict[
     rows, total = [], dict.fromkeys(("steps", "tokens", "flops", "seconds", "sent"), 0.0)
     for i, stage in enumerate(train_gpt.stage_table(s), 1):
         steps, per_token = stage.end - stage.start, train_gpt.flops_per_token(s, counts, stage)
-        tokens, mfu = steps * stage.batch_tokens, utilization(args.mfu, stage.batch_tokens / args.ranks)
-        sent, flops = always + ngram_traffic(s, stage, args.ranks), tokens * per_token
-        seconds, ms = flops / (args.ranks * PEAK * mfu), 1000 * sent / (1e9 * args.bandwidth * args.efficiency)
+        tokens = steps * stage.batch_tokens
+        flops, mfu = tokens * per_token, utilization(args.mfu, stage.batch_tokens / args.ranks)
+        seconds = flops / (args.ranks * PEAK * mfu)
+        sent = always + ngram_traffic(s, stage, args.ranks)
+        ms = 1000 * sent / (1e9 * args.bandwidth * args.efficiency)
         for name, amount in zip(total, (steps, tokens, flops, seconds, steps * ms / 1000), strict=True):
             total[name] += amount
-        rows.append([i, steps, f"{tokens / 1e6:.1f}", f"{stage.batch_tokens:,}", stage.candidates or "all",
-                     f"{per_token / 1e6:.1f}", f"{flops / 1e15:.1f}", f"{mfu:.1%}", f"{seconds:.1f}",
-                     f"{sent / MIB:,.1f}", f"{ms:.2f}"])
+        rows.append([
+            i, steps, f"{tokens / 1e6:.1f}", f"{stage.batch_tokens:,}", stage.candidates or "all",
+            f"{per_token / 1e6:.1f}", f"{flops / 1e15:.1f}", f"{mfu:.1%}", f"{seconds:.1f}",
+            f"{sent / MIB:,.1f}", f"{ms:.2f}"])
     return rows, total
 
 def section(name: str, flags: list[str], args: argparse.Namespace) -> str:
     """A recipe's table and totals, in Markdown."""
     rows, total = costs(flags, args)
     at_45 = total["flops"] / (0.45 * args.ranks * PEAK)
-    return (f"## {name}\n\n{common.markdown(HEAD, rows)}\n\n{total['steps']:,.0f} steps, {total['tokens'] / 1e6:.1f} M "
-            f"tokens, {total['flops'] / 1e15:.1f} PFLOP: {total['seconds']:.1f} s at these utilizations, {at_45:.1f} s "
-            f"at 45 %. Sending takes {total['sent']:.1f} s, of which what overlaps with computation is hidden.\n")
+    sums = (f"{total['steps']:,.0f} steps, {total['tokens'] / 1e6:.1f} M tokens, "
+            f"{total['flops'] / 1e15:.1f} PFLOP: {total['seconds']:.1f} s at these utilizations, "
+            f"{at_45:.1f} s at 45 %. Sending takes {total['sent']:.1f} s, of which what overlaps "
+            "with computation is hidden.")
+    return f"## {name}\n\n{common.markdown(HEAD, rows)}\n\n{sums}\n"
 
 def report(args: argparse.Namespace) -> str:
     """The text, in Markdown."""

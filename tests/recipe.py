@@ -97,7 +97,7 @@ def problems(*argv: str, world_size: int = 1) -> list[str]:
 # --- whole runs
 
 
-def run_processes(size: int, argv: list, script: str = "train_gpt", timeout: float = 100):
+def run_processes(size: int, argv: list, script: str = "train_gpt", timeout: float = 300):
     """A script's main on `size` processes, joined as by torchrun; raises what they print if one fails. They are forked
     from a server that has imported torch, so that each costs less than a second."""
     context = multiprocessing.get_context("forkserver")
