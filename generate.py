@@ -132,8 +132,6 @@ def build_model(script: ModuleType, s, vocab_size: int, weights: dict, size: int
     finally:
         hook.remove()
     like = shapes.state_dict()
-    if getattr(weights.get(table := "ngrams.table"), "dtype", None) == torch.bfloat16 and table in like:
-        like[table] = like[table].bfloat16()  # it is stored as it was trained
     more = ", ".join(map(str, weights.keys() - like.keys()))
     if wrong := misfit(weights, like, "state.pt") or more and f"state.pt has more: {more:.80}":
         raise ValueError(wrong)
