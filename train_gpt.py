@@ -743,8 +743,8 @@ def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
     rows, kinds, inputs_BT = [], [], inputs_BT.long()
     hashed = inputs_BT * NGRAM_FACTORS[0]
     for n in (1, 2):
-        hashed = hashed ^ F.pad(inputs_BT[:, :-n], (n, 0)) * NGRAM_FACTORS[n]
-        inside = F.pad(docs_BT[:, n:] == docs_BT[:, :-n], (n, 0))
+        hashed = hashed ^ F.pad(inputs_BT, (n, 0))[:, :-n] * NGRAM_FACTORS[n]
+        inside = F.pad(docs_BT, (n, 0), value=-1)[:, :-n] == docs_BT  # also in a row of one token
         rows.append((hashed % (half - 1)).where(inside, half - 1) + (n - 1) * half)
         kinds.append(((hashed >> 20) % NGRAM_SIGNS).where(inside, 0))  # the lowest bits know little
     return torch.stack(rows).flatten(1), torch.stack(kinds).flatten(1)
@@ -758,11 +758,11 @@ def gathered(world: World, x: Tensor) -> Tensor:
     return whole
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple[Tensor, Tensor]:
-    """The classes of a sampled softmax (92), in order: the targets, the gate, and as many others as are missing, by a
+    """The classes of a sampled softmax (92), in order: the gate, the targets, and as many others as are missing, by a
     fixed permutation from `turn` on; and the place of each class among them, IGNORE for those left out. The loss is
     that of fewer classes, without a correction: below the full one by -log of their probability."""
     label = torch.arange(vocab_size + gate, device=targets.device)
-    rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -1)
+    rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
     rank = rank.index_fill(0, targets.flatten().clamp_min(0), -1)
     classes = rank.argsort(stable=True)[:count].sort().values
     place = torch.full_like(label, IGNORE).scatter(0, classes, label[:count])
@@ -1189,7 +1189,7 @@ class NgramBank:
         """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
         parts = []
         for owner in range(self.world.size):
-            part = [self.state[key].cpu()]
+            part = [self.state[key].cpu().float()]
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
             parts += part * (self.world.rank == 0)
