@@ -27,7 +27,7 @@ def plain_set(targets: list[int], turn: int, count: int, vocab_size: int, gate: 
 @pytest.mark.parametrize("turn", [0, 7, 49, 50, 1234, 10**12])
 def test_a_set_is_the_targets_and_then_the_permutation_from_its_turn_on(turn, gate):
     targets = torch.tensor([[[3, 3, 41, 0]], [[17, 49, 3, 8]]])  # of the next and of a further token
-    classes, place = tg.candidate_set(targets, int_tensor(turn, torch.int64), 20, 50, gate)
+    classes, place, _ = tg.candidate_set(targets, int_tensor(turn, torch.int64), 20, 50, gate)
     assert classes.tolist() == plain_set(targets.flatten().tolist(), turn, 20, 50, gate)
     expected = [classes.tolist().index(label) if label in classes else IGNORE for label in range(50 + gate)]
     assert place.tolist() == expected
@@ -36,7 +36,7 @@ def test_a_set_is_the_targets_and_then_the_permutation_from_its_turn_on(turn, ga
 def test_targets_that_have_no_loss_do_no_harm():
     """IGNORE is no label; at most it brings in a label that is then only another class."""
     targets = torch.tensor([[[IGNORE, 3], [IGNORE, 4]]])
-    classes, place = tg.candidate_set(targets, int_tensor(5, torch.int64), 20, 50, False)
+    classes, place, _ = tg.candidate_set(targets, int_tensor(5, torch.int64), 20, 50, False)
     assert len(classes.unique()) == 20 and {3, 4} < set(classes.tolist()) <= set(range(50))
     assert (place != IGNORE).sum() == 20
 
@@ -49,7 +49,7 @@ def test_every_class_is_drawn_equally_often_in_a_cycle(vocab_size, count):
     steps = (tg.candidate_turn(s, stage, tg.World(), step, 0) for step in itertools.count())
     numbers = (first + row for first in steps for row in range(12))
     for turn in (number * (count + 1) for number in itertools.islice(numbers, vocab_size)):
-        classes, _ = tg.candidate_set(torch.tensor([[[7]]]), int_tensor(turn, torch.int64), count, vocab_size, False)
+        classes, *_ = tg.candidate_set(torch.tensor([[[7]]]), int_tensor(turn, torch.int64), count, vocab_size, False)
         drawn.update(classes.tolist())
     others = [drawn[label] for label in range(vocab_size) if label != 7]
     assert drawn[7] == vocab_size and sum(others) == vocab_size * (count - 1)
@@ -169,7 +169,7 @@ def test_the_gate_of_the_pointer_is_in_every_set():
     """Even where targets alone are more than the candidates: without it the mixture has no probability."""
     for turn, count in itertools.product(range(0, 300, 7), (2, 24, 39)):
         targets = torch.randperm(300, generator=torch.Generator().manual_seed(turn))[:40].view(1, 1, 40)
-        classes, place = tg.candidate_set(targets, int_tensor(turn, torch.int64), count, 300, True)
+        classes, place, _ = tg.candidate_set(targets, int_tensor(turn, torch.int64), count, 300, True)
         assert 300 in classes and classes[place[300]] == 300 and len(classes.unique()) == count
 
 

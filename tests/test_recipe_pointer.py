@@ -255,7 +255,7 @@ def test_with_candidates_the_mixture_is_that_of_the_set():
     model, s = model_of()
     batch = repetitive_batch(1, 12)
     model.candidates = 24
-    classes, _ = tg.candidate_set(batch[1][None].long(), int_tensor(3 * 25, torch.int64), 24, VOCAB, True)
+    classes, *_ = tg.candidate_set(batch[1][None].long(), int_tensor(3 * 25, torch.int64), 24, VOCAB, True)
     assert VOCAB in classes
     sampled = losses(model, batch, turn=3)[0]
     outside = torch.ones(128, dtype=torch.bool).index_fill(0, classes, False)
