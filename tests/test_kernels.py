@@ -291,8 +291,8 @@ def test_logits_and_their_gradient_have_the_dtype_of_the_activations(where):
     assert (found.dtype, logits.dtype, lse.dtype) == (torch.float32, where.dtype, torch.float32)
     assert torch.equal(logits, F.linear(x, weight))
     for dtype in (where.dtype, torch.float8_e5m2):
-        parts = train_gpt.logit_gradient(logits, targets, None, lse, torch.ones_like(found), lse.new_ones(()), list(CAPS[0]),
-                                         dtype, True)
+        parts = train_gpt.logit_gradient(logits, targets, None, lse, torch.ones_like(found), lse.new_ones(()),
+                                         list(CAPS[0]), dtype, True)
         assert [part.dtype for part in parts] == [dtype] * 2
 
 
@@ -415,7 +415,8 @@ def test_fp8_gradients_never_clip(cap, incoming, monkeypatch):
             targets[incoming < 0] = 1
         lse = train_gpt.loss_rows(logits, targets, None, list(cap), False)[1]
         each = incoming[:, None].expand(-1, 32)
-        gradients = train_gpt.fused_head_backward(each, xq, wq, targets, None, logits, lse, list(cap), False, torch.float32)
+        gradients = train_gpt.fused_head_backward(
+            each, xq, wq, targets, None, logits, lse, list(cap), False, torch.float32)
         assert all(gradient.isfinite().all() for gradient in gradients)
     assert max(found) <= E5M2_MAX * (1 + 1e-6)
     if (incoming > 0).all():
@@ -460,7 +461,8 @@ def operator_samples(where: Where) -> list[tuple]:
             rest = list(CAPS[0] if kernel else NO_CAP), kernel
             lse = train_gpt.loss_rows(logits, targets, None, *rest)[1]
             samples += [(train_gpt.fused_head, (x, up, *pair, targets, bias, *rest)),
-                        (train_gpt.fused_head_backward, (incoming, *pair, targets, bias, logits, lse, *rest, where.dtype))]
+                        (train_gpt.fused_head_backward,
+                         (incoming, *pair, targets, bias, logits, lse, *rest, where.dtype))]
     return samples
 
 
