@@ -1,18 +1,24 @@
-"""What each technique is worth: a small proxy is trained on real text with every technique switched off in turn.
+"""What each technique is worth: a small proxy is trained on real text, with each technique switched off or on.
 
-    python bench/ablate.py --list                                # the plan and how long it takes; runs nothing
-    python bench/ablate.py --data books --jobs 2                 # losses: every technique with 3 seeds
-    python bench/ablate.py --data books --time                   # step times, on an otherwise idle machine
+    python bench/ablate.py --list                                # the plan and its CPU time; runs nothing
+    python bench/ablate.py --data books --jobs 2                 # every technique with 3 seeds
+    python bench/ablate.py --proxy tokens --data pb --jobs 13 --seeds 5 --out records/tokens
     python bench/ablate.py --only mtp,xsa --seeds 8 --out records/more -- --iterations 600 --num-layers 6
 
-Flags after ` -- ` change the proxy. Writes --out: runs.jsonl, README.md (the table) and deltas.png. The same command
-goes on where an earlier one ended: only what is missing or failed is run.
+Proxies: `bytes`, 1 M parameters in three stages, and `tokens`, 10 M parameters and GPT-2's tokens, where the head is
+most of the cost. Flags after ` -- ` change them. Writes --out: runs.jsonl, README.md (tables) and deltas.png. The same
+command goes on where an earlier one ended: only what is missing or failed is run, each run with one thread.
 
 The effect of a technique is loss(without it) - loss(with it), in nats per token and paired by seed: positive means it
-helps. Step times come from short runs of their own, one at a time and in turn with the proxy's.
+helps. At equal seconds the proxy trains for the CPU seconds of the run it is compared with: its loss is read off runs
+of several lengths, whose schedules fit them, on straight lines over the logarithm of the steps. CPU seconds of a step
+are those of a whole run less those of a run of SHORT steps, so that start and evaluation cancel.
 """
 import argparse
+import dataclasses
 import difflib
+import math
+import os
 import shlex
 import sys
 from functools import partial
@@ -28,28 +34,76 @@ from bench import common  # noqa: E402 - after the path
 
 TRAINER = ROOT / "train_gpt.py"
 BASE = "proxy"  # the name of the run with nothing changed
+RECIPE = "recipe"  # of that with all that pays
+SHORT = 10  # steps of the run whose CPU seconds are taken off
+SHARED = """--preset cpu --device cpu --dtype bf16 --backend plain --no-compile --threads 1
+--adam-weight-decay 0.005 --eval-every 0 --save-every 0 --no-save-last"""
+# glibc maps tensors above 32 MiB anew at each use, on a virtual machine most of the time
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
-# Three stages of equal length, so that the schedules of batch, length, window and multi-token
-# prediction have something to do; learning rates follow the square root of the batch.
-PROXY = """
---preset cpu --device cpu --dtype bf16 --backend plain --no-compile --threads 1
---num-layers 4 --width 128 --head-dim 32 --value-embeds 2 --stage-ends 0.3333,0.6667,1
---batch-tokens 1024,2048,3072 --stage-lr 0.71,1,1.22 --seq-len 256 --max-doc-len 128,256,256
---window 64,96,128 --window-start 32 --window-step 32 --eval-seq-len 256 --mtp 2,1,0
---softcap 23,5,7.5 --paired --key-offset --xsa --skip single --backout
---muon-lr 0.06 --momentum-warmup 30 --momentum-cooldown 20 --iterations 200 --eval-tokens 65536
-"""
-LOSS_S, TIME_S = 50, 22  # guesses for --list: one run to its end, one pair of timing runs
-ALWAYS = "--adam-weight-decay 0.005 --eval-every 0 --save-every 0 --no-save-last"  # of every proxy
-TIMING = "--iterations 30 --log-every 1 --eval-tokens 1024"
+class Proxy(NamedTuple):
+    """A model and its data. Lengths are those of runs / its iterations."""
+    flags: str
+    lengths: tuple[float, ...]  # of its own runs
+    recipe_lengths: tuple[float, ...]  # of the recipe's
+    guess_s: float  # CPU seconds of a run, before any is measured
+    recent: dict[str, str]  # technique of 2026 -> what adds it here
+
+PROXIES = {
+    # Three stages of equal length, so that the schedules of batch, length, window and multi-token
+    # prediction have something to do; learning rates follow the square root of the batch.
+    "bytes": Proxy("""
+        --num-layers 4 --width 128 --head-dim 32 --value-embeds 2 --stage-ends 0.3333,0.6667,1
+        --batch-tokens 1024,2048,3072 --stage-lr 0.71,1,1.22 --seq-len 256 --max-doc-len 128,256,256
+        --window 64,96,128 --window-start 32 --window-step 32 --eval-seq-len 256 --mtp 2,1,0
+        --softcap 23,5,7.5 --paired --key-offset --xsa --skip single --backout
+        --muon-lr 0.06 --momentum-warmup 30 --momentum-cooldown 20 --iterations 200 --eval-tokens 65536""",
+        (0.7, 1, 1.4), (0.6, 0.8, 1), 50,
+        dict(
+            floor="--lr-floor 0.3",
+            tail="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps}",
+            ngrams="--ngram-rows 16384",
+            pointer="--pointer 32",
+            qk_dim="--qk-dim 16",
+            split="--cooldown 0.8 --cooldown-others 0.4",
+            extension="--extension {last_steps}",
+            taper="--stage-ends 0.3333,0.6667,0.93,1 --batch-tokens 1024,2048,3072,2048 --stage-lr 0.71,1,1.22,1 "
+                  "--max-doc-len 128,256,256,256 --window 64,96,128,128 --mtp 2,1,0,0",
+            recipe="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps} --ngram-rows 16384 --pointer 32",
+        )),
+    # Today's model and rates of the preset `cpu`, narrower, for long documents.
+    "tokens": Proxy("""
+        --num-layers 4 --width 64 --head-dim 32 --value-embeds 1 --batch-tokens 2048 --micro-tokens 1024
+        --seq-len 1024 --max-doc-len 1024 --window 512 --window-start 128 --window-step 64
+        --muon-lr 0.03 --adam-lr 0.008 --iterations 96 --eval-tokens 16384""",
+        (0.45, 1, 1.3), (0.4, 0.6, 1), 90,
+        dict(
+            floor="--lr-floor 0.3",
+            tail="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps}",
+            candidates="--candidates 2048,0 --stage-ends 0.85,1",
+            ngrams="--ngram-rows 65536",
+            pointer="--pointer 32",
+            qk_dim="--qk-dim 16",
+            split="--cooldown 0.8 --cooldown-others 0.4",
+            extension="--extension {last_steps}",
+            taper="--stage-ends 0.93,1 --batch-tokens 2048,1024 --stage-lr 1,0.71",
+            recipe="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps} --ngram-rows 65536 --pointer 32 "
+                   "--candidates 2048,0 --stage-ends 0.85,1",
+        )),
+}
 
 class Technique(NamedTuple):
-    """One row. Braces in `flags` are filled from the proxy's settings by `flag_values`."""
+    """One row. Braces in `flags` are filled from the proxy and its settings by `flag_values`."""
     name: str
     record: str  # public record number
     flags: str  # what removes it from the proxy; if `added`, what adds it
     published: str  # gain in optimizer steps and seconds of the 8xH100 track
     added: bool = False  # not part of the proxy
+
+    @property
+    def recent(self) -> bool:
+        """Whether each proxy has flags of its own for it."""
+        return self.flags == f"{{{self.name}}}"
 
 # name | public record | flags that remove it (+: that add it) | published gain
 TABLE = """
@@ -78,7 +132,16 @@ attn_gate       | 28     | --no-attn-gate                      | -55 steps
 attn_scale      | 20     | --attn-scale {plain_scale}          | -20 steps, about 3 s
 momentum        | -      | --momentum-warmup 0 --momentum-cooldown 0         | not given
 clip_docs       | 29     | + --long-docs clip                  | about -25 steps
-bigram          | 62     | + --bigram 8192                     | -165 steps, -5.6 s
+tail            | 92     | + {tail}                | 20 mn, -3.8 s with more; -30 steps (track 3)
+floor           | 92     | + {floor}               | part of the tail average
+candidates      | 92     | + {candidates}          | -8.4 s with its kernels; costs 2.4 mn
+ngrams          | 62, 92 | + {ngrams}              | -165 steps, -5.6 s; 84.6 M rows: -7.1 s
+pointer         | 379    | + {pointer}             | -144 of 1,194 steps, -4.6 s
+qk_dim          | 90, 92 | + {qk_dim}              | -4.95 s with more; costs 6.9 mn
+split           | 24     | + {split}               | -50 steps (track 3)
+extension       | 90     | + {extension}           | about -2 mn for 45 to 65 steps
+taper           | 92     | + {taper}               | not given
+recipe          | -      | + {recipe}              | 73.9 to 39.9 s with more; 36.0 s with the pointer
 """
 
 def read_technique(line: str) -> Technique:
@@ -87,30 +150,27 @@ def read_technique(line: str) -> Technique:
 
 TECHNIQUES = tuple(map(read_technique, TABLE.strip().splitlines()))
 
+def named(proxy: str) -> list[str]:
+    """The techniques that are tried on this proxy unless others are asked for."""
+    return [row.name for row in TECHNIQUES
+            if (row.name in PROXIES[proxy].recent if row.recent else proxy == "bytes")]
+
 # --- Plan
 
 class Sweep(NamedTuple):
     """What all runs of a call have in common."""
     proxy: tuple[str, ...]  # flags of train_gpt.py
-    changes: dict[str, str]  # of the proxy and of every technique: the flags added to it
-    fingerprint: str  # of the data
-
-    def key(self, kind: str) -> str:
-        return common.key_of(self.proxy, self.fingerprint, TIMING if kind == "time" else "")
+    changes: dict[tuple[str, float], str]  # name and length -> the flags added to the proxy's
+    key: str  # of the proxy and the data
 
 class Job(NamedTuple):
-    """One run to its end ("loss"), or one pair of timing runs ("time")."""
-
-    kind: str
+    """One run to its end."""
     technique: str
-    seed: int  # for "time" the number of the pair
+    length: float  # its steps / the proxy's
+    seed: int
     key: str
     change: str
     proxy: tuple[str, ...]
-
-    def flags(self, change: str) -> list[str]:
-        timing = TIMING.split() if self.kind == "time" else []
-        return [*self.proxy, *change.split(), *timing]
 
 def flag_values(trainer, s) -> dict[str, object]:
     """What the braces stand for: one value in place of the stages', and values of the model's.
@@ -129,7 +189,17 @@ def flag_values(trainer, s) -> dict[str, object]:
         "mean_lr": f"{np.interp(batch, *zip(*rates, strict=True)):.4g}",
         "plain_scale": f"{s.head_dim**-0.5:.6g}",
         "other_skip": "single" if s.skip == "unet" else "unet",
+        "tail_steps": max(1, s.iterations // 8),
+        "last_steps": max(1, s.iterations // 20),
     }
+
+def change_flags(trainer, base, recent: dict[str, str], name: str, length: float) -> str:
+    """The flags that make a technique's run, of `length` times the proxy's iterations, of the proxy's."""
+    steps = round(length * base.iterations)
+    values = flag_values(trainer, dataclasses.replace(base, iterations=steps))
+    values |= {key: flags.format(**values) for key, flags in recent.items()}
+    flags = {row.name: row.flags for row in TECHNIQUES}.get(name, "").format(**values)
+    return " ".join([*flags.split(), *([] if length == 1 else ["--iterations", str(steps)])])
 
 def make_sweep(args: argparse.Namespace) -> Sweep:
     """Checks the flags of all runs that are asked for.
@@ -137,40 +207,41 @@ def make_sweep(args: argparse.Namespace) -> Sweep:
     where the data set is missing."""
     import train_gpt as trainer  # not above: --help needs no torch
 
-    proxy = [*PROXY.split(), *ALWAYS.split(), "--data", args.data, *args.flags]
+    kind = PROXIES[args.proxy]
+    proxy = [*SHARED.split(), *kind.flags.split(), "--data", args.data, *args.flags]
     base = common.parsed(trainer, proxy)
-    values = flag_values(trainer, base)
-    changes = {BASE: ""} | {row.name: row.flags.format(**values) for row in TECHNIQUES}
-    for name in args.only:
-        if common.parsed(trainer, [*proxy, *changes[name].split()]) == base:
+    lengths = {BASE: kind.lengths, RECIPE: kind.recipe_lengths}
+    changes = {(name, length): change_flags(trainer, base, kind.recent, name, length)
+               for name in [BASE, *args.only] for length in lengths.get(name, (1,))}
+    for (name, length), change in changes.items():
+        if common.parsed(trainer, [*proxy, *change.split()]) == base and (name, length) != (BASE, 1):
             raise ValueError(
-                f"{name}: {changes[name]} changes nothing in this proxy; name the other techniques "
+                f"{name}: {change} changes nothing in this proxy; name the other techniques "
                 "with --only, or give the proxy something to switch off, in flags after --")
-    return Sweep(tuple(proxy), changes, trainer.open_corpus(base.data).fingerprint())
+    key = common.key_of(proxy, trainer.open_corpus(base.data).fingerprint())
+    return Sweep(tuple(proxy), changes, key)
 
 def make_jobs(sweep: Sweep, args: argparse.Namespace) -> list[Job]:
     """All jobs, seed by seed, so that an interrupted sweep has complete seeds."""
-    kind = "time" if args.time else "loss"
-    names = args.only if args.time else [BASE, *args.only]  # a timing pair holds the proxy too
-    key = sweep.key(kind)
-    return [Job(kind, name, seed, key, sweep.changes[name], sweep.proxy)
-            for seed in range(args.seeds) for name in names]
+    return [Job(name, length, seed, sweep.key, change, sweep.proxy)
+            for seed in range(args.seeds) for (name, length), change in sweep.changes.items()]
 
 # --- Runs
 
 def measure(job: Job, children: set) -> dict:
-    """The loss, or the step time beside the proxy's."""
-    def train(change: str) -> tuple[list[dict], dict]:
-        return common.train(TRAINER, job.flags(change), job.seed, children)
+    """The loss of a run; and, for the proxy's length, the CPU seconds of a step."""
+    def train(*more: str) -> tuple[list[dict], dict]:
+        return common.train(TRAINER, [*job.proxy, *job.change.split(), *more], job.seed, children)
 
-    found = {"proxy_ms": common.step_ms(*train(""))} if job.kind == "time" else {}
-    events, config = train(job.change)
-    if job.kind == "time":
-        found["ms"] = common.step_ms(events, config)
-    else:
-        names = ("val_loss", "val_bpb", "params_total", "train_time_ms")
-        found |= {name: events[-1][name] for name in names}
-    return found | {"tokens": common.tokens_of(events)} | common.about(config)
+    events, config = train()
+    names = ("val_loss", "val_bpb", "params_total", "train_time_ms")
+    found = {name: events[-1][name] for name in names}
+    steps, cpu_s = config["settings"]["iterations"], config["cpu_s"]
+    if job.length == 1:
+        short_s = train("--iterations", str(SHORT))[1]["cpu_s"]
+        found["step_s"] = (cpu_s - short_s) / (steps - SHORT)
+    found |= {"steps": steps, "cpu_s": cpu_s, "tokens": common.tokens_of(events)}
+    return found | common.about(config)
 
 def execute(job: Job, children: set) -> dict:
     """The record of a job."""
@@ -179,182 +250,231 @@ def execute(job: Job, children: set) -> dict:
 
 def outcome(run: dict) -> str:
     """A line about a finished run."""
-    who = f"{run['technique']}, seed {run['seed']}"
+    who = f"{run['technique']}, length {run['length']:g}, seed {run['seed']}"
     if run["problem"]:
         return f"{who}: FAILED: {run['problem']}"
-    if "ms" in run:
-        return f"{who}: {run['ms']:.1f} ms, proxy {run['proxy_ms']:.1f} ms"
-    return f"{who}: val loss {run['val_loss']:.4f}, {run['wall_s']:.0f} s"
+    return f"{who}: val loss {run['val_loss']:.4f}, {run['cpu_s']:.0f} CPU s"
 
 # --- Results
 
 class Row(NamedTuple):
     """A technique's results; None where nothing is measured."""
     technique: Technique
-    effect: common.Effect | None
-    time: float | None  # step time with it / without it
+    steps: common.Effect | None  # nats at equal steps
+    seconds: common.Effect | None  # nats at equal CPU seconds
+    time: float | None  # CPU seconds of a step with it / without it
+    reach: tuple[common.Effect | None, ...]  # steps and seconds to the proxy's loss / the proxy's
 
-    @property
-    def verdict(self) -> str:
-        return self.effect.side("helps", "hurts", "not resolved")
+def verdict(effect: common.Effect) -> str:
+    return effect.side("helps", "hurts", "not resolved")
+
+def read_off(points: dict[float, float], x: float) -> float:
+    """y at x on straight lines between the points; nan outside."""
+    xs = sorted(points)
+    inside = bool(xs) and xs[0] <= x <= xs[-1]
+    return float(np.interp(x, xs, [points[x] for x in xs])) if inside else math.nan
 
 def summarize(runs: list[dict]) -> list[Row]:
-    """Results of all techniques that these finished runs tell about, the largest effect first."""
-    def values(kind: str, name: str, field: str) -> dict[int, float]:
-        mine = [run for run in runs if (run["kind"], run["technique"]) == (kind, name)]
-        return {run["seed"]: run[field] for run in mine}
-
-    base, rows = values("loss", BASE, "val_loss"), []
+    """Results of all techniques that these finished runs tell about, the largest effect at equal steps first."""
+    curves, costs = {}, {}  # name -> seed -> {log length: loss}; seconds of a step
+    for run in runs:
+        mine = curves.setdefault(run["technique"], {}).setdefault(run["seed"], {})
+        mine[math.log(run["length"])] = run["val_loss"]
+        if "step_s" in run:
+            costs.setdefault(run["technique"], {})[run["seed"]] = run["step_s"]
+    base, rows = curves.pop(BASE, {}), []
     for technique in TECHNIQUES:
-        sign, name = -1 if technique.added else 1, technique.name
-        losses = values("loss", name, "val_loss")
-        changed = values("time", name, "ms").values()
-        proxy = values("time", name, "proxy_ms").values()
-        ratio = (median(proxy) / median(changed)) ** sign if changed else None
-        if losses or ratio:
-            deltas = [sign * delta for delta in common.paired(losses, base)]
-            rows.append(Row(technique, common.effect(deltas), ratio))
-    return sorted(rows, key=lambda row: row.effect.mean if row.effect else -np.inf, reverse=True)
+        curve, name = curves.get(technique.name, {}), technique.name
+        factors = common.ratios(costs.get(name, {}), costs.get(BASE, {}))
+        if curve:
+            rows.append(compare(technique, curve, base, median(factors) if factors else math.nan))
+    return sorted(rows, key=lambda row: row.steps.mean if row.steps else -np.inf, reverse=True)
 
-HEAD = ["technique", "public record", "switched off by", "Δ val loss ± se", "95 % interval", "n",
-        "verdict", "step time with / without", "published gain"]
+def compare(technique: Technique, curve: dict, base: dict, factor: float) -> Row:
+    """A technique's losses, seed -> {log length: loss}, beside the proxy's; factor: the ratio of CPU
+    seconds of a step."""
+    def effect(values: list[float]) -> common.Effect | None:
+        return common.effect([value for value in values if math.isfinite(value)])
 
-def table(rows: list[Row], changes: dict[str, str]) -> str:
+    sign, seeds, ended = -1 if technique.added else 1, sorted(curve.keys() & base.keys()), 0.0
+    loss = [curve[seed].get(ended, math.nan) for seed in seeds]
+    at = math.log(factor) if factor > 0 else math.nan  # noise may exceed a step of a tiny model
+    same_seconds = [read_off(base[seed], at) for seed in seeds]
+    goals = [base[seed].get(ended, math.nan) for seed in seeds]
+    inverse = [{y: x for x, y in curve[seed].items()} for seed in seeds]
+    reached = list(map(read_off, inverse, goals))
+    return Row(
+        technique,
+        effect([sign * (a - b) for a, b in zip(loss, goals, strict=True)]),
+        effect([sign * (a - b) for a, b in zip(loss, same_seconds, strict=True)]),
+        factor**-sign if factor > 0 else None,
+        tuple(effect([scale * math.exp(at) for at in reached]) for scale in (1, factor)))
+
+HEAD = ["technique", "public record", "switched off by", "n", "Δ at equal steps", "95 % interval", "verdict",
+        "CPU time of a step with / without", "Δ at equal seconds", "95 % interval", "verdict", "published gain"]
+
+def cells(effect: common.Effect | None) -> list[str]:
+    """An effect, its interval and its verdict."""
+    if not effect:
+        return ["not measured", "", ""]
+    span = f"{effect.low:+.4f} to {effect.high:+.4f}"
+    return [f"{effect.mean:+.4f} ± {effect.se:.4f}", span, verdict(effect)]
+
+def table(rows: list[Row], changes: dict[tuple[str, float], str]) -> str:
     """The results as a Markdown table."""
-    cells = []
-    for row in rows:
-        technique, e, ratio = row
-        change = f"`{changes[technique.name]}`"
-        measured = ["not measured", "", "", "fewer than 2 seeds"]
-        if e:
-            span = f"{e.low:+.4f} to {e.high:+.4f}"
-            measured = [f"{e.mean:+.4f} ± {e.se:.4f}", span, e.n, row.verdict]
-        cells.append([
+    lines = []
+    for technique, steps, seconds, time, _ in rows:
+        change = f"`{changes[technique.name, 1]}`"
+        lines.append([
             technique.name, technique.record,
-            f"not in the proxy; on: {change}" if technique.added else change, *measured,
-            f"{ratio:.3f}" if ratio else "not measured", technique.published])
-    return common.markdown(HEAD, cells)
+            f"not in the proxy; on: {change}" if technique.added else change,
+            steps.n if steps else "fewer than 2", *cells(steps),
+            f"{time:.3f}" if time else "not measured", *cells(seconds), technique.published])
+    return common.markdown(HEAD, lines)
 
-README = """# What each technique is worth on a small proxy, {date}
+def reach_lines(rows: list[Row]) -> str:
+    """A sentence for each technique whose runs of several lengths enclose the proxy's loss."""
+    def sentence(name: str, steps: common.Effect, seconds: common.Effect) -> str:
+        return (f"To the loss at which the proxy ends, {name} needs {common.interval(steps, '.3f')} of its steps, "
+                f"{common.interval(seconds, '.3f')} of its CPU seconds.\n\n")
+
+    return "".join(sentence(row.technique.name, *row.reach) for row in rows if all(row.reach))
+
+README = """# What each technique is worth on a small proxy ({name}), {date}
 
 Δ is loss(without the technique) - loss(with it), nats per token, paired by seed: positive means it helps. The verdict
 says whether the 95 % Student t interval excludes 0; of 20 techniques without any effect, one is expected to get a
-verdict by chance, and all rows share the proxy's own runs. Step times above 1 mean that the technique costs time.
+verdict by chance, and all rows share the proxy's own runs. At equal seconds the proxy has the CPU seconds of the run
+it is compared with: its loss is read off runs of {lengths} times its steps, with schedules that fit them.
 
-{table}
+{reach}{table}
 
 {figure}- Commands: `{command}`
 - Proxy: {size}; `{proxy}`
 - Data: {data}
-- Machine: {hardware}; torch {torch}; commit {commit}; train_gpt.py {trainer}
+- Machine: {hardware}; torch {torch}; commit {commit}; train_gpt.py {trainer}; one thread a run; {malloc}
 {problems}
 A proxy of this size says little about the 124 M parameter model, with its longer windows and documents. It finds large
 effects, and techniques that are broken.
 """
 
 def proxy_size(runs: list[dict]) -> str:
-    """Parameters, tokens and losses of the proxy's own runs."""
-    base = [run for run in runs if (run["kind"], run["technique"]) == ("loss", BASE)]
+    """Parameters, tokens, losses and CPU seconds of the proxy's own runs."""
+    base = [run for run in runs if (run["technique"], run["length"]) == (BASE, 1)]
     if not base:
         return "not run yet"
     losses = [run["val_loss"] for run in base]
     spread = f", sd over seeds {stdev(losses):.4f}" if len(losses) > 1 else ""
+    ms = 1000 * median(run["step_s"] for run in base)
     return (f"{base[0]['params_total']:,} parameters, {base[0]['tokens']:,} training tokens, "
-            f"val loss {mean(losses):.4f}{spread}")
+            f"val loss {mean(losses):.4f}{spread}, {ms:.0f} CPU ms a step")
 
-def readme(sweep: Sweep, rows: list[Row], runs: list[dict], problems: list[str]) -> str:
-    """README.md of the results: the table, how it came about, and what it does not say."""
+def readme(sweep: Sweep, rows: list[Row], runs: list[dict], problems: list[str], name: str) -> str:
+    """README.md of the results: the tables, how they came about, and what they do not say."""
     figure = "![effects with their 95 % intervals](deltas.png)\n\n"
+    lengths = sorted(length for technique, length in sweep.changes if technique == BASE)
     return README.format(
+        name=name,
+        lengths=", ".join(f"{length:g}" for length in lengths),
+        reach=reach_lines(rows),
         table=table(rows, sweep.changes),
-        figure=figure if any(row.effect for row in rows) else "",
+        figure=figure if any(row.steps for row in rows) else "",
         size=proxy_size(runs),
         proxy=shlex.join(sweep.proxy),
+        malloc=" ".join(f"{key}={os.environ.get(key, '')}" for key in MALLOC),
         problems=common.problem_lines(problems, runs, "train_gpt.py"),
         **common.facts(runs))
 
 COLORS = {"helps": "tab:green", "hurts": "tab:red", "not resolved": "tab:gray"}
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Points with 95 % intervals, one technique a line, the largest effect on top."""
-    shown = [row for row in reversed(rows) if row.effect]
+    """Points with 95 % intervals, one technique a line, the largest effect on top; hollow: at equal seconds."""
+    shown = [row for row in reversed(rows) if row.steps]
     figure, axes = common.panels(8, 1.4 + 0.27 * len(shown))
-    for verdict, color in COLORS.items():
-        points = [(y, row.effect) for y, row in enumerate(shown) if row.verdict == verdict]
-        axes.errorbar(
-            [e.mean for _, e in points], [y for y, _ in points],
-            xerr=[e.high - e.mean for _, e in points],
-            fmt="o", color=color, capsize=3, label=f"{verdict} ({len(points)})")
+    for word, color in COLORS.items():
+        for field, fill, shift in (("steps", color, 0.12), ("seconds", "white", -0.12)):
+            effects = [(y + shift, getattr(row, field)) for y, row in enumerate(shown)]
+            points = [(y, e) for y, e in effects if e and verdict(e) == word]
+            axes.errorbar(
+                [e.mean for _, e in points], [y for y, _ in points],
+                xerr=[e.high - e.mean for _, e in points], fmt="o", color=color, markersize=4,
+                markerfacecolor=fill, capsize=2, label=f"{word}, equal {field} ({len(points)})")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [row.technique.name for row in shown])
     axes.set_ylim(-0.7, len(shown) - 0.3)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("Δ validation loss, nats per token: mean and 95 % interval; right of 0 it helps")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=130)
 
-def write_report(sweep: Sweep, out: Path) -> None:
+def write_report(sweep: Sweep, out: Path, name: str) -> None:
     """README.md and deltas.png from the records of this proxy and data."""
     runs = [run for run in common.read_runs(out / "runs.jsonl", Job).values()
-            if run["key"] == sweep.key(run["kind"])
-            and run["change"] == sweep.changes.get(run["technique"])]
+            if run["key"] == sweep.key
+            and run["change"] == sweep.changes.get((run["technique"], run["length"]))]
     done = [run for run in runs if not run["problem"]]
     if not done:
         return
-    problems = [f"{run['technique']}, seed {run['seed']}: {run['problem']}" for run in runs if run["problem"]]
+    problems = [f"{run['technique']}, seed {run['seed']}: {run['problem']}"
+                for run in runs if run["problem"]]
     rows = summarize(done)
-    if any(row.effect for row in rows):
+    if any(row.steps for row in rows):
         plot(rows, out / "deltas.png")
-    common.write_readme(out, readme(sweep, rows, done, problems))
+    common.write_readme(out, readme(sweep, rows, done, problems, name))
 
 # --- Command line
 
 def show_plan(jobs: list[Job], runs: dict[tuple, dict], args: argparse.Namespace) -> None:
     """What would be run, and for how long."""
-    todo, records = common.missing(jobs, runs), {row.name: row.record for row in TECHNIQUES}
-    common.show_plan(jobs, todo, lambda job: f"{job.technique:16} {records.get(job.technique, ''):6} {job.change}")
-    seconds = [run["wall_s"] for run in runs.values() if run["kind"] == jobs[0].kind and not run["problem"]]
-    time = common.effort(len(todo), seconds, TIME_S if args.time else LOSS_S, args.jobs)
-    print(f"{len(todo)} of {len(jobs)} to run, {time}")
+    todo = common.missing(jobs, runs)
+    common.show_plan(jobs, todo, lambda job: f"{job.technique:16} {job.length:4g}  {job.change}")
+    known = {}  # technique -> CPU seconds of runs of the proxy's length
+    for run in runs.values():
+        if not run["problem"]:
+            known.setdefault(run["technique"], []).append(run["cpu_s"] / run["length"])
+    guess = median(known[BASE]) if BASE in known else PROXIES[args.proxy].guess_s
+    seconds = sum(job.length * median(known.get(job.technique, [guess])) for job in todo)
+    source = "measured" if known else "a guess"
+    print(f"{len(todo)} of {len(jobs)} to run, about {seconds / 60:.0f} CPU min ({source}), "
+          f"{seconds / args.jobs / 60:.0f} min with {args.jobs} at a time")
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that cannot give a result; --only becomes a list of names."""
     names = [row.name for row in TECHNIQUES]
-    wanted = args.only.split(",") if args.only else names
+    recent = PROXIES[args.proxy].recent
+    wanted = args.only.split(",") if args.only else named(args.proxy)
     for name in wanted:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
             raise ValueError(f"--only {name}: no such technique; {hint}")
+        if "{" + name + "}" in TABLE and name not in recent:
+            raise ValueError(f"--only {name}: the proxy {args.proxy} has no flags for it")
     args.only = [name for name in names if name in wanted]
     common.check_counts(args)
-    if args.time and args.jobs > 1:
-        raise ValueError("--time needs --jobs 1: runs beside each other would change each other's "
-                         "step times")
-    args.out = args.out or common.default_out("ablation")
+    args.out = args.out or common.default_out(f"ablation_{args.proxy}")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "train_gpt.py")
     add = parser.add_argument
+    add("--proxy", choices=PROXIES, default="bytes", help="default: bytes")
     add("--data", default="stdlib", help="a folder under data/, or a path (default: stdlib)")
     add("--only", metavar="NAME,..", help="these techniques only")
-    add("--time", action="store_true", help="measure step times instead of losses")
-    common.add_sweep_options(parser, "ablation")
+    common.add_sweep_options(parser, "ablation_PROXY")
     return parser.parse_args(argv)
 
 def ablate(args: argparse.Namespace, command: str) -> int:
     """Runs what is missing and writes the results; returns the exit code."""
     check(args)
+    os.environ.update({"OMP_NUM_THREADS": "1"} | MALLOC)
     sweep, file = make_sweep(args), args.out / "runs.jsonl"
     jobs, runs = make_jobs(sweep, args), common.read_runs(file, Job)
     if args.list:
         show_plan(jobs, runs, args)
         return 0
-    if args.time:
-        common.warn_if_busy()
     todo = common.missing(jobs, runs)
     return common.finish(lambda: common.run_all(todo, args.jobs, command, file, execute, outcome),
-                         lambda: write_report(sweep, args.out))
+                         lambda: write_report(sweep, args.out, args.proxy))
 
 main = partial(common.command_line, "ablate", parse_args, ablate)
 

@@ -74,26 +74,29 @@ def write_json(path: Path, value: dict, indent: int = 2) -> None:
 
 # --- Runs
 
-def run_command(command: list[str], children: set) -> str:
-    """Runs a program to its end; what went wrong in its own last sentence, "" if nothing did."""
+def run_command(command: list[str], children: set) -> tuple[str, float]:
+    """Runs a program to its end: what went wrong in its own last sentence, "" if nothing did; and its CPU seconds."""
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     children.add(child)
-    printed = child.communicate()[1].strip()
+    with child.stderr as stream:
+        printed = stream.read().strip()
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
     children.discard(child)
-    if not child.returncode:
-        return ""
     said = re.split(r"^error: ", printed, flags=re.MULTILINE)[1:] or printed.splitlines()
-    return " ".join(said[-1].split()) if said else f"ended with code {child.returncode}"
+    problem = " ".join(said[-1].split()) if said else f"ended with code {child.returncode}"
+    return problem if child.returncode else "", used.ru_utime + used.ru_stime
 
 def train(script: Path, flags: list[str], seed: int, children: set) -> tuple[list[dict], dict]:
-    """Events of metrics.jsonl and config.json of a run. RuntimeError: the trainer's sentence."""
+    """Events of metrics.jsonl and config.json of a run, and in it cpu_s. RuntimeError: the trainer's sentence."""
     with tempfile.TemporaryDirectory() as logs:
         command = [sys.executable, str(script), *flags, "--seed", str(seed), "--log-dir", logs]
-        if problem := run_command(command, children):
+        problem, cpu_s = run_command(command, children)
+        if problem:
             raise RuntimeError(problem)
         (folder,) = Path(logs).glob("*/*/")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return read_lines(folder / "metrics.jsonl"), config
+        return read_lines(folder / "metrics.jsonl"), config | {"cpu_s": cpu_s}
 
 def record(job, script: Path, measure: Callable[[], dict], may_diverge: bool = False) -> dict:
     """The record of a job: what was run, the numbers that `measure` finds, or the problem that kept it from any. With

@@ -208,8 +208,8 @@ def recorded(script: ModuleType, model, s):
 
     for i, table in enumerate(model.value_embeds):
         hook(table, lambda _, args, out, i=i: keep("value embedding", out, i))
-    if model.bigram is not None:
-        hook(model.bigram, lambda _, args, out: keep("bigram embedding", out))
+    if model.ngrams is not None:
+        hook(model.ngrams, lambda _, args, out: keep("n-gram embedding", out))
     handles.append(model.blocks[0].register_forward_pre_hook(lambda _, args: keep("embedding", args[1])))
     for i, block in enumerate(model.blocks):
         handles.append(block.register_forward_pre_hook(lambda _, args, i=i: layer.__setitem__(0, i)))

@@ -70,7 +70,7 @@ def make_jobs(args: argparse.Namespace) -> list[Job]:
 def measure(job: Job, children: set) -> dict:
     """Settings, milestones and phase of a run. A loss that is not finite is a result, too."""
     with tempfile.TemporaryDirectory() as logs:
-        problem = common.run_command([*job.command(), "--no-plot", "--log-dir", logs], children)
+        problem, _ = common.run_command([*job.command(), "--no-plot", "--log-dir", logs], children)
         found = [json.loads(path.read_text(encoding="utf-8")) for path in Path(logs).glob("*/*/metrics.json")]
     if problem and not (found and found[0]["status"] == "nan"):
         raise RuntimeError(problem)

@@ -2,11 +2,16 @@
 
     python bench/peer.py ../modded-nanogpt --data fineweb10B --steps 100 --time-limit 560 --out records/peer
     python bench/peer.py record.txt --set val_tokens=2097152 --set cooldown_frac=0.4 --max-doc-len 2048
+    python bench/peer.py train_gpt_simple.py --device cpu --data pb --steps 96 --set batch_size=2048 --set mbs=1 \\
+        --set val_tokens=16384 --swap num_layers=12=>num_layers=4 --vary "lr=0.025=>lr=0.025,lr=0.05" --preset cpu ..
 
 PATH is a script, a folder that holds a train_gpt.py, or a public record log, whose embedded source is run: a copy in a
 temporary folder with the shards in data/fineweb10B and a few constants set, under torchrun with one process. So it has
 to accumulate gradients over 8 rows of train_seq_len: record 28, the last with FlexAttention. Nothing of its text is
 kept: the results hold numbers, and the script's sha256, path and commit. `--work DIR` leaves its folders in DIR.
+
+The script of track 3 runs on a CPU, too: what asks for CUDA is replaced, and torch.compile left out, as in ours. With
+--vary it runs once for each text; the comparison takes the one with the lowest loss.
 
 Ours is train_gpt.py --preset speedrun with as many steps, tokens per step and validation tokens; flags that are not
 listed below go to it. The two take turns. Both clocks wait for the device at a validation and stop for it: ms/step is
@@ -21,16 +26,18 @@ import hashlib
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +47,11 @@ import train_gpt  # noqa: E402
 from bench import common  # noqa: E402
 from runlogs import loading, parsing  # noqa: E402 - scripts of the root folder, not installed
 
+CPU_SWAPS = {  # of the script of track 3
+    'torch.device("cuda", int(os.environ["LOCAL_RANK"]))': 'torch.device("cpu")',
+    "torch.cuda.set_device(device)": "pass", 'backend="nccl", device_id=device': 'backend="gloo"',
+    "pin_memory=True": "pin_memory=False", 'device="cuda"': 'device="cpu"', ".cuda()": ".cpu()",
+    "torch.cuda.get_device_name(device)": '"a CPU"', "@torch.compile\n": "\n", "model.compile(dynamic=False)": "pass"}
 TRACK_RANKS = 8  # processes of the public track; on one GPU a script takes as many rows one after another
 EOT = 50256  # end of text, of GPT-2's tokens
 
@@ -48,6 +60,8 @@ class Run:
     """What a run's log tells: its clock in ms and its validation loss, each by step; and how it ended."""
     who: str  # "peer" or "ours"
     wall_s: float
+    cpu_s: float = 0.0  # of all its processes
+    variant: str = ""  # of the peer's script, with --vary
     times: dict[int, float] = field(default_factory=lambda: {0: 0.0})
     losses: dict[int, float] = field(default_factory=dict)
     peak_mib: float | None = None
@@ -88,6 +102,26 @@ def set_constants(source: str, values: dict[str, str]) -> str:
         source = source[:start] + value + source[end:]
     return source
 
+def swap(source: str, old: str, new: str) -> str:
+    """`source` with another text. Raises ValueError if the old one is not there."""
+    if old not in source:
+        raise ValueError(f"{old!r} is not in the peer's script")
+    return source.replace(old, new)
+
+class Sizes(NamedTuple):
+    """Tokens of a step, of validation and of a row there: what ours follows."""
+    tokens: int
+    val_tokens: int
+    row: int
+
+def sizes(source: str) -> Sizes:
+    """Of the script of track 3, with a batch_size and rows of seq_len, or of one with rows of train_seq_len."""
+    val_tokens = constant_number(source, "val_tokens")
+    if found := re.search(r"\bseq_len=(\d+)", source):
+        return Sizes(constant_number(source, "batch_size"), val_tokens, int(found[1]))
+    tokens = TRACK_RANKS * constant_number(source, "train_seq_len")
+    return Sizes(tokens, val_tokens, constant_number(source, "val_seq_len"))
+
 def constant_number(source: str, name: str) -> int:
     """The value of a constant that is a whole number or a product of some."""
     text = find_constant(source, name)[1]
@@ -127,6 +161,11 @@ def run_process(command: list, folder: Path, limit_s: float | None, **options) -
             if child.poll() is None:
                 common.stop_group(child, patience_s=60)
     return code, time.perf_counter() - start
+
+def cpu_seconds() -> float:
+    """Of all processes that have ended; runs follow each other."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 def read_trace(who: str, trace: parsing.Trace, code: int | None, wall_s: float, output: str) -> Run:
     """A Run from a parsed log. Times before a fall of the clock are dropped: until record 21 the scripts reset it after
@@ -172,28 +211,36 @@ def run_ours(flags: list[str], folder: Path, limit_s: float | None) -> Run:
     output = parsing.read_text(folder / "output.txt")
     return read_trace("ours", (traces or [parsing.Trace()])[0], code, wall_s, output)
 
-def report(run: Run) -> Run:
-    """Prints a line about a run that has just ended, and returns it."""
-    print(f"{run.who}: {max(run.times)} steps, {run.wall_s:.0f} s, {run.result}", flush=True)
+def report(run: Run, **more) -> Run:
+    """Prints a line about a run that has just ended, and returns it, with more fields."""
+    run = replace(run, **more)
+    print(f"{run.who} {run.variant}: {max(run.times)} steps, {run.wall_s:.0f} s, {run.result}", flush=True)
     return run
 
-def run_in_turn(source: str, flags: list[str], corpus: train_gpt.Corpus, args: argparse.Namespace,
+def run_in_turn(sources: dict[str, str], flags: list[str], corpus: train_gpt.Corpus, args: argparse.Namespace,
                 folder: Path) -> list[Run]:
-    """peer, ours, peer, ours, ... A peer may use half of the time that is left; another pair starts only if there is
-    time for one like the last. A peer that fails ends it, before ours takes its time."""
-    runs, end = [], time.monotonic() + (args.time_limit or math.inf)
+    """peer, ours, peer, ours, ... and each peer in all its variants. A peer may use half of the time that is left;
+    another round starts only if there is time for one like the last. A peer that fails ends it, before ours takes its
+    time."""
+    runs, end, size = [], time.monotonic() + (args.time_limit or math.inf), len(sources) + 1
 
     def left(share: float = 1.0) -> float | None:
         return max(1.0, share * (end - time.monotonic())) if args.time_limit else None
 
     for i in range(1, args.repeats + 1):
-        if i > 1 and args.time_limit and sum(run.wall_s for run in runs[-2:]) > left():
+        if i > 1 and args.time_limit and sum(run.wall_s for run in runs[-size:]) > left():
             print(f"no time for pair {i} of {args.repeats}", flush=True)
             break
-        runs.append(report(run_peer(source, corpus, folder / f"peer_{i}", left(0.5))))
-        if "FAILED" in runs[-1].result:
-            return runs
-        runs.append(report(run_ours([*flags, "--seed", str(i)], folder / f"ours_{i}", left())))
+        for number, (variant, source) in enumerate(sources.items()):
+            place = folder / f"peer_{i}{f'_{number}' if number else ''}"
+            before = cpu_seconds()
+            run = run_peer(source, corpus, place, left(0.5))
+            runs.append(report(run, variant=variant, cpu_s=cpu_seconds() - before))
+            if "FAILED" in runs[-1].result:
+                return runs
+        before = cpu_seconds()
+        run = run_ours([*flags, "--seed", str(i)], folder / f"ours_{i}", left())
+        runs.append(report(run, cpu_s=cpu_seconds() - before))
     return runs
 
 # --- Results
@@ -224,9 +271,15 @@ def step_times(runs: list[Run], steps: list[int]) -> list[float]:
     return [(run.times[b] - run.times[a]) / (b - a) for run in runs for a, b in pairwise(steps)]
 
 def compare(runs: list[Run], tokens: int) -> dict:
-    """The comparisons by name, from the runs that did not fail; empty if the two sides share no two timed steps."""
+    """The comparisons by name, from the runs that did not fail, those of the peer's best variant; empty if the two
+    sides share no two timed steps."""
     good = [run for run in runs if "FAILED" not in run.result]
     peers, ours = ([run for run in good if run.who == who] for who in ("peer", "ours"))
+    ends = {}
+    for run in peers:
+        ends.setdefault(run.variant, []).append(run.losses.get(max(run.times), math.inf))
+    best = min(ends, key=lambda variant: median(ends[variant]), default="")
+    peers = [run for run in peers if run.variant == best]
     both = peers + ours
     steps = marks(both) if peers and ours else []
     if len(steps) < 2:
@@ -237,6 +290,7 @@ def compare(runs: list[Run], tokens: int) -> dict:
 
     at, ms = f"steps {steps[0]} to {steps[-1]}", [step_times(side, steps) for side in (peers, ours)]
     result = {"ms/step": ratio(*ms, at), "peak MiB": compared("whole run", lambda run: run.peak_mib),
+              "CPU s, whole run": compared("whole run", lambda run: run.cpu_s),
               "tokens/s": ratio(*([1000 * tokens / value for value in side if value] for side in ms), at)}
     if validated := set.intersection(*(set(run.losses) for run in both)):
         step = max(validated)
@@ -251,12 +305,12 @@ def show(value: float | None) -> str:
 
 def format_tables(runs: list[Run], result: dict) -> str:
     """A row a run, then a row a comparison: medians and ranges over the runs, those of ms/step over all stretches."""
-    runs_table = [["run", "steps", "clock s", "ms/step", "val loss", "peak MiB", "wall s", "result"]]
+    runs_table = [["run", "steps", "clock s", "ms/step", "val loss", "peak MiB", "CPU s", "wall s", "result"]]
     for run in runs:
         step, loss = max(run.times), run.losses[max(run.losses)] if run.losses else None
         ms = run.times[step]
-        numbers = ms / 1000, ms / step if step else None, loss, run.peak_mib, run.wall_s
-        runs_table.append([run.who, str(step), *map(show, numbers), run.result])
+        numbers = ms / 1000, ms / step if step else None, loss, run.peak_mib, run.cpu_s, run.wall_s
+        runs_table.append([f"{run.who} {run.variant}".strip(), str(step), *map(show, numbers), run.result])
     head = ["", "peer", "range", "ours", "range", "ours / peer", "ours - peer", "at"]
     rows = []
     for name, r in result.items():
@@ -285,22 +339,35 @@ def our_flags(args: argparse.Namespace, tokens: int, val_tokens: int) -> list[st
     train_gpt.parse_settings(flags, world_size=1)
     return flags
 
+def prepared(args: argparse.Namespace) -> tuple[dict[str, str], dict, dict]:
+    """The peer's source in each variant, where it is from, and what was changed in it."""
+    source, identity = load_peer(args.path)
+    simple = "val_step_freq" in source  # track 3
+    names = ("train_steps", "val_step_freq") if simple else ("num_iterations", "val_loss_every")
+    changes = {names[0]: str(args.steps), names[1]: str(args.eval_every), **dict(args.set)}
+    source = set_constants(source, changes)
+    for old, new in [*(CPU_SWAPS.items() if simple and args.device == "cpu" else ()), *args.swap]:
+        source = swap(source, old, new)
+    sources = {"": source}
+    if args.vary:
+        old, texts = args.vary
+        sources = {text: swap(source, old, text) for text in texts.split(",")}
+    return sources, identity, changes | dict(args.swap)
+
 def benchmark(args: argparse.Namespace, command: str) -> int:
     """Runs everything, prints and writes the result; returns the exit code."""
     hardware = train_gpt.detect_hardware(args.device)
     if hardware.device != args.device:
         raise RuntimeError("no usable CUDA device: run this on a machine with a GPU (--device cpu is for tests)")
-    source, identity = load_peer(args.path)
-    changes = {"num_iterations": str(args.steps), "val_loss_every": str(args.eval_every), **dict(args.set)}
-    source = set_constants(source, changes)
-    tokens, val_tokens = TRACK_RANKS * constant_number(source, "train_seq_len"), constant_number(source, "val_tokens")
+    sources, identity, changes = prepared(args)
+    tokens, val_tokens, row = sizes(next(iter(sources.values())))
     flags, corpus = our_flags(args, tokens, val_tokens), train_gpt.open_corpus(args.data)
-    check_data(corpus, args.steps, tokens, val_tokens, constant_number(source, "val_seq_len"))
+    check_data(corpus, args.steps, tokens, val_tokens, row)
     setting = {"command": command, "device": hardware.name, "torch": train_gpt.torch.__version__,
                "tokens per step": tokens, "validation tokens": val_tokens}
     with contextlib.ExitStack() as stack:
         folder = (args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))).resolve()
-        runs = run_in_turn(source, flags, corpus, args, folder)
+        runs = run_in_turn(sources, flags, corpus, args, folder)
         result = compare(runs, tokens)
         tables = format_tables(runs, result)
         print(f"\n{tables}")
@@ -318,6 +385,13 @@ def above_zero(text: str) -> int:
         raise ValueError
     return int(text)
 
+def pair(flag: str, text: str) -> tuple[str, str]:
+    """OLD=>NEW. Raises ValueError."""
+    old, arrow, new = text.partition("=>")
+    if not old or not arrow:
+        raise ValueError(f"{flag} {text}: expected OLD=>NEW")
+    return old, new
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options; what they do not know goes to `ours`, the flags of train_gpt.py."""
     parser = common.make_parser(__doc__)
@@ -329,6 +403,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--eval-every", "--eval_every", type=above_zero, default=25, help="steps between validations (default: 25)")
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="set another constant of the peer's, such as "
         "train_seq_len, val_seq_len or val_tokens (which ours follows); can be repeated")
+    add("--swap", action="append", default=[], metavar="OLD=>NEW", help="another text in the peer's; can be repeated")
+    add("--vary", metavar="OLD=>NEW,..", help="the peer with each of these texts, such as rates; the best one counts")
     add("--repeats", type=above_zero, default=2, help="pairs of runs (default: 2)")
     add("--time-limit", "--time_limit", type=above_zero, metavar="S", help="seconds for all runs; cuts them off")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for tests")
@@ -338,6 +414,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.set = [tuple(text.split("=", 1)) for text in args.set]
     if wrong := [pair for pair in args.set if len(pair) != 2 or not all(pair)]:
         raise ValueError(f"--set {'='.join(wrong[0])}: expected NAME=VALUE")
+    args.swap = [pair("--swap", text) for text in args.swap]
+    args.vary = args.vary and pair("--vary", args.vary)
     if args.work and (args.work.exists() or args.work.resolve().is_relative_to(ROOT)):
         raise ValueError(f"--work {args.work} must be a new folder, and outside of the project, which keeps no peer")
     return args

@@ -1,8 +1,9 @@
-"""Bytes that each of several ranks sends in an optimizer step of the speedrun: python bench/projection.py [--out FILE]
+"""What the speedrun costs on 8 GPUs, before and after the recipe of 2026: python bench/projection.py [-- FLAGS]
 
-Counted from the optimizer's banks, not timed: with ring collectives reduce-scatter and all-gather send (ranks - 1) /
-ranks of a padded bank each, an all-reduce twice that. The time follows from the bandwidth and an efficiency, neither
-of which is measured.
+FLOPs are counted (train_gpt.flops_per_token), bytes from the optimizer's banks: with ring collectives reduce-scatter
+and all-gather send (ranks - 1) / ranks of a padded bank each, an all-reduce twice that. Times follow from a utilization
+for each number of tokens on a GPU (--mfu), measured on one H200 with an eighth of the old recipe's batch, and from an
+assumed bandwidth. FLAGS of train_gpt.py change the recipe after; without any it is the preset.
 """
 import argparse
 import dataclasses
@@ -10,6 +11,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,15 +20,22 @@ import train_gpt  # noqa: E402 - after the path
 from bench import common  # noqa: E402
 
 VOCAB_SIZE = 50257
-MIB = 2**20
+MIB, PEAK = 2**20, train_gpt.PEAK_FLOPS["H100"]
+ON_CPU = """--preset speedrun --device cpu --dtype bf16 --backend sdpa --no-compile --kernels none
+--fp8-head off""".split()
+# `speedrun` until 2026-11-25
+BEFORE = """--iterations 1800 --stage-ends 0.333333,0.666667,1 --batch-tokens 131072,262144,393216
+--seq-len 16384,32768,49152 --max-doc-len 896,2048,2048 --window 384,896,1408 --stage-lr 1,1.52,1.73 --mtp 2,1,0
+--candidates 0 --ngram-rows 0 --pointer 0 --qk-dim 0 --extension 0 --tail 0""".split()
+MFU = "16384:0.306,32768:0.357,49152:0.376"
 
-def build_banks(preset: str, ranks: int) -> list[train_gpt.Bank]:
-    """The preset's optimizer as rank 0 of several has it, without memory: shapes and dtypes on the meta device."""
-    flags = "--device cpu --dtype bf16 --backend sdpa --no-compile --kernels none --fp8-head off".split()
-    s = train_gpt.parse_settings(["--preset", preset, *flags], 1)[0]
+def build(flags: list[str], ranks: int) -> tuple[train_gpt.Settings, train_gpt.GPT, list[train_gpt.Bank]]:
+    """A recipe, its model and optimizer as rank 0 of several has them, without memory: on the meta device."""
+    s = common.parsed(train_gpt, [*ON_CPU, *flags])
     with torch.device("meta"):
-        s = dataclasses.replace(s, device="meta")
-        return train_gpt.MuonAdamW(train_gpt.GPT(s, VOCAB_SIZE), s, train_gpt.World(0, 0, ranks)).banks
+        s, world = dataclasses.replace(s, device="meta"), train_gpt.World(0, 0, ranks)
+        model = train_gpt.GPT(s, VOCAB_SIZE, world)
+        return s, model, train_gpt.MuonAdamW(model, s, world).banks
 
 def traffic(banks: list[train_gpt.Bank], ranks: int) -> dict[str, float]:
     """Bytes that a rank sends for one optimizer step with ring collectives, by collective."""
@@ -41,21 +50,66 @@ def traffic(banks: list[train_gpt.Bank], ranks: int) -> dict[str, float]:
     return {"reduce-scatter of gradients": scattered, "all-gather of weights": gathered,
             "all-reduce of small parameters": reduced}
 
+def ngram_traffic(s: train_gpt.Settings, stage: train_gpt.Stage, ranks: int) -> float:
+    """Bytes that a rank sends for the n-grams of a step: tokens and documents, what was found, its gradients."""
+    own = stage.batch_tokens / ranks
+    return (ranks - 1) * own * (2 * 4 + 2 * s.width * s.torch_dtype.itemsize) if s.ngram_rows else 0.0
+
+def utilization(text: str, tokens: float) -> float:
+    """Between the given TOKENS:SHARE pairs on straight lines, beyond them as at the nearest."""
+    points = sorted(tuple(map(float, pair.split(":"))) for pair in text.split(","))
+    return float(np.interp(tokens, *zip(*points, strict=True)))
+
+HEAD = ["stage", "steps", "M tokens", "tokens a step", "classes", "MFLOP a token", "PFLOP", "MFU", "s",
+        "MiB sent a step", "ms to send"]
+
+def costs(flags: list[str], args: argparse.Namespace) -> tuple[list[list], dict[str, float]]:
+    """A row of numbers for each stage, and the totals."""
+    s, model, banks = build(flags, args.ranks)
+    counts, always = train_gpt.parameter_counts(model), sum(traffic(banks, args.ranks).values())
+    rows, total = [], dict.fromkeys(("steps", "tokens", "flops", "seconds", "sent"), 0.0)
+    for i, stage in enumerate(train_gpt.stage_table(s), 1):
+        steps, per_token = stage.end - stage.start, train_gpt.flops_per_token(s, counts, stage)
+        tokens = steps * stage.batch_tokens
+        flops, mfu = tokens * per_token, utilization(args.mfu, stage.batch_tokens / args.ranks)
+        seconds = flops / (args.ranks * PEAK * mfu)
+        sent = always + ngram_traffic(s, stage, args.ranks)
+        ms = 1000 * sent / (1e9 * args.bandwidth * args.efficiency)
+        for name, amount in zip(total, (steps, tokens, flops, seconds, steps * ms / 1000), strict=True):
+            total[name] += amount
+        rows.append([
+            i, steps, f"{tokens / 1e6:.1f}", f"{stage.batch_tokens:,}", stage.candidates or "all",
+            f"{per_token / 1e6:.1f}", f"{flops / 1e15:.1f}", f"{mfu:.1%}", f"{seconds:.1f}",
+            f"{sent / MIB:,.1f}", f"{ms:.2f}"])
+    return rows, total
+
+def section(name: str, flags: list[str], args: argparse.Namespace) -> str:
+    """A recipe's table and totals, in Markdown."""
+    rows, total = costs(flags, args)
+    at_45 = total["flops"] / (0.45 * args.ranks * PEAK)
+    sums = (f"{total['steps']:,.0f} steps, {total['tokens'] / 1e6:.1f} M tokens, "
+            f"{total['flops'] / 1e15:.1f} PFLOP: {total['seconds']:.1f} s at these utilizations, "
+            f"{at_45:.1f} s at 45 %. Sending takes {total['sent']:.1f} s, of which what overlaps "
+            "with computation is hidden.")
+    return f"## {name}\n\n{common.markdown(HEAD, rows)}\n\n{sums}\n"
+
 def report(args: argparse.Namespace) -> str:
     """The text, in Markdown."""
-    sent = traffic(build_banks("speedrun", args.ranks), args.ranks)
-    total = sum(sent.values())
-    ms = 1000 * total / (1e9 * args.bandwidth * args.efficiency)
-    rows = [[name, f"{count / MIB:,.3f}"] for name, count in (sent | {"together": total}).items()]
-    return (f"# What each of {args.ranks} ranks sends in a step of `speedrun`\n\nGradients and weights in bf16, banks "
-            f"padded to {args.ranks} owners.\n\n{common.markdown(['collective', 'MiB per rank and step'], rows)}\n\n"
-            f"At {args.bandwidth:g} GB/s per direction (NVLink, nominal) x efficiency {args.efficiency:g}, both "
-            f"assumed, {ms:.2f} ms, of which what overlaps with computation is hidden.\n")
+    sent = traffic(build(args.flags, args.ranks)[2], args.ranks)
+    rows = [[name, f"{count / MIB:,.3f}"] for name, count in (sent | {"together": sum(sent.values())}).items()]
+    collectives = common.markdown(["collective, after", "MiB per rank and step, without n-grams"], rows)
+    return (f"# `speedrun` on {args.ranks} GPUs, projected\n\n{section('Before', BEFORE, args)}\n"
+            f"{section('After', args.flags, args)}\n{collectives}\n\nUtilization of {PEAK / 1e12:g} TFLOP/s by tokens "
+            f"on a GPU, measured with the old recipe on one H200: {args.mfu}. A head with fewer classes has smaller "
+            f"products, so the same share is an assumption. Assumed: {args.bandwidth:g} GB/s per direction (NVLink, "
+            f"nominal) x {args.efficiency:g}. Gradients and weights in bf16, banks padded to {args.ranks} owners. Not "
+            "counted: the optimizer's own products, lookups, waiting for each other.\n")
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = common.make_parser(__doc__)
+    parser = common.make_parser(__doc__, "train_gpt.py")
     add = parser.add_argument
     add("--ranks", type=int, default=8, help="default: 8")
+    add("--mfu", default=MFU, metavar="TOKENS:SHARE,..", help="default: %(default)s")
     add("--bandwidth", type=float, default=450, metavar="GB/S", help="per rank and direction (default: %(default)s)")
     add("--efficiency", type=float, default=0.75, help="of the bandwidth (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="write the Markdown there, too")
@@ -65,6 +119,8 @@ def project(args: argparse.Namespace, _command: str) -> int:
     """Prints and writes the report; the exit code."""
     if args.ranks < 2 or not (args.bandwidth > 0 and 0 < args.efficiency <= 1):
         raise ValueError("--ranks must be 2 or more, --bandwidth above 0, --efficiency above 0 and at most 1")
+    if not all(0 < common.number(pair.partition(":")[2]) <= 1 for pair in args.mfu.split(",")):
+        raise ValueError(f"--mfu {args.mfu}: expected TOKENS:SHARE pairs such as {MFU}")
     text = report(args)
     if args.out:
         args.out.write_text(text, encoding="utf-8")

@@ -398,7 +398,7 @@ def report_rows(capsys, *flags: str) -> tuple[str, dict[str, list[str]]]:
 
 def test_report_says_what_is_scaled_and_why(capsys, tmp_path):
     data = helpers.make_data(tmp_path / "bytes", vocab_size=256, eot=None)
-    wide = ["--preset", "cpu", "--device", "cpu", "--width", "384", "--base-width", "96", "--bigram", "50",
+    wide = ["--preset", "cpu", "--device", "cpu", "--width", "384", "--base-width", "96", "--ngram-rows", "50",
             "--data", str(data)]
     about, rows = report_rows(capsys, *wide)
     assert about == "muP from width 96 to 384, m = 4; attention scale 0.1963 at head_dim 48"
@@ -407,7 +407,7 @@ def test_report_says_what_is_scaled_and_why(capsys, tmp_path):
     assert rows["blocks.*.mlp.up"][:3] == ["hidden", "1536* x 384*", "384"]
     assert float(rows["blocks.*.mlp.up"][3]) == pytest.approx(0.5 * 384**-0.5, rel=0.03)
     assert rows["blocks.*.mlp.up"][4:9] == ["muon", "1", "1", "1", "-"]
-    assert rows["bigram.weight"][:2] == ["table", "50 x 384*"] and rows["scalars"][0] == "fixed"
+    assert rows["ngrams.table"][:2] == ["table", "50 x 384*"] and rows["scalars"][0] == "fixed"
     assert rows["gates"][1] == "3 x 2 x 8* x 12" and rows["gates"][-1] == "TP-V: input, constant"
     _, rows = report_rows(capsys, *wide, "--hidden-optimizer", "adamw", "--mup-embedding", "sqrt")
     assert rows["blocks.*.attn.qkvo"][4:] == ["adamw", "0.25", "1", "4", "0.25", "TP-V: rate / m"]

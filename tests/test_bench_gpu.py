@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     make_data(folder / "words", [documents(6000, 1)], [documents(2000, 9)])
     flags = ("--out", folder / "out", "--device", "cpu", "--tiny", "--data", folder / "words", "--cache",
-             folder / "cache")
+             folder / "cache", "--parts", ",".join(gpu.PARTS))
     return folder / "out", flags, command(*flags)
 
 
@@ -85,15 +85,20 @@ def bench_of(out, finished):
 
 def test_steps_are_measured_stage_by_stage(finished):
     rows = json.loads((finished[0] / "steps.json").read_text())["rows"]
-    stages = rows["speedrun"]["lines"]
-    assert [(s["start_step"], s["end_step"]) for s in stages.values()] == [(0, 20), (20, 40), (40, 60)]
-    assert [s["mtp"] for s in stages.values()] == list(train_gpt.PRESETS["speedrun"]["mtp"])
-    assert rows["speedrun"]["share"] == rows["medium"]["share"] == 8 and rows["gpu"]["share"] == 1
-    for stage in stages.values():
+    assert list(rows) == [name for name, (script, _) in gpu.programs().items() if script.__name__ == "train_gpt"]
+    stages = [row for name, row in rows.items() if name.startswith("speedrun")]
+    assert sum(s["end_step"] for s in stages) == 60 and {s["start_step"] for s in stages} == {0}
+    for stage in stages:
         assert stage["batch_tokens"] == 1024 // 8  # one GPU's share
         assert stage["middle"]["ms"] >= stage["middle"]["ms_min"] > 0
         assert stage["tokens_per_s"] == pytest.approx(1000 * 128 / stage["end"]["ms"])
         assert stage["mfu"] is None  # of a CPU the peak is not known
+
+
+def test_what_is_timed_is_compiled_before(finished):
+    for name in gpu.programs():
+        row = json.loads((finished[0] / f"compile_{name}.json").read_text())["rows"][name]
+        assert row["first_step_s"] > 0 and row["graphs"] >= 0
 
 
 def test_experts_are_checked(finished):
@@ -108,9 +113,8 @@ def test_experts_are_checked(finished):
 def test_mixtures_are_timed_beside_the_dense_control(finished):
     rows = json.loads((finished[0] / "moe_steps.json").read_text())["rows"]
     assert not any("skipped" in row for row in rows.values())
-    both = [(kind, impl) for impl in ("grouped", "bmm") for kind in gpu.KINDS]
-    for kind, impl in [*both, ("mixtral", "loop")]:
-        mixture, dense = rows[f"{kind}, {impl}"]["lines"].values()
+    for kind in gpu.KINDS:
+        mixture, dense = rows[kind]["lines"].values()
         assert mixture["ratio"] > 0 and "ratio" not in dense and mixture["memory_mib"] >= dense["memory_mib"] > 0
         for line in (mixture, dense):
             assert line["ms"] > 0 and line["tokens_per_s"] == pytest.approx(1000 * 128 / line["ms"])
@@ -153,8 +157,8 @@ def test_report_has_every_part_and_says_that_sizes_mean_nothing(finished):
     text = (finished[0] / "README.md").read_text()
     assert text.startswith("# bench/gpu.py: timings of this CPU, --tiny")
     assert [part for part in re.findall(r"^## (\w+): done", text, re.MULTILINE)] == list(gpu.PARTS)
-    assert "| speedrun, stage 3 | 1/8 | 128 |" in text
-    assert "| mixtral, loop, dense beside it |" in text
+    assert "| speedrun_3 | 128 |" in text
+    assert "| mixtral, dense beside it |" in text
     assert "- flex, paired heads: FlexAttention has no backward pass on a CPU" in text
 
 
@@ -324,7 +328,7 @@ def test_no_budget_no_part(bench, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--device", "cpu"], "--device cpu only tests this script: add --tiny"),
-    (["--device", "cpu", "--tiny", "--parts", "steps,stpes"], "--parts stpes: must be one or more of equality, moe_"),
+    (["--device", "cpu", "--tiny", "--parts", "steps,stpes"], "--parts stpes: must be one or more of compile_"),
     (["--device", "cpu", "--tiny", "--budget", "0"], "--budget 0: must be above 0 seconds"),
     (["--device", "cpu", "--tiny", "--data", "nowhere/at/all"], "no train shards in nowhere/at/all"),
 ])
@@ -397,8 +401,8 @@ def test_mixtures_of_full_size_suit_an_h100(tmp_path, monkeypatch):
         with pytest.raises(gpu.Skip):
             row()
     dense, *mixtures = seen  # one control for all rows of a process
-    assert dense.num_experts == 0 and [f"{s.preset}, {s.moe_impl}" for s in mixtures] == [
-        name.replace(",", "-speedrun,") for name in rows]
+    assert dense.num_experts == 0 and [s.preset for s in mixtures] == [f"{name}-speedrun" for name in rows]
+    assert {s.moe_impl for s in mixtures} == {"grouped"}
     for s in seen:
         (stage,) = train_moe.stage_table(s)
         assert stage.batch_tokens == stage.seq_len == 49152 and stage.window == stage.window_start
@@ -462,11 +466,34 @@ def test_traffic_of_the_speedrun_matches_its_parameters(tmp_path, capsys):
     with torch.device("meta"):
         sharded = sum(p.numel() for n, p in train_gpt.GPT(s, 50257).named_parameters() if "gate" not in n
                       and "scalar" not in n and n != "smear")
-    sent = projection.traffic(projection.build_banks("speedrun", 8), 8)
+    sent = projection.traffic(projection.build([], 8)[2], 8)
     assert 1 <= sent["reduce-scatter of gradients"] / (7 / 8 * 2 * sharded) < 1.05
     assert projection.main(["--bandwidth", "900", "--efficiency", "0.5", "--out", str(tmp_path / "p.md")]) == 0
     text = capsys.readouterr().out
     assert text == (tmp_path / "p.md").read_text() and f"| together | {sum(sent.values()) / 2**20:,.3f} |" in text
-    assert f"{1000 * sum(sent.values()) / 450e9:.2f} ms" in text
-    assert projection.main(["--efficiency", "1.5"]) == 1
-    assert capsys.readouterr().err.startswith("error: --ranks must be 2 or more")
+    for flags, message in ((["--efficiency", "1.5"], "--ranks must be 2 or more"), (["--mfu", "0.3"], "--mfu 0.3: ex")):
+        assert projection.main(flags) == 1
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_the_old_recipe_costs_what_it_did():
+    """377 PFLOP, 472 M tokens, 928.3 MiB a step; its times are those of the utilization measured for each stage."""
+    args = projection.parse_args([])
+    rows, total = projection.costs(projection.BEFORE, args)
+    assert total["flops"] / 1e15 == pytest.approx(376.7, abs=0.05)
+    assert total["tokens"] == 600 * 8 * (16384 + 32768 + 49152)
+    assert [row[-2:] for row in rows] == [["928.3", "2.88"]] * 3 and total["steps"] == 1800
+    assert total["seconds"] == pytest.approx(0.6 * (41.1 + 73 + 107), rel=0.01)  # ms a step of an eighth on one H200
+    assert projection.utilization("10:0.2,20:0.4", 15) == pytest.approx(0.3)
+    assert projection.utilization("20:0.4,10:0.2", 5) == 0.2
+
+
+def test_stages_with_candidates_and_ngrams_by_hand():
+    """The whole head costs 6 FLOPs for each of its 50,304 x 768 weights; found vectors and their gradients are sent."""
+    args, few = projection.parse_args([]), ["--candidates", "10240,10240,0"]
+    (whole, _), (rows, total) = (projection.costs([*projection.BEFORE, *flags], args) for flags in ([], few))
+    saved = 6 * (50304 - 10240) * 768 / 1e6
+    assert float(whole[0][5]) - float(rows[0][5]) == pytest.approx(saved, abs=0.11) and whole[2] == rows[2]
+    rows, _ = projection.costs([*projection.BEFORE, "--ngram-rows", "8192"], args)
+    more = 7 * 16384 * (2 * 768 * 2 + 8) / 2**20  # and a weight for each layer
+    assert float(rows[0][-2].replace(",", "")) - 928.272 == pytest.approx(more, abs=0.1)

@@ -45,6 +45,35 @@ for step in range(options.num_iterations + 1):
         print(f"step:{step}/{options.num_iterations} val_loss:{mean - step:.4f} {clock}", file=log)
 print("peak memory allocated: 321 MiB reserved: 400 MiB", file=log)
 '''
+# As the script of track 3: what asks for CUDA, its log in seconds with few lines. Its loss is its rate less the step.
+SIMPLE = '''\
+import os
+import torch
+import torch.distributed as dist
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+torch.cuda.set_device(device)
+dist.init_process_group(backend="nccl", device_id=device)
+def rows(seq_len=16):
+    return torch.zeros(2, seq_len, pin_memory=True).to(device="cuda").cuda()
+@torch.compile
+def update(x):
+    assert not torch.compiler.is_compiling()
+model = torch.nn.Linear(2, 2)
+model.compile(dynamic=False)
+update(rows())
+val_tokens = 20 * 16
+batch_size = 8 * 16
+options = dict(lr=0.025)
+train_steps = 3250
+val_step_freq = 125 if train_steps < 9 else 25
+os.makedirs("logs")
+log = open("logs/first.txt", "w")
+print("=" * 100, torch.cuda.get_device_name(device), "=" * 100, sep="\\n", file=log)
+for step in range(train_steps + 1):
+    if step % val_step_freq == 0 or step == train_steps:
+        print(f"step:{step}/{train_steps} val_loss:{100 * options['lr'] - step:.5f} train_time:{step / 10:.3f}s "
+              f"step_avg:100.00ms", file=log)
+'''
 
 
 @pytest.fixture
@@ -114,6 +143,22 @@ def test_peer_and_ours_side_by_side(tmp_path, data, script, capsys):
     assert not [line for line in theirs if line in everything and line not in own]
 
 
+def test_script_of_track_3_with_several_rates(tmp_path, data, capsys):
+    path = tmp_path / "train_gpt_simple.py"
+    path.write_text(SIMPLE)
+    argv = [path, *tiny_flags(data), "--steps", "4", "--eval-every", "2", "--repeats", "1", "--vary",
+            "lr=0.025=>lr=0.06,lr=0.02,lr=0.05", "--swap", "dict(=>dict(", "--out", tmp_path / "out"]
+    assert peer.main(list(map(str, argv))) == 0, capsys.readouterr()
+    record = json.loads((tmp_path / "out" / "peer.json").read_text())
+    assert [run["variant"] for run in record["runs"]] == ["lr=0.06", "lr=0.02", "lr=0.05", ""]
+    assert record["peer"]["constants"] == {"train_steps": "4", "val_step_freq": "2", "dict(": "dict("}
+    assert record["setting"]["tokens per step"] == 128 and record["setting"]["validation tokens"] == 320
+    assert record["runs"][0]["losses"] == {"0": 6.0, "2": 4.0, "4": 2.0}
+    assert record["result"]["val loss, equal tokens"]["peer_range"] == [-2, -2]  # the best of the three rates
+    assert record["result"]["ms/step"]["peer"] == 100 and record["result"]["CPU s, whole run"]["peer"] > 0
+    assert "peer lr=0.02" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_peer_that_fails_is_named_without_its_text(tmp_path, data, script):
     source = STAND_IN.replace('split("train")', 'split("none")').replace("== 3", "== 33")
     found = peer.run_peer(source, train_gpt.open_corpus(str(data)), tmp_path / "work", 60)
@@ -158,14 +203,14 @@ def test_runs_alternate_and_share_the_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(peer, "run_peer", fake("peer", 100))
     monkeypatch.setattr(peer, "run_ours", fake("ours", 80))
     args = SimpleNamespace(time_limit=400, repeats=3, steps=5)
-    assert len(peer.run_in_turn("", [], None, args, tmp_path)) == 4  # a third pair of 180 s does not fit into 40
+    assert len(peer.run_in_turn({"": ""}, [], None, args, tmp_path)) == 4  # a third pair of 180 s does not fit into 40
     assert calls == [("peer", 200), ("ours", 300), ("peer", 110), ("ours", 120)]
     calls.clear()
     args.time_limit = None
-    peer.run_in_turn("", [], None, args, tmp_path)
+    peer.run_in_turn({"": ""}, [], None, args, tmp_path)
     assert calls == [("peer", None), ("ours", None)] * 3
     monkeypatch.setattr(peer, "run_peer", lambda *args: peer.Run("peer", 1.0, result="FAILED: code 1"))
-    assert len(peer.run_in_turn("", [], None, args, tmp_path)) == 1  # ours would train for nothing
+    assert len(peer.run_in_turn({"": ""}, [], None, args, tmp_path)) == 1  # ours would train for nothing
 
 
 # --- the peer's script
@@ -286,6 +331,8 @@ def test_comparison_by_hand():
     ([], "no usable CUDA device"),
     (["--device", "cpu", "--set", "lr"], "--set lr: expected NAME=VALUE"),
     (["--device", "cpu", "--set", "unknown=3"], "assigns unknown 0 times"),
+    (["--device", "cpu", "--swap", "no such text=>3"], "'no such text' is not in the peer's script"),
+    (["--device", "cpu", "--vary", "lr=0.1"], "--vary lr=0.1: expected OLD=>NEW"),
     (["--device", "cpu", "--work", str(ROOT / "kept")], "outside of the project"),
     (["--device", "cpu", "--no-compile", "--width", "100"], "--width 100 must be a multiple"),
 ])
