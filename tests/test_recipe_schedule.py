@@ -77,6 +77,14 @@ def test_narrow_heads_are_wide_ones_with_zeros(narrow, kind):
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
 
 
+def test_the_scale_of_narrow_heads_is_that_of_their_size():
+    """1.36 / sqrt(dimensions), as of wide ones."""
+    thin = random_model(tiny_settings(qk_dim=8, num_layers=2, attention="SS"))
+    same = random_model(tiny_settings(qk_dim=8, num_layers=2, attention="SS", attn_scale=1.36 / 8**0.5))
+    batch = random_batch(2, 16)
+    torch.testing.assert_close(losses(thin, batch), losses(same, batch))
+
+
 def test_long_layers_keep_wide_queries_and_keys():
     model = tg.GPT(tiny_settings(qk_dim=8), 50)  # L-S
     assert [block.attn is not None and block.attn.qk is not None for block in model.blocks] == [False, False, True]
