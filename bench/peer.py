@@ -51,7 +51,7 @@ CPU_SWAPS = {  # of the script of track 3
     'torch.device("cuda", int(os.environ["LOCAL_RANK"]))': 'torch.device("cpu")',
     "torch.cuda.set_device(device)": "pass", 'backend="nccl", device_id=device': 'backend="gloo"',
     "pin_memory=True": "pin_memory=False", 'device="cuda"': 'device="cpu"', ".cuda()": ".cpu()",
-    "torch.cuda.get_device_name(device)": '"a CPU"', "@torch.compile\n": "\n", "model.compile(dynamic=False)": "pass"}
+    "torch.cuda.get_device_name(device)": "device", "@torch.compile\n": "\n", "model.compile(dynamic=False)": "pass"}
 TRACK_RANKS = 8  # processes of the public track; on one GPU a script takes as many rows one after another
 EOT = 50256  # end of text, of GPT-2's tokens
 
@@ -132,7 +132,7 @@ def constant_number(source: str, name: str) -> int:
 def check_data(corpus: train_gpt.Corpus, steps: int, tokens: int, val_tokens: int, row: int) -> None:
     """Raises ValueError for shards that the peer could not read, or not as ours does, and would say so only minutes
     later: it passes over a validation shard that is smaller than 8 rows of `row` tokens."""
-    if corpus.meta["eot"] != EOT:
+    if corpus.meta["eot"] != EOT and corpus.meta.get("vocab_size", EOT + 1) > EOT:  # not for bytes
         raise ValueError(f"{corpus.folder}: end-of-text is token {corpus.meta['eot']}, the peer wants GPT-2's {EOT}")
     rows = TRACK_RANKS * row
     reads, held = math.ceil(val_tokens / rows) * rows, train_gpt.shard_length(corpus.val[0])

@@ -68,7 +68,7 @@ train_steps = 3250
 val_step_freq = 125 if train_steps < 9 else 25
 os.makedirs("logs")
 log = open("logs/first.txt", "w")
-print("=" * 100, torch.cuda.get_device_name(device), "=" * 100, sep="\\n", file=log)
+print("=" * 100, f"on {torch.cuda.get_device_name(device)}", "=" * 100, sep="\\n", file=log)
 for step in range(train_steps + 1):
     if step % val_step_freq == 0 or step == train_steps:
         print(f"step:{step}/{train_steps} val_loss:{100 * options['lr'] - step:.5f} train_time:{step / 10:.3f}s "
