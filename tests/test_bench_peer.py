@@ -332,7 +332,7 @@ def test_comparison_by_hand():
     (["--device", "cpu", "--set", "lr"], "--set lr: expected NAME=VALUE"),
     (["--device", "cpu", "--set", "unknown=3"], "assigns unknown 0 times"),
     (["--device", "cpu", "--swap", "no such text=>3"], "'no such text' is not in the peer's script"),
-    (["--device", "cpu", "--vary", "lr=0.1"], "--vary lr=0.1: expected OLD=>NEW"),
+    (["--device", "cpu", "--vary", "lr=0.1"], "--vary lr=0.1: expected NAME=>VALUE"),
     (["--device", "cpu", "--work", str(ROOT / "kept")], "outside of the project"),
     (["--device", "cpu", "--no-compile", "--width", "100"], "--width 100 must be a multiple"),
 ])
