@@ -6,7 +6,8 @@
 The text goes to stdout as it is made: its bytes as they are, but on a terminal without control characters. Notes and
 tokens/s go to stderr. The weights are the checkpoint's fp32 masters, the attention window is that of its validation.
 Keys and values of earlier tokens are cached, which changes no logit beyond rounding; `--no-cache` computes them anew
-for every token. Routers of a mixture of experts choose without noise, and drop nothing.
+for every token. Routers of a mixture of experts choose without noise, and drop nothing. A model that copies is sampled
+from the mixture of its head and its copies, never the head's class that stands for copying.
 """
 from __future__ import annotations
 
@@ -31,14 +32,15 @@ from types import ModuleType
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.common import MAX_VOCAB_SIZE, Tokenizer, load_tokenizer
-from train_gpt import checkpoints_in, misfit, out_of_memory, printable, read_state
+from train_gpt import IGNORE, checkpoints_in, copy_losses, misfit, norm, out_of_memory, printable, read_state
 
 MAX_PROMPT = 8192  # tokens: the mask of the pass over the prompt has this number squared of entries
 MAX_MASK = 32768  # tokens: the same for the masks that a decoder is made with
-MAX_TABLES = 2**26  # entries of the rotary tables: a million tokens, heads of 128 dimensions
+MAX_TABLES = 2**28  # entries of the rotary tables: a million tokens, heads of 128 dimensions
 NUMBERS = {  # flag: type, default, smallest and largest value, help
     "temperature": (float, 0.8, 0, 1000, "divides the logits: 0 greedy, 1 the model's own distribution"),
     "top-k": (int, 0, 0, 65536, "sample from the K likeliest tokens; 0: from all"),
@@ -129,10 +131,13 @@ def build_model(script: ModuleType, s, vocab_size: int, weights: dict, size: int
             shapes = script.GPT(s, vocab_size)
     finally:
         hook.remove()
-    more = ", ".join(map(str, weights.keys() - shapes.state_dict().keys()))
-    if wrong := misfit(weights, shapes.state_dict(), "state.pt") or more and f"state.pt has more: {more:.80}":
+    like = shapes.state_dict()
+    if getattr(weights.get(table := "ngrams.table"), "dtype", None) == torch.bfloat16 and table in like:
+        like[table] = like[table].bfloat16()  # it is stored as it was trained
+    more = ", ".join(map(str, weights.keys() - like.keys()))
+    if wrong := misfit(weights, like, "state.pt") or more and f"state.pt has more: {more:.80}":
         raise ValueError(wrong)
-    if 4 * sum(p.numel() for p in shapes.parameters()) > size:
+    if sum(x.numel() * x.element_size() for x in weights.values()) > size:
         raise ValueError("state.pt is smaller than the weights that it says to hold")
     if sum(buffer.numel() for buffer in shapes.buffers()) > MAX_TABLES:
         raise ValueError("its settings ask for rotary tables that no text needs")
@@ -183,43 +188,76 @@ def load_model(script: ModuleType, path: Path, meta: dict, longest: int) -> tupl
     return model, window
 
 
-@torch.no_grad()
 def try_out(model: nn.Module, window: int):
     """Raises what the model raises for a text of one token, or ValueError if its logits are not finite."""
-    token, long_window = torch.zeros(1, 1, dtype=torch.int32), torch.tensor(window, dtype=torch.int32)
-    if window < 1 or not model.head(model.trunk(token, token, long_window)).isfinite().all():
+    if window < 1 or not Decoder(model, window, longest=1, cached=False)([0]).isfinite().all():
         raise ValueError(f"with its window of {window} tokens a logit is not finite")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model -> logits
+# Model -> losses of known tokens
+
+
+@torch.no_grad()
+def target_losses(model: nn.Module, batch_3BT: Tensor, window: int, at_a_time: int) -> Tensor:
+    """Losses of the targets that are not IGNORE, in order, (N,) fp32 in nats: as in training those of the mixture where
+    the model copies, with all columns of the head in the softmax, also those that pad the vocabulary.
+
+    batch: inputs, targets, document numbers, int32; the head runs on `at_a_time` positions at once."""
+    inputs_BT, targets_BT, docs_BT = batch_3BT
+    long_window = torch.tensor(window, dtype=torch.int32, device=inputs_BT.device)
+    x_BTD = model.trunk(inputs_BT, docs_BT, long_window)
+    chosen, losses = (targets_BT.flatten() != IGNORE).nonzero()[:, 0], []
+    copies = copied(model, x_BTD, inputs_BT, targets_BT, docs_BT)
+    of_chosen = (x.flatten(0, 1)[chosen] for x in (x_BTD, targets_BT.long(), *copies))
+    for x_ND, targets_N, *copies_N in zip(*(x.split(at_a_time) for x in of_chosen), strict=True):
+        logits_NV = model.head(x_ND).float()
+        loss_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
+        if copies_N:
+            gate_N = torch.full_like(targets_N, model.vocab_size)
+            loss_N = copy_losses(loss_N, F.cross_entropy(logits_NV, gate_N, reduction="none"), *copies_N)
+        losses.append(loss_N)
+    return torch.cat(losses)
+
+
+def copied(model: nn.Module, x_BTD: Tensor, inputs_BT, targets_BT, docs_BT) -> tuple[Tensor, ...]:
+    """What the model's pointer says of each target, as its losses take it; nothing without a pointer."""
+    pointer = getattr(model, "pointer", None)
+    return () if pointer is None else pointer(norm(x_BTD), inputs_BT, targets_BT, docs_BT)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model -> logits of the next token
 
 
 class Decoder:
     """Logits of the token after a text that grows: a prompt in one pass, then token by token.
 
     With the cache, the model's own trunk runs on the new tokens only, and what looks at other positions is replaced:
-    the rotary tables start at the first new token; the embedding and the key offset get what came before it, too; and
+    the rotary tables start at the first new token; embedding, n-grams and key offset get what came before it, too; and
     attention has keys and values of a layer from a ring of as many slots as its window. A key overwrites the one that
     leaves the window with it, so a new token sees all of the ring (its mask is 1 x 1 and true); in which order does not
-    matter, as keys are stored rotated.
+    matter, as keys are stored rotated. The pointer's keys are kept, too; a token costs a row of its attention.
     """
 
     def __init__(self, model: nn.Module, window: int, longest: int, cached: bool):
         self.model, self.cached, self.device = model, cached, model.cos.device
         self.window = torch.tensor(window, dtype=torch.int32, device=self.device)
-        self.cos, self.sin = model.cos, model.sin
+        self.cos, self.sin, self.pointer = model.cos, model.sin, getattr(model, "pointer", None)
+        if self.pointer is not None:
+            self.pointer_keys = torch.empty(longest, self.pointer.small.size(1), device=self.device)
         if cached:
             self.embedding, self.masks = model.embedding, model.masks
             docs = torch.zeros(1, min(window, longest), dtype=torch.int32, device=self.device)
             sizes = {kind: int(mask[0, 0, -1].sum()) for kind, mask in model.masks(docs, self.window).items()}
             model.embedding, model.masks = self.embed, self.see
+            if getattr(model, "ngrams", None) is not None:
+                model.ngrams.forward = partial(self.find, model.ngrams.forward)
             for block, layer in zip(model.blocks, model.layers, strict=True):
                 if (attn := block.attn) is not None:
                     slots = sizes[layer.attention] // (2 if attn.paired else 1)  # the mask of paired heads has two rows
-                    ring = torch.empty((2, 1, slots, attn.num_heads, attn.head_dim), device=self.device)
-                    attn.offset_keys = partial(self.offset, attn.offset_keys, torch.empty_like(ring[0, :, :1]))
-                    attn.project = partial(self.remember, attn.project, ring)
+                    attn.offset_keys = partial(self.offset, attn.offset_keys, kept := {})
+                    attn.project = partial(self.remember, attn.project, kept, slots)
         self.restart()
 
     def restart(self):
@@ -228,14 +266,37 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(self, new: list[int]) -> Tensor:
-        """Appends tokens (one, except to an empty text); logits of the token after them, (padded vocabulary,) fp32."""
+        """Appends tokens (one, except to an empty text); logits of the token after them, (padded vocabulary,) fp32. Of
+        a model that copies log-probabilities of all tokens, (vocabulary,)."""
         assert len(new) == 1 or not self.text.numel(), "a ring has room for one new key"
         self.start = self.text.size(1) if self.cached else 0
         self.text = torch.cat((self.text, torch.tensor([new], device=self.device)), dim=1)
         tokens = self.text[:, self.start:]
         self.model.cos, self.model.sin = self.cos[self.start:], self.sin[self.start:]
         x = self.model.trunk(tokens, torch.zeros_like(tokens), self.window)
-        return self.model.head(x[:, -1:])[0, -1].float()
+        logits = self.model.head(x[:, -1:])[0, -1].float()
+        return logits if self.pointer is None else self.mix(logits, *self.point(norm(x[0])))
+
+    def point(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """The pointer's attention for the next token, on each place of the text, (T,), and on the sink. `x`: the normed
+        stream of the new tokens."""
+        q_TK, k_TK = F.linear(x_TD, self.pointer.qk).float().chunk(2, dim=-1)
+        gain, sink = self.pointer.small.float()
+        end, block = self.text.size(1), sys.modules[type(self.model).__module__].POINTER_BLOCK
+        self.pointer_keys[self.start:end] = norm(k_TK)
+        first = max(0, ((end - 1) // block - 1) * block)
+        keys = torch.cat((self.pointer_keys[first:end - 1], sink[None]))
+        share = (keys @ (norm(q_TK[-1]) * gain) * sink.numel() ** -0.5).softmax(0)
+        return F.pad(share[:-1], (first, 1)), share[-1]
+
+    def mix(self, logits_V: Tensor, share_T: Tensor, nothing: Tensor) -> Tensor:
+        """Log-probabilities of the tokens, (vocabulary,): log of p (1 - alpha (1 - nothing)) + alpha copied, where p is
+        the head's without the gate, alpha that of the gate, and copied adds up the shares of places with a token."""
+        gate = self.model.vocab_size
+        alpha = logits_V.softmax(0)[gate]
+        head = logits_V.index_fill(0, torch.tensor(gate, device=self.device), -torch.inf).log_softmax(0)[:gate]
+        copied = torch.zeros_like(head).index_add_(0, self.text[0], share_T)
+        return torch.logaddexp(head + torch.log1p(-alpha * (1 - nothing)), (alpha * copied).log())
 
     def embed(self, inputs_BT: Tensor, follows_BT1: Tensor) -> Tensor:
         """Embeddings of the new tokens, (B, T, D), computed with two more before them: the one that is smeared over the
@@ -244,26 +305,34 @@ class Decoder:
         follows = torch.arange(tokens.size(1), device=self.device)[None, :, None] > 0
         return self.embedding(tokens, follows)[:, -inputs_BT.size(1):]
 
+    def find(self, ngrams: Callable, inputs_BT: Tensor, docs_BT: Tensor) -> Tensor:
+        """What the n-gram table has for the new tokens, (B, T, D), which depends on the two before them."""
+        tokens = self.text[:, max(0, self.start - 2):]
+        return ngrams(tokens, torch.zeros_like(tokens))[:, -inputs_BT.size(1):]
+
     def see(self, docs_BT: Tensor, window: Tensor) -> dict:
         """The model's masks for a prompt; a later token sees all that the rings hold."""
         everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         return {kind: everything for kind in "LSP"} if self.start else self.masks(docs_BT, window)
 
-    def offset(self, offset_keys: Callable, last: Tensor, k_BTHK: Tensor, follows_BT11: Tensor) -> Tensor:
-        """Attention.offset_keys, with the key of the token before the new ones in front, (1, 1, H, K), kept in `last`.
+    def offset(self, offset_keys: Callable, kept: dict[str, Tensor], k_BTHK: Tensor, follows_BT11: Tensor) -> Tensor:
+        """Attention.offset_keys, with the key of the token before the new ones in front, (1, 1, H, K), which is kept.
         """
-        k = torch.cat((last, k_BTHK), dim=1) if self.start else k_BTHK
-        last.copy_(k_BTHK[:, -1:])
+        k = torch.cat((kept["last"], k_BTHK), dim=1) if self.start else k_BTHK
+        kept["last"] = k_BTHK[:, -1:]
         follows = torch.arange(k.size(1), device=self.device)[None, :, None, None] > 0
         return offset_keys(k, follows)[:, -k_BTHK.size(1):]
 
-    def remember(self, project: Callable, ring: Tensor, x_BTD: Tensor, *rest):
-        """Attention.project, which stores k and v in the ring, (2, 1, slots, H, K); a later token gets all of it."""
+    def remember(self, project: Callable, kept: dict[str, Tensor], slots: int, x_BTD: Tensor, *rest):
+        """Attention.project, which stores k and v in rings, (1, slots, H, K) each; a later token gets all of them."""
         q, k, v, *own = project(x_BTD, *rest)
-        size, end = ring.size(2), self.start + x_BTD.size(1)
-        slots = torch.arange(max(self.start, end - size), end, device=self.device) % size
-        ring[:, :, slots] = torch.stack((k, v))[:, :, -size:]
-        return (q, *ring[:, :, :end], *own) if self.start else (q, k, v, *own)
+        end = self.start + x_BTD.size(1)
+        places = torch.arange(max(self.start, end - slots), end, device=self.device) % slots
+        if not self.start:
+            kept |= {name: x.new_empty(1, slots, *x.shape[2:]) for name, x in (("k", k), ("v", v))}
+        for name, x in (("k", k), ("v", v)):
+            kept[name][:, places] = x[:, -slots:]
+        return (q, kept["k"][:, :end], kept["v"][:, :end], *own) if self.start else (q, k, v, *own)
 
 
 def not_cacheable(script: ModuleType, model: nn.Module) -> str | None:

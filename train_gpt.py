@@ -84,7 +84,7 @@ class Hyperparameters:
     num_layers: int = 12  # transformer layers [>0]
     width: int = 768  # model_dim: size of the residual stream [>0]
     head_dim: int = 128  # size of a head; num_heads = width / head_dim [>0]
-    qk_dim: int = 0  # its queries' and keys', but in L layers (92); 0: head_dim [>=0]
+    qk_dim: int = 0  # of q and k, but in L layers (92); 0: head_dim [>=0]
     mlp_ratio: int = 4  # hidden size of the MLP / width [>0]
     attention: str = "auto"  # by layer: L long window, S short, P short, paired, - none
     paired: bool = True  # auto attention has P layers: queries see two heads' keys (58)
@@ -95,9 +95,9 @@ class Hyperparameters:
     skip: str = "single"  # from early to late layers (11, 45) [unet|single|none]
     backout: bool = True  # subtract a learned share of the stream after 2/3 (40)
     smear: bool = True  # embeddings take up the previous token's, gated (34)
-    ngram_rows: int = 0  # vectors of hashed token pairs and triples (62, 92); 0 off [>=0]
+    ngram_rows: int = 0  # hashed token pairs and triples (62, 92); 0 off [>=0]
     attn_gate: bool = True  # gate each head's output by 12 dimensions of the input (28)
-    pointer: int = 0  # size of queries and keys that copy from the document (379); 0 off [>=0]
+    pointer: int = 0  # size of q and k that copy from the document (379) [>=0]
     softcap: floats = (23.0, 5.0, 7.5)  # a*sigmoid((logit+b)/c) (54); 0,0,1 off [>=0]
     rope_base: float = 1024.0  # 1 / slowest rotary frequency, radians per token [>0]
     attn_scale: float = 0.0  # on q.k; 0: 1.36 / sqrt(head_dim), 0.12 at 128 (20) [>=0]
@@ -117,7 +117,7 @@ class Hyperparameters:
     candidates: ints = (0,)  # classes in the loss of a row; 0: all (92) [>=0; per stage]
     stage_lr: floats = (1.0,)  # factor on all learning rates [>0; per stage]
     candidate_rows: int = 1  # rows of a step that share their candidates [>0]
-    ngram_every: int = 1  # steps whose gradients make one update of n-grams [>0; with ngram_rows]
+    ngram_every: int = 1  # steps of an update of n-grams [>0; with ngram_rows]
     window_start: int = 128  # long window at step 0, tokens, grows; 0: no growth [>=0]
     window_step: int = 128  # windows are rounded up to a multiple of this, tokens [>0]
     # --- optimizer
@@ -139,11 +139,11 @@ class Hyperparameters:
     schedule: str = "linear"  # shape of the cool-down: linear, or 1 - sqrt [linear|wsd]
     warmup_steps: int = 0  # steps over which the learning rates rise [>=0]
     cooldown: float = 0.45  # last fraction of the iterations, in which they fall [0..1]
-    cooldown_others: float = 0.0  # of all but the hidden matrices; 0: the same [0..1]
-    extension: int = 0  # last steps, after the cool-down, at the lowest rate (92) [>=0]
+    cooldown_others: float = 0.0  # of all but hidden matrices; 0: the same [0..1]
+    extension: float = 0.0  # last fraction, at the lowest rate (92) [0..1]
     lr_floor: float = 0.1  # learning rate at the end / its peak [0..1]
-    tail: float = 0.0  # share of the last weights' average in the final ones (92); 0 off [0..1]
-    tail_steps: int = 128  # its time constant; it covers the last two of them [>0; with tail]
+    tail: float = 0.0  # share of the last weights' average in the end (92) [0..1]
+    tail_steps: int = 128  # its time constant; it takes two [>0; with tail]
 
     @property
     def num_heads(self) -> int:
@@ -180,23 +180,31 @@ PRESETS: dict[str, dict] = {
     ),
     # the GPT-2-small shape on one 16 GB card; 24 GB and more: --micro-tokens 16384
     "gpu": dict(
-        iterations=4000, batch_tokens=(65536,), seq_len=(8192,), max_doc_len=(2048,),
-        window=(1024,), window_start=256, micro_tokens=8192, muon_lr=0.025, adam_lr=0.004,
-        eval_every=250, eval_tokens=262144, save_every=500,
+        iterations=3000, stage_ends=(0.93, 1.0), batch_tokens=(65536,), seq_len=(8192,),
+        max_doc_len=(2048,), window=(1024,), window_start=256, micro_tokens=8192, muon_lr=0.025,
+        adam_lr=0.004, candidates=(6144, 0), ngram_rows=2**20, pointer=128, tail=0.5, tail_steps=150,
+        lr_floor=0.2, eval_every=250, eval_tokens=262144, save_every=500,
     ),
-    # the 8xH100 track, 3.28 on FineWeb: stages of record 89, more steps, as it has more techniques
+    # the 8xH100 track, 3.28 on FineWeb: stages of record 92, the last two its taper and extension
     "speedrun": dict(
-        data="fineweb10B", shuffle=False, iterations=1800, stage_ends=(1 / 3, 2 / 3, 1.0),
-        batch_tokens=(131072, 262144, 393216), seq_len=(16384, 32768, 49152),
-        max_doc_len=(896, 2048, 2048), window=(384, 896, 1408), stage_lr=(1.0, 1.52, 1.73),
-        mtp=(2, 1, 0), muon_lr=0.023, adam_weight_decay=0.005, cooldown=0.6, lr_floor=0.15,
-        target_loss=3.28, save_last=False,
+        data="fineweb10B", shuffle=False, iterations=1194,
+        stage_ends=tuple(end / 1194 for end in (320, 681, 965, 1107, 1174, 1194)),
+        batch_tokens=(131072, 262144, 393216, 393216, 327680, 131072),
+        seq_len=(16384, 32768, 49152, 49152, 40960, 16384),
+        max_doc_len=(896, 2048, 3072, 3072, 3072, 3072), window=(384, 896, 1408, 1408, 1408, 1664),
+        stage_lr=(1.0, 1.52, 1.73, 1.73, 1.58, 1.73), mtp=(2, 1, 0, 0, 0, 0),
+        candidates=(10240, 10240, 14336, 16384, 0, 0), ngram_rows=84602880, ngram_every=2,
+        pointer=128, qk_dim=64, muon_lr=0.023, adam_weight_decay=0.005, cooldown=0.8, lr_floor=0.17,
+        extension=20 / 1194, tail=0.5, target_loss=3.28, save_last=False,
     ),
-    # the GPT-2-medium track: 2.92 on FineWeb
+    # the GPT-2-medium track: 2.92 on FineWeb; stages and techniques of speedrun, untried
     "medium": dict(
-        data="fineweb10B", shuffle=False, num_layers=16, width=1024, iterations=5960,
-        batch_tokens=(524288,), seq_len=(65536,), window=(3456,), muon_lr=0.025, adam_lr=0.004,
-        cooldown=0.7, target_loss=2.92, micro_tokens=65536,
+        data="fineweb10B", shuffle=False, num_layers=16, width=1024, iterations=4200,
+        stage_ends=(0.27, 0.57, 0.93, 1.0), batch_tokens=(262144, 524288, 524288, 524288),
+        seq_len=(32768, 65536, 65536, 65536), window=(896, 2048, 3456, 3456),
+        candidates=(10240, 16384, 24576, 0), ngram_rows=21150720, ngram_every=2, pointer=128,
+        qk_dim=64, muon_lr=0.025, adam_lr=0.004, cooldown=0.7, lr_floor=0.17, tail=0.5,
+        tail_steps=400, target_loss=2.92, micro_tokens=65536,
     ),
 }
 
@@ -250,16 +258,15 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
     if len(s.softcap) != 3 or not s.softcap[2] or (not s.softcap[0] and s.softcap != (0, 0, 1)):
         bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
     if s.qk_dim and (s.qk_dim % 4 or not s.head_dim / 2 <= s.qk_dim <= s.head_dim):
-        bad.append(f"--qk_dim {s.qk_dim}: a multiple of 4 from half of --head_dim {s.head_dim} up to it, or 0")
+        bad.append(f"--qk_dim {s.qk_dim}: a multiple of 4, at least half of --head_dim {s.head_dim}")
     if s.ngram_rows and (s.ngram_rows < 4 or s.ngram_rows % math.lcm(2, world_size)):
-        bad.append(f"--ngram_rows {s.ngram_rows}: at least 4, a multiple of 2 and of the {world_size} processes, or 0")
+        bad.append(f"--ngram_rows {s.ngram_rows}: from 4 on, a multiple of 2 and of {world_size} processes")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
     if "mlp" in s.kernels and s.width % 8:
         bad.append(f"--width {s.width} must be a multiple of 8 for --kernels mlp (rows of 16 bytes)")
-    for name in ("warmup_steps", "extension"):
-        if getattr(s, name) >= s.iterations:
-            bad.append(f"--{name} {getattr(s, name)} must be less than --iterations {s.iterations}")
+    if s.warmup_steps >= s.iterations:
+        bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
     least, memory = least_memory(s, world_size) / 2**30, hardware.memory_gib
     if least > memory:
         bad.append(f"this needs more than {least:,.0f} GiB, {hardware.name} has {memory:.1f}: lower --width, "
@@ -403,7 +410,7 @@ GATE_DIM = 12  # dimensions of the residual stream that gates read (28)
 HEAD_MULTIPLE = 128  # the vocabulary is padded to a multiple of this
 IGNORE = -1  # target that has no loss
 POINTER_BLOCK = 2048  # positions; copies come from the own block and the one before
-NGRAM_FACTORS = 2654435761, 2246822519, 3266489917  # primes, of a token and of the two before it
+NGRAM_FACTORS = 2654435761, 2246822519, 3266489917  # of a token and those before
 NGRAM_SIGNS = 8192  # different vectors of signs
 PERMUTATION = 20011  # label * this, modulo the vocabulary, is a permutation: a prime
 # Learned scalars of a layer and their initial values: weights of the residual stream, the embedding (at every layer),
@@ -472,7 +479,7 @@ def uniform_matrix(*shape: int) -> Tensor:
 
 class Attention(nn.Module):
     """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate. Matrices of one
-    shape are one parameter, so that they can be batched; that of the output is transposed and starts at zero."""
+    shape are one parameter, for batching; that of the output is transposed and starts at zero."""
     def __init__(self, s: Settings, kind: str):
         super().__init__()
         self.num_heads, self.head_dim = s.num_heads, s.head_dim
@@ -576,7 +583,8 @@ class GPT(nn.Module):
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
         # number of the first row (candidate_turn); values that FP8 clipped; targets without a loss
         turn, saturated, left_out = torch.zeros(3, dtype=torch.int64)
-        for name, buffer in dict(cos=cos, sin=sin, turn=turn, saturated=saturated, left_out=left_out).items():
+        buffers = dict(cos=cos, sin=sin, turn=turn, saturated=saturated, left_out=left_out)
+        for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
 
     def forward(self, inputs_BT, targets_KBT, docs_BT, window: Tensor) -> Tensor:
@@ -646,8 +654,8 @@ class GPT(nn.Module):
             classes, place = candidate_set(targets, turn, self.candidates, self.vocab_size, copies is not None)
             among = place[targets.clamp_min(0)].where(targets != IGNORE, IGNORE)
             self.left_out += ((among == IGNORE) & (targets != IGNORE)).sum()
-            weight_VD = F.embedding(classes, self.lm_head)
-            losses.append(self.class_losses(x_BTD[part], among, weight_VD, place[-1], some))
+            weight = F.embedding(classes, self.lm_head)
+            losses.append(self.class_losses(x_BTD[part], among, weight, place[-1], some))
         return sum(losses)
 
     def class_losses(self, x_BTD, targets_KBT, weight_VD, gate, copies) -> Tensor:
@@ -668,8 +676,8 @@ class GPT(nn.Module):
         return torch.stack([loss_N.sum() for loss_N in (mixed_N, *losses[1:-1])])
 
 class Pointer(nn.Module):
-    """Attention whose values are tokens: where in the document what comes next was seen before (379; Merity et al.
-    2016, arXiv 1609.07843). A query sees earlier positions of its block and the one before, and a sink: no copy."""
+    """Attention that copies what came next before (379; Merity et al. 2016, arXiv 1609.07843). A query sees earlier
+    positions of its block and the one before, and a sink: no copy."""
     def __init__(self, width: int, size: int):
         super().__init__()
         self.qk = nn.Parameter(uniform_matrix(2 * size, width))
@@ -698,11 +706,11 @@ def copy_losses(loss_N, gate_N, copied_N, nothing_N) -> Tensor:
     return -torch.log(model * (1 + alpha * nothing_N / (1 - alpha)) + alpha * copied_N)
 
 class Ngrams(nn.Module):
-    """Vectors of hashed pairs and triples of tokens, half of the rows each (62, 92), which each layer adds to the
-    stream with a learned weight. In training a process owns a share of the rows and serves it to all."""
+    """Vectors of hashed pairs and triples of tokens, half of the rows each (62, 92), which each layer adds, weighted.
+    In training a process owns a share of the rows and serves it to all."""
     def __init__(self, s: Settings, world: World):
         super().__init__()
-        self.world, self.half, self.take = world, s.ngram_rows // 2, None
+        self.world, self.half, self.state = world, s.ngram_rows // 2, {}
         self.table = nn.Parameter(torch.zeros(s.ngram_rows // world.size, s.width, dtype=s.torch_dtype))
         self.weight = nn.Parameter(torch.full((s.num_layers,), 0.05))
         signs = torch.randint(2, (NGRAM_SIGNS, s.width), generator=torch.Generator().manual_seed(0))
@@ -724,22 +732,22 @@ class Ngrams(nn.Module):
 
         def hand_over(leaf: Tensor):
             grads = gathered(world, leaf.grad.flatten(0, 1))[token] * self.signs[kind]
-            self.take(row, grads.float())
+            new = torch.sparse_coo_tensor(row[None], grads.float(), self.table.shape, check_invariants=False)
+            self.state["sums"] = (self.state["sums"] + new if "sums" in self.state else new).coalesce()
 
-        if self.take:
-            found.requires_grad_().register_post_accumulate_grad_hook(hand_over)
+        found.requires_grad_().register_post_accumulate_grad_hook(hand_over)
         return found
 
 def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
-    """Rows of the pair and of the triple that end at each token, (2, B * T), the last one of a half where the document
-    begins too late; and which signs they have, so that what shares a row mostly differs in them."""
+    """Rows of the pair and of the triple that end at each token, (2, B * T), the last of a half if the document begins
+    too late; and which signs they have: what shares a row mostly differs in them."""
     rows, kinds, inputs_BT = [], [], inputs_BT.long()
     hashed = inputs_BT * NGRAM_FACTORS[0]
     for n in (1, 2):
-        hashed = hashed ^ F.pad(inputs_BT[:, :-n], (n, 0)) * NGRAM_FACTORS[n]
-        inside = F.pad(docs_BT[:, n:] == docs_BT[:, :-n], (n, 0))
+        hashed = hashed ^ F.pad(inputs_BT, (n, 0))[:, :-n] * NGRAM_FACTORS[n]
+        inside = F.pad(docs_BT, (n, 0), value=-1)[:, :-n] == docs_BT  # also in a row of one token
         rows.append((hashed % (half - 1)).where(inside, half - 1) + (n - 1) * half)
-        kinds.append(((hashed >> 20) % NGRAM_SIGNS).where(inside, 0))  # the lowest bits know little
+        kinds.append(((hashed >> 20) % NGRAM_SIGNS).where(inside, 0))
     return torch.stack(rows).flatten(1), torch.stack(kinds).flatten(1)
 
 def gathered(world: World, x: Tensor) -> Tensor:
@@ -750,12 +758,12 @@ def gathered(world: World, x: Tensor) -> Tensor:
     dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
 
-def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple[Tensor, Tensor]:
+def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple:
     """The classes of a sampled softmax (92), in order: the targets, the gate, and as many others as are missing, by a
-    fixed permutation from `turn` on; and the place of each class among them, IGNORE for those left out. The loss is
-    that of fewer classes, without a correction: below the full one by -log of their probability."""
+    fixed permutation from `turn` on; and the place of each class, IGNORE if left out. The loss is not corrected: it is
+    below the full one by -log of the classes' probability."""
     label = torch.arange(vocab_size + gate, device=targets.device)
-    rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -1)
+    rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
     rank = rank.index_fill(0, targets.flatten().clamp_min(0), -1)
     classes = rank.argsort(stable=True)[:count].sort().values
     place = torch.full_like(label, IGNORE).scatter(0, classes, label[:count])
@@ -796,7 +804,7 @@ def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
         share = 1.0 if layer.attention == "L" or not s.qk_dim else (1 + s.qk_dim / s.head_dim) / 2
         share *= 2 if layer.attention == "P" else 1
         keys += (window - window * (window - 1) / (2 * length)) * share
-    left_out = max(0, counts["head"] - (stage.candidates or math.inf) * s.width)
+    left_out = max(0, counts["head"] - stage.candidates * s.width) if stage.candidates else 0
     pointer = 6.0 * s.pointer * min(length, 3 * POINTER_BLOCK) / 2
     return 6.0 * (counts["matmul"] - left_out) + 12.0 * s.width * keys + pointer
 
@@ -863,7 +871,7 @@ def parameter_table(s: Settings) -> list[Rule]:
     small = (0.9, 0.99), 0.0, "replicated"
     return [
         Rule(r"blocks\.\d+\.attn\.qk(vo)?", kind, lr, *matrix, (width, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps, tail=0.5),  # a later branch of 92
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps, tail=0.5),
         Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps, tail=0.5),
         Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
         Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, *table),
@@ -1149,27 +1157,23 @@ class NgramBank:
     """The rows of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
     came are touched (92): those of `ngram_every` steps at once, in an event."""
     def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
-        self.s, self.rule, self.world, self.table = s, rule, world, ngrams.table.data
-        ngrams.take = self.take
+        self.s, self.rule, self.world, self.state = s, rule, world, ngrams.state
+        self.table = ngrams.table.data
         self.reset()
 
     def reset(self):
-        """As before the first step, with the rows at hand. event: number of a row's last one; sums: of gradients."""
+        """As before the first step, with the rows at hand. event: number of a row's last one."""
         square, event = torch.zeros(2, len(self.table), device=self.s.device)
-        self.state = {"master": self.table, "square": square, "event": event}
-        self.take(event[:0].long(), self.table[:0].float())
-
-    def take(self, rows: Tensor, grads: Tensor):
-        """Adds gradients of rows, which may repeat, to those that the next event counts."""
-        new = torch.sparse_coo_tensor(rows[None], grads, self.table.shape, check_invariants=False)
-        self.state["sums"] = (new + self.state["sums"] if "sums" in self.state else new).coalesce()
+        self.state.clear()
+        self.state |= {"master": self.table, "square": square, "event": event}
 
     def step(self, scale: float, step: int):
         """The event of a cycle's end: v <- beta2 v for those that a row missed, and + (1 - beta2) mean(g^2)."""
         if step % self.s.ngram_every:
             return
         state, beta2, event = self.state, self.rule.betas[1], step // self.s.ngram_every
-        rows, grads = state["sums"].indices()[0], state["sums"].values()
+        sums = state.pop("sums")
+        rows, grads = sums.indices()[0], sums.values()
         square = state["square"][rows] * beta2**(event - 1 - state["event"][rows])
         square.lerp_(grads.square().mean(dim=1), 1 - beta2)
         state["square"][rows], state["event"][rows] = square, float(event)
@@ -1177,13 +1181,12 @@ class NgramBank:
         vectors, lr, decay = self.table[rows].float(), self.rule.lr * scale, self.rule.weight_decay * scale
         apply_update(vectors, grads / root[:, None], lr, decay, self.s.cautious)
         self.table[rows] = vectors.type_as(self.table)
-        state["sums"] = torch.zeros_like(state["sums"])
 
     def full(self, key: str) -> dict[str, Tensor]:
         """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
         parts = []
         for owner in range(self.world.size):
-            part = [self.state[key].cpu()]
+            part = [self.state[key].cpu().float()]
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
             parts += part * (self.world.rank == 0)
@@ -1194,11 +1197,12 @@ class NgramBank:
         def share(key: str, owner: int) -> Tensor:
             return saved[key]["ngrams.table"].narrow_copy(0, owner * len(self.table), len(self.table))
 
-        for key, own in self.state.items():
+        self.reset()
+        for key in on_rank_zero(self.world, lambda: [k for k in saved if "ngrams.table" in saved[k]]):
             for owner in range(self.world.size):
-                part = on_rank_zero(self.world, share, key, owner)
+                own = on_rank_zero(self.world, share, key, owner)
                 if owner == self.world.rank:
-                    own.copy_(part)
+                    self.state[key] = self.table.copy_(own) if key == "master" else own.to(self.s.device)
 
 class MuonAdamW:
     """The optimizer of a model: hooks that reduce gradients during backward, and the step."""
@@ -1304,7 +1308,7 @@ def compiled_graphs() -> int:
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
 def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float = 0.0) -> float:
     """Factor on rates: warm-up, cool-down to lr_floor (wsd: arXiv 2405.18392) before the extension; the stage's."""
-    end = s.iterations - s.extension
+    end = (1 - s.extension) * s.iterations
     left = min(1.0, max(0, end - step) / max(1, (cooldown or s.cooldown) * end))
     left = 1 - math.sqrt(1 - left) if s.schedule == "wsd" else left
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
@@ -1485,7 +1489,7 @@ def train(run: Run):
                 step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
                 batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
             if model.left_out:  # 0, unless a set was too small
-                run.log.print(f"{int(model.left_out)} targets found no place among the candidates: raise --candidates")
+                run.log.print(f"{int(model.left_out)} targets were no candidates: raise --candidates")
         if save or run.over:  # first: what follows may fail
             run.save(step, optimizer)
         if run.validation_due(step):

@@ -14,7 +14,7 @@ many at the same time as the GPU has memory for:
                 uneven loads and idle experts; and whether they give the same bits twice.
   resume        a run that goes on from a checkpoint: the same losses, bit by bit?
   steps         ms/step, tokens/s, MFU, peak memory: `speedrun` and `medium` with 1/8 of their batch, one GPU's share of
-                eight, stage by stage, and `gpu` with all of it, because it is meant for one card.
+                eight, each stage by itself, and `gpu` with all of it, because it is meant for one card.
   moe_steps     the mixtures at `speedrun` size, last stage, 1/8 of its batch, beside the dense control, in turn.
   ablate        the last stage of `speedrun` with each fast part switched off (or on) in turn, in alternating blocks;
                 seven programs to compile, so only if --parts names it.
@@ -385,7 +385,7 @@ class Timed:
         torch.set_num_threads(s.threads or torch.get_num_threads())
         began = time.perf_counter()
         self.script, self.s, self.stages, self.corpus = script, s, script.stage_table(s), script.open_corpus(s.data)
-        self.model = script.GPT(s, self.corpus.meta["vocab_size"]).to(s.device)
+        self.model = script.GPT(s, self.corpus.meta["vocab_size"], script.World()).to(s.device)
         self.counts = script.parameter_counts(self.model)
         self.optimizer = script.MuonAdamW(self.model, s, script.World())
         script.compile_model(self.model, s)
@@ -416,12 +416,15 @@ class Timed:
         stage = script.stage_at(stages, step)
         micro_steps, _ = self.loader.next(step)
         self.window.fill_(script.window_at(s, stages, step))
+        self.model.candidates = stage.candidates
         weights = [w / stage.batch_tokens for w in script.future_weights(stages, step)]
         for i, batch in enumerate(micro_steps):
             self.optimizer.last_micro_step = i == len(micro_steps) - 1
+            self.model.turn.fill_(script.candidate_turn(s, stage, script.World(), step, i))
             loss = common.micro_step(script, self.model, self.optimizer, batch, self.window, weights, (step, i))
             self.loss += loss / stage.batch_tokens
-        self.optimizer.step(script.lr_scale(s, stages, step), script.momentum_at(s, step))
+        scale, others = (script.lr_scale(s, stages, step, x) for x in (s.cooldown, s.cooldown_others or s.cooldown))
+        self.optimizer.step(scale, script.momentum_at(s, step), others)
 
     def block(self, steps: int) -> float:
         """ms per step of the next steps."""
@@ -451,25 +454,41 @@ def measure_stage(b: Bench, t: Timed, stage) -> dict:
     shape = {"start_step": stage.start, "end_step": stage.end} | {n: getattr(stage, n) for n in stage._fields[2:]}
     return {**shape, **timed, **rates(t, stage, timed["end"]["ms"]), "memory_mib": memory, "reserved_mib": reserved}
 
-def measure_preset(b: Bench, preset: str, share: int) -> dict:
-    t = Timed(train_gpt, flags_of(b, preset, timing_data(b), share))
-    result = {"share": share, "first_step_s": t.first_step_s, "data": t.corpus.folder.name}
-    result["lines"] = {f"stage {i}": measure_stage(b, t, stage) for i, stage in enumerate(t.stages, 1)}
+def measure_program(b: Bench, flags: list[str]) -> dict:
+    """Times of one stage, by itself."""
+    t = Timed(train_gpt, flags)
+    found = measure_stage(b, t, t.stages[0])
     t.close()
     t.check()
-    return result
+    return found | {"first_step_s": t.first_step_s, "data": t.corpus.folder.name}
+
+def stage_flags(b: Bench, preset: str, number: int | None = None) -> list[str]:
+    """Flags of one stage of a preset alone, counted from 1, with one GPU's share of the batch; without a number, of the
+    stage with the most tokens."""
+    flags = flags_of(b, preset, timing_data(b), 1 if preset == "gpu" else SHARE)
+    s = train_gpt.parse_settings(flags, 1)[0]
+    stages = train_gpt.stage_table(s)
+    most = max(stages, key=lambda stage: stage.batch_tokens * (stage.end - stage.start))
+    i = stages.index(most) if number is None else number - 1
+    for name in train_gpt.staged_settings():
+        values = getattr(s, name)
+        flags += [f"--{name.replace('_', '-')}", str(values[min(i, len(values) - 1)])]
+    window = 0 if number is None else stages[i].window_start  # 0: at its full window from the start
+    steps = stages[i].end - stages[i].start
+    flags += ["--stage-ends", "1.0", "--iterations", str(steps), "--window-start", str(window)]
+    return [*flags, "--extension", "0", "--kernels", s.kernels, "--fp8-head", s.fp8_head]
+
+def programs() -> dict[str, tuple]:
+    """What is compiled and timed: a script, and its flags given a Bench."""
+    presets = "speedrun", "gpu", "medium"
+    stages = {preset: len(train_gpt.PRESETS[preset].get("stage_ends", (1.0,))) for preset in presets}
+    timed = {f"{preset}_{i}": (train_gpt, functools.partial(stage_flags, preset=preset, number=i))
+             for preset, count in stages.items() for i in range(1, count + 1)}
+    return timed | {kind: (train_moe, functools.partial(moe_flags, kind=kind)) for kind in ("dense", *KINDS)}
 
 def steps(b: Bench) -> Rows:
-    return {"speedrun": lambda: measure_preset(b, "speedrun", SHARE), "gpu": lambda: measure_preset(b, "gpu", 1),
-            "medium": lambda: measure_preset(b, "medium", SHARE)}
-
-def last_stage(b: Bench) -> list[str]:
-    """Flags of the speedrun's last stage alone, at its full window."""
-    flags = flags_of(b, "speedrun", timing_data(b))
-    s = train_gpt.parse_settings(flags, 1)[0]
-    for name in train_gpt.staged_settings():
-        flags += [f"--{name.replace('_', '-')}", str(getattr(s, name)[-1])]
-    return [*flags, "--stage-ends", "1.0", "--window-start", "0", "--kernels", s.kernels, "--fp8-head", s.fp8_head]
+    return {name: lambda flags=flags: measure_program(b, flags(b)) for name, (script, flags) in programs().items()
+            if script is train_gpt}
 
 def ready(b: Bench, flags: list[str]) -> tuple[Timed, int]:
     """A trainer that has compiled, and the MiB that a step of its own takes at most beside what was there before."""
@@ -482,18 +501,17 @@ def ready(b: Bench, flags: list[str]) -> tuple[Timed, int]:
     return t, train_gpt.peak_memory_mib(b.device)[0] - held
 
 def moe_flags(b: Bench, kind: str, impl: str = "grouped") -> list[str]:
-    if kind == "dense":
-        return ["--num-experts", "0"]
+    """Flags of train_moe.py for a mixture, or the dense control, in the stage with the most tokens."""
     small = ["--moe-layers", "DMM"] if b.tiny else []
-    return ["--preset", f"{kind}-speedrun", "--moe-impl", impl, *small]
+    mixture = ["--preset", f"{kind}-speedrun", "--moe-impl", impl, *small]
+    return [*stage_flags(b, "speedrun"), *(["--num-experts", "0"] if kind == "dense" else mixture)]
 
 def moe_steps(b: Bench) -> Rows:
     """Each kind of mixture beside the dense control, which is train_gpt.py's model."""
-    flags = last_stage(b)
-    dense = functools.cache(lambda: ready(b, [*flags, *moe_flags(b, "dense")]))
+    dense = functools.cache(lambda: ready(b, moe_flags(b, "dense")))
 
     def compare(kind: str, impl: str) -> dict:
-        both = dense(), ready(b, [*flags, *moe_flags(b, kind, impl)])
+        both = dense(), ready(b, moe_flags(b, kind, impl))
         timed = in_turn(b, *(t.block for t, _ in both))
         both[1][0].close()
         for t, _ in both:
@@ -541,31 +559,24 @@ def go_on(b: Bench) -> dict:
         result["run_to_run_difference"] = max(abs(again[key] - whole[key]) for key in whole)
     return result
 
-def compile_all(script, flags: list[str]) -> dict:
-    """Compiles what all stages of a run need, and leaves it in the compilers' caches."""
-    began, t = time.perf_counter(), Timed(script, flags)
-    for stage in t.stages:
-        t.at(stage.start).train(1)
+def compile_program(b: Bench, name: str) -> dict:
+    """Compiles what a timed program needs, and leaves it in the compilers' caches."""
+    script, flags = programs()[name]
+    t = Timed(script, flags(b))
     t.close()
     t.check()
-    return {"first_step_s": t.first_step_s, "all_s": time.perf_counter() - began, "graphs": train_gpt.compiled_graphs()}
+    return {"first_step_s": t.first_step_s, "graphs": train_gpt.compiled_graphs()}
 
 def compile_parts() -> dict[str, Callable[[Bench], Rows]]:
-    """A part for each program that a timed part runs."""
-    def preset(b: Bench, name: str) -> dict:
-        return compile_all(train_gpt, flags_of(b, name, timing_data(b), 1 if name == "gpu" else SHARE))
-
-    def mixture(b: Bench, kind: str) -> dict:
-        return compile_all(train_moe, [*last_stage(b), *moe_flags(b, kind)])
-    rows = {name: preset for name in ("medium", "gpu", "speedrun")} | {kind: mixture for kind in ("dense", *KINDS)}
-    return {f"compile_{name}": lambda b, row=row, name=name: {name: lambda: row(b, name)} for name, row in rows.items()}
+    """A part for each program, which a process of its own compiles."""
+    return {f"compile_{name}": lambda b, name=name: {name: lambda: compile_program(b, name)} for name in programs()}
 
 def resume(b: Bench) -> Rows:
     return {"from a checkpoint": lambda: go_on(b)}
 
 def ablate(b: Bench) -> Rows:
     """A variant beside the settings as they are, both in the last stage's shape, block by block in turn."""
-    flags = last_stage(b)
+    flags = stage_flags(b, "speedrun")
     base = functools.cache(lambda: Timed(train_gpt, flags))
 
     def compare(change: str) -> dict:
@@ -722,7 +733,7 @@ COLUMNS = {
                 "plain part's|rel_plain|.1e; allowed|tolerance|.1e; equal|ok|; twice the same|same_twice|",
     "moe_steps": "ms/step|ms|.2f; mixture / dense|ratio|.3f; min|ms_min|.2f; spread %|spread_percent|.1f; "
                  "tokens/s|tokens_per_s|,.0f; MFU|mfu|.1%; FLOPs/token|flops_per_token|.3g; peak MiB|memory_mib|,d",
-    "steps": "batch|share|1/{}; tokens/step|batch_tokens|,d; window at end|window|,d; "
+    "steps": "tokens/step|batch_tokens|,d; classes|candidates|; window at end|window|,d; "
              "ms/step, middle of stage|middle.ms|.2f; ms/step, end|end.ms|.2f; min|end.ms_min|.2f; "
              "spread %|end.spread_percent|.1f; tokens/s, end|tokens_per_s|,.0f; MFU, end|mfu|.1%; "
              "peak MiB|memory_mib|,d; reserved MiB|reserved_mib|,d; warm start, s|first_step_s|.1f",
@@ -732,8 +743,7 @@ COLUMNS = {
               "spread %|base.spread_percent|.1f",
 }
 COLUMNS["moe_equality"] = COLUMNS["equality"]
-COLUMNS |= dict.fromkeys(compile_parts(), "to the end of the first step, s|first_step_s|.1f; of all stages|all_s|.1f; "
-                                          "graphs|graphs|")
+COLUMNS |= dict.fromkeys(compile_parts(), "to the end of the first step, s|first_step_s|.1f; graphs|graphs|")
 
 def results(state: dict) -> dict[str, dict]:
     """The rows that ran."""

@@ -55,23 +55,21 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.common import GPT2_VOCAB, load_tokenizer, write_json  # noqa: E402
-from generate import Parser, guarded, import_script, load_model, named, note, say, use_newest  # noqa: E402
+from generate import Parser, guarded, import_script, load_model, named, note, say, target_losses, use_newest  # noqa: E402
 from generate import number as parse_number  # noqa: E402
-from train_gpt import checkpoints_in, misfit, out_of_memory, read_json, read_meta, sync  # noqa: E402
+from train_gpt import IGNORE, checkpoints_in, misfit, out_of_memory, read_json, read_meta, sync  # noqa: E402
 
 FILE = ROOT / "data" / "hellaswag" / "hellaswag_val.jsonl"
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"  # or HELLASWAG_URL
 NUM_TASKS = 10_042  # in that file
 TRIES = 3  # of a download
 CHOICES = 4  # endings of a task
-IGNORE = -1  # target that has no loss, as in the training scripts
 SCORES = "hellaswag.jsonl"  # in a run's folder
 POLL = 2.0  # seconds between two looks at a run that is followed
 TAIL = 1 << 16  # bytes at the end of a run's metrics in which the last record is looked for
@@ -309,30 +307,19 @@ def pack(tasks: list[Task], row_len: int, encode: Callable[[str], list[int]] | N
 # Rows -> score
 
 
-@torch.no_grad()
-def ending_losses(trunk: Callable, head: Callable, packed: Packed, window: int, rows: int, device: str,
+def ending_losses(model: nn.Module, packed: Packed, window: int, rows: int, device: str,
                   watch: Callable[[Iterable], Iterable] = iter) -> Tensor:
-    """Losses of all endings, summed over their tokens, (N, 4) fp64 in nats on the CPU.
-
-    trunk(inputs_BT, docs_BT, int32 0-D window) -> x_BTD; head(x_ND) -> logits. All of their columns are in the softmax,
-    those that pad the vocabulary, too, as in the training loss. Every batch has `rows` rows, the last one padded.
-    `watch` wraps the batches' starts, for a progress bar."""
-    at_a_time = HEAD_ROWS[torch.device(device).type]
-    long_window = torch.tensor(window, dtype=torch.int32, device=device)
+    """Losses of all endings, summed over their tokens, (N, 4) fp64 in nats on the CPU, as `target_losses` has them.
+    Every batch has `rows` rows, the last one padded. `watch` wraps the batches' starts, for a progress bar."""
     found, endings = [], []
     for start in watch(range(0, len(packed.rows), rows)):
         part = packed.rows[start:start + rows]
         batch = np.zeros((3, rows, packed.rows.shape[2]), dtype=np.int32)
         batch[1] = IGNORE
         batch[:, :len(part)] = part.swapaxes(0, 1)
-        places = np.flatnonzero(batch[1] != IGNORE)
-        endings.append(packed.ending_RT[start:start + rows].ravel()[places])
-        inputs, targets, docs = torch.from_numpy(batch).to(device)
-        chosen = torch.from_numpy(places).to(device)
-        x = trunk(inputs, docs, long_window).flatten(0, 1)[chosen]
-        targets = targets.flatten()[chosen].long()
-        for x_ND, t in zip(x.split(at_a_time), targets.split(at_a_time), strict=True):
-            found.append(F.cross_entropy(head(x_ND).float(), t, reduction="none"))
+        endings.append(packed.ending_RT[start:start + rows][part[:, 1] != IGNORE])
+        on_device = torch.from_numpy(batch).to(device)
+        found.append(target_losses(model, on_device, window, HEAD_ROWS[on_device.device.type]))
     losses = torch.cat(found).double().cpu().numpy()
     # added up one after the other: atomic additions on a GPU would not repeat to the bit
     sums = np.bincount(np.concatenate(endings), weights=losses, minlength=packed.tokens.size)
@@ -375,10 +362,12 @@ def score(losses_N4: Tensor, packed: Packed) -> Score:
 
 
 def cast(model: nn.Module, fp32: tuple[str, ...], device: str, dtype: torch.dtype) -> nn.Module:
-    """The model as in training: parameters in `dtype`, but those whose names end with one of `fp32`, and buffers, in
-    fp32."""
+    """The model as in training: parameters in `dtype`, but those whose names end with one of `fp32`, and buffers but
+    the n-grams' signs, in fp32."""
     for name, p in model.named_parameters():
         p.data = p.data.to(torch.float32 if name.split(".")[-1] in fp32 else dtype)
+    if getattr(model, "ngrams", None) is not None:
+        model.ngrams.to(dtype)
     return model.to(device)
 
 
@@ -402,7 +391,7 @@ def score_checkpoint(args, packed: Packed, path: Path, meta: dict) -> tuple[Scor
     note(f"{path}: {args.device}, {args.dtype}, window {window}, {len(packed.rows):,} rows of {args.row_len} tokens")
     began = time.perf_counter()
     rows, watch = min(args.rows, len(packed.rows)), partial(progress, count)
-    losses_N4 = ending_losses(model.trunk, model.head, packed, window, rows, args.device, watch=watch)
+    losses_N4 = ending_losses(model, packed, window, rows, args.device, watch=watch)
     result, seconds = score(losses_N4, packed), time.perf_counter() - began
     note(f"{seconds:.1f} s: {count / seconds:,.1f} tasks/s")
     return result, {"checkpoint": str(path), "step": meta["step"], "script": meta["script"], **result._asdict(),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import train_gpt
 from train_gpt import Hardware, Settings
@@ -165,3 +166,29 @@ def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tenso
     assert one.keys() == other.keys() and len(one) > 10
     differing = [name for name in one if not torch.equal(one[name], other[name])]
     assert not differing
+
+
+# --- what a model says of a text
+
+
+@torch.no_grad()
+def log_probabilities(model, tokens: list[int], window: int) -> torch.Tensor:
+    """Of all columns of the head after each token of a document, (T, padded vocabulary) fp64, by its plain formulas."""
+    inputs, long_window = torch.tensor([tokens]), torch.tensor(window, dtype=torch.int32)
+    x_BTD = model.trunk(inputs, torch.zeros_like(inputs), long_window)
+    p = model.head(x_BTD)[0].double().softmax(-1)
+    if model.pointer is None:
+        return p.log()
+    x, (gain, sink) = F.rms_norm(x_BTD[0], x_BTD.shape[-1:]), model.pointer.small
+    q, k = (F.rms_norm(z, z.shape[-1:]) for z in F.linear(x, model.pointer.qk).chunk(2, dim=-1))
+    mixed, block = [], sys.modules[type(model).__module__].POINTER_BLOCK
+    for t in range(len(tokens)):
+        first = max(0, (t // block - 1) * block)
+        scores = torch.cat((k[first:t], sink[None])) @ (q[t] * gain) / len(gain) ** 0.5
+        copied, share = torch.zeros_like(p[t]), scores.double().softmax(0)
+        for token, weight in zip(tokens[first:t], share[:-1], strict=True):
+            copied[token] += weight
+        alpha = p[t, model.vocab_size]
+        rest = p[t].index_fill(0, torch.tensor(model.vocab_size), 0.0)
+        mixed.append(rest / rest.sum() * (1 - alpha * (1 - share[-1])) + alpha * copied)
+    return torch.stack(mixed).log()

@@ -33,6 +33,9 @@ STAGES = ("--stage-ends 0.5,1 --mtp 2,0 --seq-len 128,256 --max-doc-len 64,0 --b
           "--window 128,256 --stage-lr 1,1.5 ")
 BIG = "--device cpu --no-compile --width 48 --head-dim 12 --micro-tokens 1024 --eval-tokens 4096 "
 ONE_STAGE = BIG + "--iterations 4 --batch-tokens 2048 --seq-len 512 --window 256 "
+OFF = "--stage-ends 1 --candidates 0 --ngram-rows 0 --pointer 0 --qk-dim 0 --tail 0 "
+RECIPE = ("--candidates 128,0 --stage-ends 0.5,1 --ngram-rows 1000 --ngram-every 3 --pointer 16 --qk-dim 12 "
+          "--tail 0.5 --tail-steps 2 --cooldown-others 0.3 --extension 0.1 ")
 MIXTURE = "--num-layers 3 " + SHORT
 
 CONFIGURATIONS = {  # name: script, flags, processes
@@ -55,10 +58,13 @@ CONFIGURATIONS = {  # name: script, flags, processes
     "clip": ("gpt", PLAIN + MUON + "--long-docs clip --no-shuffle --max-doc-len 100", 1),
     "micro": ("gpt", ALL + MUON + "--micro-tokens 512", 1),
     "sdpa": ("gpt", ALL + MUON + "--backend sdpa --target-loss 4.5", 1),
-    "gpu": ("gpt", "--preset gpu --num-layers 12 " + ONE_STAGE, 1),
-    "medium": ("gpt", "--preset medium " + ONE_STAGE, 1),
-    "speedrun": ("gpt", "--preset speedrun --num-layers 12 " + BIG + "--iterations 6 --batch-tokens 1024,2048,2048 "
-                        "--seq-len 512 --window 128,256,512 --save-last", 1),
+    "gpu": ("gpt", "--preset gpu --num-layers 12 " + ONE_STAGE + OFF + "--lr-floor 0.1", 1),
+    "medium": ("gpt", "--preset medium " + ONE_STAGE + OFF + "--lr-floor 0.1", 1),
+    "speedrun": ("gpt", "--preset speedrun --num-layers 12 " + BIG + "--iterations 24 --batch-tokens 1024,2048 "
+                        "--stage-ends 0.6,1 --seq-len 512 --max-doc-len 256 --window 128,256 --stage-lr 1,1.5 "
+                        "--mtp 2,0 --candidates 0 --ngram-rows 1000 --qk-dim 8 --tail-steps 4 --save-last", 1),
+    "recipe": ("gpt", ALL + MUON + RECIPE, 1),
+    "recipe_two_ranks": ("gpt", ALL + MUON + RECIPE, 2),
     "two_ranks": ("gpt", ALL + MUON, 2),
     "compiled": ("gpt", "--preset cpu --num-layers 2 --width 48 --head-dim 12 --iterations 6 --batch-tokens 1024 "
                         "--seq-len 256 --micro-tokens 1024 --eval-tokens 4096 --compile --momentum-warmup 2 "
@@ -74,6 +80,7 @@ CONFIGURATIONS = {  # name: script, flags, processes
                   + MIXTURE, 1),
     "moe_micro": ("moe", "--preset mixtral-cpu --moe-impl bmm "
                   + MIXTURE.replace("--micro-tokens 2048", "--micro-tokens 512") + MUON, 1),
+    "moe_recipe": ("moe", "--preset mixtral-cpu " + MIXTURE + MUON + RECIPE, 1),
     "moe_two_ranks": ("moe", "--preset mixtral-cpu " + MIXTURE + MUON, 2),
 }
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 import train_gpt as tg
 
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo"]  # which train_gpt.start_processes needs
 VOCAB, ROWS, SEQ_LEN = 100, 12, 16  # 12 rows: shared by 1, 2, 3, 4 ranks, and 6 or 2 micro-steps of one
 
 
@@ -117,7 +118,7 @@ def run_ranks(function, size: int, parent: Path, *arguments, timeout: float = 12
     folder = Path(tempfile.mkdtemp(dir=parent))
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(PRELOADED)
     processes = [context.Process(target=_rank_main, args=(function, rank, size, folder, arguments), daemon=True)
                  for rank in range(size)]
     for process in processes:

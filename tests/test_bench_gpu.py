@@ -40,7 +40,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     make_data(folder / "words", [documents(6000, 1)], [documents(2000, 9)])
     flags = ("--out", folder / "out", "--device", "cpu", "--tiny", "--data", folder / "words", "--cache",
-             folder / "cache")
+             folder / "cache", "--parts", ",".join(gpu.PARTS))
     return folder / "out", flags, command(*flags)
 
 
@@ -85,15 +85,20 @@ def bench_of(out, finished):
 
 def test_steps_are_measured_stage_by_stage(finished):
     rows = json.loads((finished[0] / "steps.json").read_text())["rows"]
-    stages = rows["speedrun"]["lines"]
-    assert [(s["start_step"], s["end_step"]) for s in stages.values()] == [(0, 20), (20, 40), (40, 60)]
-    assert [s["mtp"] for s in stages.values()] == list(train_gpt.PRESETS["speedrun"]["mtp"])
-    assert rows["speedrun"]["share"] == rows["medium"]["share"] == 8 and rows["gpu"]["share"] == 1
-    for stage in stages.values():
+    assert list(rows) == [name for name, (script, _) in gpu.programs().items() if script.__name__ == "train_gpt"]
+    stages = [row for name, row in rows.items() if name.startswith("speedrun")]
+    assert sum(s["end_step"] for s in stages) == 60 and {s["start_step"] for s in stages} == {0}
+    for stage in stages:
         assert stage["batch_tokens"] == 1024 // 8  # one GPU's share
         assert stage["middle"]["ms"] >= stage["middle"]["ms_min"] > 0
         assert stage["tokens_per_s"] == pytest.approx(1000 * 128 / stage["end"]["ms"])
         assert stage["mfu"] is None  # of a CPU the peak is not known
+
+
+def test_what_is_timed_is_compiled_before(finished):
+    for name in gpu.programs():
+        row = json.loads((finished[0] / f"compile_{name}.json").read_text())["rows"][name]
+        assert row["first_step_s"] > 0 and row["graphs"] >= 0
 
 
 def test_experts_are_checked(finished):
@@ -108,9 +113,8 @@ def test_experts_are_checked(finished):
 def test_mixtures_are_timed_beside_the_dense_control(finished):
     rows = json.loads((finished[0] / "moe_steps.json").read_text())["rows"]
     assert not any("skipped" in row for row in rows.values())
-    both = [(kind, impl) for impl in ("grouped", "bmm") for kind in gpu.KINDS]
-    for kind, impl in [*both, ("mixtral", "loop")]:
-        mixture, dense = rows[f"{kind}, {impl}"]["lines"].values()
+    for kind in gpu.KINDS:
+        mixture, dense = rows[kind]["lines"].values()
         assert mixture["ratio"] > 0 and "ratio" not in dense and mixture["memory_mib"] >= dense["memory_mib"] > 0
         for line in (mixture, dense):
             assert line["ms"] > 0 and line["tokens_per_s"] == pytest.approx(1000 * 128 / line["ms"])
@@ -153,8 +157,8 @@ def test_report_has_every_part_and_says_that_sizes_mean_nothing(finished):
     text = (finished[0] / "README.md").read_text()
     assert text.startswith("# bench/gpu.py: timings of this CPU, --tiny")
     assert [part for part in re.findall(r"^## (\w+): done", text, re.MULTILINE)] == list(gpu.PARTS)
-    assert "| speedrun, stage 3 | 1/8 | 128 |" in text
-    assert "| mixtral, loop, dense beside it |" in text
+    assert "| speedrun_3 | 128 |" in text
+    assert "| mixtral, dense beside it |" in text
     assert "- flex, paired heads: FlexAttention has no backward pass on a CPU" in text
 
 
@@ -324,7 +328,7 @@ def test_no_budget_no_part(bench, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--device", "cpu"], "--device cpu only tests this script: add --tiny"),
-    (["--device", "cpu", "--tiny", "--parts", "steps,stpes"], "--parts stpes: must be one or more of equality, moe_"),
+    (["--device", "cpu", "--tiny", "--parts", "steps,stpes"], "--parts stpes: must be one or more of compile_"),
     (["--device", "cpu", "--tiny", "--budget", "0"], "--budget 0: must be above 0 seconds"),
     (["--device", "cpu", "--tiny", "--data", "nowhere/at/all"], "no train shards in nowhere/at/all"),
 ])
@@ -397,8 +401,8 @@ def test_mixtures_of_full_size_suit_an_h100(tmp_path, monkeypatch):
         with pytest.raises(gpu.Skip):
             row()
     dense, *mixtures = seen  # one control for all rows of a process
-    assert dense.num_experts == 0 and [f"{s.preset}, {s.moe_impl}" for s in mixtures] == [
-        name.replace(",", "-speedrun,") for name in rows]
+    assert dense.num_experts == 0 and [s.preset for s in mixtures] == [f"{name}-speedrun" for name in rows]
+    assert {s.moe_impl for s in mixtures} == {"grouped"}
     for s in seen:
         (stage,) = train_moe.stage_table(s)
         assert stage.batch_tokens == stage.seq_len == 49152 and stage.window == stage.window_start

@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from helpers import log_probabilities
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,7 +86,9 @@ def error_of(capsys, *flags) -> str:
 VARIANTS = [
     {}, {"skip": "unet"}, {"skip": "none"}, {"smear": False}, {"attn_gate": False}, {"softcap": (0.0, 0.0, 1.0)},
     {"softcap": (30.0, 0.0, 7.5)}, {"key_offset": False}, {"attention": "LPPL"}, {"attention": "PPPP"}, {"xsa": False},
-    {"backout": False}, {"value_gate": False}, {"bigram": 50}, {"attention": "PP-L", "xsa": False, "bigram": 5},
+    {"backout": False}, {"value_gate": False}, {"ngram_rows": 50}, {"attention": "PP-L", "xsa": False, "ngram_rows": 6},
+    {"pointer": 8}, {"pointer": 4, "ngram_rows": 50, "attention": "LSPL"}, {"pointer": 8, "softcap": (0.0, 0.0, 1.0)},
+    {"qk_dim": 8, "attention": "LSPL"}, {"qk_dim": 12, "attention": "SPSL", "pointer": 8, "ngram_rows": 8},
     {"value_embeds": 0}, {"value_embeds": 2}, {"attention": "LS-L", "value_embeds": 2}, {"attention": "-S-S"},
     {"attention": "----"}, {"attention": "LLLL"}, {"num_layers": 1, "attention": "S", "value_embeds": 0},
     {"num_layers": 5, "attention": "LS-SL", "value_embeds": 2, "head_dim": 32, "mlp_ratio": 2},
@@ -98,15 +102,19 @@ def full_logits(model: GPT, tokens: list[int], window: int) -> torch.Tensor:
         return model.head(model.trunk(inputs, torch.zeros_like(inputs), torch.tensor(window, dtype=torch.int32)))[0]
 
 
+def text(length: int) -> list[int]:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(2)).tolist()
+
+
 def assert_same_logits(s: Settings, window: int, prompt: int, cached: bool = True, length: int = 45):
-    """Logits of every position from `prompt` on, against one full forward pass over the whole text."""
-    tokens = torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(2)).tolist()
-    expected = full_logits(random_model(s), tokens, window)
+    """Log-probabilities after every position from `prompt` on, against one full forward pass over the whole text."""
+    expected = log_probabilities(random_model(s), tokens := text(length), window)[prompt - 1:, :VOCAB].float()
     decoder = generate.Decoder(random_model(s), window, length, cached)
     for _ in range(2):  # the second text must not see the first
         decoder.restart()
-        found = [decoder(tokens[:prompt])] + [decoder([token]) for token in tokens[prompt:]]
-        torch.testing.assert_close(torch.stack(found), expected[prompt - 1:], atol=2e-4, rtol=1e-4)
+        found = torch.stack([decoder(tokens[:prompt])] + [decoder([token]) for token in tokens[prompt:]])
+        found = found if s.pointer else found.log_softmax(-1)[:, :VOCAB]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
@@ -124,16 +132,45 @@ def test_without_cache_logits_are_those_of_the_full_forward_pass():
     assert_same_logits(settings(), window=16, prompt=5, cached=False)
 
 
-@pytest.mark.parametrize("changes", [{"window": 45}, {"smear": False}, {"skip": "none"}, {"value_embeds": 0}], ids=str)
+@pytest.mark.parametrize("prompt, cached", [(1, True), (9, True), (27, True), (20, False)])
+def test_the_pointer_sees_its_block_and_the_one_before(monkeypatch, prompt, cached):
+    """With blocks of 8 tokens, against the model's own forward pass, too."""
+    monkeypatch.setattr(train_gpt, "POINTER_BLOCK", 8)
+    s = settings(pointer=8, ngram_rows=20)
+    assert_same_logits(s, 16, prompt, cached, length=27)
+    model, tokens = random_model(s), text(27)
+    batch = torch.tensor([[tokens[:-1]], [tokens[1:]], [[0] * 26]], dtype=torch.int32)
+    losses = generate.target_losses(model, batch, 16, 7)
+    expected = -log_probabilities(model, tokens[:-1], 16).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+    torch.testing.assert_close(losses, expected.float(), atol=1e-4, rtol=1e-4)
+    trained = model(batch[0], batch[1:2], batch[2], torch.tensor(16, dtype=torch.int32))
+    torch.testing.assert_close(losses.sum(), trained[0].detach())
+
+
+@pytest.mark.parametrize("changes", [{"window": 45}, {"smear": False}, {"skip": "none"}, {"value_embeds": 0},
+                                     {"ngram_rows": 0}, {"pointer": 0}], ids=str)
 def test_the_comparison_above_would_notice_a_part_left_out(changes):
-    tokens = list(range(45))
-    window = changes.get("window", 16)
-    s = settings() if "window" in changes else settings(**changes)
-    parts = random_model(settings()).state_dict()
+    tokens, window = list(range(40)) + [3, 1, 3, 2, 3], changes.get("window", 16)
+    full = settings(ngram_rows=50, pointer=8)
+    s = full if "window" in changes else dataclasses.replace(full, **changes)
+    parts = random_model(full).state_dict()
     other = GPT(s, VOCAB)
     other.load_state_dict({name: tensor for name, tensor in parts.items() if name in other.state_dict()})
-    difference = full_logits(random_model(settings()), tokens, 16) - full_logits(other, tokens, window)
-    assert difference[-1].abs().max() > 0.01
+    one, two = (log_probabilities(model, tokens, w) for model, w in [(random_model(full), 16), (other, window)])
+    assert (one - two)[-1, :VOCAB].abs().max() > 0.01
+
+
+def test_an_ngram_table_in_bf16(tmp_path, capsys):
+    """As training in bf16 stores it: the text is that of the same numbers in fp32."""
+    model = random_model(s := settings(ngram_rows=20_000, attention="LS", num_layers=2), 257)
+    with torch.no_grad():
+        model.ngrams.table.copy_(model.ngrams.table.bfloat16())
+    fp32 = save(tmp_path / "fp32", BYTES, s, model=model)
+    model.ngrams.table.data = model.ngrams.table.data.bfloat16()
+    bf16 = save(tmp_path / "bf16", BYTES, s, model=model)
+    assert 2 * bf16.joinpath("state.pt").stat().st_size < 1.2 * fp32.joinpath("state.pt").stat().st_size
+    one, two = (text_of(capsys, "--checkpoint", path, "--max-tokens", 30) for path in (fp32, bf16))
+    assert one == two
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-cache"]])
@@ -232,6 +269,22 @@ def test_each_token_is_fed_back_and_eot_ends_the_text_unseen():
 def test_entries_that_pad_the_vocabulary_are_never_chosen():
     tokens = [token for seed in range(40) for token in sampled(Scripted([0] * 6), seed, temperature=1000)]
     assert len(tokens) > 100 and len(set(tokens)) > 50 and max(tokens) <= 256
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 1.0])  # of the gate's logit: near the ends of the cap
+def test_the_gate_is_no_token_and_copies_come_from_the_text(tmp_path, capsys, alpha):
+    """The gate's class has the largest or the smallest logit. The sink gets almost nothing."""
+    model = random_model(s := settings(pointer=8), 257)
+    with torch.no_grad():
+        model.lm_head.zero_()
+        model.pointer.small[0], model.pointer.small[1] = 0.0, 0.0
+        x = model.trunk(torch.tensor([[256, *b"abc"]]), torch.zeros(1, 4, dtype=torch.int32), torch.tensor(16))[0]
+        model.lm_head[257] = alpha * 1e4 * x.sign().mean(0)  # seen from any of these places
+    path = save(tmp_path, BYTES, s, model=model)
+    texts = text_of(capsys, "--checkpoint", path, "--prompt", "abc", "--max-tokens", 1, "--num-samples", 60,
+                    "--temperature", 1)
+    copies = len(re.findall(r"\nabc[abc]?\n", texts))
+    assert copies > 30 if alpha > 0 else copies < 10, texts
 
 
 def test_seed_greedy_and_top_k(tmp_path, capsys):
@@ -403,12 +456,13 @@ def test_damaged_checkpoints_are_one_sentence(tmp_path, capsys, harm):
 
 HUGE = [10**6, 2**31, 10**12, 10**18]
 ODD = [None, "x", -1, 2.5, [], {}, True, "\x1b[2J"]
-HARMLESS = [("eval_window", 0), ("eval_window", 10**6), ("window_step", 10**6), ("eval_seq_len", 0), ("bigram", 0),
-            ("eval_seq_len", 10**6), ("softcap", [0]), ("rope_base", 7), ("rope_base", 2.5), ("skip", "x"),
-            ("skip", "L" * 10**6), ("skip", "\x1b[2J"), ("seq_len", [0]), ("stage_ends", [0]), ("stage_ends", [-1.0]),
+HARMLESS = [("eval_window", 0), ("eval_window", 10**6), ("window_step", 10**6), ("eval_seq_len", 0),
+            ("ngram_rows", 0), ("pointer", 0), ("qk_dim", 0), ("eval_seq_len", 10**6), ("softcap", [0]),
+            ("rope_base", 7), ("rope_base", 2.5), ("skip", "x"), ("skip", "L" * 10**6), ("skip", "\x1b[2J"),
+            ("seq_len", [0]), ("stage_ends", [0]), ("stage_ends", [-1.0]),
             ("stage_ends", [10**12, 10**12])]  # nothing reads them here, or any value will do
-NUMERIC = ("num_layers", "width", "head_dim", "mlp_ratio", "value_embeds", "bigram", "eval_seq_len", "eval_window",
-           "window_step")
+NUMERIC = ("num_layers", "width", "head_dim", "mlp_ratio", "value_embeds", "ngram_rows", "pointer", "qk_dim",
+           "eval_seq_len", "eval_window", "window_step")
 OTHERS = ("attention", "skip", "softcap", "seq_len", "window", "stage_ends", "rope_base")
 SETTINGS = [(name, value) for name in NUMERIC for value in [0, *ODD, *HUGE]]
 SETTINGS += [(name, value) for name in OTHERS

@@ -8,6 +8,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import hypothesis
@@ -60,9 +61,10 @@ def packed_tasks(tasks: list[Task] = TASKS, row_len: int = 32) -> hellaswag.Pack
 # --- constructed scorers
 
 
-def scorer(logits_VV: torch.Tensor):
-    """Trunk and head of a model whose logits depend on the last token only: rows of a table."""
-    return (lambda inputs_BT, docs_BT, window: inputs_BT[..., None]), (lambda x_ND: logits_VV[x_ND[:, 0].long()])
+def scorer(logits_VV: torch.Tensor) -> SimpleNamespace:
+    """A model whose logits depend on the last token only: rows of a table."""
+    return SimpleNamespace(
+        trunk=lambda inputs_BT, docs_BT, window: inputs_BT[..., None], head=lambda x_ND: logits_VV[x_ND[:, 0].long()])
 
 
 def counter(*steps: int) -> torch.Tensor:
@@ -75,7 +77,7 @@ def counter(*steps: int) -> torch.Tensor:
 
 def score_of(logits_VV: torch.Tensor, tasks: list[Task] = TASKS, **options) -> hellaswag.Score:
     packed = packed_tasks(tasks)
-    return score(ending_losses(*scorer(logits_VV), packed, 32, options.pop("rows", 7), "cpu", **options), packed)
+    return score(ending_losses(scorer(logits_VV), packed, 32, options.pop("rows", 7), "cpu", **options), packed)
 
 
 def test_a_scorer_that_is_always_right():
@@ -208,9 +210,10 @@ def test_a_text_that_is_longer_than_a_row():
 # --- models
 
 VARIANTS = {
-    "plain": {}, "paired": dict(attention="LP", key_offset=True), "bigram": dict(bigram=50, smear=True),
-    "short window": dict(attention="SL", window=8), "all": dict(num_layers=4, attention="LSPL", bigram=50, smear=True,
-                                                               key_offset=True, xsa=True, skip="single", backout=True),
+    "plain": {}, "paired": dict(attention="LP", key_offset=True), "n-grams": dict(ngram_rows=50, smear=True),
+    "short window": dict(attention="SL", window=8), "pointer": dict(pointer=8), "all": dict(
+        num_layers=4, attention="LSPL", ngram_rows=50, pointer=8, smear=True, key_offset=True, xsa=True, skip="single",
+        backout=True),
 }
 
 
@@ -230,49 +233,47 @@ def alone(model, tasks: list[Task], window: int) -> torch.Tensor:
     for task in tasks:
         for ending in task.endings:
             context, tokens = [EOT, *encode(task.context)], encode(ending)
-            inputs = torch.tensor([context + tokens[:-1]], dtype=torch.int32)
-            with torch.no_grad():
-                x = model.trunk(inputs, torch.zeros_like(inputs), torch.tensor(window, dtype=torch.int32))
-                logits = model.head(x)[0, len(context) - 1:].double()
-            losses.append(F.cross_entropy(logits, torch.tensor(tokens), reduction="sum"))
+            logs = helpers.log_probabilities(model, context + tokens[:-1], window)[len(context) - 1:]
+            losses.append(F.nll_loss(logs, torch.tensor(tokens), reduction="sum"))
     return torch.stack(losses).view(-1, 4)
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_a_packed_text_has_the_loss_that_it_has_alone(changes):
     model, window = random_model(**changes), changes.get("window", 32)
-    found = ending_losses(model.trunk, model.head, packed_tasks(TASKS[:12]), window, 3, "cpu")
+    found = ending_losses(model, packed_tasks(TASKS[:12]), window, 3, "cpu")
     assert found.dtype == torch.float64 and found.shape == (12, 4) and found.std() > 1
     torch.testing.assert_close(found, alone(model, TASKS[:12], window), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("router", moe.ROUTERS)
-def test_a_packed_text_has_the_loss_that_it_has_alone_with_experts(router):
-    model = moe.random_model(moe.settings(router=router))
-    found = ending_losses(model.trunk, model.head, packed_tasks(TASKS[:12]), 32, 3, "cpu")
+@pytest.mark.parametrize("changes", [*(dict(router=name) for name in moe.ROUTERS), dict(pointer=8, ngram_rows=50)])
+def test_a_packed_text_has_the_loss_that_it_has_alone_with_experts(changes):
+    model = moe.random_model(moe.settings(**changes))
+    found = ending_losses(model, packed_tasks(TASKS[:12]), 32, 3, "cpu")
     torch.testing.assert_close(found, alone(model, TASKS[:12], 32), atol=1e-4, rtol=1e-5)
 
 
-def test_the_losses_are_those_of_training():
+@pytest.mark.parametrize("changes", [{}, dict(ngram_rows=50, pointer=8)], ids=str)
+def test_the_losses_are_those_of_training(changes):
     """Summed over all endings, padded columns in the softmax: what GPT.forward returns for the same rows."""
-    model, packed = random_model(), packed_tasks(TASKS[:20])
+    model, packed = random_model(**changes), packed_tasks(TASKS[:20])
     inputs, targets, docs = torch.from_numpy(packed.rows).swapaxes(0, 1)
     expected = model(inputs, targets[None], docs, torch.tensor(32, dtype=torch.int32))[0]
     assert model.lm_head.size(0) > VOCAB
-    found = ending_losses(model.trunk, model.head, packed, 32, 4, "cpu").sum()
+    found = ending_losses(model, packed, 32, 4, "cpu").sum()
     torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=0)
 
 
 def test_the_window_reaches_the_model():
     model, packed = random_model(), packed_tasks(TASKS[:12])
-    wide, narrow = (ending_losses(model.trunk, model.head, packed, window, 3, "cpu") for window in (32, 2))
+    wide, narrow = (ending_losses(model, packed, window, 3, "cpu") for window in (32, 2))
     assert (wide - narrow).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("row_len, rows, chunk", [(20, 1, 256), (32, 5, 7), (32, 1000, 256), (31, 2, 1)])
 def test_row_length_rows_and_chunks_change_no_loss(monkeypatch, row_len, rows, chunk):
     model, tasks = random_model(), TASKS[:30]
-    expected = ending_losses(model.trunk, model.head, packed_tasks(tasks), 32, 4, "cpu")
+    expected = ending_losses(model, packed_tasks(tasks), 32, 4, "cpu")
     monkeypatch.setitem(hellaswag.HEAD_ROWS, "cpu", chunk)
     sizes = []
 
@@ -281,7 +282,7 @@ def test_row_length_rows_and_chunks_change_no_loss(monkeypatch, row_len, rows, c
         return model.head(x_ND)
 
     packed = packed_tasks(tasks, row_len)
-    found = ending_losses(model.trunk, head, packed, 32, rows, "cpu")
+    found = ending_losses(SimpleNamespace(trunk=model.trunk, head=head), packed, 32, rows, "cpu")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
     assert max(sizes) <= chunk and sum(sizes) == packed.tokens.sum(), "the head runs on what has a target"
     assert score(found, packed) == score(expected, packed)
@@ -295,7 +296,7 @@ def test_every_batch_has_one_shape():
         assert inputs_BT.dtype == docs_BT.dtype == window.dtype == torch.int32 and window.ndim == 0
         return model.trunk(inputs_BT, docs_BT, window)
 
-    found = ending_losses(trunk, model.head, packed, 32, 3, "cpu")
+    found = ending_losses(SimpleNamespace(trunk=trunk, head=model.head), packed, 32, 3, "cpu")
     assert shapes == [(3, 32)] * -(-len(packed.rows) // 3) and len(packed.rows) % 3, "the last batch is padded"
     assert found.device.type == "cpu" and bool(found.all())
 
@@ -307,7 +308,7 @@ def test_the_same_call_repeats_to_the_bit_and_watch_sees_the_batches():
         seen.extend(starts)
         return starts
 
-    first, second = (ending_losses(model.trunk, model.head, packed, 32, 4, "cpu", watch=watch) for _ in range(2))
+    first, second = (ending_losses(model, packed, 32, 4, "cpu", watch=watch) for _ in range(2))
     assert torch.equal(first, second) and seen == 2 * list(range(0, len(packed.rows), 4))
 
 
@@ -324,8 +325,9 @@ def test_the_bar_counts_tasks_on_a_terminal_only(monkeypatch, capsys):
 
 
 def test_the_model_is_cast_as_in_training():
-    s = moe.settings()
+    s = moe.settings(ngram_rows=50, pointer=8)
     model = hellaswag.cast(train_moe.GPT(s, VOCAB), train_moe.FP32_PARAMETERS, "cpu", torch.bfloat16)
+    assert ending_losses(model, packed_tasks(TASKS[:3]), 32, 2, "cpu").isfinite().all()
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {"scalars", "routers"}
     assert set(dtypes.values()) == {torch.float32, torch.bfloat16} and model.cos.dtype == torch.float32

@@ -215,7 +215,7 @@ def test_wrong_presets_are_refused(preset, monkeypatch):
     ("speedrun", H100, None, "speedrun"), ("speed-auto", CPU, "speed", "cpu"), ("cpu", CPU, None, "cpu"),
     ("mixtral-medium", H100, "mixtral", "medium")])
 def test_preset_is_a_kind_and_a_size(preset, hardware, kind, size, monkeypatch):
-    s = parse("--preset", preset, hardware=hardware, monkeypatch=monkeypatch)
+    s = parse("--preset", preset, hardware=hardware, world_size=8 if size == "speedrun" else 1, monkeypatch=monkeypatch)
     assert s.preset == (f"{kind}-{size}" if kind else size)
     wanted = train_gpt.PRESETS[size] | MIXTURES.get(kind, {}) | tm.SIZED.get(s.preset, {})
     assert PRESETS[s.preset] == wanted and {name: getattr(s, name) for name in wanted} == wanted
@@ -229,7 +229,7 @@ def test_command_line_goes_before_the_preset(monkeypatch):
 @functools.cache
 def flops(script, preset: str) -> list[float]:
     """Of each stage, by the real parameters of a model without storage."""
-    s = script.parse_settings(["--preset", preset], 1)[0]
+    s = script.parse_settings(["--preset", preset], 1 if "cpu" in preset else 8)[0]
     s = dataclasses.replace(s, device="cpu", backend="sdpa")
     with torch.device("meta"):
         counts = script.parameter_counts(script.GPT(s, 257 if "cpu" in preset else 50257))

@@ -340,7 +340,7 @@ def test_missing_gradient_is_named(name):
 
 def test_missing_gradient_through_the_model_is_named(monkeypatch):
     model, optimizer = build(settings())
-    monkeypatch.setattr(model, "losses", lambda x, targets: x.sum()[None])
+    monkeypatch.setattr(model, "losses", lambda x, targets, copies: x.sum()[None])
     backward(model, optimizer, random_batch(0))
     with pytest.raises(RuntimeError, match="no gradient for lm_head:"):
         optimizer.step(1.0, 0.9)
