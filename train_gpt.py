@@ -193,7 +193,7 @@ PRESETS: dict[str, dict] = {
         seq_len=(16384, 32768, 49152, 49152, 40960, 16384),
         max_doc_len=(896, 2048, 3072, 3072, 3072, 3072), window=(384, 896, 1408, 1408, 1408, 1664),
         stage_lr=(1.0, 1.52, 1.73, 1.73, 1.58, 1.73), mtp=(2, 1, 0, 0, 0, 0),
-        candidates=(10240, 10240, 14336, 16384, 0, 0), ngram_rows=84602880, ngram_every=2,
+        candidates=(10240, 10240, 14336, 16384, 0, 0), ngram_rows=21150720, ngram_every=2,
         pointer=128, qk_dim=64, muon_lr=0.023, adam_weight_decay=0.005, cooldown=0.8, lr_floor=0.17,
         extension=20 / 1194, tail=0.5, target_loss=3.28, save_last=False,
     ),
