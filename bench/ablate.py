@@ -71,15 +71,15 @@ PROXIES = {
                   "--max-doc-len 128,256,256,256 --window 64,96,128,128 --mtp 2,1,0,0",
             recipe="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps} --ngram-rows 16384 --pointer 32",
         )),
-    # Today's model and rates of the preset `cpu`, narrower, for long documents.
+    # The preset's model, narrower, for long documents; rates tuned. A higher floor wants lower ones.
     "tokens": Proxy("""
         --num-layers 4 --width 64 --head-dim 32 --value-embeds 1 --batch-tokens 2048 --micro-tokens 1024
         --seq-len 1024 --max-doc-len 1024 --window 512 --window-start 128 --window-step 64
-        --muon-lr 0.03 --adam-lr 0.008 --iterations 96 --eval-tokens 16384""",
+        --muon-lr 0.06 --adam-lr 0.024 --iterations 96 --eval-tokens 16384""",
         (0.45, 1, 1.3), (0.4, 0.6, 1), 90,
         dict(
-            floor="--lr-floor 0.3",
-            tail="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps}",
+            floor="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016",
+            tail="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016 --tail 0.6 --tail-steps {tail_steps}",
             candidates="--candidates 2048,0 --stage-ends 0.85,1",
             ngrams="--ngram-rows 65536",
             pointer="--pointer 32",
@@ -87,8 +87,8 @@ PROXIES = {
             split="--cooldown 0.8 --cooldown-others 0.4",
             extension="--extension {last_steps}",
             taper="--stage-ends 0.93,1 --batch-tokens 2048,1024 --stage-lr 1,0.71",
-            recipe="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps} --ngram-rows 65536 --pointer 32 "
-                   "--candidates 2048,0 --stage-ends 0.85,1",
+            recipe="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016 --tail 0.6 --tail-steps {tail_steps} "
+                   "--ngram-rows 65536 --pointer 32 --candidates 2048,0 --stage-ends 0.85,1",
         )),
 }
 
@@ -107,41 +107,41 @@ class Technique(NamedTuple):
 
 # name | public record | flags that remove it (+: that add it) | published gain
 TABLE = """
-batch_schedule  | 46     | --batch-tokens {mean_batch} --stage-lr {mean_lr}  | -65 steps, -1.8 s
-length_schedule | 72     | --seq-len {seq_len} --max-doc-len {max_doc_len}   | part of -1.2 s
-window_schedule | 13, 31 | --window {window} --window-start 0  | -22 s; 2.717 to 2.656 min
-eval_window     | 33, 35 | + --eval-window {wider}             | -0.001 loss, about 10 steps, each
-polar_express   | 38     | --orthogonalizer newton_schulz      | -10 steps, about 1 s
-normuon         | 41, 42 | --muon-beta2 0                      | -0.8 s; -30 steps, -3.3 s with a rate fix
-cautious        | 43, 50 | --no-cautious                       | -40 steps, -2.2 s (Muon); -20 steps, -1.1 s (Adam)
-muon_decay      | 43     | --muon-weight-decay 0               | part of 43: -40 steps, -2.2 s
-adam_decay      | 50     | --adam-weight-decay 0               | part of 50: -20 steps, -1.1 s
-softcap         | 9, 18  | --softcap 0,0,1                     | bound 15 instead of 30: -100 steps
-asymmetric_cap  | 54     | --softcap 30,0,7.5                  | -40 steps, -2.9 s
-mtp             | 53     | --mtp 0                             | -80 steps, -3.1 s with the untied head
-key_offset      | 49     | --no-key-offset                     | -50 steps, -2.4 s
-paired          | 58     | --no-paired                         | -65 steps, -3.5 s
-skip            | 11, 45 | --skip none                         | not given alone
-skip_form       | 45     | --skip {other_skip}                 | single instead of U-net: part of -2 s
-backout         | 40     | --no-backout                        | part of -6.2 s
-value_embeds    | 14     | --value-embeds 0                    | 1750 to 1530 steps
-value_gate      | 55     | --no-value-gate                     | -35 steps, -1.3 s with the skip gate
-xsa             | 82, 86 | --no-xsa                            | -30 steps, -0.7 s; -0.3 s
-smear           | 34     | --no-smear                          | -15 steps, about 5 at equal loss
-attn_gate       | 28     | --no-attn-gate                      | -55 steps
-attn_scale      | 20     | --attn-scale {plain_scale}          | -20 steps, about 3 s
-momentum        | -      | --momentum-warmup 0 --momentum-cooldown 0         | not given
-clip_docs       | 29     | + --long-docs clip                  | about -25 steps
-tail            | 92     | + {tail}                | 20 mn, -3.8 s with more; -30 steps (track 3)
-floor           | 92     | + {floor}               | part of the tail average
-candidates      | 92     | + {candidates}          | -8.4 s with its kernels; costs 2.4 mn
-ngrams          | 62, 92 | + {ngrams}              | -165 steps, -5.6 s; 84.6 M rows: -7.1 s
-pointer         | 379    | + {pointer}             | -144 of 1,194 steps, -4.6 s
-qk_dim          | 90, 92 | + {qk_dim}              | -4.95 s with more; costs 6.9 mn
-split           | 24     | + {split}               | -50 steps (track 3)
-extension       | 90     | + {extension}           | about -2 mn for 45 to 65 steps
-taper           | 92     | + {taper}               | not given
-recipe          | -      | + {recipe}              | 73.9 to 39.9 s with more; 36.0 s with the pointer
+batch_schedule  | 46     | --batch-tokens {mean_batch} --stage-lr {mean_lr} | -65 steps, -1.8 s
+length_schedule | 72     | --seq-len {seq_len} --max-doc-len {max_doc_len} | part of -1.2 s
+window_schedule | 13, 31 | --window {window} --window-start 0 | -22 s; 2.717 to 2.656 min
+eval_window     | 33, 35 | + --eval-window {wider} | -0.001 loss, about 10 steps, each
+polar_express   | 38     | --orthogonalizer newton_schulz | -10 steps, about 1 s
+normuon         | 41, 42 | --muon-beta2 0 | -0.8 s; -30 steps, -3.3 s with a rate fix
+cautious        | 43, 50 | --no-cautious | -40 steps, -2.2 s (Muon); -20 steps, -1.1 s (Adam)
+muon_decay      | 43     | --muon-weight-decay 0 | part of 43: -40 steps, -2.2 s
+adam_decay      | 50     | --adam-weight-decay 0 | part of 50: -20 steps, -1.1 s
+softcap         | 9, 18  | --softcap 0,0,1 | bound 15 instead of 30: -100 steps
+asymmetric_cap  | 54     | --softcap 30,0,7.5 | -40 steps, -2.9 s
+mtp             | 53     | --mtp 0 | -80 steps, -3.1 s with the untied head
+key_offset      | 49     | --no-key-offset | -50 steps, -2.4 s
+paired          | 58     | --no-paired | -65 steps, -3.5 s
+skip            | 11, 45 | --skip none | not given alone
+skip_form       | 45     | --skip {other_skip} | single instead of U-net: part of -2 s
+backout         | 40     | --no-backout | part of -6.2 s
+value_embeds    | 14     | --value-embeds 0 | 1750 to 1530 steps
+value_gate      | 55     | --no-value-gate | -35 steps, -1.3 s with the skip gate
+xsa             | 82, 86 | --no-xsa | -30 steps, -0.7 s; -0.3 s
+smear           | 34     | --no-smear | -15 steps, about 5 at equal loss
+attn_gate       | 28     | --no-attn-gate | -55 steps
+attn_scale      | 20     | --attn-scale {plain_scale} | -20 steps, about 3 s
+momentum        | -      | --momentum-warmup 0 --momentum-cooldown 0 | not given
+clip_docs       | 29     | + --long-docs clip | about -25 steps
+tail            | 92     | + {tail} | 20 mn, -3.8 s with more; -30 steps (track 3)
+floor           | 92     | + {floor} | part of the tail average
+candidates      | 92     | + {candidates} | -8.4 s with its kernels; costs 2.4 mn
+ngrams          | 62, 92 | + {ngrams} | -165 steps, -5.6 s; 84.6 M rows: -7.1 s
+pointer         | 379    | + {pointer} | -144 of 1,194 steps, -4.6 s
+qk_dim          | 90, 92 | + {qk_dim} | -4.95 s with more; costs 6.9 mn
+split           | 24     | + {split} | -50 steps (track 3)
+extension       | 90     | + {extension} | about -2 mn for 45 to 65 steps
+taper           | 92     | + {taper} | not given
+recipe          | -      | + {recipe} | 73.9 to 39.9 s with more; 36.0 s with the pointer
 """
 
 def read_technique(line: str) -> Technique:

@@ -37,7 +37,6 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 
@@ -51,7 +50,7 @@ CPU_SWAPS = {  # of the script of track 3
     'torch.device("cuda", int(os.environ["LOCAL_RANK"]))': 'torch.device("cpu")',
     "torch.cuda.set_device(device)": "pass", 'backend="nccl", device_id=device': 'backend="gloo"',
     "pin_memory=True": "pin_memory=False", 'device="cuda"': 'device="cpu"', ".cuda()": ".cpu()",
-    "torch.cuda.get_device_name(device)": '"a CPU"', "@torch.compile\n": "\n", "model.compile(dynamic=False)": "pass"}
+    "torch.cuda.get_device_name(device)": "device", "@torch.compile\n": "\n", "model.compile(dynamic=False)": "pass"}
 TRACK_RANKS = 8  # processes of the public track; on one GPU a script takes as many rows one after another
 EOT = 50256  # end of text, of GPT-2's tokens
 
@@ -108,19 +107,13 @@ def swap(source: str, old: str, new: str) -> str:
         raise ValueError(f"{old!r} is not in the peer's script")
     return source.replace(old, new)
 
-class Sizes(NamedTuple):
-    """Tokens of a step, of validation and of a row there: what ours follows."""
-    tokens: int
-    val_tokens: int
-    row: int
-
-def sizes(source: str) -> Sizes:
-    """Of the script of track 3, with a batch_size and rows of seq_len, or of one with rows of train_seq_len."""
+def sizes(source: str) -> tuple[int, int, int]:
+    """Tokens of a step, of validation, of a row there: of the script of track 3, or of one with train_seq_len."""
     val_tokens = constant_number(source, "val_tokens")
     if found := re.search(r"\bseq_len=(\d+)", source):
-        return Sizes(constant_number(source, "batch_size"), val_tokens, int(found[1]))
+        return constant_number(source, "batch_size"), val_tokens, int(found[1])
     tokens = TRACK_RANKS * constant_number(source, "train_seq_len")
-    return Sizes(tokens, val_tokens, constant_number(source, "val_seq_len"))
+    return tokens, val_tokens, constant_number(source, "val_seq_len")
 
 def constant_number(source: str, name: str) -> int:
     """The value of a constant that is a whole number or a product of some."""
@@ -132,7 +125,7 @@ def constant_number(source: str, name: str) -> int:
 def check_data(corpus: train_gpt.Corpus, steps: int, tokens: int, val_tokens: int, row: int) -> None:
     """Raises ValueError for shards that the peer could not read, or not as ours does, and would say so only minutes
     later: it passes over a validation shard that is smaller than 8 rows of `row` tokens."""
-    if corpus.meta["eot"] != EOT:
+    if corpus.meta["eot"] != EOT and corpus.meta.get("vocab_size", EOT + 1) > EOT:  # not for bytes
         raise ValueError(f"{corpus.folder}: end-of-text is token {corpus.meta['eot']}, the peer wants GPT-2's {EOT}")
     rows = TRACK_RANKS * row
     reads, held = math.ceil(val_tokens / rows) * rows, train_gpt.shard_length(corpus.val[0])
@@ -349,8 +342,7 @@ def prepared(args: argparse.Namespace) -> tuple[dict[str, str], dict, dict]:
     for old, new in [*(CPU_SWAPS.items() if simple and args.device == "cpu" else ()), *args.swap]:
         source = swap(source, old, new)
     sources = {"": source}
-    if args.vary:
-        old, texts = args.vary
+    for old, texts in args.vary:
         sources = {text: swap(source, old, text) for text in texts.split(",")}
     return sources, identity, changes | dict(args.swap)
 
@@ -385,12 +377,12 @@ def above_zero(text: str) -> int:
         raise ValueError
     return int(text)
 
-def pair(flag: str, text: str) -> tuple[str, str]:
-    """OLD=>NEW. Raises ValueError."""
-    old, arrow, new = text.partition("=>")
-    if not old or not arrow:
-        raise ValueError(f"{flag} {text}: expected OLD=>NEW")
-    return old, new
+def pairs(flag: str, texts: list[str], sign: str) -> list[tuple[str, str]]:
+    """Names and values around a sign. Raises ValueError."""
+    found = [tuple(text.split(sign, 1)) for text in texts]
+    if wrong := [pair for pair in found if len(pair) != 2 or not pair[0]]:
+        raise ValueError(f"{flag} {sign.join(wrong[0])}: expected NAME{sign}VALUE")
+    return found
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The options; what they do not know goes to `ours`, the flags of train_gpt.py."""
@@ -411,11 +403,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--out", type=Path, metavar="FOLDER", help="write README.md, peer.json and our logs there")
     add("--work", type=Path, metavar="DIR", help="run in this folder, outside of the project, and keep it")
     args, args.ours = parser.parse_known_args(argv)
-    args.set = [tuple(text.split("=", 1)) for text in args.set]
-    if wrong := [pair for pair in args.set if len(pair) != 2 or not all(pair)]:
-        raise ValueError(f"--set {'='.join(wrong[0])}: expected NAME=VALUE")
-    args.swap = [pair("--swap", text) for text in args.swap]
-    args.vary = args.vary and pair("--vary", args.vary)
+    args.set, args.swap = pairs("--set", args.set, "="), pairs("--swap", args.swap, "=>")
+    args.vary = pairs("--vary", [args.vary] if args.vary else [], "=>")
     if args.work and (args.work.exists() or args.work.resolve().is_relative_to(ROOT)):
         raise ValueError(f"--work {args.work} must be a new folder, and outside of the project, which keeps no peer")
     return args

@@ -60,8 +60,8 @@ def utilization(text: str, tokens: float) -> float:
     points = sorted(tuple(map(float, pair.split(":"))) for pair in text.split(","))
     return float(np.interp(tokens, *zip(*points, strict=True)))
 
-HEAD = ["stage", "steps", "M tokens", "tokens a step", "classes", "MFLOP a token", "PFLOP", "MFU", "s",
-        "MiB sent a step", "ms to send"]
+HEAD = """stage | steps | M tokens | tokens a step | classes | MFLOP a token | PFLOP | MFU | s
+| MiB sent a step | ms to send""".replace("\n", " ").split(" | ")
 
 def costs(flags: list[str], args: argparse.Namespace) -> tuple[list[list], dict[str, float]]:
     """A row of numbers for each stage, and the totals."""
@@ -93,17 +93,28 @@ def section(name: str, flags: list[str], args: argparse.Namespace) -> str:
             "with computation is hidden.")
     return f"## {name}\n\n{common.markdown(HEAD, rows)}\n\n{sums}\n"
 
+README = """# `speedrun` on {ranks} GPUs, projected
+
+{before}
+{after}
+After, without n-grams:
+
+{collectives}
+
+Utilization of {peak:g} TFLOP/s by tokens on a GPU, measured with the old recipe on one H200: {mfu}.
+A head with fewer classes has smaller products, so the same share is an assumption. Assumed:
+{bandwidth:g} GB/s per direction (NVLink, nominal) x {efficiency:g}. Gradients and weights in bf16, banks
+padded to {ranks} owners. Not counted: the optimizer's products, lookups, waiting for each other.
+"""
+
 def report(args: argparse.Namespace) -> str:
     """The text, in Markdown."""
     sent = traffic(build(args.flags, args.ranks)[2], args.ranks)
     rows = [[name, f"{count / MIB:,.3f}"] for name, count in (sent | {"together": sum(sent.values())}).items()]
-    collectives = common.markdown(["collective, after", "MiB per rank and step, without n-grams"], rows)
-    return (f"# `speedrun` on {args.ranks} GPUs, projected\n\n{section('Before', BEFORE, args)}\n"
-            f"{section('After', args.flags, args)}\n{collectives}\n\nUtilization of {PEAK / 1e12:g} TFLOP/s by tokens "
-            f"on a GPU, measured with the old recipe on one H200: {args.mfu}. A head with fewer classes has smaller "
-            f"products, so the same share is an assumption. Assumed: {args.bandwidth:g} GB/s per direction (NVLink, "
-            f"nominal) x {args.efficiency:g}. Gradients and weights in bf16, banks padded to {args.ranks} owners. Not "
-            "counted: the optimizer's own products, lookups, waiting for each other.\n")
+    return README.format(
+        before=section("Before", BEFORE, args), after=section("After", args.flags, args),
+        collectives=common.markdown(["collective", "MiB per rank and step"], rows), peak=PEAK / 1e12,
+        **vars(args))
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "train_gpt.py")

@@ -68,7 +68,7 @@ train_steps = 3250
 val_step_freq = 125 if train_steps < 9 else 25
 os.makedirs("logs")
 log = open("logs/first.txt", "w")
-print("=" * 100, torch.cuda.get_device_name(device), "=" * 100, sep="\\n", file=log)
+print("=" * 100, f"on {torch.cuda.get_device_name(device)}", "=" * 100, sep="\\n", file=log)
 for step in range(train_steps + 1):
     if step % val_step_freq == 0 or step == train_steps:
         print(f"step:{step}/{train_steps} val_loss:{100 * options['lr'] - step:.5f} train_time:{step / 10:.3f}s "
@@ -332,7 +332,7 @@ def test_comparison_by_hand():
     (["--device", "cpu", "--set", "lr"], "--set lr: expected NAME=VALUE"),
     (["--device", "cpu", "--set", "unknown=3"], "assigns unknown 0 times"),
     (["--device", "cpu", "--swap", "no such text=>3"], "'no such text' is not in the peer's script"),
-    (["--device", "cpu", "--vary", "lr=0.1"], "--vary lr=0.1: expected OLD=>NEW"),
+    (["--device", "cpu", "--vary", "lr=0.1"], "--vary lr=0.1: expected NAME=>VALUE"),
     (["--device", "cpu", "--work", str(ROOT / "kept")], "outside of the project"),
     (["--device", "cpu", "--no-compile", "--width", "100"], "--width 100 must be a multiple"),
 ])
