@@ -260,7 +260,7 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
     if s.qk_dim and (s.qk_dim % 4 or not s.head_dim / 2 <= s.qk_dim <= s.head_dim):
         bad.append(f"--qk_dim {s.qk_dim}: a multiple of 4, at least half of --head_dim {s.head_dim}")
     if s.ngram_rows and (s.ngram_rows < 4 or s.ngram_rows % math.lcm(2, world_size)):
-        bad.append(f"--ngram_rows {s.ngram_rows}: from 4 on, a multiple of 2 and of {world_size} processes")
+        bad.append(f"--ngram_rows {s.ngram_rows}: at least 4, a multiple of 2 and of {world_size} processes")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
     if "mlp" in s.kernels and s.width % 8:
