@@ -132,8 +132,6 @@ def build_model(script: ModuleType, s, vocab_size: int, weights: dict, size: int
     finally:
         hook.remove()
     like = shapes.state_dict()
-    if getattr(weights.get(table := "ngrams.table"), "dtype", None) == torch.bfloat16 and table in like:
-        like[table] = like[table].bfloat16()  # it is stored as it was trained
     more = ", ".join(map(str, weights.keys() - like.keys()))
     if wrong := misfit(weights, like, "state.pt") or more and f"state.pt has more: {more:.80}":
         raise ValueError(wrong)
@@ -251,7 +249,7 @@ class Decoder:
             docs = torch.zeros(1, min(window, longest), dtype=torch.int32, device=self.device)
             sizes = {kind: int(mask[0, 0, -1].sum()) for kind, mask in model.masks(docs, self.window).items()}
             model.embedding, model.masks = self.embed, self.see
-            if getattr(model, "ngrams", None) is not None:
+            if model.ngrams is not None:
                 model.ngrams.forward = partial(self.find, model.ngrams.forward)
             for block, layer in zip(model.blocks, model.layers, strict=True):
                 if (attn := block.attn) is not None:

@@ -193,7 +193,7 @@ PRESETS: dict[str, dict] = {
         seq_len=(16384, 32768, 49152, 49152, 40960, 16384),
         max_doc_len=(896, 2048, 3072, 3072, 3072, 3072), window=(384, 896, 1408, 1408, 1408, 1664),
         stage_lr=(1.0, 1.52, 1.73, 1.73, 1.58, 1.73), mtp=(2, 1, 0, 0, 0, 0),
-        candidates=(10240, 10240, 14336, 16384, 0, 0), ngram_rows=84602880, ngram_every=2,
+        candidates=(10240, 10240, 14336, 16384, 0, 0), ngram_rows=21150720, ngram_every=2,
         pointer=128, qk_dim=64, muon_lr=0.023, adam_weight_decay=0.005, cooldown=0.8, lr_floor=0.17,
         extension=20 / 1194, tail=0.5, target_loss=3.28, save_last=False,
     ),
@@ -651,14 +651,15 @@ class GPT(nn.Module):
         for start in range(0, len(x_BTD), self.candidate_rows):
             part, turn = slice(start, start + self.candidate_rows), (self.turn + start) * (self.candidates + 1)
             targets, some = targets_KBT[:, part].long(), copies and [x[part] for x in copies]
-            classes, place = candidate_set(targets, turn, self.candidates, self.vocab_size, copies is not None)
+            classes, place, bias_V = candidate_set(
+                targets, turn, self.candidates, self.vocab_size, copies is not None)
             among = place[targets.clamp_min(0)].where(targets != IGNORE, IGNORE)
             self.left_out += ((among == IGNORE) & (targets != IGNORE)).sum()
-            weight = F.embedding(classes, self.lm_head)
-            losses.append(self.class_losses(x_BTD[part], among, weight, place[-1], some))
+            weight_VD = F.embedding(classes, self.lm_head)
+            losses.append(self.class_losses(x_BTD[part], among, weight_VD, place[-1], some, bias_V))
         return sum(losses)
 
-    def class_losses(self, x_BTD, targets_KBT, weight_VD, gate, copies) -> Tensor:
+    def class_losses(self, x_BTD, targets_KBT, weight_VD, gate, copies, bias_V=None) -> Tensor:
         """Summed cross-entropies, (K,), among the classes with these rows of the head. The first one is that of a
         mixture with copies, by the probability of the class `gate`, which is no token."""
         fp8 = self.fp8_head and torch.is_grad_enabled()  # evaluation is exact
@@ -666,7 +667,7 @@ class GPT(nn.Module):
         if copies is not None:
             targets_KN = torch.cat((targets_KN, torch.zeros_like(targets_KN[:1]) + gate))
         losses, saturated = head_losses(
-            x_ND, weight_VD, targets_KN, self.cap, self.loss_kernel, fp8, each=copies is not None)
+            x_ND, weight_VD, targets_KN, self.cap, self.loss_kernel, fp8, copies is not None, bias_V)
         if fp8:
             self.saturated += saturated
         if copies is None:
@@ -759,15 +760,17 @@ def gathered(world: World, x: Tensor) -> Tensor:
     return whole
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple:
-    """The classes of a sampled softmax (92), in order: the targets, the gate, and as many others as are missing, by a
-    fixed permutation from `turn` on; and the place of each class, IGNORE if left out. The loss is not corrected: it is
-    below the full one by -log of the classes' probability."""
+    """The classes of a sampled softmax (92): the gate, the targets, and as many others as are missing, by a fixed
+    permutation from `turn` on; the place of each class among them, IGNORE for those left out; and what is added to
+    their logits: the others stand for all that are no targets (Jean et al. 2015, arXiv 1412.2007; not in 92)."""
     label = torch.arange(vocab_size + gate, device=targets.device)
     rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
     rank = rank.index_fill(0, targets.flatten().clamp_min(0), -1)
-    classes = rank.argsort(stable=True)[:count].sort().values
+    classes = rank.argsort(stable=True)[:count]
     place = torch.full_like(label, IGNORE).scatter(0, classes, label[:count])
-    return classes, place
+    wanted = (rank < 0).sum()
+    more = torch.log((len(label) - wanted) / (count - wanted).clamp_min(1))
+    return classes, place, more * (rank[classes] >= 0)
 
 def future_targets(targets_BT, docs_BT, count: int) -> Tensor:
     """Targets and those of the `count` tokens after them, (1 + count, B, T); IGNORE past the document."""
@@ -1701,8 +1704,8 @@ def fp8_product(a_NK, b_MK, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Ten
 # --- the loss without fp32 logits (record 60), and the head's products in FP8 (19)
 
 def loss_kernel(
-        logits, targets, losses, lses, rows, vocab, a, slope, shift,
-        CAPPED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr):
+        logits, targets, bias, losses, lses, rows, vocab, a, slope, shift,
+        CAPPED: tl.constexpr, BIASED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets.
     Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum; the sigmoid is
     a squared rsqrt(1 + 2^..), cheaper than a division."""
@@ -1712,8 +1715,14 @@ def loss_kernel(
     for start in range(0, vocab, BLOCK):
         inside = start + col < vocab
         z = tl.load(logits + row * vocab + start + col, inside, 0.0).to(tl.float32)
-        root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * slope * z - 1.4426950408889634 * shift))
-        z = tl.where(inside, a * (root * root) if CAPPED else slope * z, -1e30)
+        if CAPPED:
+            root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * slope * z - 1.4426950408889634 * shift))
+            z = a * (root * root)
+        else:
+            z *= slope
+        if BIASED:
+            z += tl.load(bias + start + col, inside, 0.0)
+        z = tl.where(inside, z, -1e30)
         if not CAPPED:
             higher = tl.maximum(peak, z)
             total *= tl.exp(peak - higher)
@@ -1729,8 +1738,8 @@ def loss_kernel(
         tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
 
 def loss_gradient_kernel(
-        logits, targets, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
-        CAPPED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
+        logits, targets, bias, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
+        CAPPED: tl.constexpr, BIASED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr):
     """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows).
     grads: of the loss of each target and row."""
@@ -1739,9 +1748,12 @@ def loss_gradient_kernel(
     inside = (row < rows)[:, None] & (col < vocab)[None, :]
     where = row.to(tl.int64)[:, None] * vocab + col[None, :]
     z = tl.load(logits + where, inside, 0.0).to(tl.float32)
-    root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * slope * z - 1.4426950408889634 * shift))
-    share = root * root if CAPPED else z
-    z = a * share if CAPPED else slope * z
+    if CAPPED:
+        root = tl.rsqrt(1 + tl.exp2(-1.4426950408889634 * slope * z - 1.4426950408889634 * shift))
+        share = root * root
+        z = a * share
+    else:
+        z *= slope
     weight, hit = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
     for k in tl.static_range(TARGETS):
         target = tl.load(targets + k * rows + row, row < rows, -1)
@@ -1750,7 +1762,8 @@ def loss_gradient_kernel(
         weight += grad
         hit += tl.where(col[None, :] == target[:, None], grad[:, None], 0.0)
     lse = tl.load(lses + row, row < rows, 0.0)
-    result = weight[:, None] * tl.exp(z - lse[:, None]) - hit
+    more = tl.load(bias + col, col < vocab, 0.0)[None, :] if BIASED else 0.0
+    result = weight[:, None] * tl.exp(z + more - lse[:, None]) - hit
     result = result * z * (slope - slope * share) if CAPPED else result * slope
     result = result.to(out.dtype.element_ty)
     tl.store(out + where, result, inside)
@@ -1768,27 +1781,28 @@ def cap_arguments(cap: list[float]) -> tuple:
     a, b, c = cap
     return a, 1 / c, b / c
 
-def loss_rows(logits_NV, targets_KN, cap: list[float], kernel: bool) -> tuple:
-    """Cross-entropies of capped logits, (K, N), 0 where the target is IGNORE, and log-sum-exps, (N,), both fp32."""
+def loss_rows(logits_NV, targets_KN, bias_V, cap: list[float], kernel: bool) -> tuple:
+    """Cross-entropies of capped logits + bias (that of a target: 0), (K, N), 0 where the target is IGNORE, and
+    log-sum-exps, (N,), both fp32."""
     (rows, vocab), count = logits_NV.shape, len(targets_KN)
     if kernel:
         lse_N = logits_NV.new_empty(rows, dtype=torch.float32)
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](
-            logits_NV, targets_KN.contiguous(), losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
-            CAPPED=cap[0] != 0, TARGETS=count, BLOCK=2048, num_warps=4)
+            logits_NV, targets_KN.contiguous(), bias_V, losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
+            CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=count, BLOCK=2048, num_warps=4)
         return losses_KN, lse_N
     losses, lses = [], []
     for start in range(0, rows, LOSS_CHUNK):
         part = slice(start, start + LOSS_CHUNK)
         z, target = cap_logits(logits_NV[part].float(), cap), targets_KN[:, part]
-        lses.append(z.logsumexp(-1))
+        lses.append((z if bias_V is None else z + bias_V).logsumexp(-1))
         hit = z.gather(1, target.clamp_min(0).long().T).T
         losses.append((lses[-1] - hit) * (target != IGNORE))
     return torch.cat(losses, dim=1), torch.cat(lses)
 
 def logit_gradient(
-        logits_NV, targets_KN, lse_N, grad_KN, unit: Tensor,
+        logits_NV, targets_KN, bias_V, lse_N, grad_KN, unit: Tensor,
         cap: list[float], dtype: torch.dtype, kernel: bool) -> tuple:
     """Gradient of sum(grad_KN * losses_KN) by the uncapped logits / `unit`; and its transpose."""
     (rows, vocab), fp8 = logits_NV.shape, dtype.itemsize == 1
@@ -1796,8 +1810,8 @@ def logit_gradient(
     if kernel:
         out_t = out.new_empty(vocab, rows) if fp8 else out
         triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 64))](
-            logits_NV, targets_KN.contiguous(), lse_N, grad_KN.contiguous(), unit, out, out_t, rows,
-            vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, TARGETS=len(targets_KN),
+            logits_NV, targets_KN.contiguous(), bias_V, lse_N, grad_KN.contiguous(), unit, out, out_t, rows,
+            vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=len(targets_KN),
             TRANSPOSED=fp8, ROWS=64, COLS=64, num_warps=4)
         return out, out_t if fp8 else out.T
     a, _, c = cap
@@ -1805,7 +1819,7 @@ def logit_gradient(
         part = slice(start, start + LOSS_CHUNK)
         z, target = cap_logits(logits_NV[part].float(), cap), targets_KN[:, part]
         weight = grad_KN[:, part] * (target != IGNORE)
-        gradient = (z - lse_N[part, None]).exp() * weight.sum(0)[:, None]
+        gradient = ((z if bias_V is None else z + bias_V) - lse_N[part, None]).exp() * weight.sum(0)[:, None]
         gradient.scatter_add_(1, target.clamp_min(0).long().T, -weight.T)
         gradient *= z * (1 - z / a) / c if a else 1 / c
         out[part] = (gradient / unit).to(dtype)
@@ -1817,24 +1831,24 @@ def head_scales(model_dim: int) -> tuple:
     largest = FP8_INPUT_MARGIN * math.sqrt(model_dim)
     return 2.0 ** math.ceil(math.log2(largest / 448)), 2.0**-8
 
-@operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, float[] cap, bool kernel) -> "
-          "(Tensor, Tensor, Tensor)")
-def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, cap, kernel):
+@operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, Tensor? bias, float[] cap, "
+          "bool kernel) -> (Tensor, Tensor, Tensor)")
+def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, bias_V, cap, kernel):
     """Losses (K, N), logits and log-sum-exps. xq and wq: x and weight in FP8, or they themselves."""
     if xq_ND.dtype.itemsize == 1:
         scales = [torch.full((), s, device=x_ND.device) for s in head_scales(x_ND.size(1))]
         logits_NV = fp8_product(xq_ND, wq_VD, *scales, fast=True)
     else:
         logits_NV = F.linear(xq_ND, wq_VD)
-    losses_KN, lse_N = loss_rows(logits_NV, targets_KN, cap, kernel)
+    losses_KN, lse_N = loss_rows(logits_NV, targets_KN, bias_V, cap, kernel)
     return losses_KN, logits_NV, lse_N
 
-@operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor logits, Tensor lse, float[] cap, "
-          "bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
-def fused_head_backward(grad_KN, xq_ND, wq_VD, targets_KN, logits_NV, lse_N, cap, kernel, dtype):
+@operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor? bias, Tensor logits, "
+          "Tensor lse, float[] cap, bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
+def fused_head_backward(grad_KN, xq_ND, wq_VD, targets_KN, bias_V, logits_NV, lse_N, cap, kernel, dtype):
     """Gradients of x and weight. FP8: a token's loss being a sum over its targets, a logit's gradient is at most sum
     |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the units go into the products' scales."""
-    rest = logits_NV, targets_KN, lse_N, grad_KN
+    rest = logits_NV, targets_KN, bias_V, lse_N, grad_KN
     if xq_ND.dtype.itemsize > 1:
         one = torch.ones_like(grad_KN[0, 0])
         gradient, transposed = logit_gradient(*rest, one, cap, logits_NV.dtype, kernel)
@@ -1849,15 +1863,15 @@ def fused_head_backward(grad_KN, xq_ND, wq_VD, targets_KN, logits_NV, lse_N, cap
 
 def _head_backward(ctx, grad_KN, *_):
     gradients = fused_head_backward(grad_KN, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
-    return (*gradients, *[None] * 5)
+    return (*gradients, *[None] * 6)
 
 def _head_context(ctx, inputs, output):
-    x, _, xq, wq, targets, ctx.cap, ctx.kernel = inputs
-    ctx.save_for_backward(xq, wq, targets, *output[1:])
+    x, _, xq, wq, targets, bias, ctx.cap, ctx.kernel = inputs
+    ctx.save_for_backward(xq, wq, targets, bias, *output[1:])
     ctx.dtype = x.dtype
     ctx.set_materialize_grads(False)
 
-def _head_fake(x, weight, xq, wq, targets, cap, kernel):
+def _head_fake(x, weight, xq, wq, targets, bias, cap, kernel):
     logits = torch.bfloat16 if xq.dtype.itemsize == 1 else x.dtype
     losses = x.new_empty(targets.shape, dtype=torch.float32)
     return losses, x.new_empty(len(x), len(weight), dtype=logits), losses.new_empty(len(x))
@@ -1872,14 +1886,15 @@ quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(wei
 fused_gram.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
 
 def head_losses(
-    x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool, each: bool = False,
+    x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool, each: bool = False, bias_V=None,
 ) -> tuple:
-    """Cross-entropies of capped logits x @ weight.T with each row of targets, summed, (K,) fp32 in
-    nats, IGNORE left out, or `each` token's, (K, N); and how many values FP8 clipped, int64. Their
-    gradients come from outside, so the weights of several predicted tokens need nothing here."""
+    """Cross-entropies of capped logits x @ weight.T + bias with each row of targets, whose own bias
+    is 0, summed, (K,) fp32 in nats, IGNORE left out, or `each` token's, (K, N); and how many values
+    FP8 clipped, int64. Their gradients come from outside: further predicted tokens need nothing here."""
     clipped = targets_KN.new_zeros((), dtype=torch.int64)
     if not kernel and not fp8:
         logits = cap_logits(F.linear(x_ND, weight_VD), cap).float()
+        logits = logits if bias_V is None else logits + bias_V
         form = {"reduction": "none" if each else "sum", "ignore_index": IGNORE}
         return torch.stack([F.cross_entropy(logits, t.long(), **form) for t in targets_KN]), clipped
     x, weight = x_ND.detach(), weight_VD.detach()
@@ -1887,7 +1902,7 @@ def head_losses(
         x_scale, w_scale = head_scales(x.size(1))
         clipped = (x.abs() > 448 * x_scale).sum() + (weight.abs() > 448 * w_scale).sum()
         x, weight = to_fp8(x, x_scale), to_fp8(weight, w_scale)
-    losses = fused_head(x_ND, weight_VD, x, weight, targets_KN, list(cap), kernel)[0]
+    losses = fused_head(x_ND, weight_VD, x, weight, targets_KN, bias_V, list(cap), kernel)[0]
     return losses if each else losses.sum(1), clipped
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗

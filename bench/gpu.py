@@ -476,7 +476,9 @@ def stage_flags(b: Bench, preset: str, number: int | None = None) -> list[str]:
     window = 0 if number is None else stages[i].window_start  # 0: at its full window from the start
     steps = stages[i].end - stages[i].start
     flags += ["--stage-ends", "1.0", "--iterations", str(steps), "--window-start", str(window)]
-    return [*flags, "--extension", "0", "--kernels", s.kernels, "--fp8-head", s.fp8_head]
+    rows = s.ngram_rows // (1 if preset == "gpu" else SHARE)  # those that one of eight owns
+    flags += ["--ngram-rows", str(rows), "--extension", "0"]
+    return [*flags, "--kernels", s.kernels, "--fp8-head", s.fp8_head]
 
 def programs() -> dict[str, tuple]:
     """What is compiled and timed: a script, and its flags given a Bench."""

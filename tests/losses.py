@@ -102,7 +102,7 @@ def hashes(state: dict) -> dict[str, str]:
     for key, tensors in state.items():
         digest = hashlib.sha256()
         for name, tensor in sorted(tensors.items()):
-            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+            digest.update(name.encode() + tensor.to_dense().contiguous().numpy().tobytes())
         found[f"state {key}"] = digest.hexdigest()[:16]
     return found
 

@@ -138,7 +138,7 @@ def test_signal_from_outside(number, code, tmp_path):
 
 def test_second_signal_ends_at_once(tmp_path):
     twice = """
-def step(self, scale, momentum):
+def step(self, *_):
     signal.raise_signal(signal.SIGINT)
     print("still here", flush=True)
     signal.raise_signal(signal.SIGINT)

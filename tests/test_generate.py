@@ -160,19 +160,6 @@ def test_the_comparison_above_would_notice_a_part_left_out(changes):
     assert (one - two)[-1, :VOCAB].abs().max() > 0.01
 
 
-def test_an_ngram_table_in_bf16(tmp_path, capsys):
-    """As training in bf16 stores it: the text is that of the same numbers in fp32."""
-    model = random_model(s := settings(ngram_rows=20_000, attention="LS", num_layers=2), 257)
-    with torch.no_grad():
-        model.ngrams.table.copy_(model.ngrams.table.bfloat16())
-    fp32 = save(tmp_path / "fp32", BYTES, s, model=model)
-    model.ngrams.table.data = model.ngrams.table.data.bfloat16()
-    bf16 = save(tmp_path / "bf16", BYTES, s, model=model)
-    assert 2 * bf16.joinpath("state.pt").stat().st_size < 1.2 * fp32.joinpath("state.pt").stat().st_size
-    one, two = (text_of(capsys, "--checkpoint", path, "--max-tokens", 30) for path in (fp32, bf16))
-    assert one == two
-
-
 @pytest.mark.parametrize("flags", [[], ["--no-cache"]])
 def test_texts_beyond_the_rotary_table_use_a_longer_one(tmp_path, capsys, flags):
     greedy = ["--max-tokens", 120, "--temperature", 0, *flags]

@@ -246,12 +246,16 @@ def written_out(logits: torch.Tensor, targets: torch.Tensor, cap) -> torch.Tenso
 
 
 @pytest.mark.parametrize("cap", CAPS, ids=str)
-@pytest.mark.parametrize("count, rows, vocab", [(1, 75, 300), (3, 75, 300), (2, 9, 4500)])
-def test_fused_head_equals_the_plain_one_forward_and_backward(where, cap, count, rows, vocab):
+@pytest.mark.parametrize("count, rows, vocab, biased", [
+    (1, 75, 300, False), (3, 75, 300, True), (2, 9, 4500, False), (2, 9, 4500, True)])
+def test_fused_head_equals_the_plain_one_forward_and_backward(where, cap, count, rows, vocab, biased):
     x, weight, targets = where.random(rows, 40), where.random(vocab, 40, std=0.3), where.targets(count, rows, vocab)
-    results = []
+    bias, results = None, []
+    if biased:
+        bias = torch.full((vocab,), 1.5, device=where.device)
+        bias[targets.flatten().clamp_min(0).long()] = 0.0
     for kernel in (True, False):
-        found, clipped = train_gpt.head_losses(x, weight, targets, cap, kernel, fp8=False)
+        found, clipped = train_gpt.head_losses(x, weight, targets, cap, kernel, fp8=False, bias_V=bias)
         incoming = torch.tensor([1.0, 0.0, -0.25][:count], device=where.device)
         assert found.dtype == torch.float32 and found.shape == (count,) and clipped == 0
         results.append([found.detach(), *torch.autograd.grad(found, (x, weight), incoming)])
@@ -270,9 +274,9 @@ def test_losses_and_logit_gradients_equal_the_written_out_formula(where, cap, ke
     expected = written_out(logits, targets, cap)
     (expected_grad,) = torch.autograd.grad(expected, logits, incoming.double())
     with torch.no_grad():
-        losses_KN, lse_N = train_gpt.loss_rows(logits, targets, list(cap), kernel)
+        losses_KN, lse_N = train_gpt.loss_rows(logits, targets, None, list(cap), kernel)
         each = incoming[:, None].expand(-1, rows)  # token's loss has a gradient of its own
-        gradient, transposed = train_gpt.logit_gradient(logits, targets, lse_N, each, unit, list(cap),
+        gradient, transposed = train_gpt.logit_gradient(logits, targets, None, lse_N, each, unit, list(cap),
                                                         where.dtype, kernel)
     torch.testing.assert_close(losses_KN.sum(1).double(), expected.detach(), rtol=1e-5, atol=1e-4)
     assert (losses_KN[targets == IGNORE] == 0).all()
@@ -283,12 +287,12 @@ def test_losses_and_logit_gradients_equal_the_written_out_formula(where, cap, ke
 
 def test_logits_and_their_gradient_have_the_dtype_of_the_activations(where):
     x, weight, targets = where.random(32, 16).detach(), where.random(48, 16).detach(), where.targets(2, 32, 48)
-    found, logits, lse = train_gpt.fused_head(x, weight, x, weight, targets, list(CAPS[0]), True)
+    found, logits, lse = train_gpt.fused_head(x, weight, x, weight, targets, None, list(CAPS[0]), True)
     assert (found.dtype, logits.dtype, lse.dtype) == (torch.float32, where.dtype, torch.float32)
     assert torch.equal(logits, F.linear(x, weight))
     for dtype in (where.dtype, torch.float8_e5m2):
-        parts = train_gpt.logit_gradient(logits, targets, lse, torch.ones_like(found), lse.new_ones(()), list(CAPS[0]),
-                                         dtype, True)
+        parts = train_gpt.logit_gradient(logits, targets, None, lse, torch.ones_like(found), lse.new_ones(()),
+                                         list(CAPS[0]), dtype, True)
         assert [part.dtype for part in parts] == [dtype] * 2
 
 
@@ -298,9 +302,9 @@ def test_fp8_logit_gradients_of_the_kernel_are_those_of_the_plain_form(where, ca
     logits, targets = where.random(75, 300, std=10.0).detach(), where.targets(3, 75, 300)
     incoming, unit = (torch.tensor(v, device=where.device) for v in ([[1.0], [-0.5], [0.25]], 2.0**-14))
     incoming = incoming.expand(-1, 75)
-    _, lse = train_gpt.loss_rows(logits, targets, list(cap), False)
+    _, lse = train_gpt.loss_rows(logits, targets, None, list(cap), False)
     (found, found_t), (expected, expected_t) = (
-        train_gpt.logit_gradient(logits, targets, lse, incoming, unit, list(cap), torch.float8_e5m2, kernel)
+        train_gpt.logit_gradient(logits, targets, None, lse, incoming, unit, list(cap), torch.float8_e5m2, kernel)
         for kernel in (True, False))
     assert torch.equal(found.float().T, found_t.float()) and torch.equal(expected.float().T, expected_t.float())
     assert found_t.is_contiguous() and expected_t.is_contiguous()
@@ -395,10 +399,10 @@ def test_fp8_gradients_never_clip(cap, incoming, monkeypatch):
     a token that has no probability and whose logit is where the cap is steepest."""
     found, original = [], train_gpt.logit_gradient
 
-    def spy(logits, targets, lse, grad, unit, cap, dtype, kernel):
+    def spy(logits, targets, bias, lse, grad, unit, cap, dtype, kernel):
         assert dtype == torch.float8_e5m2
-        found.append(original(logits, targets, lse, grad, unit, cap, torch.float64, kernel)[0].abs().max().item())
-        return original(logits, targets, lse, grad, unit, cap, dtype, kernel)
+        found.append(original(logits, targets, bias, lse, grad, unit, cap, torch.float64, kernel)[0].abs().max().item())
+        return original(logits, targets, bias, lse, grad, unit, cap, dtype, kernel)
 
     monkeypatch.setattr(train_gpt, "logit_gradient", spy)
     incoming = torch.tensor(incoming)
@@ -409,9 +413,10 @@ def test_fp8_gradients_never_clip(cap, incoming, monkeypatch):
         if size is None:
             targets[:], logits[:, 0] = 0, -cap[1] if cap[0] else -200.0
             targets[incoming < 0] = 1
-        lse = train_gpt.loss_rows(logits, targets, list(cap), False)[1]
+        lse = train_gpt.loss_rows(logits, targets, None, list(cap), False)[1]
         each = incoming[:, None].expand(-1, 32)
-        gradients = train_gpt.fused_head_backward(each, xq, wq, targets, logits, lse, list(cap), False, torch.float32)
+        gradients = train_gpt.fused_head_backward(
+            each, xq, wq, targets, None, logits, lse, list(cap), False, torch.float32)
         assert all(gradient.isfinite().all() for gradient in gradients)
     assert max(found) <= E5M2_MAX * (1 + 1e-6)
     if (incoming > 0).all():
@@ -452,11 +457,12 @@ def operator_samples(where: Where) -> list[tuple]:
         (train_gpt.fused_gram, (wide.mT, where.random(2, 24, 24).detach(), 0.5, -1.0)),
     ]
     for pair in (plain, quantized):
-        for kernel in (False, True):
+        for kernel, bias in ((False, None), (True, None), (True, torch.rand(48, device=where.device))):
             rest = list(CAPS[0] if kernel else NO_CAP), kernel
-            lse = train_gpt.loss_rows(logits, targets, *rest)[1]
-            samples += [(train_gpt.fused_head, (x, up, *pair, targets, *rest)),
-                        (train_gpt.fused_head_backward, (incoming, *pair, targets, logits, lse, *rest, where.dtype))]
+            lse = train_gpt.loss_rows(logits, targets, None, *rest)[1]
+            samples += [(train_gpt.fused_head, (x, up, *pair, targets, bias, *rest)),
+                        (train_gpt.fused_head_backward,
+                         (incoming, *pair, targets, bias, logits, lse, *rest, where.dtype))]
     return samples
 
 

@@ -303,7 +303,8 @@ def compare_head(place: test_kernels.Where, cap, m: float, kernel: bool, fused: 
     x, weight, targets = place.random(75, 40), place.random(300, 40, std=0.3 * m), place.targets(3, 75, 300)
     wide, incoming = folded(cap, m), torch.tensor(INCOMING, device=place.device)
     if fused:
-        found = train_gpt.fused_head(x, weight, x.detach(), weight.detach(), targets, list(wide), kernel)[0].sum(1)
+        quantized = x.detach(), weight.detach()
+        found = train_gpt.fused_head(x, weight, *quantized, targets, None, list(wide), kernel)[0].sum(1)
     else:
         found = train_gpt.head_losses(x, weight, targets, wide, kernel, fp8=False)[0]
     expected = explicit(x, weight, targets, cap, m)
@@ -347,8 +348,8 @@ def test_fp8_gradients_are_those_of_the_base_to_the_bit(cap, kernel, monkeypatch
     original, seen, results = train_gpt.logit_gradient, [], {}
 
     def spy(*arguments):
-        found, exact = original(*arguments), original(*arguments[:6], torch.float64, False)[0]
-        seen.append((found[0], exact, arguments[4]))
+        found, exact = original(*arguments), original(*arguments[:7], torch.float64, False)[0]
+        seen.append((found[0], exact, arguments[5]))
         return found
 
     monkeypatch.setattr(train_gpt, "logit_gradient", spy)

@@ -27,8 +27,11 @@ def plain_set(targets: list[int], turn: int, count: int, vocab_size: int, gate: 
 @pytest.mark.parametrize("turn", [0, 7, 49, 50, 1234, 10**12])
 def test_a_set_is_the_targets_and_then_the_permutation_from_its_turn_on(turn, gate):
     targets = torch.tensor([[[3, 3, 41, 0]], [[17, 49, 3, 8]]])  # of the next and of a further token
-    classes, place = tg.candidate_set(targets, int_tensor(turn, torch.int64), 20, 50, gate)
-    assert classes.tolist() == plain_set(targets.flatten().tolist(), turn, 20, 50, gate)
+    classes, place, bias = tg.candidate_set(targets, int_tensor(turn, torch.int64), 20, 50, gate)
+    assert sorted(classes.tolist()) == plain_set(targets.flatten().tolist(), turn, 20, 50, gate)
+    wanted = {*targets.flatten().tolist()} | ({50} if gate else set())
+    more = math.log((50 + gate - len(wanted)) / (20 - len(wanted)))
+    assert bias.tolist() == pytest.approx([0.0 if label in wanted else more for label in classes.tolist()])
     expected = [classes.tolist().index(label) if label in classes else IGNORE for label in range(50 + gate)]
     assert place.tolist() == expected
 
@@ -36,7 +39,7 @@ def test_a_set_is_the_targets_and_then_the_permutation_from_its_turn_on(turn, ga
 def test_targets_that_have_no_loss_do_no_harm():
     """IGNORE is no label; at most it brings in a label that is then only another class."""
     targets = torch.tensor([[[IGNORE, 3], [IGNORE, 4]]])
-    classes, place = tg.candidate_set(targets, int_tensor(5, torch.int64), 20, 50, False)
+    classes, place, _ = tg.candidate_set(targets, int_tensor(5, torch.int64), 20, 50, False)
     assert len(classes.unique()) == 20 and {3, 4} < set(classes.tolist()) <= set(range(50))
     assert (place != IGNORE).sum() == 20
 
@@ -49,7 +52,7 @@ def test_every_class_is_drawn_equally_often_in_a_cycle(vocab_size, count):
     steps = (tg.candidate_turn(s, stage, tg.World(), step, 0) for step in itertools.count())
     numbers = (first + row for first in steps for row in range(12))
     for turn in (number * (count + 1) for number in itertools.islice(numbers, vocab_size)):
-        classes, _ = tg.candidate_set(torch.tensor([[[7]]]), int_tensor(turn, torch.int64), count, vocab_size, False)
+        classes, *_ = tg.candidate_set(torch.tensor([[[7]]]), int_tensor(turn, torch.int64), count, vocab_size, False)
         drawn.update(classes.tolist())
     others = [drawn[label] for label in range(vocab_size) if label != 7]
     assert drawn[7] == vocab_size and sum(others) == vocab_size * (count - 1)
@@ -67,9 +70,10 @@ def model_of(vocab_size: int = 50, candidates: int = 0, rows: int = 1, **changes
     return model, s
 
 
-def the_set(targets, turn: int, count: int) -> list[int]:
-    """Of the 50 classes of these models, as tested above."""
-    return tg.candidate_set(targets.long(), int_tensor(turn, torch.int64), count, 50, False)[0].tolist()
+def the_set(targets, turn: int, count: int) -> tuple[list[int], torch.Tensor]:
+    """Of the 50 classes of these models, as tested above; and what is added to their logits."""
+    classes, _, bias = tg.candidate_set(targets.long(), int_tensor(turn, torch.int64), count, 50, False)
+    return classes.tolist(), bias
 
 
 def plain_losses(model, s, batch, mtp: int, turn: int, candidates: int, rows: int):
@@ -79,11 +83,11 @@ def plain_losses(model, s, batch, mtp: int, turn: int, candidates: int, rows: in
     total = [x.new_zeros(()) for _ in targets]
     for first in range(0, len(x), rows):
         block = targets[:, first:first + rows]
-        chosen = the_set(block, (turn + first) * (candidates + 1), candidates)
+        chosen, bias = the_set(block, (turn + first) * (candidates + 1), candidates)
         for k, r, t in itertools.product(*map(range, block.shape)):
             if (target := block[k, r, t].item()) != IGNORE:
                 z = cap(head[chosen] @ x[first + r, t], s)
-                total[k] = total[k] + z.logsumexp(0) - z[chosen.index(target)]
+                total[k] = total[k] + (z + bias).logsumexp(0) - z[chosen.index(target)]
     return torch.stack(total)
 
 
@@ -121,7 +125,7 @@ def test_classes_outside_the_sets_have_no_gradient():
     batch = random_batch(2, 8)
     gradient = torch.autograd.grad(losses(model, batch, 1, turn=3).sum(), model.lm_head)[0]
     targets = tg.future_targets(*batch[1:], 1)
-    inside = {*the_set(targets[:, 0], 3 * 41, 40), *the_set(targets[:, 1], 4 * 41, 40)}
+    inside = {*the_set(targets[:, 0], 3 * 41, 40)[0], *the_set(targets[:, 1], 4 * 41, 40)[0]}
     touched = {label for label in range(len(gradient)) if gradient[label].any()}
     assert touched == inside and 40 < len(inside) < 50
 
@@ -140,18 +144,19 @@ def test_all_classes_as_candidates_give_the_full_loss_and_gradients(pointer):
         torch.testing.assert_close(sampled, full, rtol=1e-5, atol=1e-5 * full.abs().max().item())
 
 
-def test_fewer_classes_make_the_loss_smaller_by_the_mass_of_the_others():
-    """L_sampled = L_full + log of the probability of the set: no correction term."""
-    model, s = model_of(candidates=30)
+def test_the_others_stand_for_all_that_are_no_targets():
+    """Where all of these have the same logit the sampled loss is the full one, with any set."""
+    model, _ = model_of(candidates=30)
     batch = random_batch(1, 8)
-    chosen = the_set(batch[1], 4 * 31, 30)
-    p = cap(stream(model, batch)[0] @ model.lm_head.T, s).softmax(-1)
-    mass = p[:, chosen].sum(-1).log().sum()
-    sampled = losses(model, batch, turn=4)[0]
     with torch.no_grad():
-        full = losses(model, batch)[0]
-    torch.testing.assert_close(sampled, full + mass)
-    assert sampled < full - 1
+        model.lm_head[50:] = -100.0  # padding
+        targets = batch[1].unique().long()
+        others = torch.ones(50, dtype=torch.bool).index_fill(0, targets, False).nonzero()[:, 0]
+        model.lm_head[others] = model.lm_head[others[0]].clone()
+        z = cap(stream(model, batch)[0] @ model.lm_head[:50].T, tiny_settings())
+        full = torch.nn.functional.cross_entropy(z, batch[1][0].long(), reduction="sum")
+    for turn in (0, 4, 9):
+        torch.testing.assert_close(losses(model, batch, turn=turn)[0], full)
 
 
 def test_in_evaluation_the_loss_is_full():
@@ -169,7 +174,7 @@ def test_the_gate_of_the_pointer_is_in_every_set():
     """Even where targets alone are more than the candidates: without it the mixture has no probability."""
     for turn, count in itertools.product(range(0, 300, 7), (2, 24, 39)):
         targets = torch.randperm(300, generator=torch.Generator().manual_seed(turn))[:40].view(1, 1, 40)
-        classes, place = tg.candidate_set(targets, int_tensor(turn, torch.int64), count, 300, True)
+        classes, place, _ = tg.candidate_set(targets, int_tensor(turn, torch.int64), count, 300, True)
         assert 300 in classes and classes[place[300]] == 300 and len(classes.unique()) == count
 
 
@@ -215,7 +220,7 @@ def test_targets_without_a_place_have_no_loss_and_are_counted():
     assert int(model.left_out) == 2 * (16 - 12) and loss.isfinite()
     x, plain = stream(model, batch), 0.0
     for row, targets in enumerate(batch[1]):
-        chosen = the_set(targets, row * 13, 12)
+        chosen, _ = the_set(targets, row * 13, 12)
         logs = cap(x[row] @ model.lm_head[chosen].T, s).log_softmax(-1)
         places = [(t, chosen.index(target)) for t, target in enumerate(targets.tolist()) if target in chosen]
         plain -= sum(logs[place].item() for place in places)

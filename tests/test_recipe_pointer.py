@@ -255,7 +255,7 @@ def test_with_candidates_the_mixture_is_that_of_the_set():
     model, s = model_of()
     batch = repetitive_batch(1, 12)
     model.candidates = 24
-    classes, _ = tg.candidate_set(batch[1][None].long(), int_tensor(3 * 25, torch.int64), 24, VOCAB, True)
+    classes, _, bias = tg.candidate_set(batch[1][None].long(), int_tensor(3 * 25, torch.int64), 24, VOCAB, True)
     assert VOCAB in classes
     sampled = losses(model, batch, turn=3)[0]
     outside = torch.ones(128, dtype=torch.bool).index_fill(0, classes, False)
@@ -263,6 +263,7 @@ def test_with_candidates_the_mixture_is_that_of_the_set():
         x = stream(model, batch).double()
         copies, nothing = plain_pointer(x, *weights(model), batch[0], batch[2])
         z = cap(x @ model.lm_head.double().T, s).masked_fill(outside, -math.inf)
+        z[..., classes] += bias  # the others stand for all that are no targets
         alpha = z.softmax(-1)[..., VOCAB]
         z[..., VOCAB] = -math.inf
         target = batch[1].long()[..., None]

@@ -18,7 +18,7 @@ SCRIPTS = [script for script in ("train_gpt", "train_moe")
 VOCAB, CLOSE = 300, 2e-3
 PARTS = {
     "tail": dict(tail=0.6, tail_steps=2),
-    "candidates": dict(stage_ends=(0.7, 1.0), candidates=(256, 0), candidate_rows=2, mtp=(1, 0)),
+    "candidates": dict(stage_ends=(0.7, 1.0), candidates=(256, 0), mtp=(1, 0)),
     "ngrams": dict(ngram_rows=256, ngram_every=3),
     "pointer": dict(pointer=8)}
 PARTS |= {"all": {key: value for part in PARTS.values() for key, value in part.items()}, "off": {}}
@@ -106,8 +106,8 @@ def test_the_state_of_the_table_does_not_depend_on_the_processes(runs):
     assert one["state"]["sums"]["ngrams.table"].to_dense().any()  # two steps of a cycle of three wait after step 8
 
 
-def test_sampled_and_full_losses_are_where_the_stages_say(runs, monkeypatch):
-    """Sampled in the first stage, full in the last, and in every evaluation."""
+def test_sampled_and_full_losses_are_where_the_stages_say(runs, monkeypatch, capsys):
+    """Sampled in the first stage, full in the last, and in every evaluation; the log tells which."""
     calls, part = [], PARTS["candidates"] | {"eval_every": 1}
 
     def spy(*arguments, candidate_set=train_gpt.candidate_set, **more):
@@ -119,7 +119,9 @@ def test_sampled_and_full_losses_are_where_the_stages_say(runs, monkeypatch):
     assert found_losses(off)["train_loss"][1] == pytest.approx(math.log(384), abs=1e-4)
     monkeypatch.setattr(train_gpt, "candidate_set", spy)
     assert train_gpt.main(command(off.parent, off.parent / "spied", **part)) == 0
-    assert calls == [True] * (6 * 8 // 2)  # 0.7 * 8 steps of 8 rows, of which two share a set
+    assert calls == [True] * (6 * 8)  # 0.7 * 8 steps of 8 rows, each with a set of its own
+    told = [line.split(" classes")[0] for line in capsys.readouterr().out.splitlines() if line.endswith("classes")]
+    assert told == ["step 1: train losses are among 256", "step 7: train losses are among all"]
 
 
 def test_candidates_beyond_the_vocabulary_are_the_full_loss(runs):
