@@ -173,8 +173,10 @@ def read_trace(who: str, trace: parsing.Trace, code: int | None, wall_s: float, 
         if loss is not None:
             run.losses[row["step"]] = loss
     if code and trace.end.get("status") not in parsing.COMPLETED:
-        names = re.findall(r"^(?:\[rank0\]: *)?([\w.]*(?:Error|Exception|Iteration))\b", output, re.MULTILINE)
-        why = names[:1] if who == "peer" else output.splitlines()[-1:]  # an exception's name is not the peer's text
+        form = r"^(?:\[rank0\]: *)?([\w.]*(?:Error|Exception|Iteration))\b"
+        why = output.splitlines()[-1:]
+        if who == "peer":  # an exception's name is not its text
+            why = re.findall(form, output, re.MULTILINE)[:1]
         run.result = ", ".join([f"FAILED: code {code}", *why])
     elif len(run.times) < 2:
         run.result = "FAILED: no step in its log" + (" before the time limit" if code is None else "")

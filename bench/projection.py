@@ -32,7 +32,8 @@ MFU = "16384:0.306,32768:0.357,49152:0.376"
 
 def build(flags: list[str], ranks: int) -> tuple[train_gpt.Settings, train_gpt.GPT, list[train_gpt.Bank]]:
     """A recipe, its model and optimizer as rank 0 of several has them, without memory: on the meta device."""
-    rows = common.given(train_gpt, [*ON_CPU, *flags]).get("ngram_rows", PRESET.get("ngram_rows", 0))
+    given = common.given(train_gpt, [*ON_CPU, *flags])
+    rows = given.get("ngram_rows", PRESET.get("ngram_rows", 0))
     s = common.parsed(train_gpt, [*ON_CPU, *flags, "--ngram-rows", "4"])  # that fits this machine
     with torch.device("meta"):
         world = train_gpt.World(0, 0, ranks)
@@ -44,7 +45,7 @@ def traffic(banks: list[train_gpt.Bank], ranks: int) -> dict[str, float]:
     """Bytes that a rank sends for one optimizer step with ring collectives, by collective."""
     scattered = gathered = reduced = 0.0
     for bank in banks:
-        numel = bank.grad.numel()  # of the own pieces; a sharded bank has as many for each rank, padding included
+        numel = bank.grad.numel()  # of the own pieces; a sharded bank has as many for each rank
         if bank.owners == 1:
             reduced += 2 * (ranks - 1) / ranks * numel * bank.grad.dtype.itemsize
         else:
@@ -56,7 +57,8 @@ def traffic(banks: list[train_gpt.Bank], ranks: int) -> dict[str, float]:
 def ngram_traffic(s: train_gpt.Settings, stage: train_gpt.Stage, ranks: int) -> float:
     """Bytes that a rank sends for the n-grams of a step: tokens and documents, what was found, its gradients."""
     own = stage.batch_tokens / ranks
-    return (ranks - 1) * own * (2 * 4 + 2 * s.width * s.torch_dtype.itemsize) if s.ngram_rows else 0.0
+    each = 2 * 4 + 2 * s.width * s.torch_dtype.itemsize
+    return (ranks - 1) * own * each if s.ngram_rows else 0.0
 
 def utilization(text: str, tokens: float) -> float:
     """Between the given TOKENS:SHARE pairs on straight lines, beyond them as at the nearest."""
@@ -113,7 +115,8 @@ padded to {ranks} owners. Not counted: the optimizer's products, lookups, waitin
 def report(args: argparse.Namespace) -> str:
     """The text, in Markdown."""
     sent = traffic(build(args.flags, args.ranks)[2], args.ranks)
-    rows = [[name, f"{count / MIB:,.3f}"] for name, count in (sent | {"together": sum(sent.values())}).items()]
+    sent |= {"together": sum(sent.values())}
+    rows = [[name, f"{count / MIB:,.3f}"] for name, count in sent.items()]
     return README.format(
         before=section("Before", BEFORE, args), after=section("After", args.flags, args),
         collectives=common.markdown(["collective", "MiB per rank and step"], rows), peak=PEAK / 1e12,
