@@ -84,7 +84,7 @@ PROXIES = {
             floor="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016",
             tail="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016 "
                  "--tail 0.6 --tail-steps {tail_steps}",
-            candidates="--candidates 2048,0 --stage-ends 0.85,1",
+            candidates="--candidates 2048,0 --stage-ends 0.92,1",
             ngrams="--ngram-rows 65536",
             pointer="--pointer 32",
             qk_dim="--qk-dim 16",
@@ -93,7 +93,7 @@ PROXIES = {
             taper="--stage-ends 0.93,1 --batch-tokens 2048,1024 --stage-lr 1,0.71",
             recipe="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016 "
                    "--tail 0.6 --tail-steps {tail_steps} --ngram-rows 65536 --pointer 32 "
-                   "--candidates 2048,0 --stage-ends 0.85,1",
+                   "--candidates 2048,0 --stage-ends 0.92,1",
         )),
 }
 
