@@ -131,11 +131,10 @@ def build_model(script: ModuleType, s, vocab_size: int, weights: dict, size: int
             shapes = script.GPT(s, vocab_size)
     finally:
         hook.remove()
-    like = shapes.state_dict()
-    more = ", ".join(map(str, weights.keys() - like.keys()))
-    if wrong := misfit(weights, like, "state.pt") or more and f"state.pt has more: {more:.80}":
+    more = ", ".join(map(str, weights.keys() - shapes.state_dict().keys()))
+    if wrong := misfit(weights, shapes.state_dict(), "state.pt") or more and f"state.pt has more: {more:.80}":
         raise ValueError(wrong)
-    if sum(x.numel() * x.element_size() for x in weights.values()) > size:
+    if 4 * sum(p.numel() for p in shapes.parameters()) > size:
         raise ValueError("state.pt is smaller than the weights that it says to hold")
     if sum(buffer.numel() for buffer in shapes.buffers()) > MAX_TABLES:
         raise ValueError("its settings ask for rotary tables that no text needs")
@@ -289,12 +288,12 @@ class Decoder:
 
     def mix(self, logits_V: Tensor, share_T: Tensor, nothing: Tensor) -> Tensor:
         """Log-probabilities of the tokens, (vocabulary,): log of p (1 - alpha (1 - nothing)) + alpha copied, where p is
-        the head's without the gate, alpha that of the gate, and copied adds up the shares of places with a token."""
+        the head's without the gate, alpha that of the gate, and copied the sum of the shares of places with a token."""
         gate = self.model.vocab_size
         alpha = logits_V.softmax(0)[gate]
         head = logits_V.index_fill(0, torch.tensor(gate, device=self.device), -torch.inf).log_softmax(0)[:gate]
-        copied = torch.zeros_like(head).index_add_(0, self.text[0], share_T)
-        return torch.logaddexp(head + torch.log1p(-alpha * (1 - nothing)), (alpha * copied).log())
+        copies = torch.zeros_like(head).index_add_(0, self.text[0], share_T)
+        return torch.logaddexp(head + torch.log1p(-alpha * (1 - nothing)), (alpha * copies).log())
 
     def embed(self, inputs_BT: Tensor, follows_BT1: Tensor) -> Tensor:
         """Embeddings of the new tokens, (B, T, D), computed with two more before them: the one that is smeared over the

@@ -686,16 +686,16 @@ class Pointer(nn.Module):
 
     def forward(self, x_BTD, inputs_BT, targets_BT, docs_BT) -> tuple[Tensor, Tensor]:
         """The attention on the target, and on the sink, each (B, T), fp32."""
-        q_BTK, k_BTK = F.linear(x_BTD, self.qk).float().chunk(2, dim=-1)
-        gain, sink = self.small.float()
-        q_BTK, k_BTK = norm(q_BTK) * gain * len(gain) ** -0.5, norm(k_BTK)
+        q_BTK, k_BTK = F.linear(x_BTD, self.qk).chunk(2, dim=-1)
+        gain, sink = self.small
+        q_BTK, k_BTK = norm(q_BTK) * (gain * len(gain) ** -0.5), norm(k_BTK)
         position, parts = torch.arange(q_BTK.size(1), device=x_BTD.device), []
         for start in range(0, len(position), POINTER_BLOCK):
             end = start + POINTER_BLOCK
             own, seen = slice(start, end), slice(max(0, start - POINTER_BLOCK), end)
             mask = (position[own, None] > position[seen]) & (docs_BT[:, own, None] == docs_BT[:, None, seen])
             scores = (q_BTK[:, own] @ k_BTK[:, seen].mT).masked_fill(~mask, -math.inf)
-            shares = torch.cat((scores, q_BTK[:, own] @ sink[:, None]), dim=-1).softmax(dim=-1)
+            shares = torch.cat((scores, q_BTK[:, own] @ sink[:, None]), dim=-1).float().softmax(dim=-1)
             hits = inputs_BT[:, None, seen] == targets_BT[:, own, None]
             parts.append(((shares[..., :-1] * hits).sum(-1), shares[..., -1]))
         copied, nothing = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
@@ -714,7 +714,8 @@ class Ngrams(nn.Module):
         self.world, self.half, self.state = world, s.ngram_rows // 2, {}
         self.table = nn.Parameter(torch.zeros(s.ngram_rows // world.size, s.width, dtype=s.torch_dtype))
         self.weight = nn.Parameter(torch.full((s.num_layers,), 0.05))
-        signs = torch.randint(2, (NGRAM_SIGNS, s.width), generator=torch.Generator().manual_seed(0))
+        fixed = torch.Generator("cpu").manual_seed(0)
+        signs = torch.randint(2, (NGRAM_SIGNS, s.width), generator=fixed, device="cpu")
         self.register_buffer("signs", (2 * signs - 1).to(s.torch_dtype), persistent=False)
 
     @torch.no_grad()
@@ -1639,7 +1640,7 @@ def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     from triton.tools.tensor_descriptor import TensorDescriptor
     (rows, depth), cols = a.shape, b.size(0)
     out = a.new_empty(rows, cols)
-    small = small_shared_memory(a.device.type)
+    small = small_shared_memory(a.device.type) or a.dtype == torch.float32
     tile = dict(ROWS=128, COLS=128 if small else 256, DEPTH=32 if small else 64)
     whole, half = [tile["ROWS"], tile["DEPTH"]], [tile["ROWS"], tile["COLS"] // 2]
     shapes = whole, [tile["COLS"], tile["DEPTH"]], half, half

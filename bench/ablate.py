@@ -6,8 +6,8 @@
     python bench/ablate.py --only mtp,xsa --seeds 8 --out records/more -- --iterations 600 --num-layers 6
 
 Proxies: `bytes`, 1 M parameters in three stages, and `tokens`, 10 M parameters and GPT-2's tokens, where the head is
-most of the cost. Flags after ` -- ` change them. Writes --out: runs.jsonl, README.md (tables) and deltas.png. The same
-command goes on where an earlier one ended: only what is missing or failed is run, each run with one thread.
+most of the cost. Flags after ` -- ` change them. Writes --out: runs.jsonl and README.md (tables). The same command
+goes on where an earlier one ended: only what is missing or failed is run, each run with one thread.
 
 The effect of a technique is loss(without it) - loss(with it), in nats per token and paired by seed: positive means it
 helps. At equal seconds the proxy trains for the CPU seconds of the run it is compared with: its loss is read off runs
@@ -66,29 +66,34 @@ PROXIES = {
             pointer="--pointer 32",
             qk_dim="--qk-dim 16",
             split="--cooldown 0.8 --cooldown-others 0.4",
-            extension="--extension {last_steps}",
-            taper="--stage-ends 0.3333,0.6667,0.93,1 --batch-tokens 1024,2048,3072,2048 --stage-lr 0.71,1,1.22,1 "
-                  "--max-doc-len 128,256,256,256 --window 64,96,128,128 --mtp 2,1,0,0",
-            recipe="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps} --ngram-rows 16384 --pointer 32",
+            extension="--extension 0.05",
+            taper="--stage-ends 0.3333,0.6667,0.93,1 --batch-tokens 1024,2048,3072,2048 "
+                  "--stage-lr 0.71,1,1.22,1 --max-doc-len 128,256,256,256 --window 64,96,128,128 "
+                  "--mtp 2,1,0,0",
+            recipe="--lr-floor 0.3 --tail 0.6 --tail-steps {tail_steps} "
+                   "--ngram-rows 16384 --pointer 32",
         )),
     # The preset's model, narrower, for long documents; rates tuned. A higher floor wants lower ones.
     "tokens": Proxy("""
-        --num-layers 4 --width 64 --head-dim 32 --value-embeds 1 --batch-tokens 2048 --micro-tokens 1024
-        --seq-len 1024 --max-doc-len 1024 --window 512 --window-start 128 --window-step 64
+        --num-layers 4 --width 64 --head-dim 32 --value-embeds 1
+        --batch-tokens 2048 --micro-tokens 1024 --seq-len 1024 --max-doc-len 1024
+        --window 512 --window-start 128 --window-step 64
         --muon-lr 0.06 --adam-lr 0.024 --iterations 96 --eval-tokens 16384""",
         (0.45, 1, 1.3), (0.4, 0.6, 1), 90,
         dict(
             floor="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016",
-            tail="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016 --tail 0.6 --tail-steps {tail_steps}",
+            tail="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016 "
+                 "--tail 0.6 --tail-steps {tail_steps}",
             candidates="--candidates 2048,0 --stage-ends 0.85,1",
             ngrams="--ngram-rows 65536",
             pointer="--pointer 32",
             qk_dim="--qk-dim 16",
             split="--cooldown 0.8 --cooldown-others 0.4",
-            extension="--extension {last_steps}",
+            extension="--extension 0.05",
             taper="--stage-ends 0.93,1 --batch-tokens 2048,1024 --stage-lr 1,0.71",
-            recipe="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016 --tail 0.6 --tail-steps {tail_steps} "
-                   "--ngram-rows 65536 --pointer 32 --candidates 2048,0 --stage-ends 0.85,1",
+            recipe="--lr-floor 0.3 --muon-lr 0.03 --adam-lr 0.016 "
+                   "--tail 0.6 --tail-steps {tail_steps} --ngram-rows 65536 --pointer 32 "
+                   "--candidates 2048,0 --stage-ends 0.85,1",
         )),
 }
 
@@ -190,7 +195,6 @@ def flag_values(trainer, s) -> dict[str, object]:
         "plain_scale": f"{s.head_dim**-0.5:.6g}",
         "other_skip": "single" if s.skip == "unet" else "unet",
         "tail_steps": max(1, s.iterations // 8),
-        "last_steps": max(1, s.iterations // 20),
     }
 
 def change_flags(trainer, base, recent: dict[str, str], name: str, length: float) -> str:
@@ -265,9 +269,6 @@ class Row(NamedTuple):
     time: float | None  # CPU seconds of a step with it / without it
     reach: tuple[common.Effect | None, ...]  # steps and seconds to the proxy's loss / the proxy's
 
-def verdict(effect: common.Effect) -> str:
-    return effect.side("helps", "hurts", "not resolved")
-
 def read_off(points: dict[float, float], x: float) -> float:
     """y at x on straight lines between the points; nan outside."""
     xs = sorted(points)
@@ -310,15 +311,18 @@ def compare(technique: Technique, curve: dict, base: dict, factor: float) -> Row
         factor**-sign if factor > 0 else None,
         tuple(effect([scale * math.exp(at) for at in reached]) for scale in (1, factor)))
 
-HEAD = ["technique", "public record", "switched off by", "n", "Δ at equal steps", "95 % interval", "verdict",
-        "CPU time of a step with / without", "Δ at equal seconds", "95 % interval", "verdict", "published gain"]
+HEAD = [
+    "technique", "public record", "switched off by", "n",
+    "Δ at equal steps", "95 % interval", "verdict", "CPU time of a step with / without",
+    "Δ at equal seconds", "95 % interval", "verdict", "published gain"]
 
 def cells(effect: common.Effect | None) -> list[str]:
     """An effect, its interval and its verdict."""
     if not effect:
         return ["not measured", "", ""]
     span = f"{effect.low:+.4f} to {effect.high:+.4f}"
-    return [f"{effect.mean:+.4f} ± {effect.se:.4f}", span, verdict(effect)]
+    return [f"{effect.mean:+.4f} ± {effect.se:.4f}", span,
+            effect.side("helps", "hurts", "not resolved")]
 
 def table(rows: list[Row], changes: dict[tuple[str, float], str]) -> str:
     """The results as a Markdown table."""
@@ -342,20 +346,21 @@ def reach_lines(rows: list[Row]) -> str:
 
 README = """# What each technique is worth on a small proxy ({name}), {date}
 
-Δ is loss(without the technique) - loss(with it), nats per token, paired by seed: positive means it helps. The verdict
-says whether the 95 % Student t interval excludes 0; of 20 techniques without any effect, one is expected to get a
-verdict by chance, and all rows share the proxy's own runs. At equal seconds the proxy has the CPU seconds of the run
-it is compared with: its loss is read off runs of {lengths} times its steps, with schedules that fit them.
+Δ is loss(without the technique) - loss(with it), nats per token, paired by seed: positive means it
+helps. The verdict says whether the 95 % Student t interval excludes 0; of 20 techniques without any
+effect, one is expected to get a verdict by chance, and all share the proxy's runs. At equal seconds
+the proxy has the CPU seconds of the other run: its loss is read off runs of {lengths} times its steps,
+with schedules that fit them.
 
 {reach}{table}
 
-{figure}- Commands: `{command}`
+- Commands: `{command}`
 - Proxy: {size}; `{proxy}`
 - Data: {data}
 - Machine: {hardware}; torch {torch}; commit {commit}; train_gpt.py {trainer}; one thread a run; {malloc}
 {problems}
-A proxy of this size says little about the 124 M parameter model, with its longer windows and documents. It finds large
-effects, and techniques that are broken.
+A proxy of this size says little about 124 M parameters, longer windows and documents. It finds
+large effects, and techniques that are broken.
 """
 
 def proxy_size(runs: list[dict]) -> str:
@@ -371,44 +376,20 @@ def proxy_size(runs: list[dict]) -> str:
 
 def readme(sweep: Sweep, rows: list[Row], runs: list[dict], problems: list[str], name: str) -> str:
     """README.md of the results: the tables, how they came about, and what they do not say."""
-    figure = "![effects with their 95 % intervals](deltas.png)\n\n"
     lengths = sorted(length for technique, length in sweep.changes if technique == BASE)
     return README.format(
         name=name,
         lengths=", ".join(f"{length:g}" for length in lengths),
         reach=reach_lines(rows),
         table=table(rows, sweep.changes),
-        figure=figure if any(row.steps for row in rows) else "",
         size=proxy_size(runs),
         proxy=shlex.join(sweep.proxy),
         malloc=" ".join(f"{key}={os.environ.get(key, '')}" for key in MALLOC),
         problems=common.problem_lines(problems, runs, "train_gpt.py"),
         **common.facts(runs))
 
-COLORS = {"helps": "tab:green", "hurts": "tab:red", "not resolved": "tab:gray"}
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Points with 95 % intervals, one technique a line, the largest effect on top; hollow: at equal seconds."""
-    shown = [row for row in reversed(rows) if row.steps]
-    figure, axes = common.panels(8, 1.4 + 0.27 * len(shown))
-    for word, color in COLORS.items():
-        for field, fill, shift in (("steps", color, 0.12), ("seconds", "white", -0.12)):
-            effects = [(y + shift, getattr(row, field)) for y, row in enumerate(shown)]
-            points = [(y, e) for y, e in effects if e and verdict(e) == word]
-            axes.errorbar(
-                [e.mean for _, e in points], [y for y, _ in points],
-                xerr=[e.high - e.mean for _, e in points], fmt="o", color=color, markersize=4,
-                markerfacecolor=fill, capsize=2, label=f"{word}, equal {field} ({len(points)})")
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(shown)), [row.technique.name for row in shown])
-    axes.set_ylim(-0.7, len(shown) - 0.3)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("Δ validation loss, nats per token: mean and 95 % interval; right of 0 it helps")
-    axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(path, dpi=130)
-
 def write_report(sweep: Sweep, out: Path, name: str) -> None:
-    """README.md and deltas.png from the records of this proxy and data."""
+    """README.md from the records of this proxy and data."""
     runs = [run for run in common.read_runs(out / "runs.jsonl", Job).values()
             if run["key"] == sweep.key
             and run["change"] == sweep.changes.get((run["technique"], run["length"]))]
@@ -417,10 +398,7 @@ def write_report(sweep: Sweep, out: Path, name: str) -> None:
         return
     problems = [f"{run['technique']}, seed {run['seed']}: {run['problem']}"
                 for run in runs if run["problem"]]
-    rows = summarize(done)
-    if any(row.steps for row in rows):
-        plot(rows, out / "deltas.png")
-    common.write_readme(out, readme(sweep, rows, done, problems, name))
+    common.write_readme(out, readme(sweep, summarize(done), done, problems, name))
 
 # --- Command line
 

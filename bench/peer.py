@@ -144,8 +144,9 @@ def run_process(command: list, folder: Path, limit_s: float | None, **options) -
     torchrun ends its worker (within 30 s) and ours writes its last record."""
     start = time.perf_counter()
     with open(folder / "output.txt", "w") as file:
-        child = subprocess.Popen([*map(str, command)], env={**os.environ, "DATA_PATH": "."}, stdout=file,
-                                 stderr=subprocess.STDOUT, start_new_session=True, **options)
+        child = subprocess.Popen(
+            [*map(str, command)], env={**os.environ, "DATA_PATH": "."}, stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True, **options)
         try:
             code = child.wait(limit_s)
         except subprocess.TimeoutExpired:
@@ -172,8 +173,10 @@ def read_trace(who: str, trace: parsing.Trace, code: int | None, wall_s: float, 
         if loss is not None:
             run.losses[row["step"]] = loss
     if code and trace.end.get("status") not in parsing.COMPLETED:
-        names = re.findall(r"^(?:\[rank0\]: *)?([\w.]*(?:Error|Exception|Iteration))\b", output, re.MULTILINE)
-        why = names[:1] if who == "peer" else output.splitlines()[-1:]  # an exception's name is not the peer's text
+        form = r"^(?:\[rank0\]: *)?([\w.]*(?:Error|Exception|Iteration))\b"
+        why = output.splitlines()[-1:]
+        if who == "peer":  # an exception's name is not its text
+            why = re.findall(form, output, re.MULTILINE)[:1]
         run.result = ", ".join([f"FAILED: code {code}", *why])
     elif len(run.times) < 2:
         run.result = "FAILED: no step in its log" + (" before the time limit" if code is None else "")
@@ -282,9 +285,11 @@ def compare(runs: list[Run], tokens: int) -> dict:
         return ratio([value(run) for run in peers], [value(run) for run in ours], at)
 
     at, ms = f"steps {steps[0]} to {steps[-1]}", [step_times(side, steps) for side in (peers, ours)]
-    result = {"ms/step": ratio(*ms, at), "peak MiB": compared("whole run", lambda run: run.peak_mib),
-              "CPU s, whole run": compared("whole run", lambda run: run.cpu_s),
-              "tokens/s": ratio(*([1000 * tokens / value for value in side if value] for side in ms), at)}
+    speeds = ([1000 * tokens / value for value in side if value] for side in ms)
+    result = {
+        "ms/step": ratio(*ms, at), "peak MiB": compared("whole run", lambda run: run.peak_mib),
+        "CPU s, whole run": compared("whole run", lambda run: run.cpu_s),
+        "tokens/s": ratio(*speeds, at)}
     if validated := set.intersection(*(set(run.losses) for run in both)):
         step = max(validated)
         result["val loss, equal tokens"] = compared(f"step {step}", lambda run: run.losses[step])
@@ -307,14 +312,16 @@ def format_tables(runs: list[Run], result: dict) -> str:
     head = ["", "peer", "range", "ours", "range", "ours / peer", "ours - peer", "at"]
     rows = []
     for name, r in result.items():
-        sides = [cell for who in ("peer", "ours") for cell in (show(r[who]), "..".join(map(show, r[f"{who}_range"])))]
+        sides = [cell for who in ("peer", "ours")
+                 for cell in (show(r[who]), "..".join(map(show, r[f"{who}_range"])))]
         rows.append([name, *sides, show(r["ratio"]), show(r["difference"]), r["at"]])
     return "\n\n".join(map(common.aligned, [runs_table, *([[head, *rows]] if rows else [])]))
 
 def write_folder(out: Path, record: dict, tables: str, folder: Path) -> None:
     """README.md, peer.json and the logs of our runs; nothing of the peer's."""
     out.mkdir(parents=True, exist_ok=True)
-    facts = "\n".join(f"- {name}: {value}" for name, value in (record["setting"] | record["peer"]).items())
+    said = record["setting"] | record["peer"]
+    facts = "\n".join(f"- {name}: {value}" for name, value in said.items())
     text = f"# A public script beside ours, {time.strftime('%Y-%m-%d')}\n\n{facts}\n\n```\n{tables}\n```\n"
     (out / "README.md").write_text(text, encoding="utf-8")
     common.write_json(out / "peer.json", record)
@@ -325,8 +332,10 @@ def write_folder(out: Path, record: dict, tables: str, folder: Path) -> None:
 def our_flags(args: argparse.Namespace, tokens: int, val_tokens: int) -> list[str]:
     """Flags of train_gpt.py: the preset at the peer's sizes. What is wrong is said before the peer has run."""
     rate = train_gpt.PRESETS["speedrun"]["stage_lr"][-1]  # the preset's for its largest batch
-    same = {"data": args.data, "device": args.device, "iterations": args.steps, "batch-tokens": tokens,
-            "save-every": 0, "eval-tokens": val_tokens, "eval-every": args.eval_every, "target-loss": 0}
+    same = {
+        "data": args.data, "device": args.device, "iterations": args.steps,
+        "batch-tokens": tokens, "save-every": 0, "eval-tokens": val_tokens,
+        "eval-every": args.eval_every, "target-loss": 0}
     fixed = [f"--{key}={value}" for key, value in same.items()]
     flags = ["--preset", "speedrun", f"--stage-lr={rate}", *args.ours, "--no-save-last", *fixed]
     train_gpt.parse_settings(flags, world_size=1)

@@ -23,7 +23,8 @@ VOCAB_SIZE = 50257
 MIB, PEAK = 2**20, train_gpt.PEAK_FLOPS["H100"]
 ON_CPU = """--preset speedrun --device cpu --dtype bf16 --backend sdpa --no-compile --kernels none
 --fp8-head off""".split()
-# `speedrun` until 2026-11-25
+PRESET = train_gpt.PRESETS["speedrun"]
+# until 2026-11-25
 BEFORE = """--iterations 1800 --stage-ends 0.333333,0.666667,1 --batch-tokens 131072,262144,393216
 --seq-len 16384,32768,49152 --max-doc-len 896,2048,2048 --window 384,896,1408 --stage-lr 1,1.52,1.73 --mtp 2,1,0
 --candidates 0 --ngram-rows 0 --pointer 0 --qk-dim 0 --extension 0 --tail 0""".split()
@@ -31,9 +32,12 @@ MFU = "16384:0.306,32768:0.357,49152:0.376"
 
 def build(flags: list[str], ranks: int) -> tuple[train_gpt.Settings, train_gpt.GPT, list[train_gpt.Bank]]:
     """A recipe, its model and optimizer as rank 0 of several has them, without memory: on the meta device."""
-    s = common.parsed(train_gpt, [*ON_CPU, *flags])
+    given = common.given(train_gpt, [*ON_CPU, *flags])
+    rows = given.get("ngram_rows", PRESET.get("ngram_rows", 0))
+    s = common.parsed(train_gpt, [*ON_CPU, *flags, "--ngram-rows", "4"])  # that fits this machine
     with torch.device("meta"):
-        s, world = dataclasses.replace(s, device="meta"), train_gpt.World(0, 0, ranks)
+        world = train_gpt.World(0, 0, ranks)
+        s = dataclasses.replace(s, device="meta", ngram_rows=rows)
         model = train_gpt.GPT(s, VOCAB_SIZE, world)
         return s, model, train_gpt.MuonAdamW(model, s, world).banks
 
@@ -41,7 +45,7 @@ def traffic(banks: list[train_gpt.Bank], ranks: int) -> dict[str, float]:
     """Bytes that a rank sends for one optimizer step with ring collectives, by collective."""
     scattered = gathered = reduced = 0.0
     for bank in banks:
-        numel = bank.grad.numel()  # of the own pieces; a sharded bank has as many for each rank, padding included
+        numel = bank.grad.numel()  # of the own pieces; a sharded bank has as many for each rank
         if bank.owners == 1:
             reduced += 2 * (ranks - 1) / ranks * numel * bank.grad.dtype.itemsize
         else:
@@ -53,7 +57,8 @@ def traffic(banks: list[train_gpt.Bank], ranks: int) -> dict[str, float]:
 def ngram_traffic(s: train_gpt.Settings, stage: train_gpt.Stage, ranks: int) -> float:
     """Bytes that a rank sends for the n-grams of a step: tokens and documents, what was found, its gradients."""
     own = stage.batch_tokens / ranks
-    return (ranks - 1) * own * (2 * 4 + 2 * s.width * s.torch_dtype.itemsize) if s.ngram_rows else 0.0
+    each = 2 * 4 + 2 * s.width * s.torch_dtype.itemsize
+    return (ranks - 1) * own * each if s.ngram_rows else 0.0
 
 def utilization(text: str, tokens: float) -> float:
     """Between the given TOKENS:SHARE pairs on straight lines, beyond them as at the nearest."""
@@ -110,7 +115,8 @@ padded to {ranks} owners. Not counted: the optimizer's products, lookups, waitin
 def report(args: argparse.Namespace) -> str:
     """The text, in Markdown."""
     sent = traffic(build(args.flags, args.ranks)[2], args.ranks)
-    rows = [[name, f"{count / MIB:,.3f}"] for name, count in (sent | {"together": sum(sent.values())}).items()]
+    sent |= {"together": sum(sent.values())}
+    rows = [[name, f"{count / MIB:,.3f}"] for name, count in sent.items()]
     return README.format(
         before=section("Before", BEFORE, args), after=section("After", args.flags, args),
         collectives=common.markdown(["collective", "MiB per rank and step"], rows), peak=PEAK / 1e12,

@@ -338,34 +338,14 @@ def test_report(bench, tmp_path):
     clip = "| clip_docs | 29 | not in the proxy; on: `--long-docs clip` | 3 | +0.5000 ± 0.0000 |"
     assert smear in readme and clip in readme and readme.index(clip) < readme.index(smear)
     assert "1,234 parameters, 384 training tokens, val loss 2.0000, sd over seeds 1.0000" in readme
-    for said in ("a toy, ", "; torch 9.9", "commit abc;", "chars, fingerprint f00", "says little about the 124 M",
-                 "`python bench/ablate.py --data", "(deltas.png)", "--preset cpu",
+    for said in ("a toy, ", "; torch 9.9", "commit abc;", "chars, fingerprint f00", "says little about 124 M",
+                 "`python bench/ablate.py --data", "--preset cpu",
                  "runs of 0.7, 1, 1.4 times", "MALLOC_MMAP_MAX_=0"):
         assert said in readme
     assert "Problem" not in readme
     (tmp_path / "stand_in.py").write_text(STAND_IN + "# changed\n")
     bench(*THREE, "--seeds", "4")
     assert "- Problem: train_gpt.py has changed between" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_plot_names_every_technique(tmp_path, monkeypatch):
-    from matplotlib import figure
-
-    drawn = []
-    save = figure.Figure.savefig
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k))
-    names = [row.name for row in ablate.TECHNIQUES]
-    runs = made_up("proxy", {0: 1.0, 1: 1.0, 2: 1.0})
-    for i, name in enumerate(names):
-        runs += made_up(name, {0: 1.0 + 0.01 * i, 1: 1.02 + 0.01 * i, 2: 0.99 + 0.01 * i})
-    rows = ablate.summarize(runs)
-    ablate.plot(rows, tmp_path / "deltas.png")
-    (axes,) = drawn[0].axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == [row.technique.name for row in reversed(rows)]
-    height, width = (tmp_path / "deltas.png").read_bytes()[20:24], (tmp_path / "deltas.png").read_bytes()[16:20]
-    assert int.from_bytes(width) >= 800 and int.from_bytes(height) >= 800
-    text = {legend.get_text() for legend in axes.get_legend().get_texts()}
-    assert sum(int(t.split("(")[1][:-1]) for t in text if "equal steps" in t) == len(names)
 
 
 # Command line
@@ -418,5 +398,5 @@ def test_real_sweep_on_bytes_of_a_local_text(tmp_path, capsys):
     assert {run["tokens"] for run in runs if run["length"] == 1} == {12 * 1024}
     assert all(run["step_s"] > -1 for run in runs if run["length"] == 1)
     readme = (out / "README.md").read_text()
-    assert "| 2 | " in readme and "books, fingerprint" in readme and (out / "deltas.png").stat().st_size > 1000
-    assert {path.name for path in out.iterdir()} == {"runs.jsonl", "README.md", "deltas.png"}  # logs are temporary
+    assert "| 2 | " in readme and "books, fingerprint" in readme and "normuon" in readme
+    assert {path.name for path in out.iterdir()} == {"runs.jsonl", "README.md"}  # logs are temporary

@@ -11,6 +11,7 @@ from hypothesis import settings as profile
 from hypothesis import strategies as st
 
 import train_gpt
+import train_moe
 from evals import extra_losses
 from evals.extra_losses import LENGTHS, copies, fit_weights, latest_matches, mixture_losses, token_losses
 
@@ -177,10 +178,11 @@ def test_buckets_of_hits_alone_and_of_nothing():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run whose text repeats: a training and validation split of the same kind."""
+    """Runs of two scripts, x and moe, whose training and validation splits are of one kind."""
     root = tmp_path_factory.mktemp("trained")
     extra = dict(ngram_rows=64, pointer=8, iterations=30, eval_every=30, eval_seq_len=64)
     assert train_gpt.main(helpers.tiny(root, **extra)) == 0
+    assert train_moe.main(helpers.tiny(root, **extra, num_experts=4, experiment_name="moe")) == 0
     return root
 
 
@@ -194,14 +196,15 @@ def numbers(text: str) -> list[float]:
     return [float(x) for x in re.findall(r"(\d+\.\d{4}) nats/token", text)]
 
 
-def test_the_usual_loss_is_that_of_training_and_the_others_are_lower(trained, capsys):
-    code, out, err = run(capsys, "--checkpoint", trained / "logs", "--context", 48)
+@pytest.mark.parametrize("name", ["x", "moe"])
+def test_the_usual_loss_is_that_of_training(trained, capsys, name):
+    code, out, err = run(capsys, "--checkpoint", place := trained / "logs" / name, "--context", 48)
     assert code == 0 and out.count("\n") == 3 and "300 tokens in rows of 64" in err, err
     [usual, sliding, mixed] = numbers(out)
-    loss = helpers.losses(helpers.run_folder(trained))["val_loss"][30]
+    loss = helpers.losses(helpers.run_folder(trained, name))["val_loss"][30]
     assert usual == pytest.approx(loss, abs=1e-4) and sliding != usual and mixed != usual
     assert "at least 48 tokens" in out and "weights from 300 training tokens" in out
-    few = run(capsys, "--checkpoint", trained / "logs", "--tokens", 100, "--row-len", 101, "--fit-tokens", 50)
+    few = run(capsys, "--checkpoint", place, "--tokens", 100, "--row-len", 101, "--fit-tokens", 50)
     assert few[0] == 0 and len(set(numbers(few[1])[:2])) == 1 and "from 50 training tokens" in few[1]
 
 

@@ -702,8 +702,8 @@ def trained(tmp_path_factory) -> Path:
     write_data(root / "tinychars", CHARS, [i % 8 for i in range(2000)])
     tiny = dict(num_layers=2, width=32, head_dim=16, iterations=6, save_every=3, batch_tokens=256, seq_len=64,
                 window=32, window_start=16, window_step=8, eval_tokens=128, micro_tokens=256, eval_every=0)
-    for name in ("tinybytes", "tinychars"):
-        flags = [f"--{key}={value}" for key, value in tiny.items()]
+    for name, more in [("tinybytes", {}), ("tinychars", dict(pointer=8, ngram_rows=50, qk_dim=8))]:
+        flags = [f"--{key}={value}" for key, value in (tiny | more).items()]
         flags += ["--preset=cpu", "--device=cpu", "--dtype=fp32", f"--data={root / name}", f"--experiment_name={name}"]
         flags += [f"--log_dir={root / 'logs'}"]
         assert train_gpt.main(flags) == 0

@@ -122,7 +122,8 @@ def test_settings_that_state_pt_does_not_fit(tmp_path, capsys, name):
 def test_a_trained_checkpoint_writes_the_same_text_with_and_without_cache(tmp_path, capsys):
     """With the bias that training made; without it the text is another one."""
     data = make_data(tmp_path / "data", tokenizer=VOCABULARY["tokenizer"], eot=None)
-    folder = train(train_moe, tmp_path, data=data, router="sigmoid_bias", bias_rate=0.5, bias_cooldown=0.0)
+    folder = train(train_moe, tmp_path, data=data, router="sigmoid_bias", bias_rate=0.5, bias_cooldown=0.0, pointer=8,
+                   ngram_rows=50)
     path = folder / "checkpoints" / "step_000008"
     code, text, err = run(capsys, *(options := ["--max-tokens", 60, "--checkpoint", tmp_path / "logs"]))
     assert code == 0 and f"{path}: cpu" in err and "with cache" in err
