@@ -237,7 +237,7 @@ def test_settings_that_cannot_work(argv, words, code, tmp_path, fails):
 
 @pytest.mark.parametrize("argv, words", [
     (["--preset", "gpu"], ["--preset gpu needs a CUDA device", "--preset cpu"]),
-    (["--preset", "speedrun"], ["--preset speedrun needs a CUDA device"]),
+    (["--preset", "speedrun", "--ngram-rows", "1000"], ["--preset speedrun needs a CUDA device"]),
     (["--device", "cuda"], ["--device cuda", "no usable CUDA device"]),
 ])
 def test_cuda_where_there_is_none(argv, words, fails, monkeypatch):

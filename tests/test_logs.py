@@ -168,7 +168,8 @@ def test_derived_numbers_are_printed(tmp_path, capsys):
     layers = ["0: Layer(attention='L', value_table=0, skip_from=None)",
               "1: Layer(attention='S', value_table=0, skip_from=0)"]
     assert "\n".join(["", *layers, ""]) in out
-    columns = "start={}, end={}, window_start=16, batch_tokens={}, seq_len=32, max_doc_len=32, window={}, mtp=0, lr={}"
+    columns = ("start={}, end={}, window_start=16, batch_tokens={}, seq_len=32, max_doc_len=32, window={}, mtp=0, "
+               "candidates=0, lr={}")
     first, second = (re.escape(columns.format(*row)) for row in ((0, 4, 128, 16, 1.0), (4, 8, 256, 32, 0.5)))
     rest = r"micro-steps of 4 rows, [\d.]+ MFLOPs/token"
     assert re.search(rf"^0: Stage\({first}\): 1 {rest}\n1: Stage\({second}\): 2 {rest}$", out, flags=re.MULTILINE)
