@@ -1166,7 +1166,7 @@ def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, ga
     classes = rank.argsort(stable=True)[:count]
     place = torch.full_like(label, IGNORE).scatter(0, classes, label[:count])
     wanted = (rank < 0).sum()
-    more = torch.log((len(label) - wanted) / (count - wanted).clamp_min(1))
+    more = torch.log((len(label) - wanted).clamp_min(1) / (count - wanted).clamp_min(1))
     return classes, place, more * (rank[classes] >= 0)
 
 def future_targets(targets_BT, docs_BT, count: int) -> Tensor:

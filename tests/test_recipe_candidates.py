@@ -178,6 +178,13 @@ def test_the_gate_of_the_pointer_is_in_every_set():
         assert 300 in classes and classes[place[300]] == 300 and len(classes.unique()) == count
 
 
+@pytest.mark.parametrize("gate", [False, True])
+def test_targets_of_all_classes_leave_nothing_to_stand_for(gate):
+    """No other is in the set, and what is added stays 0, where a logarithm of 0 would make it NaN."""
+    classes, _, bias = tg.candidate_set(torch.arange(50).view(1, 2, 25), int_tensor(3, torch.int64), 20, 50, gate)
+    assert len(classes.unique()) == 20 and not bias.any()
+
+
 # --- the same sets on any number of processes
 
 

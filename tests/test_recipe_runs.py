@@ -115,8 +115,8 @@ def test_sampled_and_full_losses_are_where_the_stages_say(runs, monkeypatch, cap
         return candidate_set(*arguments, **more)
     off = runs("train_gpt", 1, "off")
     found = found_losses(runs("train_gpt", 1, "candidates"))["train_loss"]
-    assert found[1] == pytest.approx(math.log(256), abs=1e-4)  # of 384 rows of the head, all equal at the start
-    assert found_losses(off)["train_loss"][1] == pytest.approx(math.log(384), abs=1e-4)
+    assert found[1] == pytest.approx(math.log(300), abs=1e-4)  # all equal at the start; 256 of 300 stand for all
+    assert found_losses(off)["train_loss"][1] == pytest.approx(math.log(384), abs=1e-4)  # all rows of the head
     monkeypatch.setattr(train_gpt, "candidate_set", spy)
     assert train_gpt.main(command(off.parent, off.parent / "spied", **part)) == 0
     assert calls == [True] * (6 * 8)  # 0.7 * 8 steps of 8 rows, each with a set of its own
