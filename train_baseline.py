@@ -553,9 +553,8 @@ def open_corpus(name: str) -> Corpus:
     return Corpus(folder, meta, **shards)
 
 def piece_table(tokens, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple:
-    """Start and length of each piece of a shard: documents cut to at most `max_len` tokens; `clip` keeps first pieces
-    only (29). The last token is only a target. Without end-of-text tokens the shard is one document, cut from
-    `offset` on, so that every epoch cuts elsewhere."""
+    """Start and length of each piece of a shard: documents cut to `max_len` tokens; `clip` keeps first pieces (29). The
+    last token is only a target. Without end-of-text it is one document, cut from `offset` on: elsewhere every epoch."""
     last = len(tokens) - 1
     starts = np.array([min(offset, last)]) if eot is None else np.flatnonzero(tokens[:last] == eot)
     if eot is not None and (not len(starts) or starts[0]):

@@ -251,10 +251,8 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
         bad.append(f"--attention {s.attention}: a letter L, S, P or - for each of {s.num_layers} layers")
     elif "P" in s.attention and (odd := [x.num_heads for x in (s, s.base) if x.num_heads % 2]):
         bad.append(f"--attention {s.attention}: P layers pair heads, and there are {odd[0]}; use --no-paired")
-    elif set(s.attention) == {"-"} or (
-            len({layer.value_table for layer in layer_table(s)} - {None}) < s.value_embeds):
-        bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} "
-                   "value tables, needs it")
+    elif set(s.attention) == {"-"} or len({x.value_table for x in layer_table(s)} - {None}) < s.value_embeds:
+        bad.append(f"--attention {s.attention}: a layer, and one for each of {s.value_embeds} value tables, needs it")
     if len(s.softcap) != 3 or not s.softcap[2] or (not s.softcap[0] and s.softcap != (0, 0, 1)):
         bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
     if s.qk_dim and (s.qk_dim % 4 or not s.head_dim / 2 <= s.qk_dim <= s.head_dim):
@@ -342,10 +340,7 @@ def stage_at(stages: list[Stage], step: int) -> Stage:
     return next((stage for stage in stages if step < stage.end), stages[-1])
 
 # ┌─ Attention ──────────────────────────────────────────────────────────────────────────────────┐
-# One rule says who sees whom; all backends apply it token by token, so that compiled, eager and SDPA agree. (A window
-# that exists only in the block lists of FlexAttention is silently ignored wherever the kernel is not compiled.)
-
-FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
+# One rule says who sees whom; all backends, in KERNELS, apply it token by token, so that they agree.
 
 def visible(query, key, query_doc, key_doc, window) -> Tensor:
     """True where a query may look at a key: causal, same document, inside the window."""
@@ -356,54 +351,6 @@ def dense_mask(docs_BT, window: Tensor, copies: int = 1) -> Tensor:
     position = torch.arange(docs_BT.size(1), device=docs_BT.device).repeat_interleave(copies)
     docs = docs_BT.repeat_interleave(copies, dim=1)
     return visible(position[:, None], position, docs[:, None, :, None], docs[:, None, None, :], window)
-
-def block_mask(docs_BT, window: Tensor, copies: int = 1):
-    """The rule as a FlexAttention BlockMask, nearest blocks first, without looking at T x T pairs: documents only
-    rise along a row, so the first and last one of a block tell whether two blocks share a document (a pair of
-    tokens may), or consist of one and the same (every pair does: no mask is needed inside)."""
-    from torch.nn.attention.flex_attention import BlockMask
-    span = FLEX_BLOCK // copies  # tokens of a block
-    docs = docs_BT.unflatten(1, (-1, span))
-    first, last = docs[..., 0], docs[..., -1]
-    block = torch.arange(first.size(1), device=docs_BT.device)
-    ahead = (block[:, None] - block) * span  # distance of two blocks' first tokens
-    meets = last[:, None, :] >= first[:, :, None]
-    some = (ahead >= 0) & (ahead - (span - 1) < window) & meets
-    same = first[:, None, :] == last[:, :, None]
-    full = (ahead > 0) & (ahead + (span - 1) < window) & same
-
-    def listed(flags: Tensor) -> tuple:  # counts (B, 1, n), indices (B, 1, n, n)
-        order = flags.flip(-1).int().argsort(dim=-1, descending=True, stable=True)
-        nearest_first = (flags.size(-1) - 1 - order).to(torch.int32)
-        return flags.sum(-1, dtype=torch.int32)[:, None], nearest_first[:, None].contiguous()
-
-    def mask_mod(b, h, query, key):
-        query, key = query // copies, key // copies
-        return visible(query, key, docs_BT[b, query], docs_BT[b, key], window)
-
-    length = copies * docs_BT.size(1)
-    return BlockMask.from_kv_blocks(
-        *listed(some & ~full), *listed(full),
-        BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod, seq_lengths=(length, length))
-
-def flex_options(device: str) -> dict | None:
-    """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory."""
-    if not small_shared_memory(device):
-        return None
-    forward = {"BLOCK_M": 64, "BLOCK_N": 64}
-    return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
-
-def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
-    """softmax(scale * q k + mask) v -> (B, T, H, K). The plain formula takes 0.25 to 0.64 of SDPA's time on a CPU."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
-    if backend == "flex":
-        from torch.nn.attention.flex_attention import flex_attention
-        y = flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
-    elif backend == "sdpa":
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    else:
-        y = (q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
-    return y.transpose(1, 2)
 
 # ┌─ Model ──────────────────────────────────────────────────────────────────────────────────────┐
 GATE_DIM = 12  # dimensions of the residual stream that gates read (28)
@@ -444,9 +391,8 @@ def short_window(window, step: int):
     return -(-window // (2 * step)) * step
 
 def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) -> tuple:
-    """cos and signed sin, (length, 1, head_dim) fp32, of frequencies 1 .. 1/base, radians per token; 1 and 0 where
-    content counts, not position (17). For a `longer` window than in training, YaRN (arXiv 2309.00071): what turns less
-    than once in it slows by the ratio, 32 turns stay."""
+    """cos and signed sin, (length, 1, head_dim) fp32, of 1 .. 1/base radians a token; 1, 0 where content counts (17).
+    For a `longer` window YaRN (arXiv 2309.00071): what turns less than once in it slows by the ratio, 32 turns stay."""
     frequency = (1.0 / base) ** torch.linspace(0, 1, head_dim // 4, dtype=torch.float32)
     if longer > window:
         kept = ((window * frequency / (2 * math.pi) - 1) / 31).clamp(0, 1)
@@ -651,8 +597,7 @@ class GPT(nn.Module):
         for start in range(0, len(x_BTD), self.candidate_rows):
             part, turn = slice(start, start + self.candidate_rows), (self.turn + start) * (self.candidates + 1)
             targets, some = targets_KBT[:, part].long(), copies and [x[part] for x in copies]
-            classes, place, bias_V = candidate_set(
-                targets, turn, self.candidates, self.vocab_size, copies is not None)
+            classes, place, bias_V = candidate_set(targets, turn, self.candidates, self.vocab_size, copies is not None)
             among = place[targets.clamp_min(0)].where(targets != IGNORE, IGNORE)
             self.left_out += ((among == IGNORE) & (targets != IGNORE)).sum()
             weight_VD = F.embedding(classes, self.lm_head)
@@ -1347,9 +1292,8 @@ def window_at(s: Settings, stages: list[Stage], step: int) -> int:
 # cut at the end of the row and its rest skipped (26: batches that start at a document's start train better).
 
 def piece_table(tokens, eot: int | None, max_len: int, clip: bool, offset: int) -> tuple:
-    """Start and length of each piece of a shard: documents cut to at most `max_len` tokens; `clip` keeps first pieces
-    only (29). The last token is only a target. Without end-of-text tokens the shard is one document, cut from
-    `offset` on, so that every epoch cuts elsewhere."""
+    """Start and length of each piece of a shard: documents cut to `max_len` tokens; `clip` keeps first pieces (29). The
+    last token is only a target. Without end-of-text it is one document, cut from `offset` on: elsewhere every epoch."""
     last = len(tokens) - 1
     starts = np.array([min(offset, last)]) if eot is None else np.flatnonzero(tokens[:last] == eot)
     if eot is not None and (not len(starts) or starts[0]):
@@ -1465,9 +1409,10 @@ def train(run: Run):
         # --- a batch, by micro-steps: forward, backward; the last one's gradients are reduced
         stage = stage_at(stages, step)
         micro_steps = run.next_batch(step)
-        if stage.candidates != model.candidates:
-            model.candidates = stage.candidates
-            run.log.print(f"step {step + 1}: train losses are among {stage.candidates or 'all'} classes")
+        candidates = stage.candidates if stage.candidates < run.vocab_size else 0  # all
+        if candidates != model.candidates:
+            model.candidates = candidates
+            run.log.print(f"step {step + 1}: train losses are among {candidates or 'all'} classes")
         window.fill_(window_at(s, stages, step))
         weights = [w / stage.batch_tokens for w in future_weights(stages, step)]
         step_loss = torch.zeros((), device=s.device)
@@ -1551,6 +1496,58 @@ def small_shared_memory(device: str) -> bool:
 def multiprocessors(device: str) -> int:
     """Programs that run at the same time: a grid of as many lasts for the whole kernel."""
     return torch.cuda.get_device_properties().multi_processor_count if device == "cuda" else 4
+
+# --- attention over documents: FlexAttention's block masks (record 12), SDPA, the formula itself
+
+FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
+
+def block_mask(docs_BT, window: Tensor, copies: int = 1):
+    """The rule as a FlexAttention BlockMask, nearest blocks first, without looking at T x T pairs: documents only
+    rise along a row, so the first and last one of a block tell whether two blocks share a document (a pair of
+    tokens may), or consist of one and the same (every pair does: no mask is needed inside)."""
+    from torch.nn.attention.flex_attention import BlockMask
+    span = FLEX_BLOCK // copies  # tokens of a block
+    docs = docs_BT.unflatten(1, (-1, span))
+    first, last = docs[..., 0], docs[..., -1]
+    block = torch.arange(first.size(1), device=docs_BT.device)
+    ahead = (block[:, None] - block) * span  # distance of two blocks' first tokens
+    meets = last[:, None, :] >= first[:, :, None]
+    some = (ahead >= 0) & (ahead - (span - 1) < window) & meets
+    same = first[:, None, :] == last[:, :, None]
+    full = (ahead > 0) & (ahead + (span - 1) < window) & same
+
+    def listed(flags: Tensor) -> tuple:  # counts (B, 1, n), indices (B, 1, n, n)
+        order = flags.flip(-1).int().argsort(dim=-1, descending=True, stable=True)
+        nearest_first = (flags.size(-1) - 1 - order).to(torch.int32)
+        return flags.sum(-1, dtype=torch.int32)[:, None], nearest_first[:, None].contiguous()
+
+    def mask_mod(b, h, query, key):
+        query, key = query // copies, key // copies
+        return visible(query, key, docs_BT[b, query], docs_BT[b, key], window)
+
+    length = copies * docs_BT.size(1)
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~full), *listed(full),
+        BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod, seq_lengths=(length, length))
+
+def flex_options(device: str) -> dict | None:
+    """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory."""
+    if not small_shared_memory(device):
+        return None
+    forward = {"BLOCK_M": 64, "BLOCK_N": 64}
+    return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+
+def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
+    """softmax(scale * q k + mask) v -> (B, T, H, K). The plain formula takes 0.25 to 0.64 of SDPA's time on a CPU."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    if backend == "flex":
+        from torch.nn.attention.flex_attention import flex_attention
+        y = flex_attention(q, k, v, block_mask=mask, scale=scale, kernel_options=options)
+    elif backend == "sdpa":
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        y = (q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
+    return y.transpose(1, 2)
 
 # --- x @ x.mT, of which one triangle is computed (record 27)
 
