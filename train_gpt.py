@@ -1614,13 +1614,15 @@ def product_relu2_kernel(
     tiles_down, tiles_right = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
     half: tl.constexpr = COLS // 2
     for tile in tl.range(tl.program_id(0), tiles_down * tiles_right, PROGRAMS, flatten=True):
-        group, within = tile // (GROUP * tiles_right), tile % (GROUP * tiles_right)
+        group = tile // (GROUP * tiles_right)
+        within = tile % (GROUP * tiles_right)
         height = min(tiles_down - group * GROUP, GROUP)
         row = (group * GROUP + within % height) * ROWS
         col = (within // height) * COLS
         total = tl.zeros((ROWS, COLS), dtype=tl.float32)
         for start in range(0, depth, DEPTH):
-            left, right = a.load([row, start]), b.load([col, start])
+            left = a.load([row, start])
+            right = b.load([col, start])
             total = tl.dot(left, right.T, total, input_precision="ieee")
         parts = tl.split(tl.permute(tl.reshape(total, (ROWS, 2, half)), (0, 2, 1)))
         for i in tl.static_range(2):
@@ -1817,7 +1819,8 @@ def logit_gradient(
         part = slice(start, start + LOSS_CHUNK)
         z, target = cap_logits(logits_NV[part].float(), cap), targets_KN[:, part]
         weight = grad_KN[:, part] * (target != IGNORE)
-        gradient = ((z if bias_V is None else z + bias_V) - lse_N[part, None]).exp() * weight.sum(0)[:, None]
+        biased = z if bias_V is None else z + bias_V
+        gradient = (biased - lse_N[part, None]).exp() * weight.sum(0)[:, None]
         gradient.scatter_add_(1, target.clamp_min(0).long().T, -weight.T)
         gradient *= z * (1 - z / a) / c if a else 1 / c
         out[part] = (gradient / unit).to(dtype)
