@@ -26,8 +26,9 @@ from helpers import documents, make_data  # noqa: E402
 RECORDED = Path(__file__).with_name("losses.json")
 SHORT = ("--iterations 8 --batch-tokens 2048 --seq-len 256 --micro-tokens 2048 --eval-every 4 --eval-tokens 8192 "
          "--value-embeds 1 --width 96 --head-dim 24 ")
+CONSTANT = "--lr-floor 0 --tail 0 "  # the cpu preset's, before the tail average
 MUON = "--momentum-warmup 4 --momentum-cooldown 2 "
-PLAIN = "--preset cpu --num-layers 6 " + SHORT.replace("--value-embeds 1", "--value-embeds 2")
+PLAIN = "--preset cpu --num-layers 6 " + CONSTANT + SHORT.replace("--value-embeds 1", "--value-embeds 2")
 ALL = PLAIN + "--paired --key-offset --xsa --skip single --backout --softcap 23,5,7.5 "
 STAGES = ("--stage-ends 0.5,1 --mtp 2,0 --seq-len 128,256 --max-doc-len 64,0 --batch-tokens 1024,2048 "
           "--window 128,256 --stage-lr 1,1.5 ")
@@ -36,10 +37,10 @@ ONE_STAGE = BIG + "--iterations 4 --batch-tokens 2048 --seq-len 512 --window 256
 OFF = "--stage-ends 1 --candidates 0 --ngram-rows 0 --pointer 0 --qk-dim 0 --tail 0 "
 RECIPE = ("--candidates 128,0 --stage-ends 0.5,1 --ngram-rows 1000 --ngram-every 3 --pointer 16 --qk-dim 12 "
           "--tail 0.5 --tail-steps 2 --cooldown-others 0.3 --extension 0.1 ")
-MIXTURE = "--num-layers 3 " + SHORT
+MIXTURE = "--num-layers 3 " + CONSTANT + SHORT
 
 CONFIGURATIONS = {  # name: script, flags, processes
-    "cpu": ("gpt", "--preset cpu --iterations 12 --eval-every 6 --eval-tokens 16384", 1),
+    "cpu": ("gpt", "--preset cpu --iterations 12 --eval-every 6 --eval-tokens 16384 " + CONSTANT, 1),
     "all": ("gpt", ALL + MUON, 1),
     "bf16": ("gpt", ALL + MUON + "--dtype bf16", 1),
     "fp8": ("gpt", ALL + MUON + "--dtype bf16 --fp8-head on --fp8-mlp", 1),

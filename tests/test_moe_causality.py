@@ -13,7 +13,7 @@ from train_moe import Balance, World
 def logits_and_losses(model, batch, noise, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Training mode: logits (B, T, V), and for each row the loss of its first `kept` targets."""
     inputs, targets, docs = batch
-    logits = model.head(model.trunk(inputs, docs, window(), noise, []))
+    logits = model.head(model.trunk(inputs, docs, window(), None, noise, []))
     targets = targets.clone()
     targets[:, kept:] = tm.IGNORE
     rows = [targets.where(torch.arange(len(targets))[:, None] == row, tm.IGNORE) for row in range(len(targets))]

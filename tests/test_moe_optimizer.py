@@ -335,7 +335,7 @@ def test_what_is_reported_is_the_cross_entropy_alone(router):
         model, optimizer = build(settings(router=router, **coefficients))
         inputs, targets, docs = random_batch(0)
         noise = optimizer.balance.noise(0, 0, ROWS, SEQ_LEN)
-        hidden = model.trunk(inputs, docs, torch.tensor(8, dtype=torch.int32), noise)
+        hidden = model.trunk(inputs, docs, torch.tensor(8, dtype=torch.int32), None, noise)
         expected = F.cross_entropy(model.head(hidden).flatten(0, 1).float(), targets.flatten().long())
         assert backward(model, optimizer, random_batch(0)) == pytest.approx(expected.item(), rel=1e-5)
         gradients.append(bank_of(optimizer, "routers").grad.clone())

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = {"train_gpt.py": 3205, "train_moe.py": 3855, "train_baseline.py": 1685, "train_grokking.py": 725,
+LINES = {"train_gpt.py": 3210, "train_moe.py": 3855, "train_baseline.py": 1685, "train_grokking.py": 725,
          "README.md": 200}
 TOGETHER = {  # name: most lines of several files together, the files
     "bench/": (5310, "bench/*.py"), "logger.py, runlogs/": (8110, "logger.py runlogs/*.py")}
