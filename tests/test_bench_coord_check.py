@@ -181,7 +181,7 @@ def test_head_without_its_factor(check, monkeypatch):
 
 
 def test_embedding_rate_is_seen_in_the_change_alone(check, monkeypatch):
-    scaled(monkeypatch, r"embed.*")
+    scaled(monkeypatch, r"\(embed.*")
     code, _, report = check()
     assert code == 1 and "embedding" in failing(report)
     assert beyond(report)["embedding", cc.CHANGE] == pytest.approx(-1, abs=0.1)

@@ -99,8 +99,8 @@ def test_gram_kernel(capability, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_loss_kernel(capability, tmp_path):
-    code = build(capability, tg.loss_kernel, LOSS | dict(losses="*fp32"), dict(CAPPED=True, BIASED=True, TARGETS=3, BLOCK=2048),
-                 num_warps=4)
+    constants = dict(CAPPED=True, BIASED=True, TARGETS=3, BLOCK=2048)
+    code = build(capability, tg.loss_kernel, LOSS | dict(losses="*fp32"), constants, num_warps=4)
     check(code, capability, tmp_path, products=False)
 
 

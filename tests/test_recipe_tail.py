@@ -205,7 +205,7 @@ def test_resuming_inside_the_tail_is_exact():
 
 @pytest.mark.parametrize("argv, told", [
     ("--tail 1.5", "--tail 1.5: must be 0 to 1"), ("--tail -0.1", "--tail -0.1: must be 0 to 1"),
-    ("--tail-steps 5", "--tail_steps: has no effect without --tail"),
+    ("--tail 0 --tail-steps 5", "--tail_steps: has no effect without --tail"),
     ("--tail 0.5 --tail-steps 0", "--tail_steps 0: must be >0"),
 ], ids=lambda x: x)
 def test_bad_settings_are_told_in_a_sentence(argv, told):
