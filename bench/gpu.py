@@ -70,7 +70,7 @@ GPT2 = {"tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": 50257, 
 # --tiny: three stages of 20 steps
 SMALL = """--num-layers 3 --width 32 --head-dim 16 --value-embeds 1 --attention auto --seq-len 128 --batch-tokens 1024
 --max-doc-len 64 --window 64 --window-start 32 --window-step 16 --eval-window 0 --eval-seq-len 128
---micro-tokens 128 --iterations 60""".split()
+--micro-tokens 128 --iterations 60 --qk-dim 12 --ngram-rows 512 --pointer 8 --candidates 128""".split()
 ON_CPU = "--device cpu --dtype fp32 --no-compile --backend sdpa --kernels none --fp8-head off --threads 1".split()
 VARIANTS = {
     "no kernels": "--kernels none",
@@ -233,7 +233,8 @@ def check_flex(b: Bench, copies: int) -> dict:
 
 def check_settings(b: Bench, fp8: bool) -> list[train_gpt.Settings]:
     """A model of the speedrun's kind as it trains, plain in the same dtype, and plain in fp32."""
-    flags = ["--preset", "speedrun", *(SMALL if b.tiny else ["--num-layers", "6", "--attention", "auto"])]
+    small = "--num-layers 6 --attention auto --ngram-rows 65536".split()
+    flags = ["--preset", "speedrun", *(SMALL if b.tiny else small)]
     fast = [*flags, *ON_CPU] if b.device == "cpu" else [*flags, "--fp8-head", "on" if fp8 else "off"]
     s = train_gpt.parse_settings(fast, 1)[0]
     plain = dataclasses.replace(s, kernels="none", fp8_head="off", compile=False, backend="sdpa")

@@ -243,7 +243,7 @@ def test_validation_loss_is_the_cross_entropy_alone_without_noise(router, change
     @torch.no_grad()
     def loss(bias: torch.Tensor, *noise: torch.Tensor) -> float:
         model.router_bias.copy_(bias)
-        logits = model.head(model.trunk(inputs, docs, torch.tensor(32, dtype=torch.int32), *noise))
+        logits = model.head(model.trunk(inputs, docs, torch.tensor(32, dtype=torch.int32), None, *noise))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), ignore_index=tm.IGNORE).item()
 
     bias, (rows, seq_len) = state["/optimizer/balance/bias"], inputs.shape

@@ -286,7 +286,8 @@ def test_flags_that_are_read_are_taken(monkeypatch):
 def test_base_width_and_head_dim_default_to_the_presets(monkeypatch):
     s = parse("--preset", "cpu", "--width", "384", "--mup", monkeypatch=monkeypatch)
     assert (s.width, s.base_width, s.base_head_dim) == (384, 192, 48)
-    s = parse("--preset", "medium", "--device", "cpu", "--mup", "--head-dim", "64", monkeypatch=monkeypatch)
+    s = parse("--preset", "medium", "--device", "cpu", "--mup", "--head-dim", "64", "--ngram-rows", "0",
+              monkeypatch=monkeypatch)
     assert (s.base_width, s.base_head_dim) == (1024, 64)
     s = moe.parse("--preset", "deepseek-cpu", "--width", "96", "--mup", monkeypatch=monkeypatch)
     assert (s.base_width, s.base_head_dim) == (192, 48)
