@@ -2041,8 +2041,7 @@ def train(run: Run):
         # --- a batch, by micro-steps: forward, backward; the last one's gradients are reduced
         stage = stage_at(stages, step)
         micro_steps = run.next_batch(step)
-        candidates = stage.candidates if stage.candidates < run.vocab_size else 0  # all
-        if candidates != model.candidates:
+        if (candidates := stage.candidates * (stage.candidates < run.vocab_size)) != model.candidates:
             model.candidates = candidates
             run.log.print(f"step {step + 1}: train losses are among {candidates or 'all'} classes")
         window.fill_(window_at(s, stages, step))

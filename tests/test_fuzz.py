@@ -129,7 +129,7 @@ def short(script, folder: Path, **changes) -> list[str]:
     changes = {"iterations": 1, "eval_every": 0, "save_every": 1, **changes}
     if script is train_baseline:
         return baseline.tiny(folder, **{"warmup_steps": 0, **changes})
-    return tiny(folder, **{"momentum_warmup": 0, "momentum_cooldown": 0, **changes})
+    return tiny(folder, **{"momentum_warmup": 0, "momentum_cooldown": 0, "tail": 0.0, **changes})
 
 
 @pytest.fixture(scope="module", autouse=True)

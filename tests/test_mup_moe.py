@@ -177,14 +177,14 @@ def test_a_routers_multiplier_divides_its_product(router):
             q.copy_(p)
         plain.routers.div_(2)
     batch, noise = random_batch(), random_noise(s)
-    outputs = [m.trunk(batch[0], batch[2], window(), noise) for m in (model, plain)]
+    outputs = [m.trunk(batch[0], batch[2], window(), None, noise) for m in (model, plain)]
     torch.testing.assert_close(*outputs)
     pairs = zip(outputs, (model, plain), strict=True)
     gradients = [torch.autograd.grad(x.square().sum(), m.routers)[0] for x, m in pairs]
     torch.testing.assert_close(2 * gradients[0], gradients[1], rtol=1e-3, atol=1e-4)
     with torch.no_grad():
         plain.routers.mul_(2)
-    assert (plain.trunk(batch[0], batch[2], window(), noise) - outputs[0]).abs().max() > 0.01
+    assert (plain.trunk(batch[0], batch[2], window(), None, noise) - outputs[0]).abs().max() > 0.01
 
 
 def test_without_experts_factors_are_those_of_train_gpt():
