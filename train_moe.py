@@ -2286,7 +2286,9 @@ def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     gives the pre-activations back. Before Hopper, which copies tensors by descriptors, in two passes."""
     if a.is_cuda and torch.cuda.get_device_capability() < (9, 0):
         product = a @ b.T
-        return product.relu().square_() if post is None else product.mul_(2 * post.sqrt())
+        if post is None:
+            return product.relu().square_()
+        return product.mul_(2 * post.sqrt())
     from triton.tools.tensor_descriptor import TensorDescriptor
     (rows, depth), cols = a.shape, b.size(0)
     out = a.new_empty(rows, cols)
