@@ -1,5 +1,5 @@
-"""The GPU benchmark: is every fast part right, and how fast are train_gpt.py and train_moe.py on this GPU? One command,
-under 9 minutes.
+"""The GPU benchmark: is every fast part right, and how fast are train_gpt.py and train_moe.py on this GPU? One command;
+after --budget seconds, the same again goes on.
 
     python bench/gpu.py --out records/h200 --data data/fineweb10B     # on one GPU; needs no network
     python bench/gpu.py --out try --device cpu --tiny                 # every part in small on a CPU, to test it
