@@ -15,8 +15,8 @@ many at the same time as the GPU has memory for:
   resume        a run that goes on from a checkpoint: the same losses, bit by bit?
   steps         ms/step, tokens/s, MFU, peak memory: `speedrun` and `medium` with 1/8 of their batch, one GPU's share of
                 eight, each stage by itself, and `gpu` with all of it, because it is meant for one card.
-  moe_steps     the mixtures at `speedrun` size, last stage, 1/8 of its batch, beside the dense control, in turn.
-  ablate        the last stage of `speedrun` with each fast part switched off (or on) in turn, in alternating blocks;
+  moe_steps     the mixtures in `speedrun`'s largest stage, 1/8 of its batch, beside the dense control, in turn.
+  ablate        the largest stage of `speedrun` with each fast part switched off (or on) in turn, in alternating blocks;
                 seven programs to compile, so only if --parts names it.
 
 A part is a process of its own and consists of rows, which it writes to OUT/PART.json one by one. A row that raises,
@@ -503,18 +503,18 @@ def ready(b: Bench, flags: list[str]) -> tuple[Timed, int]:
     t.train(counts(b)[0])
     return t, train_gpt.peak_memory_mib(b.device)[0] - held
 
-def moe_flags(b: Bench, kind: str, impl: str = "grouped") -> list[str]:
+def moe_flags(b: Bench, kind: str) -> list[str]:
     """Flags of train_moe.py for a mixture, or the dense control, in the stage with the most tokens."""
     small = ["--moe-layers", "DMM"] if b.tiny else []
-    mixture = ["--preset", f"{kind}-speedrun", "--moe-impl", impl, *small]
+    mixture = ["--preset", f"{kind}-speedrun", "--moe-impl", "grouped", *small]
     return [*stage_flags(b, "speedrun"), *(["--num-experts", "0"] if kind == "dense" else mixture)]
 
 def moe_steps(b: Bench) -> Rows:
     """Each kind of mixture beside the dense control, which is train_gpt.py's model."""
     dense = functools.cache(lambda: ready(b, moe_flags(b, "dense")))
 
-    def compare(kind: str, impl: str) -> dict:
-        both = dense(), ready(b, moe_flags(b, kind, impl))
+    def compare(kind: str) -> dict:
+        both = dense(), ready(b, moe_flags(b, kind))
         timed = in_turn(b, *(t.block for t, _ in both))
         both[1][0].close()
         for t, _ in both:
@@ -523,7 +523,7 @@ def moe_steps(b: Bench) -> Rows:
                             for name, (t, memory) in zip(("base", "variant"), both, strict=True))
         return {"lines": {"": mixture | {"ratio": timed["ratio"]}, "dense beside it": control}}
 
-    return {kind: functools.partial(compare, kind, "grouped") for kind in KINDS}
+    return {kind: functools.partial(compare, kind) for kind in KINDS}
 
 # --- Resume, ablate
 
