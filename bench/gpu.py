@@ -243,7 +243,7 @@ def check_settings(b: Bench, fp8: bool) -> list[train_gpt.Settings]:
 def random_model(b: Bench, s: train_gpt.Settings) -> tuple[GPT, MuonAdamW]:
     """A model and its optimizer, the same weights for all dtypes and none of them 0."""
     with torch.device(b.device):  # seconds faster than on the CPU
-        model = GPT(s, b.size(GPT2["vocab_size"], 257))
+        model = GPT(s, b.size(GPT2["vocab_size"], 257)).to(b.device)  # some buffers are made on the CPU
     generator = torch.Generator(b.device).manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
