@@ -448,7 +448,7 @@ def stage_table(s: Settings) -> list[Stage]:
         start, window = stages[-1].end, stages[-1].window
     return stages
 
-def stage_at(stages: list[Stage], step: int) -> Stage:
+def stage_at(stages: list[Stage], step: float) -> Stage:
     """The stage of training step `step`; the last one for steps past the end."""
     return next((stage for stage in stages if step < stage.end), stages[-1])
 
@@ -1438,7 +1438,7 @@ class Bank:
         return mine[:, :1, :1].contiguous() if self.muon else mine
 
     # differs from train_gpt.py: experts without a token are left alone
-    def step(self, scale: float, mu: float, step: int, busy: Tensor | None = None):
+    def step(self, scale: float, mu: float, step: int, span: tuple = (0, 0), busy: Tensor | None = None):
         """Waits for the own gradients, updates the own pieces and sends them off, asynchronously. `busy`: which experts
         saw a token, and True. Updates have full size however small the gradient, and without one would repeat old ones;
         so idle experts keep weights and moments."""
@@ -1467,15 +1467,18 @@ class Bank:
             self.update_function(
                 state["master"], self.grad, state["exp_avg"], state["exp_avg_sq"], lr,
                 decay, share1, share2, *corrections, self.rule.eps, s.cautious)
-        if share := self.tail_share(step):
+        if share := self.tail_share(*span):
             state["average"].lerp_(state["master"], share)
         self.send_weights()
 
-    def tail_share(self, step: int) -> float:
-        """Share of the weights after `step` steps in their tail average; 0 before it starts, with all of them."""
+    def tail_share(self, before: float, after: float) -> float:
+        """Share in their tail average of the weights after a step that takes the schedule from `before` to `after`; 0
+        before it starts, with all of them."""
         steps = max(1.0, self.rule.tail * self.s.tail_steps)
-        since = step - max(1, self.s.iterations - round(2 * steps))
-        return 0.0 if since < 0 or "average" not in self.state else 1 / steps if since else 1.0
+        start = max(1, self.s.iterations - round(2 * steps))
+        if after < start or "average" not in self.state:
+            return 0.0
+        return 1.0 if before < start else min(1.0, (after - before) / steps)
 
     def blend(self):
         """The weights that count: drawn towards their tail average; those of training are kept as `raw`. Averaging
@@ -1688,8 +1691,8 @@ class Balance:
         chosen = named_sums(self.sums, self.s.num_experts)["chosen"]
         return F.pad(chosen.flatten() > 0, (0, 1), value=True)
 
-    def update(self, step: int):
-        """Sets slopes and bias for the next step by the sums of this one, the `step`-th."""
+    def update(self, step: float):
+        """Sets slopes and bias for the next step by the sums of this one, which takes the schedule to `step`."""
         s, rate = self.s, 0.0
         if s.router == "sigmoid_bias":
             left = (s.iterations - step) / max(1.0, s.bias_cooldown * s.iterations)
@@ -1729,6 +1732,7 @@ class MuonAdamW:
             alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
             groups.setdefault(alike, []).append((name, p))
         self.steps, self.last_micro_step, self.world, self.s = 0, True, world, s
+        self.span = 0, 0  # of the last step in the schedule
         table = groups.pop("ngrams.table", None)
         self.tables = [NgramBank(model.ngrams, rules["ngrams.table"], s, world)] if table else []
         self.banks = [Bank(group, rules, s, world) for group in groups.values()]
@@ -1749,28 +1753,30 @@ class MuonAdamW:
             self.sums[name] = grad.float()
 
     # differs from train_gpt.py: balance of the experts
-    def step(self, scale: float, momentum: float, others: float | None = None):
+    def step(self, scale: float, momentum: float, others: float | None = None, span: tuple | None = None):
         """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
-        hidden matrices; `momentum`: Muon's. Raises RuntimeError that names the parameters whose gradient never came."""
+        hidden matrices; `momentum`: Muon's; `span`: from where to where this takes the schedule, a step if not given.
+        Raises RuntimeError that names the parameters whose gradient never came."""
         missing = {name for bank in self.banks for needs in bank.waiting for name in needs}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
         self.steps += 1
+        self.span = span or (self.steps - 1, self.steps)
         busy = self.balance.busy() if self.balance else None
         others = scale if others is None else others
         for bank in self.banks:
-            bank.step(scale if bank.rule.role == "hidden" else others, momentum, self.steps, busy)
+            bank.step(scale if bank.rule.role == "hidden" else others, momentum, self.steps, self.span, busy)
         for table in self.tables:
             table.step(others, self.steps)
         if self.balance:
-            self.balance.update(self.steps)
+            self.balance.update(self.span[1])
         for bank in self.banks:
             bank.receive_weights()
 
     @contextlib.contextmanager
     def blended(self):
         """Meanwhile the model has the weights that would count now: blended with their tail average, if any."""
-        banks = [bank for bank in self.banks if bank.tail_share(self.steps)]
+        banks = [bank for bank in self.banks if bank.tail_share(*self.span)]
         for bank in banks:
             bank.blend()
         try:
@@ -1782,7 +1788,7 @@ class MuonAdamW:
     # differs from train_gpt.py: balance of the experts
     def reset(self):
         """As before the first step, with the weights at hand."""
-        self.steps = 0
+        self.steps, self.span = 0, (0, 0)
         for part in filter(None, [*self.banks, *self.tables, self.balance]):
             part.reset()
 
@@ -1802,6 +1808,7 @@ class MuonAdamW:
     def load_state_dict(self, saved: dict):
         """Restores what state_dict gave (`saved` counts on rank 0) and the model's weights. Collective."""
         self.steps = on_rank_zero(self.world, lambda: saved["steps"])
+        self.span = 0, self.steps
         state = saved.get("state", {})
         state = state | {"master": state.get("master", {}) | state.get("raw", {})}
         for bank in [*self.banks, *self.tables]:
@@ -1832,7 +1839,7 @@ def compiled_graphs() -> int:
     return made.counters["stats"]["unique_graphs"] if made else 0
 
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
-def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float = 0.0) -> float:
+def lr_scale(s: Settings, stages: list[Stage], step: float, cooldown: float = 0.0) -> float:
     """Factor on rates: warm-up, cool-down to lr_floor (wsd: arXiv 2405.18392) before the extension; the stage's."""
     end = (1 - s.extension) * s.iterations
     left = min(1.0, max(0, end - step) / max(1, (cooldown or s.cooldown) * end))
@@ -1840,13 +1847,13 @@ def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float = 0.0)
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
     return stage_at(stages, step).lr * warm * (s.lr_floor + (1 - s.lr_floor) * left)
 
-def momentum_at(s: Settings, step: int) -> float:
+def momentum_at(s: Settings, step: float) -> float:
     """Muon's momentum: up over momentum_warmup steps, down again over the last momentum_cooldown."""
     rise = step / max(1, s.momentum_warmup)
     fall = (s.iterations - step) / max(1, s.momentum_cooldown)
     return s.momentum_start + (s.muon_momentum - s.momentum_start) * min(1.0, rise, fall)
 
-def future_weights(stages: list[Stage], step: int) -> list[float]:
+def future_weights(stages: list[Stage], step: float) -> list[float]:
     """Weights of the losses of next and further tokens (arXiv 2404.19737, 53): 1, 1/2 ..; the last fades in a stage."""
     stage = stage_at(stages, step)
     fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
@@ -1857,7 +1864,7 @@ def candidate_turn(s: Settings, stage: Stage, world: World, step: int, micro_ste
     rows, own = stage.batch_tokens // stage.seq_len, stage.micro_rows(s, world.size)
     return step * rows + (micro_step * world.size + world.rank) * own
 
-def window_at(s: Settings, stages: list[Stage], step: int) -> int:
+def window_at(s: Settings, stages: list[Stage], step: float) -> int:
     """Long attention window of a step in tokens: linear within its stage, rounded up (13)."""
     stage = stage_at(stages, step)
     progress = min(1.0, (step - stage.start) / max(1, stage.end - stage.start))
@@ -2031,21 +2038,22 @@ def train(run: Run):
 
     def validate():
         with run.look(), optimizer.blended():
-            val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
+            val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, run.at))
             run.log_validation(step, val_loss)
 
     if run.validation_due(step):  # of a checkpoint whose own was cut short
         validate()
     run.clock.start()
-    while step < s.iterations and not run.over:
+    while run.left and not run.over:
         # --- a batch, by micro-steps: forward, backward; the last one's gradients are reduced
-        stage = stage_at(stages, step)
+        at = run.at  # in the schedule; the step, but for --max-seconds
+        stage = stage_at(stages, at)
         micro_steps = run.next_batch(step)
         if (candidates := stage.candidates * (stage.candidates < run.vocab_size)) != model.candidates:
             model.candidates = candidates
             run.log.print(f"step {step + 1}: train losses are among {candidates or 'all'} classes")
-        window.fill_(window_at(s, stages, step))
-        weights = [w / stage.batch_tokens for w in future_weights(stages, step)]
+        window.fill_(window_at(s, stages, at))
+        weights = [w / stage.batch_tokens for w in future_weights(stages, at)]
         step_loss = torch.zeros((), device=s.device)
         for i, (inputs_BT, targets_BT, docs_BT) in enumerate(micro_steps):
             optimizer.last_micro_step = i == len(micro_steps) - 1
@@ -2059,24 +2067,24 @@ def train(run: Run):
                 loss = loss + balance.add(sums, 1 / stage.batch_tokens, optimizer.last_micro_step)
             loss.backward()
             step_loss += losses_K[0].detach() / stage.batch_tokens
-        scale = lr_scale(s, stages, step)
-        optimizer.step(scale, momentum_at(s, step), lr_scale(s, stages, step, s.cooldown_others))
+        scale, others = lr_scale(s, stages, at), lr_scale(s, stages, at, s.cooldown_others)
+        optimizer.step(scale, momentum_at(s, at), others, (at, run.following))
         losses.append(step_loss)
         step += 1
 
         # --- log, checkpoint, evaluation
-        last = step == s.iterations
+        due, last = run.log_due(step), not run.left
         save = s.save_last if last else s.save_every and step % s.save_every == 0
-        if run.log_due(step) or last or save:
+        if due or last or save:
             train_loss = run.read_losses(losses, step)  # raises if one is not finite
             losses.clear()
             run.log_step(
-                step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
+                step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, at),
                 batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
             if model.left_out:  # 0, unless a set was too small
                 run.log.print(f"{int(model.left_out)} targets were no candidates: raise --candidates")
-            due = step % s.log_every == 0  # not where a signal or a checkpoint brought the line about
-            if balance and (last or (due and balance.report_steps >= s.router_every)):
+            regular = step % s.log_every == 0  # not where a signal or a checkpoint brought the line about
+            if balance and (last or (regular and balance.report_steps >= s.router_every)):
                 log_routers(run, step, balance.report())
         if save or run.over:  # first: what follows may fail
             run.save(step, optimizer)
@@ -2594,6 +2602,7 @@ class RunSettings:
     eval_seq_len: int = 0  # longest context, tokens; 0: that of the last stage [>=0]
     eval_window: int = 0  # long window, by YaRN (31 to 35); 0: as in training [>=0]
     target_loss: float = 0.0  # stop at a validation loss at or below, nats; 0 off [>=0]
+    max_seconds: float = 0.0  # stretch the schedule to this training time; 0: iterations [>=0]
     # --- checkpoints, logs, profiling
     save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
     save_last: bool = True  # a checkpoint after the last step
@@ -3040,16 +3049,18 @@ class Loader:
         self.table = functools.lru_cache(2)(functools.partial(self.workers.submit, self._make_table))
         self._prepare(step)
 
-    def _prepare(self, step: int):
+    def _prepare(self, step: float):
         """Starts to make the batch of a step; only one is being made at any time."""
         stage = stage_at(self.stages, step)
         self.pending = self.workers.submit(lambda: (self.make_batch(stage), self.position))
 
-    def next(self, step: int) -> tuple[Tensor, dict]:
-        """The batch of the next step on the device, and the position after it."""
+    def next(self, step: int, following: float | None = None) -> tuple[Tensor, dict]:
+        """The batch of the next step on the device, and the position after it. `following`: where in the schedule the
+        one after it will be, if not at step + 1."""
         batch, position = self.pending.result()
-        if step + 1 < self.s.iterations:
-            self._prepare(step + 1)
+        following = step + 1 if following is None else following
+        if following < self.s.iterations:
+            self._prepare(following)
         # pinned anew: the allocator reuses memory only after the copy; not in a worker: that is GPU 0's
         batch = batch if self.s.device == "cpu" else batch.pin_memory()
         return batch.to(self.s.device, non_blocking=True), position
@@ -3102,7 +3113,7 @@ class Loader:
 META = {  # a meta.json is built like this one
     "step": 0, "sha256": "", "settings": {}, "train_time_ms": 0.0, "data": {"fingerprint": "", "meta": {}},
     "position": {"epoch": 0, "shard": 0, "used": 0}, "val_loss": (None, 0.0), "val_step": (None, 0),
-    "saved": (None, 0), "bytes": (None, 0)}
+    "schedule": (None, {"at": 0.0, "left": 0, "tokens": 0}), "saved": (None, 0), "bytes": (None, 0)}
 
 def tell_damage(path: Path, reason):
     text = f"checkpoint {path} cannot be used ({reason}); trying the one before it"
@@ -3471,6 +3482,11 @@ class Run:
         self.position = self.step_position = meta.get("position", Loader.FIRST)
         if "data_fingerprint" in self.changed:
             self.position = Loader.FIRST
+        schedule = meta.get("schedule") or {}
+        self.at, self.tokens = schedule.get("at", float(self.step)), schedule.get("tokens", self.tokens_at(self.step))
+        left = max(0, math.ceil(self.s.iterations - self.at))  # steps
+        self.left = schedule.get("left", left) if self.s.max_seconds else left
+        self.fitted = self.step, self.logged_ms, -math.inf  # step, clock and place of _fit_schedule's last call
         self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
         self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
 
@@ -3492,7 +3508,8 @@ class Run:
         path, meta, self.state, self.damaged = find_checkpoint(place, like, num_shards)
         step, loss, looked = meta["step"], meta.get("val_loss"), meta.get("val_step") in (None, meta["step"])
         reached = s.target_loss and loss is not None and loss <= s.target_loss
-        if looked and (step >= s.iterations or reached):
+        at = (meta.get("schedule") or {"at": step})["at"]
+        if looked and (at >= s.iterations or reached):
             ways = "a lower --target-loss" if reached else "--iterations N --allow-change iterations"
             raise NothingToDo(f"{path}: this run has ended, after step {step} of {s.iterations}; to go on: {ways}")
         self.lock = lock_folder(path.parent.parent)
@@ -3535,8 +3552,9 @@ class Run:
             mflops = flops_per_token(s, self.counts, t) / 1e6
             lines.append(f"{i}: {t}: {count} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
         memory = expected_memory(s, self.vocab_size, optimizer, self.counts["total"]) / 2**30
-        return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} "
-                        f"validation tokens, about {memory:.2f} GiB per process"]
+        training = f"{self.tokens_at(s.iterations):,} training tokens"
+        training = f"{s.max_seconds:g} s of training" if s.max_seconds else training
+        return [*lines, f"{training}, {self.stream.num_tokens:,} validation tokens, about {memory:.2f} GiB per process"]
 
     def warmed_up(self):
         """Notes what compiling took."""
@@ -3550,9 +3568,10 @@ class Run:
         if self.checkpoint:
             saved, self.state = self.state, {}
             optimizer.load_state_dict(saved.get("optimizer", {}))
+            optimizer.span = 0, self.at
             torch.set_rng_state(on_rank_zero(self.world, lambda: saved["rng"]))
             self.log.print(f"resumed {self.checkpoint} after step {step}")
-        self.loader = Loader(s, self.corpus, self.world, self.position, step)
+        self.loader = Loader(s, self.corpus, self.world, self.position, self.at)
         self.undo.callback(self.loader.close)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
@@ -3618,17 +3637,34 @@ class Run:
         store.wait(names, timedelta(seconds=30))
         return {int(store.get(name)) for name in names} == {self.step}
 
+    @property
+    def following(self) -> float:
+        """Where in the schedule this step leads: its rest in equal parts, of s.iterations steps one each."""
+        end = self.s.iterations
+        return end - (end - self.at) * (self.left - 1) / self.left
+
+    def _fit_schedule(self, step: int, ms: float):
+        """Under --max-seconds: as many steps are left, at least the one under way, as the time has, at the pace since
+        the last call. `ms`: the first rank's clock."""
+        before, before_ms, _ = self.fitted
+        step_ms = max(1e-3, (ms - before_ms) / (step - before))
+        self.left = max(1, int((1000 * self.s.max_seconds - ms) / step_ms)) if self.left else 0
+        self.fitted = step, ms, self.at
+
     def next_batch(self, step: int) -> Tensor:
         """The micro-steps of a step, (micro-steps, 3, B, T): inputs, targets, document numbers."""
         epoch = self.position["epoch"]
-        batch, self.position = self.loader.next(step)
+        batch, self.position = self.loader.next(step, self.following)
         if self.position["epoch"] != epoch:
             self.log.print(f"step {step + 1}: all training data used, epoch {epoch + 2} begins")
         return batch
 
     def log_due(self, step: int) -> bool:
-        """After a step: the profiler's turn; whether to log it: each log_every-th, after a signal if alone."""
-        self.step, self.step_position = step, self.position
+        """After a step: the profiler's turn; whether to log it: each log_every-th, after a signal if alone; under
+        --max-seconds the first, too, and where a 64th of the schedule has passed."""
+        self.stage = stage_at(self.stages, self.at)
+        self.tokens += self.stage.batch_tokens
+        self.step, self.step_position, self.at, self.left = step, self.position, self.following, self.left - 1
         if self.log.pipe_closed:
             self.stop_signal = self.stop_signal or signal.SIGPIPE
         if self.first_step_s is None:
@@ -3637,18 +3673,23 @@ class Run:
         if self.profiler:
             with self.clock.paused():
                 self.profiler.step()
-        return step % self.s.log_every == 0 or bool(self.stop_signal and self.world.size == 1)
+        unfitted = self.s.max_seconds and self.at >= self.fitted[2] + self.s.iterations / 64
+        return step % self.s.log_every == 0 or bool(unfitted or self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:
         """The newest of the losses of the steps up to this one; waits for the device, tells all ranks of a signal.
         Raises TrainingStopped at the first loss that is not finite. Collective."""
         numbers = F.pad(torch.stack(losses), (0, 1), value=float(self.stop_signal))
+        with self.clock.paused() as ms:
+            numbers = F.pad(numbers, (0, 1), value=0.0 if self.world.rank else ms)
         if self.world.size > 1:
             dist.all_reduce(numbers)
-        *values, stop = numbers.tolist()
+        *values, stop, ms = numbers.tolist()
+        if self.s.max_seconds:
+            self._fit_schedule(step, ms)
         for done, loss in enumerate(values, start=step - len(values) + 1):
             self._stop_unless(math.isfinite(loss), f"the loss of step {done} is {loss}", done)
-        if stop and step < self.s.iterations:
+        if stop and self.left:
             self.status, self.over = "interrupted", True
             self.stop_signal = self.stop_signal or signal.SIGTERM
         return values[-1]
@@ -3669,23 +3710,23 @@ class Run:
 
     def log_step(self, step: int, loss: float, **more):
         """A training loss to all logs, with what is known of the steps since the last one."""
-        s, stage = self.s, stage_at(self.stages, step - 1)
+        s, stage = self.s, self.stage
         with self.clock.paused() as ms:
             step_ms = (ms - self.logged_ms) / (step - self.logged_step)
         self.logged_step, self.logged_ms = step, ms
         rate, flops = 1000 * stage.batch_tokens / step_ms, flops_per_token(s, self.counts, stage)
         mfu = model_flops_utilization(rate, flops, self.hardware.name, self.world.size)
-        eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
+        eta = time.strftime("%H:%M:%S", time.gmtime(self.left * step_ms / 1000))
         percent = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
         console = f"  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s  MFU {percent}  ETA {eta}"
         self._log_loss(step, "train", loss, ms, console, **more, step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
 
     def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
-        of, mean = f"{step}/{self.s.iterations}", ms / step
+        of, mean = f"{step}/{step + self.left}", ms / step
         self.log.print(f"step {of}  {kind} loss {loss:.4f}{console}")
         self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{mean:.2f}ms")
-        more |= {"tokens": self.tokens_at(step), "train_time_ms": ms}
+        more |= {"tokens": self.tokens, "train_time_ms": ms}
         self.log.metric(step=step, **{f"{kind}_loss": loss}, **more)
 
     def tokens_at(self, step: int) -> int:
@@ -3694,8 +3735,8 @@ class Run:
 
     def validation_due(self, step: int) -> bool:
         """Whether to look at the validation loss now. An interrupted run leaves it to the resumed one."""
-        last, every = step == self.s.iterations, self.s.eval_every
-        due = last or (every and step % every == 0)
+        every = self.s.eval_every
+        due = not self.left or (every and step % every == 0)
         return bool(due and step > self.val_step and self.status != "interrupted")
 
     def log_validation(self, step: int, loss: float):
@@ -3708,7 +3749,7 @@ class Run:
         self._log_loss(step, "val", loss, ms, console, val_bpb=bpb)
         if self.s.target_loss and loss <= self.s.target_loss:
             self.status, self.over = "target", True
-        if step < self.s.iterations:
+        if self.left:
             self._note_validation(step)
 
     def _note_validation(self, step: int):
@@ -3725,7 +3766,8 @@ class Run:
         with self.clock.paused() as ms:
             state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
             meta = self.config | dict(
-                position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step)
+                position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step,
+                schedule={"at": self.at, "left": self.left, "tokens": self.tokens})
             weights = state["optimizer"]["state"]["master"].values()  # {} but on rank 0
             finite = on_rank_zero(self.world, lambda: all(x.isfinite().all() for x in weights))
             self._stop_unless(finite, f"the weights after step {step} are not finite", step)
@@ -3773,10 +3815,10 @@ class Run:
 
     def _end_record(self, step: int, **more):
         """The last object of metrics.jsonl."""
-        ms, tokens, loss = self.clock.stop(), self.tokens_at(step), self.val_loss
+        ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
         target = (step, ms) if self.status == "target" else (None, None)
         self.log.metric(
-            event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=loss,
+            event="end", status=self.status, step=step, iterations=step + self.left, val_loss=loss,
             val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
             tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.counts["total"],
             params_active=self.counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
