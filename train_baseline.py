@@ -20,6 +20,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
 import functools
@@ -115,7 +116,7 @@ class Settings:
     save_last: bool = True  # a checkpoint after the last step
     keep: int = 0  # checkpoints that a run keeps; 0: 2, or what the run had [>=0]
     log_every: int = 10  # steps between console lines [>0]
-    device: str = "auto"  # where to run [auto|cpu|cuda]
+    device: str = "auto"  # mps, Apple's GPU, is untested [auto|cpu|cuda|mps]
     dtype: str = "auto"  # auto: bf16 where it is fast [auto|bf16|fp32]
     backend: str = "auto"  # the formula is fast in bf16 on a CPU [auto|sdpa|plain]
     compile: bool = True  # torch.compile of the model
@@ -195,16 +196,24 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(*dict.fromkeys(flags), **option)
     return parser
 
+def machine_memory() -> float:
+    """GiB of this machine, 2^20 where the system does not say (Windows)."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return 2.0**20
+
 def find_device(device: str) -> dict:
-    """Device (cuda or cpu), its name and memory, and whether it is fast in bf16."""
-    if device != "cpu" and torch.cuda.is_available():
+    """Device (cuda, mps if asked for, or cpu), its name and memory, and whether it is fast in bf16."""
+    if device == "mps" and torch.backends.mps.is_available():
+        return {"device": "mps", "name": platform.machine(), "memory_gib": machine_memory(), "bf16": False}
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         memory = gpu.total_memory / 2**30
         return {"device": "cuda", "name": gpu.name, "memory_gib": memory, "bf16": gpu.major >= 8}
     name = platform.machine()
     with contextlib.suppress(OSError, TypeError):
         name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    memory = machine_memory()
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return {"device": "cpu", "name": name, "memory_gib": memory, "bf16": fast}
@@ -222,7 +231,7 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     preset = given.get("preset", "auto")
     if preset == "auto":
         wide = world_size >= 8 and data_folder(given.get("data", "fineweb10B")).is_dir()
-        preset = "cpu" if hardware["device"] == "cpu" else "gpt2" if wide else "gpu"
+        preset = "cpu" if hardware["device"] != "cuda" else "gpt2" if wide else "gpu"
     s = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
     problems = size_errors(s) or field_errors(s)
     unread = {name: unread_without(s, name) for name in given}
@@ -244,7 +253,7 @@ def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
     dtype = s.dtype if s.dtype != "auto" else "bf16" if hardware["bf16"] else "fp32"
     autos = {
         "mlp": "gelu" if gpt else "swiglu", "tied": "on" if gpt else "off",
-        "backend": "plain" if (device, dtype) == ("cpu", "bf16") else "sdpa",
+        "backend": "plain" if (device, dtype) == ("cpu", "bf16") or device == "mps" else "sdpa",
         "data": "fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib",
     }
     autos = {name: value for name, value in autos.items() if getattr(s, name) == "auto"}
@@ -323,6 +332,8 @@ def misfits(s: Settings, given: dict, hardware: dict, world_size: int) -> list[s
     least, memory = least_memory(s) / 2**30, hardware["memory_gib"]
     checks = {  # sentence about the settings in quotes -> whether it is true
         "--device cuda needs a CUDA device, leave it out": cpu and asked == "cuda",
+        "--device mps needs an Apple GPU, leave it out": asked == "mps" and s.device != "mps",
+        "--device mps: torch.compile is not for it, add --no-compile": s.device == "mps" and s.compile,
         "'preset' needs a CUDA device: use cpu, or add --device cpu":
             cpu and s.preset != "cpu" and asked != "cpu",
         "'compile' needs a C++ compiler: install g++, or use --no-compile": s.compile and not compiler,
@@ -1092,15 +1103,17 @@ def peak_memory_mib(device: str) -> tuple[int, int]:
     """Peak allocated and reserved MiB of the GPU; on a CPU peak resident memory, twice."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-    import resource  # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
+        unit = 1 if sys.platform == "darwin" else 1024
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
+    return 0, 0
 
 class Clock:
     """Training time in ms as the public rules count it: without validation, checkpoints, profiles, warm-up."""
     def __init__(self, device: str):
         self.total_ms, self.started = 0.0, None
-        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.wait = getattr(torch, device).synchronize
 
     def start(self):
         self.wait()
@@ -1121,6 +1134,13 @@ class Clock:
         if running:
             self.start()
 
+def keep_memory():
+    """glibc maps a tensor above 32 MiB anew at each use, page by page: from here on it keeps what is freed instead."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of macOS, Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: none
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
 def command_output(*command: str) -> str | None:
     """What a command prints, run in the script's folder; None where it fails or does not exist."""
     options = dict(cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=30)
@@ -1130,17 +1150,18 @@ def command_output(*command: str) -> str | None:
 def lock_folder(folder: Path):
     """An open file that keeps other processes from this run; the system frees it when this one ends.
     Raises UserError that says who has it."""
-    import fcntl  # not on Windows
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
+        import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         os.write(file.fileno(), f"process {os.getpid()} of {platform.node()}".encode())
     except BlockingIOError as error:
         file.seek(0)
         raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
-    except OSError as error:
-        print(f"note: {folder / 'lock'}: {error.strerror}; start no second --resume of it")
+    except (OSError, ImportError) as error:
+        reason = getattr(error, "strerror", error)
+        print(f"note: {folder / 'lock'}: {reason}; start no second --resume of it")
     return file
 
 class World(NamedTuple):
@@ -1222,6 +1243,8 @@ class RunLog:
     def close(self):
         if self.lock:
             self.lock.close()
+
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 # differs from train_gpt.py: plain
 class Run:
@@ -1350,7 +1373,7 @@ class Run:
     # differs from train_gpt.py: no loader
     def start(self) -> int:
         """The first step: 0, or the checkpoint's. From here on signals and errors save what is done."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
         self.undo.push(self._on_error)
@@ -1428,7 +1451,7 @@ class Run:
         self.step, self.position, self.whole = step, position, True
         self.at, self.left, self.tokens = self.following, self.left - 1, step * self.s.batch_tokens
         if self.log.pipe_closed:
-            self.stop_signal = self.stop_signal or signal.SIGPIPE
+            self.stop_signal = self.stop_signal or getattr(signal, "SIGPIPE", signal.SIGTERM)
         unfitted = self.s.max_seconds and self.at >= self.fitted[2] + self.s.iterations / 64
         return step % self.s.log_every == 0 or bool(unfitted or self.stop_signal and self.world.size == 1)
 
@@ -1623,7 +1646,7 @@ def validate(run: Run, model: nn.Module, step: int):
     s, stream, (rank, _, size) = run.s, run.stream, run.world
     with run.look():
         rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // size)))
-        total = torch.zeros((), dtype=torch.float64, device=s.device)
+        total = torch.zeros((), dtype=torch.float32 if s.device == "mps" else torch.float64, device=s.device)
         for start in range(rank * rows, stream.num_rows + rank * rows, rows * size):
             total += model(*torch.from_numpy(stream.rows(start, rows)).to(s.device))[0]
         if size > 1:
@@ -1666,6 +1689,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())
+        if s.device == "cpu":
+            keep_memory()
         run = Run(s, hardware, start_processes(s.device), notes)
         with run.undo:
             train(run)

@@ -30,6 +30,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
 import functools
@@ -274,7 +275,7 @@ PRESETS |= {
 
 def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     """The preset for `auto`, by hardware and data, and the reason for it."""
-    if hardware.device == "cpu":
+    if hardware.device != "cuda":
         return "cpu", "no CUDA device"
     folder = data_folder("fineweb10B" if data == "auto" else data)
     fineweb = folder.name.startswith("fineweb") and folder.is_dir()
@@ -346,7 +347,7 @@ def least_memory(s: Settings, world_size: int) -> float:
     experts = (s.num_experts + s.num_shared) * s.hidden if s.num_experts else hidden
     mlps = sum(experts if letter == "M" else hidden for letter in s.moe_layers)
     weights = s.num_layers * 4 * s.width + 2 * mlps + s.ngram_rows / world_size
-    mask = 0 if s.backend == "flex" else length**2
+    mask = 0 if s.backend in ("flex", "varlen") else length**2
     batch = 12 * max(s.batch_tokens) / world_size
     return 2 * s.width * (weights + s.num_layers * length) + mask + batch
 
@@ -880,7 +881,7 @@ class GPT(nn.Module):
     def __init__(self, s: Settings, vocab_size: int, world: World | None = None):
         super().__init__()
         torch.manual_seed(s.seed)
-        self.layers, self.window_step, self.flex = layer_table(s), s.window_step, s.backend == "flex"
+        self.layers, self.window_step, self.backend = layer_table(s), s.window_step, s.backend
         self.loss_kernel, self.fp8_head = "loss" in s.kernels, s.fp8_head == "on"
         padded = -(-(vocab_size + bool(s.pointer)) // HEAD_MULTIPLE) * HEAD_MULTIPLE
         self.vocab_size, self.embed = vocab_size, nn.Embedding(padded, s.width)
@@ -905,6 +906,7 @@ class GPT(nn.Module):
         a, b, c = s.softcap
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
         self.candidates, self.candidate_rows = 0, s.candidate_rows
+        self.longest = {t.seq_len: t.max_doc_len or t.seq_len for t in stage_table(s)}  # documents of training
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
         # number of the first row (candidate_turn); values that FP8 clipped; targets without a loss
         turn, saturated, left_out = torch.zeros(3, dtype=torch.int64)
@@ -964,11 +966,14 @@ class GPT(nn.Module):
 
     def masks(self, docs_BT, window: Tensor) -> dict:
         """The mask of each kind of layer, made once per forward pass. A short window is half a long one."""
+        kinds = sorted({layer.attention for layer in self.layers} - {"-"})
+        if self.backend == "varlen":
+            longest = self.longest.get(docs_BT.size(1)) if torch.is_grad_enabled() else None
+            return packed_documents(docs_BT, window, self.window_step, longest, kinds)
         half = torch.minimum(short_window(window, self.window_step), window)
-        make = block_mask if self.flex else dense_mask
+        make = block_mask if self.backend == "flex" else dense_mask
         options = {"L": (window, 1), "S": (half, 1), "P": (half, 2)}
-        kinds = {layer.attention for layer in self.layers} - {"-"}
-        return {kind: make(docs_BT, *options[kind]) for kind in sorted(kinds)}
+        return {kind: make(docs_BT, *options[kind]) for kind in kinds}
 
     def embedding(self, inputs_BT, follows_BT1) -> Tensor:
         """Normed token embeddings; each takes up some of the previous one of its document, gated (34)."""
@@ -1175,7 +1180,7 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     in a mixture (half if compiled, by the 34 GiB of the public records at 49,152 tokens) and, but for FlexAttention, a
     row of scores; for `bmm` the experts' weights in each of its about 5 blocks an expert."""
     size, mixtures = s.torch_dtype.itemsize, len(s.mixtures)
-    scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * seq_len
+    scores = 0 if s.backend in ("flex", "varlen") else 2 * size * s.num_layers * s.num_heads * seq_len
     activations = (34 * s.num_layers + 10 * s.top_k * mixtures) / (1 + s.compile)
     matrices = 2 * mixtures * s.num_experts * s.hidden * s.width
     copies = 5 * size * matrices if s.moe_impl == "bmm" else 0
@@ -1949,11 +1954,12 @@ def set_rotary(model: nn.Module, s: Settings, *windows: int):
 def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, batches=None) -> float:
     """Mean loss of the validation stream (or its first `batches`), nats per token. Collective."""
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
-    long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
-    total = torch.zeros((), dtype=torch.float64, device=s.device)
+    long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.window_device)
+    total = torch.zeros((), dtype=torch.float32 if s.device == "mps" else torch.float64, device=s.device)
     set_rotary(model, s, window, s.eval_window)
     for start in range(0, stream.num_rows, rows * world.size)[:batches]:
         batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows))
+        check_documents(batch[2].numpy(), s.backend)
         inputs, targets, docs = batch.to(s.device)
         total += model(inputs, targets[None], docs, long_window)[0]
     set_rotary(model, s)
@@ -2029,7 +2035,7 @@ def train(run: Run):
     optimizer = MuonAdamW(model, s, world)
     balance = optimizer.balance  # of the experts; None without them
     compile_model(model, s)
-    window = torch.zeros((), dtype=torch.int32, device=s.device)
+    window = torch.zeros((), dtype=torch.int32, device=s.window_device)
     run.open(model, optimizer)
     if s.compile or s.device == "cuda":
         warm_up(run, model, optimizer, window)
@@ -2103,7 +2109,8 @@ def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     window.fill_(s.window_step)
     for rows, seq_len, mtp, model.candidates in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
-        docs = torch.zeros_like(tokens)
+        docs = torch.arange(seq_len, device=s.device).div(model.longest[seq_len], rounding_mode="floor")
+        docs = docs.to(torch.int32).repeat(rows, 1)
         noise = balance.noise(0, 0, rows, seq_len) if balance else None
         values = model(tokens, future_targets(tokens, docs, mtp), docs, window, noise)
         loss = sum(values[:1 + mtp])
@@ -2146,14 +2153,15 @@ def small_shared_memory(device: str) -> bool:
     """Whether a kernel has less than 160 KB: consumer cards (100 KB), not A100 or H100."""
     if device != "cuda":
         return False
-    return torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 << 10
+    known = torch.cuda.get_device_properties()
+    return getattr(known, "shared_memory_per_block_optin", 64 << 10) < 160 << 10  # ROCm says nothing, and has 64
 
 @functools.cache
 def multiprocessors(device: str) -> int:
     """Programs that run at the same time: a grid of as many lasts for the whole kernel."""
     return torch.cuda.get_device_properties().multi_processor_count if device == "cuda" else 4
 
-# --- attention over documents: FlexAttention's block masks (record 12), SDPA, the formula itself
+# --- attention over documents: FlexAttention's block masks (record 12), FlashAttention's sequences, SDPA, the formula
 
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
 
@@ -2193,8 +2201,87 @@ def flex_options(device: str) -> dict | None:
     forward = {"BLOCK_M": 64, "BLOCK_N": 64}
     return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
+class Packed(NamedTuple):
+    """The rule as FlashAttention takes it: documents are sequences of the flattened batch."""
+    starts: Tensor  # int32, of the documents, then the number of tokens
+    window: Tensor  # of long layers, on the CPU: read without waiting for the GPU
+    step: int  # window_step where half of the window counts, else 0
+    longest: int  # document
+    turns: int  # 2: a head sees its partner's keys, too
+
+def packed_documents(docs_BT, window: Tensor, step: int, longest: int | None, kinds: list[str]) -> dict[str, Packed]:
+    """By kind of layer; the size depends on that of the batch only."""
+    new = F.pad(docs_BT[:, 1:] != docs_BT[:, :-1], (1, 0), value=True).flatten()
+    count = torch.arange(1, most_documents(docs_BT.numel()) + 2, device=docs_BT.device)
+    starts = torch.searchsorted(new.cumsum(0), count, out_int32=True)  # past the last: number of tokens
+    longest = min(longest or docs_BT.size(1), docs_BT.size(1))
+    return {kind: Packed(starts, window, step * (kind != "L"), longest, 1 + (kind == "P")) for kind in kinds}
+
+def most_documents(tokens: int) -> int:
+    """Sequences of a batch; each costs a little, also where there is none."""
+    return min(tokens, max(256, tokens // 128))
+
+def check_documents(docs_BT: np.ndarray, backend: str):
+    """Raises UserError where FlashAttention's sequences are fewer than the documents of a micro-step."""
+    found, most = len(docs_BT) + int((docs_BT[:, 1:] != docs_BT[:, :-1]).sum()), most_documents(docs_BT.size)
+    if backend == "varlen" and found > most:
+        raise UserError(f"a micro-step has {found} documents, --backend varlen takes {most}: use flex or sdpa")
+
+def flash_options(window: Tensor, step: int, scale: float) -> dict:
+    size = int(window)
+    size = min(size, short_window(size, step)) if step else size
+    return {"scale": scale, "window_size_left": size - 1, "window_size_right": 0}
+
+@operator("varlen(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor window, int step, int longest, int turns, "
+          "float scale) -> (Tensor, Tensor)")
+def fused_varlen(q_NHK, k_NHK, v_NHK, starts, window, step, longest, turns, scale):
+    """Output and log-sum-exps, (H, N). A second turn adds the partner's keys: one softmax over both."""
+    out = lse = None
+    for turn in range(turns):
+        k, v = (x.roll(x.size(1) // 2, 1) if turn else x for x in (k_NHK, v_NHK))
+        more, more_lse, *_ = torch.ops.aten._flash_attention_forward(
+            q_NHK, k, v, starts, starts, longest, longest, 0.0, False, False, **flash_options(window, step, scale))
+        both = torch.logaddexp(lse, more_lse) if turn else more_lse
+        share = (more_lse - both).exp().T[..., None]
+        out = torch.lerp(out.float(), more.float(), share).type_as(more) if turn else more
+        lse = both
+    return out, lse
+
+@operator("varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor starts, Tensor window, Tensor out, "
+          "Tensor lse, int step, int longest, int turns, float scale) -> (Tensor, Tensor, Tensor)")
+def fused_varlen_backward(grad, q_NHK, k_NHK, v_NHK, starts, window, out, lse, step, longest, turns, scale):
+    """With output and log-sum-exps of both turns each has its part of the gradients."""
+    seed, total = starts.new_zeros(2, dtype=torch.uint64), []
+    for turn in range(turns):
+        k, v = (x.roll(x.size(1) // 2, 1) if turn else x for x in (k_NHK, v_NHK))
+        grads = torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), q_NHK, k, v, out, lse, starts, starts, longest, longest, 0.0, False, seed,
+            seed[:0], **flash_options(window, step, scale))
+        q_grad, *rest = grads
+        rest = [x.roll(x.size(1) // 2, 1) if turn else x for x in rest]
+        total = [a + b for a, b in zip(total, (q_grad, *rest), strict=True)] if turn else [q_grad, *rest]
+    return tuple(total)
+
+def _varlen_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.rest = inputs[5:]
+    ctx.set_materialize_grads(False)
+
+fused_varlen.register_autograd(
+    lambda ctx, grad, _: (*fused_varlen_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 6),
+    setup_context=_varlen_context)
+fused_varlen.register_fake(
+    lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
+fused_varlen_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
+
 def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
     """softmax(scale * q k + mask) v -> (B, T, H, K). The plain formula takes 0.25 to 0.64 of SDPA's time on a CPU."""
+    if backend == "varlen":
+        tokens, size = v_BTHK.size(0) * v_BTHK.size(1) // mask.turns, v_BTHK.size(-1)
+        short = size - q_BTHK.size(-1)  # narrow queries and keys get zeros
+        q, k = (F.pad(x, (0, short)) if short else x for x in (q_BTHK, k_BTHK))
+        q, k, v = (x.reshape(tokens, -1, size) for x in (q, k, v_BTHK))
+        return fused_varlen(q, k, v, *mask, scale)[0].view(v_BTHK.shape)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
@@ -2292,7 +2379,7 @@ def product_relu2_kernel(
 def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root
     gives the pre-activations back. Before Hopper, which copies tensors by descriptors, in two passes."""
-    if a.is_cuda and torch.cuda.get_device_capability() < (9, 0):
+    if a.is_cuda and (torch.version.hip or torch.cuda.get_device_capability() < (9, 0)):
         product = a @ b.T
         if post is None:
             return product.relu().square_()
@@ -2613,9 +2700,9 @@ class RunSettings:
     profile_start: int = 10  # first profiled step of a process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
     # --- hardware
-    device: str = "auto"  # where to run [auto|cpu|cuda]
+    device: str = "auto"  # mps, Apple's GPU, is untested [auto|cpu|cuda|mps]
     dtype: str = "auto"  # of activations and matrices; bf16 where fast [auto|bf16|fp32]
-    backend: str = "auto"  # FlexAttention, SDPA, the formula [auto|flex|sdpa|plain]
+    backend: str = "auto"  # FlexAttention, FlashAttention, SDPA, formula [auto|flex|varlen|sdpa|plain]
     kernels: str = "auto"  # own Triton kernels, of gram+mlp+loss; none; auto: all
     fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
     fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
@@ -2627,6 +2714,11 @@ class RunSettings:
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    @property
+    def window_device(self) -> str:
+        """Where attention reads its window."""
+        return "cpu" if self.backend == "varlen" else self.device
 
 @dataclass(frozen=True)
 class Settings(RunSettings, Hyperparameters):
@@ -2689,21 +2781,31 @@ def build_parser() -> Parser:
 
 class Hardware(NamedTuple):
     """What this process may use, and why bf16 is fast on it or not."""
-    device: str  # cuda or cpu
+    device: str  # cuda (also ROCm's), mps or cpu
     name: str
     memory_gib: float  # of one GPU, or of the machine
     bf16: bool
     why: str
     fp8: bool = False  # has FP8 matrix products
-    capability: tuple[int, int] = (0, 0)  # of a GPU: its generation
+    capability: tuple[int, int] = (0, 0)  # of NVIDIA's GPU: its generation
+
+def machine_memory() -> float:
+    """GiB of this machine, 2^20 where the system does not say (Windows)."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return 2.0**20
 
 def detect_hardware(device: str = "auto") -> Hardware:
-    """The first GPU if there is one and `device` allows it, else the CPU."""
-    if device != "cpu" and torch.cuda.is_available():
+    """The first GPU if there is one and `device` allows it, else the CPU. Apple's only if asked for."""
+    if device == "mps" and torch.backends.mps.is_available():
+        return Hardware("mps", platform.machine(), machine_memory(), False, "bf16 on MPS only if asked for")
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
+        memory = gpu.total_memory / 2**30
+        if torch.version.hip:  # whose generations are numbered otherwise
+            return Hardware("cuda", gpu.name, memory, True, f"ROCm {torch.version.hip}")
         capability, fast = (gpu.major, gpu.minor), gpu.major >= 8
         why = f"compute capability {gpu.major}.{gpu.minor} {'>=' if fast else '<'} 8.0"
-        memory = gpu.total_memory / 2**30
         return Hardware("cuda", gpu.name, memory, fast, why, capability >= (8, 9), capability)
     probes = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
     found = [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]
@@ -2711,22 +2813,33 @@ def detect_hardware(device: str = "auto") -> Hardware:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, AttributeError):
         name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Hardware("cpu", name, memory, bool(found), why)
+    return Hardware("cpu", name, machine_memory(), bool(found), why)
+
+def flash_fits(s: Settings, hardware: Hardware, bf16: bool) -> bool:
+    """Whether FlashAttention can be called: an NVIDIA GPU from Ampere on, bf16, heads of its sizes."""
+    return hardware.capability >= (8, 0) and bf16 and s.head_dim % 8 == 0 and s.head_dim <= 256
+
+def auto_backend(s: Settings, hardware: Hardware, bf16: bool) -> tuple[str, str]:
+    """The attention for `auto`, and the reason."""
+    if torch.version.hip or hardware.device == "mps":
+        return ("sdpa" if torch.version.hip else "plain"), "plain parts only on ROCm and MPS"
+    fallback = "varlen" if flash_fits(s, hardware, bf16) else "sdpa"
+    if hardware.device == "cpu":
+        fallback = "plain" if bf16 and not s.compile else "sdpa"
+    return "flex" if hardware.device == "cuda" and s.compile else fallback, "the fastest here"
 
 def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tuple]:
     """What `auto`, or 0, means: setting -> value and the reason for it."""
     cuda = hardware.device == "cuda"
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
-    fallback = "plain" if not cuda and bf16 and not s.compile else "sdpa"
-    triton = cuda and bf16 and hardware.bf16 and importlib.util.find_spec("triton")
+    triton = cuda and bf16 and hardware.bf16 and not torch.version.hip and importlib.util.find_spec("triton")
     fp8 = hardware.fp8 and bf16 and not any(size % 16 for size in (s.width, *s.seq_len))
     fineweb = data_folder("fineweb10B").is_dir()
     return {
         "device": (hardware.device, hardware.name),
         "dtype": ("bf16" if bf16 else "fp32", hardware.why),
-        "backend": ("flex" if cuda and s.compile else fallback, "the fastest here"),
-        "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA and bf16"),
+        "backend": auto_backend(s, hardware, bf16),
+        "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA and bf16, no ROCm"),
         "fp8_head": ("on" if fp8 else "off", "it needs FP8 products and multiples of 16"),
         "compile_unit": ("model" if world_size == 1 else "block", f"{world_size} process(es)"),
         "data": ("fineweb10B" if fineweb else "stdlib", "fineweb10B where it is there"),
@@ -2812,9 +2925,10 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     """A sentence for each setting that this machine cannot serve."""
     cuda, fp8 = hardware.device == "cuda", s.fp8_head == "on" or s.fp8_mlp
     compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    needs_cuda = s.preset in PRESETS and not s.preset.endswith("cpu") and given.get("device") != "cpu"
+    needs_cuda = s.preset in PRESETS and not s.preset.endswith("cpu") and given.get("device") not in ("cpu", "mps")
     unknown = ", ".join(sorted(set(s.kernels.split("+")) - {*KERNELS, "none"}))
-    triton = importlib.util.find_spec("triton") and (cuda or os.environ.get("TRITON_INTERPRET"))
+    here = cuda and not torch.version.hip or os.environ.get("TRITON_INTERPRET")
+    triton = importlib.util.find_spec("triton") and here
     odd = [f"--width {s.width}"] * (s.width % 16 > 0) + [f"--seq_len {n}" for n in s.seq_len if n % 16]
     lengths = *s.seq_len, s.eval_seq_len
     empty = ", ".join(f"--{name}" for name in ("resume", "data", "log_dir") if given.get(name) == "")
@@ -2825,6 +2939,14 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
         (unknown_change, f"--allow_change: {', '.join(sorted(unknown_change))}: no such setting"),
         (s.device == "cuda" and not cuda,
          "--device cuda: this machine has no usable CUDA device; leave the flag out"),
+        (given.get("device") == "mps" and hardware.device != "mps",
+         "--device mps: this machine has no usable Apple GPU; leave the flag out"),
+        (hardware.device == "mps" and s.compile, "--device mps: torch.compile is not for it; add --no-compile"),
+        (hardware.device == "mps" and s.backend not in ("plain", "sdpa"),
+         f"--backend {s.backend}: not on MPS, use plain"),
+        (s.backend == "varlen" and not flash_fits(s, hardware, s.dtype == "bf16"),
+         f"--backend varlen needs an NVIDIA GPU from 8.0 on, --dtype bf16, a --head_dim (here {s.head_dim}) that is a "
+         "multiple of 8, at most 256: use sdpa"),
         (needs_cuda and not cuda,
          f"--preset {s.preset} needs a CUDA device: use --preset cpu, or add --device cpu"),
         (s.compile and not cuda and not compiler,
@@ -3062,7 +3184,7 @@ class Loader:
         if following < self.s.iterations:
             self._prepare(following)
         # pinned anew: the allocator reuses memory only after the copy; not in a worker: that is GPU 0's
-        batch = batch if self.s.device == "cpu" else batch.pin_memory()
+        batch = batch.pin_memory() if self.s.device == "cuda" else batch
         return batch.to(self.s.device, non_blocking=True), position
 
     def make_batch(self, stage: Stage) -> Tensor:
@@ -3073,6 +3195,8 @@ class Loader:
             if row // micro_rows % self.world.size == self.world.rank:
                 rows.append(gather_rows(tokens, starts, lengths))
         batch = np.concatenate(rows, axis=1).reshape(3, -1, micro_rows, stage.seq_len)
+        for docs_BT in batch[2]:
+            check_documents(docs_BT, self.s.backend)
         return torch.from_numpy(np.ascontiguousarray(batch.swapaxes(0, 1)))
 
     def _next_row(self, stage: Stage) -> tuple:
@@ -3268,15 +3392,24 @@ def peak_memory_mib(device: str) -> tuple[int, int]:
     """Peak allocated and reserved MiB of the GPU; on a CPU peak resident memory, twice."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-    import resource  # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
+        unit = 1 if sys.platform == "darwin" else 1024
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
+    return 0, 0
+
+def keep_memory():
+    """glibc maps a tensor above 32 MiB anew at each use, page by page: from here on it keeps what is freed instead."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of macOS, Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: none
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 class Clock:
     """Training time in ms as the public rules count it: without validation, checkpoints, profiles, warm-up."""
     def __init__(self, device: str):
         self.total_ms, self.started = 0.0, None
-        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.wait = getattr(torch, device).synchronize
 
     def start(self):
         self.wait()
@@ -3321,17 +3454,18 @@ def command_output(*command: str) -> str | None:
 def lock_folder(folder: Path):
     """An open file that keeps other processes from this run; the system frees it when this one ends.
     Raises UserError that says who has it."""
-    import fcntl  # not on Windows
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
+        import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         os.write(file.fileno(), f"process {os.getpid()} of {platform.node()}".encode())
     except BlockingIOError as error:
         file.seek(0)
         raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
-    except OSError as error:
-        print(f"note: {folder / 'lock'}: {error.strerror}; start no second --resume of it")
+    except (OSError, ImportError) as error:
+        reason = getattr(error, "strerror", error)
+        print(f"note: {folder / 'lock'}: {reason}; start no second --resume of it")
     return file
 
 class RunLog:
@@ -3434,6 +3568,8 @@ def on_rank_zero(world: World, function, *arguments):
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 class Run:
     """What surrounds the training, on every rank. `train` calls the methods from top to bottom."""
@@ -3573,7 +3709,7 @@ class Run:
             self.log.print(f"resumed {self.checkpoint} after step {step}")
         self.loader = Loader(s, self.corpus, self.world, self.position, self.at)
         self.undo.callback(self.loader.close)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
         if s.enable_profiling:
@@ -3666,7 +3802,7 @@ class Run:
         self.tokens += self.stage.batch_tokens
         self.step, self.step_position, self.at, self.left = step, self.position, self.following, self.left - 1
         if self.log.pipe_closed:
-            self.stop_signal = self.stop_signal or signal.SIGPIPE
+            self.stop_signal = self.stop_signal or getattr(signal, "SIGPIPE", signal.SIGTERM)
         if self.first_step_s is None:
             self.clock.wait()
             self.first_step_s = seconds_since_process_start()
@@ -3855,6 +3991,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())
+        if s.device == "cpu":
+            keep_memory()
         run = Run(s, hardware, start_processes(s.device), notes)
         with run.undo:
             train(run)
