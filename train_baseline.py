@@ -1136,6 +1136,8 @@ class Clock:
 
 def keep_memory():
     """glibc maps a tensor above 32 MiB anew at each use, page by page: from here on it keeps what is freed instead."""
+    if "MALLOC_MMAP_MAX_" in os.environ:  # the user's choice
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # of macOS, Windows
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: none
@@ -1244,7 +1246,9 @@ class RunLog:
         if self.lock:
             self.lock.close()
 
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+STOPS = [  # signals; Windows has two
+    number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if (number := getattr(signal, name, None))]
 
 # differs from train_gpt.py: plain
 class Run:
@@ -1294,11 +1298,12 @@ class Run:
         self.position = {key: meta.get("position", first)[key] for key in first}
         if "data_fingerprint" in self.changed:
             self.position = first
-        schedule = meta.get("schedule") or {}
-        self.at = schedule.get("at", float(self.step))
-        left = max(0, math.ceil(self.s.iterations - self.at))  # steps
-        self.left = schedule.get("left", left) if self.s.max_seconds else left
-        self.fitted = self.step, self.logged_ms, -math.inf  # step, clock and place of _fit_schedule's last call
+        schedule = meta.get("schedule") or {"at": float(self.step)}
+        self.at = schedule["at"]
+        self.left = max(0, math.ceil(self.s.iterations - self.at))  # steps
+        if self.s.max_seconds:
+            self.left = schedule.get("left", self.left)
+        self.fitted = self.step, self.logged_ms, -math.inf  # of _fit_schedule
         self.tokens = self.step * self.s.batch_tokens
         self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
         self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
@@ -1441,7 +1446,9 @@ class Run:
         the last call. `ms`: the first rank's clock."""
         before, before_ms, _ = self.fitted
         step_ms = max(1e-3, (ms - before_ms) / (step - before))
-        self.left = max(1, int((1000 * self.s.max_seconds - ms) / step_ms)) if self.left else 0
+        if self.left:
+            rest_ms = 1000 * self.s.max_seconds - ms
+            self.left = max(1, int(rest_ms / step_ms))
         self.fitted = step, ms, self.at
 
     # differs from train_gpt.py: no profiler

@@ -527,7 +527,7 @@ class GPT(nn.Module):
         a, b, c = s.softcap
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
         self.candidates, self.candidate_rows = 0, s.candidate_rows
-        self.longest = {t.seq_len: t.max_doc_len or t.seq_len for t in stage_table(s)}  # documents of training
+        self.longest = {t.seq_len: t.max_doc_len or t.seq_len for t in stage_table(s)}  # document
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
         # number of the first row (candidate_turn); values that FP8 clipped; targets without a loss
         turn, saturated, left_out = torch.zeros(3, dtype=torch.int64)
@@ -573,7 +573,8 @@ class GPT(nn.Module):
         """The mask of each kind of layer, made once per forward pass. A short window is half a long one."""
         kinds = sorted({layer.attention for layer in self.layers} - {"-"})
         if self.backend == "varlen":
-            longest = self.longest.get(docs_BT.size(1)) if torch.is_grad_enabled() else None
+            known = self.longest if torch.is_grad_enabled() else {}
+            longest = known.get(docs_BT.size(1))
             return packed_documents(docs_BT, window, self.window_step, longest, kinds)
         half = torch.minimum(short_window(window, self.window_step), window)
         make = block_mask if self.backend == "flex" else dense_mask
@@ -1267,9 +1268,7 @@ def compiled_graphs() -> int:
     return made.counters["stats"]["unique_graphs"] if made else 0
 
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
-# `step` is where in the schedule of s.iterations steps a run is: the number of steps done or, under --max-seconds, a
-# fraction that reaches the end with the time (Run.following).
-
+# step: where a run is in a schedule of s.iterations steps; under --max-seconds a fraction (Run.following).
 def lr_scale(s: Settings, stages: list[Stage], step: float, cooldown: float = 0.0) -> float:
     """Factor on rates: warm-up, cool-down to lr_floor (wsd: arXiv 2405.18392) before the extension; the stage's."""
     end = (1 - s.extension) * s.iterations
@@ -1381,7 +1380,8 @@ def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, b
     """Mean loss of the validation stream (or its first `batches`), nats per token. Collective."""
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
     long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.window_device)
-    total = torch.zeros((), dtype=torch.float32 if s.device == "mps" else torch.float64, device=s.device)
+    dtype = torch.float32 if s.device == "mps" else torch.float64
+    total = torch.zeros((), dtype=dtype, device=s.device)
     set_rotary(model, s, window, s.eval_window)
     for start in range(0, stream.num_rows, rows * world.size)[:batches]:
         batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows))
@@ -1468,8 +1468,8 @@ def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     window.fill_(s.window_step)
     for rows, seq_len, mtp, model.candidates in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
-        docs = torch.arange(seq_len, device=s.device).div(model.longest[seq_len], rounding_mode="floor")
-        docs = docs.to(torch.int32).repeat(rows, 1)
+        docs = torch.arange(seq_len, dtype=torch.int32, device=s.device)
+        docs = (docs // model.longest[seq_len]).repeat(rows, 1)
         sum(model(tokens, future_targets(tokens, docs, mtp), docs, window)).backward()
         optimizer.step(scale=0.0, momentum=s.momentum_start)
     model.candidates = 0
@@ -1508,7 +1508,8 @@ def small_shared_memory(device: str) -> bool:
     if device != "cuda":
         return False
     known = torch.cuda.get_device_properties()
-    return getattr(known, "shared_memory_per_block_optin", 64 << 10) < 160 << 10  # ROCm says nothing, and has 64
+    size = getattr(known, "shared_memory_per_block_optin", 0)  # unknown on ROCm: 64 KB
+    return size < 160 << 10
 
 @functools.cache
 def multiprocessors(device: str) -> int:
@@ -1563,79 +1564,107 @@ class Packed(NamedTuple):
     longest: int  # document
     turns: int  # 2: a head sees its partner's keys, too
 
-def packed_documents(docs_BT, window: Tensor, step: int, longest: int | None, kinds: list[str]) -> dict[str, Packed]:
-    """By kind of layer; the size depends on that of the batch only."""
-    new = F.pad(docs_BT[:, 1:] != docs_BT[:, :-1], (1, 0), value=True).flatten()
-    count = torch.arange(1, most_documents(docs_BT.numel()) + 2, device=docs_BT.device)
-    starts = torch.searchsorted(new.cumsum(0), count, out_int32=True)  # past the last: number of tokens
-    longest = min(longest or docs_BT.size(1), docs_BT.size(1))
-    return {kind: Packed(starts, window, step * (kind != "L"), longest, 1 + (kind == "P")) for kind in kinds}
-
 def most_documents(tokens: int) -> int:
     """Sequences of a batch; each costs a little, also where there is none."""
     return min(tokens, max(256, tokens // 128))
 
+def packed_documents(
+        docs_BT, window: Tensor, step: int, longest: int | None, kinds: list[str]) -> dict[str, Packed]:
+    """By kind of layer; the size depends on that of the batch only."""
+    new = docs_BT[:, 1:] != docs_BT[:, :-1]
+    number = F.pad(new, (1, 0), value=True).flatten().cumsum(0)
+    wanted = torch.arange(most_documents(len(number)) + 1, device=number.device) + 1
+    starts = torch.searchsorted(number, wanted, out_int32=True)  # past the last: the end
+    length = docs_BT.size(1)
+    longest = min(longest or length, length)
+    packed = {}
+    for kind in kinds:
+        turns = 2 if kind == "P" else 1
+        packed[kind] = Packed(starts, window, 0 if kind == "L" else step, longest, turns)
+    return packed
+
 def check_documents(docs_BT: np.ndarray, backend: str):
-    """Raises UserError where FlashAttention's sequences are fewer than the documents of a micro-step."""
-    found, most = len(docs_BT) + int((docs_BT[:, 1:] != docs_BT[:, :-1]).sum()), most_documents(docs_BT.size)
-    if backend == "varlen" and found > most:
-        raise UserError(f"a micro-step has {found} documents, --backend varlen takes {most}: use flex or sdpa")
+    """Raises UserError where a micro-step has more documents than there are sequences."""
+    if backend != "varlen":
+        return
+    found = len(docs_BT) + int((docs_BT[:, 1:] != docs_BT[:, :-1]).sum())
+    most = most_documents(docs_BT.size)
+    if found > most:
+        raise UserError(f"a micro-step has {found} documents, --backend varlen takes {most}: "
+                        "use flex or sdpa")
 
-def flash_options(window: Tensor, step: int, scale: float) -> dict:
+def flash_arguments(starts, window: Tensor, step: int, longest: int, scale: float) -> tuple:
+    """What both directions are called with, by place and by name."""
     size = int(window)
-    size = min(size, short_window(size, step)) if step else size
-    return {"scale": scale, "window_size_left": size - 1, "window_size_right": 0}
+    if step:
+        size = min(size, short_window(size, step))
+    options = {"window_size_left": size - 1, "window_size_right": 0}
+    return (starts, starts, longest, longest, 0.0, False), options | {"scale": scale}
 
-@operator("varlen(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor window, int step, int longest, int turns, "
-          "float scale) -> (Tensor, Tensor)")
+def turned(turns: int, *tensors_NHK: Tensor) -> list:
+    """In turn 1 those of a head, in turn 2 its partner's."""
+    others = [x.roll(x.size(1) // 2, 1) for x in tensors_NHK]
+    return [tensors_NHK, others][:turns]
+
+@operator("varlen(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor window, int step, "
+          "int longest, int turns, float scale) -> (Tensor, Tensor)")
 def fused_varlen(q_NHK, k_NHK, v_NHK, starts, window, step, longest, turns, scale):
-    """Output and log-sum-exps, (H, N). A second turn adds the partner's keys: one softmax over both."""
+    """Output and log-sum-exps, (H, N); of two turns those of one softmax over the keys of both."""
+    sizes, options = flash_arguments(starts, window, step, longest, scale)
     out = lse = None
-    for turn in range(turns):
-        k, v = (x.roll(x.size(1) // 2, 1) if turn else x for x in (k_NHK, v_NHK))
-        more, more_lse, *_ = torch.ops.aten._flash_attention_forward(
-            q_NHK, k, v, starts, starts, longest, longest, 0.0, False, False, **flash_options(window, step, scale))
-        both = torch.logaddexp(lse, more_lse) if turn else more_lse
-        share = (more_lse - both).exp().T[..., None]
-        out = torch.lerp(out.float(), more.float(), share).type_as(more) if turn else more
+    for keys in turned(turns, k_NHK, v_NHK):
+        part, part_lse, *_ = torch.ops.aten._flash_attention_forward(
+            q_NHK, *keys, *sizes, False, **options)
+        if out is None:
+            out, lse = part, part_lse
+            continue
+        both = torch.logaddexp(lse, part_lse)
+        share = (part_lse - both).exp().T[..., None]
+        out = out.float().lerp(part.float(), share).type_as(q_NHK)
         lse = both
     return out, lse
 
-@operator("varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor starts, Tensor window, Tensor out, "
-          "Tensor lse, int step, int longest, int turns, float scale) -> (Tensor, Tensor, Tensor)")
-def fused_varlen_backward(grad, q_NHK, k_NHK, v_NHK, starts, window, out, lse, step, longest, turns, scale):
-    """With output and log-sum-exps of both turns each has its part of the gradients."""
-    seed, total = starts.new_zeros(2, dtype=torch.uint64), []
-    for turn in range(turns):
-        k, v = (x.roll(x.size(1) // 2, 1) if turn else x for x in (k_NHK, v_NHK))
-        grads = torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q_NHK, k, v, out, lse, starts, starts, longest, longest, 0.0, False, seed,
-            seed[:0], **flash_options(window, step, scale))
-        q_grad, *rest = grads
-        rest = [x.roll(x.size(1) // 2, 1) if turn else x for x in rest]
-        total = [a + b for a, b in zip(total, (q_grad, *rest), strict=True)] if turn else [q_grad, *rest]
-    return tuple(total)
+@operator("varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor starts, "
+          "Tensor window, Tensor out, Tensor lse, int step, int longest, int turns, "
+          "float scale) -> (Tensor, Tensor, Tensor)")
+def fused_varlen_backward(
+        grad, q_NHK, k_NHK, v_NHK, starts, window, out, lse, step, longest, turns, scale):
+    """From output and log-sum-exps of all turns each turn's part of the gradients follows."""
+    sizes, options = flash_arguments(starts, window, step, longest, scale)
+    seed = starts.new_zeros(2, dtype=torch.uint64)
+    rest = out, lse, *sizes, seed, seed[:0]
+    parts = []
+    for keys in turned(turns, k_NHK, v_NHK):
+        parts.append(torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), q_NHK, *keys, *rest, **options))
+    if turns == 1:
+        return parts[0]
+    own, (q_more, *more) = parts
+    more = [q_more, *turned(2, *more)[1]]
+    return tuple(map(torch.add, own, more))
 
 def _varlen_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:5], *output)
     ctx.rest = inputs[5:]
     ctx.set_materialize_grads(False)
 
-fused_varlen.register_autograd(
-    lambda ctx, grad, _: (*fused_varlen_backward(grad, *ctx.saved_tensors, *ctx.rest), *[None] * 6),
-    setup_context=_varlen_context)
-fused_varlen.register_fake(
-    lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
-fused_varlen_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
+def _varlen_gradients(ctx, grad: Tensor, _):
+    grads = fused_varlen_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return *grads, *[None] * 6
+
+def _varlen_fake(q, *_):
+    lse = q.new_empty(q.size(1), len(q), dtype=torch.float32)
+    return torch.empty_like(q), lse
+
+fused_varlen.register_autograd(_varlen_gradients, setup_context=_varlen_context)
+fused_varlen.register_fake(_varlen_fake)
+fused_varlen_backward.register_fake(
+    lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
 
 def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
     """softmax(scale * q k + mask) v -> (B, T, H, K). The plain formula takes 0.25 to 0.64 of SDPA's time on a CPU."""
     if backend == "varlen":
-        tokens, size = v_BTHK.size(0) * v_BTHK.size(1) // mask.turns, v_BTHK.size(-1)
-        short = size - q_BTHK.size(-1)  # narrow queries and keys get zeros
-        q, k = (F.pad(x, (0, short)) if short else x for x in (q_BTHK, k_BTHK))
-        q, k, v = (x.reshape(tokens, -1, size) for x in (q, k, v_BTHK))
-        return fused_varlen(q, k, v, *mask, scale)[0].view(v_BTHK.shape)
+        return attend_packed(q_BTHK, k_BTHK, v_BTHK, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
@@ -1645,6 +1674,16 @@ def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=Non
     else:
         y = (q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
     return y.transpose(1, 2)
+
+def attend_packed(q_BTHK, k_BTHK, v_BTHK, packed: Packed, scale: float) -> Tensor:
+    """`attend` by FlashAttention; narrow queries and keys get zeros."""
+    size = v_BTHK.size(-1)
+    tokens = v_BTHK.size(0) * v_BTHK.size(1) // packed.turns
+    if short := size - q_BTHK.size(-1):
+        q_BTHK, k_BTHK = (F.pad(x, (0, short)) for x in (q_BTHK, k_BTHK))
+    flat = [x.reshape(tokens, -1, size) for x in (q_BTHK, k_BTHK, v_BTHK)]
+    y, _ = fused_varlen(*flat, *packed, scale)
+    return y.view(v_BTHK.shape)
 
 # --- x @ x.mT, of which one triangle is computed (record 27)
 
@@ -2056,7 +2095,7 @@ class RunSettings:
     # --- hardware
     device: str = "auto"  # mps, Apple's GPU, is untested [auto|cpu|cuda|mps]
     dtype: str = "auto"  # of activations and matrices; bf16 where fast [auto|bf16|fp32]
-    backend: str = "auto"  # FlexAttention, FlashAttention, SDPA, formula [auto|flex|varlen|sdpa|plain]
+    backend: str = "auto"  # of attention (docs/running.md) [auto|flex|varlen|sdpa|plain]
     kernels: str = "auto"  # own Triton kernels, of gram+mlp+loss; none; auto: all
     fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
     fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
@@ -2173,27 +2212,25 @@ def flash_fits(s: Settings, hardware: Hardware, bf16: bool) -> bool:
     """Whether FlashAttention can be called: an NVIDIA GPU from Ampere on, bf16, heads of its sizes."""
     return hardware.capability >= (8, 0) and bf16 and s.head_dim % 8 == 0 and s.head_dim <= 256
 
-def auto_backend(s: Settings, hardware: Hardware, bf16: bool) -> tuple[str, str]:
-    """The attention for `auto`, and the reason."""
-    if torch.version.hip or hardware.device == "mps":
-        return ("sdpa" if torch.version.hip else "plain"), "plain parts only on ROCm and MPS"
-    fallback = "varlen" if flash_fits(s, hardware, bf16) else "sdpa"
-    if hardware.device == "cpu":
-        fallback = "plain" if bf16 and not s.compile else "sdpa"
-    return "flex" if hardware.device == "cuda" and s.compile else fallback, "the fastest here"
-
 def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tuple]:
     """What `auto`, or 0, means: setting -> value and the reason for it."""
     cuda = hardware.device == "cuda"
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
-    triton = cuda and bf16 and hardware.bf16 and not torch.version.hip and importlib.util.find_spec("triton")
+    nvidia = cuda and not torch.version.hip
+    plain = hardware.device == "mps"
+    if hardware.device == "cpu":
+        plain = bf16 and not s.compile
+    backend = "plain" if plain else "sdpa"
+    if flash_fits(s, hardware, bf16):
+        backend = "varlen"
+    triton = nvidia and bf16 and hardware.bf16 and importlib.util.find_spec("triton")
     fp8 = hardware.fp8 and bf16 and not any(size % 16 for size in (s.width, *s.seq_len))
     fineweb = data_folder("fineweb10B").is_dir()
     return {
         "device": (hardware.device, hardware.name),
         "dtype": ("bf16" if bf16 else "fp32", hardware.why),
-        "backend": auto_backend(s, hardware, bf16),
-        "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA and bf16, no ROCm"),
+        "backend": ("flex" if nvidia and s.compile else backend, "the fastest here"),
+        "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA, not ROCm, and bf16"),
         "fp8_head": ("on" if fp8 else "off", "it needs FP8 products and multiples of 16"),
         "compile_unit": ("model" if world_size == 1 else "block", f"{world_size} process(es)"),
         "data": ("fineweb10B" if fineweb else "stdlib", "fineweb10B where it is there"),
@@ -2278,8 +2315,9 @@ def unread_errors(s: Settings, given: dict) -> list[str]:
 def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     """A sentence for each setting that this machine cannot serve."""
     cuda, fp8 = hardware.device == "cuda", s.fp8_head == "on" or s.fp8_mlp
+    asked, mps = given.get("device"), hardware.device == "mps"
     compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    needs_cuda = s.preset in PRESETS and not s.preset.endswith("cpu") and given.get("device") not in ("cpu", "mps")
+    needs_cuda = s.preset in PRESETS and not s.preset.endswith("cpu") and asked not in ("cpu", "mps")
     unknown = ", ".join(sorted(set(s.kernels.split("+")) - {*KERNELS, "none"}))
     here = cuda and not torch.version.hip or os.environ.get("TRITON_INTERPRET")
     triton = importlib.util.find_spec("triton") and here
@@ -2291,16 +2329,13 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
         (empty, f"{empty}: is empty; name something, or leave it out"),
         (s.allow_change and not s.resume, "--allow_change: has no effect without --resume"),
         (unknown_change, f"--allow_change: {', '.join(sorted(unknown_change))}: no such setting"),
-        (s.device == "cuda" and not cuda,
-         "--device cuda: this machine has no usable CUDA device; leave the flag out"),
-        (given.get("device") == "mps" and hardware.device != "mps",
-         "--device mps: this machine has no usable Apple GPU; leave the flag out"),
-        (hardware.device == "mps" and s.compile, "--device mps: torch.compile is not for it; add --no-compile"),
-        (hardware.device == "mps" and s.backend not in ("plain", "sdpa"),
-         f"--backend {s.backend}: not on MPS, use plain"),
+        (asked in ("cuda", "mps") and asked != hardware.device,
+         f"--device {asked}: this machine has no usable {asked} device; leave the flag out"),
+        (mps and (s.compile or s.backend not in ("plain", "sdpa")),
+         "--device mps has the plain parts only: add --no-compile --backend plain"),
         (s.backend == "varlen" and not flash_fits(s, hardware, s.dtype == "bf16"),
-         f"--backend varlen needs an NVIDIA GPU from 8.0 on, --dtype bf16, a --head_dim (here {s.head_dim}) that is a "
-         "multiple of 8, at most 256: use sdpa"),
+         "--backend varlen needs an NVIDIA GPU from 8.0 on, --dtype bf16, and a --head_dim "
+         f"(here {s.head_dim}) that is a multiple of 8, at most 256: use sdpa"),
         (needs_cuda and not cuda,
          f"--preset {s.preset} needs a CUDA device: use --preset cpu, or add --device cpu"),
         (s.compile and not cuda and not compiler,
@@ -2754,6 +2789,8 @@ def peak_memory_mib(device: str) -> tuple[int, int]:
 
 def keep_memory():
     """glibc maps a tensor above 32 MiB anew at each use, page by page: from here on it keeps what is freed instead."""
+    if "MALLOC_MMAP_MAX_" in os.environ:  # the user's choice
+        return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # of macOS, Windows
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: none
@@ -2923,7 +2960,9 @@ def on_rank_zero(world: World, function, *arguments):
         raise answer[1]
     return answer[0]
 
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+STOPS = [  # signals; Windows has two
+    number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if (number := getattr(signal, name, None))]
 
 class Run:
     """What surrounds the training, on every rank. `train` calls the methods from top to bottom."""
@@ -2972,11 +3011,13 @@ class Run:
         self.position = self.step_position = meta.get("position", Loader.FIRST)
         if "data_fingerprint" in self.changed:
             self.position = Loader.FIRST
-        schedule = meta.get("schedule") or {}
-        self.at, self.tokens = schedule.get("at", float(self.step)), schedule.get("tokens", self.tokens_at(self.step))
-        left = max(0, math.ceil(self.s.iterations - self.at))  # steps
-        self.left = schedule.get("left", left) if self.s.max_seconds else left
-        self.fitted = self.step, self.logged_ms, -math.inf  # step, clock and place of _fit_schedule's last call
+        schedule = meta.get("schedule") or {"at": float(self.step)}
+        self.at = schedule["at"]
+        self.left = max(0, math.ceil(self.s.iterations - self.at))  # steps
+        if self.s.max_seconds:
+            self.left = schedule.get("left", self.left)
+        self.tokens = schedule.get("tokens", self.tokens_at(self.step))
+        self.fitted = self.step, self.logged_ms, -math.inf  # of _fit_schedule
         self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
         self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
 
@@ -3044,7 +3085,8 @@ class Run:
         memory = expected_memory(s, self.vocab_size, optimizer, self.counts["total"]) / 2**30
         training = f"{self.tokens_at(s.iterations):,} training tokens"
         training = f"{s.max_seconds:g} s of training" if s.max_seconds else training
-        return [*lines, f"{training}, {self.stream.num_tokens:,} validation tokens, about {memory:.2f} GiB per process"]
+        return [*lines, f"{training}, {self.stream.num_tokens:,} validation tokens, "
+                        f"about {memory:.2f} GiB per process"]
 
     def warmed_up(self):
         """Notes what compiling took."""
@@ -3138,7 +3180,9 @@ class Run:
         the last call. `ms`: the first rank's clock."""
         before, before_ms, _ = self.fitted
         step_ms = max(1e-3, (ms - before_ms) / (step - before))
-        self.left = max(1, int((1000 * self.s.max_seconds - ms) / step_ms)) if self.left else 0
+        if self.left:
+            rest_ms = 1000 * self.s.max_seconds - ms
+            self.left = max(1, int(rest_ms / step_ms))
         self.fitted = step, ms, self.at
 
     def next_batch(self, step: int) -> Tensor:
@@ -3154,7 +3198,8 @@ class Run:
         --max-seconds the first, too, and where a 64th of the schedule has passed."""
         self.stage = stage_at(self.stages, self.at)
         self.tokens += self.stage.batch_tokens
-        self.step, self.step_position, self.at, self.left = step, self.position, self.following, self.left - 1
+        self.step, self.step_position = step, self.position
+        self.at, self.left = self.following, self.left - 1
         if self.log.pipe_closed:
             self.stop_signal = self.stop_signal or getattr(signal, "SIGPIPE", signal.SIGTERM)
         if self.first_step_s is None:
@@ -3163,7 +3208,8 @@ class Run:
         if self.profiler:
             with self.clock.paused():
                 self.profiler.step()
-        unfitted = self.s.max_seconds and self.at >= self.fitted[2] + self.s.iterations / 64
+        passed = self.at - self.fitted[2]
+        unfitted = self.s.max_seconds and 64 * passed >= self.s.iterations
         return step % self.s.log_every == 0 or bool(unfitted or self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:

@@ -103,7 +103,9 @@ FREE_ON_RESUME = {"preset", "experiment_name", "log_dir", "resume", "iterations"
 # that decide the equations or the shapes of the weights: no --allow-change
 FIXED = {"seed", "prime", "operation", "train_fraction", "layers", "width", "heads", "mlp_ratio", "optimizer"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+STOPS = [  # signals; Windows has two
+    number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if (number := getattr(signal, name, None))]
 COMPARE = {">": gt, ">=": ge, "<": lt, "<=": le}
 
 @functools.cache

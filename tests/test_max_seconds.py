@@ -2,7 +2,6 @@
 import json
 
 import baseline
-import generate
 import helpers
 import pytest
 import torch
@@ -11,6 +10,7 @@ from helpers import assert_same_state, flags, losses, make_data, records, run_fo
 from moe import MIXTURE
 from recipe import run_flags, run_processes
 
+import generate
 import train_baseline
 import train_gpt
 import train_moe
