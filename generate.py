@@ -164,7 +164,8 @@ def load_model(script: ModuleType, path: Path, meta: dict, longest: int) -> tupl
                 raise ValueError(wrong)
             model.router_bias.copy_(bias)
         constant = getattr(model, "window", 0)  # train_baseline.py's
-        window = constant or script.window_at(s, script.stage_table(s), meta["step"])
+        at = (meta.get("schedule") or {"at": meta["step"]})["at"]
+        window = constant or script.window_at(s, script.stage_table(s), at)
         longer = getattr(s, "eval_window", 0)
         positions = len(model.positions.weight) if getattr(model, "positions", None) is not None else longest
         if longest > model.cos.size(0) or longer > window:

@@ -20,6 +20,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
 import functools
@@ -110,11 +111,12 @@ class Settings:
     eval_tokens: int = 10485760  # first tokens of the validation split; 0: all [>=0]
     eval_seq_len: int = 0  # longest context in validation; 0: as trained [>=0]
     target_loss: float = 0.0  # stop at this validation loss, nats; 0 off [>=0]
+    max_seconds: float = 0.0  # stretch the schedule to this training time; 0: iterations [>=0]
     save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
     save_last: bool = True  # a checkpoint after the last step
     keep: int = 0  # checkpoints that a run keeps; 0: 2, or what the run had [>=0]
     log_every: int = 10  # steps between console lines [>0]
-    device: str = "auto"  # where to run [auto|cpu|cuda]
+    device: str = "auto"  # mps, Apple's GPU, is untested [auto|cpu|cuda|mps]
     dtype: str = "auto"  # auto: bf16 where it is fast [auto|bf16|fp32]
     backend: str = "auto"  # the formula is fast in bf16 on a CPU [auto|sdpa|plain]
     compile: bool = True  # torch.compile of the model
@@ -194,16 +196,24 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(*dict.fromkeys(flags), **option)
     return parser
 
+def machine_memory() -> float:
+    """GiB of this machine, 2^20 where the system does not say (Windows)."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return 2.0**20
+
 def find_device(device: str) -> dict:
-    """Device (cuda or cpu), its name and memory, and whether it is fast in bf16."""
-    if device != "cpu" and torch.cuda.is_available():
+    """Device (cuda, mps if asked for, or cpu), its name and memory, and whether it is fast in bf16."""
+    if device == "mps" and torch.backends.mps.is_available():
+        return {"device": "mps", "name": platform.machine(), "memory_gib": machine_memory(), "bf16": False}
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         memory = gpu.total_memory / 2**30
         return {"device": "cuda", "name": gpu.name, "memory_gib": memory, "bf16": gpu.major >= 8}
     name = platform.machine()
     with contextlib.suppress(OSError, TypeError):
         name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    memory = machine_memory()
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return {"device": "cpu", "name": name, "memory_gib": memory, "bf16": fast}
@@ -221,7 +231,7 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     preset = given.get("preset", "auto")
     if preset == "auto":
         wide = world_size >= 8 and data_folder(given.get("data", "fineweb10B")).is_dir()
-        preset = "cpu" if hardware["device"] == "cpu" else "gpt2" if wide else "gpu"
+        preset = "cpu" if hardware["device"] != "cuda" else "gpt2" if wide else "gpu"
     s = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
     problems = size_errors(s) or field_errors(s)
     unread = {name: unread_without(s, name) for name in given}
@@ -243,7 +253,7 @@ def resolved(s: Settings, given: dict, hardware: dict) -> Settings:
     dtype = s.dtype if s.dtype != "auto" else "bf16" if hardware["bf16"] else "fp32"
     autos = {
         "mlp": "gelu" if gpt else "swiglu", "tied": "on" if gpt else "off",
-        "backend": "plain" if (device, dtype) == ("cpu", "bf16") else "sdpa",
+        "backend": "plain" if (device, dtype) == ("cpu", "bf16") or device == "mps" else "sdpa",
         "data": "fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib",
     }
     autos = {name: value for name, value in autos.items() if getattr(s, name) == "auto"}
@@ -322,6 +332,8 @@ def misfits(s: Settings, given: dict, hardware: dict, world_size: int) -> list[s
     least, memory = least_memory(s) / 2**30, hardware["memory_gib"]
     checks = {  # sentence about the settings in quotes -> whether it is true
         "--device cuda needs a CUDA device, leave it out": cpu and asked == "cuda",
+        "--device mps needs an Apple GPU, leave it out": asked == "mps" and s.device != "mps",
+        "--device mps: torch.compile is not for it, add --no-compile": s.device == "mps" and s.compile,
         "'preset' needs a CUDA device: use cpu, or add --device cpu":
             cpu and s.preset != "cpu" and asked != "cpu",
         "'compile' needs a C++ compiler: install g++, or use --no-compile": s.compile and not compiler,
@@ -928,7 +940,7 @@ def set_rates(optimizers: list[torch.optim.Optimizer], s: Settings, step: int):
 META = {  # a meta.json is built like this one
     "step": 0, "sha256": "", "settings": {}, "train_time_ms": 0.0, "data": {"fingerprint": "", "meta": {}},
     "position": {"epoch": 0, "shard": 0, "used": 0}, "val_loss": (None, 0.0), "val_step": (None, 0),
-    "saved": (None, 0), "bytes": (None, 0)}
+    "schedule": (None, {"at": 0.0, "left": 0, "tokens": 0}), "saved": (None, 0), "bytes": (None, 0)}
 
 def tell_damage(path: Path, reason):
     text = f"checkpoint {path} cannot be used ({reason}); trying the one before it"
@@ -1091,15 +1103,17 @@ def peak_memory_mib(device: str) -> tuple[int, int]:
     """Peak allocated and reserved MiB of the GPU; on a CPU peak resident memory, twice."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-    import resource  # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
+        unit = 1 if sys.platform == "darwin" else 1024
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
+    return 0, 0
 
 class Clock:
     """Training time in ms as the public rules count it: without validation, checkpoints, profiles, warm-up."""
     def __init__(self, device: str):
         self.total_ms, self.started = 0.0, None
-        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.wait = getattr(torch, device).synchronize
 
     def start(self):
         self.wait()
@@ -1120,6 +1134,15 @@ class Clock:
         if running:
             self.start()
 
+def keep_memory():
+    """glibc maps a tensor above 32 MiB anew at each use, page by page: from here on it keeps what is freed instead."""
+    if "MALLOC_MMAP_MAX_" in os.environ:  # the user's choice
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of macOS, Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: none
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
+
 def command_output(*command: str) -> str | None:
     """What a command prints, run in the script's folder; None where it fails or does not exist."""
     options = dict(cwd=Path(__file__).resolve().parent, capture_output=True, text=True, timeout=30)
@@ -1129,17 +1152,18 @@ def command_output(*command: str) -> str | None:
 def lock_folder(folder: Path):
     """An open file that keeps other processes from this run; the system frees it when this one ends.
     Raises UserError that says who has it."""
-    import fcntl  # not on Windows
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
+        import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         os.write(file.fileno(), f"process {os.getpid()} of {platform.node()}".encode())
     except BlockingIOError as error:
         file.seek(0)
         raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
-    except OSError as error:
-        print(f"note: {folder / 'lock'}: {error.strerror}; start no second --resume of it")
+    except (OSError, ImportError) as error:
+        reason = getattr(error, "strerror", error)
+        print(f"note: {folder / 'lock'}: {reason}; start no second --resume of it")
     return file
 
 class World(NamedTuple):
@@ -1222,6 +1246,10 @@ class RunLog:
         if self.lock:
             self.lock.close()
 
+STOPS = [  # signals; Windows has two
+    number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if (number := getattr(signal, name, None))]
+
 # differs from train_gpt.py: plain
 class Run:
     """What surrounds the training, on every rank. `train` calls the methods from top to bottom."""
@@ -1270,6 +1298,13 @@ class Run:
         self.position = {key: meta.get("position", first)[key] for key in first}
         if "data_fingerprint" in self.changed:
             self.position = first
+        schedule = meta.get("schedule") or {"at": float(self.step)}
+        self.at = schedule["at"]
+        self.left = max(0, math.ceil(self.s.iterations - self.at))  # steps
+        if self.s.max_seconds:
+            self.left = schedule.get("left", self.left)
+        self.fitted = self.step, self.logged_ms, -math.inf  # of _fit_schedule
+        self.tokens = self.step * self.s.batch_tokens
         self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
         self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
         self.whole = True  # no step is half done
@@ -1300,7 +1335,8 @@ class Run:
         path, meta, self.state, self.damaged = find_checkpoint(place, like, num_shards)
         step, loss, looked = meta["step"], meta.get("val_loss"), meta.get("val_step") in (None, meta["step"])
         reached = s.target_loss and loss is not None and loss <= s.target_loss
-        if looked and (step >= s.iterations or reached):
+        at = (meta.get("schedule") or {"at": step})["at"]
+        if looked and (at >= s.iterations or reached):
             ways = "a lower --target-loss" if reached else "--iterations N --allow-change iterations"
             raise NothingToDo(f"{path}: this run has ended, after step {step} of {s.iterations}; to go on: {ways}")
         self.lock = lock_folder(path.parent.parent)
@@ -1342,7 +1378,7 @@ class Run:
     # differs from train_gpt.py: no loader
     def start(self) -> int:
         """The first step: 0, or the checkpoint's. From here on signals and errors save what is done."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
         self.undo.push(self._on_error)
@@ -1399,24 +1435,47 @@ class Run:
         store.wait(names, timedelta(seconds=30))
         return {int(store.get(name)) for name in names} == {self.step}
 
+    @property
+    def following(self) -> float:
+        """Where in the schedule this step leads: its rest in equal parts, of s.iterations steps one each."""
+        end = self.s.iterations
+        return end - (end - self.at) * (self.left - 1) / self.left
+
+    def _fit_schedule(self, step: int, ms: float):
+        """Under --max-seconds: as many steps are left, at least the one under way, as the time has, at the pace since
+        the last call. `ms`: the first rank's clock."""
+        before, before_ms, _ = self.fitted
+        step_ms = max(1e-3, (ms - before_ms) / (step - before))
+        if self.left:
+            rest_ms = 1000 * self.s.max_seconds - ms
+            self.left = max(1, int(rest_ms / step_ms))
+        self.fitted = step, ms, self.at
+
     # differs from train_gpt.py: no profiler
     def log_due(self, step: int, position: dict) -> bool:
-        """After a step: whether to log it: each log_every-th, after a signal if alone."""
+        """After a step: whether to log it: each log_every-th, after a signal if alone; under
+        --max-seconds the first, too, and where a 64th of the schedule has passed."""
         self.step, self.position, self.whole = step, position, True
+        self.at, self.left, self.tokens = self.following, self.left - 1, step * self.s.batch_tokens
         if self.log.pipe_closed:
-            self.stop_signal = self.stop_signal or signal.SIGPIPE
-        return step % self.s.log_every == 0 or bool(self.stop_signal and self.world.size == 1)
+            self.stop_signal = self.stop_signal or getattr(signal, "SIGPIPE", signal.SIGTERM)
+        unfitted = self.s.max_seconds and self.at >= self.fitted[2] + self.s.iterations / 64
+        return step % self.s.log_every == 0 or bool(unfitted or self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:
         """The newest of the losses of the steps up to this one; waits for the device, tells all ranks of a signal.
         Raises TrainingStopped at the first loss that is not finite. Collective."""
         numbers = F.pad(torch.stack(losses), (0, 1), value=float(self.stop_signal))
+        with self.clock.paused() as ms:
+            numbers = F.pad(numbers, (0, 1), value=0.0 if self.world.rank else ms)
         if self.world.size > 1:
             dist.all_reduce(numbers)
-        *values, stop = numbers.tolist()
+        *values, stop, ms = numbers.tolist()
+        if self.s.max_seconds:
+            self._fit_schedule(step, ms)
         for done, loss in enumerate(values, start=step - len(values) + 1):
             self._stop_unless(math.isfinite(loss), f"the loss of step {done} is {loss}", done)
-        if stop and step < self.s.iterations:
+        if stop and self.left:
             self.status, self.over = "interrupted", True
             self.stop_signal = self.stop_signal or signal.SIGTERM
         return values[-1]
@@ -1436,7 +1495,7 @@ class Run:
         return f"{self.checkpoint} is kept" if self.saved_step else f"{self.log.folder} has no checkpoint"
 
     # differs from train_gpt.py: the norm
-    def log_step(self, step: int, loss: float, norm: float):
+    def log_step(self, step: int, loss: float, norm: float, lr: float):
         """A training loss to all logs, with what is known of the steps since the last one."""
         s = self.s
         self._stop_unless(math.isfinite(norm), f"the norm of the gradient of step {step} is {norm}", step)
@@ -1445,25 +1504,21 @@ class Run:
         self.logged_step, self.logged_ms = step, ms
         rate = 1000 * s.batch_tokens / step_ms
         self._log_loss(step, "train", loss, ms, f"  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s",
-                       step_ms=step_ms, tokens_per_s=rate, lr=rate_scale(s, step - 1), grad_norm=norm,
+                       step_ms=step_ms, tokens_per_s=rate, lr=lr, grad_norm=norm,
                        seq_len=s.seq_len, window=s.window, batch_tokens=s.batch_tokens)
 
     def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
-        of, mean = f"{step}/{self.s.iterations}", ms / step
+        of, mean = f"{step}/{step + self.left}", ms / step
         self.log.print(f"step {of}  {kind} loss {loss:.4f}{console}")
         self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{mean:.2f}ms")
-        more |= {"tokens": self.tokens_at(step), "train_time_ms": ms}
+        more |= {"tokens": self.tokens, "train_time_ms": ms}
         self.log.metric(step=step, **{f"{kind}_loss": loss}, **more)
-
-    # differs from train_gpt.py: no stages
-    def tokens_at(self, step: int) -> int:
-        return step * self.s.batch_tokens
 
     def validation_due(self, step: int) -> bool:
         """Whether to look at the validation loss now. An interrupted run leaves it to the resumed one."""
-        last, every = step == self.s.iterations, self.s.eval_every
-        due = last or (every and step % every == 0)
+        every = self.s.eval_every
+        due = not self.left or (every and step % every == 0)
         return bool(due and step > self.val_step and self.status != "interrupted")
 
     def log_validation(self, step: int, loss: float):
@@ -1476,7 +1531,7 @@ class Run:
         self._log_loss(step, "val", loss, ms, console, val_bpb=bpb)
         if self.s.target_loss and loss <= self.s.target_loss:
             self.status, self.over = "target", True
-        if step < self.s.iterations:
+        if self.left:
             self._note_validation(step)
 
     def _note_validation(self, step: int):
@@ -1495,7 +1550,8 @@ class Run:
             moments = [x.state_dict() for x in self.optimizers]
             state = {"model": self.model.state_dict(), "optimizers": moments}
             meta = self.config | dict(
-                position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step)
+                position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step,
+                schedule={"at": self.at, "left": self.left, "tokens": self.tokens})
             finite = on_rank_zero(
                 self.world, lambda: all(x.isfinite().all() for x in state["model"].values()))
             self._stop_unless(finite, f"the weights after step {step} are not finite", step)
@@ -1526,10 +1582,10 @@ class Run:
     # differs from train_gpt.py: plain
     def _end_record(self, step: int, **more):
         """The last object of metrics.jsonl."""
-        ms, tokens, loss = self.clock.stop(), self.tokens_at(step), self.val_loss
+        ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
         target = (step, ms) if self.status == "target" else (None, None)
         self.log.metric(
-            event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=loss,
+            event="end", status=self.status, step=step, iterations=step + self.left, val_loss=loss,
             val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
             tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.total,
             params_active=self.active, peak_memory_mib=peak_memory_mib(self.s.device)[0],
@@ -1559,8 +1615,9 @@ def train(run: Run):
     if run.validation_due(step):  # of a checkpoint whose own was cut short
         validate(run, compiled, step)
     run.clock.start()
-    while step < s.iterations and not run.over:
-        set_rates(optimizers, s, step)
+    while run.left and not run.over:
+        at = run.at  # in the schedule; the step, but for --max-seconds
+        set_rates(optimizers, s, at)
         batch, position = next_batch(training, s, run.world)
         step_loss = torch.zeros((), device=s.device)
         for i, (inputs, targets, docs) in enumerate(batch.split(rows, dim=1)):
@@ -1578,12 +1635,12 @@ def train(run: Run):
         normalize_rows(model, s)
         losses.append(step_loss)
         step += 1
-        last = step == s.iterations
+        due, last = run.log_due(step, position), not run.left
         save = s.save_last if last else s.save_every and step % s.save_every == 0
-        if run.log_due(step, position) or last or save:
+        if due or last or save:
             train_loss = run.read_losses(losses, step)  # raises if one is not finite
             losses.clear()
-            run.log_step(step, train_loss, norm.item())
+            run.log_step(step, train_loss, norm.item(), rate_scale(s, at))
         if save or run.over:  # first: what follows may fail
             run.save(step)
         if run.validation_due(step):
@@ -1596,7 +1653,7 @@ def validate(run: Run, model: nn.Module, step: int):
     s, stream, (rank, _, size) = run.s, run.stream, run.world
     with run.look():
         rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // size)))
-        total = torch.zeros((), dtype=torch.float64, device=s.device)
+        total = torch.zeros((), dtype=torch.float32 if s.device == "mps" else torch.float64, device=s.device)
         for start in range(rank * rows, stream.num_rows + rank * rows, rows * size):
             total += model(*torch.from_numpy(stream.rows(start, rows)).to(s.device))[0]
         if size > 1:
@@ -1639,6 +1696,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())
+        if s.device == "cpu":
+            keep_memory()
         run = Run(s, hardware, start_processes(s.device), notes)
         with run.undo:
             train(run)

@@ -103,7 +103,9 @@ FREE_ON_RESUME = {"preset", "experiment_name", "log_dir", "resume", "iterations"
 # that decide the equations or the shapes of the weights: no --allow-change
 FIXED = {"seed", "prime", "operation", "train_fraction", "layers", "width", "heads", "mlp_ratio", "optimizer"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+STOPS = [  # signals; Windows has two
+    number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if (number := getattr(signal, name, None))]
 COMPARE = {">": gt, ">=": ge, "<": lt, "<=": le}
 
 @functools.cache
@@ -430,17 +432,18 @@ def sync(path: Path):
 def lock_folder(folder: Path):
     """An open file that keeps other processes from this run; the system frees it when this one ends.
     Raises UserError that says who has it."""
-    import fcntl  # not on Windows
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
+        import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         os.write(file.fileno(), f"process {os.getpid()} of {platform.node()}".encode())
     except BlockingIOError as error:
         file.seek(0)
         raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
-    except OSError as error:
-        print(f"note: {folder / 'lock'}: {error.strerror}; start no second --resume of it")
+    except (OSError, ImportError) as error:
+        reason = getattr(error, "strerror", error)
+        print(f"note: {folder / 'lock'}: {reason}; start no second --resume of it")
     return file
 
 def read_checkpoint(path: Path) -> dict:
@@ -554,7 +557,7 @@ class RunFolder:
             print(text, flush=True)
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):  # `| head`, a terminal that is gone
-                self.signals.append(signal.SIGPIPE)
+                self.signals.append(getattr(signal, "SIGPIPE", signal.SIGTERM))
 
     def lap(self, name: str):
         """Adds the time since the last call to train_ms or eval_ms."""
@@ -689,7 +692,7 @@ def train(s: Config, notes: list[str]) -> int:
         run.say("   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
         run.say(f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
                 f"{result['eval_time_s']:.1f} s; {status}: {run.path}")
-        if s.plot and signal.SIGPIPE not in run.signals:
+        if s.plot and getattr(signal, "SIGPIPE", 0) not in run.signals:
             bench_grokking("plot", str(run.path), "--out", str(run.path / "curve.png"))
         return 128 + run.signals[0] if status == "interrupted" else 0
 

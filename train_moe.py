@@ -30,6 +30,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import errno
 import functools
@@ -274,7 +275,7 @@ PRESETS |= {
 
 def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     """The preset for `auto`, by hardware and data, and the reason for it."""
-    if hardware.device == "cpu":
+    if hardware.device != "cuda":
         return "cpu", "no CUDA device"
     folder = data_folder("fineweb10B" if data == "auto" else data)
     fineweb = folder.name.startswith("fineweb") and folder.is_dir()
@@ -346,7 +347,7 @@ def least_memory(s: Settings, world_size: int) -> float:
     experts = (s.num_experts + s.num_shared) * s.hidden if s.num_experts else hidden
     mlps = sum(experts if letter == "M" else hidden for letter in s.moe_layers)
     weights = s.num_layers * 4 * s.width + 2 * mlps + s.ngram_rows / world_size
-    mask = 0 if s.backend == "flex" else length**2
+    mask = 0 if s.backend in ("flex", "varlen") else length**2
     batch = 12 * max(s.batch_tokens) / world_size
     return 2 * s.width * (weights + s.num_layers * length) + mask + batch
 
@@ -448,7 +449,7 @@ def stage_table(s: Settings) -> list[Stage]:
         start, window = stages[-1].end, stages[-1].window
     return stages
 
-def stage_at(stages: list[Stage], step: int) -> Stage:
+def stage_at(stages: list[Stage], step: float) -> Stage:
     """The stage of training step `step`; the last one for steps past the end."""
     return next((stage for stage in stages if step < stage.end), stages[-1])
 
@@ -880,7 +881,7 @@ class GPT(nn.Module):
     def __init__(self, s: Settings, vocab_size: int, world: World | None = None):
         super().__init__()
         torch.manual_seed(s.seed)
-        self.layers, self.window_step, self.flex = layer_table(s), s.window_step, s.backend == "flex"
+        self.layers, self.window_step, self.backend = layer_table(s), s.window_step, s.backend
         self.loss_kernel, self.fp8_head = "loss" in s.kernels, s.fp8_head == "on"
         padded = -(-(vocab_size + bool(s.pointer)) // HEAD_MULTIPLE) * HEAD_MULTIPLE
         self.vocab_size, self.embed = vocab_size, nn.Embedding(padded, s.width)
@@ -905,6 +906,7 @@ class GPT(nn.Module):
         a, b, c = s.softcap
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
         self.candidates, self.candidate_rows = 0, s.candidate_rows
+        self.longest = {t.seq_len: t.max_doc_len or t.seq_len for t in stage_table(s)}  # document
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
         # number of the first row (candidate_turn); values that FP8 clipped; targets without a loss
         turn, saturated, left_out = torch.zeros(3, dtype=torch.int64)
@@ -964,11 +966,15 @@ class GPT(nn.Module):
 
     def masks(self, docs_BT, window: Tensor) -> dict:
         """The mask of each kind of layer, made once per forward pass. A short window is half a long one."""
+        kinds = sorted({layer.attention for layer in self.layers} - {"-"})
+        if self.backend == "varlen":
+            known = self.longest if torch.is_grad_enabled() else {}
+            longest = known.get(docs_BT.size(1))
+            return packed_documents(docs_BT, window, self.window_step, longest, kinds)
         half = torch.minimum(short_window(window, self.window_step), window)
-        make = block_mask if self.flex else dense_mask
+        make = block_mask if self.backend == "flex" else dense_mask
         options = {"L": (window, 1), "S": (half, 1), "P": (half, 2)}
-        kinds = {layer.attention for layer in self.layers} - {"-"}
-        return {kind: make(docs_BT, *options[kind]) for kind in sorted(kinds)}
+        return {kind: make(docs_BT, *options[kind]) for kind in kinds}
 
     def embedding(self, inputs_BT, follows_BT1) -> Tensor:
         """Normed token embeddings; each takes up some of the previous one of its document, gated (34)."""
@@ -1175,7 +1181,7 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     in a mixture (half if compiled, by the 34 GiB of the public records at 49,152 tokens) and, but for FlexAttention, a
     row of scores; for `bmm` the experts' weights in each of its about 5 blocks an expert."""
     size, mixtures = s.torch_dtype.itemsize, len(s.mixtures)
-    scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * seq_len
+    scores = 0 if s.backend in ("flex", "varlen") else 2 * size * s.num_layers * s.num_heads * seq_len
     activations = (34 * s.num_layers + 10 * s.top_k * mixtures) / (1 + s.compile)
     matrices = 2 * mixtures * s.num_experts * s.hidden * s.width
     copies = 5 * size * matrices if s.moe_impl == "bmm" else 0
@@ -1438,7 +1444,7 @@ class Bank:
         return mine[:, :1, :1].contiguous() if self.muon else mine
 
     # differs from train_gpt.py: experts without a token are left alone
-    def step(self, scale: float, mu: float, step: int, busy: Tensor | None = None):
+    def step(self, scale: float, mu: float, step: int, span: tuple = (0, 0), busy: Tensor | None = None):
         """Waits for the own gradients, updates the own pieces and sends them off, asynchronously. `busy`: which experts
         saw a token, and True. Updates have full size however small the gradient, and without one would repeat old ones;
         so idle experts keep weights and moments."""
@@ -1467,15 +1473,18 @@ class Bank:
             self.update_function(
                 state["master"], self.grad, state["exp_avg"], state["exp_avg_sq"], lr,
                 decay, share1, share2, *corrections, self.rule.eps, s.cautious)
-        if share := self.tail_share(step):
+        if share := self.tail_share(*span):
             state["average"].lerp_(state["master"], share)
         self.send_weights()
 
-    def tail_share(self, step: int) -> float:
-        """Share of the weights after `step` steps in their tail average; 0 before it starts, with all of them."""
+    def tail_share(self, before: float, after: float) -> float:
+        """Share in their tail average of the weights after a step that takes the schedule from `before` to `after`; 0
+        before it starts, with all of them."""
         steps = max(1.0, self.rule.tail * self.s.tail_steps)
-        since = step - max(1, self.s.iterations - round(2 * steps))
-        return 0.0 if since < 0 or "average" not in self.state else 1 / steps if since else 1.0
+        start = max(1, self.s.iterations - round(2 * steps))
+        if after < start or "average" not in self.state:
+            return 0.0
+        return 1.0 if before < start else min(1.0, (after - before) / steps)
 
     def blend(self):
         """The weights that count: drawn towards their tail average; those of training are kept as `raw`. Averaging
@@ -1688,8 +1697,8 @@ class Balance:
         chosen = named_sums(self.sums, self.s.num_experts)["chosen"]
         return F.pad(chosen.flatten() > 0, (0, 1), value=True)
 
-    def update(self, step: int):
-        """Sets slopes and bias for the next step by the sums of this one, the `step`-th."""
+    def update(self, step: float):
+        """Sets slopes and bias for the next step by the sums of this one, which takes the schedule to `step`."""
         s, rate = self.s, 0.0
         if s.router == "sigmoid_bias":
             left = (s.iterations - step) / max(1.0, s.bias_cooldown * s.iterations)
@@ -1729,6 +1738,7 @@ class MuonAdamW:
             alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
             groups.setdefault(alike, []).append((name, p))
         self.steps, self.last_micro_step, self.world, self.s = 0, True, world, s
+        self.span = 0, 0  # of the last step in the schedule
         table = groups.pop("ngrams.table", None)
         self.tables = [NgramBank(model.ngrams, rules["ngrams.table"], s, world)] if table else []
         self.banks = [Bank(group, rules, s, world) for group in groups.values()]
@@ -1749,28 +1759,30 @@ class MuonAdamW:
             self.sums[name] = grad.float()
 
     # differs from train_gpt.py: balance of the experts
-    def step(self, scale: float, momentum: float, others: float | None = None):
+    def step(self, scale: float, momentum: float, others: float | None = None, span: tuple | None = None):
         """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
-        hidden matrices; `momentum`: Muon's. Raises RuntimeError that names the parameters whose gradient never came."""
+        hidden matrices; `momentum`: Muon's; `span`: from where to where this takes the schedule, a step if not given.
+        Raises RuntimeError that names the parameters whose gradient never came."""
         missing = {name for bank in self.banks for needs in bank.waiting for name in needs}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
         self.steps += 1
+        self.span = span or (self.steps - 1, self.steps)
         busy = self.balance.busy() if self.balance else None
         others = scale if others is None else others
         for bank in self.banks:
-            bank.step(scale if bank.rule.role == "hidden" else others, momentum, self.steps, busy)
+            bank.step(scale if bank.rule.role == "hidden" else others, momentum, self.steps, self.span, busy)
         for table in self.tables:
             table.step(others, self.steps)
         if self.balance:
-            self.balance.update(self.steps)
+            self.balance.update(self.span[1])
         for bank in self.banks:
             bank.receive_weights()
 
     @contextlib.contextmanager
     def blended(self):
         """Meanwhile the model has the weights that would count now: blended with their tail average, if any."""
-        banks = [bank for bank in self.banks if bank.tail_share(self.steps)]
+        banks = [bank for bank in self.banks if bank.tail_share(*self.span)]
         for bank in banks:
             bank.blend()
         try:
@@ -1782,7 +1794,7 @@ class MuonAdamW:
     # differs from train_gpt.py: balance of the experts
     def reset(self):
         """As before the first step, with the weights at hand."""
-        self.steps = 0
+        self.steps, self.span = 0, (0, 0)
         for part in filter(None, [*self.banks, *self.tables, self.balance]):
             part.reset()
 
@@ -1802,6 +1814,7 @@ class MuonAdamW:
     def load_state_dict(self, saved: dict):
         """Restores what state_dict gave (`saved` counts on rank 0) and the model's weights. Collective."""
         self.steps = on_rank_zero(self.world, lambda: saved["steps"])
+        self.span = 0, self.steps
         state = saved.get("state", {})
         state = state | {"master": state.get("master", {}) | state.get("raw", {})}
         for bank in [*self.banks, *self.tables]:
@@ -1832,7 +1845,8 @@ def compiled_graphs() -> int:
     return made.counters["stats"]["unique_graphs"] if made else 0
 
 # ┌─ Schedule ───────────────────────────────────────────────────────────────────────────────────┐
-def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float = 0.0) -> float:
+# step: where a run is in a schedule of s.iterations steps; under --max-seconds a fraction (Run.following).
+def lr_scale(s: Settings, stages: list[Stage], step: float, cooldown: float = 0.0) -> float:
     """Factor on rates: warm-up, cool-down to lr_floor (wsd: arXiv 2405.18392) before the extension; the stage's."""
     end = (1 - s.extension) * s.iterations
     left = min(1.0, max(0, end - step) / max(1, (cooldown or s.cooldown) * end))
@@ -1840,13 +1854,13 @@ def lr_scale(s: Settings, stages: list[Stage], step: int, cooldown: float = 0.0)
     warm = min(1.0, (step + 1) / max(1, s.warmup_steps))
     return stage_at(stages, step).lr * warm * (s.lr_floor + (1 - s.lr_floor) * left)
 
-def momentum_at(s: Settings, step: int) -> float:
+def momentum_at(s: Settings, step: float) -> float:
     """Muon's momentum: up over momentum_warmup steps, down again over the last momentum_cooldown."""
     rise = step / max(1, s.momentum_warmup)
     fall = (s.iterations - step) / max(1, s.momentum_cooldown)
     return s.momentum_start + (s.muon_momentum - s.momentum_start) * min(1.0, rise, fall)
 
-def future_weights(stages: list[Stage], step: int) -> list[float]:
+def future_weights(stages: list[Stage], step: float) -> list[float]:
     """Weights of the losses of next and further tokens (arXiv 2404.19737, 53): 1, 1/2 ..; the last fades in a stage."""
     stage = stage_at(stages, step)
     fade = 1 - (step - stage.start) / max(1, stage.end - stage.start)
@@ -1857,7 +1871,7 @@ def candidate_turn(s: Settings, stage: Stage, world: World, step: int, micro_ste
     rows, own = stage.batch_tokens // stage.seq_len, stage.micro_rows(s, world.size)
     return step * rows + (micro_step * world.size + world.rank) * own
 
-def window_at(s: Settings, stages: list[Stage], step: int) -> int:
+def window_at(s: Settings, stages: list[Stage], step: float) -> int:
     """Long attention window of a step in tokens: linear within its stage, rounded up (13)."""
     stage = stage_at(stages, step)
     progress = min(1.0, (step - stage.start) / max(1, stage.end - stage.start))
@@ -1942,11 +1956,13 @@ def set_rotary(model: nn.Module, s: Settings, *windows: int):
 def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, batches=None) -> float:
     """Mean loss of the validation stream (or its first `batches`), nats per token. Collective."""
     rows = max(1, min(s.micro_tokens // stream.seq_len, -(-stream.num_rows // world.size)))
-    long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.device)
-    total = torch.zeros((), dtype=torch.float64, device=s.device)
+    long_window = torch.tensor(s.eval_window or window, dtype=torch.int32, device=s.window_device)
+    dtype = torch.float32 if s.device == "mps" else torch.float64
+    total = torch.zeros((), dtype=dtype, device=s.device)
     set_rotary(model, s, window, s.eval_window)
     for start in range(0, stream.num_rows, rows * world.size)[:batches]:
         batch = torch.from_numpy(stream.rows(start + world.rank * rows, rows))
+        check_documents(batch[2].numpy(), s.backend)
         inputs, targets, docs = batch.to(s.device)
         total += model(inputs, targets[None], docs, long_window)[0]
     set_rotary(model, s)
@@ -2022,7 +2038,7 @@ def train(run: Run):
     optimizer = MuonAdamW(model, s, world)
     balance = optimizer.balance  # of the experts; None without them
     compile_model(model, s)
-    window = torch.zeros((), dtype=torch.int32, device=s.device)
+    window = torch.zeros((), dtype=torch.int32, device=s.window_device)
     run.open(model, optimizer)
     if s.compile or s.device == "cuda":
         warm_up(run, model, optimizer, window)
@@ -2031,21 +2047,22 @@ def train(run: Run):
 
     def validate():
         with run.look(), optimizer.blended():
-            val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, step))
+            val_loss = evaluate(model, run.stream, s, world, window_at(s, stages, run.at))
             run.log_validation(step, val_loss)
 
     if run.validation_due(step):  # of a checkpoint whose own was cut short
         validate()
     run.clock.start()
-    while step < s.iterations and not run.over:
+    while run.left and not run.over:
         # --- a batch, by micro-steps: forward, backward; the last one's gradients are reduced
-        stage = stage_at(stages, step)
+        at = run.at  # in the schedule; the step, but for --max-seconds
+        stage = stage_at(stages, at)
         micro_steps = run.next_batch(step)
         if (candidates := stage.candidates * (stage.candidates < run.vocab_size)) != model.candidates:
             model.candidates = candidates
             run.log.print(f"step {step + 1}: train losses are among {candidates or 'all'} classes")
-        window.fill_(window_at(s, stages, step))
-        weights = [w / stage.batch_tokens for w in future_weights(stages, step)]
+        window.fill_(window_at(s, stages, at))
+        weights = [w / stage.batch_tokens for w in future_weights(stages, at)]
         step_loss = torch.zeros((), device=s.device)
         for i, (inputs_BT, targets_BT, docs_BT) in enumerate(micro_steps):
             optimizer.last_micro_step = i == len(micro_steps) - 1
@@ -2059,24 +2076,24 @@ def train(run: Run):
                 loss = loss + balance.add(sums, 1 / stage.batch_tokens, optimizer.last_micro_step)
             loss.backward()
             step_loss += losses_K[0].detach() / stage.batch_tokens
-        scale = lr_scale(s, stages, step)
-        optimizer.step(scale, momentum_at(s, step), lr_scale(s, stages, step, s.cooldown_others))
+        scale, others = lr_scale(s, stages, at), lr_scale(s, stages, at, s.cooldown_others)
+        optimizer.step(scale, momentum_at(s, at), others, (at, run.following))
         losses.append(step_loss)
         step += 1
 
         # --- log, checkpoint, evaluation
-        last = step == s.iterations
+        due, last = run.log_due(step), not run.left
         save = s.save_last if last else s.save_every and step % s.save_every == 0
-        if run.log_due(step) or last or save:
+        if due or last or save:
             train_loss = run.read_losses(losses, step)  # raises if one is not finite
             losses.clear()
             run.log_step(
-                step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, step - 1),
+                step, train_loss, lr=scale, seq_len=stage.seq_len, window=window_at(s, stages, at),
                 batch_tokens=stage.batch_tokens, fp8_clipped=int(model.saturated))
             if model.left_out:  # 0, unless a set was too small
                 run.log.print(f"{int(model.left_out)} targets were no candidates: raise --candidates")
-            due = step % s.log_every == 0  # not where a signal or a checkpoint brought the line about
-            if balance and (last or (due and balance.report_steps >= s.router_every)):
+            regular = step % s.log_every == 0  # not where a signal or a checkpoint brought the line about
+            if balance and (last or (regular and balance.report_steps >= s.router_every)):
                 log_routers(run, step, balance.report())
         if save or run.over:  # first: what follows may fail
             run.save(step, optimizer)
@@ -2095,7 +2112,8 @@ def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
     window.fill_(s.window_step)
     for rows, seq_len, mtp, model.candidates in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
-        docs = torch.zeros_like(tokens)
+        docs = torch.arange(seq_len, dtype=torch.int32, device=s.device)
+        docs = (docs // model.longest[seq_len]).repeat(rows, 1)
         noise = balance.noise(0, 0, rows, seq_len) if balance else None
         values = model(tokens, future_targets(tokens, docs, mtp), docs, window, noise)
         loss = sum(values[:1 + mtp])
@@ -2138,14 +2156,16 @@ def small_shared_memory(device: str) -> bool:
     """Whether a kernel has less than 160 KB: consumer cards (100 KB), not A100 or H100."""
     if device != "cuda":
         return False
-    return torch.cuda.get_device_properties().shared_memory_per_block_optin < 160 << 10
+    known = torch.cuda.get_device_properties()
+    size = getattr(known, "shared_memory_per_block_optin", 0)  # unknown on ROCm: 64 KB
+    return size < 160 << 10
 
 @functools.cache
 def multiprocessors(device: str) -> int:
     """Programs that run at the same time: a grid of as many lasts for the whole kernel."""
     return torch.cuda.get_device_properties().multi_processor_count if device == "cuda" else 4
 
-# --- attention over documents: FlexAttention's block masks (record 12), SDPA, the formula itself
+# --- attention over documents: FlexAttention's block masks (record 12), FlashAttention's sequences, SDPA, the formula
 
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
 
@@ -2185,8 +2205,115 @@ def flex_options(device: str) -> dict | None:
     forward = {"BLOCK_M": 64, "BLOCK_N": 64}
     return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
+class Packed(NamedTuple):
+    """The rule as FlashAttention takes it: documents are sequences of the flattened batch."""
+    starts: Tensor  # int32, of the documents, then the number of tokens
+    window: Tensor  # of long layers, on the CPU: read without waiting for the GPU
+    step: int  # window_step where half of the window counts, else 0
+    longest: int  # document
+    turns: int  # 2: a head sees its partner's keys, too
+
+def most_documents(tokens: int) -> int:
+    """Sequences of a batch; each costs a little, also where there is none."""
+    return min(tokens, max(256, tokens // 128))
+
+def packed_documents(
+        docs_BT, window: Tensor, step: int, longest: int | None, kinds: list[str]) -> dict[str, Packed]:
+    """By kind of layer; the size depends on that of the batch only."""
+    new = docs_BT[:, 1:] != docs_BT[:, :-1]
+    number = F.pad(new, (1, 0), value=True).flatten().cumsum(0)
+    wanted = torch.arange(most_documents(len(number)) + 1, device=number.device) + 1
+    starts = torch.searchsorted(number, wanted, out_int32=True)  # past the last: the end
+    length = docs_BT.size(1)
+    longest = min(longest or length, length)
+    packed = {}
+    for kind in kinds:
+        turns = 2 if kind == "P" else 1
+        packed[kind] = Packed(starts, window, 0 if kind == "L" else step, longest, turns)
+    return packed
+
+def check_documents(docs_BT: np.ndarray, backend: str):
+    """Raises UserError where a micro-step has more documents than there are sequences."""
+    if backend != "varlen":
+        return
+    found = len(docs_BT) + int((docs_BT[:, 1:] != docs_BT[:, :-1]).sum())
+    most = most_documents(docs_BT.size)
+    if found > most:
+        raise UserError(f"a micro-step has {found} documents, --backend varlen takes {most}: "
+                        "use flex or sdpa")
+
+def flash_arguments(starts, window: Tensor, step: int, longest: int, scale: float) -> tuple:
+    """What both directions are called with, by place and by name."""
+    size = int(window)
+    if step:
+        size = min(size, short_window(size, step))
+    options = {"window_size_left": size - 1, "window_size_right": 0}
+    return (starts, starts, longest, longest, 0.0, False), options | {"scale": scale}
+
+def turned(turns: int, *tensors_NHK: Tensor) -> list:
+    """In turn 1 those of a head, in turn 2 its partner's."""
+    others = [x.roll(x.size(1) // 2, 1) for x in tensors_NHK]
+    return [tensors_NHK, others][:turns]
+
+@operator("varlen(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor window, int step, "
+          "int longest, int turns, float scale) -> (Tensor, Tensor)")
+def fused_varlen(q_NHK, k_NHK, v_NHK, starts, window, step, longest, turns, scale):
+    """Output and log-sum-exps, (H, N); of two turns those of one softmax over the keys of both."""
+    sizes, options = flash_arguments(starts, window, step, longest, scale)
+    out = lse = None
+    for keys in turned(turns, k_NHK, v_NHK):
+        part, part_lse, *_ = torch.ops.aten._flash_attention_forward(
+            q_NHK, *keys, *sizes, False, **options)
+        if out is None:
+            out, lse = part, part_lse
+            continue
+        both = torch.logaddexp(lse, part_lse)
+        share = (part_lse - both).exp().T[..., None]
+        out = out.float().lerp(part.float(), share).type_as(q_NHK)
+        lse = both
+    return out, lse
+
+@operator("varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor starts, "
+          "Tensor window, Tensor out, Tensor lse, int step, int longest, int turns, "
+          "float scale) -> (Tensor, Tensor, Tensor)")
+def fused_varlen_backward(
+        grad, q_NHK, k_NHK, v_NHK, starts, window, out, lse, step, longest, turns, scale):
+    """From output and log-sum-exps of all turns each turn's part of the gradients follows."""
+    sizes, options = flash_arguments(starts, window, step, longest, scale)
+    seed = starts.new_zeros(2, dtype=torch.uint64)
+    rest = out, lse, *sizes, seed, seed[:0]
+    parts = []
+    for keys in turned(turns, k_NHK, v_NHK):
+        parts.append(torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), q_NHK, *keys, *rest, **options))
+    if turns == 1:
+        return parts[0]
+    own, (q_more, *more) = parts
+    more = [q_more, *turned(2, *more)[1]]
+    return tuple(map(torch.add, own, more))
+
+def _varlen_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.rest = inputs[5:]
+    ctx.set_materialize_grads(False)
+
+def _varlen_gradients(ctx, grad: Tensor, _):
+    grads = fused_varlen_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    return *grads, *[None] * 6
+
+def _varlen_fake(q, *_):
+    lse = q.new_empty(q.size(1), len(q), dtype=torch.float32)
+    return torch.empty_like(q), lse
+
+fused_varlen.register_autograd(_varlen_gradients, setup_context=_varlen_context)
+fused_varlen.register_fake(_varlen_fake)
+fused_varlen_backward.register_fake(
+    lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
+
 def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
     """softmax(scale * q k + mask) v -> (B, T, H, K). The plain formula takes 0.25 to 0.64 of SDPA's time on a CPU."""
+    if backend == "varlen":
+        return attend_packed(q_BTHK, k_BTHK, v_BTHK, mask, scale)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
     if backend == "flex":
         from torch.nn.attention.flex_attention import flex_attention
@@ -2196,6 +2323,16 @@ def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=Non
     else:
         y = (q * scale @ k.mT).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v
     return y.transpose(1, 2)
+
+def attend_packed(q_BTHK, k_BTHK, v_BTHK, packed: Packed, scale: float) -> Tensor:
+    """`attend` by FlashAttention; narrow queries and keys get zeros."""
+    size = v_BTHK.size(-1)
+    tokens = v_BTHK.size(0) * v_BTHK.size(1) // packed.turns
+    if short := size - q_BTHK.size(-1):
+        q_BTHK, k_BTHK = (F.pad(x, (0, short)) for x in (q_BTHK, k_BTHK))
+    flat = [x.reshape(tokens, -1, size) for x in (q_BTHK, k_BTHK, v_BTHK)]
+    y, _ = fused_varlen(*flat, *packed, scale)
+    return y.view(v_BTHK.shape)
 
 # --- x @ x.mT, of which one triangle is computed (record 27)
 
@@ -2284,7 +2421,7 @@ def product_relu2_kernel(
 def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root
     gives the pre-activations back. Before Hopper, which copies tensors by descriptors, in two passes."""
-    if a.is_cuda and torch.cuda.get_device_capability() < (9, 0):
+    if a.is_cuda and (torch.version.hip or torch.cuda.get_device_capability() < (9, 0)):
         product = a @ b.T
         if post is None:
             return product.relu().square_()
@@ -2594,6 +2731,7 @@ class RunSettings:
     eval_seq_len: int = 0  # longest context, tokens; 0: that of the last stage [>=0]
     eval_window: int = 0  # long window, by YaRN (31 to 35); 0: as in training [>=0]
     target_loss: float = 0.0  # stop at a validation loss at or below, nats; 0 off [>=0]
+    max_seconds: float = 0.0  # stretch the schedule to this training time; 0: iterations [>=0]
     # --- checkpoints, logs, profiling
     save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
     save_last: bool = True  # a checkpoint after the last step
@@ -2604,9 +2742,9 @@ class RunSettings:
     profile_start: int = 10  # first profiled step of a process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
     # --- hardware
-    device: str = "auto"  # where to run [auto|cpu|cuda]
+    device: str = "auto"  # mps, Apple's GPU, is untested [auto|cpu|cuda|mps]
     dtype: str = "auto"  # of activations and matrices; bf16 where fast [auto|bf16|fp32]
-    backend: str = "auto"  # FlexAttention, SDPA, the formula [auto|flex|sdpa|plain]
+    backend: str = "auto"  # of attention (docs/running.md) [auto|flex|varlen|sdpa|plain]
     kernels: str = "auto"  # own Triton kernels, of gram+mlp+loss; none; auto: all
     fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
     fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
@@ -2618,6 +2756,11 @@ class RunSettings:
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+    @property
+    def window_device(self) -> str:
+        """Where attention reads its window."""
+        return "cpu" if self.backend == "varlen" else self.device
 
 @dataclass(frozen=True)
 class Settings(RunSettings, Hyperparameters):
@@ -2680,21 +2823,31 @@ def build_parser() -> Parser:
 
 class Hardware(NamedTuple):
     """What this process may use, and why bf16 is fast on it or not."""
-    device: str  # cuda or cpu
+    device: str  # cuda (also ROCm's), mps or cpu
     name: str
     memory_gib: float  # of one GPU, or of the machine
     bf16: bool
     why: str
     fp8: bool = False  # has FP8 matrix products
-    capability: tuple[int, int] = (0, 0)  # of a GPU: its generation
+    capability: tuple[int, int] = (0, 0)  # of NVIDIA's GPU: its generation
+
+def machine_memory() -> float:
+    """GiB of this machine, 2^20 where the system does not say (Windows)."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return 2.0**20
 
 def detect_hardware(device: str = "auto") -> Hardware:
-    """The first GPU if there is one and `device` allows it, else the CPU."""
-    if device != "cpu" and torch.cuda.is_available():
+    """The first GPU if there is one and `device` allows it, else the CPU. Apple's only if asked for."""
+    if device == "mps" and torch.backends.mps.is_available():
+        return Hardware("mps", platform.machine(), machine_memory(), False, "bf16 on MPS only if asked for")
+    if device in ("auto", "cuda") and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
+        memory = gpu.total_memory / 2**30
+        if torch.version.hip:  # whose generations are numbered otherwise
+            return Hardware("cuda", gpu.name, memory, True, f"ROCm {torch.version.hip}")
         capability, fast = (gpu.major, gpu.minor), gpu.major >= 8
         why = f"compute capability {gpu.major}.{gpu.minor} {'>=' if fast else '<'} 8.0"
-        memory = gpu.total_memory / 2**30
         return Hardware("cuda", gpu.name, memory, fast, why, capability >= (8, 9), capability)
     probes = {"AVX512-BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
     found = [name for name, probe in probes.items() if getattr(torch.cpu, probe, bool)()]
@@ -2702,22 +2855,31 @@ def detect_hardware(device: str = "auto") -> Hardware:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, AttributeError):
         name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return Hardware("cpu", name, memory, bool(found), why)
+    return Hardware("cpu", name, machine_memory(), bool(found), why)
+
+def flash_fits(s: Settings, hardware: Hardware, bf16: bool) -> bool:
+    """Whether FlashAttention can be called: an NVIDIA GPU from Ampere on, bf16, heads of its sizes."""
+    return hardware.capability >= (8, 0) and bf16 and s.head_dim % 8 == 0 and s.head_dim <= 256
 
 def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tuple]:
     """What `auto`, or 0, means: setting -> value and the reason for it."""
     cuda = hardware.device == "cuda"
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
-    fallback = "plain" if not cuda and bf16 and not s.compile else "sdpa"
-    triton = cuda and bf16 and hardware.bf16 and importlib.util.find_spec("triton")
+    nvidia = cuda and not torch.version.hip
+    plain = hardware.device == "mps"
+    if hardware.device == "cpu":
+        plain = bf16 and not s.compile
+    backend = "plain" if plain else "sdpa"
+    if flash_fits(s, hardware, bf16):
+        backend = "varlen"
+    triton = nvidia and bf16 and hardware.bf16 and importlib.util.find_spec("triton")
     fp8 = hardware.fp8 and bf16 and not any(size % 16 for size in (s.width, *s.seq_len))
     fineweb = data_folder("fineweb10B").is_dir()
     return {
         "device": (hardware.device, hardware.name),
         "dtype": ("bf16" if bf16 else "fp32", hardware.why),
-        "backend": ("flex" if cuda and s.compile else fallback, "the fastest here"),
-        "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA and bf16"),
+        "backend": ("flex" if nvidia and s.compile else backend, "the fastest here"),
+        "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA, not ROCm, and bf16"),
         "fp8_head": ("on" if fp8 else "off", "it needs FP8 products and multiples of 16"),
         "compile_unit": ("model" if world_size == 1 else "block", f"{world_size} process(es)"),
         "data": ("fineweb10B" if fineweb else "stdlib", "fineweb10B where it is there"),
@@ -2802,10 +2964,12 @@ def unread_errors(s: Settings, given: dict) -> list[str]:
 def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     """A sentence for each setting that this machine cannot serve."""
     cuda, fp8 = hardware.device == "cuda", s.fp8_head == "on" or s.fp8_mlp
+    asked, mps = given.get("device"), hardware.device == "mps"
     compiler = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    needs_cuda = s.preset in PRESETS and not s.preset.endswith("cpu") and given.get("device") != "cpu"
+    needs_cuda = s.preset in PRESETS and not s.preset.endswith("cpu") and asked not in ("cpu", "mps")
     unknown = ", ".join(sorted(set(s.kernels.split("+")) - {*KERNELS, "none"}))
-    triton = importlib.util.find_spec("triton") and (cuda or os.environ.get("TRITON_INTERPRET"))
+    here = cuda and not torch.version.hip or os.environ.get("TRITON_INTERPRET")
+    triton = importlib.util.find_spec("triton") and here
     odd = [f"--width {s.width}"] * (s.width % 16 > 0) + [f"--seq_len {n}" for n in s.seq_len if n % 16]
     lengths = *s.seq_len, s.eval_seq_len
     empty = ", ".join(f"--{name}" for name in ("resume", "data", "log_dir") if given.get(name) == "")
@@ -2814,8 +2978,13 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
         (empty, f"{empty}: is empty; name something, or leave it out"),
         (s.allow_change and not s.resume, "--allow_change: has no effect without --resume"),
         (unknown_change, f"--allow_change: {', '.join(sorted(unknown_change))}: no such setting"),
-        (s.device == "cuda" and not cuda,
-         "--device cuda: this machine has no usable CUDA device; leave the flag out"),
+        (asked in ("cuda", "mps") and asked != hardware.device,
+         f"--device {asked}: this machine has no usable {asked} device; leave the flag out"),
+        (mps and (s.compile or s.backend not in ("plain", "sdpa")),
+         "--device mps has the plain parts only: add --no-compile --backend plain"),
+        (s.backend == "varlen" and not flash_fits(s, hardware, s.dtype == "bf16"),
+         "--backend varlen needs an NVIDIA GPU from 8.0 on, --dtype bf16, and a --head_dim "
+         f"(here {s.head_dim}) that is a multiple of 8, at most 256: use sdpa"),
         (needs_cuda and not cuda,
          f"--preset {s.preset} needs a CUDA device: use --preset cpu, or add --device cpu"),
         (s.compile and not cuda and not compiler,
@@ -3040,18 +3209,20 @@ class Loader:
         self.table = functools.lru_cache(2)(functools.partial(self.workers.submit, self._make_table))
         self._prepare(step)
 
-    def _prepare(self, step: int):
+    def _prepare(self, step: float):
         """Starts to make the batch of a step; only one is being made at any time."""
         stage = stage_at(self.stages, step)
         self.pending = self.workers.submit(lambda: (self.make_batch(stage), self.position))
 
-    def next(self, step: int) -> tuple[Tensor, dict]:
-        """The batch of the next step on the device, and the position after it."""
+    def next(self, step: int, following: float | None = None) -> tuple[Tensor, dict]:
+        """The batch of the next step on the device, and the position after it. `following`: where in the schedule the
+        one after it will be, if not at step + 1."""
         batch, position = self.pending.result()
-        if step + 1 < self.s.iterations:
-            self._prepare(step + 1)
+        following = step + 1 if following is None else following
+        if following < self.s.iterations:
+            self._prepare(following)
         # pinned anew: the allocator reuses memory only after the copy; not in a worker: that is GPU 0's
-        batch = batch if self.s.device == "cpu" else batch.pin_memory()
+        batch = batch.pin_memory() if self.s.device == "cuda" else batch
         return batch.to(self.s.device, non_blocking=True), position
 
     def make_batch(self, stage: Stage) -> Tensor:
@@ -3062,6 +3233,8 @@ class Loader:
             if row // micro_rows % self.world.size == self.world.rank:
                 rows.append(gather_rows(tokens, starts, lengths))
         batch = np.concatenate(rows, axis=1).reshape(3, -1, micro_rows, stage.seq_len)
+        for docs_BT in batch[2]:
+            check_documents(docs_BT, self.s.backend)
         return torch.from_numpy(np.ascontiguousarray(batch.swapaxes(0, 1)))
 
     def _next_row(self, stage: Stage) -> tuple:
@@ -3102,7 +3275,7 @@ class Loader:
 META = {  # a meta.json is built like this one
     "step": 0, "sha256": "", "settings": {}, "train_time_ms": 0.0, "data": {"fingerprint": "", "meta": {}},
     "position": {"epoch": 0, "shard": 0, "used": 0}, "val_loss": (None, 0.0), "val_step": (None, 0),
-    "saved": (None, 0), "bytes": (None, 0)}
+    "schedule": (None, {"at": 0.0, "left": 0, "tokens": 0}), "saved": (None, 0), "bytes": (None, 0)}
 
 def tell_damage(path: Path, reason):
     text = f"checkpoint {path} cannot be used ({reason}); trying the one before it"
@@ -3257,15 +3430,26 @@ def peak_memory_mib(device: str) -> tuple[int, int]:
     """Peak allocated and reserved MiB of the GPU; on a CPU peak resident memory, twice."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
-    import resource  # not on Windows
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
+        unit = 1 if sys.platform == "darwin" else 1024
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit >> 20,) * 2
+    return 0, 0
+
+def keep_memory():
+    """glibc maps a tensor above 32 MiB anew at each use, page by page: from here on it keeps what is freed instead."""
+    if "MALLOC_MMAP_MAX_" in os.environ:  # the user's choice
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # of macOS, Windows
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: none
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
 
 class Clock:
     """Training time in ms as the public rules count it: without validation, checkpoints, profiles, warm-up."""
     def __init__(self, device: str):
         self.total_ms, self.started = 0.0, None
-        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.wait = getattr(torch, device).synchronize
 
     def start(self):
         self.wait()
@@ -3310,17 +3494,18 @@ def command_output(*command: str) -> str | None:
 def lock_folder(folder: Path):
     """An open file that keeps other processes from this run; the system frees it when this one ends.
     Raises UserError that says who has it."""
-    import fcntl  # not on Windows
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
+        import fcntl  # not on Windows
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         os.write(file.fileno(), f"process {os.getpid()} of {platform.node()}".encode())
     except BlockingIOError as error:
         file.seek(0)
         raise UserError(f"{folder} is in use by {file.read(200)}: wait for it, or stop it") from error
-    except OSError as error:
-        print(f"note: {folder / 'lock'}: {error.strerror}; start no second --resume of it")
+    except (OSError, ImportError) as error:
+        reason = getattr(error, "strerror", error)
+        print(f"note: {folder / 'lock'}: {reason}; start no second --resume of it")
     return file
 
 class RunLog:
@@ -3424,6 +3609,10 @@ def on_rank_zero(world: World, function, *arguments):
         raise answer[1]
     return answer[0]
 
+STOPS = [  # signals; Windows has two
+    number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+    if (number := getattr(signal, name, None))]
+
 class Run:
     """What surrounds the training, on every rank. `train` calls the methods from top to bottom."""
     def __init__(self, s: Settings, hardware: Hardware, world: World, notes: list[str]):
@@ -3471,6 +3660,13 @@ class Run:
         self.position = self.step_position = meta.get("position", Loader.FIRST)
         if "data_fingerprint" in self.changed:
             self.position = Loader.FIRST
+        schedule = meta.get("schedule") or {"at": float(self.step)}
+        self.at = schedule["at"]
+        self.left = max(0, math.ceil(self.s.iterations - self.at))  # steps
+        if self.s.max_seconds:
+            self.left = schedule.get("left", self.left)
+        self.tokens = schedule.get("tokens", self.tokens_at(self.step))
+        self.fitted = self.step, self.logged_ms, -math.inf  # of _fit_schedule
         self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
         self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
 
@@ -3492,7 +3688,8 @@ class Run:
         path, meta, self.state, self.damaged = find_checkpoint(place, like, num_shards)
         step, loss, looked = meta["step"], meta.get("val_loss"), meta.get("val_step") in (None, meta["step"])
         reached = s.target_loss and loss is not None and loss <= s.target_loss
-        if looked and (step >= s.iterations or reached):
+        at = (meta.get("schedule") or {"at": step})["at"]
+        if looked and (at >= s.iterations or reached):
             ways = "a lower --target-loss" if reached else "--iterations N --allow-change iterations"
             raise NothingToDo(f"{path}: this run has ended, after step {step} of {s.iterations}; to go on: {ways}")
         self.lock = lock_folder(path.parent.parent)
@@ -3535,8 +3732,10 @@ class Run:
             mflops = flops_per_token(s, self.counts, t) / 1e6
             lines.append(f"{i}: {t}: {count} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
         memory = expected_memory(s, self.vocab_size, optimizer, self.counts["total"]) / 2**30
-        return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} "
-                        f"validation tokens, about {memory:.2f} GiB per process"]
+        training = f"{self.tokens_at(s.iterations):,} training tokens"
+        training = f"{s.max_seconds:g} s of training" if s.max_seconds else training
+        return [*lines, f"{training}, {self.stream.num_tokens:,} validation tokens, "
+                        f"about {memory:.2f} GiB per process"]
 
     def warmed_up(self):
         """Notes what compiling took."""
@@ -3550,11 +3749,12 @@ class Run:
         if self.checkpoint:
             saved, self.state = self.state, {}
             optimizer.load_state_dict(saved.get("optimizer", {}))
+            optimizer.span = 0, self.at
             torch.set_rng_state(on_rank_zero(self.world, lambda: saved["rng"]))
             self.log.print(f"resumed {self.checkpoint} after step {step}")
-        self.loader = Loader(s, self.corpus, self.world, self.position, step)
+        self.loader = Loader(s, self.corpus, self.world, self.position, self.at)
         self.undo.callback(self.loader.close)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
         if s.enable_profiling:
@@ -3618,37 +3818,63 @@ class Run:
         store.wait(names, timedelta(seconds=30))
         return {int(store.get(name)) for name in names} == {self.step}
 
+    @property
+    def following(self) -> float:
+        """Where in the schedule this step leads: its rest in equal parts, of s.iterations steps one each."""
+        end = self.s.iterations
+        return end - (end - self.at) * (self.left - 1) / self.left
+
+    def _fit_schedule(self, step: int, ms: float):
+        """Under --max-seconds: as many steps are left, at least the one under way, as the time has, at the pace since
+        the last call. `ms`: the first rank's clock."""
+        before, before_ms, _ = self.fitted
+        step_ms = max(1e-3, (ms - before_ms) / (step - before))
+        if self.left:
+            rest_ms = 1000 * self.s.max_seconds - ms
+            self.left = max(1, int(rest_ms / step_ms))
+        self.fitted = step, ms, self.at
+
     def next_batch(self, step: int) -> Tensor:
         """The micro-steps of a step, (micro-steps, 3, B, T): inputs, targets, document numbers."""
         epoch = self.position["epoch"]
-        batch, self.position = self.loader.next(step)
+        batch, self.position = self.loader.next(step, self.following)
         if self.position["epoch"] != epoch:
             self.log.print(f"step {step + 1}: all training data used, epoch {epoch + 2} begins")
         return batch
 
     def log_due(self, step: int) -> bool:
-        """After a step: the profiler's turn; whether to log it: each log_every-th, after a signal if alone."""
+        """After a step: the profiler's turn; whether to log it: each log_every-th, after a signal if alone; under
+        --max-seconds the first, too, and where a 64th of the schedule has passed."""
+        self.stage = stage_at(self.stages, self.at)
+        self.tokens += self.stage.batch_tokens
         self.step, self.step_position = step, self.position
+        self.at, self.left = self.following, self.left - 1
         if self.log.pipe_closed:
-            self.stop_signal = self.stop_signal or signal.SIGPIPE
+            self.stop_signal = self.stop_signal or getattr(signal, "SIGPIPE", signal.SIGTERM)
         if self.first_step_s is None:
             self.clock.wait()
             self.first_step_s = seconds_since_process_start()
         if self.profiler:
             with self.clock.paused():
                 self.profiler.step()
-        return step % self.s.log_every == 0 or bool(self.stop_signal and self.world.size == 1)
+        passed = self.at - self.fitted[2]
+        unfitted = self.s.max_seconds and 64 * passed >= self.s.iterations
+        return step % self.s.log_every == 0 or bool(unfitted or self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:
         """The newest of the losses of the steps up to this one; waits for the device, tells all ranks of a signal.
         Raises TrainingStopped at the first loss that is not finite. Collective."""
         numbers = F.pad(torch.stack(losses), (0, 1), value=float(self.stop_signal))
+        with self.clock.paused() as ms:
+            numbers = F.pad(numbers, (0, 1), value=0.0 if self.world.rank else ms)
         if self.world.size > 1:
             dist.all_reduce(numbers)
-        *values, stop = numbers.tolist()
+        *values, stop, ms = numbers.tolist()
+        if self.s.max_seconds:
+            self._fit_schedule(step, ms)
         for done, loss in enumerate(values, start=step - len(values) + 1):
             self._stop_unless(math.isfinite(loss), f"the loss of step {done} is {loss}", done)
-        if stop and step < self.s.iterations:
+        if stop and self.left:
             self.status, self.over = "interrupted", True
             self.stop_signal = self.stop_signal or signal.SIGTERM
         return values[-1]
@@ -3669,23 +3895,23 @@ class Run:
 
     def log_step(self, step: int, loss: float, **more):
         """A training loss to all logs, with what is known of the steps since the last one."""
-        s, stage = self.s, stage_at(self.stages, step - 1)
+        s, stage = self.s, self.stage
         with self.clock.paused() as ms:
             step_ms = (ms - self.logged_ms) / (step - self.logged_step)
         self.logged_step, self.logged_ms = step, ms
         rate, flops = 1000 * stage.batch_tokens / step_ms, flops_per_token(s, self.counts, stage)
         mfu = model_flops_utilization(rate, flops, self.hardware.name, self.world.size)
-        eta = time.strftime("%H:%M:%S", time.gmtime((s.iterations - step) * step_ms / 1000))
+        eta = time.strftime("%H:%M:%S", time.gmtime(self.left * step_ms / 1000))
         percent = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
         console = f"  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s  MFU {percent}  ETA {eta}"
         self._log_loss(step, "train", loss, ms, console, **more, step_ms=step_ms, tokens_per_s=rate, mfu=mfu)
 
     def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
-        of, mean = f"{step}/{self.s.iterations}", ms / step
+        of, mean = f"{step}/{step + self.left}", ms / step
         self.log.print(f"step {of}  {kind} loss {loss:.4f}{console}")
         self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{mean:.2f}ms")
-        more |= {"tokens": self.tokens_at(step), "train_time_ms": ms}
+        more |= {"tokens": self.tokens, "train_time_ms": ms}
         self.log.metric(step=step, **{f"{kind}_loss": loss}, **more)
 
     def tokens_at(self, step: int) -> int:
@@ -3694,8 +3920,8 @@ class Run:
 
     def validation_due(self, step: int) -> bool:
         """Whether to look at the validation loss now. An interrupted run leaves it to the resumed one."""
-        last, every = step == self.s.iterations, self.s.eval_every
-        due = last or (every and step % every == 0)
+        every = self.s.eval_every
+        due = not self.left or (every and step % every == 0)
         return bool(due and step > self.val_step and self.status != "interrupted")
 
     def log_validation(self, step: int, loss: float):
@@ -3708,7 +3934,7 @@ class Run:
         self._log_loss(step, "val", loss, ms, console, val_bpb=bpb)
         if self.s.target_loss and loss <= self.s.target_loss:
             self.status, self.over = "target", True
-        if step < self.s.iterations:
+        if self.left:
             self._note_validation(step)
 
     def _note_validation(self, step: int):
@@ -3725,7 +3951,8 @@ class Run:
         with self.clock.paused() as ms:
             state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
             meta = self.config | dict(
-                position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step)
+                position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step,
+                schedule={"at": self.at, "left": self.left, "tokens": self.tokens})
             weights = state["optimizer"]["state"]["master"].values()  # {} but on rank 0
             finite = on_rank_zero(self.world, lambda: all(x.isfinite().all() for x in weights))
             self._stop_unless(finite, f"the weights after step {step} are not finite", step)
@@ -3773,10 +4000,10 @@ class Run:
 
     def _end_record(self, step: int, **more):
         """The last object of metrics.jsonl."""
-        ms, tokens, loss = self.clock.stop(), self.tokens_at(step), self.val_loss
+        ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
         target = (step, ms) if self.status == "target" else (None, None)
         self.log.metric(
-            event="end", status=self.status, step=step, iterations=self.s.iterations, val_loss=loss,
+            event="end", status=self.status, step=step, iterations=step + self.left, val_loss=loss,
             val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
             tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.counts["total"],
             params_active=self.counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
@@ -3813,6 +4040,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())
+        if s.device == "cpu":
+            keep_memory()
         run = Run(s, hardware, start_processes(s.device), notes)
         with run.undo:
             train(run)

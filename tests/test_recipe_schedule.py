@@ -51,7 +51,7 @@ def test_the_training_hands_over_both_rates(tmp_path, monkeypatch):
     monkeypatch.setattr(tg.MuonAdamW, "step", step)
     assert tg.main(tiny(tmp_path, cooldown=0.8, cooldown_others=0.4, extension=0.25, eval_every=0)) == 0
     assert [scale for scale, *_ in seen] == pytest.approx([plain_rate(step, 6, 0.8, 0.1) for step in range(8)])
-    assert [others for *_, others in seen] == pytest.approx([plain_rate(step, 6, 0.4, 0.1) for step in range(8)])
+    assert [others for _, _, others, _ in seen] == pytest.approx([plain_rate(step, 6, 0.4, 0.1) for step in range(8)])
 
 
 # --- narrow queries and keys
