@@ -39,6 +39,7 @@ import gc
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -48,6 +49,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -178,10 +180,10 @@ PRESETS: dict[str, dict] = {
         momentum_cooldown=20, cooldown=0.6, lr_floor=0.15, tail=0.65, tail_steps=30, eval_every=120,
         eval_tokens=131072, compile=False,
     ),
-    # the GPT-2-small shape on one 16 GB card; 24 GB and more: --micro-tokens 16384
+    # the GPT-2-small shape on one 16 GB card
     "gpu": dict(
         iterations=3000, stage_ends=(0.93, 1.0), batch_tokens=(65536,), seq_len=(8192,),
-        max_doc_len=(2048,), window=(1024,), window_start=256, micro_tokens=8192, muon_lr=0.025,
+        max_doc_len=(2048,), window=(1024,), window_start=256, muon_lr=0.025,
         adam_lr=0.004, candidates=(6144, 0), ngram_rows=2**20, pointer=128, tail=0.5, tail_steps=150,
         lr_floor=0.2, eval_every=250, eval_tokens=262144, save_every=500,
     ),
@@ -204,8 +206,14 @@ PRESETS: dict[str, dict] = {
         seq_len=(32768, 65536, 65536, 65536), window=(896, 2048, 3456, 3456),
         candidates=(10240, 16384, 24576, 0), ngram_rows=21150720, ngram_every=2, pointer=128,
         qk_dim=64, muon_lr=0.025, adam_lr=0.004, cooldown=0.7, lr_floor=0.17, tail=0.5,
-        tail_steps=400, target_loss=2.92, micro_tokens=65536,
+        tail_steps=400, target_loss=2.92,
     ),
+}
+PRESETS |= {
+    # speedrun's tokens on one card: micro-steps take the place of processes (track_1gpu)
+    "one": PRESETS["speedrun"],
+    # for cards without bf16 and FlexAttention: rows of one document, as their masks are dense
+    "t4": PRESETS["gpu"] | dict(seq_len=(2048,), ngram_rows=2**18),
 }
 
 def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
@@ -215,9 +223,13 @@ def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     folder = data_folder("fineweb10B" if data == "auto" else data)
     fineweb = folder.name.startswith("fineweb") and folder.is_dir()
     gpus = f"{world_size} process(es) on {hardware.name} of {hardware.memory_gib:.0f} GiB"
-    if world_size >= 8 and hardware.memory_gib >= 70 and fineweb:
+    if not hardware.bf16:
+        return "t4", f"{gpus}, without bf16"
+    s, _ = without_auto(Settings(**PRESETS["speedrun"], micro_tokens=MICRO_TOKENS), hardware, 8)
+    need = expected_memory(s, GPT2_META["vocab_size"], 8) / 2**30
+    if world_size >= 8 and hardware.room >= need and fineweb:
         return "speedrun", f"{gpus}, and {folder.name} is there"
-    return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
+    return "gpu", f"{gpus}; speedrun wants 8 of at least {need:.0f} GiB, and data/fineweb10B"
 
 def auto_attention(num_layers: int, paired: bool) -> str:
     """Long windows in the first, last and a third's layer (20), none in layer 7/12 (17), pairs in every third (58)."""
@@ -265,19 +277,7 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
         bad.append(f"--width {s.width} must be a multiple of 8 for --kernels mlp (rows of 16 bytes)")
     if s.warmup_steps >= s.iterations:
         bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
-    least, memory = least_memory(s, world_size) / 2**30, hardware.memory_gib
-    if least > memory:
-        bad.append(f"this needs more than {least:,.0f} GiB, {hardware.name} has {memory:.1f}: lower --width, "
-                   "--num_layers, --ngram_rows, --seq_len, --micro_tokens or --batch_tokens")
     return bad + stage_errors(s, world_size)
-
-def least_memory(s: Settings, world_size: int) -> float:
-    """Bytes that a process needs at least: bf16 weights, activations and mask (not FlexAttention) of a row, a batch."""
-    length = max(s.seq_len)
-    weights = s.num_layers * (4 + 2 * s.mlp_ratio) * s.width + s.ngram_rows / world_size
-    mask = 0 if s.backend == "flex" else length**2
-    batch = 12 * max(s.batch_tokens) / world_size
-    return 2 * s.width * (weights + s.num_layers * length) + mask + batch
 
 def stage_errors(s: Settings, world_size: int) -> list[str]:
     """A sentence for each stage whose batch does not split into whole rows, equally for all."""
@@ -294,7 +294,7 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
             fits = ", ".join(map(str, divisors(rows)[:12]))
             bad.append(f"{world_size} processes cannot share the {rows} rows of a step (batch_tokens "
                        f"{t.batch_tokens} / seq_len {t.seq_len}): use {fits} processes")
-        elif t.seq_len > s.micro_tokens:
+        elif 0 < s.micro_tokens < t.seq_len:
             bad.append(f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {t.seq_len} tokens")
         elif t.mtp >= t.seq_len:
             bad.append(f"--mtp {t.mtp} must be less than --seq_len {t.seq_len}")
@@ -317,9 +317,17 @@ class Stage(NamedTuple):
     lr: float
 
     def micro_rows(self, s: Settings, world_size: int) -> int:
-        """Rows of one forward pass: the most that fit into micro_tokens and divide the share of a process."""
-        most = max(1, s.micro_tokens // self.seq_len)
+        """Rows of one forward pass: the most that fit into micro_tokens, 0: any, and divide a process's share."""
+        most = max(1, s.micro_tokens // self.seq_len) if s.micro_tokens else math.inf
         return max(n for n in divisors(self.batch_tokens // self.seq_len // world_size) if n <= most)
+
+def micro_sizes(s: Settings, world_size: int) -> list[int]:
+    """Values to try for micro_tokens: its own, then, or where that is open, a row of the longest doubled as often as it
+    pays, and halves of that."""
+    longest, own = max(s.seq_len), s.micro_tokens
+    most = own - 1 if own else max(MICRO_TOKENS, longest)
+    sizes = [own] * (own > 0) + [longest << k for k in reversed(range(32)) if longest << k <= most]
+    return [n for n in sizes if not stage_errors(replace(s, micro_tokens=n), world_size)] or [max(own, longest)]
 
 def staged_settings() -> list[str]:
     """The settings that may have a value per stage, in the order of the fields of Stage."""
@@ -769,24 +777,50 @@ def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: 
     peaks = [peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)]
     return tokens_per_s * flops / (peaks[0] * count) if peaks else None
 
+MICRO_TOKENS = 49152  # of a forward pass: more bring nothing
+
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
-    """Estimate of a forward pass: 34 activations a layer and dimension, half if compiled; scores, without Flex."""
+    """What a forward pass keeps for the backward one, fitted: 17 activations a layer and dimension where compiled;
+    scores and a mask in fp32, where there is no FlexAttention; the pointer's scores."""
     size = s.torch_dtype.itemsize
     scores = 0 if s.backend == "flex" else 2 * size * s.num_layers * s.num_heads * seq_len
-    return tokens * ((17 if s.compile else 34) * size * s.num_layers * s.width + scores)
+    pointer = 8 * 2 * POINTER_BLOCK * bool(s.pointer)
+    return tokens * ((17 if s.compile else 34) * size * s.num_layers * s.width + scores + pointer)
 
-def expected_memory(s: Settings, vocab_size: int, optimizer: MuonAdamW, total: int) -> float:
-    """Bytes per process, a rough estimate: weights (`total`), own masters and moments, gradients, of a micro-step the
-    activations, the logits (three times in fp32, or twice in bf16) and the pointer's scores (twice), and n-grams."""
-    size, world = s.torch_dtype.itemsize, optimizer.world.size
-    rows = s.ngram_rows * s.width
-    tokens, t = max((t.micro_rows(s, world) * t.seq_len, t) for t in stage_table(s))
-    states = [x for bank in optimizer.banks for x in [*bank.state.values(), bank.grad]]
-    sums = 4 * (total - rows) if tokens * world < t.batch_tokens else 0
-    logits = (4 if "loss" in s.kernels else 12) * vocab_size * tokens
-    scores = 8 * 2 * POINTER_BLOCK * tokens * bool(s.pointer)
-    weights = sum(4 * x.numel() for x in states) + 2 * size * (total - rows) + size * rows / world
-    return weights + sums + logits + scores + activation_bytes(s, tokens, t.seq_len)
+def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
+    """Bytes of a process at its peak, the start of a backward pass: weights, own masters, moments and gradients, sums
+    of micro-steps; rows of n-grams, and gradients of those that came; activations, logits and their gradients."""
+    size, peak = s.torch_dtype.itemsize, 0.0
+    with torch.device("meta"):
+        model = GPT(replace(s, device="cpu", ngram_rows=0), vocab_size)
+    named = dict(model.named_parameters())
+    for t in stage_table(s):
+        tokens = t.micro_rows(s, world_size) * t.seq_len
+        sums = sum(p.numel() for p in named.values()) if 1 < world_size < t.batch_tokens / tokens else 0
+        logits = (4 if "loss" in s.kernels else 12) * (t.candidates or vocab_size) * tokens
+        peak = max(peak, 4 * sums + logits + activation_bytes(s, tokens, t.seq_len) + 12 * t.batch_tokens / world_size)
+    for name, rule in trained_rules(s, list(named)).items():
+        count, shared = named[name].numel(), rule.comm == "sharded"
+        fp32 = (2 if rule.kind == "muon" else 3) + (s.tail > 0 and shared)
+        gradient = 4 if world_size == 1 else size
+        peak += size * count + (4 * fp32 + gradient) * count / (world_size if shared else 1)
+    rows = s.ngram_rows / world_size
+    came = min(rows, 1.4 * s.ngram_every * max(s.batch_tokens) / world_size)  # 0.7 of two a token: some come twice
+    return peak + rows * (size * s.width + 8) + 4 * came * s.width
+
+def way_to_fit(s: Settings, fits) -> str:
+    """The fewest flags that make `fits` true of the settings."""
+    kinds = [
+        [{"seq_len": tuple(n // k for n in s.seq_len)} for k in (2, 4, 8)],
+        [{"ngram_rows": s.ngram_rows // k} for k in (2, 4, 8, 16) if s.ngram_rows],
+        [{"tail": 0.0}] * bool(s.tail)]
+    ways = itertools.product(*([{}, *kind] for kind in kinds))
+    for way in sorted(ways, key=lambda way: sum(map(bool, way))):
+        changes = functools.reduce(dict.__or__, way, {"micro_tokens": 0})
+        less = replace(s, **changes)
+        if not stage_errors(less, 1) and fits(less):
+            return " ".join(f"--{name} {str(value).strip('(),').replace(' ', '')}" for name, value in changes.items())
+    return "a lower --num_layers or --width"
 
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
 # One class for one rank or many. Each gradient is packed, freed and reduced into the shard of its owner as soon as it
@@ -949,13 +983,14 @@ class Bank:
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         dtype = first.dtype if world.size > 1 else torch.float32
         self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
-        self.in_flight = []  # (work, tensors that must live until it is done)
+        self.places = self.join(self.grad) if world.size == 1 else {}  # by name, for sums of micro-steps
         self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of on_device
-        self.expect()
         self.reset()
 
     def reset(self):
-        """Zero moments, as before the first step."""
+        """Zero moments, as before the first step, also where one was broken off."""
+        self.in_flight = []  # (work, tensors that must live until it is done)
+        self.expect()
         master = self.state["master"]
         for key in ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]:
             self.state[key] = torch.zeros_like(master)
@@ -1178,8 +1213,8 @@ class MuonAdamW:
             grad = self.sums.pop(name).add_(grad)
         if self.last_micro_step:
             bank.receive(name, grad)
-        else:
-            self.sums[name] = grad.float()
+        else:  # one process sums where the last one's are wanted
+            self.sums[name] = bank.places[name].copy_(grad) if bank.places else grad.float()
 
     def step(self, scale: float, momentum: float, others: float | None = None):
         """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
@@ -1210,7 +1245,8 @@ class MuonAdamW:
 
     def reset(self):
         """As before the first step, with the weights at hand."""
-        self.steps = 0
+        self.steps, self.last_micro_step = 0, True
+        self.sums.clear()
         for bank in [*self.banks, *self.tables]:
             bank.reset()
 
@@ -1395,6 +1431,7 @@ def train(run: Run):
     if s.compile or s.device == "cuda":
         warm_up(run, model, optimizer, window)
     step = run.start(optimizer)  # 0, or the checkpoint's
+    s = run.s  # with the micro_tokens that fit
     losses = []  # of the steps since the last log line, on the device
 
     def validate():
@@ -1445,20 +1482,33 @@ def train(run: Run):
     run.finish(step, optimizer)
 
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
-    """Compiles and runs every shape on random tokens, untimed; a rate of 0 changes no weight, moments are cleared."""
-    s, world = run.s, run.world
-    shapes = {(t.micro_rows(s, world.size), t.seq_len, t.mtp, t.candidates) for t in stage_table(s)}
+    """Compiles and runs every shape, untimed; several processes do so each alone first: then none waits for one that
+    lacks memory. A rate of 0 changes no weight, moments are cleared."""
+    alone = functools.partial(rehearse, run, model, optimizer, window, World())
+    while not run.fits(alone):
+        optimizer.reset()
+    if run.world.size > 1:
+        rehearse(run, model, optimizer, window, run.world)
+    run.warmed_up()
+
+def rehearse(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor, world: World):
+    """A micro-step of every shape on random tokens and, if all of `world` are in it, a step; an evaluation."""
+    s, together = run.s, world.size == run.world.size
+    shapes = {(t.micro_rows(s, run.world.size), t.seq_len, t.mtp, t.candidates) for t in run.stages}
     window.fill_(s.window_step)
+    if model.ngrams is not None:
+        model.ngrams.world = world
     for rows, seq_len, mtp, model.candidates in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.zeros_like(tokens)
-        sum(model(tokens, future_targets(tokens, docs, mtp), docs, window)).backward()
-        optimizer.step(scale=0.0, momentum=s.momentum_start)
+        for optimizer.last_micro_step in (True,) if together else (False, False):  # the second has sums to add to
+            sum(model(tokens, future_targets(tokens, docs, mtp), docs, window)).backward()
+        if together:
+            optimizer.step(scale=0.0, momentum=s.momentum_start)
     model.candidates = 0
     evaluate(model, run.stream, s, world, s.window_step, batches=1)
     optimizer.reset()
     torch._foreach_zero_([model.saturated, model.left_out])
-    run.warmed_up()
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ KERNELS: the fast forms beside their references; the same text in both scripts               ║
@@ -1963,7 +2013,7 @@ class RunSettings:
     fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
     compile: bool = True  # torch.compile of model and optimizer
     compile_unit: str = "auto"  # one graph; per block reductions start early [auto|model|block]
-    micro_tokens: int = 49152  # most tokens of a forward pass [>0]
+    micro_tokens: int = 0  # most tokens of a forward pass; auto, 0: what the memory allows [>=0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
     @property
@@ -1999,7 +2049,8 @@ def dashed(argv: list[str]) -> list[str]:
     return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
 def whole(text: str) -> int:
-    """A whole number, also as 1e6 or 1_000_000."""
+    """A whole number, also as 1e6 or 1_000_000; 0 for auto."""
+    text = "0" if text == "auto" else text
     number = float(text)
     return int(number) if "e" in text.lower() and number.is_integer() else int(text)
 
@@ -2039,6 +2090,11 @@ class Hardware(NamedTuple):
     fp8: bool = False  # has FP8 matrix products
     capability: tuple[int, int] = (0, 0)  # of a GPU: its generation
 
+    @property
+    def room(self) -> float:
+        """GiB for tensors: the context and the libraries take half a GiB, gaps between blocks 5 %."""
+        return 0.95 * self.memory_gib - 0.5
+
 def detect_hardware(device: str = "auto") -> Hardware:
     """The first GPU if there is one and `device` allows it, else the CPU."""
     if device != "cpu" and torch.cuda.is_available():
@@ -2062,18 +2118,47 @@ def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tupl
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
     fallback = "plain" if not cuda and bf16 and not s.compile else "sdpa"
     triton = cuda and bf16 and hardware.bf16 and importlib.util.find_spec("triton")
+    flex = cuda and s.compile and hardware.bf16
+    why = "the fastest here" if flex or not cuda else "FlexAttention is compiled, for capability 8.0 and later"
     fp8 = hardware.fp8 and bf16 and not any(size % 16 for size in (s.width, *s.seq_len))
     fineweb = data_folder("fineweb10B").is_dir()
     return {
         "device": (hardware.device, hardware.name),
         "dtype": ("bf16" if bf16 else "fp32", hardware.why),
-        "backend": ("flex" if cuda and s.compile else fallback, "the fastest here"),
+        "backend": ("flex" if flex else fallback, why),
         "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA and bf16"),
         "fp8_head": ("on" if fp8 else "off", "it needs FP8 products and multiples of 16"),
         "compile_unit": ("model" if world_size == 1 else "block", f"{world_size} process(es)"),
         "data": ("fineweb10B" if fineweb else "stdlib", "fineweb10B where it is there"),
         "eval_seq_len": (s.seq_len[-1], "that of the last stage"),
     }
+
+def without_auto(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, dict]:
+    """Settings without `auto`, and the choices: name -> value and the reason for it."""
+    auto = run_auto(s, hardware, world_size) | record_auto(s, hardware)
+    auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
+    return replace(s, **{name: value for name, (value, _) in auto.items()}), auto
+
+def vocabulary(data: str) -> int:
+    """Size of a data set's vocabulary; GPT-2's where nothing is there yet."""
+    with contextlib.suppress(OSError, ValueError):
+        return min(read_json(data_folder(data) / "meta.json", DATA_META)["vocab_size"], 2**16)
+    return GPT2_META["vocab_size"]
+
+def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, list[str]]:
+    """Settings with the largest micro_tokens that the memory allows, where that is open, and notes on it. Raises
+    UserError, with what would fit, where even the smallest do not."""
+    def need(s: Settings, size: int = 0) -> float:
+        smallest = size or micro_sizes(s, world_size)[-1]
+        return expected_memory(replace(s, micro_tokens=smallest), vocabulary(s.data), world_size) / 2**30
+
+    sizes = [s.micro_tokens] if s.micro_tokens else micro_sizes(s, world_size)
+    size = next((n for n in sizes if need(s, n) <= hardware.room), sizes[-1])
+    told = f"{need(s, size):,.1f} GiB are expected, {hardware.name} has {hardware.memory_gib:.1f}"
+    if need(s, size) > hardware.memory_gib:
+        way = way_to_fit(s, lambda less: need(less) <= hardware.room)
+        raise UserError(f"{told}: use {way}")
+    return replace(s, micro_tokens=size), [] if s.micro_tokens else [f"micro_tokens {size}: {told}"]
 
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     """Command line -> Settings with every `auto` resolved, Hardware, and lines that explain the choices, list[str].
@@ -2089,16 +2174,15 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     preset = full if wanted not in PRESETS and full in PRESETS else wanted
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     problems = (too_large := size_errors(s)) or field_errors(s) + unread_errors(s, given)
-    auto = {} if too_large else run_auto(s, hardware, world_size) | record_auto(s, hardware)
-    auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
-    s = replace(s, **{name: value for name, (value, _) in auto.items()})
+    s, auto = (s, {}) if too_large else without_auto(s, hardware, world_size)
     notes = [f"preset {preset}: {'asked for' if wanted == preset else why}"]
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
     problems += [] if too_large else run_errors(s, given, hardware) + unfit
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
-    return s, hardware, notes
+    s, more = fitted(s, hardware, world_size)
+    return s, hardware, notes + more
 
 def field_errors(s: Settings) -> list[str]:
     """A sentence for each field whose value is outside the bracket of its comment."""
@@ -2775,6 +2859,13 @@ def on_rank_zero(world: World, function, *arguments):
         raise answer[1]
     return answer[0]
 
+def told_by_all(world: World, value) -> list:
+    """The value of each rank. Collective."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
 class Run:
     """What surrounds the training, on every rank. `train` calls the methods from top to bottom."""
     def __init__(self, s: Settings, hardware: Hardware, world: World, notes: list[str]):
@@ -2782,6 +2873,7 @@ class Run:
         self.stages, self.clock, self.corpus = stage_table(s), Clock(s.device), open_corpus(s.data)
         self.vocab_size = self.corpus.meta["vocab_size"]
         self.s = s = self._fit_eval_tokens()
+        self.s = s = replace(s, micro_tokens=min(told_by_all(world, s.micro_tokens)))  # GPUs may differ
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
         own = self.corpus.fingerprint() if world.local_rank == 0 else None  # once a machine
         self.fingerprint = on_rank_zero(world, lambda: own)
@@ -2868,6 +2960,7 @@ class Run:
         folder = Path(s.log_dir) / s.experiment_name / run_id
         self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
         self.undo.callback(self.log.close)
+        self.undo.push(self._log_failure)
         resumed_at = self.meta.get("step")
         on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, resumed_at, self.changed)
         self.notes += [f"{name}: {then} before, {now} from here on" for name, (then, now) in self.changed.items()]
@@ -2885,9 +2978,49 @@ class Run:
             count = t.batch_tokens // (t.seq_len * rows * size)
             mflops = flops_per_token(s, self.counts, t) / 1e6
             lines.append(f"{i}: {t}: {count} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
-        memory = expected_memory(s, self.vocab_size, optimizer, self.counts["total"]) / 2**30
+        memory = expected_memory(s, self.vocab_size, size) / 2**30
         return [*lines, f"{self.tokens_at(s.iterations):,} training tokens, {self.stream.num_tokens:,} "
                         f"validation tokens, about {memory:.2f} GiB per process"]
+
+    def _log_failure(self, kind, error, trace):
+        """What the compiler said, in full; the console has one sentence."""
+        if compiler_failed(error):
+            self.log.line("".join(traceback.format_exception(error)))
+            self.log.print(f"the whole error: {self.log.folder / 'log.txt'}")
+
+    def fits(self, attempt) -> bool:
+        """Whether `attempt`, in which no process waits for another, goes well on all. If one lacks memory, micro_tokens
+        are halved; raises UserError where they cannot be, and what else an attempt raises. Collective."""
+        reason, others = "", ""
+        try:
+            attempt()
+            self.clock.wait()
+        except Exception as error:  # noqa: BLE001 - told to all
+            if self.world.size == 1 and not out_of_memory(error):
+                raise
+            reason = explained(error) or repr(error)
+            others = "" if out_of_memory(error) else reason
+            self._log_failure(type(error), error, None)
+        gc.collect()
+        if self.s.device == "cuda":
+            torch.cuda.empty_cache()
+        reasons = told_by_all(self.world, (reason, others))
+        reasons, others = (list(filter(None, column)) for column in zip(*reasons, strict=True))
+        smaller = micro_sizes(self.s, self.world.size)[1:]
+        if others or reasons and not smaller:
+            raise UserError((others or reasons)[0])
+        if reasons:
+            self._shrink(smaller[0], reasons[0])
+        return not reasons
+
+    def _shrink(self, size: int, reason: str):
+        """Goes on with fewer micro_tokens."""
+        self.s = replace(self.s, micro_tokens=size)
+        self.config["settings"]["micro_tokens"] = size
+        told = f"micro_tokens {size} from here on: {reason}"
+        self.log.print(told)
+        self.log.line(told)
+        self.log.metric(event="micro_tokens", step=self.step, micro_tokens=size)
 
     def warmed_up(self):
         """Notes what compiling took."""
@@ -3179,14 +3312,10 @@ def main(argv: list[str] | None = None) -> int:
         if first:
             print("stopped before the first step", file=sys.stderr)
     except Exception as error:
-        memory = out_of_memory(error)
-        if not memory and not isinstance(error, (UserError, OSError, TrainingStopped)):
+        told = explained(error)
+        if not told:
             raise
-        told = str(error)
-        if memory:
-            what = "use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large"
-            told = f"out of memory: {what} ({(told or repr(error)).splitlines()[0]:.200})"
-        if first or memory:
+        if first or out_of_memory(error):
             print(printable(f"error: {told}"), file=sys.stderr)
     finally:  # after an error NCCL might wait here for ranks that are elsewhere
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
@@ -3198,10 +3327,28 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
+def explained(error: BaseException) -> str:
+    """A sentence about an error that a user can repair; nothing for one of ours."""
+    said = (str(error) or repr(error)).splitlines()[0]
+    if out_of_memory(error):
+        what = "use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large"
+        return f"out of memory: {what} ({said:.200})"
+    if compiler_failed(error):
+        inner = getattr(error, "inner_exception", error)
+        said = " ".join(f"{type(inner).__name__}: {inner}".split())
+        return f"torch.compile or Triton failed; --backend sdpa, --kernels none or --no-compile avoid it ({said:.300})"
+    return str(error) if isinstance(error, (UserError, OSError, TrainingStopped)) else ""
+
 def out_of_memory(error: Exception) -> bool:
     """Of the GPU, or of a CPU, where torch raises a plain RuntimeError."""
     kinds = torch.OutOfMemoryError, MemoryError
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+def compiler_failed(error: BaseException | None) -> bool:
+    """Whether an error comes from torch.compile or Triton."""
+    places = tuple(kind.__module__ for kind in type(error).__mro__)
+    ours = any(place.startswith(("torch._dynamo", "torch._inductor", "triton")) for place in places)
+    return (ours or "Triton Error" in str(error)) and not out_of_memory(error)
 
 if __name__ == "__main__":
     sys.exit(main())
