@@ -257,6 +257,13 @@ PRESETS: dict[str, dict] = {
     ),
 }
 
+PRESETS |= {
+    # speedrun's tokens on one card: micro-steps take the place of processes (track_1gpu)
+    "one": PRESETS["speedrun"],
+    # for cards without bf16 and FlexAttention: rows of one document, as their masks are dense
+    "t4": PRESETS["gpu"] | dict(seq_len=(2048,), ngram_rows=2**18),
+}
+
 # Kinds of mixtures; their active FLOPs are those of the dense model, within 1 %.
 MIXTURES: dict[str, dict] = {
     "mixtral": dict(num_experts=8, top_k=2, router="noisy_topk"),
@@ -264,10 +271,12 @@ MIXTURES: dict[str, dict] = {
     "speed": dict(
         num_experts=8, top_k=1, num_shared=1, router="sigmoid_bias", dense_first=2, dense_last=2),
 }
-# What a kind has otherwise at a size: 360 steps need a quicker bias.
+# What a kind has otherwise at a size: 360 steps need a quicker bias; what fits into 16 GB.
 SIZED: dict[str, dict] = {
     "deepseek-cpu": dict(num_experts=16, bias_rate=0.01, router_lr=0.001),
     "speed-cpu": dict(dense_first=1, dense_last=1, bias_rate=0.01),
+    "mixtral-gpu": dict(seq_len=(4096,)),
+    "deepseek-gpu": dict(seq_len=(4096,), ngram_rows=2**19, tail=0.0),
 }
 PRESETS |= {
     f"{kind}-{size}": PRESETS[size] | mixture | SIZED.get(f"{kind}-{size}", {})
