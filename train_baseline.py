@@ -302,7 +302,6 @@ def divisors(count: int) -> list[int]:
     small = [n for n in range(1, math.isqrt(count) + 1) if count % n == 0]
     return sorted({*small, *(count // n for n in small)})
 
-# differs from train_gpt.py: the baselines
 def least_memory(s: Settings) -> float:
     """Bytes that a process needs at the very least, far below the expected ones: weights, gradients
     and AdamW's moments, an activation of each layer for a row, the mask of a row, a batch."""
@@ -1673,13 +1672,11 @@ def main(argv: list[str] | None = None) -> int:
 # differs from train_gpt.py: no kernels
 def explained(error: BaseException) -> str:
     """A sentence about an error that a user can repair; nothing for one of ours."""
-    said = (str(error) or repr(error)).splitlines()[0]
     if out_of_memory(error):
         what = "use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large"
-        return f"out of memory: {what} ({said:.200})"
+        return f"out of memory: {what} ({(str(error) or repr(error)).splitlines()[0]:.200})"
     if compiler_failed(error):
-        inner = getattr(error, "inner_exception", error)
-        said = " ".join(f"{type(inner).__name__}: {inner}".split())
+        said = " ".join(str(getattr(error, "inner_exception", error)).split())
         return f"torch.compile or Triton failed; --no-compile avoids it ({said:.300})"
     return str(error) if isinstance(error, (UserError, OSError, TrainingStopped)) else ""
 
@@ -1688,11 +1685,11 @@ def out_of_memory(error: Exception) -> bool:
     kinds = torch.OutOfMemoryError, MemoryError
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
-def compiler_failed(error: BaseException | None) -> bool:
+def compiler_failed(error: BaseException) -> bool:
     """Whether an error comes from torch.compile or Triton."""
     places = tuple(kind.__module__ for kind in type(error).__mro__)
     ours = any(place.startswith(("torch._dynamo", "torch._inductor", "triton")) for place in places)
-    return (ours or "Triton Error" in str(error)) and not out_of_memory(error)
+    return ours or "Triton Error" in str(error)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -37,7 +37,6 @@ import gc
 import hashlib
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import os
@@ -229,7 +228,7 @@ PRESETS: dict[str, dict] = {
     ),
     # the GPT-2-small shape on one 16 GB card
     "gpu": dict(
-        iterations=3000, stage_ends=(0.93, 1.0), batch_tokens=(65536,), seq_len=(8192,),
+        iterations=3000, stage_ends=(0.93, 1.0), batch_tokens=(65536,), seq_len=(4096,),
         max_doc_len=(2048,), window=(1024,), window_start=256, muon_lr=0.025,
         adam_lr=0.004, candidates=(6144, 0), ngram_rows=2**20, pointer=128, tail=0.5, tail_steps=150,
         lr_floor=0.2, eval_every=250, eval_tokens=262144, save_every=500,
@@ -257,12 +256,10 @@ PRESETS: dict[str, dict] = {
     ),
 }
 
-PRESETS |= {
-    # speedrun's tokens on one card: micro-steps take the place of processes (track_1gpu)
-    "one": PRESETS["speedrun"],
-    # for cards without bf16 and FlexAttention: rows of one document, as their masks are dense
-    "t4": PRESETS["gpu"] | dict(seq_len=(2048,), ngram_rows=2**18),
-}
+# speedrun's tokens on one card, by micro-steps instead of processes (track_1gpu)
+PRESETS["one"] = PRESETS["speedrun"]
+# without bf16 and FlexAttention: rows of one document, as masks are dense
+PRESETS["t4"] = PRESETS["gpu"] | dict(seq_len=(2048,), ngram_rows=2**18)
 
 # Kinds of mixtures; their active FLOPs are those of the dense model, within 1 %.
 MIXTURES: dict[str, dict] = {
@@ -275,8 +272,7 @@ MIXTURES: dict[str, dict] = {
 SIZED: dict[str, dict] = {
     "deepseek-cpu": dict(num_experts=16, bias_rate=0.01, router_lr=0.001),
     "speed-cpu": dict(dense_first=1, dense_last=1, bias_rate=0.01),
-    "mixtral-gpu": dict(seq_len=(4096,)),
-    "deepseek-gpu": dict(seq_len=(4096,), ngram_rows=2**19, tail=0.0),
+    "deepseek-gpu": dict(ngram_rows=2**19, tail=0.0),
 }
 PRESETS |= {
     f"{kind}-{size}": PRESETS[size] | mixture | SIZED.get(f"{kind}-{size}", {})
@@ -1230,17 +1226,12 @@ def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
     return peak + rows * (size * s.width + 8) + 4 * came * s.width
 
 def way_to_fit(s: Settings, fits) -> str:
-    """The fewest flags that make `fits` true of the settings."""
-    kinds = [
-        [{"seq_len": tuple(n // k for n in s.seq_len)} for k in (2, 4, 8)],
-        [{"ngram_rows": s.ngram_rows // k} for k in (2, 4, 8, 16) if s.ngram_rows],
-        [{"tail": 0.0}] * bool(s.tail)]
-    ways = itertools.product(*([{}, *kind] for kind in kinds))
-    for way in sorted(ways, key=lambda way: sum(map(bool, way))):
-        changes = functools.reduce(dict.__or__, way, {"micro_tokens": 0})
-        less = replace(s, **changes)
+    """Flags that make `fits` true of the settings: shorter rows, fewer n-grams, or both."""
+    for shorter, fewer in ((k * i, k * j) for k in range(5) for i, j in ((1, 0), (0, 1), (1, 1))):
+        length = tuple(n >> shorter for n in s.seq_len)
+        less = replace(s, micro_tokens=0, seq_len=length, ngram_rows=s.ngram_rows >> fewer)
         if not stage_errors(less, 1) and fits(less):
-            return " ".join(f"--{name} {str(value).strip('(),').replace(' ', '')}" for name, value in changes.items())
+            return f"--micro_tokens auto --seq_len {','.join(map(str, length))} --ngram_rows {less.ngram_rows}"
     return "a lower --num_layers or --width"
 
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
@@ -2808,20 +2799,19 @@ def vocabulary(data: str) -> int:
         return min(read_json(data_folder(data) / "meta.json", DATA_META)["vocab_size"], 2**16)
     return GPT2_META["vocab_size"]
 
-def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, list[str]]:
-    """Settings with the largest micro_tokens that the memory allows, where that is open, and notes on it. Raises
-    UserError, with what would fit, where even the smallest do not."""
+def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, list[str], list[str]]:
+    """Settings with the largest micro_tokens that the memory allows, where that is open, and a note on it; a sentence
+    with what would fit, where even the smallest do not."""
     def need(s: Settings, size: int = 0) -> float:
-        smallest = size or micro_sizes(s, world_size)[-1]
-        return expected_memory(replace(s, micro_tokens=smallest), vocabulary(s.data), world_size) / 2**30
+        s = replace(s, micro_tokens=size or micro_sizes(s, world_size)[-1])
+        return expected_memory(s, vocabulary(s.data), world_size) / 2**30
 
     sizes = [s.micro_tokens] if s.micro_tokens else micro_sizes(s, world_size)
     size = next((n for n in sizes if need(s, n) <= hardware.room), sizes[-1])
     told = f"{need(s, size):,.1f} GiB are expected, {hardware.name} has {hardware.memory_gib:.1f}"
     if need(s, size) > hardware.memory_gib:
-        way = way_to_fit(s, lambda less: need(less) <= hardware.room)
-        raise UserError(f"{told}: use {way}")
-    return replace(s, micro_tokens=size), [] if s.micro_tokens else [f"micro_tokens {size}: {told}"]
+        return s, [], [f"{told}: use {way_to_fit(s, lambda less: need(less) <= hardware.room)}"]
+    return replace(s, micro_tokens=size), [] if s.micro_tokens else [f"micro_tokens {size}: {told}"], []
 
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     """Command line -> Settings with every `auto` resolved, Hardware, and lines that explain the choices, list[str].
@@ -2842,9 +2832,9 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
     problems += [] if too_large else run_errors(s, given, hardware) + unfit
+    s, more, problems = (s, [], problems) if problems else fitted(s, hardware, world_size)
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
-    s, more = fitted(s, hardware, world_size)
     return s, hardware, notes + more
 
 def field_errors(s: Settings) -> list[str]:
@@ -3652,38 +3642,33 @@ class Run:
             self.log.print(f"the whole error: {self.log.folder / 'log.txt'}")
 
     def fits(self, attempt) -> bool:
-        """Whether `attempt`, in which no process waits for another, goes well on all. If one lacks memory, micro_tokens
-        are halved; raises UserError where they cannot be, and what else an attempt raises. Collective."""
-        reason, others = "", ""
+        """Whether `attempt`, in which no process waits for another, goes well on all of them. Where one lacks memory,
+        micro_tokens are halved; raises UserError if they cannot be, or for another process's error. Collective."""
+        failure = None
         try:
             attempt()
             self.clock.wait()
         except Exception as error:  # noqa: BLE001 - told to all
             if self.world.size == 1 and not out_of_memory(error):
                 raise
-            reason = explained(error) or repr(error)
-            others = "" if out_of_memory(error) else reason
             self._log_failure(type(error), error, None)
+            failure = out_of_memory(error), explained(error) or repr(error)
         gc.collect()
-        if self.s.device == "cuda":
-            torch.cuda.empty_cache()
-        reasons = told_by_all(self.world, (reason, others))
-        reasons, others = (list(filter(None, column)) for column in zip(*reasons, strict=True))
+        torch.cuda.empty_cache()
+        failures = list(filter(None, told_by_all(self.world, failure)))
+        if not failures:
+            return True
+        lacking, reason = min(failures)
         smaller = micro_sizes(self.s, self.world.size)[1:]
-        if others or reasons and not smaller:
-            raise UserError((others or reasons)[0])
-        if reasons:
-            self._shrink(smaller[0], reasons[0])
-        return not reasons
-
-    def _shrink(self, size: int, reason: str):
-        """Goes on with fewer micro_tokens."""
-        self.s = replace(self.s, micro_tokens=size)
-        self.config["settings"]["micro_tokens"] = size
-        told = f"micro_tokens {size} from here on: {reason}"
+        if not (lacking and smaller):
+            raise UserError(reason)
+        self.s = replace(self.s, micro_tokens=smaller[0])
+        self.config["settings"]["micro_tokens"] = smaller[0]
+        told = f"micro_tokens {smaller[0]} from here on: {reason}"
         self.log.print(told)
         self.log.line(told)
-        self.log.metric(event="micro_tokens", step=self.step, micro_tokens=size)
+        self.log.metric(event="micro_tokens", step=self.step, micro_tokens=smaller[0])
+        return False
 
     def warmed_up(self):
         """Notes what compiling took."""
@@ -3992,13 +3977,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def explained(error: BaseException) -> str:
     """A sentence about an error that a user can repair; nothing for one of ours."""
-    said = (str(error) or repr(error)).splitlines()[0]
     if out_of_memory(error):
         what = "use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large"
-        return f"out of memory: {what} ({said:.200})"
+        return f"out of memory: {what} ({(str(error) or repr(error)).splitlines()[0]:.200})"
     if compiler_failed(error):
-        inner = getattr(error, "inner_exception", error)
-        said = " ".join(f"{type(inner).__name__}: {inner}".split())
+        said = " ".join(str(getattr(error, "inner_exception", error)).split())
         return f"torch.compile or Triton failed; --backend sdpa, --kernels none or --no-compile avoid it ({said:.300})"
     return str(error) if isinstance(error, (UserError, OSError, TrainingStopped)) else ""
 
@@ -4007,11 +3990,11 @@ def out_of_memory(error: Exception) -> bool:
     kinds = torch.OutOfMemoryError, MemoryError
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
-def compiler_failed(error: BaseException | None) -> bool:
+def compiler_failed(error: BaseException) -> bool:
     """Whether an error comes from torch.compile or Triton."""
     places = tuple(kind.__module__ for kind in type(error).__mro__)
     ours = any(place.startswith(("torch._dynamo", "torch._inductor", "triton")) for place in places)
-    return (ours or "Triton Error" in str(error)) and not out_of_memory(error)
+    return ours or "Triton Error" in str(error)
 
 if __name__ == "__main__":
     sys.exit(main())
