@@ -812,7 +812,7 @@ def way_to_fit(s: Settings, fits) -> str:
         less = replace(s, micro_tokens=0, seq_len=length, ngram_rows=s.ngram_rows >> fewer)
         if not stage_errors(less, 1) and fits(less):
             return f"--micro_tokens auto --seq_len {','.join(map(str, length))} --ngram_rows {less.ngram_rows}"
-    return "a lower --num_layers or --width"
+    return "a lower --num_layers, --width or --batch_tokens"
 
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
 # One class for one rank or many. Each gradient is packed, freed and reduced into the shard of its owner as soon as it
@@ -2142,7 +2142,9 @@ def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, 
     with what would fit, where even the smallest do not."""
     def need(s: Settings, size: int = 0) -> float:
         s = replace(s, micro_tokens=size or micro_sizes(s, world_size)[-1])
-        return expected_memory(s, vocabulary(s.data), world_size) / 2**30
+        with contextlib.suppress(RuntimeError):  # more bytes than a number holds
+            return expected_memory(s, vocabulary(s.data), world_size) / 2**30
+        return math.inf
 
     sizes = [s.micro_tokens] if s.micro_tokens else micro_sizes(s, world_size)
     size = next((n for n in sizes if need(s, n) <= hardware.room), sizes[-1])
