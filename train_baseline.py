@@ -172,7 +172,8 @@ def bracket(name: str) -> list[str]:
     return found[1].split("; ") if found else []
 
 def whole(text: str) -> int:
-    """A whole number, also as 1e6 or 1_000_000."""
+    """A whole number, also as 1e6 or 1_000_000; 0 for auto."""
+    text = "0" if text == "auto" else text
     number = float(text)
     return int(number) if "e" in text.lower() and number.is_integer() else int(text)
 
@@ -311,7 +312,6 @@ def divisors(count: int) -> list[int]:
     small = [n for n in range(1, math.isqrt(count) + 1) if count % n == 0]
     return sorted({*small, *(count // n for n in small)})
 
-# differs from train_gpt.py: the baselines
 def least_memory(s: Settings) -> float:
     """Bytes that a process needs at the very least, far below the expected ones: weights, gradients
     and AdamW's moments, an activation of each layer for a row, the mask of a row, a batch."""
@@ -1713,14 +1713,10 @@ def main(argv: list[str] | None = None) -> int:
         if first:
             print("stopped before the first step", file=sys.stderr)
     except Exception as error:
-        memory = out_of_memory(error)
-        if not memory and not isinstance(error, (UserError, OSError, TrainingStopped)):
+        told = explained(error)
+        if not told:
             raise
-        told = str(error)
-        if memory:
-            what = "use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large"
-            told = f"out of memory: {what} ({(told or repr(error)).splitlines()[0]:.200})"
-        if first or memory:
+        if first or out_of_memory(error):
             print(printable(f"error: {told}"), file=sys.stderr)
     finally:  # after an error NCCL might wait here for ranks that are elsewhere
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
@@ -1732,10 +1728,27 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
+# differs from train_gpt.py: no kernels
+def explained(error: BaseException) -> str:
+    """A sentence about an error that a user can repair; nothing for one of ours."""
+    if out_of_memory(error):
+        what = "use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large"
+        return f"out of memory: {what} ({(str(error) or repr(error)).splitlines()[0]:.200})"
+    if compiler_failed(error):
+        said = " ".join(str(getattr(error, "inner_exception", error)).split())
+        return f"torch.compile or Triton failed; --no-compile avoids it ({said:.300})"
+    return str(error) if isinstance(error, (UserError, OSError, TrainingStopped)) else ""
+
 def out_of_memory(error: Exception) -> bool:
     """Of the GPU, or of a CPU, where torch raises a plain RuntimeError."""
     kinds = torch.OutOfMemoryError, MemoryError
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+def compiler_failed(error: BaseException) -> bool:
+    """Whether an error comes from torch.compile or Triton."""
+    places = tuple(kind.__module__ for kind in type(error).__mro__)
+    ours = any(place.startswith(("torch._dynamo", "torch._inductor", "triton")) for place in places)
+    return ours or "Triton Error" in str(error)
 
 if __name__ == "__main__":
     sys.exit(main())

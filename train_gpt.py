@@ -49,6 +49,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -179,10 +180,10 @@ PRESETS: dict[str, dict] = {
         momentum_cooldown=20, cooldown=0.6, lr_floor=0.15, tail=0.65, tail_steps=30, eval_every=120,
         eval_tokens=131072, compile=False,
     ),
-    # the GPT-2-small shape on one 16 GB card; 24 GB and more: --micro-tokens 16384
+    # the GPT-2-small shape on one 16 GB card
     "gpu": dict(
-        iterations=3000, stage_ends=(0.93, 1.0), batch_tokens=(65536,), seq_len=(8192,),
-        max_doc_len=(2048,), window=(1024,), window_start=256, micro_tokens=8192, muon_lr=0.025,
+        iterations=3000, stage_ends=(0.93, 1.0), batch_tokens=(65536,), seq_len=(4096,),
+        max_doc_len=(2048,), window=(1024,), window_start=256, muon_lr=0.025,
         adam_lr=0.004, candidates=(6144, 0), ngram_rows=2**20, pointer=128, tail=0.5, tail_steps=150,
         lr_floor=0.2, eval_every=250, eval_tokens=262144, save_every=500,
     ),
@@ -205,9 +206,13 @@ PRESETS: dict[str, dict] = {
         seq_len=(32768, 65536, 65536, 65536), window=(896, 2048, 3456, 3456),
         candidates=(10240, 16384, 24576, 0), ngram_rows=21150720, ngram_every=2, pointer=128,
         qk_dim=64, muon_lr=0.025, adam_lr=0.004, cooldown=0.7, lr_floor=0.17, tail=0.5,
-        tail_steps=400, target_loss=2.92, micro_tokens=65536,
+        tail_steps=400, target_loss=2.92,
     ),
 }
+# speedrun's tokens on one card, by micro-steps instead of processes (track_1gpu)
+PRESETS["one"] = PRESETS["speedrun"]
+# without bf16 and FlexAttention: rows of one document, as masks are dense
+PRESETS["t4"] = PRESETS["gpu"] | dict(seq_len=(2048,), ngram_rows=2**18)
 
 def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     """The preset for `auto`, by hardware and data, and the reason for it."""
@@ -216,9 +221,13 @@ def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     folder = data_folder("fineweb10B" if data == "auto" else data)
     fineweb = folder.name.startswith("fineweb") and folder.is_dir()
     gpus = f"{world_size} process(es) on {hardware.name} of {hardware.memory_gib:.0f} GiB"
-    if world_size >= 8 and hardware.memory_gib >= 70 and fineweb:
+    if not hardware.bf16:
+        return "t4", f"{gpus}, without bf16"
+    s, _ = without_auto(Settings(**PRESETS["speedrun"], micro_tokens=MICRO_TOKENS), hardware, 8)
+    need = expected_memory(s, GPT2_META["vocab_size"], 8) / 2**30
+    if world_size >= 8 and hardware.room >= need and fineweb:
         return "speedrun", f"{gpus}, and {folder.name} is there"
-    return "gpu", f"{gpus}; speedrun wants 8 of at least 70 GiB, and data/fineweb10B"
+    return "gpu", f"{gpus}; speedrun wants 8 of at least {need:.0f} GiB, and data/fineweb10B"
 
 def auto_attention(num_layers: int, paired: bool) -> str:
     """Long windows in the first, last and a third's layer (20), none in layer 7/12 (17), pairs in every third (58)."""
@@ -266,19 +275,7 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
         bad.append(f"--width {s.width} must be a multiple of 8 for --kernels mlp (rows of 16 bytes)")
     if s.warmup_steps >= s.iterations:
         bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
-    least, memory = least_memory(s, world_size) / 2**30, hardware.memory_gib
-    if least > memory:
-        bad.append(f"this needs more than {least:,.0f} GiB, {hardware.name} has {memory:.1f}: lower --width, "
-                   "--num_layers, --ngram_rows, --seq_len, --micro_tokens or --batch_tokens")
     return bad + stage_errors(s, world_size)
-
-def least_memory(s: Settings, world_size: int) -> float:
-    """Bytes that a process needs at least: bf16 weights, activations and mask (not FlexAttention) of a row, a batch."""
-    length = max(s.seq_len)
-    weights = s.num_layers * (4 + 2 * s.mlp_ratio) * s.width + s.ngram_rows / world_size
-    mask = 0 if s.backend in ("flex", "varlen") else length**2
-    batch = 12 * max(s.batch_tokens) / world_size
-    return 2 * s.width * (weights + s.num_layers * length) + mask + batch
 
 def stage_errors(s: Settings, world_size: int) -> list[str]:
     """A sentence for each stage whose batch does not split into whole rows, equally for all."""
@@ -295,7 +292,7 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
             fits = ", ".join(map(str, divisors(rows)[:12]))
             bad.append(f"{world_size} processes cannot share the {rows} rows of a step (batch_tokens "
                        f"{t.batch_tokens} / seq_len {t.seq_len}): use {fits} processes")
-        elif t.seq_len > s.micro_tokens:
+        elif 0 < s.micro_tokens < t.seq_len:
             bad.append(f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {t.seq_len} tokens")
         elif t.mtp >= t.seq_len:
             bad.append(f"--mtp {t.mtp} must be less than --seq_len {t.seq_len}")
@@ -318,9 +315,17 @@ class Stage(NamedTuple):
     lr: float
 
     def micro_rows(self, s: Settings, world_size: int) -> int:
-        """Rows of one forward pass: the most that fit into micro_tokens and divide the share of a process."""
-        most = max(1, s.micro_tokens // self.seq_len)
+        """Rows of one forward pass: the most that fit into micro_tokens, 0: any, and divide a process's share."""
+        most = max(1, s.micro_tokens // self.seq_len) if s.micro_tokens else math.inf
         return max(n for n in divisors(self.batch_tokens // self.seq_len // world_size) if n <= most)
+
+def micro_sizes(s: Settings, world_size: int) -> list[int]:
+    """Values to try for micro_tokens: its own, then, or where that is open, a row of the longest doubled as often as it
+    pays, and halves of that."""
+    longest, own = max(s.seq_len), s.micro_tokens
+    most = own - 1 if own else max(MICRO_TOKENS, longest)
+    sizes = [own] * (own > 0) + [longest << k for k in reversed(range(32)) if longest << k <= most]
+    return [n for n in sizes if not stage_errors(replace(s, micro_tokens=n), world_size)] or [max(own, longest)]
 
 def staged_settings() -> list[str]:
     """The settings that may have a value per stage, in the order of the fields of Stage."""
@@ -775,24 +780,45 @@ def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: 
     peaks = [peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)]
     return tokens_per_s * flops / (peaks[0] * count) if peaks else None
 
+MICRO_TOKENS = 49152  # of a forward pass: more bring nothing
+
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
-    """Estimate of a forward pass: 34 activations a layer and dimension, half if compiled; scores, without Flex."""
+    """What a forward pass keeps for the backward one, fitted: 17 activations a layer and dimension where compiled;
+    scores and a mask in fp32, where there is no FlexAttention; the pointer's scores."""
     size = s.torch_dtype.itemsize
     scores = 0 if s.backend in ("flex", "varlen") else 2 * size * s.num_layers * s.num_heads * seq_len
-    return tokens * ((17 if s.compile else 34) * size * s.num_layers * s.width + scores)
+    pointer = 8 * 2 * POINTER_BLOCK * bool(s.pointer)
+    return tokens * ((17 if s.compile else 34) * size * s.num_layers * s.width + scores + pointer)
 
-def expected_memory(s: Settings, vocab_size: int, optimizer: MuonAdamW, total: int) -> float:
-    """Bytes per process, a rough estimate: weights (`total`), own masters and moments, gradients, of a micro-step the
-    activations, the logits (three times in fp32, or twice in bf16) and the pointer's scores (twice), and n-grams."""
-    size, world = s.torch_dtype.itemsize, optimizer.world.size
-    rows = s.ngram_rows * s.width
-    tokens, t = max((t.micro_rows(s, world) * t.seq_len, t) for t in stage_table(s))
-    states = [x for bank in optimizer.banks for x in [*bank.state.values(), bank.grad]]
-    sums = 4 * (total - rows) if tokens * world < t.batch_tokens else 0
-    logits = (4 if "loss" in s.kernels else 12) * vocab_size * tokens
-    scores = 8 * 2 * POINTER_BLOCK * tokens * bool(s.pointer)
-    weights = sum(4 * x.numel() for x in states) + 2 * size * (total - rows) + size * rows / world
-    return weights + sums + logits + scores + activation_bytes(s, tokens, t.seq_len)
+def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
+    """Bytes of a process at its peak, the start of a backward pass: weights, own masters, moments and gradients, sums
+    of micro-steps; rows of n-grams, and gradients of those that came; activations, logits and their gradients."""
+    size, peak = s.torch_dtype.itemsize, 0.0
+    with torch.device("meta"):
+        model = GPT(replace(s, device="cpu", ngram_rows=0), vocab_size)
+    named = dict(model.named_parameters())
+    for t in stage_table(s):
+        tokens = t.micro_rows(s, world_size) * t.seq_len
+        sums = sum(p.numel() for p in named.values()) if 1 < world_size < t.batch_tokens / tokens else 0
+        logits = (4 if "loss" in s.kernels else 12) * (t.candidates or vocab_size) * tokens
+        peak = max(peak, 4 * sums + logits + activation_bytes(s, tokens, t.seq_len) + 12 * t.batch_tokens / world_size)
+    for name, rule in trained_rules(s, list(named)).items():
+        count, shared = named[name].numel(), rule.comm == "sharded"
+        fp32 = (2 if rule.kind == "muon" else 3) + (s.tail > 0 and shared)
+        gradient = 4 if world_size == 1 else size
+        peak += size * count + (4 * fp32 + gradient) * count / (world_size if shared else 1)
+    rows = s.ngram_rows / world_size
+    came = min(rows, 1.4 * s.ngram_every * max(s.batch_tokens) / world_size)  # 0.7 of two a token: some come twice
+    return peak + rows * (size * s.width + 8) + 4 * came * s.width
+
+def way_to_fit(s: Settings, fits) -> str:
+    """Flags that make `fits` true of the settings: shorter rows, fewer n-grams, or both."""
+    for shorter, fewer in ((k * i, k * j) for k in range(5) for i, j in ((1, 0), (0, 1), (1, 1))):
+        length = tuple(n >> shorter for n in s.seq_len)
+        less = replace(s, micro_tokens=0, seq_len=length, ngram_rows=s.ngram_rows >> fewer)
+        if not stage_errors(less, 1) and fits(less):
+            return f"--micro_tokens auto --seq_len {','.join(map(str, length))} --ngram_rows {less.ngram_rows}"
+    return "a lower --num_layers, --width or --batch_tokens"
 
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
 # One class for one rank or many. Each gradient is packed, freed and reduced into the shard of its owner as soon as it
@@ -955,13 +981,14 @@ class Bank:
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         dtype = first.dtype if world.size > 1 else torch.float32
         self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
-        self.in_flight = []  # (work, tensors that must live until it is done)
+        self.places = self.join(self.grad) if world.size == 1 else {}  # by name, for sums of micro-steps
         self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of on_device
-        self.expect()
         self.reset()
 
     def reset(self):
-        """Zero moments, as before the first step."""
+        """Zero moments, as before the first step, also where one was broken off."""
+        self.in_flight = []  # (work, tensors that must live until it is done)
+        self.expect()
         master = self.state["master"]
         for key in ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]:
             self.state[key] = torch.zeros_like(master)
@@ -1188,8 +1215,8 @@ class MuonAdamW:
             grad = self.sums.pop(name).add_(grad)
         if self.last_micro_step:
             bank.receive(name, grad)
-        else:
-            self.sums[name] = grad.float()
+        else:  # one process sums where the last one's are wanted
+            self.sums[name] = bank.places[name].copy_(grad) if bank.places else grad.float()
 
     def step(self, scale: float, momentum: float, others: float | None = None, span: tuple | None = None):
         """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
@@ -1222,7 +1249,8 @@ class MuonAdamW:
 
     def reset(self):
         """As before the first step, with the weights at hand."""
-        self.steps, self.span = 0, (0, 0)
+        self.steps, self.span, self.last_micro_step = 0, (0, 0), True
+        self.sums.clear()
         for bank in [*self.banks, *self.tables]:
             bank.reset()
 
@@ -1411,6 +1439,7 @@ def train(run: Run):
     if s.compile or s.device == "cuda":
         warm_up(run, model, optimizer, window)
     step = run.start(optimizer)  # 0, or the checkpoint's
+    s = run.s  # with the micro_tokens that fit
     losses = []  # of the steps since the last log line, on the device
 
     def validate():
@@ -1462,21 +1491,34 @@ def train(run: Run):
     run.finish(step, optimizer)
 
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
-    """Compiles and runs every shape on random tokens, untimed; a rate of 0 changes no weight, moments are cleared."""
-    s, world = run.s, run.world
-    shapes = {(t.micro_rows(s, world.size), t.seq_len, t.mtp, t.candidates) for t in stage_table(s)}
+    """Compiles and runs every shape, untimed; several processes do so each alone first: then none waits for one that
+    lacks memory. A rate of 0 changes no weight, moments are cleared."""
+    alone = functools.partial(rehearse, run, model, optimizer, window, World())
+    while not run.fits(alone):
+        optimizer.reset()
+    if run.world.size > 1:
+        rehearse(run, model, optimizer, window, run.world)
+    run.warmed_up()
+
+def rehearse(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor, world: World):
+    """A micro-step of every shape on random tokens and, if all of `world` are in it, a step; an evaluation."""
+    s, together = run.s, world.size == run.world.size
+    shapes = {(t.micro_rows(s, run.world.size), t.seq_len, t.mtp, t.candidates) for t in run.stages}
     window.fill_(s.window_step)
+    if model.ngrams is not None:
+        model.ngrams.world = world
     for rows, seq_len, mtp, model.candidates in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.arange(seq_len, dtype=torch.int32, device=s.device)
         docs = (docs // model.longest[seq_len]).repeat(rows, 1)
-        sum(model(tokens, future_targets(tokens, docs, mtp), docs, window)).backward()
-        optimizer.step(scale=0.0, momentum=s.momentum_start)
+        for optimizer.last_micro_step in (True,) if together else (False, False):  # the second has sums to add to
+            sum(model(tokens, future_targets(tokens, docs, mtp), docs, window)).backward()
+        if together:
+            optimizer.step(scale=0.0, momentum=s.momentum_start)
     model.candidates = 0
     evaluate(model, run.stream, s, world, s.window_step, batches=1)
     optimizer.reset()
     torch._foreach_zero_([model.saturated, model.left_out])
-    run.warmed_up()
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ KERNELS: the fast forms beside their references; the same text in both scripts               ║
@@ -2101,7 +2143,7 @@ class RunSettings:
     fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
     compile: bool = True  # torch.compile of model and optimizer
     compile_unit: str = "auto"  # one graph; per block reductions start early [auto|model|block]
-    micro_tokens: int = 49152  # most tokens of a forward pass [>0]
+    micro_tokens: int = 0  # most tokens of a forward pass; auto, 0: what the memory allows [>=0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
     @property
@@ -2142,7 +2184,8 @@ def dashed(argv: list[str]) -> list[str]:
     return [re.sub(r"^--\w[\w-]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
 
 def whole(text: str) -> int:
-    """A whole number, also as 1e6 or 1_000_000."""
+    """A whole number, also as 1e6 or 1_000_000; 0 for auto."""
+    text = "0" if text == "auto" else text
     number = float(text)
     return int(number) if "e" in text.lower() and number.is_integer() else int(text)
 
@@ -2182,6 +2225,11 @@ class Hardware(NamedTuple):
     fp8: bool = False  # has FP8 matrix products
     capability: tuple[int, int] = (0, 0)  # of NVIDIA's GPU: its generation
 
+    @property
+    def room(self) -> float:
+        """GiB for tensors: the context and the libraries take half a GiB, gaps between blocks 5 %."""
+        return 0.95 * self.memory_gib - 0.5
+
 def machine_memory() -> float:
     """GiB of this machine, 2^20 where the system does not say (Windows)."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -2220,22 +2268,52 @@ def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tupl
     plain = hardware.device == "mps"
     if hardware.device == "cpu":
         plain = bf16 and not s.compile
-    backend = "plain" if plain else "sdpa"
+    fallback = "plain" if plain else "sdpa"
     if flash_fits(s, hardware, bf16):
-        backend = "varlen"
+        fallback = "varlen"
+    flex = nvidia and s.compile and hardware.bf16
+    why = "the fastest here" if flex or not nvidia else "FlexAttention is compiled, for capability 8.0 and later"
     triton = nvidia and bf16 and hardware.bf16 and importlib.util.find_spec("triton")
     fp8 = hardware.fp8 and bf16 and not any(size % 16 for size in (s.width, *s.seq_len))
     fineweb = data_folder("fineweb10B").is_dir()
     return {
         "device": (hardware.device, hardware.name),
         "dtype": ("bf16" if bf16 else "fp32", hardware.why),
-        "backend": ("flex" if nvidia and s.compile else backend, "the fastest here"),
+        "backend": ("flex" if flex else fallback, why),
         "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA, not ROCm, and bf16"),
         "fp8_head": ("on" if fp8 else "off", "it needs FP8 products and multiples of 16"),
         "compile_unit": ("model" if world_size == 1 else "block", f"{world_size} process(es)"),
         "data": ("fineweb10B" if fineweb else "stdlib", "fineweb10B where it is there"),
         "eval_seq_len": (s.seq_len[-1], "that of the last stage"),
     }
+
+def without_auto(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, dict]:
+    """Settings without `auto`, and the choices: name -> value and the reason for it."""
+    auto = run_auto(s, hardware, world_size) | record_auto(s, hardware)
+    auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
+    return replace(s, **{name: value for name, (value, _) in auto.items()}), auto
+
+def vocabulary(data: str) -> int:
+    """Size of a data set's vocabulary; GPT-2's where nothing is there yet."""
+    with contextlib.suppress(OSError, ValueError):
+        return min(read_json(data_folder(data) / "meta.json", DATA_META)["vocab_size"], 2**16)
+    return GPT2_META["vocab_size"]
+
+def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, list[str], list[str]]:
+    """Settings with the largest micro_tokens that the memory allows, where that is open, and a note on it; a sentence
+    with what would fit, where even the smallest do not."""
+    def need(s: Settings, size: int = 0) -> float:
+        s = replace(s, micro_tokens=size or micro_sizes(s, world_size)[-1])
+        with contextlib.suppress(RuntimeError):  # more bytes than a number holds
+            return expected_memory(s, vocabulary(s.data), world_size) / 2**30
+        return math.inf
+
+    sizes = [s.micro_tokens] if s.micro_tokens else micro_sizes(s, world_size)
+    size = next((n for n in sizes if need(s, n) <= hardware.room), sizes[-1])
+    told = f"{need(s, size):,.1f} GiB are expected, {hardware.name} has {hardware.memory_gib:.1f}"
+    if need(s, size) > hardware.memory_gib:
+        return s, [], [f"{told}: use {way_to_fit(s, lambda less: need(less) <= hardware.room)}"]
+    return replace(s, micro_tokens=size), [] if s.micro_tokens else [f"micro_tokens {size}: {told}"], []
 
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     """Command line -> Settings with every `auto` resolved, Hardware, and lines that explain the choices, list[str].
@@ -2251,16 +2329,15 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     preset = full if wanted not in PRESETS and full in PRESETS else wanted
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     problems = (too_large := size_errors(s)) or field_errors(s) + unread_errors(s, given)
-    auto = {} if too_large else run_auto(s, hardware, world_size) | record_auto(s, hardware)
-    auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
-    s = replace(s, **{name: value for name, (value, _) in auto.items()})
+    s, auto = (s, {}) if too_large else without_auto(s, hardware, world_size)
     notes = [f"preset {preset}: {'asked for' if wanted == preset else why}"]
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
     problems += [] if too_large else run_errors(s, given, hardware) + unfit
+    s, more, problems = (s, [], problems) if problems else fitted(s, hardware, world_size)
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
-    return s, hardware, notes
+    return s, hardware, notes + more
 
 def field_errors(s: Settings) -> list[str]:
     """A sentence for each field whose value is outside the bracket of its comment."""
@@ -2964,6 +3041,13 @@ STOPS = [  # signals; Windows has two
     number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     if (number := getattr(signal, name, None))]
 
+def told_by_all(world: World, value) -> list:
+    """The value of each rank. Collective."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
 class Run:
     """What surrounds the training, on every rank. `train` calls the methods from top to bottom."""
     def __init__(self, s: Settings, hardware: Hardware, world: World, notes: list[str]):
@@ -2971,6 +3055,7 @@ class Run:
         self.stages, self.clock, self.corpus = stage_table(s), Clock(s.device), open_corpus(s.data)
         self.vocab_size = self.corpus.meta["vocab_size"]
         self.s = s = self._fit_eval_tokens()
+        self.s = s = replace(s, micro_tokens=min(told_by_all(world, s.micro_tokens)))  # GPUs may differ
         self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
         own = self.corpus.fingerprint() if world.local_rank == 0 else None  # once a machine
         self.fingerprint = on_rank_zero(world, lambda: own)
@@ -3065,6 +3150,7 @@ class Run:
         folder = Path(s.log_dir) / s.experiment_name / run_id
         self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
         self.undo.callback(self.log.close)
+        self.undo.push(self._log_failure)
         resumed_at = self.meta.get("step")
         on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, resumed_at, self.changed)
         self.notes += [f"{name}: {then} before, {now} from here on" for name, (then, now) in self.changed.items()]
@@ -3082,11 +3168,46 @@ class Run:
             count = t.batch_tokens // (t.seq_len * rows * size)
             mflops = flops_per_token(s, self.counts, t) / 1e6
             lines.append(f"{i}: {t}: {count} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
-        memory = expected_memory(s, self.vocab_size, optimizer, self.counts["total"]) / 2**30
+        memory = expected_memory(s, self.vocab_size, size) / 2**30
         training = f"{self.tokens_at(s.iterations):,} training tokens"
         training = f"{s.max_seconds:g} s of training" if s.max_seconds else training
         return [*lines, f"{training}, {self.stream.num_tokens:,} validation tokens, "
                         f"about {memory:.2f} GiB per process"]
+
+    def _log_failure(self, kind, error, trace):
+        """What the compiler said, in full; the console has one sentence."""
+        if compiler_failed(error):
+            self.log.line("".join(traceback.format_exception(error)))
+            self.log.print(f"the whole error: {self.log.folder / 'log.txt'}")
+
+    def fits(self, attempt) -> bool:
+        """Whether `attempt`, in which no process waits for another, goes well on all of them. Where one lacks memory,
+        micro_tokens are halved; raises UserError if they cannot be, or for another process's error. Collective."""
+        failure = None
+        try:
+            attempt()
+            self.clock.wait()
+        except Exception as error:  # noqa: BLE001 - told to all
+            if self.world.size == 1 and not out_of_memory(error):
+                raise
+            self._log_failure(type(error), error, None)
+            failure = out_of_memory(error), explained(error) or repr(error)
+        gc.collect()
+        torch.cuda.empty_cache()
+        failures = list(filter(None, told_by_all(self.world, failure)))
+        if not failures:
+            return True
+        lacking, reason = min(failures)
+        smaller = micro_sizes(self.s, self.world.size)[1:]
+        if not (lacking and smaller):
+            raise UserError(reason)
+        self.s = replace(self.s, micro_tokens=smaller[0])
+        self.config["settings"]["micro_tokens"] = smaller[0]
+        told = f"micro_tokens {smaller[0]} from here on: {reason}"
+        self.log.print(told)
+        self.log.line(told)
+        self.log.metric(event="micro_tokens", step=self.step, micro_tokens=smaller[0])
+        return False
 
     def warmed_up(self):
         """Notes what compiling took."""
@@ -3408,14 +3529,10 @@ def main(argv: list[str] | None = None) -> int:
         if first:
             print("stopped before the first step", file=sys.stderr)
     except Exception as error:
-        memory = out_of_memory(error)
-        if not memory and not isinstance(error, (UserError, OSError, TrainingStopped)):
+        told = explained(error)
+        if not told:
             raise
-        told = str(error)
-        if memory:
-            what = "use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large"
-            told = f"out of memory: {what} ({(told or repr(error)).splitlines()[0]:.200})"
-        if first or memory:
+        if first or out_of_memory(error):
             print(printable(f"error: {told}"), file=sys.stderr)
     finally:  # after an error NCCL might wait here for ranks that are elsewhere
         if dist.is_initialized() and (code == 0 or dist.get_backend() == "gloo"):
@@ -3427,10 +3544,26 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
+def explained(error: BaseException) -> str:
+    """A sentence about an error that a user can repair; nothing for one of ours."""
+    if out_of_memory(error):
+        what = "use a smaller --micro-tokens, and --seq-len, --eval-seq-len if they are as large"
+        return f"out of memory: {what} ({(str(error) or repr(error)).splitlines()[0]:.200})"
+    if compiler_failed(error):
+        said = " ".join(str(getattr(error, "inner_exception", error)).split())
+        return f"torch.compile or Triton failed; --backend sdpa, --kernels none or --no-compile avoid it ({said:.300})"
+    return str(error) if isinstance(error, (UserError, OSError, TrainingStopped)) else ""
+
 def out_of_memory(error: Exception) -> bool:
     """Of the GPU, or of a CPU, where torch raises a plain RuntimeError."""
     kinds = torch.OutOfMemoryError, MemoryError
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+def compiler_failed(error: BaseException) -> bool:
+    """Whether an error comes from torch.compile or Triton."""
+    places = tuple(kind.__module__ for kind in type(error).__mro__)
+    ours = any(place.startswith(("torch._dynamo", "torch._inductor", "triton")) for place in places)
+    return ours or "Triton Error" in str(error)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -273,9 +273,9 @@ def test_resuming_inside_a_cycle_is_exact(after, dtype):
 
 
 def test_the_memory_check_counts_the_table():
-    small, large = (tg.least_memory(tiny_settings(ngram_rows=rows), 1) for rows in (1000, 1_000_000))
+    small, large = (tg.expected_memory(tiny_settings(ngram_rows=rows), 64, 1) for rows in (1000, 1_000_000))
     assert large - small >= 2 * 32 * 999_000
-    assert tg.least_memory(tiny_settings(ngram_rows=1_000_000), 4) < large / 3
+    assert tg.expected_memory(tiny_settings(ngram_rows=1_000_000), 64, 4) < large / 3
 
 
 @pytest.mark.parametrize("argv, told", [

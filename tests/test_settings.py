@@ -342,8 +342,8 @@ def test_flex_wants_rows_of_whole_blocks(argv, monkeypatch):
 
 
 @pytest.mark.parametrize("preset, hardware, world_size", [
-    ("cpu", CPU, 1), ("cpu", CPU, 2), ("cpu", CPU, 4), ("gpu", V100, 1),
-    *[(name, H100, n) for name in ("gpu", "speedrun", "medium") for n in (1, 2, 4, 8) if (name, n) != ("speedrun", 1)],
+    ("cpu", CPU, 1), ("cpu", CPU, 2), ("cpu", CPU, 4), ("t4", V100, 1), ("one", H100, 1),
+    *[(name, H100, n) for name in ("gpu", "speedrun", "medium") for n in (1, 2, 4, 8) if (name, n) != ("medium", 1)],
 ])
 def test_presets_are_coherent(preset, hardware, world_size, monkeypatch):
     s = parse("--preset", preset, hardware=hardware, world_size=world_size, monkeypatch=monkeypatch)
@@ -369,9 +369,9 @@ def test_flags_override_presets_and_nothing_else_changes(preset, monkeypatch):
 
 @pytest.mark.parametrize("hardware, world_size, fineweb, preset, why", [
     (CPU, 1, True, "cpu", "no CUDA device"),
-    (V100, 1, True, "gpu", "1 process(es) on Tesla V100-SXM2-16GB of 16 GiB"),
+    (V100, 1, True, "t4", "1 process(es) on Tesla V100-SXM2-16GB of 16 GiB, without bf16"),
     (H100, 8, True, "speedrun", "8 process(es) on NVIDIA H100 80GB HBM3 of 80 GiB, and fineweb10B is there"),
-    (H100, 8, False, "gpu", "speedrun wants 8 of at least 70 GiB, and data/fineweb10B"),
+    (H100, 8, False, "gpu", "speedrun wants 8 of at least 26 GiB, and data/fineweb10B"),
     (H100, 4, True, "gpu", "4 process(es)"),
 ])
 def test_auto_chooses_by_machine_and_data(hardware, world_size, fineweb, preset, why, monkeypatch, tmp_path):
@@ -422,6 +422,7 @@ def test_there_is_one_note_for_each_automatic_choice(argv, hardware, monkeypatch
     names = [name for name, _, _ in told]
     assert len(set(names)) == len(names) and all(str(getattr(s, name)) == value for name, value, _ in told)
     chosen = {name for name, value in open_ones.items() if value == "auto" and name != "preset"} | {"eval_seq_len"}
+    chosen |= set() if open_ones["micro_tokens"] else {"micro_tokens"}
     assert set(names) == chosen | ({"base_width", "base_head_dim"} if s.mup else set())
 
 
