@@ -41,9 +41,10 @@ TRAINER = ROOT / "train_gpt.py"
 DATA = ROOT / "data" / "shakespeare_char"
 # The recipe of our runs; contexts of at most MAX_CONTEXT and --eval-tokens 0 are rules, not recipe.
 OURS_FLAGS = """
---preset cpu --seq-len 64 --max-doc-len 64 --eval-seq-len 64 --eval-tokens 0 --num-layers 1 --width 128 --head-dim 32
---value-embeds 0 --window 64 --window-start 64 --attn-scale 0.35 --batch-tokens 2048 --iterations 170
---muon-lr 0.08 --eval-every 0 --log-every 50 --no-save-last
+--preset cpu --seq-len 64 --max-doc-len 64 --eval-seq-len 64 --eval-tokens 0 --num-layers 1 --width 64 --head-dim 32
+--mlp-ratio 2 --value-embeds 0 --no-smear --no-attn-gate --ngram-rows 11000 --window 64 --window-start 64
+--attn-scale 0.35 --batch-tokens 2048 --iterations 72 --muon-lr 0.08 --adam-lr 0.03 --eval-every 0 --log-every 50
+--no-save-last
 """.split()
 DOCUMENTED_LOSS = 1.8857  # nats per character that nanoGPT's configuration is documented to end at
 REFERENCE_PARAMS = 804_096  # of that configuration

@@ -43,7 +43,7 @@ def given(*argv: str) -> dict:
 # --- import and help
 
 WATCH = """
-import json, os, signal, sys, threading
+import gc, json, os, signal, sys, threading
 import numpy, torch, torch.distributed
 done = []
 def watch(event, args):
@@ -56,6 +56,7 @@ sys.dont_write_bytecode = True
 import train_gpt
 after = torch.get_num_threads(), torch.get_rng_state().tolist(), signal.getsignal(signal.SIGINT)
 assert before == after
+assert gc.isenabled()
 print(json.dumps([done, threading.active_count(), torch.distributed.is_initialized(), torch.cuda.is_initialized(),
                   "wandb" in sys.modules]))
 """
