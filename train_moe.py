@@ -292,7 +292,7 @@ def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     need = expected_memory(s, GPT2_META["vocab_size"], 8) / 2**30
     if world_size >= 8 and hardware.room >= need and fineweb:
         return "speedrun", f"{gpus}, and {folder.name} is there"
-    return "gpu", f"{gpus}; speedrun wants 8 of at least {need:.0f} GiB, and data/fineweb10B"
+    return "gpu", f"{gpus}; speedrun wants 8 with {need:.0f} GiB free, and data/fineweb10B"
 
 def auto_attention(num_layers: int, paired: bool) -> str:
     """Long windows in the first, last and a third's layer (20), none in layer 7/12 (17), pairs in every third (58)."""

@@ -371,7 +371,7 @@ def test_flags_override_presets_and_nothing_else_changes(preset, monkeypatch):
     (CPU, 1, True, "cpu", "no CUDA device"),
     (V100, 1, True, "t4", "1 process(es) on Tesla V100-SXM2-16GB of 16 GiB, without bf16"),
     (H100, 8, True, "speedrun", "8 process(es) on NVIDIA H100 80GB HBM3 of 80 GiB, and fineweb10B is there"),
-    (H100, 8, False, "gpu", "speedrun wants 8 of at least 26 GiB, and data/fineweb10B"),
+    (H100, 8, False, "gpu", "speedrun wants 8 with 25 GiB free, and data/fineweb10B"),
     (H100, 4, True, "gpu", "4 process(es)"),
 ])
 def test_auto_chooses_by_machine_and_data(hardware, world_size, fineweb, preset, why, monkeypatch, tmp_path):
