@@ -229,7 +229,7 @@ def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     need = expected_memory(s, GPT2_META["vocab_size"], 8) / 2**30
     if world_size >= 8 and hardware.room >= need and fineweb:
         return "speedrun", f"{gpus}, and {folder.name} is there"
-    return "gpu", f"{gpus}; speedrun wants 8 of at least {need:.0f} GiB, and data/fineweb10B"
+    return "gpu", f"{gpus}; speedrun wants 8 with {need:.0f} GiB free, and data/fineweb10B"
 
 def auto_attention(num_layers: int, paired: bool) -> str:
     """Long windows in the first, last and a third's layer (20), none in layer 7/12 (17), pairs in every third (58)."""
@@ -784,13 +784,18 @@ def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: 
 
 MICRO_TOKENS = 49152  # of a forward pass: more bring nothing
 
+def activation_units(s: Settings) -> float:
+    """Activations of a token that are kept, / width: 17 a layer where compiled; narrow queries and keys, 4 of them."""
+    narrow = sum(letter in "SP" for letter in s.attention) * (1 - s.qk_dim / s.head_dim) if s.qk_dim else 0
+    return 17 * s.num_layers - 4 * narrow
+
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
-    """What a forward pass keeps for the backward one, fitted: 17 activations a layer and dimension where compiled;
-    scores and a mask in fp32, where there is no FlexAttention; the pointer's scores."""
+    """What a forward pass keeps for the backward one, fitted: activation_units, scores in fp32 where there is no
+    FlexAttention, the pointer's scores."""
     size = s.torch_dtype.itemsize
     scores = 0 if s.backend in ("flex", "varlen") else 2 * size * s.num_layers * s.num_heads * seq_len
     pointer = 8 * 2 * POINTER_BLOCK * bool(s.pointer)
-    return tokens * ((17 if s.compile else 34) * size * s.num_layers * s.width + scores + pointer)
+    return tokens * (activation_units(s) * (1 if s.compile else 2) * size * s.width + scores + pointer)
 
 def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
     """Bytes of a process at its peak, the start of a backward pass: weights, own masters, moments and gradients, sums

@@ -296,7 +296,7 @@ def choose_preset(hardware: Hardware, world_size: int, data: str) -> tuple:
     need = expected_memory(s, GPT2_META["vocab_size"], 8) / 2**30
     if world_size >= 8 and hardware.room >= need and fineweb:
         return "speedrun", f"{gpus}, and {folder.name} is there"
-    return "gpu", f"{gpus}; speedrun wants 8 of at least {need:.0f} GiB, and data/fineweb10B"
+    return "gpu", f"{gpus}; speedrun wants 8 with {need:.0f} GiB free, and data/fineweb10B"
 
 def auto_attention(num_layers: int, paired: bool) -> str:
     """Long windows in the first, last and a third's layer (20), none in layer 7/12 (17), pairs in every third (58)."""
@@ -579,25 +579,29 @@ loop_weight_gradient.register_fake(
 loop_product.register_autograd(
     _loop_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
-class BlockProduct(torch.autograd.Function):
-    """Each block of rows times its expert's matrix, (G, B, F). Backward copies the matrices again: kept ones would be,
-    in each layer, five times the experts' weights."""
-    @staticmethod
-    def forward(ctx, x_GBD, weight_EDF, owner_GE) -> Tensor:
-        ctx.save_for_backward(x_GBD, weight_EDF, owner_GE)
-        return x_GBD @ block_matrices(weight_EDF, owner_GE)
-
-    @staticmethod
-    def backward(ctx, grad_GBF):
-        x_GBD, weight_EDF, owner_GE = ctx.saved_tensors
-        x_grad = grad_GBF @ block_matrices(weight_EDF, owner_GE).mT
-        grads_GDF = x_GBD.mT @ grad_GBF
-        weight_grad = owner_GE.to(grads_GDF.dtype).T @ grads_GDF.flatten(1)
-        return x_grad, weight_grad.view_as(weight_EDF), None
-
 def block_matrices(weight_EDF, owner_GE) -> Tensor:
     """(G, D, F), by a product, so that its gradient is one: no atomics."""
     return (owner_GE.to(weight_EDF.dtype) @ weight_EDF.flatten(1)).unflatten(1, weight_EDF.shape[1:])
+
+@expert_operator("nanospeedrun_train_moe::blocks", schema="(Tensor x, Tensor weight, Tensor owner) -> Tensor")
+def block_product(x_GBD, weight_EDF, owner_GE):
+    """Each block of rows times its expert's matrix, (G, B, F). An operator, as backward copies the matrices again: what
+    torch.compile keeps of them is, in each layer, five times the experts' weights."""
+    return x_GBD @ block_matrices(weight_EDF, owner_GE)
+
+@expert_operator(
+    "nanospeedrun_train_moe::blocks_backward",
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor owner) -> (Tensor, Tensor)")
+def block_product_backward(grad_GBF, x_GBD, weight_EDF, owner_GE):
+    x_grad = grad_GBF @ block_matrices(weight_EDF, owner_GE).mT
+    grads_GK = (x_GBD.mT @ grad_GBF).flatten(1)
+    return x_grad, (owner_GE.to(grads_GK.dtype).T @ grads_GK).view_as(weight_EDF)
+
+block_product.register_fake(lambda x, weight, owner: x.new_empty(*x.shape[:2], weight.size(2)))
+block_product_backward.register_fake(lambda grad, x, weight, _: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+block_product.register_autograd(
+    lambda ctx, grad: (*block_product_backward(grad, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 def expert_product(x_RD, weight_EDF, g: Grouping, impl: str) -> Tensor:
     """Each sorted row times its expert's matrix, (R, F)."""
@@ -605,7 +609,7 @@ def expert_product(x_RD, weight_EDF, g: Grouping, impl: str) -> Tensor:
         return F.grouped_mm(x_RD, weight_EDF, offs=g.ends_E)
     if impl == "loop":
         return loop_product(x_RD, weight_EDF, g.ends_E)
-    return BlockProduct.apply(x_RD.unflatten(0, (len(g.owner_GE), -1)), weight_EDF, g.owner_GE).flatten(0, 1)
+    return block_product(x_RD.unflatten(0, (len(g.owner_GE), -1)), weight_EDF, g.owner_GE).flatten(0, 1)
 
 def expert_mlp(x_ND, up_EDF, down_EFD, experts_NK, impl: str) -> Tensor:
     """relu(x @ up[e])^2 @ down[e] for each expert e that a token has chosen, (N, K, D)."""
@@ -1200,17 +1204,22 @@ def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: 
 
 MICRO_TOKENS = 49152  # of a forward pass: more bring nothing
 
+def activation_units(s: Settings) -> float:
+    """Activations of a token that are kept, / width: 17 a layer where compiled; narrow queries and keys, 4 of them."""
+    narrow = sum(letter in "SP" for letter in s.attention) * (1 - s.qk_dim / s.head_dim) if s.qk_dim else 0
+    return 17 * s.num_layers - 4 * narrow
+
 # differs from train_gpt.py: sorted rows of the mixtures
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
-    """What a forward pass keeps for the backward one, fitted: 17 activations a layer and dimension where compiled, in a
-    mixture less the MLP's, but inputs, outputs and twice the hidden units of each choice, by `bmm` padded; scores and
-    a mask in fp32, where there is no FlexAttention; the pointer's scores."""
+    """What a forward pass keeps for the backward one, fitted: activation_units; in a mixture for the MLP's
+    inputs, outputs and twice the hidden units of each choice, by `bmm` padded; scores and a mask in fp32, where there
+    is no FlexAttention; the pointer's scores."""
     size = s.torch_dtype.itemsize
     scores = 0 if s.backend in ("flex", "varlen") else 2 * size * s.num_layers * s.num_heads * seq_len
     pointer = 8 * 2 * POINTER_BLOCK * bool(s.pointer)
     choices = s.top_k * (1.4 if s.moe_impl == "bmm" else 1.13)
     hidden = choices * (2 * s.width + 2 * s.hidden) + s.num_shared * s.hidden - s.mlp_ratio * s.width
-    kept = 17 * s.num_layers * s.width + len(s.mixtures) * hidden
+    kept = activation_units(s) * s.width + len(s.mixtures) * hidden
     return tokens * (kept * (1 if s.compile else 2) * size + scores + pointer)
 
 def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:

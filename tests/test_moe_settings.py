@@ -213,9 +213,9 @@ def test_wrong_presets_are_refused(preset, monkeypatch):
     ("auto", CPU, None, "cpu"), ("auto", H100, None, "gpu"), ("mixtral", CPU, "mixtral", "cpu"),
     ("deepseek", H100, "deepseek", "gpu"), ("speed-speedrun", H100, "speed", "speedrun"),
     ("speedrun", H100, None, "speedrun"), ("speed-auto", CPU, "speed", "cpu"), ("cpu", CPU, None, "cpu"),
-    ("mixtral-medium", H100, "mixtral", "medium")])
+    ("mixtral-medium", H100._replace(memory_gib=139.8), "mixtral", "medium")])
 def test_preset_is_a_kind_and_a_size(preset, hardware, kind, size, monkeypatch):
-    s = parse("--preset", preset, hardware=hardware, world_size=8 if size == "speedrun" else 1, monkeypatch=monkeypatch)
+    s = parse("--preset", preset, hardware=hardware, world_size=1 if size in ("cpu", "gpu") else 8, monkeypatch=monkeypatch)
     assert s.preset == (f"{kind}-{size}" if kind else size)
     wanted = train_gpt.PRESETS[size] | MIXTURES.get(kind, {}) | tm.SIZED.get(s.preset, {})
     assert PRESETS[s.preset] == wanted and {name: getattr(s, name) for name in wanted} == wanted
@@ -241,7 +241,7 @@ def flops(script, preset: str) -> list[float]:
 def test_presets_cost_a_token_as_much_as_the_dense_model(kind, size, monkeypatch):
     """Active FLOPs within 1 % of train_gpt.py's preset, at every stage; never exactly equal: there is a router."""
     for script in (train_gpt, tm):
-        hardware = script.Hardware("cuda", "H100", 79.6, True, "")
+        hardware = script.Hardware("cuda", "H200", 139.8, True, "")
         monkeypatch.setattr(script, "detect_hardware", lambda device="auto", hardware=hardware: hardware)
     ratios = [own / dense for own, dense in zip(flops(tm, f"{kind}-{size}"), flops(train_gpt, size), strict=True)]
     assert all(1 < ratio < 1.01 for ratio in ratios)
