@@ -528,7 +528,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag, (_, default, _, _, text) in NUMBERS.items():
         spellings = dict.fromkeys((f"--{flag}", f"--{flag.replace('-', '_')}"))
         parser.add_argument(*spellings, default=default, metavar="X", help=f"{text} (default: {default})")
-    parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda or (untested) mps (default: auto)")
     parser.add_argument("--no-cache", "--no_cache", action="store_true", help="pass over the whole text for each token")
     args, problems = parser.parse_args(argv), []
     for flag, (kind, _, low, high, _) in NUMBERS.items():
@@ -537,8 +537,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             wanted = "an integer" if kind is int else "a number"
             problems.append(f"--{flag} {given!s:.40}: expected {wanted} from {low} to {high}")
-    if args.device not in ("auto", "cpu", "cuda"):
-        problems.append(f"--device {args.device:.40}: expected auto, cpu or cuda")
+    if args.device not in ("auto", "cpu", "cuda", "mps"):
+        problems.append(f"--device {args.device:.40}: expected auto, cpu, cuda or mps")
+    if args.device == "mps" and not torch.backends.mps.is_available():
+        problems.append("--device mps: this machine has no usable Apple GPU, leave the flag out")
     if args.device == "cuda" and not torch.cuda.is_available():
         problems.append("--device cuda: this machine has no usable CUDA device, leave the flag out")
     if problems:

@@ -359,7 +359,7 @@ def auto_mixtures(s: Settings) -> str:
 def auto_experts(s: Settings, hardware: Hardware) -> str:
     """Grouped products where they read their group sizes on the device, Hopper and datacentre Blackwell in bf16; on
     other GPUs padded batches, static, too; on a CPU, which has nothing to wait for, a loop (records/LOG.md)."""
-    if hardware.device == "cpu":
+    if hardware.device != "cuda":
         return "loop"
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
     return "grouped" if bf16 and hardware.capability in ((9, 0), (10, 0)) else "bmm"

@@ -630,7 +630,7 @@ def test_the_window_is_that_of_validation(tmp_path, capsys):
     (["--num_samples", "0"], ["--num-samples 0: expected an integer from 1"]),
     (["--max-tokens", "1000000000000"], ["--max-tokens 1000000000000: expected an integer from 1 to 100000"]),
     (["--seed", "-1"], ["--seed -1: expected"]),
-    (["--device", "tpu"], ["--device tpu: expected auto, cpu or cuda"]),
+    (["--device", "tpu"], ["--device tpu: expected auto, cpu, cuda or mps"]),
     (["--top-k", "-3", "--seed", "x", "--device", "tpu"], ["--top-k -3", "--seed x", "--device tpu"]),
     (["--temprature", "1"], ["--temprature"]),
     (["--prompt"], ["--prompt: expected one argument"]),
