@@ -456,7 +456,7 @@ class Attention(nn.Module):
         else:
             qk = F.linear(x_BTD, self.qk.flatten(0, 1)).unflatten(-1, (2 * self.num_heads, -1))
         cos, sin, follows_BT11 = at
-        q, k = (rotate(norm(x), cos, sin) for x in qk.chunk(2, dim=2))
+        q, k = rotate(norm(qk), cos, sin).chunk(2, dim=2)
         k = self.offset_keys(k, follows_BT11)
         out_gate = value_gate = None
         if gates is not None:
@@ -472,7 +472,8 @@ class Attention(nn.Module):
         if not self.offset:
             return k_BTHK
         quarter = torch.arange(k_BTHK.size(-1), device=k_BTHK.device) // (k_BTHK.size(-1) // 4)
-        return torch.where(follows_BT11 & (quarter % 2 == 1), F.pad(k_BTHK, (0, 0, 0, 0, 1, -1)), k_BTHK)
+        shifted = F.pad(k_BTHK, (0, 0, 0, 0, 1, -1))
+        return torch.where(follows_BT11 & (quarter % 2 == 1), shifted, k_BTHK)
 
 class MLP(nn.Module):
     """ReLU^2 feed-forward; both matrices are (hidden, model), so that they can be batched (27)."""
@@ -1500,26 +1501,24 @@ def multiprocessors(device: str) -> int:
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
 
 def block_mask(docs_BT, window: Tensor, copies: int = 1):
-    """The rule as a FlexAttention BlockMask, in closed form and nearest blocks first. Documents only rise along a row,
-    so a block shares one with its neighbours up to some distance, and up to a smaller one both consist of one and the
-    same, as their first and last tokens tell: there, within the window, no pair is hidden and no mask needed."""
+    """The rule as a FlexAttention BlockMask, nearest blocks first. Documents only rise along a row: first and last tokens
+    tell how far blocks share one, before queries and after keys, and how near they consist of one (full: no mask)."""
     from torch.nn.attention.flex_attention import BlockMask
     span = FLEX_BLOCK // copies  # tokens of a block
     docs = docs_BT.unflatten(1, (-1, span))
-    ends = torch.stack((docs[..., 0], docs[..., -1]))  # first, last: (2, B, n)
-    swapped, block = ends.flip(0), torch.arange(docs.size(1), device=docs.device)
-    before = (block < block[:, None]) & (swapped[..., None, :] >= ends[..., None])
-    after = (block > block[:, None]) & (ends[..., None, :] <= swapped[..., None])
-    # how many neighbours share a document, and consist of it: of queries (before), of keys (after)
-    far, near = torch.stack((before.sum(-1), after.sum(-1)), dim=1)
+    ends = torch.stack((docs[..., 0], docs[..., -1]))  # (2, B, n)
+    other, block = ends.flip(0), torch.arange(docs.size(1), device=docs.device)
+    before = (block < block[:, None]) & (other[..., None, :] >= ends[..., None])
+    after = (block > block[:, None]) & (ends[..., None, :] <= other[..., None])
+    far, near = torch.stack((before.sum(-1), after.sum(-1)), dim=1)  # of queries, keys: (2, B, n)
     far = torch.minimum(far, (window + span - 2) // span)
     near = torch.minimum(near, window // span - 1).clamp_min(0)
-    full = torch.arange(2, device=docs.device).view(2, 1, 1, 1) > 0
-    counts = torch.where(full, near, 1 + far - near).to(torch.int32)  # (2, 2, B, n): partial, full; of queries, keys
-    away = torch.where(block > 0, block + near[..., None], 0)  # the block itself, then those behind the full ones
-    away = torch.where(full[..., None], block + 1, away)
-    lists = block[:, None] + torch.where(full, away, -away)  # of keys, of queries
-    lists = lists.clamp(0, len(block) - 1).to(torch.int32)
+    second = torch.arange(2, device=docs.device).view(2, 1, 1, 1) > 0
+    counts = torch.where(second, near, 1 + far - near).int()  # partial, full
+    away = torch.where(block > 0, block + near[..., None], 0)  # itself, behind full ones
+    away = torch.where(second[..., None], block + 1, away)
+    lists = block[:, None] + torch.where(second, away, -away)
+    lists = lists.clamp(0, len(block) - 1).int()
 
     def mask_mod(b, h, query, key):
         query, key = query // copies, key // copies
@@ -1618,20 +1617,14 @@ def fused_gram(x_KMN, add_KMM, alpha: float, beta: float, diagonal: float):
         TILE=128, DEPTH=64, num_warps=8, num_stages=3)
     return out
 
-def gram(x_KMN, add_KMM, alpha: float, beta: float, kernel: bool) -> Tensor:
-    """alpha * x @ x.mT + beta * add, (K, M, M), `add` symmetric."""
-    if kernel:
-        return fused_gram(x_KMN, add_KMM, alpha, beta, 0.0)
-    if add_KMM is None:
-        return x_KMN @ x_KMN.mT if alpha == 1 else alpha * (x_KMN @ x_KMN.mT)
-    return torch.baddbmm(add_KMM, x_KMN, x_KMN.mT, beta=beta, alpha=alpha)
-
 def quintic(x_KMN, a: float, b: float, c: float, kernel: bool) -> Tensor:
     """a * x + b * s @ x + c * s @ s @ x with s = x @ x.mT. The kernel adds a * I: baddbmm would copy x."""
-    square = gram(x_KMN, None, 1.0, 0.0, kernel)
     if kernel:
+        square = fused_gram(x_KMN, None, 1.0, 0.0, 0.0)
         return fused_gram(square, square, c, b, a) @ x_KMN
-    return torch.baddbmm(x_KMN, gram(square, square, c, b, False), x_KMN, beta=a)
+    square = x_KMN @ x_KMN.mT
+    more = torch.baddbmm(square, square, square.mT, beta=b, alpha=c)
+    return torch.baddbmm(x_KMN, more, x_KMN, beta=a)
 
 # --- the MLP, fused (records 59, 87), or with its up-projection in FP8 (84)
 
@@ -1902,7 +1895,7 @@ def fused_head_backward(grad_KN, xq, wq, targets_KN, bias_V, logits_NV, lse_N, c
 
 def _head_backward(ctx, grad_KN, *_):
     xq, wq, *rest = ctx.saved_tensors
-    if xq.dtype.itemsize == 1:  # outside the operator: torch.compile's copy of single bytes is the faster one
+    if xq.dtype.itemsize == 1:  # here, where torch.compile sees it
         xq, wq = xq.T.contiguous(), wq.T.contiguous()
     gradients = fused_head_backward(grad_KN, xq, wq, *rest, ctx.cap, ctx.kernel, ctx.dtype)
     return (*gradients, *[None] * 6)
@@ -1921,7 +1914,7 @@ def _head_fake(x, weight, xq, wq, targets, bias, cap, kernel):
 fused_head.register_autograd(_head_backward, setup_context=_head_context)
 fused_head.register_fake(_head_fake)
 fused_head_backward.register_fake(lambda grad, xq, wq, targets, bias, logits, *rest: tuple(
-    t.new_empty(size, t.numel() // size, dtype=rest[-1]) for t, size in zip((xq, wq), logits.shape, strict=True)))
+    t.new_empty(n, t.numel() // n, dtype=rest[-1]) for t, n in zip((xq, wq), logits.shape, strict=True)))
 fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(len(x), len(up))))
 fused_mlp_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
 quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))

@@ -302,7 +302,7 @@ def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
         "base_head_dim": (head_dim if s.mup else 0, "the head_dim"),
         "moe_layers": (
             auto_mixtures(s), f"{s.top_k} of {s.num_experts} experts, of hidden size {s.hidden}"),
-        "moe_impl": (auto_experts(s, hardware), f"the fastest here{NO_GROUPED if hardware.capability == (10, 0) else ''}"),
+        "moe_impl": (auto_experts(s, hardware), "the fastest here" + NO_GROUPED * (hardware.capability == (10, 0))),
     }
 
 # differs from train_gpt.py: the mixture
@@ -357,7 +357,7 @@ def auto_mixtures(s: Settings) -> str:
     last = s.num_layers - s.dense_last
     return "".join("M" if s.dense_first <= i < last else "D" for i in range(s.num_layers))
 
-NO_GROUPED = "; compute capability 10.0: grouped has wrong gradients of experts without tokens"
+NO_GROUPED = "; grouped has wrong gradients of idle experts on compute capability 10.0"
 
 def auto_experts(s: Settings, hardware: Hardware) -> str:
     """Grouped products where they read their group sizes on the device and are right, on Hopper in bf16; on other GPUs
@@ -391,7 +391,8 @@ def mixture_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
          f"--fp8_mlp: {s.num_shared} shared experts of size {s.hidden} are no multiple of 16"),
         (s.moe_impl == "grouped" and s.dtype == "fp32" and s.compile,
          "--moe_impl grouped: torch compiles it in bf16 only: use bmm, loop or --no-compile"),
-        (s.moe_impl == "grouped" and hardware.capability == (10, 0), f"--moe_impl grouped{NO_GROUPED}: use bmm"),
+        (s.moe_impl == "grouped" and hardware.capability == (10, 0),
+         f"--moe_impl grouped{NO_GROUPED}: use bmm"),
     ]
     return [text for wrong, text in problems if wrong]
 
@@ -630,14 +631,15 @@ class Routing(NamedTuple):
     sums_S: Tensor | None  # see named_sums; None without gradients
 
 class RouterProduct(torch.autograd.Function):
-    """x @ weight.T, (N, R) fp32, of bf16 x, by tensor cores and without an fp32 copy of x. The weight is the sum of two
-    bf16 matrices, which have 16 of its 24 bits; gradients are rounded to bf16, as those of all matrices."""
+    """x @ weight.T, (N, R) fp32, of bf16 x, by tensor cores and without an fp32 copy of x. The weight is a sum of two
+    bf16 matrices, which have 16 of its 24 bits; the gradient of the product is rounded to bf16, as any other."""
     @staticmethod
     def forward(ctx, x_ND, weight_RD) -> Tensor:
         high = weight_RD.type_as(x_ND)
         both = torch.cat((high, (weight_RD - high).type_as(x_ND)))
         ctx.save_for_backward(x_ND, high)
-        return torch.mm(x_ND, both.T, out_dtype=torch.float32).unflatten(1, (2, -1)).sum(1)
+        products = torch.mm(x_ND, both.T, out_dtype=torch.float32)
+        return products.unflatten(1, (2, -1)).sum(1)
 
     @staticmethod
     def backward(ctx, grad_NR):
@@ -659,8 +661,10 @@ class Router(NamedTuple):
         bias: sigmoid_bias's, for the choice alone; noise: standard normal, None in evaluation."""
         training, sigmoid = torch.is_grad_enabled(), self.kind == "sigmoid_bias"
         x_ND = x_BTD.flatten(0, 1)
-        fast = x_ND.is_cuda and x_ND.dtype == torch.bfloat16
-        products = RouterProduct.apply(x_ND, weight_RD) if fast else F.linear(x_ND.float(), weight_RD)
+        if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
+            products = RouterProduct.apply(x_ND, weight_RD)
+        else:
+            products = F.linear(x_ND.float(), weight_RD)
         logits, *noise_logits = products.split(self.num_experts, dim=1)
         keys, noise_std = logits, None
         if noise_BTE is not None:
@@ -841,7 +845,7 @@ class Attention(nn.Module):
         else:
             qk = F.linear(x_BTD, self.qk.flatten(0, 1)).unflatten(-1, (2 * self.num_heads, -1))
         cos, sin, follows_BT11 = at
-        q, k = (rotate(norm(x), cos, sin) for x in qk.chunk(2, dim=2))
+        q, k = rotate(norm(qk), cos, sin).chunk(2, dim=2)
         k = self.offset_keys(k, follows_BT11)
         out_gate = value_gate = None
         if gates is not None:
@@ -857,7 +861,8 @@ class Attention(nn.Module):
         if not self.offset:
             return k_BTHK
         quarter = torch.arange(k_BTHK.size(-1), device=k_BTHK.device) // (k_BTHK.size(-1) // 4)
-        return torch.where(follows_BT11 & (quarter % 2 == 1), F.pad(k_BTHK, (0, 0, 0, 0, 1, -1)), k_BTHK)
+        shifted = F.pad(k_BTHK, (0, 0, 0, 0, 1, -1))
+        return torch.where(follows_BT11 & (quarter % 2 == 1), shifted, k_BTHK)
 
 class MLP(nn.Module):
     """ReLU^2 feed-forward; both matrices are (hidden, model), so that they can be batched (27)."""
@@ -2170,26 +2175,24 @@ def multiprocessors(device: str) -> int:
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
 
 def block_mask(docs_BT, window: Tensor, copies: int = 1):
-    """The rule as a FlexAttention BlockMask, in closed form and nearest blocks first. Documents only rise along a row,
-    so a block shares one with its neighbours up to some distance, and up to a smaller one both consist of one and the
-    same, as their first and last tokens tell: there, within the window, no pair is hidden and no mask needed."""
+    """The rule as a FlexAttention BlockMask, nearest blocks first. Documents only rise along a row: first and last tokens
+    tell how far blocks share one, before queries and after keys, and how near they consist of one (full: no mask)."""
     from torch.nn.attention.flex_attention import BlockMask
     span = FLEX_BLOCK // copies  # tokens of a block
     docs = docs_BT.unflatten(1, (-1, span))
-    ends = torch.stack((docs[..., 0], docs[..., -1]))  # first, last: (2, B, n)
-    swapped, block = ends.flip(0), torch.arange(docs.size(1), device=docs.device)
-    before = (block < block[:, None]) & (swapped[..., None, :] >= ends[..., None])
-    after = (block > block[:, None]) & (ends[..., None, :] <= swapped[..., None])
-    # how many neighbours share a document, and consist of it: of queries (before), of keys (after)
-    far, near = torch.stack((before.sum(-1), after.sum(-1)), dim=1)
+    ends = torch.stack((docs[..., 0], docs[..., -1]))  # (2, B, n)
+    other, block = ends.flip(0), torch.arange(docs.size(1), device=docs.device)
+    before = (block < block[:, None]) & (other[..., None, :] >= ends[..., None])
+    after = (block > block[:, None]) & (ends[..., None, :] <= other[..., None])
+    far, near = torch.stack((before.sum(-1), after.sum(-1)), dim=1)  # of queries, keys: (2, B, n)
     far = torch.minimum(far, (window + span - 2) // span)
     near = torch.minimum(near, window // span - 1).clamp_min(0)
-    full = torch.arange(2, device=docs.device).view(2, 1, 1, 1) > 0
-    counts = torch.where(full, near, 1 + far - near).to(torch.int32)  # (2, 2, B, n): partial, full; of queries, keys
-    away = torch.where(block > 0, block + near[..., None], 0)  # the block itself, then those behind the full ones
-    away = torch.where(full[..., None], block + 1, away)
-    lists = block[:, None] + torch.where(full, away, -away)  # of keys, of queries
-    lists = lists.clamp(0, len(block) - 1).to(torch.int32)
+    second = torch.arange(2, device=docs.device).view(2, 1, 1, 1) > 0
+    counts = torch.where(second, near, 1 + far - near).int()  # partial, full
+    away = torch.where(block > 0, block + near[..., None], 0)  # itself, behind full ones
+    away = torch.where(second[..., None], block + 1, away)
+    lists = block[:, None] + torch.where(second, away, -away)
+    lists = lists.clamp(0, len(block) - 1).int()
 
     def mask_mod(b, h, query, key):
         query, key = query // copies, key // copies
@@ -2288,20 +2291,14 @@ def fused_gram(x_KMN, add_KMM, alpha: float, beta: float, diagonal: float):
         TILE=128, DEPTH=64, num_warps=8, num_stages=3)
     return out
 
-def gram(x_KMN, add_KMM, alpha: float, beta: float, kernel: bool) -> Tensor:
-    """alpha * x @ x.mT + beta * add, (K, M, M), `add` symmetric."""
-    if kernel:
-        return fused_gram(x_KMN, add_KMM, alpha, beta, 0.0)
-    if add_KMM is None:
-        return x_KMN @ x_KMN.mT if alpha == 1 else alpha * (x_KMN @ x_KMN.mT)
-    return torch.baddbmm(add_KMM, x_KMN, x_KMN.mT, beta=beta, alpha=alpha)
-
 def quintic(x_KMN, a: float, b: float, c: float, kernel: bool) -> Tensor:
     """a * x + b * s @ x + c * s @ s @ x with s = x @ x.mT. The kernel adds a * I: baddbmm would copy x."""
-    square = gram(x_KMN, None, 1.0, 0.0, kernel)
     if kernel:
+        square = fused_gram(x_KMN, None, 1.0, 0.0, 0.0)
         return fused_gram(square, square, c, b, a) @ x_KMN
-    return torch.baddbmm(x_KMN, gram(square, square, c, b, False), x_KMN, beta=a)
+    square = x_KMN @ x_KMN.mT
+    more = torch.baddbmm(square, square, square.mT, beta=b, alpha=c)
+    return torch.baddbmm(x_KMN, more, x_KMN, beta=a)
 
 # --- the MLP, fused (records 59, 87), or with its up-projection in FP8 (84)
 
@@ -2572,7 +2569,7 @@ def fused_head_backward(grad_KN, xq, wq, targets_KN, bias_V, logits_NV, lse_N, c
 
 def _head_backward(ctx, grad_KN, *_):
     xq, wq, *rest = ctx.saved_tensors
-    if xq.dtype.itemsize == 1:  # outside the operator: torch.compile's copy of single bytes is the faster one
+    if xq.dtype.itemsize == 1:  # here, where torch.compile sees it
         xq, wq = xq.T.contiguous(), wq.T.contiguous()
     gradients = fused_head_backward(grad_KN, xq, wq, *rest, ctx.cap, ctx.kernel, ctx.dtype)
     return (*gradients, *[None] * 6)
@@ -2591,7 +2588,7 @@ def _head_fake(x, weight, xq, wq, targets, bias, cap, kernel):
 fused_head.register_autograd(_head_backward, setup_context=_head_context)
 fused_head.register_fake(_head_fake)
 fused_head_backward.register_fake(lambda grad, xq, wq, targets, bias, logits, *rest: tuple(
-    t.new_empty(size, t.numel() // size, dtype=rest[-1]) for t, size in zip((xq, wq), logits.shape, strict=True)))
+    t.new_empty(n, t.numel() // n, dtype=rest[-1]) for t, n in zip((xq, wq), logits.shape, strict=True)))
 fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(len(x), len(up))))
 fused_mlp_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
 quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))

@@ -158,18 +158,19 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_gram_equals_the_plain_product_and_is_exactly_symmetric(where, shape):
     x = where.random(*shape).detach()
     for given in (x, x.mT, where.random(shape[0], shape[2], 2 * shape[1]).detach()[:, :, ::2].mT):  # strides of x, too
-        found = train_gpt.gram(given, None, 1.0, 0.0, kernel=True)
-        assert_near(found, train_gpt.gram(given, None, 1.0, 0.0, kernel=False), where.tolerance)
+        found = train_gpt.fused_gram(given, None, 1.0, 0.0, 0.0)
+        assert_near(found, given @ given.mT, where.tolerance)
         assert torch.equal(found, found.mT) and found.dtype == where.dtype
 
 
-@pytest.mark.parametrize("alpha, beta", [(1.0, 1.0), (0.5, -2.0), (-2.8, 0.0)])
-def test_gram_adds_a_share_of_a_matrix(where, alpha, beta):
+@pytest.mark.parametrize("alpha, beta, diagonal", [(1.0, 1.0, 0.0), (0.5, -2.0, 7.0), (-2.8, 0.0, -7.0)])
+def test_gram_adds_a_share_of_a_matrix_and_of_the_identity(where, alpha, beta, diagonal):
     x = where.random(2, 150, 40).detach()
     add = where.random(2, 150, 150).detach()
     add = add + add.mT
-    found = train_gpt.gram(x, add, alpha, beta, kernel=True)
-    assert_near(found, train_gpt.gram(x, add, alpha, beta, kernel=False), where.tolerance)
+    found = train_gpt.fused_gram(x, add, alpha, beta, diagonal)
+    expected = alpha * x.double() @ x.double().mT + beta * add.double() + diagonal * torch.eye(150, device=x.device)
+    assert_near(found, expected.float(), where.tolerance)
     assert torch.equal(found, found.mT)
 
 
@@ -181,8 +182,6 @@ def test_quintic_with_the_kernel_is_the_written_out_polynomial(where, monkeypatc
     assert_near(train_gpt.quintic(x, 2.5, -1.5, 0.5, kernel=False), expected.float(), where.tolerance)
     monkeypatch.setattr(torch, "baddbmm", None)
     assert_near(train_gpt.quintic(x, 2.5, -1.5, 0.5, kernel=True), expected.float(), where.tolerance)
-    square = train_gpt.fused_gram(x, None, 1.0, 0.0, 7.0)
-    assert_near(square, (s + 7 * torch.eye(150, device=x.device)).float(), where.tolerance)
 
 
 @pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
@@ -487,12 +486,12 @@ def test_kernels_run_exactly_where_they_are_asked_for(device, monkeypatch):
     square, head = where.random(1, 16, 16), random_head(where, rows=16)
     leaves = where.random(16, 16), where.random(32, 16), where.random(32, 16)
     for kernel in (True, False):
-        train_gpt.gram(square.detach(), None, 1.0, 0.0, kernel)
+        train_gpt.quintic(square.detach(), 2.0, -1.5, 0.5, kernel)
         mlp_results(*leaves, torch.ones_like(leaves[0]), kernel)
         for fp8 in (False, True):
             head.results(NO_CAP, kernel, fp8)
         mlp, loss = ["product_relu2_kernel"] * 2, ["loss_kernel", "loss_gradient_kernel"] * 2
-        assert asked == (["gram_kernel", *mlp, *loss] if kernel else [])
+        assert asked == (["gram_kernel", "gram_kernel", *mlp, *loss] if kernel else [])
         asked.clear()
 
 
@@ -507,7 +506,8 @@ def operator_samples(where: Where) -> list[tuple]:
     wide, one = where.random(2, 40, 24).detach(), torch.ones((), device=where.device)
     samples = [
         (train_gpt.fused_mlp, (x, up, down)), (train_gpt.fused_mlp_backward, (grad, *plain, down.detach(), post)),
-        (train_gpt.quantized_linear, (x, up, *quantized, one, one)), (train_gpt.fused_gram, (wide, None, 1.0, 0.0, 0.0)),
+        (train_gpt.quantized_linear, (x, up, *quantized, one, one)),
+        (train_gpt.fused_gram, (wide, None, 1.0, 0.0, 0.0)),
         (train_gpt.fused_gram, (wide.mT, where.random(2, 24, 24).detach(), 0.5, -1.0, 2.0)),
         (train_gpt.table_gradient, (where.random(2, 32, 16).detach(), torch.arange(64).view(2, 32) % 7, 9)),
     ]

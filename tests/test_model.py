@@ -70,8 +70,8 @@ def documents(kind: str, rows: int, length: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("kind", ["random", "one", "each", "blocks", "odd", "end", "last"])
-@pytest.mark.parametrize("length, window", [(128, 1), (128, 128), (256, 64), (256, 127), (256, 128), (640, 129), (640, 256),
-                                            (640, 300), (1024, 5000), (1024, 1)])
+@pytest.mark.parametrize("length, window", [(128, 1), (128, 128), (256, 64), (256, 127), (256, 128), (640, 129),
+                                            (640, 256), (640, 300), (1024, 5000), (1024, 1)])
 def test_block_mask_is_that_of_torch_and_nearest_first(kind, length, window, copies):
     docs = documents(kind, 3, length)
     mask = train_gpt.block_mask(docs, int_tensor(window), copies)
