@@ -100,6 +100,21 @@ def test_masks_of_paired_heads_repeat_each_token():
     assert torch.equal(mask.mask_mod(1, 0, q, k), once[1, 0].repeat_interleave(2, 0).repeat_interleave(2, 1))
 
 
+def test_masks_are_one_graph_for_training_and_evaluation(monkeypatch):
+    """Grad mode is a guard of every graph."""
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(train_gpt, "compiled", lambda f, s: torch.compile(f, backend=backend, dynamic=False,
+                                                                          fullgraph=True))
+    model = random_model(num_layers=3, attention="LPS", window_step=128, backend="flex", seq_len=(256,))
+    train_gpt.compile_model(model, settings(compile_unit="block"))
+    docs = random_docs(2, 256)
+    for training in (True, False, True):
+        with torch.set_grad_enabled(training):
+            assert model.masks(docs, int_tensor(128)).keys() == set("LPS")
+    assert len(graphs) == 1
+
+
 def flex_gradients(docs, window, allow_cpu_backward, compile_it=False):
     """Output of both backends on the same input, and gradients where the backend has them."""
     generator = torch.Generator().manual_seed(2)
