@@ -317,7 +317,7 @@ def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
         "base_head_dim": (head_dim if s.mup else 0, "the head_dim"),
         "moe_layers": (
             auto_mixtures(s), f"{s.top_k} of {s.num_experts} experts, of hidden size {s.hidden}"),
-        "moe_impl": (auto_experts(s, hardware), "the fastest here"),
+        "moe_impl": (auto_experts(s, hardware), "the fastest here" + NO_GROUPED * (hardware.capability == (10, 0))),
     }
 
 # differs from train_gpt.py: the mixture
@@ -347,7 +347,7 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
     if s.warmup_steps >= s.iterations:
         bad.append(f"--warmup_steps {s.warmup_steps} must be less than --iterations {s.iterations}")
-    return bad + stage_errors(s, world_size) + mixture_errors(s, given)
+    return bad + stage_errors(s, world_size) + mixture_errors(s, given, hardware)
 
 def auto_mixtures(s: Settings) -> str:
     """Mixtures in all layers but the first and last ones that stay dense."""
@@ -356,15 +356,17 @@ def auto_mixtures(s: Settings) -> str:
     last = s.num_layers - s.dense_last
     return "".join("M" if s.dense_first <= i < last else "D" for i in range(s.num_layers))
 
+NO_GROUPED = "; grouped has wrong gradients of idle experts on compute capability 10.0"
+
 def auto_experts(s: Settings, hardware: Hardware) -> str:
-    """Grouped products where they read their group sizes on the device, Hopper and datacentre Blackwell in bf16; on
-    other GPUs padded batches, static, too; on a CPU, which has nothing to wait for, a loop (records/LOG.md)."""
+    """Grouped products where they read their group sizes on the device and are right, on Hopper in bf16; on other GPUs
+    padded batches, static, too; on a CPU, which has nothing to wait for, a loop (records/LOG.md)."""
     if hardware.device != "cuda":
         return "loop"
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
-    return "grouped" if bf16 and hardware.capability in ((9, 0), (10, 0)) else "bmm"
+    return "grouped" if bf16 and hardware.capability == (9, 0) else "bmm"
 
-def mixture_errors(s: Settings, given: dict) -> list[str]:
+def mixture_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     """A sentence for each setting of the mixture that does not fit another one, or the machine."""
     if not s.num_experts:
         return []
@@ -388,6 +390,8 @@ def mixture_errors(s: Settings, given: dict) -> list[str]:
          f"--fp8_mlp: {s.num_shared} shared experts of size {s.hidden} are no multiple of 16"),
         (s.moe_impl == "grouped" and s.dtype == "fp32" and s.compile,
          "--moe_impl grouped: torch compiles it in bf16 only: use bmm, loop or --no-compile"),
+        (s.moe_impl == "grouped" and hardware.capability == (10, 0),
+         f"--moe_impl grouped{NO_GROUPED}: use bmm"),
     ]
     return [text for wrong, text in problems if wrong]
 
@@ -654,6 +658,23 @@ class Routing(NamedTuple):
     gates_NK: Tensor  # fp32
     sums_S: Tensor | None  # see named_sums; None without gradients
 
+class RouterProduct(torch.autograd.Function):
+    """x @ weight.T, (N, R) fp32, of bf16 x, by tensor cores and without an fp32 copy of x. The weight is a sum of two
+    bf16 matrices, which have 16 of its 24 bits; the gradient of the product is rounded to bf16, as any other."""
+    @staticmethod
+    def forward(ctx, x_ND, weight_RD) -> Tensor:
+        high = weight_RD.type_as(x_ND)
+        both = torch.cat((high, (weight_RD - high).type_as(x_ND)))
+        ctx.save_for_backward(x_ND, high)
+        products = torch.mm(x_ND, both.T, out_dtype=torch.float32)
+        return products.unflatten(1, (2, -1)).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad_NR):
+        x, weight = ctx.saved_tensors
+        grad = grad_NR.type_as(x)
+        return grad @ weight, torch.mm(grad.T, x, out_dtype=torch.float32)
+
 class Router(NamedTuple):
     """How tokens choose: everything that is not learned."""
     kind: str
@@ -667,7 +688,11 @@ class Router(NamedTuple):
         """Routing of normed tokens. weight: (E, D) fp32, noisy_topk (2E, D), the second half for the noise's size;
         bias: sigmoid_bias's, for the choice alone; noise: standard normal, None in evaluation."""
         training, sigmoid = torch.is_grad_enabled(), self.kind == "sigmoid_bias"
-        products = F.linear(x_BTD.float().flatten(0, 1), weight_RD)
+        x_ND = x_BTD.flatten(0, 1)
+        if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
+            products = RouterProduct.apply(x_ND, weight_RD)
+        else:
+            products = F.linear(x_ND.float(), weight_RD)
         logits, *noise_logits = products.split(self.num_experts, dim=1)
         keys, noise_std = logits, None
         if noise_BTE is not None:
@@ -863,8 +888,8 @@ class Attention(nn.Module):
         """The unrotated half of a key is the previous token's, if of the same document: one layer can induce (49)."""
         if not self.offset:
             return k_BTHK
-        shifted = torch.cat((k_BTHK[:, :1], k_BTHK[:, :-1]), dim=1)
         quarter = torch.arange(k_BTHK.size(-1), device=k_BTHK.device) // (k_BTHK.size(-1) // 4)
+        shifted = F.pad(k_BTHK, (0, 0, 0, 0, 1, -1))
         return torch.where(follows_BT11 & (quarter % 2 == 1), shifted, k_BTHK)
 
 class MLP(nn.Module):
@@ -962,7 +987,7 @@ class GPT(nn.Module):
         """Residual stream after the last layer, (B, T, D). The routers' sums are appended to `sums`."""
         follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
         x = x0 = self.embedding(inputs_BT, follows)
-        values = [table(inputs_BT) for table in self.value_embeds]
+        values = [look_up(table.weight, inputs_BT) for table in self.value_embeds]
         masks = self.masks(docs_BT, window)
         length = inputs_BT.size(1)
         at = self.cos[:length], self.sin[:length], follows[..., None]
@@ -1005,7 +1030,7 @@ class GPT(nn.Module):
 
     def embedding(self, inputs_BT, follows_BT1) -> Tensor:
         """Normed token embeddings; each takes up some of the previous one of its document, gated (34)."""
-        x = self.embed(inputs_BT)
+        x = look_up(self.embed.weight, inputs_BT)
         if self.smear is not None:
             gate, weight = self.smear.split((GATE_DIM, 1))
             previous = torch.cat((x[:, :1], x[:, :-1]), dim=1) * follows_BT1
@@ -1028,7 +1053,7 @@ class GPT(nn.Module):
             classes, place, bias_V = candidate_set(targets, turn, self.candidates, self.vocab_size, copies is not None)
             among = place[targets.clamp_min(0)].where(targets != IGNORE, IGNORE)
             self.left_out += ((among == IGNORE) & (targets != IGNORE)).sum()
-            weight_VD = F.embedding(classes, self.lm_head)
+            weight_VD = look_up(self.lm_head, classes)
             losses.append(self.class_losses(x_BTD[part], among, weight_VD, place[-1], some, bias_V))
         return sum(losses)
 
@@ -1360,8 +1385,7 @@ def orthogonalize(matrices, method: str, dtype, kernel=False) -> Tensor:
     slack, steps = (1.02, POLAR_EXPRESS) if method == "polar_express" else (1.0, NEWTON_SCHULZ)
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) * slack + 1e-7)).to(dtype)
     for a, b, c in steps:
-        square = gram(x, None, 1.0, 0.0, kernel)
-        x = torch.baddbmm(x, gram(square, square, c, b, kernel), x, beta=a)
+        x = quintic(x, a, b, c, kernel)
     return x.mT if tall else x
 
 def normalize_variance(update, variance, new_share) -> Tensor:
@@ -1888,7 +1912,8 @@ def compile_model(model: GPT, s: Settings):
     if s.compile_unit == "model":
         model.calculate = compiled(model.calculate, s)
         return
-    parts = [(model, "embedding"), (model, "masks"), (model, "losses")]
+    model.masks = torch.no_grad()(compiled(model.masks, s))  # one graph, for evaluation, too
+    parts = [(model, "embedding"), (model, "losses")]
     parts += [(part, "forward") for part in [*model.blocks, model.pointer] if part is not None]
     for module, name in parts:
         setattr(module, name, compiled(getattr(module, name), s))
@@ -2237,33 +2262,32 @@ def multiprocessors(device: str) -> int:
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
 
 def block_mask(docs_BT, window: Tensor, copies: int = 1):
-    """The rule as a FlexAttention BlockMask, nearest blocks first, without looking at T x T pairs: documents only
-    rise along a row, so the first and last one of a block tell whether two blocks share a document (a pair of
-    tokens may), or consist of one and the same (every pair does: no mask is needed inside)."""
+    """The rule as a FlexAttention BlockMask, nearest blocks first. Documents only rise along a row: first and last tokens
+    tell how far blocks share one, before queries and after keys, and how near they consist of one (full: no mask)."""
     from torch.nn.attention.flex_attention import BlockMask
     span = FLEX_BLOCK // copies  # tokens of a block
     docs = docs_BT.unflatten(1, (-1, span))
-    first, last = docs[..., 0], docs[..., -1]
-    block = torch.arange(first.size(1), device=docs_BT.device)
-    ahead = (block[:, None] - block) * span  # distance of two blocks' first tokens
-    meets = last[:, None, :] >= first[:, :, None]
-    some = (ahead >= 0) & (ahead - (span - 1) < window) & meets
-    same = first[:, None, :] == last[:, :, None]
-    full = (ahead > 0) & (ahead + (span - 1) < window) & same
-
-    def listed(flags: Tensor) -> tuple:  # counts (B, 1, n), indices (B, 1, n, n)
-        order = flags.flip(-1).int().argsort(dim=-1, descending=True, stable=True)
-        nearest_first = (flags.size(-1) - 1 - order).to(torch.int32)
-        return flags.sum(-1, dtype=torch.int32)[:, None], nearest_first[:, None].contiguous()
+    ends = torch.stack((docs[..., 0], docs[..., -1]))  # (2, B, n)
+    other, block = ends.flip(0), torch.arange(docs.size(1), device=docs.device)
+    before = (block < block[:, None]) & (other[..., None, :] >= ends[..., None])
+    after = (block > block[:, None]) & (ends[..., None, :] <= other[..., None])
+    far, near = torch.stack((before.sum(-1), after.sum(-1)), dim=1)  # of queries, keys: (2, B, n)
+    far = torch.minimum(far, (window + span - 2) // span)
+    near = torch.minimum(near, window // span - 1).clamp_min(0)
+    second = torch.arange(2, device=docs.device).view(2, 1, 1, 1) > 0
+    counts = torch.where(second, near, 1 + far - near).int()  # partial, full
+    away = torch.where(block > 0, block + near[..., None], 0)  # itself, behind full ones
+    away = torch.where(second[..., None], block + 1, away)
+    lists = block[:, None] + torch.where(second, away, -away)
+    lists = lists.clamp(0, len(block) - 1).int()
 
     def mask_mod(b, h, query, key):
         query, key = query // copies, key // copies
         return visible(query, key, docs_BT[b, query], docs_BT[b, key], window)
 
+    listed = [x[kind, side][:, None] for side in (0, 1) for kind in (0, 1) for x in (counts, lists)]
     length = copies * docs_BT.size(1)
-    return BlockMask.from_kv_blocks(
-        *listed(some & ~full), *listed(full),
-        BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod, seq_lengths=(length, length))
+    return BlockMask((length, length), *listed, (FLEX_BLOCK, FLEX_BLOCK), mask_mod)
 
 def flex_options(device: str) -> dict | None:
     """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory."""
@@ -2401,12 +2425,37 @@ def attend_packed(q_BTHK, k_BTHK, v_BTHK, packed: Packed, scale: float) -> Tenso
     y, _ = fused_varlen(*flat, *packed, scale)
     return y.view(v_BTHK.shape)
 
+# --- rows of a table, whose gradient has the same bits in every run
+
+@operator("table_gradient(Tensor grad, Tensor index, int rows) -> Tensor")
+def table_gradient(grad, index, rows: int):
+    """Sums by row, in sorted order, in grad's dtype: torch.compile's own are fp32 atomics, in any order, and a cast."""
+    return torch.ops.aten.embedding_dense_backward(grad, index, rows, -1, False)
+
+table_gradient.register_fake(lambda grad, index, rows: grad.new_empty(rows, grad.size(-1)))
+
+class TableRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, table_VD, index):
+        ctx.save_for_backward(index)
+        ctx.rows = len(table_VD)
+        return F.embedding(index, table_VD)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        return table_gradient(grad.contiguous(), index, ctx.rows), None
+
+def look_up(table_VD, index) -> Tensor:
+    """table[index], (*index.shape, D)."""
+    return TableRows.apply(table_VD, index) if table_VD.is_cuda else F.embedding(index, table_VD)
+
 # --- x @ x.mT, of which one triangle is computed (record 27)
 
 def gram_kernel(
         x, add, out, size, depth, stride_batch, stride_row, stride_depth, alpha, beta,
-        ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
-    """One tile on or above the diagonal of alpha * x @ x.T + beta * add, stored below it, too."""
+        diagonal, ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """One tile on or above the diagonal of alpha * x @ x.T + beta * add + diagonal * I, stored below it, too."""
     down, right = tl.program_id(0), tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     if down <= right:
@@ -2429,29 +2478,31 @@ def gram_kernel(
         inside = (row < size)[:, None] & (col < size)[None, :]
         if ADD:
             total += beta * tl.load(add + where, inside, 0.0).to(tl.float32)
+        total += tl.where(row[:, None] == col[None, :], diagonal, 0.0)
         total = total.to(out.dtype.element_ty)
         tl.store(out + where, total, inside)
         mirrored = corner + col[None, :] * size + row[:, None]
         tl.store(out + mirrored, total, inside & (down < right))
 
-@operator("gram(Tensor x, Tensor? add, float alpha, float beta) -> Tensor")
-def fused_gram(x_KMN, add_KMM, alpha: float, beta: float):
+@operator("gram(Tensor x, Tensor? add, float alpha, float beta, float diagonal) -> Tensor")
+def fused_gram(x_KMN, add_KMM, alpha: float, beta: float, diagonal: float):
     count, size, depth = x_KMN.shape
     out = x_KMN.new_empty(count, size, size)
     tiles = -(-size // 128)
     triton_kernel(gram_kernel)[(tiles, tiles, count)](
         x_KMN, out if add_KMM is None else add_KMM.contiguous(), out, size, depth,
-        *x_KMN.stride(), alpha, beta, ADD=add_KMM is not None,
+        *x_KMN.stride(), alpha, beta, diagonal, ADD=add_KMM is not None,
         TILE=128, DEPTH=64, num_warps=8, num_stages=3)
     return out
 
-def gram(x_KMN, add_KMM, alpha: float, beta: float, kernel: bool) -> Tensor:
-    """alpha * x @ x.mT + beta * add, (K, M, M), `add` symmetric."""
+def quintic(x_KMN, a: float, b: float, c: float, kernel: bool) -> Tensor:
+    """a * x + b * s @ x + c * s @ s @ x with s = x @ x.mT. The kernel adds a * I: baddbmm would copy x."""
     if kernel:
-        return fused_gram(x_KMN, add_KMM, alpha, beta)
-    if add_KMM is None:
-        return x_KMN @ x_KMN.mT if alpha == 1 else alpha * (x_KMN @ x_KMN.mT)
-    return torch.baddbmm(add_KMM, x_KMN, x_KMN.mT, beta=beta, alpha=alpha)
+        square = fused_gram(x_KMN, None, 1.0, 0.0, 0.0)
+        return fused_gram(square, square, c, b, a) @ x_KMN
+    square = x_KMN @ x_KMN.mT
+    more = torch.baddbmm(square, square, square.mT, beta=b, alpha=c)
+    return torch.baddbmm(x_KMN, more, x_KMN, beta=a)
 
 # --- the MLP, fused (records 59, 87), or with its up-projection in FP8 (84)
 
@@ -2703,24 +2754,28 @@ def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, bias_V, cap, kernel):
 
 @operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor? bias, Tensor logits, "
           "Tensor lse, float[] cap, bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
-def fused_head_backward(grad_KN, xq_ND, wq_VD, targets_KN, bias_V, logits_NV, lse_N, cap, kernel, dtype):
-    """Gradients of x and weight. FP8: a token's loss being a sum over its targets, a logit's gradient is at most sum
-    |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the units go into the products' scales."""
+def fused_head_backward(grad_KN, xq, wq, targets_KN, bias_V, logits_NV, lse_N, cap, kernel, dtype):
+    """Gradients of x and weight. FP8, xq (D, N) and wq (D, V): a token's loss being a sum over its targets, a logit's
+    gradient is at most sum |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the units go into the
+    products' scales."""
     rest = logits_NV, targets_KN, bias_V, lse_N, grad_KN
-    if xq_ND.dtype.itemsize > 1:
+    if xq.dtype.itemsize > 1:
         one = torch.ones_like(grad_KN[0, 0])
         gradient, transposed = logit_gradient(*rest, one, cap, logits_NV.dtype, kernel)
-        return gradient @ wq_VD, transposed @ xq_ND
+        return gradient @ wq, transposed @ xq
     steepest = (cap[0] / 4 or 1.0) / cap[2]
     unit = grad_KN.abs().sum(0).amax().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
     gradient, transposed = logit_gradient(*rest, unit, cap, torch.float8_e5m2, kernel)
-    x_scale, w_scale = (torch.full((), s, device=unit.device) for s in head_scales(xq_ND.size(1)))
-    x_grad = fp8_product(gradient, wq_VD.T.contiguous(), unit, w_scale, fast=False)
-    w_grad = fp8_product(transposed, xq_ND.T.contiguous(), unit, x_scale, fast=False)
+    x_scale, w_scale = (torch.full((), s, device=unit.device) for s in head_scales(len(xq)))
+    x_grad = fp8_product(gradient, wq, unit, w_scale, fast=False)
+    w_grad = fp8_product(transposed, xq, unit, x_scale, fast=False)
     return x_grad.to(dtype), w_grad.to(dtype)
 
 def _head_backward(ctx, grad_KN, *_):
-    gradients = fused_head_backward(grad_KN, *ctx.saved_tensors, ctx.cap, ctx.kernel, ctx.dtype)
+    xq, wq, *rest = ctx.saved_tensors
+    if xq.dtype.itemsize == 1:  # here, where torch.compile sees it
+        xq, wq = xq.T.contiguous(), wq.T.contiguous()
+    gradients = fused_head_backward(grad_KN, xq, wq, *rest, ctx.cap, ctx.kernel, ctx.dtype)
     return (*gradients, *[None] * 6)
 
 def _head_context(ctx, inputs, output):
@@ -2736,8 +2791,8 @@ def _head_fake(x, weight, xq, wq, targets, bias, cap, kernel):
 
 fused_head.register_autograd(_head_backward, setup_context=_head_context)
 fused_head.register_fake(_head_fake)
-fused_head_backward.register_fake(
-    lambda grad, xq, wq, *rest: tuple(torch.empty_like(t, dtype=rest[-1]) for t in (xq, wq)))
+fused_head_backward.register_fake(lambda grad, xq, wq, targets, bias, logits, *rest: tuple(
+    t.new_empty(n, t.numel() // n, dtype=rest[-1]) for t, n in zip((xq, wq), logits.shape, strict=True)))
 fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(len(x), len(up))))
 fused_mlp_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
 quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))

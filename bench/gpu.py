@@ -169,15 +169,14 @@ def randn(b: Bench, *shape: int, dtype=torch.bfloat16, scale: float = 1.0) -> Te
     return (scale * torch.randn(*shape, device=b.device)).to(dtype)
 
 def check_gram(b: Bench, shape: tuple[int, ...], dtype: torch.dtype, square: bool) -> dict:
-    """x x^T, or as in the second product of an iteration: c G G + b G for a symmetric G."""
+    """x x^T, or an iteration of Muon's: a x + b G x + c G G x with G = x x^T."""
     need_kernels(b)
     x = randn(b, *shape, dtype=dtype, scale=shape[-1] ** -0.5)
-    if square:
-        x = x @ x.mT
-        x = (x + x.mT) / 2  # a library's product need not be symmetric to the last bit
 
     def product(x, kernel=False):
-        return train_gpt.gram(x, x if square else None, 0.5 if square else 1.0, -2.8 if square else 0.0, kernel)
+        if square:
+            return train_gpt.quintic(x, 3.3, -2.4, 0.5, kernel)
+        return train_gpt.fused_gram(x, None, 1.0, 0.0, 0.0) if kernel else x @ x.mT
     with torch.no_grad():
         return check(functools.partial(product, kernel=True), product, {"x": x}, None, 1e-3)
 

@@ -158,19 +158,30 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_gram_equals_the_plain_product_and_is_exactly_symmetric(where, shape):
     x = where.random(*shape).detach()
     for given in (x, x.mT, where.random(shape[0], shape[2], 2 * shape[1]).detach()[:, :, ::2].mT):  # strides of x, too
-        found = train_gpt.gram(given, None, 1.0, 0.0, kernel=True)
-        assert_near(found, train_gpt.gram(given, None, 1.0, 0.0, kernel=False), where.tolerance)
+        found = train_gpt.fused_gram(given, None, 1.0, 0.0, 0.0)
+        assert_near(found, given @ given.mT, where.tolerance)
         assert torch.equal(found, found.mT) and found.dtype == where.dtype
 
 
-@pytest.mark.parametrize("alpha, beta", [(1.0, 1.0), (0.5, -2.0), (-2.8, 0.0)])
-def test_gram_adds_a_share_of_a_matrix(where, alpha, beta):
+@pytest.mark.parametrize("alpha, beta, diagonal", [(1.0, 1.0, 0.0), (0.5, -2.0, 7.0), (-2.8, 0.0, -7.0)])
+def test_gram_adds_a_share_of_a_matrix_and_of_the_identity(where, alpha, beta, diagonal):
     x = where.random(2, 150, 40).detach()
     add = where.random(2, 150, 150).detach()
     add = add + add.mT
-    found = train_gpt.gram(x, add, alpha, beta, kernel=True)
-    assert_near(found, train_gpt.gram(x, add, alpha, beta, kernel=False), where.tolerance)
+    found = train_gpt.fused_gram(x, add, alpha, beta, diagonal)
+    expected = alpha * x.double() @ x.double().mT + beta * add.double() + diagonal * torch.eye(150, device=x.device)
+    assert_near(found, expected.float(), where.tolerance)
     assert torch.equal(found, found.mT)
+
+
+def test_quintic_with_the_kernel_is_the_written_out_polynomial(where, monkeypatch):
+    """The linear term is a multiple of the identity in the kernel: no copy of x for baddbmm."""
+    x = where.random(2, 150, 210, std=0.05).detach()
+    s = x.double() @ x.double().mT
+    expected = 2.5 * x.double() - 1.5 * s @ x.double() + 0.5 * s @ s @ x.double()
+    assert_near(train_gpt.quintic(x, 2.5, -1.5, 0.5, kernel=False), expected.float(), where.tolerance)
+    monkeypatch.setattr(torch, "baddbmm", None)
+    assert_near(train_gpt.quintic(x, 2.5, -1.5, 0.5, kernel=True), expected.float(), where.tolerance)
 
 
 @pytest.mark.parametrize("method", ["polar_express", "newton_schulz"])
@@ -416,11 +427,53 @@ def test_fp8_gradients_never_clip(cap, incoming, monkeypatch):
         lse = train_gpt.loss_rows(logits, targets, None, list(cap), False)[1]
         each = incoming[:, None].expand(-1, 32)
         gradients = train_gpt.fused_head_backward(
-            each, xq, wq, targets, None, logits, lse, list(cap), False, torch.float32)
+            each, xq.T.contiguous(), wq.T.contiguous(), targets, None, logits, lse, list(cap), False, torch.float32)
         assert all(gradient.isfinite().all() for gradient in gradients)
     assert max(found) <= E5M2_MAX * (1 + 1e-6)
     if (incoming > 0).all():
         assert found[-1] > 0.99 * E5M2_MAX
+
+
+# --- rows of tables
+
+
+def test_rows_of_a_table_have_the_gradient_of_an_embedding_to_the_bit(device):
+    """On a GPU torch's own form, outside of a graph, is the sorted one."""
+    table, index = torch.randn(50, 24, device=device, requires_grad=True), torch.randint(40, (3, 70), device=device)
+    grad = torch.randn(3, 70, 24, device=device)
+    for given in (index, index.int()):
+        rows, expected = train_gpt.TableRows.apply(table, given), F.embedding(given, table)
+        assert torch.equal(rows, expected)
+        found, wanted = (torch.autograd.grad(x, table, grad)[0] for x in (rows, expected))
+        assert torch.equal(found, wanted) and (found[40:] == 0).all() and found[:40].abs().min() > 0
+
+
+def test_look_up_takes_the_repeatable_gradient_on_a_gpu_alone(device):
+    table = torch.randn(5, 4, device=device, requires_grad=True)
+    taken = "TableRows" in train_gpt.look_up(table, torch.zeros(2, dtype=torch.int32, device=device)).grad_fn.name()
+    assert taken == (device == "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("unit", ["model", "block"])
+def test_two_runs_on_a_gpu_give_the_same_bits(unit):
+    """Compiled, with few tokens that each come often: atomics would add them up in any order."""
+    s = model_settings(device="cuda", dtype="bf16", compile=True, compile_unit=unit, kernels="gram+mlp+loss", width=128,
+                       head_dim=64, candidates=(0,))
+    results = []
+    for _ in range(4):
+        model = GPT(s, VOCAB).to("cuda")
+        optimizer = MuonAdamW(model, s, World())
+        train_gpt.compile_model(model, s)
+        for _ in range(2):
+            inputs, targets, docs = random_batch(0, rows=256).cuda()
+            window = torch.tensor(8, dtype=torch.int32, device="cuda")
+            optimizer.last_micro_step = True
+            (model(inputs, targets[None], docs, window)[0] / 8192).backward()
+            optimizer.step(1.0, 0.9)
+        results.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    for other in results[1:]:
+        assert not [name for name, p in results[0].items() if not torch.equal(p, other[name])]
 
 
 # --- registered operators
@@ -433,12 +486,12 @@ def test_kernels_run_exactly_where_they_are_asked_for(device, monkeypatch):
     square, head = where.random(1, 16, 16), random_head(where, rows=16)
     leaves = where.random(16, 16), where.random(32, 16), where.random(32, 16)
     for kernel in (True, False):
-        train_gpt.gram(square.detach(), None, 1.0, 0.0, kernel)
+        train_gpt.quintic(square.detach(), 2.0, -1.5, 0.5, kernel)
         mlp_results(*leaves, torch.ones_like(leaves[0]), kernel)
         for fp8 in (False, True):
             head.results(NO_CAP, kernel, fp8)
         mlp, loss = ["product_relu2_kernel"] * 2, ["loss_kernel", "loss_gradient_kernel"] * 2
-        assert asked == (["gram_kernel", *mlp, *loss] if kernel else [])
+        assert asked == (["gram_kernel", "gram_kernel", *mlp, *loss] if kernel else [])
         asked.clear()
 
 
@@ -453,16 +506,19 @@ def operator_samples(where: Where) -> list[tuple]:
     wide, one = where.random(2, 40, 24).detach(), torch.ones((), device=where.device)
     samples = [
         (train_gpt.fused_mlp, (x, up, down)), (train_gpt.fused_mlp_backward, (grad, *plain, down.detach(), post)),
-        (train_gpt.quantized_linear, (x, up, *quantized, one, one)), (train_gpt.fused_gram, (wide, None, 1.0, 0.0)),
-        (train_gpt.fused_gram, (wide.mT, where.random(2, 24, 24).detach(), 0.5, -1.0)),
+        (train_gpt.quantized_linear, (x, up, *quantized, one, one)),
+        (train_gpt.fused_gram, (wide, None, 1.0, 0.0, 0.0)),
+        (train_gpt.fused_gram, (wide.mT, where.random(2, 24, 24).detach(), 0.5, -1.0, 2.0)),
+        (train_gpt.table_gradient, (where.random(2, 32, 16).detach(), torch.arange(64).view(2, 32) % 7, 9)),
     ]
     for pair in (plain, quantized):
         for kernel, bias in ((False, None), (True, None), (True, torch.rand(48, device=where.device))):
             rest = list(CAPS[0] if kernel else NO_CAP), kernel
+            turned = pair if pair is plain else [t.T.contiguous() for t in pair]
             lse = train_gpt.loss_rows(logits, targets, None, *rest)[1]
             samples += [(train_gpt.fused_head, (x, up, *pair, targets, bias, *rest)),
                         (train_gpt.fused_head_backward,
-                         (incoming, *pair, targets, bias, logits, lse, *rest, where.dtype))]
+                         (incoming, *turned, targets, bias, logits, lse, *rest, where.dtype))]
     return samples
 
 
@@ -564,8 +620,8 @@ def test_optimizer_steps_with_the_kernel_are_those_without(device):
 
 @pytest.mark.parametrize("kernels, wanted", [("gram", True), ("gram+loss", True), ("mlp+loss", False), ("none", False)])
 def test_the_optimizer_takes_the_kernel_only_if_it_is_named(kernels, wanted, monkeypatch):
-    asked, original = set(), train_gpt.gram
-    monkeypatch.setattr(train_gpt, "gram", lambda *a: asked.add(a[-1]) or original(*a[:-1], False))
+    asked, original = set(), train_gpt.quintic
+    monkeypatch.setattr(train_gpt, "quintic", lambda *a: asked.add(a[-1]) or original(*a[:-1], False))
     optimizer = build("cpu", kernels=kernels)[1]
     optimizer.last_micro_step = True
     sum(p.square().sum() for bank in optimizer.banks for p in bank.params.values()).backward()

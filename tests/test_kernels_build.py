@@ -88,9 +88,9 @@ def test_mlp_kernel(capability, backward, monkeypatch, tmp_path):
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_gram_kernel(capability, monkeypatch, tmp_path):
     x = torch.zeros(1, 128, 64)
-    options = launched(monkeypatch, capability, lambda: tg.fused_gram._init_fn(x, None, 1.0, 0.0))
+    options = launched(monkeypatch, capability, lambda: tg.fused_gram._init_fn(x, None, 1.0, 0.0, 0.0))
     types = dict(x="*bf16", add="*bf16", out="*bf16", size="i32", depth="i32", stride_batch="i32", stride_row="i32",
-                 alpha="fp32", beta="fp32")
+                 alpha="fp32", beta="fp32", diagonal="fp32")
     constants = dict(stride_depth=1, ADD=True, TILE=options["TILE"], DEPTH=options["DEPTH"])
     code = build(capability, options["function"], types, constants, num_warps=options["num_warps"],
                  num_stages=options["num_stages"])

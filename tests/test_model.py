@@ -60,27 +60,34 @@ def test_dense_mask_is_the_rule_pair_by_pair(window):
     assert torch.equal(train_gpt.dense_mask(docs, int_tensor(window))[:, 0], seen(docs, window))
 
 
+def documents(kind: str, rows: int, length: int) -> torch.Tensor:
+    """Document numbers that rise along each row: random ones, or a special case."""
+    position = torch.arange(length).repeat(rows, 1)
+    return {"random": random_docs(rows, length, seed=length), "one": torch.zeros_like(position), "each": position,
+            "blocks": position // 128, "odd": (position + 77) // 128 * 3, "end": (position > length - 200) * position,
+            "last": (position == length - 1).long()}[kind].int()
+
+
 @pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize("window", [1, 100, 128, 129, 256, 300, 5000])
-def test_block_mask_lists_every_visible_block_once_and_nearest_first(window, copies):
-    docs = random_docs(4, 1024 // copies, seed=window)
+@pytest.mark.parametrize("kind", ["random", "one", "each", "blocks", "odd", "end", "last"])
+@pytest.mark.parametrize("length, window", [(128, 1), (128, 128), (256, 64), (256, 127), (256, 128), (640, 129),
+                                            (640, 256), (640, 300), (1024, 5000), (1024, 1)])
+def test_block_mask_is_that_of_torch_and_nearest_first(kind, length, window, copies):
+    docs = documents(kind, 3, length)
     mask = train_gpt.block_mask(docs, int_tensor(window), copies)
-    pairs = train_gpt.dense_mask(docs, int_tensor(window), copies)[:, 0].unflatten(1, (8, 128)).unflatten(3, (8, 128))
-    any_pair, all_pairs = pairs.any(dim=4).any(dim=2), pairs.all(dim=4).all(dim=2)
-    listed = torch.zeros(2, 4, 8, 8, dtype=torch.bool)
-    for kind, (counts, indices) in enumerate([(mask.kv_num_blocks, mask.kv_indices),
-                                              (mask.full_kv_num_blocks, mask.full_kv_indices)]):
-        for b in range(4):
-            for q in range(8):
-                used = indices[b, 0, q, :counts[b, 0, q]].tolist()
-                assert used == sorted(set(used), reverse=True), "nearest first, each once"
-                listed[kind, b, q, used] = True
-    partial, full = listed
-    assert not (partial & full).any()
-    assert torch.equal(full & ~all_pairs, torch.zeros_like(full)), "a full block has no hidden pair"
-    assert torch.equal(any_pair & ~(partial | full), torch.zeros_like(full)), "no visible pair is left out"
-    # what is skipped is what the window, causality or documents hide entirely; nothing far away is computed
-    assert not ((partial | full) & ~any_pair).any() or window < 1024
+    expected = flex_module.create_block_mask(mask.mask_mod, 3, None, copies * length, copies * length, device="cpu")
+    assert mask.seq_lengths == expected.seq_lengths and mask.BLOCK_SIZE == expected.BLOCK_SIZE
+    for side, nearest in (("kv", -1), ("q", 1)):
+        for part in (side, f"full_{side}"):
+            counts, wanted = (getattr(m, f"{part}_num_blocks") for m in (mask, expected))
+            lists, wanted_lists = (getattr(m, f"{part}_indices") for m in (mask, expected))
+            assert torch.equal(counts, wanted) and lists.shape == wanted_lists.shape and lists.is_contiguous()
+            assert counts.dtype == lists.dtype == torch.int32
+            assert 0 <= lists.min() and lists.max() < lists.size(-1), "what is not counted is a block, too"
+            for b, _, block in torch.cartesian_prod(*map(torch.arange, counts.shape)).tolist():
+                count = counts[b, 0, block]
+                assert lists[b, 0, block, :count].tolist() == sorted(
+                    wanted_lists[b, 0, block, :count].tolist(), reverse=nearest < 0)
 
 
 def test_masks_of_paired_heads_repeat_each_token():
@@ -91,6 +98,21 @@ def test_masks_of_paired_heads_repeat_each_token():
     mask = train_gpt.block_mask(docs, window, copies=2)
     q, k = torch.arange(256)[:, None], torch.arange(256)
     assert torch.equal(mask.mask_mod(1, 0, q, k), once[1, 0].repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def test_masks_are_one_graph_for_training_and_evaluation(monkeypatch):
+    """Grad mode is a guard of every graph."""
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(train_gpt, "compiled", lambda f, s: torch.compile(f, backend=backend, dynamic=False,
+                                                                          fullgraph=True))
+    model = random_model(num_layers=3, attention="LPS", window_step=128, backend="flex", seq_len=(256,))
+    train_gpt.compile_model(model, settings(compile_unit="block"))
+    docs = random_docs(2, 256)
+    for training in (True, False, True):
+        with torch.set_grad_enabled(training):
+            assert model.masks(docs, int_tensor(128)).keys() == set("LPS")
+    assert len(graphs) == 1
 
 
 def flex_gradients(docs, window, allow_cpu_backward, compile_it=False):

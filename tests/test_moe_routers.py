@@ -75,6 +75,45 @@ def test_choices_and_gates_equal_a_slow_reference(kind, choices, norm):
     assert routing.gates_NK.dtype == torch.float32
 
 
+def product(x, weight, grad, fast: bool) -> list[torch.Tensor]:
+    """Logits, and the gradients of x and weight."""
+    y = tm.RouterProduct.apply(x, weight) if fast else x.float() @ weight.T
+    return [y.detach(), *torch.autograd.grad(y, (x, weight), grad)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_fast_product_of_a_router_is_that_in_fp32(device, monkeypatch):
+    """From bf16 activations; on a CPU with fp32 products in place of those of tensor cores. The logits are nearer than a
+    rounded weight's by far, the gradients by bf16's rounding."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    multiply = torch.mm
+    if device == "cpu":
+        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: multiply(a.to(out_dtype), b.to(out_dtype)))
+    torch.manual_seed(0)
+    x = torch.randn(400, 64, device=device).bfloat16().requires_grad_()
+    weight, grad = torch.randn(2 * E, 64, device=device, requires_grad=True), torch.randn(400, 2 * E, device=device)
+    fast, exact = (product(x, weight, grad, choice) for choice in (True, False))
+    errors = [((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in zip(fast, exact, strict=True)]
+    assert [a.dtype for a in fast] == [a.dtype for a in exact] == [torch.float32, torch.bfloat16, torch.float32]
+    assert errors[0] < 1e-5 and max(errors[1:]) < 6e-3
+    rounded = (x.float() @ weight.bfloat16().float().T).detach()
+    assert errors[0] < 0.01 * (rounded - exact[0]).norm() / exact[0].norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_routing_on_a_gpu_in_bf16_is_that_of_fp32_products(kind):
+    """Where a choice is not decided by the last bits."""
+    x, weight, bias, noise = (t.cuda() for t in random_inputs(dim=256, std=0.1))
+    weight = weight if kind == "noisy_topk" else weight[:E]
+    rest = weight, bias, noise if kind == "noisy_topk" else None
+    found, expected = (router(kind)(given, *rest) for given in (x.bfloat16(), x.bfloat16().float()))
+    same = (found.experts_NK == expected.experts_NK).all(1)
+    assert same.float().mean() > 0.95
+    torch.testing.assert_close(found.gates_NK[same], expected.gates_NK[same], atol=1e-4, rtol=1e-4)
+
+
 def test_bias_moves_choices_but_no_gates():
     x, weight, bias, _ = random_inputs()
     plain, biased = (router("sigmoid_bias", norm=False)(x, weight[:E], b, None) for b in (0 * bias, bias))

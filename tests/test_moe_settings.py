@@ -262,13 +262,20 @@ def test_parameters_and_flops_of_a_small_mixture():
 # --- how experts are multiplied
 
 
+def test_grouped_products_are_refused_where_idle_experts_would_get_garbage(monkeypatch, capsys):
+    monkeypatch.setattr(tm, "detect_hardware", lambda device="auto": H100._replace(capability=(10, 0)))
+    assert tm.main(["--preset", "mixtral", "--moe-impl", "grouped"]) == 1
+    assert "on compute capability 10.0: use bmm" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("capability, argv, impl", [
-    ((9, 0), [], "grouped"), ((10, 0), [], "grouped"), ((8, 0), [], "bmm"), ((12, 0), [], "bmm"), ((8, 9), [], "bmm"),
+    ((9, 0), [], "grouped"), ((10, 0), [], "bmm"), ((8, 0), [], "bmm"), ((12, 0), [], "bmm"), ((8, 9), [], "bmm"),
     ((9, 0), ["--dtype", "fp32"], "bmm"), ((9, 0), ["--moe-impl", "loop"], "loop"), (None, [], "loop"),
     (None, ["--moe-impl", "bmm"], "bmm")])
 def test_auto_impl_by_hardware_is_printed(capability, argv, impl, monkeypatch):
     hardware = tm.Hardware(*CPU) if capability is None else H100._replace(capability=capability)
     monkeypatch.setattr(tm, "detect_hardware", lambda device="auto": hardware)
     s, _, notes = tm.parse_settings(["--preset", "mixtral", *argv], 1)
-    assert s.moe_impl == impl and (f"moe_impl {impl}: the fastest here" in notes) == ("--moe-impl" not in argv)
+    reason = tm.NO_GROUPED if capability == (10, 0) else ""
+    assert s.moe_impl == impl and (f"moe_impl {impl}: the fastest here{reason}" in notes) == ("--moe-impl" not in argv)
     assert "moe_layers MMM: 2 of 8 experts, of hidden size 384" in notes or hardware.device == "cuda"
