@@ -933,7 +933,6 @@ class GPT(nn.Module):
         """Residual stream after the last layer, (B, T, D). The routers' sums are appended to `sums`."""
         follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
         x = x0 = self.embedding(inputs_BT, follows)
-        values = [table(inputs_BT) for table in self.value_embeds]
         masks = self.masks(docs_BT, window)
         length = inputs_BT.size(1)
         at = self.cos[:length], self.sin[:length], follows[..., None]
@@ -942,14 +941,15 @@ class GPT(nn.Module):
         weights = self.ngrams.weight.type_as(x).unbind(0) if self.ngrams is not None else None
         if found_BTD is None and self.ngrams is not None:
             found_BTD = self.ngrams(inputs_BT, docs_BT)
-        outputs = []
+        outputs, values = [], {}
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
-            value = values[layer.value_table] if layer.value_table is not None else None
+            if (table := layer.value_table) not in (None, *values):  # not before: then its gradient comes earlier
+                values[table] = self.value_embeds[table](inputs_BT)
             router = self.router(layer.mixture, noise_BMTE)
             mask = masks.get(layer.attention)
             x = x if found_BTD is None else x + weights[i] * found_BTD
-            x, own = block(x, x0, skip, value, mask, at, scalars[i], gates[i], router)
+            x, own = block(x, x0, skip, values.get(table), mask, at, scalars[i], gates[i], router)
             outputs.append(x)
             if sums is not None and own is not None:
                 sums.append(own)
@@ -1346,10 +1346,11 @@ class Bank:
     """Parameters that one call updates, cut into pieces of one shape.
 
         pieces       p0  p1  p2 | p3  p4  p5 | p6  ..   a matrix each for Muon; AdamW: 1/ranks, flat
-        collectives  one for every `owners` pieces: gradients are reduced, weights gathered, by it
-        mine         in each the piece that this rank updates: its rank-th
+        collectives  one for about a parameter: by it gradients are reduced, weights gathered
+        mine         in each the `share` pieces that this rank updates: its rank-th
 
-    `state` holds the own pieces, fp32: master (the weights) and the moments, each (collectives, *piece)."""
+    `state` holds the own pieces, fp32: master (the weights) and the moments, each (number, *piece). `weights` is the
+    memory of all parameters, into which those of other owners are gathered until `receive_weights`."""
     # differs from train_gpt.py: experts
     def __init__(self, named: list[tuple], rules: dict[str, Rule], s: Settings, world: World):
         self.params, self.s, self.world = dict(named), s, world
@@ -1358,20 +1359,25 @@ class Bank:
         self.owners = n = world.size if self.rule.comm == "sharded" else 1
         self.shape = tuple(first.shape[-2:]) if self.muon else (-(-first.numel() // n),)
         self.pieces = [(name, i) for name, p in named for i in range(len(self.cut(p)))]
-        self.collectives = [self.pieces[k:k + n] for k in range(0, len(self.pieces), n)]
-        self.mine = [k * n + (world.rank if n > 1 else 0) for k in range(len(self.collectives))]
-        lrs = [rules[name].lr for name, _ in self.pieces] + [0.0] * n
+        self.share = max(1, min(len(self.cut(p)) for _, p in named) // n)
+        size = self.share * n
+        self.collectives = [self.pieces[k:k + size] for k in range(0, len(self.pieces), size)]
+        self.names = [dict(pieces).keys() for pieces in self.collectives]
+        self.mine = [i for i in range(len(self.collectives) * size) if i // self.share % n == world.rank % n]
+        lrs = [rules[name].lr for name, _ in self.pieces] + [0.0] * size
         rates = torch.tensor([lrs[i] for i in self.mine], device=s.device)
         self.lr = rates.view(-1, *(1 for _ in self.shape))
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.my_pieces({name: p.detach() for name, p in named})}
         self.experts = self.my_experts()
-        for name, p in named:
-            p.data = p.data.to(s.device, torch.float32 if name in FP32_PARAMETERS else s.torch_dtype)
+        dtype = torch.float32 if name in FP32_PARAMETERS else s.torch_dtype
+        self.weights = torch.zeros(len(self.mine) * n, *self.shape, dtype=dtype, device=s.device)
+        for name, view in self.join(self.weights).items():
+            self.params[name].data = view.copy_(self.params[name].data)
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         dtype = first.dtype if world.size > 1 else torch.float32
         self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
-        self.in_flight = []  # (work, tensors that must live until it is done)
+        self.in_flight, self.gathers = [], {}  # works, and tensors that must live until they are done
         self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of on_device
         self.expect()
         self.reset()
@@ -1394,33 +1400,31 @@ class Bank:
         return (F.pad(tensor.flatten(), (0, short)) if short else tensor.flatten()).view(-1, *shape)
 
     def expect(self):
-        """Before a backward pass: names of the parameters whose gradients each collective waits for."""
-        self.waiting = [{name for name, _ in pieces} for pieces in self.collectives]
-        self.arrived = {}
+        """Before a backward pass: all collectives wait for gradients."""
+        self.waiting, self.arrived = list(range(len(self.collectives))), {}
 
     def receive(self, name: str, grad: Tensor):
         """A parameter's gradient is complete: starts collectives that now have all, frees what none needs."""
         self.arrived[name] = self.cut(grad)
-        for k, needs in enumerate(self.waiting):
-            if name in needs:
-                needs.remove(name)
-                if not needs:
-                    self.reduce(k)
-        needed = {name for k, needs in enumerate(self.waiting) if needs for name, _ in self.collectives[k]}
+        for k in [k for k in self.waiting if self.names[k] <= self.arrived.keys()]:
+            self.reduce(k)
+            self.waiting.remove(k)
+        needed = {name for k in self.waiting for name in self.names[k]}
         self.arrived = {name: pieces for name, pieces in self.arrived.items() if name in needed}
 
     def reduce(self, k: int):
         """Sums the gradients of collective k into the owners' shards, asynchronously."""
-        pieces = [self.arrived[name][i] for name, i in self.collectives[k]]
-        if self.owners == 1:
-            self.grad[k] = pieces[0]
-            if self.world.size > 1:
-                self.in_flight.append((dist.all_reduce(self.grad[k], async_op=True), None))
+        pieces, own = self.collectives[k], self.grad.split(self.share)[k]
+        whole = [self.arrived[name] for name in self.names[k]]
+        whole = torch.cat(whole) if len(whole) > 1 else whole[0]
+        packed = self.padded(whole[pieces[0][1]:][:len(pieces)])
+        if self.owners > 1:
+            packed = packed.to(own.dtype)
+            self.in_flight.append((dist.reduce_scatter_tensor(own, packed, async_op=True), packed))
             return
-        pieces += [torch.zeros_like(pieces[0])] * (self.owners - len(pieces))
-        packed = torch.cat(pieces).to(self.grad.dtype)  # gloo takes no stacked tensor
-        work = dist.reduce_scatter_tensor(self.grad[k], packed, async_op=True)
-        self.in_flight.append((work, packed))
+        own.copy_(packed)
+        if self.world.size > 1:
+            self.in_flight.append((dist.all_reduce(own, async_op=True), None))
 
     def my_experts(self) -> Tensor | None:
         """The number of the expert, counted through all layers, that each own piece (AdamW: each entry of it) belongs
@@ -1501,24 +1505,20 @@ class Bank:
         return self.scalars[:len(values)]
 
     def send_weights(self):
-        """Starts to gather the new weights of all owners."""
+        """Starts to gather the new weights of all owners, those of early layers first."""
+        self.receive_weights()
         if self.owners == 1:
+            self.weights.copy_(self.state["master"])
             return
-        dtype = next(iter(self.params.values())).dtype
-        for piece in self.state["master"]:
-            sent = piece.to(dtype)
-            received = torch.empty(self.owners, *self.shape, dtype=dtype, device=sent.device)
-            work = dist.all_gather_into_tensor(received.flatten(0, 1), sent, async_op=True)
-            self.in_flight.append((work, sent, received))
+        for k in reversed(range(len(self.collectives))):
+            whole = self.weights.split(self.owners * self.share)[k]
+            own = self.state["master"].split(self.share)[k].to(whole.dtype, copy=True)  # may change before all have it
+            self.gathers[k] = dist.all_gather_into_tensor(whole, own, async_op=True), own
 
-    def receive_weights(self):
-        """Writes the weights of all owners into the parameters."""
-        for work, *_ in self.in_flight:
-            work.wait()
-        received = [pieces for *_, pieces in self.in_flight]
-        whole = self.join(torch.cat(received) if received else self.state["master"])
-        self.in_flight = []
-        torch._foreach_copy_([p.data for p in self.params.values()], list(whole.values()))
+    def receive_weights(self, name=None, *_):
+        """Waits for the gathered weights of a parameter, or of all."""
+        for k in [k for k in self.gathers if name in (None, *self.names[k])]:
+            self.gathers.pop(k)[0].wait()
 
     def join(self, pieces: Tensor) -> dict[str, Tensor]:
         """Pieces of all owners in order -> parameter name: whole tensor (views where possible)."""
@@ -1532,16 +1532,20 @@ class Bank:
         """State `key` of all parameters by name, whole, on the CPU of rank 0; {} elsewhere. Collective."""
         pieces = self.state[key]
         if self.owners > 1:
-            pieces = gathered(self.world, pieces).unflatten(0, (self.owners, -1)).transpose(0, 1).flatten(0, 1)
+            pieces = gathered(self.world, pieces).unflatten(0, (self.owners, -1, self.share))
+            pieces = pieces.transpose(0, 1).flatten(0, 2)
         if self.world.rank:
             return {}
         return {name: t.to("cpu", copy=True) for name, t in self.join(pieces).items()}
 
+    def padded(self, pieces: Tensor) -> Tensor:
+        """The pieces, and zeros where owners outnumber the last ones."""
+        missing = -len(pieces) % (self.owners * self.share)
+        return F.pad(pieces, [0, 0] * (pieces.dim() - 1) + [0, missing]) if missing else pieces
+
     def my_pieces(self, whole: dict[str, Tensor], shape=None) -> Tensor:
-        """The own pieces of whole tensors by name, fp32 on the device; zero where ranks outnumber pieces."""
-        pieces = torch.cat([self.cut(whole[name], shape) for name in self.params])
-        missing = len(self.collectives) * self.owners - len(pieces)
-        pieces = F.pad(pieces, [0, 0] * (pieces.dim() - 1) + [0, missing])
+        """The own pieces of whole tensors by name, fp32 on the device."""
+        pieces = self.padded(torch.cat([self.cut(whole[name], shape) for name in self.params]))
         return pieces[self.mine].to(self.s.device, torch.float32).contiguous()
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
@@ -1719,7 +1723,7 @@ class Balance:
 
 # differs from train_gpt.py: balance of the experts
 class MuonAdamW:
-    """The optimizer of a model: hooks that reduce gradients during backward, and the step."""
+    """The optimizer of a model: hooks that reduce gradients in backward, the step, hooks that await weights."""
     # differs from train_gpt.py: balance of the experts
     def __init__(self, model: nn.Module, s: Settings, world: World):
         named = list(reversed(list(model.named_parameters())))  # about the order of backward
@@ -1731,12 +1735,16 @@ class MuonAdamW:
         self.steps, self.last_micro_step, self.world, self.s = 0, True, world, s
         table = groups.pop("ngrams.table", None)
         self.tables = [NgramBank(model.ngrams, rules["ngrams.table"], s, world)] if table else []
-        self.banks = [Bank(group, rules, s, world) for group in groups.values()]
+        banks = [Bank(group, rules, s, world) for group in groups.values()]
+        # updated first: Muon's, while the tables, last in backward, are reduced; then those that are used first
+        self.banks = sorted(reversed(banks), key=lambda bank: (not bank.muon, "lm_head" in bank.params))
         self.balance = Balance(model, s, world) if s.mixtures else None
         self.sums = {}  # fp32 gradient sums of earlier micro-steps
         for bank in self.banks:
             for name, p in bank.params.items():
                 p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name, bank))
+                if bank.owners > 1:
+                    wait_before_use(model, name, functools.partial(bank.receive_weights, name), s)
 
     def _on_gradient(self, name: str, bank: Bank, p: nn.Parameter):
         """Runs inside backward when a parameter's gradient is complete. Micro-steps are summed in fp32."""
@@ -1752,7 +1760,7 @@ class MuonAdamW:
     def step(self, scale: float, momentum: float, others: float | None = None):
         """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
         hidden matrices; `momentum`: Muon's. Raises RuntimeError that names the parameters whose gradient never came."""
-        missing = {name for bank in self.banks for needs in bank.waiting for name in needs}
+        missing = {name for bank in self.banks for k in bank.waiting for name in bank.names[k] - bank.arrived.keys()}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
         self.steps += 1
@@ -1764,8 +1772,6 @@ class MuonAdamW:
             table.step(others, self.steps)
         if self.balance:
             self.balance.update(self.steps)
-        for bank in self.banks:
-            bank.receive_weights()
 
     @contextlib.contextmanager
     def blended(self):
@@ -1808,6 +1814,15 @@ class MuonAdamW:
             bank.load(state)
         if self.balance:
             self.balance.load_state_dict(on_rank_zero(self.world, lambda: saved["balance"]))
+
+def wait_before_use(model: nn.Module, name: str, wait, s: Settings):
+    """Has the forward pass wait for a parameter: at its start, or, compiled by block, before its block, value table or
+    pointer; for the head after the last block."""
+    part = re.match(r"(blocks|value_embeds)\.\d+|pointer|lm_head|", name)[0] if s.compile_unit == "block" else ""
+    if part == "lm_head":
+        model.blocks[-1].register_forward_hook(wait)
+    else:
+        model.get_submodule(part).register_forward_pre_hook(wait)
 
 def compiled(function, s: Settings):
     """torch.compile with static shapes and whole graphs, or the function itself."""
@@ -2016,7 +2031,7 @@ def log_routers(run: Run, step: int, report: dict[str, list]):
 # differs from train_gpt.py: noise, balance and reports of the routers
 def train(run: Run):
     """The training: steps of micro-steps, and what is looked at, logged and saved on the way.
-    Nothing but a log step, an evaluation or a checkpoint waits for the device."""
+    Nothing but n-grams, a log step, an evaluation or a checkpoint waits for the device."""
     s, world, stages = run.s, run.world, stage_table(run.s)
     model = GPT(s, run.vocab_size, world).to(s.device)
     optimizer = MuonAdamW(model, s, world)
