@@ -257,8 +257,9 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
         bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
     if s.qk_dim and (s.qk_dim % 4 or not s.head_dim / 2 <= s.qk_dim <= s.head_dim):
         bad.append(f"--qk_dim {s.qk_dim}: a multiple of 4, at least half of --head_dim {s.head_dim}")
-    if s.ngram_rows and (s.ngram_rows < 4 or s.ngram_rows % math.lcm(2, world_size)):
-        bad.append(f"--ngram_rows {s.ngram_rows}: at least 4, a multiple of 2 and of {world_size} processes")
+    if s.ngram_rows and (s.ngram_rows < 4 or s.ngram_rows % 2 or s.width % world_size):
+        bad.append(f"--ngram_rows {s.ngram_rows}: at least 4, and even; --width {s.width} must be a multiple of "
+                   f"{world_size} processes, which share the columns")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
     if "mlp" in s.kernels and s.width % 8:
@@ -653,34 +654,30 @@ def copy_losses(loss_N, gate_N, copied_N, nothing_N) -> Tensor:
 
 class Ngrams(nn.Module):
     """Vectors of hashed pairs and triples of tokens, half of the rows each (62, 92), which each layer adds, weighted.
-    In training a process owns a share of the rows and serves it to all."""
+    A process owns some columns and looks them up for the tokens of all: no size depends on the rows that are wanted."""
     def __init__(self, s: Settings, world: World):
         super().__init__()
-        self.world, self.half, self.state = world, s.ngram_rows // 2, {}
-        self.table = nn.Parameter(torch.zeros(s.ngram_rows // world.size, s.width, dtype=s.torch_dtype))
+        self.world, self.half, self.came = world, s.ngram_rows // 2, []  # rows and gradients since the last update
+        self.table = nn.Parameter(torch.zeros(s.ngram_rows, s.width // world.size, dtype=s.torch_dtype))
         self.weight = nn.Parameter(torch.full((s.num_layers,), 0.05))
         fixed = torch.Generator("cpu").manual_seed(0)
         signs = torch.randint(2, (NGRAM_SIGNS, s.width), generator=fixed, device="cpu")
-        self.register_buffer("signs", (2 * signs - 1).to(s.torch_dtype), persistent=False)
+        own = (2 * signs - 1).to(s.torch_dtype).chunk(world.size, dim=1)[world.rank]
+        self.register_buffer("signs", own, persistent=False)
 
     @torch.no_grad()
     def forward(self, inputs_BT, docs_BT) -> Tensor:
-        """The two vectors of each token, summed, (B, T, D): a leaf, whose gradient goes to the rows' owners."""
-        world, first = self.world, self.world.rank * len(self.table)
-        rows, kinds = ngram_rows(gathered(world, inputs_BT), gathered(world, docs_BT), self.half)
-        order, token = (rows // len(self.table) == world.rank).nonzero(as_tuple=True)
-        row, kind = rows[order, token] - first, kinds[order, token]
-        total = self.table.new_zeros(rows.size(1), self.table.size(1))
-        found = total.index_add_(0, token, self.table[row] * self.signs[kind])
-        if world.size > 1:
-            found = total.new_empty(inputs_BT.numel(), total.size(1))
-            dist.reduce_scatter_tensor(found, total)
-        found = found.view(*inputs_BT.shape, -1)
+        """The two vectors of each token, summed, (B, T, D): a leaf, whose gradient goes to the columns' owners."""
+        world, own = self.world, torch.stack((inputs_BT, docs_BT), dim=1)
+        rows, kinds = ngram_rows(*gathered(world, own).unbind(1), self.half)
+        pair, triple = self.table[rows] * self.signs[kinds]
+        found = exchanged(world, pair + triple).unflatten(0, (world.size, -1))
+        found = found.transpose(0, 1).reshape(*inputs_BT.shape, -1)
 
         def hand_over(leaf: Tensor):
-            grads = gathered(world, leaf.grad.flatten(0, 1))[token] * self.signs[kind]
-            new = torch.sparse_coo_tensor(row[None], grads.float(), self.table.shape, check_invariants=False)
-            self.state["sums"] = (self.state["sums"] + new if "sums" in self.state else new).coalesce()
+            grads = leaf.grad.unflatten(2, (world.size, -1)).movedim(2, 0).flatten(0, 2)
+            grads = exchanged(world, grads) * self.signs[kinds]
+            self.came.append((rows.flatten(), grads.flatten(0, 1)))
 
         found.requires_grad_().register_post_accumulate_grad_hook(hand_over)
         return found
@@ -704,6 +701,14 @@ def gathered(world: World, x: Tensor) -> Tensor:
     whole = x.new_empty(world.size * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
+
+def exchanged(world: World, x: Tensor) -> Tensor:
+    """What each rank has for this one: its rank-th equal part of x along the first axis. Collective."""
+    if world.size == 1:
+        return x
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x)
+    return received
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple:
     """The classes of a sampled softmax (92): the gate, the targets, and as many others as are missing, by a fixed
@@ -735,8 +740,8 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     for name, p in model.named_parameters():
         size = p.numel()
         if name == "ngrams.table":
-            size = 2 * model.ngrams.half * p.size(1)  # of all processes
-            idle = size - 2 * p.size(1)
+            size *= model.ngrams.world.size
+            idle = size - 2 * size // len(p)
         counts[kinds.get(name.split(".")[0], "small")] += size
     total = sum(counts.values())
     return {"total": total, "active": total - idle, **counts, "matmul": counts["hidden"] + counts["head"]}
@@ -1108,55 +1113,90 @@ class Bank:
         self.use(self.state["master"])
 
 class NgramBank:
-    """The rows of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
-    came are touched (92): those of `ngram_every` steps at once, in an event."""
+    """The columns of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
+    came are touched (92): those of `ngram_every` steps at once, in an event. A row that came n times is computed n
+    times, alike: so all sizes are known, and the host never waits."""
     def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
-        self.s, self.rule, self.world, self.state = s, rule, world, ngrams.state
+        self.s, self.rule, self.world, self.came = s, rule, world, ngrams.came
         self.table = ngrams.table.data
         self.reset()
 
     def reset(self):
         """As before the first step, with the rows at hand. event: number of a row's last one."""
-        square, event = torch.zeros(2, len(self.table), device=self.s.device)
-        self.state.clear()
-        self.state |= {"master": self.table, "square": square, "event": event}
+        self.square, self.event = torch.zeros(2, len(self.table), device=self.s.device)
+        self.came.clear()
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; within a cycle also its sums, sparse, for which the host waits."""
+        state = {"master": self.table, "square": self.square, "event": self.event}
+        if self.came:
+            rows, first, sums = self.sums()
+            once = first.unique()
+            new = torch.sparse_coo_tensor(rows[once][None], sums[once], self.table.shape, check_invariants=False)
+            state["sums"] = new.coalesce()
+        return state
 
     def step(self, scale: float, step: int):
         """The event of a cycle's end: v <- beta2 v for those that a row missed, and + (1 - beta2) mean(g^2)."""
         if step % self.s.ngram_every:
             return
-        state, beta2, event = self.state, self.rule.betas[1], step // self.s.ngram_every
-        sums = state.pop("sums")
-        rows, grads = sums.indices()[0], sums.values()
-        square = state["square"][rows] * beta2**(event - 1 - state["event"][rows])
-        square.lerp_(grads.square().mean(dim=1), 1 - beta2)
-        state["square"][rows], state["event"][rows] = square, float(event)
-        root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
-        vectors, lr, decay = self.table[rows].float(), self.rule.lr * scale, self.rule.weight_decay * scale
-        apply_update(vectors, grads / root[:, None], lr, decay, self.s.cautious)
-        self.table[rows] = vectors.type_as(self.table)
+        beta2, event, new = self.rule.betas[1], step // self.s.ngram_every, []
+        lr, decay = self.rule.lr * scale, self.rule.weight_decay * scale
+        rows, first, sums = self.sums()
+        for part, places in zip(*(x.split(2**26 // sums.size(1)) for x in (rows, first)), strict=True):
+            grads, vectors = sums[places], self.table[part].float()
+            mean = grads.square().mean(dim=1)
+            if self.world.size > 1:
+                dist.all_reduce(mean)
+            square = self.square[part] * beta2**(event - 1 - self.event[part])
+            square.lerp_(mean / self.world.size, 1 - beta2)
+            root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
+            apply_update(vectors, grads / root[:, None], lr, decay, self.s.cautious)
+            new.append((vectors.type_as(self.table), square))
+        self.table[rows], self.square[rows] = map(torch.cat, zip(*new, strict=True))
+        self.event[rows] = float(event)
+        self.came.clear()
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that came since the last event, (N,), and where each came first; there the sum of its gradients, fp32,
+        added in one order, and so the same in a resumed run."""
+        rows = torch.cat([rows for rows, _ in self.came])
+        place = torch.arange(len(rows), device=rows.device)
+        first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
+        sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)
+        for part, (_, grads) in zip(first.split([len(x) for x, _ in self.came]), self.came, strict=True):
+            if sums.is_cuda:  # where index_add_ is atomic
+                sums.index_put_((part,), grads.float(), accumulate=True)
+            else:
+                sums.index_add_(0, part, grads.float())
+        return rows, first, sums
 
     def full(self, key: str) -> dict[str, Tensor]:
-        """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
-        parts = []
-        for owner in range(self.world.size):
-            part = [self.state[key].cpu().float()]
+        """State `key` of all columns, on the CPU of rank 0; {} elsewhere. Collective."""
+        own, parts = self.state[key].cpu().float(), []
+        for owner in range(self.world.size if own.dim() > 1 else 1):
+            part = [own]
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
             parts += part * (self.world.rank == 0)
-        return {"ngrams.table": torch.cat(parts)} if parts else {}
+        return {"ngrams.table": torch.cat(parts, dim=own.dim() - 1)} if parts else {}
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
         """State as `full` gave it to rank 0, a share at a time to all ranks. Collective."""
         def share(key: str, owner: int) -> Tensor:
-            return saved[key]["ngrams.table"].narrow_copy(0, owner * len(self.table), len(self.table))
+            whole, size = saved[key]["ngrams.table"], self.table.size(1)
+            return whole.narrow_copy(1, owner * size, size) if whole.dim() > 1 else whole
 
         self.reset()
         for key in on_rank_zero(self.world, lambda: [k for k in saved if "ngrams.table" in saved[k]]):
             for owner in range(self.world.size):
                 own = on_rank_zero(self.world, share, key, owner)
-                if owner == self.world.rank:
-                    self.state[key] = self.table.copy_(own) if key == "master" else own.to(self.s.device)
+                if owner == self.world.rank and key == "sums":
+                    own = own.to(self.s.device).coalesce()
+                    self.came.append((own.indices()[0], own.values()))
+                elif owner == self.world.rank:
+                    self.state[key].copy_(own)
 
 class MuonAdamW:
     """The optimizer of a model: hooks that reduce gradients in backward, the step, hooks that await weights."""
@@ -1401,7 +1441,7 @@ def bits_per_byte(loss: float, meta: dict) -> float | None:
 
 # ┌─ Training ───────────────────────────────────────────────────────────────────────────────────┐
 def train(run: Run):
-    """Steps of micro-steps. Nothing but n-grams, a log step, an evaluation or a checkpoint waits for the device."""
+    """Steps of micro-steps. Nothing but a log step, an evaluation or a checkpoint waits for the device."""
     s, world, stages = run.s, run.world, stage_table(run.s)
     model = GPT(s, run.vocab_size, world).to(s.device)
     optimizer = MuonAdamW(model, s, world)

@@ -1,4 +1,5 @@
-"""Collectives of a training step on a process group that is not there: how many, in which order, when awaited."""
+"""Collectives of a training step on a process group that is not there: how many, in which order, when awaited; and that
+nothing of the n-gram table makes the host wait for the device."""
 from __future__ import annotations
 
 import moe_ranks
@@ -6,6 +7,7 @@ import pytest
 import ranks
 import torch
 from ranks import arrive, parameters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt as tg
 import train_moe as tm
@@ -179,3 +181,73 @@ def test_order_of_collectives(monkeypatch):
         "embed.weight", *(f"value_embeds.{i}.weight" for i in range(3)), "lm_head"]
     assert [list(dict(pieces))[-1] for pieces in reversed(optimizer.banks[0].collectives)] == (
         sorted(list(dict(pieces))[-1] for pieces in optimizer.banks[0].collectives))
+
+
+# --- n-grams
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations whose result's size, or whose Python number, depends on values of tensors."""
+    REFUSED = ("_local_scalar_dense", "nonzero", "unique", "coalesce", "masked_select", "repeat_interleave", "equal")
+
+    def __torch_dispatch__(self, func, types_, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not any(word in name for word in self.REFUSED), name
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_n_grams_do_not_wait_for_the_device(size, monkeypatch):
+    group_of(monkeypatch)
+    s = ranks.settings(ngram_rows=64, ngram_every=2)
+    model = tg.GPT(s, ranks.VOCAB, tg.World(0, 0, size))
+    bank = tg.NgramBank(model.ngrams, tg.match_rules(tg.parameter_table(s), ["ngrams.table"])["ngrams.table"], s,
+                        tg.World(0, 0, size))
+    before = model.ngrams.table.detach().clone()
+    with NoWaiting():
+        for step in range(1, 5):
+            inputs, _, docs = ranks.random_batch(step)
+            found = model.ngrams(inputs, docs)
+            (found * torch.linspace(-1, 1, found.numel()).view_as(found)).sum().backward()
+            bank.step(1.0, step)
+    assert not bank.came and not torch.equal(before, model.ngrams.table)
+    with pytest.raises(AssertionError, match="nonzero"), NoWaiting():
+        (before == 0).nonzero()
+
+
+def test_n_grams_send_one_vector_a_token_each_way(monkeypatch):
+    group = group_of(monkeypatch)
+    s, size = ranks.settings(ngram_rows=64), 4
+    ngrams = tg.Ngrams(s, tg.World(1, 1, size))
+    assert ngrams.table.shape == (64, s.width // size) == (64, 8)
+    inputs, _, docs = ranks.random_batch(0)
+    ngrams(inputs, docs).sum().backward()
+    tokens = inputs.numel()
+    assert group.calls == [("gather", 2 * size * tokens), ("exchange", tokens * s.width), ("exchange", tokens * s.width)]
+
+
+def test_columns_of_all_ranks_are_the_vectors_of_one(monkeypatch):
+    """Both directions of the exchange, with the parts that the ranks would send put together by hand."""
+    s, size = ranks.settings(ngram_rows=64), 4
+    whole = tg.Ngrams(s, tg.World())
+    with torch.no_grad():
+        whole.table.normal_(generator=torch.Generator().manual_seed(0))
+    inputs, _, docs = ranks.random_batch(0)
+    expected = whole(inputs, docs)
+    parts, sent = torch.stack((inputs, docs)).chunk(size, dim=1), {}
+    monkeypatch.setattr(tg, "gathered", lambda *_: torch.cat([x.transpose(0, 1) for x in parts]))
+    for turn in ("send", "receive"):
+        for rank in range(size):
+            one = tg.Ngrams(s, tg.World(rank, rank, size))
+            one.table.data = whole.table.detach().chunk(size, dim=1)[rank]
+            monkeypatch.setattr(tg, "exchanged", lambda world, x: (
+                sent.setdefault((world.rank, turn), x) if turn == "send" else
+                torch.cat([sent[other, "send"].chunk(size)[world.rank] for other in range(size)])))
+            found = one(*parts[rank])
+            if turn == "receive":
+                torch.testing.assert_close(found, expected.chunk(size)[rank], rtol=0, atol=0)
+                monkeypatch.setattr(tg, "exchanged", lambda world, x: sent.setdefault((world.rank, "back"), x))
+                found.backward(torch.arange(found.numel()).view_as(found).float())
+    own = torch.cat([x.chunk(size)[2] for x in (sent[rank, "back"] for rank in range(size))])
+    grads = torch.arange(expected[:3].numel()).float().view(-1, s.width).repeat(size, 1)  # the same on each rank
+    assert torch.equal(own, grads.chunk(size, dim=1)[2])
