@@ -27,9 +27,10 @@ from __future__ import annotations
 import gc
 import signal
 
-gc.disable()  # imports leave nothing to collect (0.3 s)
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
+if __name__ == "__main__":
+    gc.disable()  # imports leave nothing to collect (0.3 s)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the imports: no traceback
 
 import argparse
 import contextlib
@@ -61,9 +62,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-gc.freeze()  # nor later, at the exit
-gc.enable()
 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ RECORD: what a competitor changes                                                            ║
@@ -269,8 +267,9 @@ def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_si
         bad.append(f"--softcap {s.softcap}: three numbers a,b,c, a and c above 0; 0,0,1 is no cap")
     if s.qk_dim and (s.qk_dim % 4 or not s.head_dim / 2 <= s.qk_dim <= s.head_dim):
         bad.append(f"--qk_dim {s.qk_dim}: a multiple of 4, at least half of --head_dim {s.head_dim}")
-    if s.ngram_rows and (s.ngram_rows < 4 or s.ngram_rows % math.lcm(2, world_size)):
-        bad.append(f"--ngram_rows {s.ngram_rows}: at least 4, a multiple of 2 and of {world_size} processes")
+    if s.ngram_rows and (s.ngram_rows < 4 or s.ngram_rows % 2 or s.width % world_size):
+        bad.append(f"--ngram_rows {s.ngram_rows}: at least 4, and even; --width {s.width} must be a multiple of "
+                   f"{world_size} processes, which share the columns")
     if s.muon_beta2 == 1 or s.muon_momentum == 1:
         bad.append("--muon_beta2, --muon_momentum must be below 1: at 1 nothing new is averaged in")
     if "mlp" in s.kernels and s.width % 8:
@@ -520,7 +519,7 @@ class GPT(nn.Module):
         self.loss_kernel, self.fp8_head = "loss" in s.kernels, s.fp8_head == "on"
         padded = -(-(vocab_size + bool(s.pointer)) // HEAD_MULTIPLE) * HEAD_MULTIPLE
         self.vocab_size, self.embed = vocab_size, nn.Embedding(padded, s.width)
-        self.value_embeds = nn.ModuleList(nn.Embedding(padded, s.width) for _ in range(s.value_embeds))
+        self.value_embeds = nn.ModuleList(Table(padded, s.width) for _ in range(s.value_embeds))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, its weight
         self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
         self.ngrams = Ngrams(s, world or World()) if s.ngram_rows else None
@@ -558,7 +557,6 @@ class GPT(nn.Module):
         """Residual stream after the last layer, (B, T, D)."""
         follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
         x = x0 = self.embedding(inputs_BT, follows)
-        values = [look_up(table.weight, inputs_BT) for table in self.value_embeds]
         masks = self.masks(docs_BT, window)
         length = inputs_BT.size(1)
         at = self.cos[:length], self.sin[:length], follows[..., None]
@@ -567,12 +565,13 @@ class GPT(nn.Module):
         weights = self.ngrams.weight.type_as(x).unbind(0) if self.ngrams is not None else None
         if found_BTD is None and self.ngrams is not None:
             found_BTD = self.ngrams(inputs_BT, docs_BT)
-        outputs = []
+        outputs, values = [], {}
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
-            value = values[layer.value_table] if layer.value_table is not None else None
+            if (table := layer.value_table) not in (None, *values):  # not before: then its gradient comes earlier
+                values[table] = self.value_embeds[table](inputs_BT)
             x = x if found_BTD is None else x + weights[i] * found_BTD
-            x = block(x, x0, skip, value, masks.get(layer.attention), at, scalars[i], gates[i])
+            x = block(x, x0, skip, values.get(table), masks.get(layer.attention), at, scalars[i], gates[i])
             outputs.append(x)
         return x if self.backout is None else x - scalars[self.backout][-1] * outputs[self.backout]
 
@@ -590,7 +589,7 @@ class GPT(nn.Module):
 
     def embedding(self, inputs_BT, follows_BT1) -> Tensor:
         """Normed token embeddings; each takes up some of the previous one of its document, gated (34)."""
-        x = look_up(self.embed.weight, inputs_BT)
+        x = self.embed(inputs_BT)
         if self.smear is not None:
             gate, weight = self.smear.split((GATE_DIM, 1))
             previous = torch.cat((x[:, :1], x[:, :-1]), dim=1) * follows_BT1
@@ -666,34 +665,30 @@ def copy_losses(loss_N, gate_N, copied_N, nothing_N) -> Tensor:
 
 class Ngrams(nn.Module):
     """Vectors of hashed pairs and triples of tokens, half of the rows each (62, 92), which each layer adds, weighted.
-    In training a process owns a share of the rows and serves it to all."""
+    A process owns some columns and looks them up for the tokens of all: no size depends on the rows that are wanted."""
     def __init__(self, s: Settings, world: World):
         super().__init__()
-        self.world, self.half, self.state = world, s.ngram_rows // 2, {}
-        self.table = nn.Parameter(torch.zeros(s.ngram_rows // world.size, s.width, dtype=s.torch_dtype))
+        self.world, self.half, self.came = world, s.ngram_rows // 2, []  # rows and gradients since the last update
+        self.table = nn.Parameter(torch.zeros(s.ngram_rows, s.width // world.size, dtype=s.torch_dtype))
         self.weight = nn.Parameter(torch.full((s.num_layers,), 0.05))
         fixed = torch.Generator("cpu").manual_seed(0)
         signs = torch.randint(2, (NGRAM_SIGNS, s.width), generator=fixed, device="cpu")
-        self.register_buffer("signs", (2 * signs - 1).to(s.torch_dtype), persistent=False)
+        own = (2 * signs - 1).to(s.torch_dtype).chunk(world.size, dim=1)[world.rank]
+        self.register_buffer("signs", own, persistent=False)
 
     @torch.no_grad()
     def forward(self, inputs_BT, docs_BT) -> Tensor:
-        """The two vectors of each token, summed, (B, T, D): a leaf, whose gradient goes to the rows' owners."""
-        world, first = self.world, self.world.rank * len(self.table)
-        rows, kinds = ngram_rows(gathered(world, inputs_BT), gathered(world, docs_BT), self.half)
-        order, token = (rows // len(self.table) == world.rank).nonzero(as_tuple=True)
-        row, kind = rows[order, token] - first, kinds[order, token]
-        total = self.table.new_zeros(rows.size(1), self.table.size(1))
-        found = total.index_add_(0, token, self.table[row] * self.signs[kind])
-        if world.size > 1:
-            found = total.new_empty(inputs_BT.numel(), total.size(1))
-            dist.reduce_scatter_tensor(found, total)
-        found = found.view(*inputs_BT.shape, -1)
+        """The two vectors of each token, summed, (B, T, D): a leaf, whose gradient goes to the columns' owners."""
+        world, own = self.world, torch.stack((inputs_BT, docs_BT), dim=1)
+        rows, kinds = ngram_rows(*gathered(world, own).unbind(1), self.half)
+        pair, triple = self.table[rows] * self.signs[kinds]
+        found = exchanged(world, pair + triple).unflatten(0, (world.size, -1))
+        found = found.transpose(0, 1).reshape(*inputs_BT.shape, -1)
 
         def hand_over(leaf: Tensor):
-            grads = gathered(world, leaf.grad.flatten(0, 1))[token] * self.signs[kind]
-            new = torch.sparse_coo_tensor(row[None], grads.float(), self.table.shape, check_invariants=False)
-            self.state["sums"] = (self.state["sums"] + new if "sums" in self.state else new).coalesce()
+            grads = leaf.grad.unflatten(2, (world.size, -1)).movedim(2, 0).flatten(0, 2)
+            grads = exchanged(world, grads) * self.signs[kinds]
+            self.came.append((rows.flatten(), grads.flatten(0, 1)))
 
         found.requires_grad_().register_post_accumulate_grad_hook(hand_over)
         return found
@@ -717,6 +712,14 @@ def gathered(world: World, x: Tensor) -> Tensor:
     whole = x.new_empty(world.size * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
+
+def exchanged(world: World, x: Tensor) -> Tensor:
+    """What each rank has for this one: its rank-th equal part of x along the first axis. Collective."""
+    if world.size == 1:
+        return x
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x)
+    return received
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple:
     """The classes of a sampled softmax (92): the gate, the targets, and as many others as are missing, by a fixed
@@ -748,8 +751,8 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     for name, p in model.named_parameters():
         size = p.numel()
         if name == "ngrams.table":
-            size = 2 * model.ngrams.half * p.size(1)  # of all processes
-            idle = size - 2 * p.size(1)
+            size *= model.ngrams.world.size
+            idle = size - 2 * size // len(p)
         counts[kinds.get(name.split(".")[0], "small")] += size
     total = sum(counts.values())
     return {"total": total, "active": total - idle, **counts, "matmul": counts["hidden"] + counts["head"]}
@@ -830,7 +833,8 @@ def way_to_fit(s: Settings, fits) -> str:
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
 # One class for one rank or many. Each gradient is packed, freed and reduced into the shard of its owner as soon as it
 # is complete in the last micro-step's backward; optimizer state and fp32 masters exist on the owner only (ZeRO-2);
-# after the update all gather the owner's weights. Small parameters are all-reduced and updated by every rank.
+# after the update all gather the owner's weights, till the next forward pass needs them (wait_before_use). Small
+# parameters are all-reduced and updated by every rank.
 
 FP32_PARAMETERS = ("scalars",)  # names of parameters that are not rounded to bf16
 
@@ -964,10 +968,11 @@ class Bank:
     """Parameters that one call updates, cut into pieces of one shape.
 
         pieces       p0  p1  p2 | p3  p4  p5 | p6  ..   a matrix each for Muon; AdamW: 1/ranks, flat
-        collectives  one for every `owners` pieces: gradients are reduced, weights gathered, by it
-        mine         in each the piece that this rank updates: its rank-th
+        collectives  one for about a parameter: by it gradients are reduced, weights gathered
+        mine         in each the `share` pieces that this rank updates: its rank-th
 
-    `state` holds the own pieces, fp32: master (the weights) and the moments, each (collectives, *piece)."""
+    `state` holds the own pieces, fp32: master (the weights) and the moments, each (number, *piece). `weights` is the
+    memory of all parameters, into which those of other owners are gathered until `receive_weights`."""
     def __init__(self, named: list[tuple], rules: dict[str, Rule], s: Settings, world: World):
         self.params, self.s, self.world = dict(named), s, world
         name, first = named[0]
@@ -975,19 +980,25 @@ class Bank:
         self.owners = n = world.size if self.rule.comm == "sharded" else 1
         self.shape = tuple(first.shape[-2:]) if self.muon else (-(-first.numel() // n),)
         self.pieces = [(name, i) for name, p in named for i in range(len(self.cut(p)))]
-        self.collectives = [self.pieces[k:k + n] for k in range(0, len(self.pieces), n)]
-        self.mine = [k * n + (world.rank if n > 1 else 0) for k in range(len(self.collectives))]
-        lrs = [rules[name].lr for name, _ in self.pieces] + [0.0] * n
+        self.share = max(1, min(len(self.cut(p)) for _, p in named) // n)
+        size = self.share * n
+        self.collectives = [self.pieces[k:k + size] for k in range(0, len(self.pieces), size)]
+        self.names = [dict(pieces).keys() for pieces in self.collectives]
+        self.mine = [i for i in range(len(self.collectives) * size) if i // self.share % n == world.rank % n]
+        lrs = [rules[name].lr for name, _ in self.pieces] + [0.0] * size
         rates = torch.tensor([lrs[i] for i in self.mine], device=s.device)
         self.lr = rates.view(-1, *(1 for _ in self.shape))
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.my_pieces({name: p.detach() for name, p in named})}
-        for name, p in named:
-            p.data = p.data.to(s.device, torch.float32 if name in FP32_PARAMETERS else s.torch_dtype)
+        dtype = torch.float32 if name in FP32_PARAMETERS else s.torch_dtype
+        self.weights = torch.zeros(len(self.mine) * n, *self.shape, dtype=dtype, device=s.device)
+        for name, view in self.join(self.weights).items():
+            self.params[name].data = view.copy_(self.params[name].data)
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         dtype = first.dtype if world.size > 1 else torch.float32
         self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
         self.places = self.join(self.grad) if world.size == 1 else {}  # by name, for sums of micro-steps
+        self.in_flight, self.gathers = [], {}  # works, and tensors that must live until they are done
         self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of on_device
         self.reset()
 
@@ -1011,33 +1022,31 @@ class Bank:
         return (F.pad(tensor.flatten(), (0, short)) if short else tensor.flatten()).view(-1, *shape)
 
     def expect(self):
-        """Before a backward pass: names of the parameters whose gradients each collective waits for."""
-        self.waiting = [{name for name, _ in pieces} for pieces in self.collectives]
-        self.arrived = {}
+        """Before a backward pass: all collectives wait for gradients."""
+        self.waiting, self.arrived = list(range(len(self.collectives))), {}
 
     def receive(self, name: str, grad: Tensor):
         """A parameter's gradient is complete: starts collectives that now have all, frees what none needs."""
         self.arrived[name] = self.cut(grad)
-        for k, needs in enumerate(self.waiting):
-            if name in needs:
-                needs.remove(name)
-                if not needs:
-                    self.reduce(k)
-        needed = {name for k, needs in enumerate(self.waiting) if needs for name, _ in self.collectives[k]}
+        for k in [k for k in self.waiting if self.names[k] <= self.arrived.keys()]:
+            self.reduce(k)
+            self.waiting.remove(k)
+        needed = {name for k in self.waiting for name in self.names[k]}
         self.arrived = {name: pieces for name, pieces in self.arrived.items() if name in needed}
 
     def reduce(self, k: int):
         """Sums the gradients of collective k into the owners' shards, asynchronously."""
-        pieces = [self.arrived[name][i] for name, i in self.collectives[k]]
-        if self.owners == 1:
-            self.grad[k] = pieces[0]
-            if self.world.size > 1:
-                self.in_flight.append((dist.all_reduce(self.grad[k], async_op=True), None))
+        pieces, own = self.collectives[k], self.grad.split(self.share)[k]
+        whole = [self.arrived[name] for name in self.names[k]]
+        whole = torch.cat(whole) if len(whole) > 1 else whole[0]
+        packed = self.padded(whole[pieces[0][1]:][:len(pieces)])
+        if self.owners > 1:
+            packed = packed.to(own.dtype)
+            self.in_flight.append((dist.reduce_scatter_tensor(own, packed, async_op=True), packed))
             return
-        pieces += [torch.zeros_like(pieces[0])] * (self.owners - len(pieces))
-        packed = torch.cat(pieces).to(self.grad.dtype)  # gloo takes no stacked tensor
-        work = dist.reduce_scatter_tensor(self.grad[k], packed, async_op=True)
-        self.in_flight.append((work, packed))
+        own.copy_(packed)
+        if self.world.size > 1:
+            self.in_flight.append((dist.all_reduce(own, async_op=True), None))
 
     def step(self, scale: float, mu: float, step: int, span: tuple = (0, 0)):
         """Waits for the own gradients, updates the own pieces and sends them off, asynchronously."""
@@ -1094,24 +1103,20 @@ class Bank:
         return self.scalars[:len(values)]
 
     def send_weights(self):
-        """Starts to gather the new weights of all owners."""
+        """Starts to gather the new weights of all owners, those of early layers first."""
+        self.receive_weights()
         if self.owners == 1:
+            self.weights.copy_(self.state["master"])
             return
-        dtype = next(iter(self.params.values())).dtype
-        for piece in self.state["master"]:
-            sent = piece.to(dtype)
-            received = torch.empty(self.owners, *self.shape, dtype=dtype, device=sent.device)
-            work = dist.all_gather_into_tensor(received.flatten(0, 1), sent, async_op=True)
-            self.in_flight.append((work, sent, received))
+        for k in reversed(range(len(self.collectives))):
+            whole = self.weights.split(self.owners * self.share)[k]
+            own = self.state["master"].split(self.share)[k].to(whole.dtype, copy=True)  # may change before all have it
+            self.gathers[k] = dist.all_gather_into_tensor(whole, own, async_op=True), own
 
-    def receive_weights(self):
-        """Writes the weights of all owners into the parameters."""
-        for work, *_ in self.in_flight:
-            work.wait()
-        received = [pieces for *_, pieces in self.in_flight]
-        whole = self.join(torch.cat(received) if received else self.state["master"])
-        self.in_flight = []
-        torch._foreach_copy_([p.data for p in self.params.values()], list(whole.values()))
+    def receive_weights(self, name=None, *_):
+        """Waits for the gathered weights of a parameter, or of all."""
+        for k in [k for k in self.gathers if name in (None, *self.names[k])]:
+            self.gathers.pop(k)[0].wait()
 
     def join(self, pieces: Tensor) -> dict[str, Tensor]:
         """Pieces of all owners in order -> parameter name: whole tensor (views where possible)."""
@@ -1125,16 +1130,20 @@ class Bank:
         """State `key` of all parameters by name, whole, on the CPU of rank 0; {} elsewhere. Collective."""
         pieces = self.state[key]
         if self.owners > 1:
-            pieces = gathered(self.world, pieces).unflatten(0, (self.owners, -1)).transpose(0, 1).flatten(0, 1)
+            pieces = gathered(self.world, pieces).unflatten(0, (self.owners, -1, self.share))
+            pieces = pieces.transpose(0, 1).flatten(0, 2)
         if self.world.rank:
             return {}
         return {name: t.to("cpu", copy=True) for name, t in self.join(pieces).items()}
 
+    def padded(self, pieces: Tensor) -> Tensor:
+        """The pieces, and zeros where owners outnumber the last ones."""
+        missing = -len(pieces) % (self.owners * self.share)
+        return F.pad(pieces, [0, 0] * (pieces.dim() - 1) + [0, missing]) if missing else pieces
+
     def my_pieces(self, whole: dict[str, Tensor], shape=None) -> Tensor:
-        """The own pieces of whole tensors by name, fp32 on the device; zero where ranks outnumber pieces."""
-        pieces = torch.cat([self.cut(whole[name], shape) for name in self.params])
-        missing = len(self.collectives) * self.owners - len(pieces)
-        pieces = F.pad(pieces, [0, 0] * (pieces.dim() - 1) + [0, missing])
+        """The own pieces of whole tensors by name, fp32 on the device."""
+        pieces = self.padded(torch.cat([self.cut(whole[name], shape) for name in self.params]))
         return pieces[self.mine].to(self.s.device, torch.float32).contiguous()
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
@@ -1145,58 +1154,93 @@ class Bank:
         self.use(self.state["master"])
 
 class NgramBank:
-    """The rows of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
-    came are touched (92): those of `ngram_every` steps at once, in an event."""
+    """The columns of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
+    came are touched (92): those of `ngram_every` steps at once, in an event. A row that came n times is computed n
+    times, alike: so all sizes are known, and the host never waits."""
     def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
-        self.s, self.rule, self.world, self.state = s, rule, world, ngrams.state
+        self.s, self.rule, self.world, self.came = s, rule, world, ngrams.came
         self.table = ngrams.table.data
         self.reset()
 
     def reset(self):
         """As before the first step, with the rows at hand. event: number of a row's last one."""
-        square, event = torch.zeros(2, len(self.table), device=self.s.device)
-        self.state.clear()
-        self.state |= {"master": self.table, "square": square, "event": event}
+        self.square, self.event = torch.zeros(2, len(self.table), device=self.s.device)
+        self.came.clear()
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds; within a cycle also its sums, sparse, for which the host waits."""
+        state = {"master": self.table, "square": self.square, "event": self.event}
+        if self.came:
+            rows, first, sums = self.sums()
+            once = first.unique()
+            new = torch.sparse_coo_tensor(rows[once][None], sums[once], self.table.shape, check_invariants=False)
+            state["sums"] = new.coalesce()
+        return state
 
     def step(self, scale: float, step: int):
         """The event of a cycle's end: v <- beta2 v for those that a row missed, and + (1 - beta2) mean(g^2)."""
         if step % self.s.ngram_every:
             return
-        state, beta2, event = self.state, self.rule.betas[1], step // self.s.ngram_every
-        sums = state.pop("sums")
-        rows, grads = sums.indices()[0], sums.values()
-        square = state["square"][rows] * beta2**(event - 1 - state["event"][rows])
-        square.lerp_(grads.square().mean(dim=1), 1 - beta2)
-        state["square"][rows], state["event"][rows] = square, float(event)
-        root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
-        vectors, lr, decay = self.table[rows].float(), self.rule.lr * scale, self.rule.weight_decay * scale
-        apply_update(vectors, grads / root[:, None], lr, decay, self.s.cautious)
-        self.table[rows] = vectors.type_as(self.table)
+        beta2, event, new = self.rule.betas[1], step // self.s.ngram_every, []
+        lr, decay = self.rule.lr * scale, self.rule.weight_decay * scale
+        rows, first, sums = self.sums()
+        for part, places in zip(*(x.split(2**26 // sums.size(1)) for x in (rows, first)), strict=True):
+            grads, vectors = sums[places], self.table[part].float()
+            mean = grads.square().mean(dim=1)
+            if self.world.size > 1:
+                dist.all_reduce(mean)
+            square = self.square[part] * beta2**(event - 1 - self.event[part])
+            square.lerp_(mean / self.world.size, 1 - beta2)
+            root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
+            apply_update(vectors, grads / root[:, None], lr, decay, self.s.cautious)
+            new.append((vectors.type_as(self.table), square))
+        self.table[rows], self.square[rows] = map(torch.cat, zip(*new, strict=True))
+        self.event[rows] = float(event)
+        self.came.clear()
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that came since the last event, (N,), and where each came first; there the sum of its gradients, fp32,
+        added in one order, and so the same in a resumed run."""
+        rows = torch.cat([rows for rows, _ in self.came])
+        place = torch.arange(len(rows), device=rows.device)
+        first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
+        sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)
+        for part, (_, grads) in zip(first.split([len(x) for x, _ in self.came]), self.came, strict=True):
+            if sums.is_cuda:  # where index_add_ is atomic
+                sums.index_put_((part,), grads.float(), accumulate=True)
+            else:
+                sums.index_add_(0, part, grads.float())
+        return rows, first, sums
 
     def full(self, key: str) -> dict[str, Tensor]:
-        """State `key` of all rows, on the CPU of rank 0; {} elsewhere. Collective."""
-        parts = []
-        for owner in range(self.world.size):
-            part = [self.state[key].cpu().float()]
+        """State `key` of all columns, on the CPU of rank 0; {} elsewhere. Collective."""
+        own, parts = self.state[key].cpu().float(), []
+        for owner in range(self.world.size if own.dim() > 1 else 1):
+            part = [own]
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
             parts += part * (self.world.rank == 0)
-        return {"ngrams.table": torch.cat(parts)} if parts else {}
+        return {"ngrams.table": torch.cat(parts, dim=own.dim() - 1)} if parts else {}
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
         """State as `full` gave it to rank 0, a share at a time to all ranks. Collective."""
         def share(key: str, owner: int) -> Tensor:
-            return saved[key]["ngrams.table"].narrow_copy(0, owner * len(self.table), len(self.table))
+            whole, size = saved[key]["ngrams.table"], self.table.size(1)
+            return whole.narrow_copy(1, owner * size, size) if whole.dim() > 1 else whole
 
         self.reset()
         for key in on_rank_zero(self.world, lambda: [k for k in saved if "ngrams.table" in saved[k]]):
             for owner in range(self.world.size):
                 own = on_rank_zero(self.world, share, key, owner)
-                if owner == self.world.rank:
-                    self.state[key] = self.table.copy_(own) if key == "master" else own.to(self.s.device)
+                if owner == self.world.rank and key == "sums":
+                    own = own.to(self.s.device).coalesce()
+                    self.came.append((own.indices()[0], own.values()))
+                elif owner == self.world.rank:
+                    self.state[key].copy_(own)
 
 class MuonAdamW:
-    """The optimizer of a model: hooks that reduce gradients during backward, and the step."""
+    """The optimizer of a model: hooks that reduce gradients in backward, the step, hooks that await weights."""
     def __init__(self, model: nn.Module, s: Settings, world: World):
         named = list(reversed(list(model.named_parameters())))  # about the order of backward
         rules = trained_rules(s, [name for name, _ in named])
@@ -1208,11 +1252,15 @@ class MuonAdamW:
         self.span = 0, 0  # of the last step in the schedule
         table = groups.pop("ngrams.table", None)
         self.tables = [NgramBank(model.ngrams, rules["ngrams.table"], s, world)] if table else []
-        self.banks = [Bank(group, rules, s, world) for group in groups.values()]
+        banks = [Bank(group, rules, s, world) for group in groups.values()]
+        # updated first: Muon's, while the tables, last in backward, are reduced; then those that are used first
+        self.banks = sorted(reversed(banks), key=lambda bank: (not bank.muon, "lm_head" in bank.params))
         self.sums = {}  # fp32 gradient sums of earlier micro-steps
         for bank in self.banks:
             for name, p in bank.params.items():
                 p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name, bank))
+                if bank.owners > 1:
+                    wait_before_use(model, name, functools.partial(bank.receive_weights, name), s)
 
     def _on_gradient(self, name: str, bank: Bank, p: nn.Parameter):
         """Runs inside backward when a parameter's gradient is complete. Micro-steps are summed in fp32."""
@@ -1228,7 +1276,7 @@ class MuonAdamW:
         """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
         hidden matrices; `momentum`: Muon's; `span`: from where to where this takes the schedule, a step if not given.
         Raises RuntimeError that names the parameters whose gradient never came."""
-        missing = {name for bank in self.banks for needs in bank.waiting for name in needs}
+        missing = {name for bank in self.banks for k in bank.waiting for name in bank.names[k] - bank.arrived.keys()}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
         self.steps += 1
@@ -1238,8 +1286,6 @@ class MuonAdamW:
             bank.step(scale if bank.rule.role == "hidden" else others, momentum, self.steps, self.span)
         for table in self.tables:
             table.step(others, self.steps)
-        for bank in self.banks:
-            bank.receive_weights()
 
     @contextlib.contextmanager
     def blended(self):
@@ -1278,6 +1324,15 @@ class MuonAdamW:
         state = state | {"master": state.get("master", {}) | state.get("raw", {})}
         for bank in [*self.banks, *self.tables]:
             bank.load(state)
+
+def wait_before_use(model: nn.Module, name: str, wait, s: Settings):
+    """Has the forward pass wait for a parameter: at its start, or, compiled by block, before its block, value table or
+    pointer; for the head after the last block."""
+    part = re.match(r"(blocks|value_embeds)\.\d+|pointer|lm_head|", name)[0] if s.compile_unit == "block" else ""
+    if part == "lm_head":
+        model.blocks[-1].register_forward_hook(wait)
+    else:
+        model.get_submodule(part).register_forward_pre_hook(wait)
 
 def compiled(function, s: Settings):
     """torch.compile with static shapes and whole graphs, or the function itself."""
@@ -1436,7 +1491,7 @@ def bits_per_byte(loss: float, meta: dict) -> float | None:
 
 # ┌─ Training ───────────────────────────────────────────────────────────────────────────────────┐
 def train(run: Run):
-    """Steps of micro-steps. Nothing but n-grams, a log step, an evaluation or a checkpoint waits for the device."""
+    """Steps of micro-steps. Nothing but a log step, an evaluation or a checkpoint waits for the device."""
     s, world, stages = run.s, run.world, stage_table(run.s)
     model = GPT(s, run.vocab_size, world).to(s.device)
     optimizer = MuonAdamW(model, s, world)
@@ -1757,6 +1812,10 @@ class TableRows(torch.autograd.Function):
 def look_up(table_VD, index) -> Tensor:
     """table[index], (*index.shape, D)."""
     return TableRows.apply(table_VD, index) if table_VD.is_cuda else F.embedding(index, table_VD)
+
+class Table(nn.Embedding):
+    def forward(self, index) -> Tensor:
+        return look_up(self.weight, index)
 
 # --- x @ x.mT, of which one triangle is computed (record 27)
 
@@ -3546,6 +3605,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.freeze()  # see the top: what was imported stays
+    gc.enable()
     try:
         s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())

@@ -85,7 +85,14 @@ def train(model, optimizer, steps: range, micro_steps: int = 1, backward=backwar
     for step in steps:
         losses.append(backward(model, optimizer, random_batch(step), micro_steps))
         optimizer.step(1.0 - 0.1 * step, 0.85 + 0.02 * step)
+    arrive(optimizer)
     return losses
+
+
+def arrive(optimizer):
+    """Waits for the weights that a step gathers, as the next forward pass would."""
+    for bank in optimizer.banks:
+        bank.receive_weights()
 
 
 def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -191,7 +198,10 @@ def left_after_backward(model: tg.GPT, optimizer: tg.MuonAdamW) -> dict:
             "arrived": sum(len(bank.arrived) for bank in optimizer.banks),
             "works": sum(len(bank.in_flight) for bank in optimizer.banks)}
     optimizer.step(1.0, 0.9)
-    return left | {"works_after": sum(len(bank.in_flight) for bank in optimizer.banks)}
+    left |= {"works_after": sum(len(bank.in_flight) for bank in optimizer.banks),
+             "gathers": sum(len(bank.gathers) for bank in optimizer.banks)}
+    arrive(optimizer)
+    return left
 
 
 class SpyWork:
@@ -209,11 +219,13 @@ def overlap_scenario(world: tg.World, flag: Path) -> dict:
     """Order of gradients, launches and waits in two accumulated steps; the second rank starts its backward pass only
     when the first one has ended its own, which never happens if a reduction waits for the other rank."""
     events: list[tuple[str, str]] = []
-    s = settings(num_layers=4)
+    s = settings(num_layers=4, compile_unit="block")
     model = tg.GPT(s, VOCAB)
     for name, p in model.named_parameters():  # before the optimizer's hooks, hence called before them
         p.register_post_accumulate_grad_hook(lambda p, name=name: events.append(("grad", name)))
     optimizer = tg.MuonAdamW(model, s, world)
+    for i, block in enumerate(model.blocks):  # after the optimizer's hooks
+        block.register_forward_pre_hook(lambda *_, i=i: events.append(("block", str(i))))
 
     def spied(collective):
         def launch(*args, **kwargs):
@@ -249,6 +261,7 @@ def overlap_scenario(world: tg.World, flag: Path) -> dict:
             for bank in optimizer.banks for work, packed in bank.in_flight]
     optimizer.step(1.0, 0.9)
     events.append(("end", "step"))
+    next_token_loss(model, rows[0])
     return {"events": events, "held": held}
 
 

@@ -289,6 +289,6 @@ def test_bad_settings_are_told_in_a_sentence(argv, told):
     assert told in sentence and len(sentence) < 200
 
 
-def test_rows_that_processes_cannot_share_are_told():
-    (sentence,) = problems("--ngram-rows", "66", world_size=4)
-    assert "--ngram_rows 66" in sentence and "4 processes" in sentence
+def test_columns_that_processes_cannot_share_are_told():
+    told = problems("--ngram-rows", "66", "--batch-tokens", "1280", world_size=5)
+    assert "--ngram_rows 66" in told[0] and "--width 192" in told[0] and "5 processes" in told[0] and len(told) == 1
