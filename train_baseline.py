@@ -1693,8 +1693,6 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.freeze()  # see the top: what was imported stays
-    gc.enable()
     try:
         s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())

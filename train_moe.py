@@ -935,7 +935,7 @@ class GPT(nn.Module):
         self.layers, self.window_step, self.backend = layer_table(s), s.window_step, s.backend
         self.loss_kernel, self.fp8_head = "loss" in s.kernels, s.fp8_head == "on"
         padded = -(-(vocab_size + bool(s.pointer)) // HEAD_MULTIPLE) * HEAD_MULTIPLE
-        self.vocab_size, self.embed = vocab_size, nn.Embedding(padded, s.width)
+        self.vocab_size, self.embed = vocab_size, Table(padded, s.width)
         self.value_embeds = nn.ModuleList(Table(padded, s.width) for _ in range(s.value_embeds))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1)) if s.smear else None  # gate, its weight
         self.blocks = nn.ModuleList(Block(s, layer) for layer in self.layers)
@@ -2316,7 +2316,7 @@ def multiprocessors(device: str) -> int:
 FLEX_BLOCK = 128  # tokens of a block of FlexAttention's block mask
 
 def block_mask(docs_BT, window: Tensor, copies: int = 1):
-    """The rule as a FlexAttention BlockMask, nearest blocks first. Documents only rise along a row: first and last tokens
+    """The rule as a FlexAttention BlockMask, nearest blocks first. Documents rise along a row: first and last tokens
     tell how far blocks share one, before queries and after keys, and how near they consist of one (full: no mask)."""
     from torch.nn.attention.flex_attention import BlockMask
     span = FLEX_BLOCK // copies  # tokens of a block
@@ -4296,8 +4296,6 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see the top
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.freeze()  # see the top: what was imported stays
-    gc.enable()
     try:
         s, hardware, notes = parse_settings(argv, world_size)
         torch.set_num_threads(s.threads or torch.get_num_threads())
@@ -4355,4 +4353,6 @@ def compiler_failed(error: BaseException) -> bool:
     return ours or "Triton Error" in str(error)
 
 if __name__ == "__main__":
+    gc.freeze()  # what was imported stays
+    gc.enable()
     sys.exit(main())
