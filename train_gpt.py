@@ -804,7 +804,7 @@ def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
     """Bytes of a process at its peak, the start of a backward pass: weights, own masters, moments and gradients, sums
     of micro-steps; rows of n-grams, and gradients of those that came; activations, logits and their gradients."""
     size, peak = s.torch_dtype.itemsize, 0.0
-    with torch.device("meta"):
+    with torch.random.fork_rng(()), torch.device("meta"):
         model = GPT(replace(s, device="cpu", ngram_rows=0), vocab_size)
     named = dict(model.named_parameters())
     for t in stage_table(s):
