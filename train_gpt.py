@@ -2189,8 +2189,9 @@ def head_losses(
 # ║ SERVICE: what surrounds a run; the same text in train_gpt.py and train_moe.py                ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
 # Of RECORD it calls Hyperparameters, PRESETS, choose_preset, record_auto, hyperparameter_errors; Stage, stage_table,
-# stage_at, layer_table, FLEX_BLOCK, parameter_counts, flops_per_token, model_flops_utilization, expected_memory;
-# compiled_graphs, piece_table, pack_row, gather_rows, ValStream, bits_per_byte; and train, which calls Run's methods.
+# stage_at, layer_table, FLEX_BLOCK, parameter_counts, flops_per_token, model_flops_utilization, expected_memory,
+# micro_sizes, way_to_fit; compiled_graphs, piece_table, pack_row, gather_rows, ValStream, bits_per_byte; and train,
+# which calls Run's methods.
 
 # ┌─ Command line ───────────────────────────────────────────────────────────────────────────────┐
 class UserError(ValueError):

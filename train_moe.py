@@ -598,10 +598,13 @@ def block_product(x_GBD, weight_EDF, owner_GE):
 def block_product_backward(grad_GBF, x_GBD, weight_EDF, owner_GE):
     x_grad = grad_GBF @ block_matrices(weight_EDF, owner_GE).mT
     grads_GK = (x_GBD.mT @ grad_GBF).flatten(1)
-    return x_grad, (owner_GE.to(grads_GK.dtype).T @ grads_GK).view_as(weight_EDF)
+    owner_GE = owner_GE.to(x_grad.dtype)
+    weight_grad = owner_GE.T @ grads_GK
+    return x_grad, weight_grad.view_as(weight_EDF)
 
 block_product.register_fake(lambda x, weight, owner: x.new_empty(*x.shape[:2], weight.size(2)))
-block_product_backward.register_fake(lambda grad, x, weight, _: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
+block_product_backward.register_fake(
+    lambda grad, x, weight, owner: (x.new_empty(x.shape), weight.new_empty(weight.shape)))
 block_product.register_autograd(
     lambda ctx, grad: (*block_product_backward(grad, *ctx.saved_tensors), None),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
@@ -2880,8 +2883,9 @@ def head_losses(
 # ║ SERVICE: what surrounds a run; the same text in train_gpt.py and train_moe.py                ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
 # Of RECORD it calls Hyperparameters, PRESETS, choose_preset, record_auto, hyperparameter_errors; Stage, stage_table,
-# stage_at, layer_table, FLEX_BLOCK, parameter_counts, flops_per_token, model_flops_utilization, expected_memory;
-# compiled_graphs, piece_table, pack_row, gather_rows, ValStream, bits_per_byte; and train, which calls Run's methods.
+# stage_at, layer_table, FLEX_BLOCK, parameter_counts, flops_per_token, model_flops_utilization, expected_memory,
+# micro_sizes, way_to_fit; compiled_graphs, piece_table, pack_row, gather_rows, ValStream, bits_per_byte; and train,
+# which calls Run's methods.
 
 # ┌─ Command line ───────────────────────────────────────────────────────────────────────────────┐
 class UserError(ValueError):
