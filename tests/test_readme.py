@@ -181,8 +181,9 @@ def all_flags() -> frozenset[str]:
     """Flags of every script that a page names, and of the tools that are called in them."""
     scripts = {command.script for page in PAGES for command in commands(text_of(page))}
     scripts |= {file for page in PAGES for file in re.findall(r"`(?:python |\./)?([\w/]+\.(?:py|sh))\b", text_of(page))}
-    known = {"--shutdown-timeout", "--write"}  # of torchrun and of tests/test_shared_code.py
-    for script in scripts - {"tests/test_shared_code.py"}:
+    known = {"--shutdown-timeout", "--write", "--lock"}  # of torchrun, tests/test_{shared_code,environments}.py
+    known |= {"--extra", "--frozen", "--cluster"}  # of uv and sky
+    for script in {script for script in scripts if not script.startswith("tests/")}:
         known |= accepted(script)
         for subcommand in SUBCOMMANDS.get(script, "").split():
             known |= accepted(script, subcommand)
