@@ -24,7 +24,7 @@ COLUMN = re.compile(r"\bin `([\w/]+\.py)`$")
 NAME = re.compile(r"`(\w+)`")
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 SCRIPT = re.compile(r"(?:^|\s)(\S+\.(?:py|sh))(?=\s|$)")
-SUBCOMMANDS = {"logger.py": "show compare diff stats verify extract export board profile history",
+SUBCOMMANDS = {"logger.py": "watch show compare diff stats verify extract export board profile history",
                "bench/grokking.py": "sweep plot"}
 # Scripts that hand further flags on: all that they do not know (run.sh, peer.py), or those after ` -- `.
 HANDS_ON = {"run.sh": "train_gpt.py", "bench/peer.py": "train_gpt.py"}
