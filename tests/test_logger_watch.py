@@ -3,6 +3,7 @@ import io
 import json
 import os
 import platform
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -283,11 +284,13 @@ def test_a_wrong_interval_is_told(tmp_path, capsys, interval):
 class Screen:
     """`logger.py watch` on a pseudo-terminal; `text` is what it has written."""
 
+    program = ("logger.py", "watch")
+
     def __init__(self, *argv):
         pty = pytest.importorskip("pty")
         self.terminal, inner = pty.openpty()
         known = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, str(ROOT / "logger.py"), "watch", *map(str, argv)]
+        command = [sys.executable, str(ROOT / self.program[0]), *self.program[1:], *map(str, argv)]
         self.process = subprocess.Popen(command, stdin=inner, stdout=inner, stderr=inner, env=known, close_fds=True,
                                         start_new_session=True, preexec_fn=self.take_terminal)
         os.close(inner)
@@ -303,12 +306,19 @@ class Screen:
     def until(self, words):
         """Reads on until the words have come; the end of the process ends it, too."""
         while words not in self.text:
+            assert select.select([self.terminal], [], [], 200)[0], f"{words!r} did not come: {self.text[-2000:]}"
             try:
                 piece = os.read(self.terminal, 65536)
             except OSError:  # closed
                 piece = b""
             assert piece, f"{words!r} did not come: {self.text[-2000:]}"
             self.text += piece.decode(errors="replace")
+
+    def send(self, keys, words):
+        """Types, and reads on until the words have come."""
+        self.text = ""
+        os.write(self.terminal, keys.encode())
+        self.until(words)
 
     def end(self):
         """What comes until its end, and its exit code."""
