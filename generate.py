@@ -2,6 +2,7 @@
 
     python generate.py                                    # the newest checkpoint under logs/, from a document's start
     python generate.py --checkpoint logs/quickstart --prompt "def " --temperature 0.7 --top-k 50 --num-samples 3
+    python generate.py --interactive                      # a line after the other is continued; /help
 
 The text goes to stdout as it is made: its bytes as they are, but on a terminal without control characters. Notes and
 tokens/s go to stderr. The weights are the checkpoint's fp32 masters, the attention window is that of its validation.
@@ -449,6 +450,174 @@ def encode_prompt(tokenizer: Tokenizer, vocab: dict, text: str) -> list[int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A text that a person and the model write together
+
+
+class Session:
+    """The loop of --interactive. The text so far, the person's lines and the model's, is what the model continues: it
+    knows texts, not speakers. Of a long one it sees the last tokens, as many as with the new ones make `longest`."""
+
+    def __init__(self, start: Start, args: argparse.Namespace, longest: int):
+        self.start, self.args, self.longest = start, args, longest
+        self.eot = start.vocab.get("eot")
+        self.generator = torch.Generator(args.device).manual_seed(args.seed)
+        self.text, self.history = [], True
+        self.commands = {"help": self.help, "reset": self.reset, "history": self.set_history}
+        self.numbers = {flag.replace("-", "_"): flag for flag in NUMBERS if flag != "num-samples"}
+
+    def help(self, _=""):
+        """this list"""
+        note("a line is continued by the model; an empty one lets it go on; one that ends in \\ has a further line; // "
+             "stands for / at the start; Ctrl-C stops a sample, Ctrl-D or /quit the program")
+        for name, flag in self.numbers.items():
+            note(f"/{name} {getattr(self.args, name)}    {NUMBERS[flag][4]}")
+        for name, command in self.commands.items():
+            note(f"/{name}    {command.__doc__}")
+
+    def reset(self, _=""):
+        """forget the text so far"""
+        self.text = []
+
+    def set_history(self, value: str):
+        """on (default): the text so far is continued; off: each line starts a new text"""
+        if value not in ("on", "off"):
+            raise ValueError(f"/history {value:.40}: expected on or off")
+        self.history = value == "on"
+
+    def command(self, line: str):
+        """Carries out a line without its slash. Raises ValueError for what it does not know."""
+        name, _, value = line.strip().partition(" ")
+        name, value = name.replace("-", "_"), value.strip()
+        if name in self.commands:
+            self.commands[name](value)
+        elif name in self.numbers:
+            self.set(name, value)
+        else:
+            known = ", ".join(f"/{word}" for word in [*self.commands, *self.numbers, "quit"])
+            raise ValueError(f"/{name:.40} is none of {known}")
+
+    def set(self, name: str, value: str):
+        """A number of the command line; without a value it is told. Raises ValueError if it is not within its bounds.
+        """
+        kind, _, low, high, _ = NUMBERS[self.numbers[name]]
+        high = min(high, self.longest - 1) if name == "max_tokens" else high
+        found = number(value, kind, low, high) if value else getattr(self.args, name)
+        if found is None:
+            wanted = "an integer" if kind is int else "a number"
+            raise ValueError(f"/{name} {value:.40}: expected {wanted} from {low} to {high}")
+        setattr(self.args, name, found)
+        if name == "seed" and value:
+            self.generator.manual_seed(found)
+        note(f"{name} {found}")
+
+    def go_on(self, line: str):
+        """Appends a line to the text, and what the model makes of it. An end of text by the model starts a new one."""
+        start, begun = self.start, [] if self.eot is None else [self.eot]
+        if not self.history:
+            self.reset()
+        added = encode_prompt(start.tokenizer, start.vocab, line)[len(begun):] if line else []
+        self.text = (self.text + added)[-self.longest:]
+        room = self.longest - self.args.max_tokens - len(begun)
+        if len(added) > max(room, 1):
+            note(f"note: of the line's {len(added)} tokens the model sees the last {max(room, 1)}; /max_tokens takes "
+                 "the rest")
+        seen = self.text[-max(room, 1):]
+        prompt = begun + seen or encode_prompt(start.tokenizer, start.vocab, "")
+        before = len(self.text)
+        write_text(start.tokenizer.decode_bytes([token]) for token in self.kept(prompt))
+        if len(self.text) - before < self.args.max_tokens:
+            note("(end of text)")
+            self.reset()
+
+    def kept(self, prompt: list[int]) -> Iterator[int]:
+        """New tokens, each of the text before it is shown."""
+        for token in sample(self.start.decoder, prompt, self.start.vocab, self.args, self.generator):
+            self.text.append(token)
+            yield token
+
+    def answer(self, line: str):
+        """To a line: a command, or a text. Ctrl-C ends it, what was written stays; errors are told."""
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                self.command(line[1:])
+                return
+            self.go_on(line.removeprefix("/") if line.startswith("//") else line)
+        except KeyboardInterrupt:
+            note("(stopped)")
+        except ValueError as error:
+            note(str(error).removeprefix("--prompt: "))
+            return
+        say("")
+
+
+def read_lines() -> Iterator[str | None]:
+    """Lines of stdin, those that end in a backslash joined with the next; None for Ctrl-C. On a terminal behind a
+    prompt, and with readline's keys and history where that is present."""
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+    said = ""
+    while True:
+        try:
+            line = input("... " if said else "> ") if terminal else next(sys.stdin).removesuffix("\n")
+        except (EOFError, StopIteration):
+            if terminal:
+                say("")
+            return
+        except KeyboardInterrupt:
+            note("")
+            said = ""
+            yield None
+            continue
+        said += line
+        if said.endswith("\\"):
+            said = said[:-1] + "\n"
+            continue
+        yield said
+        said = ""
+
+
+def row_length(settings: dict) -> int:
+    """The longest text of a checkpoint's training in tokens, at most MAX_PROMPT."""
+    for name in ("max_doc_len", "seq_len"):
+        sizes = settings.get(name)
+        sizes = sizes if isinstance(sizes, list) else [sizes]
+        if sizes and all(isinstance(size, int) and size > 1 for size in sizes):
+            return min(max(sizes), MAX_PROMPT)
+    return 256
+
+
+def prepare_session(args: argparse.Namespace, path: Path, meta: dict) -> Session:
+    """A session with a checkpoint; --max-tokens that were not given leave half of its length. Raises Unusable."""
+    row = row_length(meta["settings"])
+    if args.max_tokens == NUMBERS["max-tokens"][1]:
+        args.max_tokens = min(args.max_tokens, row // 2)
+    longest = max(row, args.max_tokens + 2)
+    vocab = meta["data"]["meta"]
+    tokenizer = read_vocabulary(vocab)
+    decoder = make_decoder(path, meta, args.device, longest, not args.no_cache)
+    return Session(Start(path, vocab, tokenizer, [], decoder), args, longest)
+
+
+def converse(args: argparse.Namespace):
+    """Reads lines and continues them, until Ctrl-D or /quit."""
+    if sys.stdin is None:
+        raise OSError("stdin is closed: --interactive reads lines from it")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    session = use_newest(args.checkpoint, partial(prepare_session, args))
+    note(f"{session.start.path}: {args.device}, texts of up to {session.longest} tokens; /help, Ctrl-D ends")
+    if args.prompt:
+        session.answer(args.prompt)
+    for line in read_lines():
+        if line is not None and line.strip() == "/quit":
+            return
+        if line is not None:
+            session.answer(line)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -528,7 +697,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag, (_, default, _, _, text) in NUMBERS.items():
         spellings = dict.fromkeys((f"--{flag}", f"--{flag.replace('-', '_')}"))
         parser.add_argument(*spellings, default=default, metavar="X", help=f"{text} (default: {default})")
-    parser.add_argument("--device", default="auto", metavar="X", help="auto, cpu, cuda or (untested) mps (default: auto)")
+    parser.add_argument("--device", default="auto", metavar="X",
+                        help="auto, cpu, cuda or (untested) mps (default: auto)")
+    parser.add_argument("--interactive", action="store_true", help="read lines and continue them: /help says more")
     parser.add_argument("--no-cache", "--no_cache", action="store_true", help="pass over the whole text for each token")
     args, problems = parser.parse_args(argv), []
     for flag, (kind, _, low, high, _) in NUMBERS.items():
@@ -537,6 +708,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) is None:
             wanted = "an integer" if kind is int else "a number"
             problems.append(f"--{flag} {given!s:.40}: expected {wanted} from {low} to {high}")
+    if args.interactive and args.num_samples not in (1, None):
+        problems.append("--num-samples: --interactive makes one text, leave it out")
     if args.device not in ("auto", "cpu", "cuda", "mps"):
         problems.append(f"--device {args.device:.40}: expected auto, cpu, cuda or mps")
     if args.device == "mps" and not torch.backends.mps.is_available():
@@ -588,7 +761,11 @@ def generate(args: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code."""
-    return guarded(lambda: generate(parse(argv)), "lower --max-tokens, or give a shorter --prompt")
+    def run():
+        args = parse(argv)
+        return converse(args) if args.interactive else generate(args)
+
+    return guarded(run, "lower --max-tokens, or give a shorter --prompt")
 
 
 if __name__ == "__main__":

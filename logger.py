@@ -1,6 +1,7 @@
 """Read, compare and judge the logs of training runs: ours, and those of the public NanoGPT speedrun of every year.
 
     python logger.py --experiment_name NAME        # runs of logs/NAME: table (logs/NAME/logs.txt), plots in images/NAME
+    python logger.py watch [LOG...]                # running runs live: loss curve, rate, ETA, memory; Ctrl-C ends it
     python logger.py show LOG...                   # a screen per run: status, versions, losses, time, memory
     python logger.py compare A B [C...]            # groups of runs: means, Welch's t-test, equal steps and time, a plot
     python logger.py diff A B                      # what changed: settings, functions, text, environment, effect
@@ -435,6 +436,22 @@ def show_board(args):
     return 0
 
 
+def watch_runs(args):
+    """Running runs, live: loss curve, rate, ETA, memory; which are finished, stopped, stalled, crashed. Ctrl-C ends it.
+    In a pipe one frame."""
+    from runlogs.watching import Watch, follow, print_frame
+
+    watch = Watch(args.logs)
+    if args.json:
+        runs, others = watch.look()
+        say_json({"runs": [{key: n[key] for key in n if key != "run"} for n in runs], "others": others})
+    elif args.once or not sys.stdout.isatty():
+        print_frame(watch)
+    else:
+        follow(watch, args.interval)
+    return 0
+
+
 def flag(parser, name, **options):
     """A flag with its dash and underscore spellings."""
     parser.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"]), **options)
@@ -457,6 +474,12 @@ def positive(text):
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is below 1: expected a number of rows, as 12")
     return int(text)
+
+
+def seconds(text):
+    if not 0.1 <= float(text) <= 3600:
+        raise argparse.ArgumentTypeError(f"'{text}' is no interval: expected seconds from 0.1 to 3600, as 2")
+    return float(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -497,6 +520,10 @@ def add_commands(command):
     logs = {"nargs": "+", "metavar": "LOG", "help": "files, folders or globs"}
     target = {"type": finite, "metavar": "LOSS", "help": "the loss to be reached"}
     claim = {"metavar": "KEY", "help": "what counts as the loss, as val_ema_loss or val_bpb (default: val_loss)"}
+    sub = command("watch", watch_runs)
+    sub.add_argument("logs", **logs | {"nargs": "*", "default": ["logs"], "help": "what to watch (default: logs)"})
+    sub.add_argument("--once", action="store_true", help="print one frame, as in a pipe")
+    sub.add_argument("--interval", type=seconds, default=2.0, metavar="S", help="seconds between frames (default: 2)")
     sub = command("show", show_runs)
     flag(sub, "loss-key", **claim)
     sub.add_argument("logs", **logs)

@@ -6,10 +6,16 @@
 #   ./run.sh --iterations 100 --experiment_name try        arguments go to train_gpt.py
 #   ./run.sh --setup-only                                  only the environment, in .venv
 #   PYTHON=python3.12 ./run.sh                             .venv from this Python
+#
+# .venv is made by uv where that is installed, else by venv and pip; both install what requirements.txt pins.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 readonly CPU_WHEELS=https://download.pytorch.org/whl/cpu
+case $(uname -s) in
+    MINGW* | MSYS* | CYGWIN*) bin=.venv/Scripts ;;  # Git Bash
+    *) bin=.venv/bin ;;
+esac
 
 fail() {
     echo "error: $*" >&2
@@ -17,27 +23,43 @@ fail() {
 }
 
 reachable() {  # url
-    .venv/bin/python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$1" 2>/dev/null
+    "$bin/python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$1" 2>/dev/null
+}
+
+make_environment() {
+    local python=${PYTHON:-python3}
+    if command -v uv >/dev/null; then
+        [[ -x $bin/python ]] || uv venv --quiet --clear --python "${PYTHON:->=3.11}" .venv ||
+            fail "uv cannot make .venv from Python ${PYTHON:-3.11 or later}: see above"
+        return
+    fi
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        fail "'$python' is not Python 3.11 or later: install one, or name it: PYTHON=python3.12 $0"
+    [[ -x $bin/pip ]] || "$python" -m venv --clear .venv ||
+        fail "'$python' cannot make .venv: install its venv module (on Debian and Ubuntu: apt install python3-venv)"
 }
 
 # Makes .venv, and installs requirements.txt where it differs from what was installed last.
 setup() {
-    local python=${PYTHON:-python3} options=(--quiet --disable-pip-version-check)
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-        fail "'$python' is not Python 3.11 or later: install one, or name it: PYTHON=python3.12 $0"
-    [[ -x .venv/bin/pip ]] || "$python" -m venv --clear .venv ||
-        fail "'$python' cannot make .venv: install its venv module (on Debian and Ubuntu: apt install python3-venv)"
+    make_environment
     if cmp -s requirements.txt .venv/installed.txt; then
         return
     fi
-    # PyPI's torch for Linux brings gigabytes of CUDA. The same version with the label +cpu, on torch's own index, counts
-    # as newer: pip takes it where it finds it.
-    if [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null && reachable "$CPU_WHEELS/torch/"; then
-        options+=(--extra-index-url "$CPU_WHEELS")
+    local installer=pip
+    local install=("$bin/python" -m pip install --quiet --disable-pip-version-check) cpu=(--extra-index-url "$CPU_WHEELS")
+    if command -v uv >/dev/null; then
+        installer=uv
+        install=(uv pip install --quiet --python "$bin/python")
+        cpu=(--index "$CPU_WHEELS" --index-strategy unsafe-best-match)  # the newest of all indexes, as pip takes it
     fi
-    echo "installing requirements.txt into .venv"
-    .venv/bin/python -m pip install "${options[@]}" --requirement requirements.txt ||
-        fail "pip could not install requirements.txt: see above; the next call goes on from here"
+    # PyPI's torch for Linux brings gigabytes of CUDA. The same version with the label +cpu, on torch's own index, counts
+    # as newer: it is taken where it is found.
+    if [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi >/dev/null && reachable "$CPU_WHEELS/torch/"; then
+        install+=("${cpu[@]}")
+    fi
+    echo "installing requirements.txt into .venv with $installer"
+    "${install[@]}" --requirement requirements.txt ||
+        fail "$installer could not install requirements.txt: see above; the next call goes on from here"
     cp requirements.txt .venv/installed.txt
 }
 
@@ -46,14 +68,14 @@ if [[ ${1-} == --setup-only ]]; then
     exit
 fi
 
-python=.venv/bin/python
+python=$bin/python
 "$python" data/stdlib.py
 launch=("$python")
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 if ((gpus > 1)); then  # a power of two of them: the rows of a step are shared evenly
     processes=1
     while ((processes * 2 <= gpus)); do ((processes *= 2)); done
-    launch=(.venv/bin/torchrun --standalone --nproc_per_node="$processes")
+    launch=("$bin/torchrun" --standalone --nproc_per_node="$processes")
 fi
 arguments=(--experiment_name quickstart --save_last)
 if ((gpus > 0)) && [[ ! -d data/fineweb10B ]]; then

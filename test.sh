@@ -5,9 +5,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 ./run.sh --setup-only
-.venv/bin/ruff check .
+bin=.venv/bin
+[[ -d $bin ]] || bin=.venv/Scripts  # Windows
+"$bin/ruff" check .
 if (($#)); then
-    exec .venv/bin/python -m pytest "$@"
+    exec "$bin/python" -m pytest "$@"
 fi
 
 files=(tests/test_*.py) first=() second=()
@@ -16,11 +18,11 @@ for i in "${!files[@]}"; do
 done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 log=$(mktemp) failed=0
-.venv/bin/python -m pytest "${second[@]}" >"$log" 2>&1 &
+"$bin/python" -m pytest "${second[@]}" >"$log" 2>&1 &
 other=$!
 trap 'kill "$other" 2>/dev/null || true; rm -f "$log"' EXIT
 trap 'exit 130' INT TERM
-.venv/bin/python -m pytest "${first[@]}" || failed=$?
+"$bin/python" -m pytest "${first[@]}" || failed=$?
 wait "$other" || failed=$?
 cat "$log"
 exit "$failed"

@@ -345,7 +345,7 @@ def status_of(run):
         said = trace.end.get("status")
         ended = "complete" if said == "done" else "error" if said == "error" else "died"
         status = trial_status(trace.rows, trace.end) if trace.rows else ended
-    names = ("metrics.jsonl", "log.txt") if run.path.is_dir() else ("",)
+    names = ("lock", "metrics.jsonl", "log.txt") if run.path.is_dir() else ("",)
     if status == "died" and any(os.path.realpath(run.path / name) in files_being_written() for name in names):
         return "running"
     return status

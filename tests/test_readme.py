@@ -24,7 +24,7 @@ COLUMN = re.compile(r"\bin `([\w/]+\.py)`$")
 NAME = re.compile(r"`(\w+)`")
 FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 SCRIPT = re.compile(r"(?:^|\s)(\S+\.(?:py|sh))(?=\s|$)")
-SUBCOMMANDS = {"logger.py": "show compare diff stats verify extract export board profile history",
+SUBCOMMANDS = {"logger.py": "watch show compare diff stats verify extract export board profile history",
                "bench/grokking.py": "sweep plot"}
 # Scripts that hand further flags on: all that they do not know (run.sh, peer.py), or those after ` -- `.
 HANDS_ON = {"run.sh": "train_gpt.py", "bench/peer.py": "train_gpt.py"}
@@ -181,8 +181,9 @@ def all_flags() -> frozenset[str]:
     """Flags of every script that a page names, and of the tools that are called in them."""
     scripts = {command.script for page in PAGES for command in commands(text_of(page))}
     scripts |= {file for page in PAGES for file in re.findall(r"`(?:python |\./)?([\w/]+\.(?:py|sh))\b", text_of(page))}
-    known = {"--shutdown-timeout", "--write"}  # of torchrun and of tests/test_shared_code.py
-    for script in scripts - {"tests/test_shared_code.py"}:
+    known = {"--shutdown-timeout", "--write", "--lock"}  # of torchrun, tests/test_{shared_code,environments}.py
+    known |= {"--extra", "--frozen", "--cluster"}  # of uv and sky
+    for script in {script for script in scripts if not script.startswith("tests/")}:
         known |= accepted(script)
         for subcommand in SUBCOMMANDS.get(script, "").split():
             known |= accepted(script, subcommand)
