@@ -55,7 +55,7 @@ def traffic(banks: list[train_gpt.Bank], ranks: int) -> dict[str, float]:
             "all-reduce of small parameters": reduced}
 
 def ngram_traffic(s: train_gpt.Settings, stage: train_gpt.Stage, ranks: int) -> float:
-    """Bytes that a rank sends for the n-grams of a step: tokens and documents to all, of the vectors and their gradients
+    """Bytes that a rank sends for the n-grams of a step: tokens and documents to all, of vectors and their gradients
     to each rank its columns."""
     own = stage.batch_tokens / ranks
     each = 2 * 4 + 2 * s.width / ranks * s.torch_dtype.itemsize

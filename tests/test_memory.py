@@ -1,4 +1,4 @@
-"""What fits the memory: cards, expected memory, micro_tokens that are chosen, and halved where the warm-up lacks memory;
+"""What fits the memory: cards, expected memory, micro_tokens chosen, and halved where the warm-up lacks memory;
 errors of the compiler in a sentence. No test needs a GPU: cards are properties that torch would report."""
 import dataclasses
 import json
@@ -14,7 +14,8 @@ import train_moe as tm
 
 CARDS = {  # name, capability, bytes
     "t4": ("Tesla T4", (7, 5), 15_828_320_256), "4080": ("NVIDIA GeForce RTX 4080", (8, 9), 16_700_000_000),
-    "3090": ("NVIDIA GeForce RTX 3090", (8, 6), 25_438_126_080), "a100": ("NVIDIA A100-SXM4-40GB", (8, 0), 42_405_855_232),
+    "3090": ("NVIDIA GeForce RTX 3090", (8, 6), 25_438_126_080),
+    "a100": ("NVIDIA A100-SXM4-40GB", (8, 0), 42_405_855_232),
     "h100": ("NVIDIA H100 80GB HBM3", (9, 0), 85_017_624_576),
 }
 
@@ -119,7 +120,8 @@ def test_it_falls_with_processes_and_rows_and_rises_with_sums():
     assert need(1, ngram_rows=4096) - need() == pytest.approx(4096 * (4 * 32 + 8) + 4 * 1.4 * 1024 * 32)
 
 
-GPU, ONE_STAGE = "--preset gpu --seq-len 8192 --micro-tokens 8192", "--preset speedrun --stage-ends 1 --stage-lr 1 --mtp 0"
+GPU = "--preset gpu --seq-len 8192 --micro-tokens 8192"
+ONE_STAGE = "--preset speedrun --stage-ends 1 --stage-lr 1 --mtp 0"
 DEEPSEEK = "--preset deepseek-gpu --seq-len 8192 --micro-tokens 8192 --tail 0.5 --ngram-rows 1048576"
 SHORT = f"{ONE_STAGE} --batch-tokens 131072 --seq-len 16384 --micro-tokens 16384 --max-doc-len 896 --window 384"
 PEAKS = [  # GiB; H200: by the allocator (records/2026-11-26_gpu_h200), else on a fake device, without new n-gram rows
@@ -127,7 +129,8 @@ PEAKS = [  # GiB; H200: by the allocator (records/2026-11-26_gpu_h200), else on 
     ("mixtral", tm, GPU, 1, "h100", 15.24), ("deepseek", tm, DEEPSEEK, 1, "h100", 19.65),
     ("speedrun, last stage", tg, f"{SHORT} --candidates 0", 8, "h100", 12.43),
     ("speedrun, first stage", tg, f"{SHORT} --candidates 10240", 8, "h100", 9.90),
-    ("speedrun, third stage, H200", tg, f"{ONE_STAGE} --batch-tokens 49152 --seq-len 49152 --max-doc-len 3072 --window 1408"
+    ("speedrun, third stage, H200", tg,
+     f"{ONE_STAGE} --batch-tokens 49152 --seq-len 49152 --max-doc-len 3072 --window 1408"
      " --candidates 14336 --ngram-rows 2643840 --micro-tokens 49152", 1, "h100", 27290 / 1024),
 ]
 
@@ -238,10 +241,11 @@ sys.exit(tg.main({argv!r} + ["--micro-tokens", {sizes!r}[int(os.environ["RANK"])
     ("InductorError(RuntimeError('no tile fits'), None)", 0, 1, ("128", "128")), ("0", 9, 0, ("128", "32")),
 ], ids=["memory", "compiler", "other cards"])
 def test_processes_agree_where_one_of_them_fails(error, most, code, sizes, tmp_path):
-    """Only the second one lacks memory, cannot compile, or chose a smaller size; n-grams and reductions are collectives."""
+    """Only the second one lacks memory, cannot compile, or chose less; n-grams and reductions are collectives."""
     argv = tiny(tmp_path, compile=True, ngram_rows=64, batch_tokens=256, eval_every=0, iterations=2)
     (tmp_path / "ranks.py").write_text(RANKS.format(error=error, most=most, argv=argv, sizes=sizes))
-    done = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "ranks.py", timeout=240)
+    done = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                  tmp_path / "ranks.py", timeout=240)
     assert bool(done.returncode) == bool(code), done.stdout + done.stderr
     folder = run_folder(tmp_path)
     if code:
@@ -261,7 +265,8 @@ def errors() -> list:
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import InductorError
     full = RuntimeError("No valid triton configs. OutOfResources: out of resource: triton_tem_fused_0\nRequired: 81920")
-    return [InductorError(full, None), BackendCompilerFailed(torch.compile, full, None), RuntimeError("Triton Error [CUDA]: x")]
+    failed = BackendCompilerFailed(torch.compile, full, None)
+    return [InductorError(full, None), failed, RuntimeError("Triton Error [CUDA]: x")]
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -287,7 +292,8 @@ def test_other_errors_of_the_warm_up_keep_their_traceback(tmp_path, monkeypatch)
 def test_a_micro_step_of_one_is_the_share_of_one_of_eight(tmp_path):
     """Preset `one`: rows, their order and their candidates; the gradient is the sum of both."""
     from helpers import make_data
-    s = settings(data=str(make_data(tmp_path / "data")), batch_tokens=256, micro_tokens=32, candidates=128, iterations=4)
+    s = settings(data=str(make_data(tmp_path / "data")), batch_tokens=256, micro_tokens=32, candidates=128,
+                 iterations=4)
     corpus, (stage,) = tg.open_corpus(s.data), tg.stage_table(s)
     one = tg.Loader(s, corpus, tg.World())
     eight = [tg.Loader(s, corpus, tg.World(rank, rank, 8)) for rank in range(8)]

@@ -83,7 +83,7 @@ def product(x, weight, grad, fast: bool) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_fast_product_of_a_router_is_that_in_fp32(device, monkeypatch):
-    """From bf16 activations; on a CPU with fp32 products in place of those of tensor cores. The logits are nearer than a
+    """From bf16 activations; on a CPU with fp32 products in place of tensor cores'. The logits are nearer than a
     rounded weight's by far, the gradients by bf16's rounding."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")

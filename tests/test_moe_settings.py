@@ -215,7 +215,8 @@ def test_wrong_presets_are_refused(preset, monkeypatch):
     ("speedrun", H100, None, "speedrun"), ("speed-auto", CPU, "speed", "cpu"), ("cpu", CPU, None, "cpu"),
     ("mixtral-medium", H100._replace(memory_gib=139.8), "mixtral", "medium")])
 def test_preset_is_a_kind_and_a_size(preset, hardware, kind, size, monkeypatch):
-    s = parse("--preset", preset, hardware=hardware, world_size=1 if size in ("cpu", "gpu") else 8, monkeypatch=monkeypatch)
+    world_size = 1 if size in ("cpu", "gpu") else 8
+    s = parse("--preset", preset, hardware=hardware, world_size=world_size, monkeypatch=monkeypatch)
     assert s.preset == (f"{kind}-{size}" if kind else size)
     wanted = train_gpt.PRESETS[size] | MIXTURES.get(kind, {}) | tm.SIZED.get(s.preset, {})
     assert PRESETS[s.preset] == wanted and {name: getattr(s, name) for name in wanted} == wanted
