@@ -374,8 +374,10 @@ def replace_tensor():
     real, take = torch.tensor, torch.Tensor.__getitem__
 
     def tensor(data, *, dtype=None, device=None, requires_grad=False, **options):
-        there = torch.empty(0).device if device is None else device
-        made = real(data, dtype=dtype, device="cpu", **options).to(there)
+        there = torch.empty(0).device if device is None else torch.device(device)
+        made = real(data, dtype=dtype, device="cpu", **options)
+        if there.type == "cuda":
+            made = torch.empty(made.shape, dtype=made.dtype, device=there)
         return made.requires_grad_() if requires_grad else made
 
     def item(x, index):
@@ -592,9 +594,10 @@ def watch_inductor(watch: Watch, mode):
 
 def frame_name() -> str:
     """The function that Dynamo compiles now; ? in a backward pass that is compiled late."""
-    with contextlib.suppress(AttributeError, KeyError, RuntimeError):
-        return torch._dynamo.utils.get_metrics_context()._metrics["co_name"]
-    return "?"
+    frame = sys._getframe(1)
+    while frame and not (frame.f_code.co_name == "_compile" and "code" in frame.f_locals):
+        frame = frame.f_back
+    return frame.f_locals["code"].co_name if frame else "?"
 
 def watch_recompilations(watch: Watch):
     class Handler(logging.Handler):
