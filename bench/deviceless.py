@@ -208,15 +208,19 @@ def collective_rows(r: dict) -> list[list]:
         lines[-1][1].update(number=1, size=row["bytes"], us=row["exposed_us"])
     return [[*what, n["number"], f"{n['size'] / 1e6:.2f}", f"{n['us'] / 1e3:.3f}"] for what, n in lines]
 
+def brief(name: str) -> str:
+    """A kernel's name as a table can show it."""
+    return name if len(name) <= 60 else f"{name[:28]}..{name[-30:]}"
+
 def section(title: str, head: str, rows: list[list]) -> str:
     return f"## {title}\n\n" + (common.markdown(head.split("|"), rows) if rows else "none")
 
 def report(r: dict) -> str:
     """The text, in Markdown."""
     about, card = r["about"], CARDS[r["about"]["card"]]
-    busiest = [[name, one["launches"], f"{one['bytes'] / 1e9:.2f}", f"{one['flops'] / 1e9:.1f}",
+    busiest = [[brief(name), one["launches"], f"{one['bytes'] / 1e9:.2f}", f"{one['flops'] / 1e9:.1f}",
                 f"{one['us'] / 1e3:.3f}"] for name, one in [*r["busiest"].items()][:12]]
-    own = [[row["kernel"], row["shared"], row.get("registers"), row.get("stack")] for row in r["kernels"]]
+    own = [[brief(row["kernel"]), row["shared"], row.get("registers"), row.get("stack")] for row in r["kernels"]]
     assumed = (f"Estimate: {card.bandwidth:g} GB/s, {card.bf16:g} TFLOP/s in bf16, {card.fp8:g} in FP8, "
                f"{card.link:g} GB/s between cards, {fakecuda.LAUNCH_US:g} µs of the host for a launch, a "
                f"kernel at least {fakecuda.KERNEL_US:g} µs; a query sees {about['keys']:g} keys.")
