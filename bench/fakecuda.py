@@ -233,8 +233,10 @@ class Watch:
         size = sum(min(nbytes(x), most * x.element_size()) * (1 + k.startswith("in_out")) for k, x in tensors)
         matrices = [x for _, x in tensors if x.dim() >= 2]
         flops = product_flops(name, matrices) if dot else 0.0
-        if "flex_attention" in name and "arg_V" in given:
-            flops = attention_flops(given["arg_Q"], given["arg_V"], self.keys, "backward" in name)
+        if "flex_attention" in name and "arg_V" in given:  # arg_Q is missing where it shares its buffer with keys
+            v = given["arg_V"]
+            backward = "arg_DO" in given or "flex_attention_backward" in name
+            flops = attention_flops(given.get("arg_Q", v), v, self.keys, backward)
         self.launch(name, size, flops, matrices[0].element_size() if matrices else 2)
 
     def host_waits(self, why: str):

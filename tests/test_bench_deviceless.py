@@ -140,6 +140,16 @@ def test_gathering_kernels_count_what_they_load_and_updates_count_twice():
     assert key == ("model", "eager", "triton_poi_fused_0") and work["bytes"] == 64 * 4 + 2 * 64 * 4
 
 
+def test_attention_counts_the_keys_that_are_seen_also_where_queries_share_a_buffer():
+    watch, q = Watch(H100, 1), torch.zeros(1, 2, 64, 16)
+    watch.keys = 10.0
+    for i, more in enumerate(({"arg_Q": q}, {}, {"arg_DO": q})):
+        watch.launched(f"flex_attention_{i}", {"arg_V": q} | more, dot=False)
+    flops = [work["flops"] for work in watch.step.work.values()]
+    forward = 2 * 10 * 2 * 64 * 32
+    assert flops == [forward, forward, 2.5 * forward]
+
+
 # --- a run
 
 
