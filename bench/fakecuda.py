@@ -314,18 +314,25 @@ OFF = """TORCHINDUCTOR_FX_GRAPH_CACHE TORCHINDUCTOR_AUTOGRAD_CACHE TORCH_COMPILE
 TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER TORCHINDUCTOR_USE_STATIC_TRITON_LAUNCHER"""
 INSIDE = "NANOSPEEDRUN_DEVICELESS"  # set in the process that has the stub
 
-def stub_source(size: int) -> str:
+PROPERTIES = """int cudaGetDeviceProperties(char *x, int d) { memset(x, 0, 800);
+*(size_t*)(x+288) = BYTES; *(int*)(x+308) = 32; *(int*)(x+360) = MAJOR; *(int*)(x+364) = MINOR; return 0; }
+int cudaGetDeviceProperties_v2(char *x, int d) { return cudaGetDeviceProperties(x, d); }"""  # places of CUDA 12, 13
+
+def stub_source(size: int, capability: tuple[int, int]) -> str:
     """C of what libtorch asks CUDA's runtime and driver: one device; nothing can be launched."""
+    known = dict(BYTES=f"{size}ull", MAJOR=capability[0], MINOR=capability[1])
     sets = re.findall(r"(\w+)\(([^)]*)\)=(\S+)", SETS)
     lines = [f"int {name}({args}) {{ *x = {value}; return 0; }}" for name, args, value in sets]
     lines += [f"int {name}() {{ return 0; }}" for name in NOTHING.split()]
-    return "\n".join(["#include <stddef.h>", f"#define BYTES {size}ull", *lines, ""])
+    lines = [f"#define {name} {value}" for name, value in known.items()] + [*lines, PROPERTIES]
+    return "\n".join(["#include <string.h>", *lines, ""])
 
 def restart(args: argparse.Namespace, program: list[str]) -> int:
     """Starts a program of Python under the stub; its exit code."""
     with tempfile.TemporaryDirectory(prefix="deviceless-") as scratch:
         source, library = Path(scratch, "stub.c"), Path(scratch, "libcuda.so.1")
-        source.write_text(stub_source(int(CARDS[args.card].memory * 2**30)))
+        card = CARDS[args.card]
+        source.write_text(stub_source(int(card.memory * 2**30), card.capability))
         subprocess.run(["cc", "-w", "-shared", "-fPIC", "-o", library, source], check=True)
         paths = [scratch, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
         given = {

@@ -204,10 +204,11 @@ def test_evaluation_is_a_phase_and_waits_are_counted():
 
 
 def test_the_stub_answers_for_one_device():
-    source = fakecuda.stub_source(16 << 30)
+    source = fakecuda.stub_source(16 << 30, (8, 9))
+    assert "#define MAJOR 8\n#define MINOR 9\n" in source
     assert "int cudaGetDeviceCount(int *x) { *x = 1; return 0; }" in source and f"{16 << 30}ull" in source
     assert "int cuGetErrorString(int e, const char **x) { *x = \"stub\"; return 0; }" in source
-    assert source.count("return 0") == len(fakecuda.NOTHING.split()) + 14
+    assert source.count("return 0") == len(fakecuda.NOTHING.split()) + 14 + 1
 
 
 # --- scripts
