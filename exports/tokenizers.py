@@ -1,0 +1,74 @@
+"""A data set's tokenizer as one that transformers loads without a network and without code."""
+from __future__ import annotations
+
+from data.common import EOT_TEXT, CharTokenizer, load_tokenizer
+
+PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter that stands for a byte in a tokenizer.json: itself, or the next one from 256 on that is free."""
+    others = [byte for byte in range(256) if byte not in PRINTABLE]
+    return {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that a token is merged from: what remains of its bytes if only earlier merges are done."""
+    parts, own = [bytes([byte]) for byte in token], ranks[token]
+    while len(parts) > 2:
+        merged = [ranks.get(a + b, own) for a, b in zip(parts, parts[1:], strict=False)]
+        at = merged.index(min(merged))
+        if merged[at] >= own:
+            raise ValueError(f"token {token!r} of rank {own} is not merged from two earlier ones")
+        parts[at:at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+def byte_pairs(encoding, size: int):
+    """tokenizers.Tokenizer of a tiktoken encoding, for its first `size` tokens. Its pattern must be GPT-2's, or take a
+    text as a whole (the byte tokenizer)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    letters, ranks = byte_letters(), encoding._mergeable_ranks
+
+    def spelled(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    ordered = sorted((token for token in ranks if ranks[token] < size), key=ranks.get)
+    merges = [tuple(map(spelled, halves(token, ranks))) for token in ordered if len(token) > 1]
+    tokenizer = Tokenizer(models.BPE({spelled(token): ranks[token] for token in ordered}, merges))
+    gpt2 = len(ranks) > 256
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def characters(chars: str):
+    """tokenizers.Tokenizer of single characters; leaves out those that it does not know."""
+    from tokenizers import Tokenizer, decoders, models
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(chars)}, []))
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def fast_tokenizer(vocab: dict, longest: int):
+    """transformers' tokenizer of a data set's meta.json; it puts eot before a text, as documents have it in training.
+
+    Raises ValueError for a vocabulary that cannot be written so, RuntimeError if tiktoken's files are not at hand."""
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+    own, eot, names = load_tokenizer(vocab), vocab.get("eot"), {}
+    if isinstance(own, CharTokenizer):
+        tokenizer = characters(own.chars)
+    else:
+        tokenizer = byte_pairs(own.encoding, vocab["vocab_size"])
+    if eot is not None:
+        tokenizer.add_special_tokens([AddedToken(EOT_TEXT, special=True, normalized=False)])
+        if (found := tokenizer.token_to_id(EOT_TEXT)) != eot:
+            raise ValueError(f"{EOT_TEXT} would be token {found}, in the data it is {eot}")
+        single = f"{EOT_TEXT}:0 $A:0"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, pair=f"{single} $B:1", special_tokens=[(EOT_TEXT, eot)])
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT_TEXT)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=longest, clean_up_tokenization_spaces=False,
+        padding_side="left", **names)
