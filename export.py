@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from data.common import advice, write_json
 from exports.code import modeling_code
-from exports.tokenizers import fast_tokenizer
+from exports.tokenizers import write_tokenizer
 from exports.twins import twin
 from generate import (
     Parser,
@@ -176,7 +176,7 @@ tags: [nanospeedrun]
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 folder = "{folder}"  # or the name of this repository on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 print(pipeline("text-generation", model=model, tokenizer=tokenizer)({prompt!r}, max_new_tokens=50))
 ```
@@ -260,7 +260,7 @@ def write_export(args: argparse.Namespace, folder: Path, path: Path, meta: dict)
     for old in folder.iterdir():  # of a checkpoint that was no good
         old.unlink()
     name, longest = write_model(folder, script, s, model, meta, window), longest_text(s, model)
-    fast_tokenizer(vocab, longest).save_pretrained(folder)
+    write_tokenizer(folder, vocab, longest)
     (folder / "README.md").write_text(card(script, s, model, meta, name, args), encoding="utf-8")
     difference = largest_difference(folder, model, vocab["vocab_size"], window, longest)
     if not difference <= TOLERANCE:

@@ -34,7 +34,8 @@ def defined_by(node: ast.stmt) -> list[str]:
 
 def is_operator(node: ast.AST) -> bool:
     """Whether it is one of the training's own torch operators, which no export reaches."""
-    return any("operator" in names_in(one) for one in getattr(node, "decorator_list", []))
+    names = set().union(*map(names_in, getattr(node, "decorator_list", [])))
+    return any(name.endswith("operator") for name in names)
 
 
 def kept_members(node: ast.stmt, wanted: set[str]) -> list[ast.stmt]:
@@ -48,7 +49,7 @@ def kept_members(node: ast.stmt, wanted: set[str]) -> list[ast.stmt]:
             return not settings or f".{part.target.id}" in wanted
         if not isinstance(part, ast.FunctionDef):
             return True
-        always = part.name == "forward" or part.name.startswith("__")
+        always = part.name in ("forward", "backward") or part.name.startswith("__")
         return f"{node.name}.{part.name}" not in REPLACED and (always or f".{part.name}" in wanted)
 
     return [part for part in node.body if used(part)]

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from train_gpt import GPT, POINTER_BLOCK, Settings, ngram_rows, norm, rotary_table, visible
+from train_gpt import FP32_PARAMETERS, GPT, POINTER_BLOCK, Settings, ngram_rows, norm, rotary_table, visible
 
 PAST = contextvars.ContextVar("PAST")  # of the pass that is under way
 NOTHING = 1e-38  # of a copied token that stands nowhere: its logarithm is finite
@@ -87,6 +87,16 @@ def document_positions(docs_BT) -> Tensor:
     return (PAST.get().docs.cumsum(1) - 1).clamp_min(0)[:, -docs_BT.size(1):]
 
 
+def expert_product(x_RD, weight_EDF, g, impl: str) -> Tensor:
+    """Of train_moe.py, each sorted row times its expert's matrix, (R, F), one expert after the other; with gradients
+    of its own, where the script registers an operator."""
+    ends, parts = g.ends_E.tolist(), []
+    for start, end, weight in zip([0, *ends], ends, weight_EDF, strict=False):
+        parts.append(x_RD[start:end] @ weight)
+    parts.append(x_RD.new_zeros(len(x_RD) - ends[-1], weight_EDF.size(2)))
+    return torch.cat(parts)
+
+
 class Embeds:
     def embedding(self, inputs_BT, follows_BT1) -> Tensor:
         """With the two tokens before the new ones: the first may take up what is itself a pair's second."""
@@ -99,7 +109,7 @@ class Finds:
         """The vectors of pairs and triples, which may begin before the new tokens."""
         tokens, docs, _ = PAST.get().latest(inputs_BT.size(1) + 2)
         rows, kinds = ngram_rows(tokens, docs, self.half)
-        found = (F.embedding(rows, self.table) * self.signs[kinds]).sum(0)
+        found = (F.embedding(rows, self.table) * self.signs[kinds].type_as(self.table)).sum(0)
         return found.view(*tokens.shape, -1)[:, -inputs_BT.size(1):]
 
 
@@ -133,7 +143,7 @@ class Unplaced(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         if getattr(function, "__name__", "") == "linspace":
-            kwargs.pop("device", None)
+            kwargs["device"] = torch.empty(0).device
         return function(*args, **kwargs)
 
 
@@ -153,6 +163,7 @@ class NanoSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = NanoSpeedrunConfig
     base_model_prefix = "model"
+    _keep_in_fp32_modules_strict = {*FP32_PARAMETERS, "router_bias"}
     _is_stateful = True  # the cache cannot be cut: no assisted decoding
 
     def __init__(self, config: NanoSpeedrunConfig):

@@ -1,7 +1,9 @@
 """A data set's tokenizer as one that transformers loads without a network and without code."""
 from __future__ import annotations
 
-from data.common import EOT_TEXT, CharTokenizer, load_tokenizer
+from pathlib import Path
+
+from data.common import EOT_TEXT, CharTokenizer, load_tokenizer, read_json, write_json
 
 PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 
@@ -50,7 +52,7 @@ def characters(chars: str):
     return tokenizer
 
 
-def fast_tokenizer(vocab: dict, longest: int):
+def write_tokenizer(folder: Path, vocab: dict, longest: int):
     """transformers' tokenizer of a data set's meta.json; it puts eot before a text, as documents have it in training.
 
     Raises ValueError for a vocabulary that cannot be written so, RuntimeError if tiktoken's files are not at hand."""
@@ -69,6 +71,8 @@ def fast_tokenizer(vocab: dict, longest: int):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=single, pair=f"{single} $B:1", special_tokens=[(EOT_TEXT, eot)])
         names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT_TEXT)
-    return PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=longest, clean_up_tokenization_spaces=False,
-        padding_side="left", **names)
+        padding_side="left", **names).save_pretrained(folder)
+    config = read_json(folder / "tokenizer_config.json")
+    write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "PreTrainedTokenizerFast"})  # of v4, too
