@@ -109,7 +109,7 @@ class Finds:
         """The vectors of pairs and triples, which may begin before the new tokens."""
         tokens, docs, _ = PAST.get().latest(inputs_BT.size(1) + 2)
         rows, kinds = ngram_rows(tokens, docs, self.half)
-        found = (F.embedding(rows, self.table) * self.signs[kinds].type_as(self.table)).sum(0)
+        found = (F.embedding(rows, self.table) * self.signs[kinds]).sum(0).type_as(self.weight)
         return found.view(*tokens.shape, -1)[:, -inputs_BT.size(1):]
 
 
