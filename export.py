@@ -56,7 +56,8 @@ CLASSES = {"AutoConfig": "NanoSpeedrunConfig", "AutoModelForCausalLM": "NanoSpee
 TRIED = 64  # tokens whose losses are compared
 TOLERANCE = 1e-4  # nats, of a token
 NEEDED = ("transformers", "tokenizers", "safetensors")
-UNTOLD = ("preset", "experiment_name", "log_dir", "resume", "allow_change", "data")  # settings that may name paths
+UNTOLD = (  # settings that may name paths
+    "preset", "experiment_name", "log_dir", "resume", "allow_change", "data")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model -> files
@@ -73,21 +74,27 @@ def longest_text(s, model: nn.Module) -> int:
 def own_weights(model: nn.Module) -> dict[str, Tensor]:
     """All weights, and of the buffers those that nothing computes anew, by their names in exports/modeling.py."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    buffers = dict(model.named_buffers())
-    kept = {name for name, x in buffers.items() if x.is_floating_point()} - {"cos", "sin"}
-    return {f"model.{name}": x for name, x in named.items()} | {f"model.{name}": buffers[name] for name in kept}
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and name not in ("cos", "sin"):
+            named[name] = buffer
+    return {f"model.{name}": x for name, x in named.items()}
 
 
 def own_config(s, model: nn.Module, code: str, vocab_size: int, windows: tuple[int, int]) -> dict:
     """config.json of a model with code: for loading it, and sizes by the names that tools look for."""
-    told = {name: value for name, value in dataclasses.asdict(s).items() if re.search(rf"^    {name}: ", code, re.M)}
+    fields = set(re.findall(r"^    (\w+): ", code, re.M))
+    told = {name: value for name, value in dataclasses.asdict(s).items() if name in fields}
     window, longer = windows
     return dict(
-        architectures=[CLASSES["AutoModelForCausalLM"]], model_type="nanospeedrun",
-        auto_map={key: f"{MODELING}.{name}" for key, name in CLASSES.items()}, settings=told, tokens=vocab_size,
-        window=longer or window, longer=(window, longer) if longer else (), vocab_size=len(model.embed.weight),
-        hidden_size=s.width, num_hidden_layers=s.num_layers, num_attention_heads=s.width // s.head_dim,
-        head_dim=s.head_dim, max_position_embeddings=longest_text(s, model), tie_word_embeddings=False)
+        architectures=[CLASSES["AutoModelForCausalLM"]],
+        model_type="nanospeedrun",
+        auto_map={key: f"{MODELING}.{name}" for key, name in CLASSES.items()},
+        settings=told, tokens=vocab_size, window=longer or window,
+        longer=(window, longer) if longer else (),
+        vocab_size=len(model.embed.weight), hidden_size=s.width,
+        num_hidden_layers=s.num_layers, num_attention_heads=s.width // s.head_dim,
+        head_dim=s.head_dim, max_position_embeddings=longest_text(s, model),
+        tie_word_embeddings=False)
 
 
 def write_model(folder: Path, script: ModuleType, s, model: nn.Module, meta: dict, window: int) -> str:
@@ -96,12 +103,12 @@ def write_model(folder: Path, script: ModuleType, s, model: nn.Module, meta: dic
     vocab, padded = meta["data"]["meta"], len(model.embed.weight)
     same = twin(s, model, getattr(script, "NORM_EPS", 0.0))
     if same is None:
-        trained = window
-        if getattr(s, "eval_window", 0):
-            trained = script.window_at(s, script.stage_table(s), meta["step"])
+        longer = getattr(s, "eval_window", 0)
+        if longer:
+            window = script.window_at(s, script.stage_table(s), meta["step"])
         code = modeling_code(script)
         (folder / f"{MODELING}.py").write_text(code, encoding="utf-8")
-        config = own_config(s, model, code, vocab["vocab_size"], (trained, getattr(s, "eval_window", 0)))
+        config = own_config(s, model, code, vocab["vocab_size"], (window, longer))
         name, weights = config["architectures"][0], own_weights(model)
     else:
         name, config, weights = same
@@ -109,7 +116,8 @@ def write_model(folder: Path, script: ModuleType, s, model: nn.Module, meta: dic
     write_json(folder / "config.json", config | ends | {"dtype": "float32"})
     padding = [*range(vocab["vocab_size"], padded)]  # columns that are no token
     write_json(folder / "generation_config.json", ends | {"suppress_tokens": padding or None})
-    tensors = {key: x.detach().clone(memory_format=torch.contiguous_format) for key, x in weights.items()}
+    dense = torch.contiguous_format
+    tensors = {key: x.detach().clone(memory_format=dense) for key, x in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return name
 
@@ -117,13 +125,14 @@ def write_model(folder: Path, script: ModuleType, s, model: nn.Module, meta: dic
 @torch.no_grad()
 def largest_difference(folder: Path, model: nn.Module, vocab_size: int, window: int, longest: int) -> float:
     """Between the losses of random tokens, one document, by the checkpoint and by what transformers loads; nats."""
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     random, count = torch.Generator().manual_seed(0), min(TRIED, longest, len(model.cos))
     tokens = torch.randint(vocab_size, (1, count + 1), generator=random)
     batch = torch.stack((tokens[:, :-1], tokens[:, 1:], torch.zeros_like(tokens[:, 1:]))).int()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    logits = loaded(tokens[:, :-1]).logits[0].float()
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    logits = loaded.eval()(tokens[:, :-1]).logits[0].float()
     found = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
     return float((found - target_losses(model, batch, window, count)).abs().max())
 
@@ -150,13 +159,17 @@ def facts(script: ModuleType, s, model: nn.Module, meta: dict, name: str) -> dic
     git = meta.get("git") or {}
     tokenizer = {key: value for key, value in data["tokenizer"].items() if key != "chars"}
     return {
-        "class": name, "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "class": name,
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "trained by": f"{meta['script']} of nanospeedrun, commit {git.get('commit')}",
         "steps": f"{meta['step']:,} of {s.iterations:,}",
         "tokens": f"{trained_tokens(script, s, meta['step']):,}",
         "training time": f"{meta['train_time_ms'] / 1000:,.1f} s",
-        "validation loss": validated, "data": str(data.get("name")), "source of the data": str(data.get("source")),
-        "data made with": str(data.get("made_with", "not known")), "tokenizer": str(tokenizer)}
+        "validation loss": validated,
+        "data": str(data.get("name")),
+        "source of the data": str(data.get("source")),
+        "data made with": str(data.get("made_with", "not known")),
+        "tokenizer": str(tokenizer)}
 
 
 CARD = """---
@@ -200,24 +213,35 @@ Those that differ from the defaults of {script}:
 """
 
 
-def card(script: ModuleType, s, model: nn.Module, meta: dict, name: str, args: argparse.Namespace) -> str:
+def changed_settings(script: ModuleType, meta: dict) -> str:
+    """Those that differ from the script's defaults, one a line."""
+    plain, lines = vars(script.Settings()), []
+    for name, value in meta["settings"].items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name in plain.keys() - {*UNTOLD} and value != plain[name]:
+            lines.append(printable(f"{name}: {value}"))
+    return "\n".join(lines)
+
+
+def card(script: ModuleType, s, model: nn.Module, meta: dict, name: str, args) -> str:
     """README.md of an export."""
-    vocab, plain = meta["data"]["meta"], script.Settings()
-    changed = {key: value for key, value in meta["settings"].items() if key not in UNTOLD and hasattr(plain, key)}
-    changed = {key: tuple(v) if isinstance(v, list) else v for key, v in changed.items()}
-    told = [f"{key}: {value}" for key, value in changed.items() if value != getattr(plain, key)]
+    vocab, title = meta["data"]["meta"], args.push or args.out.name
     rows = ["| what | value |", "|---|---|"]
-    rows += [f"| {key} | {printable(value).replace('|', ' ')} |" for key, value in
-             facts(script, s, model, meta, name).items()]
-    start = "; its first token is end-of-text, which the tokenizer puts there, as in training"
-    copies = getattr(model, "pointer", None) is not None
+    for key, value in facts(script, s, model, meta, name).items():
+        rows.append(f"| {key} | {printable(value).replace('|', ' ')} |")
+    prompt, start, mixture = "\n", "", ""
+    if vocab.get("eot") is not None:
+        prompt = ""
+        start = "; its first token is end-of-text, which the tokenizer puts there, as in training"
+    if getattr(model, "pointer", None) is not None:
+        mixture = " They are the log-probabilities of the head mixed with what the model copies."
+    own = name == CLASSES["AutoModelForCausalLM"]
     return CARD.format(
-        licence=args.licence, title=args.push or args.out.name, rows="\n".join(rows), folder=args.push or args.out.name,
-        trust="" if name != CLASSES["AutoModelForCausalLM"] else ", trust_remote_code=True",
-        prompt="\n" if vocab.get("eot") is None else "", start="" if vocab.get("eot") is None else start,
-        longest=longest_text(s, model), columns=len(model.embed.weight), tokens=vocab["vocab_size"],
-        mixture=" They are the log-probabilities of the head mixed with what the model copies." if copies else "",
-        script=meta["script"], settings=printable("\n".join(told)).replace("\\n", "\n"))
+        licence=args.licence, title=title, rows="\n".join(rows), folder=title,
+        trust=", trust_remote_code=True" if own else "", prompt=prompt, start=start,
+        longest=longest_text(s, model), columns=len(model.embed.weight),
+        tokens=vocab["vocab_size"], mixture=mixture, script=meta["script"],
+        settings=changed_settings(script, meta))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

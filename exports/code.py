@@ -61,9 +61,12 @@ def reached(nodes: list[ast.stmt], roots: set[str]) -> set[str]:
     while size != len(wanted):
         size = len(wanted)
         for node in nodes:
-            if not wanted.isdisjoint(defined_by(node)) and not isinstance(node, ast.Import | ast.ImportFrom):
-                parts = [*kept_members(node, wanted), *getattr(node, "bases", []), *getattr(node, "decorator_list", [])]
-                wanted.update(*map(names_in, parts))
+            if wanted.isdisjoint(defined_by(node)) or isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            parts = kept_members(node, wanted)
+            for key in ("bases", "decorator_list"):
+                parts = parts + getattr(node, key, [])
+            wanted.update(*map(names_in, parts))
     return wanted
 
 
@@ -77,7 +80,8 @@ def text_of(node: ast.stmt, lines: list[str], wanted: set[str]) -> str:
     for part in node.body if isinstance(node, ast.ClassDef) else []:
         left_out.update([] if part in members else span(part))
     text = [lines[i] for i in span(node) if i not in left_out]
-    return "\n".join(line for line in text if not line.strip().startswith(("# differs from", "# ---"))).strip("\n")
+    ours = "# differs from", "# ---"
+    return "\n".join(line for line in text if not line.strip().startswith(ours)).strip("\n")
 
 
 def modeling_code(script: ModuleType) -> str:

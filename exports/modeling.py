@@ -153,8 +153,9 @@ class NanoSpeedrunConfig(PretrainedConfig):
 
     model_type = "nanospeedrun"
 
-    def __init__(self, settings: dict | None = None, tokens: int = 256, window: int = 1, longer: tuple = (), **more):
-        self.settings, self.tokens, self.window, self.longer = settings or {}, tokens, window, longer
+    def __init__(self, settings=None, tokens=256, window=1, longer=(), **more):
+        self.settings, self.tokens = settings or {}, tokens
+        self.window, self.longer = window, longer
         super().__init__(**more)
 
 
@@ -170,7 +171,9 @@ class NanoSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         known, random = Settings.__dataclass_fields__, torch.get_rng_state()
         given = {name: value for name, value in config.settings.items() if name in known}
-        self.s = Settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+        for name, value in given.items():
+            given[name] = tuple(value) if isinstance(value, list) else value
+        self.s = Settings(**given)
         with Unplaced():
             self.model = GPT(self.s, config.tokens)
         torch.set_rng_state(random)  # the seed of the settings is none of the caller's

@@ -5,13 +5,14 @@ from pathlib import Path
 
 from data.common import EOT_TEXT, CharTokenizer, load_tokenizer, read_json, write_json
 
-PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # bytes that are letters
 
 
 def byte_letters() -> dict[int, str]:
     """The letter that stands for a byte in a tokenizer.json: itself, or the next one from 256 on that is free."""
     others = [byte for byte in range(256) if byte not in PRINTABLE]
-    return {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letters = {byte: chr(byte) for byte in PRINTABLE}
+    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
@@ -26,9 +27,9 @@ def halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
-def byte_pairs(encoding, size: int):
+def byte_pairs(encoding, size: int, special: dict[str, int]):
     """tokenizers.Tokenizer of a tiktoken encoding, for its first `size` tokens. Its pattern must be GPT-2's, or take a
-    text as a whole (the byte tokenizer)."""
+    text as a whole (the byte tokenizer). `special`: tokens that no text has, of other numbers."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     letters, ranks = byte_letters(), encoding._mergeable_ranks
 
@@ -37,7 +38,8 @@ def byte_pairs(encoding, size: int):
 
     ordered = sorted((token for token in ranks if ranks[token] < size), key=ranks.get)
     merges = [tuple(map(spelled, halves(token, ranks))) for token in ordered if len(token) > 1]
-    tokenizer = Tokenizer(models.BPE({spelled(token): ranks[token] for token in ordered}, merges))
+    numbers = {spelled(token): ranks[token] for token in ordered} | special
+    tokenizer = Tokenizer(models.BPE(numbers, merges))
     gpt2 = len(ranks) > 256
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2)
     tokenizer.decoder = decoders.ByteLevel()
@@ -62,11 +64,12 @@ def write_tokenizer(folder: Path, vocab: dict, longest: int):
     if isinstance(own, CharTokenizer):
         tokenizer = characters(own.chars)
     else:
-        tokenizer = byte_pairs(own.encoding, vocab["vocab_size"])
+        special = {} if eot is None else {EOT_TEXT: eot}
+        tokenizer = byte_pairs(own.encoding, vocab["vocab_size"], special)
     if eot is not None:
+        if isinstance(own, CharTokenizer) or eot in own.encoding._mergeable_ranks.values():
+            raise ValueError(f"the end-of-text of the data, {eot}, is a token of its texts as well")
         tokenizer.add_special_tokens([AddedToken(EOT_TEXT, special=True, normalized=False)])
-        if (found := tokenizer.token_to_id(EOT_TEXT)) != eot:
-            raise ValueError(f"{EOT_TEXT} would be token {found}, in the data it is {eot}")
         single = f"{EOT_TEXT}:0 $A:0"
         tokenizer.post_processor = processors.TemplateProcessing(
             single=single, pair=f"{single} $B:1", special_tokens=[(EOT_TEXT, eot)])
@@ -74,5 +77,5 @@ def write_tokenizer(folder: Path, vocab: dict, longest: int):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=longest, clean_up_tokenization_spaces=False,
         padding_side="left", **names).save_pretrained(folder)
-    config = read_json(folder / "tokenizer_config.json")
-    write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "PreTrainedTokenizerFast"})  # of v4, too
+    path = folder / "tokenizer_config.json"  # with the name that transformers 4 knows, too
+    write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
