@@ -180,7 +180,7 @@ def test_what_it_cannot_do_is_a_sentence(more, hardware, monkeypatch):
 @pytest.mark.parametrize("kind", ["L", "S", "P"])
 @pytest.mark.parametrize("window", [100, 128, 1000, 10_000])
 def test_the_real_operator_equals_the_dense_mask_on_the_gpu(window, kind):
-    docs = random_docs(2, 2048).cuda()
+    docs = (random_docs(2, 2048) // 4).cuda()  # 438 are more than it takes
     found = both(docs, window, kind, size=128, narrow=64, device="cuda", dtype=torch.bfloat16)
     for a, b in zip(*found, strict=True):
         assert (a - b).norm() / a.norm() < 1e-2
