@@ -1171,6 +1171,7 @@ class World(NamedTuple):
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    alone: bool = False  # a rehearsal: what comes is as large as that of all, and its own
 
 def on_rank_zero(world: World, function, *arguments):
     """What `function` returns on rank 0, everywhere; as what it raises there. Collective."""

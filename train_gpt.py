@@ -709,13 +709,15 @@ def gathered(world: World, x: Tensor) -> Tensor:
     """x of all ranks, one after the other along the first axis. Collective."""
     if world.size == 1:
         return x
+    if world.alone:
+        return torch.cat([x] * world.size)
     whole = x.new_empty(world.size * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
 
 def exchanged(world: World, x: Tensor) -> Tensor:
     """What each rank has for this one: its rank-th equal part of x along the first axis. Collective."""
-    if world.size == 1:
+    if world.size == 1 or world.alone:
         return x
     received = torch.empty_like(x)
     dist.all_to_all_single(received, x)
@@ -1568,7 +1570,7 @@ def rehearse(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor, world: 
     shapes = {(t.micro_rows(s, run.world.size), t.seq_len, t.mtp, t.candidates) for t in run.stages}
     window.fill_(s.window_step)
     if model.ngrams is not None:
-        model.ngrams.world = world
+        model.ngrams.world = run.world._replace(alone=not together)
     for rows, seq_len, mtp, model.candidates in sorted(shapes):
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.arange(seq_len, dtype=torch.int32, device=s.device)
@@ -3120,6 +3122,7 @@ class World(NamedTuple):
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    alone: bool = False  # a rehearsal: what comes is as large as that of all, and its own
 
 def on_rank_zero(world: World, function, *arguments):
     """What `function` returns on rank 0, everywhere; as what it raises there. Collective."""

@@ -411,10 +411,10 @@ def given(script, flags: Iterable[str]) -> dict:
 
     return vars(script.build_parser().parse_args([*map(dashed, flags)]))
 
-def parsed(script, flags: Iterable[str], what: str = ""):
+def parsed(script, flags: Iterable[str], what: str = "", world_size: int = 1):
     """Settings of a run of a trainer, a module. Raises ValueError with one line."""
     try:
-        return script.parse_settings([*flags], 1)[0]
+        return script.parse_settings([*flags], world_size)[0]
     except ValueError as error:
         place = f"{what}{script.__name__}.py"
         raise ValueError(f"{place}: {' '.join(str(error).split())}") from error

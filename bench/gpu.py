@@ -374,6 +374,8 @@ def flags_of(b: Bench, preset: str, data: str, share: int = SHARE, *more: str) -
     flags = ["--preset", preset, "--data", data, "--log-dir", str(b.cache / "logs"), "--target-loss", "0",
              "--eval-tokens", "0", "--no-save-last", *(SMALL if b.tiny else []),
              *(ON_CPU if b.device == "cpu" else []), *more]
+    if not b.tiny:  # the rows that one of so many owns
+        flags += ["--ngram-rows", str(train_gpt.PRESETS[preset]["ngram_rows"] // share)]
     batch = train_gpt.parse_settings(flags, 1)[0].batch_tokens
     return [*flags, "--batch-tokens", ",".join(str(tokens // share) for tokens in batch)]
 
@@ -476,9 +478,7 @@ def stage_flags(b: Bench, preset: str, number: int | None = None) -> list[str]:
     window = 0 if number is None else stages[i].window_start  # 0: at its full window from the start
     steps = stages[i].end - stages[i].start
     flags += ["--stage-ends", "1.0", "--iterations", str(steps), "--window-start", str(window)]
-    rows = s.ngram_rows // (1 if preset == "gpu" else SHARE)  # those that one of eight owns
-    flags += ["--ngram-rows", str(rows), "--extension", "0"]
-    return [*flags, "--kernels", s.kernels, "--fp8-head", s.fp8_head]
+    return [*flags, "--extension", "0", "--kernels", s.kernels, "--fp8-head", s.fp8_head]
 
 def programs() -> dict[str, tuple]:
     """What is compiled and timed: a script, and its flags given a Bench."""

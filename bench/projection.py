@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,9 +22,8 @@ from bench import common  # noqa: E402
 
 VOCAB_SIZE = 50257
 MIB, PEAK = 2**20, train_gpt.PEAK_FLOPS["H100"]
-ON_CPU = """--preset speedrun --device cpu --dtype bf16 --backend sdpa --no-compile --kernels none
---fp8-head off""".split()
-PRESET = train_gpt.PRESETS["speedrun"]
+FLAGS = "--preset speedrun --kernels none --fp8-head off".split()
+CARD = train_gpt.Hardware("cuda", "H100", 80, True, "", capability=(9, 0))
 # until 2026-11-25
 BEFORE = """--iterations 1800 --stage-ends 0.333333,0.666667,1 --batch-tokens 131072,262144,393216
 --seq-len 16384,32768,49152 --max-doc-len 896,2048,2048 --window 384,896,1408 --stage-lr 1,1.52,1.73 --mtp 2,1,0
@@ -32,12 +32,11 @@ MFU = "16384:0.306,32768:0.357,49152:0.376"
 
 def build(flags: list[str], ranks: int) -> tuple[train_gpt.Settings, train_gpt.GPT, list[train_gpt.Bank]]:
     """A recipe, its model and optimizer as rank 0 of several has them, without memory: on the meta device."""
-    given = common.given(train_gpt, [*ON_CPU, *flags])
-    rows = given.get("ngram_rows", PRESET.get("ngram_rows", 0))
-    s = common.parsed(train_gpt, [*ON_CPU, *flags, "--ngram-rows", "4"])  # that fits this machine
+    with mock.patch.object(train_gpt, "detect_hardware", lambda *_: CARD):
+        s = common.parsed(train_gpt, [*FLAGS, *flags], world_size=ranks)
     with torch.device("meta"):
         world = train_gpt.World(0, 0, ranks)
-        s = dataclasses.replace(s, device="meta", ngram_rows=rows)
+        s = dataclasses.replace(s, device="meta", compile=False)
         model = train_gpt.GPT(s, VOCAB_SIZE, world)
         return s, model, train_gpt.MuonAdamW(model, s, world).banks
 

@@ -489,11 +489,11 @@ def test_the_old_recipe_costs_what_it_did():
 
 
 def test_stages_with_candidates_and_ngrams_by_hand():
-    """The whole head costs 6 FLOPs for each of its 50,304 x 768 weights; found vectors and their gradients are sent."""
+    """The whole head costs 6 FLOPs for each of its 50,304 x 768 weights; of found vectors and their gradients parts."""
     args, few = projection.parse_args([]), ["--candidates", "10240,10240,0"]
     (whole, _), (rows, total) = (projection.costs([*projection.BEFORE, *flags], args) for flags in ([], few))
     saved = 6 * (50304 - 10240) * 768 / 1e6
     assert float(whole[0][5]) - float(rows[0][5]) == pytest.approx(saved, abs=0.11) and whole[2] == rows[2]
     rows, _ = projection.costs([*projection.BEFORE, "--ngram-rows", "8192"], args)
-    more = 7 * 16384 * (2 * 768 * 2 + 8) / 2**20  # and a weight for each layer
+    more = 7 * 16384 * (2 * 768 / 8 * 2 + 8) / 2**20  # 1/8 of the columns is sent; and a weight for each layer
     assert float(rows[0][-2].replace(",", "")) - 928.272 == pytest.approx(more, abs=0.1)

@@ -510,7 +510,7 @@ def operator_samples(where: Where) -> list[tuple]:
         (train_gpt.quantized_linear, (x, up, *quantized, one, one)),
         (train_gpt.fused_gram, (wide, None, 1.0, 0.0, 0.0)),
         (train_gpt.fused_gram, (wide.mT, where.random(2, 24, 24).detach(), 0.5, -1.0, 2.0)),
-        (train_gpt.table_gradient, (where.random(2, 32, 16).detach(), torch.arange(64).view(2, 32) % 7, 9)),
+        (train_gpt.table_gradient, (where.random(2, 32, 16).detach(), targets % 7, 9)),
     ]
     for pair in (plain, quantized):
         for kernel, bias in ((False, None), (True, None), (True, torch.rand(48, device=where.device))):
@@ -722,12 +722,12 @@ def test_nothing_is_compiled_after_the_warm_up(two_stages, capsys):
 
 
 def test_a_shape_that_the_warm_up_forgot_is_told(two_stages, monkeypatch):
-    warm_up, stage_table = train_gpt.warm_up, train_gpt.stage_table
+    warm_up = train_gpt.warm_up
 
-    def forgetful(*arguments):
+    def forgetful(run, *arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(train_gpt, "stage_table", lambda s: stage_table(s)[1:])
-            warm_up(*arguments)
+            patch.setattr(run, "stages", run.stages[1:])
+            warm_up(run, *arguments)
 
     monkeypatch.setattr(train_gpt, "warm_up", forgetful)
     with pytest.raises(AssertionError, match="compiled after the warm-up"):
