@@ -18,7 +18,7 @@ connection and backout, gates, smear, key offset, paired heads, soft-capped logi
 windows that grow. Optimizer: Muon for the hidden matrices, AdamW for the rest, sharded as in ZeRO-2. On a Hopper GPU
 FlexAttention, an FP8 head and own Triton kernels are compiled in; each has a plain form and a flag that selects it.
 
-Measured on 2 CPU cores: nanoGPT's documented loss on Tiny Shakespeare in 7.0 s, by its own recipe 77 s (bench/cpu.py).
+Measured on 2 CPU cores: nanoGPT's documented loss on Tiny Shakespeare in 4.5 s, by its own recipe 103 s (bench/cpu.py).
 Numbers in brackets name records of the public speedrun (github.com/KellerJordan/modded-nanogpt).
 Shape suffixes of tensors: B rows, T tokens of a row, D model_dim, H heads, K key dim of a head, V vocabulary.
 """
