@@ -1193,7 +1193,7 @@ class NgramBank:
         rows, first, sums = self.sums(self.came)
         for part, places in zip(*(x.split(2**26 // sums.size(1)) for x in (rows, first)), strict=True):
             grads, vectors = sums[places], self.table[part].float()
-            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # not all_reduce: its order goes by place
+            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # all_reduce: order goes by place
             square = self.square[part] * beta2**(event - 1 - self.event[part])
             square.lerp_(mean / self.world.size, 1 - beta2)
             root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
