@@ -437,12 +437,13 @@ class Stage(NamedTuple):
         return max(n for n in divisors(self.batch_tokens // self.seq_len // world_size) if n <= most)
 
 def micro_sizes(s: Settings, world_size: int) -> list[int]:
-    """Values to try for micro_tokens: its own, then, or where that is open, a row of the longest doubled as often as it
-    pays, and halves of that."""
-    longest, own = max(s.seq_len), s.micro_tokens
+    """Values to try for micro_tokens: its own, then, or where that is open, a row of the longest, or those that share
+    candidates, doubled as often as it pays, and halves of that; a process's share, where no such value will do."""
+    longest, own = max(s.seq_len) * (s.candidate_rows if any(s.candidates) else 1), s.micro_tokens
     most = own - 1 if own else max(MICRO_TOKENS, longest)
     sizes = [own] * (own > 0) + [longest << k for k in reversed(range(32)) if longest << k <= most]
-    return [n for n in sizes if not stage_errors(replace(s, micro_tokens=n), world_size)] or [max(own, longest)]
+    return [n for n in sizes if not stage_errors(replace(s, micro_tokens=n), world_size)] or [
+        own or max(s.batch_tokens) // world_size]
 
 def staged_settings() -> list[str]:
     """The settings that may have a value per stage, in the order of the fields of Stage."""
@@ -960,7 +961,8 @@ class GPT(nn.Module):
         a, b, c = s.softcap
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
         self.candidates, self.candidate_rows = 0, s.candidate_rows
-        self.longest = {t.seq_len: t.max_doc_len or t.seq_len for t in stage_table(s)}  # document
+        lengths = [(t.seq_len, t.max_doc_len or t.seq_len) for t in stage_table(s)]
+        self.longest = dict(sorted(lengths))  # document, of stages with one seq_len the longest
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
         # number of the first row (candidate_turn); values that FP8 clipped; targets without a loss
         turn, saturated, left_out = torch.zeros(3, dtype=torch.int64)
@@ -1663,13 +1665,14 @@ class NgramBank:
         """As before the first step, with the rows at hand. event: number of a row's last one."""
         self.square, self.event = torch.zeros(2, len(self.table), device=self.s.device)
         self.came.clear()
+        self.whole = 0  # of those that came: of whole steps
 
     @property
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint holds; within a cycle also its sums, sparse, for which the host waits."""
         state = {"master": self.table, "square": self.square, "event": self.event}
-        if self.came:
-            rows, first, sums = self.sums()
+        if self.whole:
+            rows, first, sums = self.sums(self.came[:self.whole])
             once = first.unique()
             new = torch.sparse_coo_tensor(rows[once][None], sums[once], self.table.shape, check_invariants=False)
             state["sums"] = new.coalesce()
@@ -1677,16 +1680,15 @@ class NgramBank:
 
     def step(self, scale: float, step: int):
         """The event of a cycle's end: v <- beta2 v for those that a row missed, and + (1 - beta2) mean(g^2)."""
+        self.whole = len(self.came)
         if step % self.s.ngram_every:
             return
         beta2, event, new = self.rule.betas[1], step // self.s.ngram_every, []
         lr, decay = self.rule.lr * scale, self.rule.weight_decay * scale
-        rows, first, sums = self.sums()
+        rows, first, sums = self.sums(self.came)
         for part, places in zip(*(x.split(2**26 // sums.size(1)) for x in (rows, first)), strict=True):
             grads, vectors = sums[places], self.table[part].float()
-            mean = grads.square().mean(dim=1)
-            if self.world.size > 1:
-                dist.all_reduce(mean)
+            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # all_reduce: order goes by place
             square = self.square[part] * beta2**(event - 1 - self.event[part])
             square.lerp_(mean / self.world.size, 1 - beta2)
             root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
@@ -1695,15 +1697,16 @@ class NgramBank:
         self.table[rows], self.square[rows] = map(torch.cat, zip(*new, strict=True))
         self.event[rows] = float(event)
         self.came.clear()
+        self.whole = 0
 
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that came since the last event, (N,), and where each came first; there the sum of its gradients, fp32,
-        added in one order, and so the same in a resumed run."""
-        rows = torch.cat([rows for rows, _ in self.came])
+    def sums(self, came: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that came, (N,), and where each came first; there the sum of its gradients, fp32, added in one order,
+        and so the same in a resumed run."""
+        rows = torch.cat([rows for rows, _ in came])
         place = torch.arange(len(rows), device=rows.device)
         first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
         sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)
-        for part, (_, grads) in zip(first.split([len(x) for x, _ in self.came]), self.came, strict=True):
+        for part, (_, grads) in zip(first.split([len(x) for x, _ in came]), came, strict=True):
             if sums.is_cuda:  # where index_add_ is atomic
                 sums.index_put_((part,), grads.float(), accumulate=True)
             else:
@@ -1718,6 +1721,10 @@ class NgramBank:
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
             parts += part * (self.world.rank == 0)
+        if parts and own.is_sparse:  # the same rows everywhere: cat would list them once per owner
+            sums, shape = torch.cat([part.values() for part in parts], dim=1), (len(own), self.s.width)
+            sums = torch.sparse_coo_tensor(own.indices(), sums, shape, is_coalesced=True, check_invariants=False)
+            return {"ngrams.table": sums}
         return {"ngrams.table": torch.cat(parts, dim=own.dim() - 1)} if parts else {}
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
@@ -1733,6 +1740,7 @@ class NgramBank:
                 if owner == self.world.rank and key == "sums":
                     own = own.to(self.s.device).coalesce()
                     self.came.append((own.indices()[0], own.values()))
+                    self.whole = 1
                 elif owner == self.world.rank:
                     self.state[key].copy_(own)
 
@@ -3894,8 +3902,8 @@ class Run:
         schedule = meta.get("schedule") or {"at": float(self.step)}
         self.at = schedule["at"]
         self.left = max(0, math.ceil(self.s.iterations - self.at))  # steps
-        if self.s.max_seconds:
-            self.left = schedule.get("left", self.left)
+        if self.s.max_seconds and self.left:
+            self.left = schedule.get("left") or self.left  # 0: ended, before --iterations rose
         self.tokens = schedule.get("tokens", self.tokens_at(self.step))
         self.fitted = self.step, self.logged_ms, -math.inf  # of _fit_schedule
         self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
