@@ -2507,7 +2507,7 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
         (s.allow_change and not s.resume, "--allow_change: has no effect without --resume"),
         (unknown_change, f"--allow_change: {', '.join(sorted(unknown_change))}: no such setting"),
         (asked in ("cuda", "mps") and asked != hardware.device,
-         f"--device {asked}: this machine has no usable {asked} device; leave the flag out"),
+         f"--device {asked}: this machine has no usable {str(asked).upper()} device; leave the flag out"),
         (mps and (s.compile or s.backend not in ("plain", "sdpa")),
          "--device mps has the plain parts only: add --no-compile --backend plain"),
         (s.backend == "varlen" and not flash_fits(s, hardware, s.dtype == "bf16"),
