@@ -67,8 +67,8 @@ def longest_text(s, model: nn.Module) -> int:
     """Tokens of the longest document that the model was trained or evaluated with, or has positions for."""
     if getattr(model, "positions", None) is not None:
         return len(model.positions.weight)
-    lengths = s.seq_len if isinstance(s.seq_len, tuple) else (s.seq_len,)
-    return max(*lengths, s.eval_seq_len)
+    rows, pieces = ((x if isinstance(x, tuple) else (x,)) for x in (s.seq_len, s.max_doc_len))
+    return max(*(pieces if all(pieces) else rows), s.eval_seq_len)
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
 def own_config(s, model: nn.Module, code: str, vocab_size: int, windows: tuple[int, int]) -> dict:
     """config.json of a model with code: for loading it, and sizes by the names that tools look for."""
     fields = set(re.findall(r"^    (\w+): ", code, re.M))
-    told = {name: value for name, value in dataclasses.asdict(s).items() if name in fields}
+    told = {name: value for name, value in dataclasses.asdict(s).items() if name in fields - {*UNTOLD}}
     window, longer = windows
     return dict(
         architectures=[CLASSES["AutoModelForCausalLM"]],
@@ -265,6 +265,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"--out {args.out}: it is there and not empty, choose another folder or remove it")
+    if args.private and not args.push:
+        raise ValueError("--private: has no effect without --push NAME/REPO, leave it out")
     if args.push and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push):
         raise ValueError(f"--push {args.push:.80}: expected NAME/REPO, as in the address of the repository")
     if not re.fullmatch(r"[\w.-]+", args.licence):

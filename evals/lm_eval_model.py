@@ -4,10 +4,10 @@
 
 This is the command `lm_eval` with our model in its list; all its flags are the harness's own (pip install lm_eval). The
 released harness (0.4.13) looks for models in its own package only, --include_path is for tasks: so the command
-`lm_eval` cannot find ours. It can read an export (docs/export.md). --model_args, separated by commas:
+`lm_eval` cannot find ours; its model `hf` reads an export (docs/export.md). --model_args, separated by commas:
 
     checkpoint   folder of a checkpoint, or of a run or experiment: its newest (default: logs)
-    max_length   longest text in tokens (default: the longest row of training or validation); others lose their start
+    max_length   longest text in tokens (default: the longest of training or validation); others lose their start
 
 Every text is a document and begins with end-of-text, as in training; where there is no such token, one without context
 begins with a newline. Weights are fp32, the logits are those of generate.py: copies are mixed in, routers have no
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import generate  # noqa: E402
 from data.common import Tokenizer  # noqa: E402
+from export import longest_text  # noqa: E402
 from generate import Decoder, choose, load_model, note, read_vocabulary  # noqa: E402
 from train_gpt import norm  # noqa: E402
 
@@ -62,11 +63,7 @@ def load(max_length: int, path: Path, meta: dict) -> Loaded:
     script, vocab = generate.import_script(meta.get("script")), meta["data"]["meta"]
     tokenizer = read_vocabulary(vocab)
     model, window = load_model(script, path, meta, longest=1)
-    lengths = generate.read_settings(script, meta["settings"]).seq_len
-    known = max(lengths) if isinstance(lengths, tuple) else lengths
-    if getattr(model, "positions", None) is not None:
-        known = len(model.positions.weight)
-    longest = max_length or known
+    longest = max_length or longest_text(generate.read_settings(script, meta["settings"]), model)
     model, window = load_model(script, path, meta, longest=longest)
     return Loaded(path, model, window, generate.not_cacheable(script, model) is None, vocab, tokenizer, longest)
 
@@ -86,6 +83,8 @@ class NanoSpeedrun(TemplateLM):
         self.rows = int(batch_size) if str(batch_size).isdigit() and int(batch_size) > 1 else ROWS
         self.loaded = generate.use_newest(Path(checkpoint), partial(load, max_length))
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {device}: this machine has no usable CUDA device, leave the flag out")
         self.loaded.model.to(self._device)
         self.plain = Decoder(self.loaded.model, self.loaded.window, self.loaded.longest, cached=False)
         self.fast = None  # with a cache, in a copy of the model: made when a text is generated

@@ -49,7 +49,7 @@ def kept_members(node: ast.stmt, wanted: set[str]) -> list[ast.stmt]:
             return not settings or f".{part.target.id}" in wanted
         if not isinstance(part, ast.FunctionDef):
             return True
-        always = part.name in ("forward", "backward") or part.name.startswith("__")
+        always = node.name in ROOTS or part.name in ("forward", "backward") or part.name.startswith("__")
         return f"{node.name}.{part.name}" not in REPLACED and (always or f".{part.name}" in wanted)
 
     return [part for part in node.body if used(part)]

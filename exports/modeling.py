@@ -82,6 +82,11 @@ def attention_mask(docs_BT, window: Tensor | int) -> Tensor:
     return (docs[:, None, -new:, None] == docs[:, None, None, :]) & (distance >= 0) & (distance < window)
 
 
+def stage_table(_) -> list:
+    """Nothing: an export is not trained in stages."""
+    return []
+
+
 def document_positions(docs_BT) -> Tensor:
     """Place of each new token in its document, (B, T)."""
     return (PAST.get().docs.cumsum(1) - 1).clamp_min(0)[:, -docs_BT.size(1):]
@@ -166,6 +171,7 @@ class NanoSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     _keep_in_fp32_modules_strict = {*FP32_PARAMETERS, "router_bias"}
     _is_stateful = True  # the cache cannot be cut: no assisted decoding
+    accepts_loss_kwargs = False  # a mean: transformers' Trainer divides it by the passes that it accumulates
 
     def __init__(self, config: NanoSpeedrunConfig):
         super().__init__(config)
@@ -195,7 +201,9 @@ class NanoSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits, (B, T or the last `logits_to_keep`, columns) fp32. `labels`: tokens as in `input_ids`, -100 where
         there is no loss."""
         cache = past_key_values
-        if (use_cache or cache is not None) and (cache is None or not cache.get_seq_length()):
+        if isinstance(cache, DynamicCache) and not cache.get_seq_length():
+            cache.__init__()  # the caller's own, with as many layers as a pass asks for
+        elif use_cache and cache is None or cache is not None and not cache.get_seq_length():
             cache = DynamicCache()
         docs_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
         docs_BT = docs_BT[:, -input_ids.size(1):]

@@ -261,6 +261,16 @@ def changes_of(run):
     return [f"changed on resume at step {step}: {words}" for step, words in run.trace.changes]
 
 
+def planned_steps(run):
+    """Steps of a run by its settings, or None; with --max-seconds those that the last pace leaves time for."""
+    settings, keys = settings_of(run), ("train_time_ms", "step_ms")
+    if not (limit := number(settings.get("max_seconds"))):
+        return number(settings.get("iterations"))
+    timed = [row for row in run.trace.rows if all(number(row.get(key)) for key in keys)]
+    left = (1000 * limit - timed[-1][keys[0]]) / timed[-1][keys[1]] if timed else math.nan
+    return timed[-1]["step"] + max(0, int(left)) if math.isfinite(left) else None
+
+
 def summarize(run):
     """Numbers of a run folder as a flat dict, None where unknown. `val_loss` and `val_bpb` are of one validation, that
     of the closing record or else the last. `tokens_per_s` without a closing record is the average so far."""
@@ -282,7 +292,7 @@ def summarize(run):
         "status": status,
         "completed": status in COMPLETED,
         "step": step,
-        "iterations": known.get("iterations", latest(rows, "iterations") or number(settings_of(run).get("iterations"))),
+        "iterations": known.get("iterations", latest(rows, "iterations") or planned_steps(run)),
         "val_loss": final.get("val_loss"),
         "val_bpb": number(final.get("val_bpb")),
         "best_val_loss": best.get("val_loss"),

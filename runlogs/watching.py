@@ -209,7 +209,7 @@ def curve(n, columns, lines, ascii_only):
     train, val = (places(zip(*points_at(rows, key, "step"), strict=True), ((0, last), limits), columns, lines)
                   for key in LOSSES)
     cells, marked = dots(train, lines), {(y // 4, x // 2) for x, y in filter(None, val) if 0 <= y < 4 * lines}
-    found = [Text(f"{label_at(i, lines, limits):>7} ", style="dim") for i in range(lines)]
+    found = [Text.assemble((f"{label_at(i, lines, limits):>7} ", "dim")) for i in range(lines)]
     for i, j in ((i, j) for i in range(lines) for j in range(columns)):
         dot = "." if ascii_only else chr(BRAILLE + cells.get((i, j), 0))
         mark = "o" if (i, j) in marked else dot if (i, j) in cells else " "

@@ -212,6 +212,37 @@ def test_padded_rows_beams_and_a_longer_text(tmp_path):
     assert torch.equal(beams, hf.generate(**batch, max_new_tokens=6, num_beams=3, use_cache=False))
 
 
+def test_a_cache_of_the_callers_is_filled(tmp_path):
+    """As transformers' own models do it: what was passed is used by the next pass."""
+    save(tmp_path / "runs", BYTES, settings(**COPIES))
+    hf, tokens = exported(tmp_path, tmp_path / "runs"), text(60)
+    with torch.no_grad():
+        expected = hf(tokens).logits[0, -5:]
+        for cache in (transformers.DynamicCache(), transformers.DynamicCache(config=hf.config)):
+            first = hf(tokens[:, :-5], past_key_values=cache)
+            assert first.past_key_values is cache and cache.get_seq_length() == LENGTH - 5
+            torch.testing.assert_close(hf(tokens[:, -5:], past_key_values=cache).logits[0], expected)
+
+
+def test_assisted_decoding_is_refused_and_a_trainer_divides_the_loss(tmp_path):
+    save(tmp_path / "runs", BYTES, settings())
+    hf = exported(tmp_path, tmp_path / "runs")
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        hf.generate(text(60), max_new_tokens=4, prompt_lookup_num_tokens=2)
+    assert hf.accepts_loss_kwargs is False and len(hf.get_input_embeddings().weight) == hf.config.vocab_size
+
+
+def test_the_longest_text_is_a_document_of_training_or_the_row_of_validation():
+    s = settings(seq_len=(64, 128), max_doc_len=(16,), eval_seq_len=32)
+    assert export.longest_text(s, None) == 32
+    assert export.longest_text(dataclasses.replace(s, max_doc_len=(0,)), None) == 128
+
+
+def test_private_needs_a_push(tmp_path, capsys):
+    assert export.main(["--checkpoint", str(tmp_path), "--out", str(tmp_path / "hf"), "--private"]) == 1
+    assert "no effect without --push" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["copies", "experts"])
 def test_loading_leaves_the_random_numbers_alone_and_training_goes_on(tmp_path, kind):
     """No seed is set; gradients of all weights, also of copies, n-grams and experts; half precision loads."""

@@ -145,3 +145,9 @@ def test_wrong_arguments_are_told(tmp_path):
     with pytest.raises(ValueError, match="max_length=many"):
         model_of(path, max_length="many")
     assert test_generate.BYTES["eot"] == model_of(path).eot_token_id
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(ValueError, match="--device cuda: this machine has no usable CUDA device"):
+        lm_eval_model.NanoSpeedrun(str(save(tmp_path, BYTES, settings())), device="cuda")

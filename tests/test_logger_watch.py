@@ -142,6 +142,23 @@ def test_numbers_of_a_run(tmp_path):
         assert words in text
 
 
+def test_a_run_of_so_many_seconds_has_as_many_steps_as_it_has_time_for(tmp_path):
+    folder = make_run(tmp_path / "a", [row(step, step_ms=250.0) for step in range(10, 301, 10)])
+    config = {"settings": {"iterations": 200, "max_seconds": 180.0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    os.utime(folder / "config.json", (NOW - 5, NOW - 5))
+    (n,), _ = look(folder)
+    assert (n["step"], n["iterations"]) == (300, 420)  # 30 s of 180 are left
+    (folder / "metrics.jsonl").write_text("")
+    assert look(folder)[0][0]["iterations"] is None
+
+
+def test_the_curve_is_brighter_than_its_axis(tmp_path):
+    (n,), _ = look(make_run(tmp_path / "a"))
+    first = watching.curve(n, 60, 5, False)[0]
+    assert not first.style and {str(span.style) for span in first.spans} == {"dim", "cyan"}
+
+
 def test_a_finished_run_has_no_eta(tmp_path):
     assert "ETA" not in frame(make_run(tmp_path / "a", status="done"))
 
