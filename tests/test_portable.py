@@ -170,8 +170,8 @@ def mps(monkeypatch):
     monkeypatch.setattr(torch, "Generator", Generator)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("script", [train_gpt, train_moe, train_baseline], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("script, dtype", [(train_gpt, "fp32"), (train_moe, "bf16"), (train_baseline, "fp32")],
+                         ids=lambda x: getattr(x, "__name__", x))
 def test_mps_runs_the_plain_parts(script, dtype, tmp_path, mps):
     argv = script_flags(f"{script.__name__}.py", tmp_path)
     found = {}
