@@ -363,5 +363,6 @@ def test_settings_of_the_same_name_have_the_same_type():
 
 
 def test_nothing_happens_at_import_and_main_is_guarded():
-    assert inspect.getsource(tb).rstrip().endswith('if __name__ == "__main__":\n    sys.exit(main())')
+    last = inspect.getsource(tb).rstrip().split('if __name__ == "__main__":\n')[-1].splitlines()
+    assert [line.strip().split("  #")[0] for line in last] == ["gc.freeze()", "gc.enable()", "sys.exit(main())"]
     assert OWN["moegpt"].keys() <= FIELDS.keys() and TINY.keys() <= FIELDS.keys()

@@ -283,11 +283,14 @@ def test_flags_that_are_read_are_taken(monkeypatch):
     assert not parse("--no-mup", "--muon-lr", "0.1", monkeypatch=monkeypatch).mup
 
 
+SHORT = "--seq-len 1024 --eval-seq-len 1024 --max-doc-len 1024 --batch-tokens 8192 --ngram-rows 0".split()  # fits 8 GiB
+
+
 def test_base_width_and_head_dim_default_to_the_presets(monkeypatch):
     s = parse("--preset", "cpu", "--width", "384", "--mup", monkeypatch=monkeypatch)
     assert (s.width, s.base_width, s.base_head_dim) == (384, 192, 48)
-    s = parse("--preset", "medium", "--device", "cpu", "--mup", "--head-dim", "64", "--ngram-rows", "0",
-              monkeypatch=monkeypatch)
+    small = [*SHORT, "--num-layers", "3", "--value-embeds", "1"]
+    s = parse("--preset", "medium", "--device", "cpu", "--mup", "--head-dim", "64", *small, monkeypatch=monkeypatch)
     assert (s.base_width, s.base_head_dim) == (1024, 64)
     s = moe.parse("--preset", "deepseek-cpu", "--width", "96", "--mup", monkeypatch=monkeypatch)
     assert (s.base_width, s.base_head_dim) == (192, 48)
@@ -310,8 +313,9 @@ def test_base_shapes_that_cannot_be(argv, expected, monkeypatch):
 def test_heads_are_paired_only_if_they_can_be_at_both_widths(monkeypatch):
     """Else the model would be another one than the one whose rates these are."""
     def attention(*flags: str) -> str:
-        return parse("--preset", "gpu", "--device", "cpu", "--width", "768", *flags, monkeypatch=monkeypatch).attention
+        argv = "--preset", "gpu", "--device", "cpu", *SHORT, "--width", "768", *flags
+        return parse(*argv, monkeypatch=monkeypatch).attention
 
-    tuned = parse("--preset", "gpu", "--device", "cpu", "--width", "384", monkeypatch=monkeypatch).attention
+    tuned = attention("--width", "384")
     assert "P" not in tuned and attention("--mup", "--base-width", "384") == tuned
     assert "P" in attention() and attention("--mup", "--base-width", "256") == attention()
