@@ -158,7 +158,7 @@ def names_and_values(script):
 
 @SCRIPTS
 def test_settings(script):
-    @cases(250)
+    @cases(125)
     @given(names_and_values(script))
     def check(argv):
         def main(words):
@@ -183,7 +183,7 @@ def test_settings_of_a_run(script):
                 "wandb")
     names = st.sampled_from([name for name in kinds if name not in left_out])
 
-    @cases(40)
+    @cases(20)
     @given(st.dictionaries(names, values, min_size=1, max_size=2))
     def check(changes):
         switches = {name for name in changes if kinds[name] == "bool"}
@@ -251,7 +251,7 @@ def example_meta() -> dict:
 # --- data
 
 
-@cases(60)
+@cases(30)
 @given(st.data())
 def test_meta_of_data(data):
     script = data.draw(st.sampled_from([train_gpt, train_moe, train_baseline]))
@@ -295,7 +295,7 @@ def damage(draw):
     return change
 
 
-@cases(50)
+@cases(25)
 @given(damage(), st.sampled_from(["train_000000", "train_000001", "val_000000", "hashes", "meta"]), st.integers(1, 12))
 def test_shards(change, which, iterations):
     names = {"hashes": ".hashes.json", "meta": "meta.json"}
@@ -309,7 +309,7 @@ def test_shards(change, which, iterations):
         assert files_in(folder) == before
 
 
-@cases(25)
+@cases(12)
 @given(st.data())
 def test_cache_of_hashes(data):
     with place() as folder:
@@ -357,7 +357,7 @@ def goes_on(script, folder: Path):
 
 @SCRIPTS
 def test_meta_of_checkpoints(script, runs):
-    @cases(30)
+    @cases(15)
     @given(st.data())
     def check(data):
         with copy_of(runs[script]) as (folder, paths):
@@ -444,7 +444,7 @@ def save_state(path: Path, content: bytes):
 
 @SCRIPTS
 def test_states_with_the_right_hash(script, runs):
-    @cases(35)
+    @cases(17)
     @given(st.data())
     def check(data):
         with copy_of(runs[script]) as (folder, paths):
@@ -465,7 +465,7 @@ def test_states_with_the_right_hash(script, runs):
     check()
 
 
-@cases(25)
+@cases(12)
 @given(st.sampled_from(sorted(THINGS)), st.sampled_from(["state.pt", "meta.json", "config.json", "metrics.jsonl",
                                                          "log.txt", "lock"]))
 def test_files_of_a_run_that_are_something_else(runs, kind, name):
@@ -521,7 +521,7 @@ COMMANDS = {  # of logger.py, on a run `a` that is odd and a whole one, `b`
 }
 
 
-@cases(100)
+@cases(50)
 @given(st.data())
 def test_logs(runs, data):
     (run,) = runs[data.draw(st.sampled_from([train_gpt, train_moe]))].glob("logs/x/*")
