@@ -21,6 +21,5 @@ run_files() { # FILES...: what they say is shown when they are done
     return "$code"
 }
 export -f run_files
-export bin
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export bin OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 printf '%s\0' tests/test_*.py | xargs -0 -P 2 -n 6 bash -c 'run_files "$@"' _

@@ -1002,7 +1002,7 @@ class Bank:
         dtype = first.dtype if world.size > 1 else torch.float32
         self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
         self.places = self.join(self.grad) if world.size == 1 else {}  # by name, for sums of micro-steps
-        self.in_flight, self.gathers = [], {}  # works, and tensors that must live until they are done
+        self.gathers = {}  # works, and tensors that must live until they are done
         self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of on_device
         self.reset()
 

@@ -171,12 +171,7 @@ def test_the_traced_flex_model_equals_the_eager_sdpa_model_forward_and_backward(
     docs = random_docs(2, 256)
     for window in (128, 256):
         with torch._dynamo.config.patch(error_on_recompile=window != 128):
-            losses = [next_token_loss(model, tokens, tokens, docs, window) for model in (sdpa, flex)]
-            assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
-            gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss, model in zip(
-                losses, (sdpa, flex), strict=True)]
-        for a, b in zip(*gradients, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-3 * a.abs().max().item(), rtol=1e-3)
+            assert_same_gradients((sdpa, flex), tokens, docs, window)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -194,6 +189,16 @@ def test_compiled_flex_equals_sdpa_on_the_gpu_forward_and_backward(window):
 
 
 # --- what a position may depend on
+
+
+def assert_same_gradients(models: tuple[GPT, GPT], tokens, docs, window: int):
+    """Loss and gradients of two models agree."""
+    losses = [next_token_loss(model, tokens, tokens, docs, window) for model in models]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss, model in zip(
+        losses, models, strict=True)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3 * a.abs().max().item(), rtol=1e-3)
 
 
 def next_token_loss(model: GPT, inputs, targets, docs, window: int = 32) -> torch.Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import CPU, H100, losses, parse, run_folder, tiny
-from test_model import int_tensor, next_token_loss, random_docs, random_model, settings
+from test_model import assert_same_gradients, int_tensor, random_docs, random_model, settings
 
 import train_gpt
 import train_moe
@@ -125,12 +125,7 @@ def test_the_traced_model_equals_the_sdpa_model_and_a_new_window_traces_nothing(
     for window, seed in ((64, 0), (128, 1)):
         docs = random_docs(2, 256, seed=seed)
         with torch._dynamo.config.patch(error_on_recompile=window != 64):
-            found = [next_token_loss(model, tokens, tokens, docs, window) for model in (sdpa, packed)]
-            assert found[1].item() == pytest.approx(found[0].item(), rel=1e-5)
-            gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss, model in zip(
-                found, (sdpa, packed), strict=True)]
-        for a, b in zip(*gradients, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-3 * a.abs().max().item(), rtol=1e-3)
+            assert_same_gradients((sdpa, packed), tokens, docs, window)
 
 
 def test_the_longest_document_is_that_of_the_stage_and_of_a_row_in_evaluation():
