@@ -247,12 +247,12 @@ def test_on_a_terminal(tmp_path):
         chat.send("\x1b[A", "/seed 7")  # the line before
         chat.send("\n", "seed 7\r\n> ")
         chat.send("abc", "abc")
-        chat.send("\x03", "> ")
+        chat.interrupt("> ")
         chat.send("a\n", "a\r\n")
         chat.text = ""
         while len(chat.text) < 40:  # it writes
             chat.text += os.read(chat.terminal, 100).decode(errors="replace")
-        chat.send("\x03", "(stopped)\r\n\r\n> ")
+        chat.interrupt("(stopped)\r\n\r\n> ")
         chat.send("/top_k 3\n", "\ntop_k 3\r\n> ")
         os.write(chat.terminal, b"\x04")
         text, code = chat.end()

@@ -323,18 +323,33 @@ class Screen:
     def until(self, words):
         """Reads on until the words have come; the end of the process ends it, too."""
         while words not in self.text:
-            assert select.select([self.terminal], [], [], 200)[0], f"{words!r} did not come: {self.text[-2000:]}"
-            try:
-                piece = os.read(self.terminal, 65536)
-            except OSError:  # closed
-                piece = b""
-            assert piece, f"{words!r} did not come: {self.text[-2000:]}"
-            self.text += piece.decode(errors="replace")
+            assert self.read(200), f"{words!r} did not come: {self.text[-2000:]}"
+
+    def read(self, seconds):
+        """Whether something came in this time; it is added to the text."""
+        if not select.select([self.terminal], [], [], seconds)[0]:
+            return False
+        try:
+            piece = os.read(self.terminal, 65536)
+        except OSError:  # closed
+            piece = b""
+        self.text += piece.decode(errors="replace")
+        return bool(piece)
 
     def send(self, keys, words):
         """Types, and reads on until the words have come."""
         self.text = ""
         os.write(self.terminal, keys.encode())
+        self.until(words)
+
+    def interrupt(self, words):
+        """Ctrl-C until the words come: one between readline's echo and its wait is not seen before the next key."""
+        self.text, tries = "", 0
+        while words not in self.text and tries < 40:
+            os.write(self.terminal, b"\x03")
+            tries += 1
+            while words not in self.text and self.read(5):
+                pass
         self.until(words)
 
     def end(self):
