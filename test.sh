@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Linter and tests in the environment of run.sh: ./test.sh [arguments of pytest, such as -k optimizer or -x]
-# Without arguments all tests, six files beside six others till all are done: on two cores it takes half the time.
+# Without arguments all tests, four files beside four others till all are done: on two cores it takes half the time.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -22,4 +22,4 @@ run_files() { # FILES...: what they say is shown when they are done
 }
 export -f run_files
 export bin OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-printf '%s\0' tests/test_*.py | xargs -0 -P 2 -n 6 bash -c 'run_files "$@"' _
+printf '%s\0' tests/test_*.py | xargs -0 -P 2 -n 4 bash -c 'run_files "$@"' _

@@ -136,8 +136,7 @@ def damaged_data(folder, how: str):
 
 
 @pytest.mark.parametrize("how, said, size", [
-    ("bad token", "holds token id 65535", 1), ("truncated", "is damaged", 1), ("removed", "is no file", 1),
-    ("truncated", "is damaged", 2),
+    ("bad token", "holds token id 65535", 1), ("removed", "is no file", 1), ("truncated", "is damaged", 2),
 ])
 def test_a_shard_that_is_damaged_meanwhile_ends_the_run_saved(how, said, size, tmp_path):
     """On all ranks after the same step; a mapped file would end the processes with SIGBUS."""
@@ -262,8 +261,7 @@ train_gpt.evaluate = evaluate
     assert [r["step"] for r in records(run_folder(tmp_path)) if "val_loss" in r and "event" not in r] == [4, 8]
 
 
-@pytest.mark.parametrize("at", [4, 8])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at, number", [(4, signal.SIGINT), (8, signal.SIGTERM)])
 def test_a_signal_in_an_evaluation_ends_it_and_loses_nothing(number, at, tmp_path, whole):
     """Though no --save-every has saved before: what matters is written first, at once, and looked at later."""
     body = f"""

@@ -124,7 +124,7 @@ def test_colours_are_even_around_the_mean():
 
 
 @pytest.mark.parametrize(("layers", "experts", "rows"), [
-    (1, 2, 1), (2, 8, 1), (4, 8, 2), (5, 16, 2), (9, 8, 3), (11, 64, 3),
+    (1, 2, 1), (5, 16, 2), (11, 64, 3),
 ])
 def test_a_panel_for_each_layer_with_every_expert_and_report(tmp_path, layers, experts, rows):
     pytest.importorskip("matplotlib")

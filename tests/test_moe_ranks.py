@@ -147,7 +147,7 @@ def killed(folder: Path, monkeypatch, router: str, in_step: int) -> Path:
     return run_folder(folder)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", TWO_ROUTERS)
 def test_resumed_run_continues_to_the_bit(router, tmp_path, monkeypatch, whole):
     """Killed in step 6 between its reports of steps 4 and 6; the checkpoint is that of step 3. Noise, slopes and bias
     go on, and so do the sums of the report of steps 3 and 4, of which half were taken before the checkpoint."""
