@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_same_state, load_state, losses, records, run_folder, steps_saved, tiny
-from moe import ROUTERS
 from moe_ranks import EXPERTS, MIXTURES, all_scenarios, script_runs, training_scenario
 from ranks import difference, run_ranks
 
