@@ -2319,10 +2319,20 @@ def small_shared_memory(device: str) -> bool:
     size = getattr(known, "shared_memory_per_block_optin", 0)  # unknown on ROCm: 64 KB
     return size < 160 << 10
 
-@functools.cache
-def multiprocessors(device: str) -> int:
-    """Programs that run at the same time: a grid of as many lasts for the whole kernel."""
-    return torch.cuda.get_device_properties().multi_processor_count if device == "cuda" else 4
+def differentiable(operator, backward, context):
+    """Gives an operator its backward: called with the first output's gradient, tensors and other values, which
+    `context` makes of inputs and outputs. It returns gradients of the first inputs; the others have none."""
+    def keep(ctx, inputs, output):
+        tensors, ctx.others = context(inputs, output)
+        ctx.save_for_backward(*tensors)
+        ctx.count = len(inputs)
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx, grad, *_):
+        found = backward(grad, *ctx.saved_tensors, *ctx.others)
+        return *found, *[None] * (ctx.count - len(found))
+
+    operator.register_autograd(gradients, setup_context=keep)
 
 # --- attention over documents: FlexAttention's block masks (record 12), FlashAttention's sequences, SDPA, the formula
 
@@ -2360,8 +2370,7 @@ def flex_options(device: str) -> dict | None:
     """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory."""
     if not small_shared_memory(device):
         return None
-    forward = {"BLOCK_M": 64, "BLOCK_N": 64}
-    return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+    return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_M1=32, BLOCK_N1=64, BLOCK_M2=64, BLOCK_N2=32)
 
 class Packed(NamedTuple):
     """The rule as FlashAttention takes it: documents are sequences of the flattened batch."""
@@ -2382,21 +2391,15 @@ def packed_documents(
     number = F.pad(new, (1, 0), value=True).flatten().cumsum(0)
     wanted = torch.arange(most_documents(len(number)) + 1, device=number.device) + 1
     starts = torch.searchsorted(number, wanted, out_int32=True)  # past the last: the end
-    length = docs_BT.size(1)
-    longest = min(longest or length, length)
-    packed = {}
-    for kind in kinds:
-        turns = 2 if kind == "P" else 1
-        packed[kind] = Packed(starts, window, 0 if kind == "L" else step, longest, turns)
-    return packed
+    longest = min(longest or docs_BT.size(1), docs_BT.size(1))
+    return {kind: Packed(starts, window, 0 if kind == "L" else step, longest, 1 + (kind == "P"))
+            for kind in kinds}
 
 def check_documents(docs_BT: np.ndarray, backend: str):
     """Raises UserError where a micro-step has more documents than there are sequences."""
-    if backend != "varlen":
-        return
     found = len(docs_BT) + int((docs_BT[:, 1:] != docs_BT[:, :-1]).sum())
     most = most_documents(docs_BT.size)
-    if found > most:
+    if backend == "varlen" and found > most:
         raise UserError(f"a micro-step has {found} documents, --backend varlen takes {most}: "
                         "use flex or sdpa")
 
@@ -2418,18 +2421,14 @@ def turned(turns: int, *tensors_NHK: Tensor) -> list:
 def fused_varlen(q_NHK, k_NHK, v_NHK, starts, window, step, longest, turns, scale):
     """Output and log-sum-exps, (H, N); of two turns those of one softmax over the keys of both."""
     sizes, options = flash_arguments(starts, window, step, longest, scale)
-    out = lse = None
-    for keys in turned(turns, k_NHK, v_NHK):
-        part, part_lse, *_ = torch.ops.aten._flash_attention_forward(
-            q_NHK, *keys, *sizes, False, **options)
-        if out is None:
-            out, lse = part, part_lse
-            continue
-        both = torch.logaddexp(lse, part_lse)
-        share = (part_lse - both).exp().T[..., None]
-        out = out.float().lerp(part.float(), share).type_as(q_NHK)
-        lse = both
-    return out, lse
+    flash = torch.ops.aten._flash_attention_forward
+    parts = [flash(q_NHK, *keys, *sizes, False, **options)[:2] for keys in turned(turns, k_NHK, v_NHK)]
+    if turns == 1:
+        return parts[0]
+    (own, own_lse), (other, other_lse) = parts
+    lse = torch.logaddexp(own_lse, other_lse)
+    share = (other_lse - lse).exp().T[..., None]
+    return own.float().lerp(other.float(), share).type_as(q_NHK), lse
 
 @operator("varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor starts, "
           "Tensor window, Tensor out, Tensor lse, int step, int longest, int turns, "
@@ -2440,33 +2439,18 @@ def fused_varlen_backward(
     sizes, options = flash_arguments(starts, window, step, longest, scale)
     seed = starts.new_zeros(2, dtype=torch.uint64)
     rest = out, lse, *sizes, seed, seed[:0]
-    parts = []
-    for keys in turned(turns, k_NHK, v_NHK):
-        parts.append(torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q_NHK, *keys, *rest, **options))
+    flash, grad = torch.ops.aten._flash_attention_backward, grad.contiguous()
+    parts = [flash(grad, q_NHK, *keys, *rest, **options) for keys in turned(turns, k_NHK, v_NHK)]
     if turns == 1:
         return parts[0]
     own, (q_more, *more) = parts
     more = [q_more, *turned(2, *more)[1]]
     return tuple(map(torch.add, own, more))
 
-def _varlen_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.rest = inputs[5:]
-    ctx.set_materialize_grads(False)
-
-def _varlen_gradients(ctx, grad: Tensor, _):
-    grads = fused_varlen_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return *grads, *[None] * 6
-
-def _varlen_fake(q, *_):
-    lse = q.new_empty(q.size(1), len(q), dtype=torch.float32)
-    return torch.empty_like(q), lse
-
-fused_varlen.register_autograd(_varlen_gradients, setup_context=_varlen_context)
-fused_varlen.register_fake(_varlen_fake)
-fused_varlen_backward.register_fake(
-    lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
+differentiable(fused_varlen, fused_varlen_backward, lambda inputs, outputs: ((*inputs[:5], *outputs), inputs[5:]))
+fused_varlen.register_fake(
+    lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), len(q), dtype=torch.float32)))
+fused_varlen_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
 
 def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
     """softmax(scale * q k + mask) v -> (B, T, H, K). The plain formula takes 0.25 to 0.64 of SDPA's time on a CPU."""
@@ -2566,6 +2550,8 @@ def fused_gram(x_KMN, add_KMM, alpha: float, beta: float, diagonal: float):
         TILE=128, DEPTH=64, num_warps=8, num_stages=3)
     return out
 
+fused_gram.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
+
 def quintic(x_KMN, a: float, b: float, c: float, kernel: bool) -> Tensor:
     """a * x + b * s @ x + c * s @ s @ x with s = x @ x.mT. The kernel adds a * I: baddbmm would copy x."""
     if kernel:
@@ -2580,11 +2566,9 @@ def quintic(x_KMN, a: float, b: float, c: float, kernel: bool) -> Tensor:
 def product_relu2_kernel(
         a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
         COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
-    """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the
-    former's result: a (rows, depth), b (cols, depth), all row-major, given as tensor descriptors.
-    Each program takes every PROGRAMS-th tile: it loads the next one's while it stores one. Tiles run
-    down GROUP rows before they go right, so that b stays in the L2; they are stored in halves, which
-    leaves shared memory for the loads."""
+    """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the former's result: a (rows,
+    depth), b (cols, depth), row-major, as tensor descriptors. Each program takes every PROGRAMS-th tile: it loads the
+    next one's while it stores one, in halves, for which shared memory suffices. GROUP rows of tiles share b in the L2."""
     tiles_down, tiles_right = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
     half: tl.constexpr = COLS // 2
     for tile in tl.range(tl.program_id(0), tiles_down * tiles_right, PROGRAMS, flatten=True):
@@ -2608,13 +2592,11 @@ def product_relu2_kernel(
             out.store([row, col + i * half], part.to(out.dtype))
 
 def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
-    """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root
-    gives the pre-activations back. Before Hopper, which copies tensors by descriptors, in two passes."""
+    """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root gives the
+    pre-activations back. Before Hopper, which copies tensors by descriptors, in two passes."""
     if a.is_cuda and (torch.version.hip or torch.cuda.get_device_capability() < (9, 0)):
         product = a @ b.T
-        if post is None:
-            return product.relu().square_()
-        return product.mul_(2 * post.sqrt())
+        return product.relu().square_() if post is None else product.mul_(2 * post.sqrt())
     from triton.tools.tensor_descriptor import TensorDescriptor
     (rows, depth), cols = a.shape, b.size(0)
     out = a.new_empty(rows, cols)
@@ -2623,7 +2605,8 @@ def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     whole, half = [tile["ROWS"], tile["DEPTH"]], [tile["ROWS"], tile["COLS"] // 2]
     shapes = whole, [tile["COLS"], tile["DEPTH"]], half, half
     tensors = a.contiguous(), b.contiguous(), out if post is None else post, out
-    programs = min(multiprocessors(a.device.type), -(-rows // 128) * -(-cols // tile["COLS"]))
+    at_once = torch.cuda.get_device_properties().multi_processor_count if a.is_cuda else 4
+    programs = min(at_once, -(-rows // 128) * -(-cols // tile["COLS"]))
     triton_kernel(product_relu2_kernel)[(programs,)](
         *map(TensorDescriptor.from_tensor, tensors, shapes), rows, cols, depth,
         BACKWARD=post is not None, **tile, GROUP=8, PROGRAMS=programs, num_warps=8, num_stages=3)
@@ -2639,23 +2622,17 @@ def fused_mlp_backward(grad_ND, x_ND, up_FD, down_FD, post_NF):
     pre_grad_NF = product_relu2(grad_ND, down_FD, post_NF)
     return pre_grad_NF @ up_FD, pre_grad_NF.T @ x_ND, post_NF.T @ grad_ND
 
-def _mlp_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.set_materialize_grads(False)
-
-fused_mlp.register_autograd(
-    lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors), setup_context=_mlp_context)
+differentiable(fused_mlp, fused_mlp_backward, lambda inputs, outputs: ((*inputs, outputs[1]), ()))
+fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(len(x), len(up))))
+fused_mlp_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
 
 @operator("quantized_linear(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor x_scale, Tensor w_scale) -> Tensor")
 def quantized_linear(x_ND, weight_FD, xq_ND, wq_FD, x_scale: Tensor, w_scale: Tensor):
     return fp8_product(xq_ND, wq_FD, x_scale, w_scale, fast=True).to(x_ND.dtype)
 
-def _quantized_backward(ctx, grad: Tensor):
-    x, weight = ctx.saved_tensors
-    return grad @ weight, grad.T @ x, *[None] * 4
-
-quantized_linear.register_autograd(
-    _quantized_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+differentiable(
+    quantized_linear, lambda grad, x, weight: (grad @ weight, grad.T @ x), lambda inputs, _: (inputs[:2], ()))
+quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
 def mlp_relu2(x_ND, up_FD, down_FD, kernel: bool, fp8: bool) -> Tensor:
     """relu(x @ up.T)^2 @ down, (N, D): plain, fused, or with the up-projection in FP8."""
@@ -2664,8 +2641,8 @@ def mlp_relu2(x_ND, up_FD, down_FD, kernel: bool, fp8: bool) -> Tensor:
     return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
 
 def fp8_linear(x_ND, weight_FD) -> Tensor:
-    """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact. Quantized
-    outside the operator, so that torch.compile can fuse it with what comes before."""
+    """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact. Quantized outside the operator,
+    so that torch.compile can fuse it with what comes before."""
     exact = [t.detach().float() for t in (x_ND, weight_FD)]
     scales = [t.abs().amax().clamp_min(1e-12) / 448 for t in exact]
     return quantized_linear(x_ND, weight_FD, *map(to_fp8, exact, scales), *scales)
@@ -2750,8 +2727,7 @@ def loss_gradient_kernel(
         tl.store(out_t + col.to(tl.int64)[None, :] * rows + row[:, None], result, inside)
 
 def cap_logits(z: Tensor, cap: tuple) -> Tensor:
-    """a * sigmoid((z + b) / c), with b = 0 but for a constant a/2 * tanh(z / 2c) (records 9, 18,
-    19, 54); no cap, if a is 0: z / c."""
+    """a * sigmoid((z + b) / c) (54), with b = 0 but for a constant a/2 * tanh(z / 2c) (9, 18); if a is 0, z / c."""
     a, b, c = cap
     return a * torch.sigmoid((z + b) / c) if a else z / c
 
@@ -2806,8 +2782,8 @@ def logit_gradient(
     return out, out.T.contiguous() if fp8 else out.T
 
 def head_scales(model_dim: int) -> tuple:
-    """e4m3 scales of the head's RMS-normed inputs, at most sqrt(model_dim), and of its weights:
-    powers of two, so that only the cast rounds. Weights up to 448 / 256 = 1.75 fit."""
+    """e4m3 scales of the head's RMS-normed inputs, at most sqrt(model_dim), and of its weights, at most 448 / 256:
+    powers of two, so that only the cast rounds."""
     largest = FP8_INPUT_MARGIN * math.sqrt(model_dim)
     return 2.0 ** math.ceil(math.log2(largest / 448)), 2.0**-8
 
@@ -2826,9 +2802,8 @@ def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, bias_V, cap, kernel):
 @operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor? bias, Tensor logits, "
           "Tensor lse, float[] cap, bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
 def fused_head_backward(grad_KN, xq, wq, targets_KN, bias_V, logits_NV, lse_N, cap, kernel, dtype):
-    """Gradients of x and weight. FP8, xq (D, N) and wq (D, V): a token's loss being a sum over its targets, a logit's
-    gradient is at most sum |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the units go into the
-    products' scales."""
+    """Gradients of x and weight. FP8, xq (D, N) and wq (D, V): a logit's gradient is at most sum |grad| * a / 4c; in
+    units of that / 57344 it always fits e5m2, and the units go into the products' scales."""
     rest = logits_NV, targets_KN, bias_V, lse_N, grad_KN
     if xq.dtype.itemsize > 1:
         one = torch.ones_like(grad_KN[0, 0])
@@ -2842,39 +2817,25 @@ def fused_head_backward(grad_KN, xq, wq, targets_KN, bias_V, logits_NV, lse_N, c
     w_grad = fp8_product(transposed, xq, unit, x_scale, fast=False)
     return x_grad.to(dtype), w_grad.to(dtype)
 
-def _head_backward(ctx, grad_KN, *_):
-    xq, wq, *rest = ctx.saved_tensors
+def _head_backward(grad_KN, xq, wq, *rest):
     if xq.dtype.itemsize == 1:  # here, where torch.compile sees it
         xq, wq = xq.T.contiguous(), wq.T.contiguous()
-    gradients = fused_head_backward(grad_KN, xq, wq, *rest, ctx.cap, ctx.kernel, ctx.dtype)
-    return (*gradients, *[None] * 6)
-
-def _head_context(ctx, inputs, output):
-    x, _, xq, wq, targets, bias, ctx.cap, ctx.kernel = inputs
-    ctx.save_for_backward(xq, wq, targets, bias, *output[1:])
-    ctx.dtype = x.dtype
-    ctx.set_materialize_grads(False)
+    return fused_head_backward(grad_KN, xq, wq, *rest)
 
 def _head_fake(x, weight, xq, wq, targets, bias, cap, kernel):
     logits = torch.bfloat16 if xq.dtype.itemsize == 1 else x.dtype
     losses = x.new_empty(targets.shape, dtype=torch.float32)
     return losses, x.new_empty(len(x), len(weight), dtype=logits), losses.new_empty(len(x))
 
-fused_head.register_autograd(_head_backward, setup_context=_head_context)
+differentiable(fused_head, _head_backward, lambda inputs, outputs: (
+    (*inputs[2:6], *outputs[1:]), (*inputs[6:], inputs[0].dtype)))
 fused_head.register_fake(_head_fake)
 fused_head_backward.register_fake(lambda grad, xq, wq, targets, bias, logits, *rest: tuple(
     t.new_empty(n, t.numel() // n, dtype=rest[-1]) for t, n in zip((xq, wq), logits.shape, strict=True)))
-fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(len(x), len(up))))
-fused_mlp_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
-quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
-fused_gram.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
 
-def head_losses(
-    x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool, each: bool = False, bias_V=None,
-) -> tuple:
-    """Cross-entropies of capped logits x @ weight.T + bias with each row of targets, whose own bias
-    is 0, summed, (K,) fp32 in nats, IGNORE left out, or `each` token's, (K, N); and how many values
-    FP8 clipped, int64. Their gradients come from outside: further predicted tokens need nothing here."""
+def head_losses(x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool, each=False, bias_V=None) -> tuple:
+    """Cross-entropies of capped logits x @ weight.T + bias with each row of targets, whose own bias is 0, summed, (K,)
+    fp32 in nats, IGNORE left out, or `each` token's, (K, N); and how many values FP8 clipped, int64."""
     clipped = targets_KN.new_zeros((), dtype=torch.int64)
     if not kernel and not fp8:
         logits = cap_logits(F.linear(x_ND, weight_VD), cap).float()
