@@ -791,18 +791,14 @@ def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: 
 
 MICRO_TOKENS = 49152  # of a forward pass: more bring nothing
 
-def activation_units(s: Settings) -> float:
-    """Activations of a token that are kept, / width: 17 a layer where compiled; narrow queries and keys, 4 of them."""
-    narrow = sum(letter in "SP" for letter in s.attention) * (1 - s.qk_dim / s.head_dim) if s.qk_dim else 0
-    return 17 * s.num_layers - 4 * narrow
-
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
-    """What a forward pass keeps for the backward one, fitted: activation_units, scores in fp32 where there is no
-    FlexAttention, the pointer's scores."""
-    size = s.torch_dtype.itemsize
+    """What a forward pass keeps for the backward one, fitted: 17 times the width in a layer where compiled, of which 4
+    go to queries and keys; scores in fp32 where there is no FlexAttention; the pointer's scores."""
+    size, narrow = s.torch_dtype.itemsize, s.num_layers - sum(map(s.attention.count, "L-"))
+    units = 17 * s.num_layers - 4 * narrow * (1 - (s.qk_dim or s.head_dim) / s.head_dim)
     scores = 0 if s.backend in ("flex", "varlen") else 2 * size * s.num_layers * s.num_heads * seq_len
     pointer = 8 * 2 * POINTER_BLOCK * bool(s.pointer)
-    return tokens * (activation_units(s) * (1 if s.compile else 2) * size * s.width + scores + pointer)
+    return tokens * (units * (1 if s.compile else 2) * size * s.width + scores + pointer)
 
 def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
     """Bytes of a process at its peak, the start of a backward pass: weights, own masters, moments and gradients, sums
@@ -835,10 +831,9 @@ def way_to_fit(s: Settings, fits) -> str:
     return "a lower --num_layers, --width or --batch_tokens"
 
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
-# One class for one rank or many. Each gradient is packed, freed and reduced into the shard of its owner as soon as it
-# is complete in the last micro-step's backward; optimizer state and fp32 masters exist on the owner only (ZeRO-2);
-# after the update all gather the owner's weights, till the next forward pass needs them (wait_before_use). Small
-# parameters are all-reduced and updated by every rank.
+# One class for one rank or many. Each gradient is reduced into the shard of its owner as soon as it is complete in the
+# last micro-step's backward; moments and fp32 masters exist there only (ZeRO-2); all gather the owner's weights till
+# the next forward pass needs them (wait_before_use). Small parameters are all-reduced and updated by every rank.
 
 FP32_PARAMETERS = ("scalars",)  # names of parameters that are not rounded to bf16
 
@@ -852,31 +847,31 @@ class Rule(NamedTuple):
     comm: str  # sharded: its owner updates it; replicated: every rank does
     role: str  # what grows with the width: hidden, input, output, fixed; table: input
     fans: tuple[int, int] = (1, 1)  # fan_out and fan_in; 1 where the width is not in it
-    eps: float = 0.0  # of adamw
     tail: float = 1.0  # time constant of its tail average, if sharded, / tail_steps
+    eps: float = 0.0  # of adamw
 
 def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained: factors on adam_lr of records 20 to 28, betas of small parameters of 89. Muon's
     rule sqrt(rows / columns) gives both MLP matrices, (hidden, model), the factor sqrt(mlp_ratio)."""
-    width, hidden, adam, eps = s.width, s.mlp_ratio * s.width, s.adam_lr, s.adam_eps
+    width, hidden, adam = s.width, s.mlp_ratio * s.width, s.adam_lr
     kind, lr, *rest = hidden_rule(s)
     mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
-    matrix = *rest, "sharded", "hidden"
+    matrix, table = (*rest, "sharded", "hidden"), ("sharded", "table", (width, 1))
     fast, decay = (0.8, 0.95), s.adam_weight_decay
-    table = decay, "sharded", "table", (width, 1), eps
     small = (0.9, 0.99), 0.0, "replicated"
-    return [
-        Rule(r"blocks\.\d+\.attn\.qk(vo)?", kind, lr, *matrix, (width, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps, tail=0.5),
-        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps, tail=0.5),
-        Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
-        Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, *table),
-        Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table[1:]),
-        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "hidden", (1, width), eps),
-        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
-        Rule(r"smear|pointer\.small", "adamw", adam, *small, "fixed", eps=eps),
-        Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps),
+    rules = [
+        Rule(r"blocks\.\d+\.attn\.qk(vo)?", kind, lr, *matrix, (width, width)),
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), 0.5),
+        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), 0.5),
+        Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width)),
+        Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, decay, *table),
+        Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table),
+        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "hidden", (1, width)),
+        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1)),
+        Rule(r"smear|pointer\.small", "adamw", adam, *small, "fixed"),
+        Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed"),
     ]
+    return [rule._replace(eps=s.adam_eps) for rule in rules]
 
 def hidden_rule(s: Settings) -> tuple:
     """Optimizer, learning rate, betas and weight decay of the hidden matrices."""
@@ -898,14 +893,10 @@ def trained_rules(s: Settings, names: list[str]) -> dict[str, Rule]:
 
 def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
     """The rule of the base width, serving at another one: muP (Tensor Programs V, TP-V: arXiv 2203.03466), as a
-    condition on spectral norms, which covers Muon (2310.17813).
-    
-    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width.
-    - Output: its product is divided by the growth of fan_in (GPT.cap), all else stays (TP-V, 8).
-    - AdamW: the entries of an update have one size and add up over the fan-in. A table's rate is constant;
-      disputed: / sqrt(growth) (2506.15025), which fails the coordinate check by design.
-    - Weight decay: rate * decay stays (2510.19093; disputed in 2512.05620). Epsilon: as the gradients, which
-      shrink as the fan-out grows, or by the output's divisor (TP-V, B.3)."""
+    condition on spectral norms, which covers Muon (2310.17813): its update has norm 1, and with sqrt(fan_out / fan_in)
+    the effect of any width. An output's product is divided by the growth of fan_in (GPT.cap), all else stays (TP-V, 8).
+    AdamW's updates add up over the fan-in; a table's rate is constant; disputed: / sqrt(growth) (2506.15025). Rate *
+    decay stays (2510.19093; disputed in 2512.05620). Epsilon goes with the gradients, or the divisor (TP-V, B.3)."""
     out, into = (now / then for now, then in zip(rule.fans, base.fans, strict=True))
     if rule.role == "output":
         return base._replace(eps=base.eps / into)
@@ -989,9 +980,8 @@ class Bank:
         self.collectives = [self.pieces[k:k + size] for k in range(0, len(self.pieces), size)]
         self.names = [dict(pieces).keys() for pieces in self.collectives]
         self.mine = [i for i in range(len(self.collectives) * size) if i // self.share % n == world.rank % n]
-        lrs = [rules[name].lr for name, _ in self.pieces] + [0.0] * size
-        rates = torch.tensor([lrs[i] for i in self.mine], device=s.device)
-        self.lr = rates.view(-1, *(1 for _ in self.shape))
+        rates = torch.tensor([rules[name].lr for name, _ in self.pieces])
+        self.lr = self.padded(rates)[self.mine].to(s.device).view(-1, *(1 for _ in self.shape))
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.my_pieces({name: p.detach() for name, p in named})}
         dtype = torch.float32 if name in FP32_PARAMETERS else s.torch_dtype
@@ -1003,12 +993,11 @@ class Bank:
         self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
         self.places = self.join(self.grad) if world.size == 1 else {}  # by name, for sums of micro-steps
         self.gathers = {}  # works, and tensors that must live until they are done
-        self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of on_device
+        self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of an update
         self.reset()
 
     def reset(self):
         """Zero moments, as before the first step, also where one was broken off."""
-        self.in_flight = []  # (work, tensors that must live until it is done)
         self.expect()
         master = self.state["master"]
         for key in ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]:
@@ -1028,6 +1017,7 @@ class Bank:
     def expect(self):
         """Before a backward pass: all collectives wait for gradients."""
         self.waiting, self.arrived = list(range(len(self.collectives))), {}
+        self.in_flight = []  # (work, tensors that must live until it is done)
 
     def receive(self, name: str, grad: Tensor):
         """A parameter's gradient is complete: starts collectives that now have all, frees what none needs."""
@@ -1056,20 +1046,21 @@ class Bank:
         """Waits for the own gradients, updates the own pieces and sends them off, asynchronously."""
         for work, _ in self.in_flight:
             work.wait()
-        self.in_flight = []
         self.expect()
-        lr, s, state, (beta1, beta2) = self.lr * scale, self.s, self.state, self.rule.betas
+        s, state, (beta1, beta2) = self.s, self.state, self.rule.betas
         decay = self.rule.weight_decay * scale  # and by the rate again: it falls as lr^2
         if self.muon:
-            self.update_function(
-                state["master"], self.grad, state["momentum"], state.get("variance"), lr,
-                *self.on_device(decay, mu, 1 - beta2),
-                s.orthogonalizer, s.torch_dtype, s.cautious, "gram" in s.kernels)
+            moments = state["momentum"], state.get("variance")
+            numbers = decay, mu, 1 - beta2
+            options = s.orthogonalizer, s.torch_dtype, s.cautious, "gram" in s.kernels
         else:
-            self.update_function(
-                state["master"], self.grad, state["exp_avg"], state["exp_avg_sq"], lr,
-                *self.on_device(decay, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step),
-                self.rule.eps, s.cautious)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            numbers = decay, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step
+            options = self.rule.eps, s.cautious
+        for tensor, value in zip(self.scalars, numbers, strict=False):  # the same ones: nothing is compiled anew
+            tensor.fill_(value)
+        numbers = self.scalars[:len(numbers)]
+        self.update_function(state["master"], self.grad, *moments, self.lr * scale, *numbers, *options)
         if share := self.tail_share(*span):
             state["average"].lerp_(state["master"], share)
         self.send_weights()
@@ -1099,12 +1090,6 @@ class Bank:
         self.state["master"] = master
         self.send_weights()
         self.receive_weights()
-
-    def on_device(self, *values: float) -> list[Tensor]:
-        """The scalars of a step, written into the same tensors each time: a new value compiles nothing."""
-        for tensor, value in zip(self.scalars, values, strict=False):
-            tensor.fill_(value)
-        return self.scalars[:len(values)]
 
     def send_weights(self):
         """Starts to gather the new weights of all owners, those of early layers first."""
@@ -1159,8 +1144,8 @@ class Bank:
 
 class NgramBank:
     """The columns of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
-    came are touched (92): those of `ngram_every` steps at once, in an event. A row that came n times is computed n
-    times, alike: so all sizes are known, and the host never waits."""
+    came are touched (92): those of `ngram_every` steps at once, in an event. One that came n times is computed n times,
+    alike: so all sizes are known, and the host never waits."""
     def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
         self.s, self.rule, self.world, self.came = s, rule, world, ngrams.came
         self.table = ngrams.table.data
@@ -1174,13 +1159,10 @@ class NgramBank:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; within a cycle also its sums, sparse, for which the host waits."""
+        """What a checkpoint holds; within a cycle also what came, with gradients."""
         state = {"master": self.table, "square": self.square, "event": self.event}
         if self.whole:
-            rows, first, sums = self.sums(self.came[:self.whole])
-            once = first.unique()
-            new = torch.sparse_coo_tensor(rows[once][None], sums[once], self.table.shape, check_invariants=False)
-            state["sums"] = new.coalesce()
+            state["rows"], state["grads"] = map(torch.cat, zip(*self.came[:self.whole], strict=True))
         return state
 
     def step(self, scale: float, step: int):
@@ -1190,7 +1172,7 @@ class NgramBank:
             return
         beta2, event, new = self.rule.betas[1], step // self.s.ngram_every, []
         lr, decay = self.rule.lr * scale, self.rule.weight_decay * scale
-        rows, first, sums = self.sums(self.came)
+        rows, first, sums = self.sums()
         for part, places in zip(*(x.split(2**26 // sums.size(1)) for x in (rows, first)), strict=True):
             grads, vectors = sums[places], self.table[part].float()
             mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # all_reduce: order goes by place
@@ -1204,14 +1186,13 @@ class NgramBank:
         self.came.clear()
         self.whole = 0
 
-    def sums(self, came: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that came, (N,), and where each came first; there the sum of its gradients, fp32, added in one order,
-        and so the same in a resumed run."""
-        rows = torch.cat([rows for rows, _ in came])
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that came, (N,), and where each came first; there the sum of its gradients, fp32, added in one order."""
+        rows = torch.cat([rows for rows, _ in self.came])
         place = torch.arange(len(rows), device=rows.device)
         first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
         sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)
-        for part, (_, grads) in zip(first.split([len(x) for x, _ in came]), came, strict=True):
+        for part, (_, grads) in zip(first.split([len(x) for x, _ in self.came]), self.came, strict=True):
             if sums.is_cuda:  # where index_add_ is atomic
                 sums.index_put_((part,), grads.float(), accumulate=True)
             else:
@@ -1220,16 +1201,13 @@ class NgramBank:
 
     def full(self, key: str) -> dict[str, Tensor]:
         """State `key` of all columns, on the CPU of rank 0; {} elsewhere. Collective."""
-        own, parts = self.state[key].cpu().float(), []
+        own, parts = self.state[key].cpu(), []
+        own = own.float() if key == "master" else own
         for owner in range(self.world.size if own.dim() > 1 else 1):
             part = [own]
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
             parts += part * (self.world.rank == 0)
-        if parts and own.is_sparse:  # the same rows everywhere: cat would list them once per owner
-            sums, shape = torch.cat([part.values() for part in parts], dim=1), (len(own), self.s.width)
-            sums = torch.sparse_coo_tensor(own.indices(), sums, shape, is_coalesced=True, check_invariants=False)
-            return {"ngrams.table": sums}
         return {"ngrams.table": torch.cat(parts, dim=own.dim() - 1)} if parts else {}
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
@@ -1239,15 +1217,16 @@ class NgramBank:
             return whole.narrow_copy(1, owner * size, size) if whole.dim() > 1 else whole
 
         self.reset()
+        own = {}
         for key in on_rank_zero(self.world, lambda: [k for k in saved if "ngrams.table" in saved[k]]):
             for owner in range(self.world.size):
-                own = on_rank_zero(self.world, share, key, owner)
-                if owner == self.world.rank and key == "sums":
-                    own = own.to(self.s.device).coalesce()
-                    self.came.append((own.indices()[0], own.values()))
-                    self.whole = 1
-                elif owner == self.world.rank:
-                    self.state[key].copy_(own)
+                part = on_rank_zero(self.world, share, key, owner)
+                own |= {key: part.to(self.s.device)} if owner == self.world.rank else {}
+        if "rows" in own:
+            self.came.append((own.pop("rows"), own.pop("grads")))
+        for key, part in own.items():
+            self.state[key].copy_(part)
+        self.whole = len(self.came)
 
 class MuonAdamW:
     """The optimizer of a model: hooks that reduce gradients in backward, the step, hooks that await weights."""

@@ -1239,22 +1239,18 @@ def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: 
 
 MICRO_TOKENS = 49152  # of a forward pass: more bring nothing
 
-def activation_units(s: Settings) -> float:
-    """Activations of a token that are kept, / width: 17 a layer where compiled; narrow queries and keys, 4 of them."""
-    narrow = sum(letter in "SP" for letter in s.attention) * (1 - s.qk_dim / s.head_dim) if s.qk_dim else 0
-    return 17 * s.num_layers - 4 * narrow
-
 # differs from train_gpt.py: sorted rows of the mixtures
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
-    """What a forward pass keeps for the backward one, fitted: activation_units; in a mixture for the MLP's
-    inputs, outputs and twice the hidden units of each choice, by `bmm` padded; scores and a mask in fp32, where there
-    is no FlexAttention; the pointer's scores."""
-    size = s.torch_dtype.itemsize
+    """What a forward pass keeps for the backward one, fitted: 17 times the width in a layer where compiled, of which 4
+    go to queries and keys; in a mixture for the MLP's inputs, outputs and twice the hidden units of each choice, by
+    `bmm` padded; scores and a mask in fp32, where there is no FlexAttention; the pointer's scores."""
+    size, narrow = s.torch_dtype.itemsize, s.num_layers - sum(map(s.attention.count, "L-"))
+    units = 17 * s.num_layers - 4 * narrow * (1 - (s.qk_dim or s.head_dim) / s.head_dim)
     scores = 0 if s.backend in ("flex", "varlen") else 2 * size * s.num_layers * s.num_heads * seq_len
     pointer = 8 * 2 * POINTER_BLOCK * bool(s.pointer)
     choices = s.top_k * (1.4 if s.moe_impl == "bmm" else 1.13)
     hidden = choices * (2 * s.width + 2 * s.hidden) + s.num_shared * s.hidden - s.mlp_ratio * s.width
-    kept = activation_units(s) * s.width + len(s.mixtures) * hidden
+    kept = units * s.width + len(s.mixtures) * hidden
     return tokens * (kept * (1 if s.compile else 2) * size + scores + pointer)
 
 def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
@@ -1288,10 +1284,9 @@ def way_to_fit(s: Settings, fits) -> str:
     return "a lower --num_layers, --width or --batch_tokens"
 
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
-# One class for one rank or many. Each gradient is packed, freed and reduced into the shard of the
-# rank that owns it as soon as it is complete in the last micro-step's backward pass; optimizer state
-# and fp32 master weights exist on the owner only (ZeRO-2); after the update the owner's weights are
-# gathered by all. Small parameters are all-reduced and updated by every rank.
+# One class for one rank or many. Each gradient is reduced into the shard of its owner as soon as it is complete in the
+# last micro-step's backward; moments and fp32 masters exist there only (ZeRO-2); all gather the owner's weights till
+# the next forward pass needs them (wait_before_use). Small parameters are all-reduced and updated by every rank.
 
 # differs from train_gpt.py: a rounded router would change its choices
 FP32_PARAMETERS = ("scalars", "routers")  # names of parameters that are not rounded to bf16
@@ -1306,42 +1301,41 @@ class Rule(NamedTuple):
     comm: str  # sharded: its owner updates it; replicated: every rank does
     role: str  # what grows with the width: hidden, input, output, fixed; table: input
     fans: tuple[int, int] = (1, 1)  # fan_out and fan_in; 1 where the width is not in it
-    eps: float = 0.0  # of adamw
     tail: float = 1.0  # time constant of its tail average, if sharded, / tail_steps
+    eps: float = 0.0  # of adamw
 
 # differs from train_gpt.py: experts and routers
 def parameter_table(s: Settings) -> list[Rule]:
-    """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
-    parameters as in 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are
-    stored as (hidden, model), which gives both the factor sqrt(mlp_ratio). An expert's factor is that
-    of its own matrices, at least 1."""
-    width, hidden, adam, eps = s.width, s.mlp_ratio * s.width, s.adam_lr, s.adam_eps
+    """How each parameter is trained: factors on adam_lr of records 20 to 28, betas of small parameters of 89. Muon's
+    rule sqrt(rows / columns) gives both MLP matrices, (hidden, model), the factor sqrt(mlp_ratio). An expert's factor
+    is that of its own matrices, at least 1."""
+    width, hidden, adam = s.width, s.mlp_ratio * s.width, s.adam_lr
     kind, lr, *rest = hidden_rule(s)
     mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
     shared = s.num_shared * s.hidden
     ratios = [max(1.0, size / width) if kind == "muon" else 1.0 for size in (s.hidden, shared)]
     expert, beside = lr * s.expert_lr * math.sqrt(ratios[0]), lr * math.sqrt(ratios[1])
-    matrix = *rest, "sharded", "hidden"
+    matrix, table = (*rest, "sharded", "hidden"), ("sharded", "table", (width, 1))
     fast, decay = (0.8, 0.95), s.adam_weight_decay
-    table = decay, "sharded", "table", (width, 1), eps
     small = (0.9, 0.99), 0.0, "replicated"
-    return [
-        Rule(r"blocks\.\d+\.attn\.qk(vo)?", kind, lr, *matrix, (width, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps, tail=0.5),
-        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps, tail=0.5),
-        Rule(r"blocks\.\d+\.mlp\.experts_up", kind, expert, *matrix, (s.hidden, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.experts_down", kind, expert, *matrix, (width, s.hidden), eps),
-        Rule(r"blocks\.\d+\.mlp\.shared\.up", kind, beside, *matrix, (shared, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.shared\.down", kind, beside, *matrix, (width, shared), eps),
-        Rule(r"routers", "adamw", s.router_lr, *small, "output", (1, width), eps),
-        Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
-        Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, *table),
-        Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table[1:]),
-        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "hidden", (1, width), eps),
-        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
-        Rule(r"smear|pointer\.small", "adamw", adam, *small, "fixed", eps=eps),
-        Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps),
+    rules = [
+        Rule(r"blocks\.\d+\.attn\.qk(vo)?", kind, lr, *matrix, (width, width)),
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), 0.5),
+        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), 0.5),
+        Rule(r"blocks\.\d+\.mlp\.experts_up", kind, expert, *matrix, (s.hidden, width)),
+        Rule(r"blocks\.\d+\.mlp\.experts_down", kind, expert, *matrix, (width, s.hidden)),
+        Rule(r"blocks\.\d+\.mlp\.shared\.up", kind, beside, *matrix, (shared, width)),
+        Rule(r"blocks\.\d+\.mlp\.shared\.down", kind, beside, *matrix, (width, shared)),
+        Rule(r"routers", "adamw", s.router_lr, *small, "output", (1, width)),
+        Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width)),
+        Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, decay, *table),
+        Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table),
+        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "hidden", (1, width)),
+        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1)),
+        Rule(r"smear|pointer\.small", "adamw", adam, *small, "fixed"),
+        Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed"),
     ]
+    return [rule._replace(eps=s.adam_eps) for rule in rules]
 
 def hidden_rule(s: Settings) -> tuple:
     """Optimizer, learning rate, betas and weight decay of the hidden matrices."""
@@ -1363,14 +1357,10 @@ def trained_rules(s: Settings, names: list[str]) -> dict[str, Rule]:
 
 def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
     """The rule of the base width, serving at another one: muP (Tensor Programs V, TP-V: arXiv 2203.03466), as a
-    condition on spectral norms, which covers Muon (2310.17813).
-    
-    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width.
-    - Output: its product is divided by the growth of fan_in (GPT.cap), all else stays (TP-V, 8).
-    - AdamW: the entries of an update have one size and add up over the fan-in. A table's rate is constant;
-      disputed: / sqrt(growth) (2506.15025), which fails the coordinate check by design.
-    - Weight decay: rate * decay stays (2510.19093; disputed in 2512.05620). Epsilon: as the gradients, which
-      shrink as the fan-out grows, or by the output's divisor (TP-V, B.3)."""
+    condition on spectral norms, which covers Muon (2310.17813): its update has norm 1, and with sqrt(fan_out / fan_in)
+    the effect of any width. An output's product is divided by the growth of fan_in (GPT.cap), all else stays (TP-V, 8).
+    AdamW's updates add up over the fan-in; a table's rate is constant; disputed: / sqrt(growth) (2506.15025). Rate *
+    decay stays (2510.19093; disputed in 2512.05620). Epsilon goes with the gradients, or the divisor (TP-V, B.3)."""
     out, into = (now / then for now, then in zip(rule.fans, base.fans, strict=True))
     if rule.role == "output":
         return base._replace(eps=base.eps / into)
@@ -1456,9 +1446,8 @@ class Bank:
         self.collectives = [self.pieces[k:k + size] for k in range(0, len(self.pieces), size)]
         self.names = [dict(pieces).keys() for pieces in self.collectives]
         self.mine = [i for i in range(len(self.collectives) * size) if i // self.share % n == world.rank % n]
-        lrs = [rules[name].lr for name, _ in self.pieces] + [0.0] * size
-        rates = torch.tensor([lrs[i] for i in self.mine], device=s.device)
-        self.lr = rates.view(-1, *(1 for _ in self.shape))
+        rates = torch.tensor([rules[name].lr for name, _ in self.pieces])
+        self.lr = self.padded(rates)[self.mine].to(s.device).view(-1, *(1 for _ in self.shape))
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.my_pieces({name: p.detach() for name, p in named})}
         self.experts = self.my_experts()
@@ -1471,12 +1460,11 @@ class Bank:
         self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
         self.places = self.join(self.grad) if world.size == 1 else {}  # by name, for sums of micro-steps
         self.gathers = {}  # works, and tensors that must live until they are done
-        self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of on_device
+        self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of an update
         self.reset()
 
     def reset(self):
         """Zero moments, as before the first step, also where one was broken off."""
-        self.in_flight = []  # (work, tensors that must live until it is done)
         self.expect()
         master = self.state["master"]
         for key in ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]:
@@ -1496,6 +1484,7 @@ class Bank:
     def expect(self):
         """Before a backward pass: all collectives wait for gradients."""
         self.waiting, self.arrived = list(range(len(self.collectives))), {}
+        self.in_flight = []  # (work, tensors that must live until it is done)
 
     def receive(self, name: str, grad: Tensor):
         """A parameter's gradient is complete: starts collectives that now have all, frees what none needs."""
@@ -1542,29 +1531,26 @@ class Bank:
         so idle experts keep weights and moments."""
         for work, _ in self.in_flight:
             work.wait()
-        self.in_flight = []
         self.expect()
-        lr, s, state, (beta1, beta2) = self.lr * scale, self.s, self.state, self.rule.betas
+        s, state, (beta1, beta2) = self.s, self.state, self.rule.betas
         decay = self.rule.weight_decay * scale  # and by the rate again: it falls as lr^2
-        if self.experts is not None:
-            on = busy[self.experts]
-            self.grad.masked_fill_(~on, 0.0)  # whatever a product leaves for an expert without rows
-            lr = lr * on
         if self.muon:
-            decay, mu, share = self.on_device(decay, mu, 1 - beta2)
-            if self.experts is not None:
-                mu, share = torch.where(on, mu, 1.0), share * on
-            self.update_function(
-                state["master"], self.grad, state["momentum"], state.get("variance"), lr,
-                decay, mu, share, s.orthogonalizer, s.torch_dtype, s.cautious, "gram" in s.kernels)
+            moments = state["momentum"], state.get("variance")
+            numbers = decay, mu, 1 - beta2
+            options = s.orthogonalizer, s.torch_dtype, s.cautious, "gram" in s.kernels
         else:
-            decay, share1, share2, *corrections = self.on_device(
-                decay, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step)
-            if self.experts is not None:
-                share1, share2 = share1 * on, share2 * on
-            self.update_function(
-                state["master"], self.grad, state["exp_avg"], state["exp_avg_sq"], lr,
-                decay, share1, share2, *corrections, self.rule.eps, s.cautious)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            numbers = decay, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step
+            options = self.rule.eps, s.cautious
+        for tensor, value in zip(self.scalars, numbers, strict=False):  # the same ones: nothing is compiled anew
+            tensor.fill_(value)
+        lr, numbers = self.lr * scale, self.scalars[:len(numbers)]
+        if self.experts is not None:
+            on, (decay, first, second, *more) = busy[self.experts], numbers
+            self.grad.masked_fill_(~on, 0.0)  # whatever a product leaves for an expert without rows
+            first = torch.where(on, first, 1.0) if self.muon else first * on
+            lr, numbers = lr * on, (decay, first, second * on, *more)
+        self.update_function(state["master"], self.grad, *moments, lr, *numbers, *options)
         if share := self.tail_share(*span):
             state["average"].lerp_(state["master"], share)
         self.send_weights()
@@ -1594,12 +1580,6 @@ class Bank:
         self.state["master"] = master
         self.send_weights()
         self.receive_weights()
-
-    def on_device(self, *values: float) -> list[Tensor]:
-        """The scalars of a step, written into the same tensors each time: a new value compiles nothing."""
-        for tensor, value in zip(self.scalars, values, strict=False):
-            tensor.fill_(value)
-        return self.scalars[:len(values)]
 
     def send_weights(self):
         """Starts to gather the new weights of all owners, those of early layers first."""
@@ -1654,8 +1634,8 @@ class Bank:
 
 class NgramBank:
     """The columns of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
-    came are touched (92): those of `ngram_every` steps at once, in an event. A row that came n times is computed n
-    times, alike: so all sizes are known, and the host never waits."""
+    came are touched (92): those of `ngram_every` steps at once, in an event. One that came n times is computed n times,
+    alike: so all sizes are known, and the host never waits."""
     def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
         self.s, self.rule, self.world, self.came = s, rule, world, ngrams.came
         self.table = ngrams.table.data
@@ -1669,13 +1649,10 @@ class NgramBank:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; within a cycle also its sums, sparse, for which the host waits."""
+        """What a checkpoint holds; within a cycle also what came, with gradients."""
         state = {"master": self.table, "square": self.square, "event": self.event}
         if self.whole:
-            rows, first, sums = self.sums(self.came[:self.whole])
-            once = first.unique()
-            new = torch.sparse_coo_tensor(rows[once][None], sums[once], self.table.shape, check_invariants=False)
-            state["sums"] = new.coalesce()
+            state["rows"], state["grads"] = map(torch.cat, zip(*self.came[:self.whole], strict=True))
         return state
 
     def step(self, scale: float, step: int):
@@ -1685,7 +1662,7 @@ class NgramBank:
             return
         beta2, event, new = self.rule.betas[1], step // self.s.ngram_every, []
         lr, decay = self.rule.lr * scale, self.rule.weight_decay * scale
-        rows, first, sums = self.sums(self.came)
+        rows, first, sums = self.sums()
         for part, places in zip(*(x.split(2**26 // sums.size(1)) for x in (rows, first)), strict=True):
             grads, vectors = sums[places], self.table[part].float()
             mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # all_reduce: order goes by place
@@ -1699,14 +1676,13 @@ class NgramBank:
         self.came.clear()
         self.whole = 0
 
-    def sums(self, came: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that came, (N,), and where each came first; there the sum of its gradients, fp32, added in one order,
-        and so the same in a resumed run."""
-        rows = torch.cat([rows for rows, _ in came])
+    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that came, (N,), and where each came first; there the sum of its gradients, fp32, added in one order."""
+        rows = torch.cat([rows for rows, _ in self.came])
         place = torch.arange(len(rows), device=rows.device)
         first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
         sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)
-        for part, (_, grads) in zip(first.split([len(x) for x, _ in came]), came, strict=True):
+        for part, (_, grads) in zip(first.split([len(x) for x, _ in self.came]), self.came, strict=True):
             if sums.is_cuda:  # where index_add_ is atomic
                 sums.index_put_((part,), grads.float(), accumulate=True)
             else:
@@ -1715,16 +1691,13 @@ class NgramBank:
 
     def full(self, key: str) -> dict[str, Tensor]:
         """State `key` of all columns, on the CPU of rank 0; {} elsewhere. Collective."""
-        own, parts = self.state[key].cpu().float(), []
+        own, parts = self.state[key].cpu(), []
+        own = own.float() if key == "master" else own
         for owner in range(self.world.size if own.dim() > 1 else 1):
             part = [own]
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
             parts += part * (self.world.rank == 0)
-        if parts and own.is_sparse:  # the same rows everywhere: cat would list them once per owner
-            sums, shape = torch.cat([part.values() for part in parts], dim=1), (len(own), self.s.width)
-            sums = torch.sparse_coo_tensor(own.indices(), sums, shape, is_coalesced=True, check_invariants=False)
-            return {"ngrams.table": sums}
         return {"ngrams.table": torch.cat(parts, dim=own.dim() - 1)} if parts else {}
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
@@ -1734,15 +1707,16 @@ class NgramBank:
             return whole.narrow_copy(1, owner * size, size) if whole.dim() > 1 else whole
 
         self.reset()
+        own = {}
         for key in on_rank_zero(self.world, lambda: [k for k in saved if "ngrams.table" in saved[k]]):
             for owner in range(self.world.size):
-                own = on_rank_zero(self.world, share, key, owner)
-                if owner == self.world.rank and key == "sums":
-                    own = own.to(self.s.device).coalesce()
-                    self.came.append((own.indices()[0], own.values()))
-                    self.whole = 1
-                elif owner == self.world.rank:
-                    self.state[key].copy_(own)
+                part = on_rank_zero(self.world, share, key, owner)
+                own |= {key: part.to(self.s.device)} if owner == self.world.rank else {}
+        if "rows" in own:
+            self.came.append((own.pop("rows"), own.pop("grads")))
+        for key, part in own.items():
+            self.state[key].copy_(part)
+        self.whole = len(self.came)
 
 def penalty(name: str, weight: float, sums_MS, num_experts: int) -> tuple:
     """What makes routers balance, by sums per token: its value in each layer, 1 where all experts are equal, but for z;
