@@ -68,10 +68,9 @@ from torch import Tensor, nn
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
 
 # ┌─ Hyperparameters ────────────────────────────────────────────────────────────────────────────┐
-# argparse is generated from the fields: name, type, default, and the comment as help. Its bracket
-# holds the allowed values, `per stage` where one value per stage of training may be given, and
-# `with` another setting, without which nothing reads this one. How and where a run runs (device,
-# dtype, kernels, evaluation, logs) is in RunSettings, in SERVICE; an object of Settings has both.
+# argparse is generated from the fields: name, type, default, and the comment as help. Its bracket holds the allowed
+# values, `per stage` where one value per stage of training may be given, and `with` another setting, without which
+# nothing reads this one. How and where a run runs is in RunSettings, in SERVICE; an object of Settings has both.
 
 ints = tuple[int, ...]
 floats = tuple[float, ...]
@@ -448,17 +447,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD, value_BTD, mask, at, scalars: dict, gates) -> Tensor:
         """`at`: rotary cos and sin, (T, 1, K), and where the token before is of the same document."""
-        q, k, v, value_BTHK, gate = self.project(x_BTD, value_BTD, at, scalars, gates)
-        q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
-        y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(value_BTHK.shape)
-        y = without_component(y, value_BTHK) if self.xsa else y
-        _, out = self.qkvo.split((len(self.qkvo) - 1, 1))
-        return (y if gate is None else y * gate).flatten(2) @ out[0]
-
-    def project(self, x_BTD, value_BTD, at, scalars: dict, gates) -> tuple:
-        """q, k, v of each position, (B, T, H, K), and for its output v again and its gate, (B, T, H, 1)."""
-        inner, _ = self.qkvo.split((len(self.qkvo) - 1, 1))
-        v = F.linear(x_BTD, inner.flatten(0, 1)).unflatten(-1, (-1, self.head_dim))
+        v = F.linear(x_BTD, self.qkvo[:-1].flatten(0, 1)).unflatten(-1, (-1, self.head_dim))
         if self.qk is None:
             qk, v = v.split((2 * self.num_heads, self.num_heads), dim=2)
         else:
@@ -466,14 +455,17 @@ class Attention(nn.Module):
         cos, sin, follows_BT11 = at
         q, k = rotate(norm(qk), cos, sin).chunk(2, dim=2)
         k = self.offset_keys(k, follows_BT11)
-        out_gate = value_gate = None
         if gates is not None:
             both = torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gates.flatten(0, 1)))
             out_gate, value_gate = both.unflatten(-1, (2, self.num_heads, 1)).unbind(2)
         if value_BTD is not None:
             weight = scalars["value_embed"] * (2 * value_gate if self.value_gated else 1)
             v = scalars["value"] * v + weight * value_BTD.view_as(v)
-        return q, k, v, v, out_gate if self.gated else None
+        heads = [pair(x) if self.paired else x for x in (q, k, v)]
+        y = attend(*heads, mask, self.scale, self.backend, self.options).reshape(v.shape)
+        y = without_component(y, v) if self.xsa else y
+        y = y * out_gate if self.gated else y
+        return y.flatten(2) @ self.qkvo[-1]
 
     def offset_keys(self, k_BTHK, follows_BT11) -> Tensor:
         """The unrotated half of a key is the previous token's, if of the same document: one layer can induce (49)."""
@@ -564,9 +556,9 @@ class GPT(nn.Module):
         at = self.cos[:length], self.sin[:length], follows[..., None]
         scalars = self.scalars.type_as(x).unbind(0)
         gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
-        weights = self.ngrams.weight.type_as(x).unbind(0) if self.ngrams is not None else None
-        if found_BTD is None and self.ngrams is not None:
-            found_BTD = self.ngrams(inputs_BT, docs_BT)
+        if self.ngrams is not None:
+            weights = self.ngrams.weight.type_as(x).unbind(0)
+            found_BTD = self.ngrams(inputs_BT, docs_BT) if found_BTD is None else found_BTD
         outputs, values = [], {}
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
@@ -581,8 +573,7 @@ class GPT(nn.Module):
         """The mask of each kind of layer, made once per forward pass. A short window is half a long one."""
         kinds = sorted({layer.attention for layer in self.layers} - {"-"})
         if self.backend == "varlen":
-            known = self.longest if torch.is_grad_enabled() else {}
-            longest = known.get(docs_BT.size(1))
+            longest = self.longest.get(docs_BT.size(1)) if torch.is_grad_enabled() else None
             return packed_documents(docs_BT, window, self.window_step, longest, kinds)
         half = torch.minimum(short_window(window, self.window_step), window)
         make = block_mask if self.backend == "flex" else dense_mask
@@ -854,9 +845,12 @@ def parameter_table(s: Settings) -> list[Rule]:
     """How each parameter is trained: factors on adam_lr of records 20 to 28, betas of small parameters of 89. Muon's
     rule sqrt(rows / columns) gives both MLP matrices, (hidden, model), the factor sqrt(mlp_ratio)."""
     width, hidden, adam = s.width, s.mlp_ratio * s.width, s.adam_lr
-    kind, lr, *rest = hidden_rule(s)
-    mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
-    matrix, table = (*rest, "sharded", "hidden"), ("sharded", "table", (width, 1))
+    kind, lr, mlp = "muon", s.muon_lr, s.muon_lr * s.mlp_ratio**0.5
+    matrix = (0.0, s.muon_beta2), s.muon_weight_decay, "sharded", "hidden"
+    if s.hidden_optimizer == "adamw":
+        kind, lr, mlp = "adamw", s.hidden_lr, s.hidden_lr
+        matrix = (0.9, 0.95), s.hidden_weight_decay, "sharded", "hidden"
+    table = "sharded", "table", (width, 1)
     fast, decay = (0.8, 0.95), s.adam_weight_decay
     small = (0.9, 0.99), 0.0, "replicated"
     rules = [
@@ -872,12 +866,6 @@ def parameter_table(s: Settings) -> list[Rule]:
         Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed"),
     ]
     return [rule._replace(eps=s.adam_eps) for rule in rules]
-
-def hidden_rule(s: Settings) -> tuple:
-    """Optimizer, learning rate, betas and weight decay of the hidden matrices."""
-    if s.hidden_optimizer == "adamw":
-        return "adamw", s.hidden_lr, (0.9, 0.95), s.hidden_weight_decay
-    return "muon", s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
 
 def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
     """Parameter name -> its row of the table. Every parameter must match exactly one."""
@@ -1427,9 +1415,8 @@ class ValStream:
         self.eot = corpus.meta["eot"]
         if not 0 < self.num_tokens <= available:
             more = f"make more with {repair_command(corpus.folder)}"
-            repair = "use --eval_tokens 0 for all" if available else more
-            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} "
-                            f"validation tokens; {repair}")
+            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} validation "
+                            f"tokens; {'use --eval_tokens 0 for all' if available else more}")
         self.num_rows, left, parts = -(-self.num_tokens // seq_len), self.num_tokens + 1, []
         for path in corpus.val:
             if left > 0:
