@@ -320,8 +320,8 @@ class Stage(NamedTuple):
         return max(n for n in divisors(self.batch_tokens // self.seq_len // world_size) if n <= most)
 
 def micro_sizes(s: Settings, world_size: int) -> list[int]:
-    """Values to try for micro_tokens: its own, then, or where that is open, a row of the longest, or those that share
-    candidates, doubled as often as it pays, and halves of that; a process's share, where no such value will do."""
+    """Values to try for micro_tokens: its own, if any, and below it, or below what pays, doubles of the longest row, or of
+    those that share candidates; where none will do a process's share."""
     longest, own = max(s.seq_len) * (s.candidate_rows if any(s.candidates) else 1), s.micro_tokens
     most = own - 1 if own else max(MICRO_TOKENS, longest)
     sizes = [own] * (own > 0) + [longest << k for k in reversed(range(32)) if longest << k <= most]
@@ -409,8 +409,7 @@ def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) ->
     return torch.cat((cos, still + 1, cos, still + 1), -1), torch.cat((sin, still, -sin, still), -1)
 
 def rotate(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of their position, in
-    fp32 (17); of narrow heads as many, at most all. Whole heads at a time: so a compiler fuses it with the norm."""
+    """Half-truncated RoPE (17): rotates the first half of the pairs (x[i], x[i + K/2]), of narrow heads as many, in fp32."""
     half = x_BTHK.size(-1) // 2
     cos, sin = (table.unflatten(-1, (2, -1))[..., :half].flatten(-2) for table in (cos, sin))
     x = x_BTHK.float()
@@ -431,8 +430,7 @@ def uniform_matrix(*shape: int) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound)
 
 class Attention(nn.Module):
-    """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate. Matrices of one
-    shape are one parameter, for batching; that of the output is transposed and starts at zero."""
+    """Causal self-attention. Matrices of one shape are one parameter, for batching; the output's is transposed."""
     def __init__(self, s: Settings, kind: str):
         super().__init__()
         self.num_heads, self.head_dim = s.num_heads, s.head_dim
@@ -700,12 +698,9 @@ def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
 
 def gathered(world: World, x: Tensor) -> Tensor:
     """x of all ranks, one after the other along the first axis. Collective."""
-    if world.size == 1:
-        return x
-    if world.alone:
-        return torch.cat([x] * world.size)
-    whole = x.new_empty(world.size * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(whole, x.contiguous())
+    whole = torch.cat([x] * world.size)
+    if world.size > 1 and not world.alone:
+        dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
 
 def exchanged(world: World, x: Tensor) -> Tensor:
@@ -717,9 +712,8 @@ def exchanged(world: World, x: Tensor) -> Tensor:
     return received
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple:
-    """The classes of a sampled softmax (92): the gate, the targets, and as many others as are missing, by a fixed
-    permutation from `turn` on; the place of each class among them, IGNORE for those left out; and what is added to
-    their logits: the others stand for all that are no targets (Jean et al. 2015, arXiv 1412.2007; not in 92)."""
+    """The classes of a sampled softmax (92): the gate, targets, and others by a permutation, from `turn` on; the place of
+    each class among them or IGNORE; what their logits get, as others stand for all that are no targets (1412.2007)."""
     label = torch.arange(vocab_size + gate, device=targets.device)
     rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
     rank = rank.index_fill(0, targets.flatten().clamp_min(0), -1)
@@ -753,9 +747,8 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {"total": total, "active": total - idle, **counts, "matmul": counts["hidden"] + counts["head"]}
 
 def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
-    """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer
-    (q.k and weighted sum, 2 each, times 3): the mean of a causal row, cut at the final window and max_doc_len. Less for
-    narrow q and k, and for a head of few candidates; the pointer adds its scores."""
+    """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer (less if
+    narrow), on average over a causal row, cut at the final window and max_doc_len; the pointer adds its scores."""
     length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
     long = math.ceil(stage.window / s.window_step) * s.window_step
     short = min(short_window(long, s.window_step), long)
@@ -792,8 +785,7 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     return tokens * (units * (1 if s.compile else 2) * size * s.width + scores + pointer)
 
 def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
-    """Bytes of a process at its peak, the start of a backward pass: weights, own masters, moments and gradients, sums
-    of micro-steps; rows of n-grams, and gradients of those that came; activations, logits and their gradients."""
+    """Bytes of a process at its peak, the start of a backward pass: of weights, optimizer, n-grams, activations, logits."""
     size, peak = s.torch_dtype.itemsize, 0.0
     with torch.random.fork_rng(()), torch.device("meta"):
         model = GPT(replace(s, device="cpu", ngram_rows=0), vocab_size)
@@ -953,9 +945,8 @@ class Bank:
         pieces       p0  p1  p2 | p3  p4  p5 | p6  ..   a matrix each for Muon; AdamW: 1/ranks, flat
         collectives  one for about a parameter: by it gradients are reduced, weights gathered
         mine         in each the `share` pieces that this rank updates: its rank-th
-
-    `state` holds the own pieces, fp32: master (the weights) and the moments, each (number, *piece). `weights` is the
-    memory of all parameters, into which those of other owners are gathered until `receive_weights`."""
+        state        of those, fp32: master (the weights) and moments, each (number, *piece)
+        weights      memory of all parameters; those of other owners come until `receive_weights`"""
     def __init__(self, named: list[tuple], rules: dict[str, Rule], s: Settings, world: World):
         self.params, self.s, self.world = dict(named), s, world
         name, first = named[0]
@@ -1054,8 +1045,7 @@ class Bank:
         self.send_weights()
 
     def tail_share(self, before: float, after: float) -> float:
-        """Share in their tail average of the weights after a step that takes the schedule from `before` to `after`; 0
-        before it starts, with all of them."""
+        """Share in their tail average of the weights after a step from `before` to `after`; at its start all of it."""
         steps = max(1.0, self.rule.tail * self.s.tail_steps)
         start = max(1, self.s.iterations - round(2 * steps))
         if after < start or "average" not in self.state:
@@ -1131,9 +1121,8 @@ class Bank:
         self.use(self.state["master"])
 
 class NgramBank:
-    """The columns of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
-    came are touched (92): those of `ngram_every` steps at once, in an event. One that came n times is computed n times,
-    alike: so all sizes are known, and the host never waits."""
+    """The own columns of the n-gram table. No momentum, one second moment for a row; only those that came are touched (92),
+    of `ngram_every` steps at once, in an event, as often as they came: so sizes are known, and the host never waits."""
     def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
         self.s, self.rule, self.world, self.came = s, rule, world, ngrams.came
         self.table = ngrams.table.data
@@ -1250,9 +1239,8 @@ class MuonAdamW:
             self.sums[name] = bank.places[name].copy_(grad) if bank.places else grad.float()
 
     def step(self, scale: float, momentum: float, others: float | None = None, span: tuple | None = None):
-        """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
-        hidden matrices; `momentum`: Muon's; `span`: from where to where this takes the schedule, a step if not given.
-        Raises RuntimeError that names the parameters whose gradient never came."""
+        """Updates all parameters. `scale`: factor on rates, `others`: on those of all but the hidden matrices; `span`: from
+        where to where this takes the schedule. Raises RuntimeError that names parameters whose gradient never came."""
         missing = {name for bank in self.banks for k in bank.waiting for name in bank.names[k] - bank.arrived.keys()}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
@@ -1303,8 +1291,7 @@ class MuonAdamW:
             bank.load(state)
 
 def wait_before_use(model: nn.Module, name: str, wait, s: Settings):
-    """Has the forward pass wait for a parameter: at its start, or, compiled by block, before its block, value table or
-    pointer; for the head after the last block."""
+    """Has the forward pass wait for a parameter: at its start, or, compiled by block, before the part that it is in."""
     part = re.match(r"(blocks|value_embeds)\.\d+|pointer|lm_head|", name)[0] if s.compile_unit == "block" else ""
     if part == "lm_head":
         model.blocks[-1].register_forward_hook(wait)
@@ -1587,9 +1574,8 @@ def small_shared_memory(device: str) -> bool:
     """Whether a kernel has less than 160 KB: consumer cards (100 KB), not A100 or H100."""
     if device != "cuda":
         return False
-    known = torch.cuda.get_device_properties()
-    size = getattr(known, "shared_memory_per_block_optin", 0)  # unknown on ROCm: 64 KB
-    return size < 160 << 10
+    gpu = torch.cuda.get_device_properties()
+    return getattr(gpu, "shared_memory_per_block_optin", 0) < 160 << 10  # unknown on ROCm: 64 KB
 
 def differentiable(operator, backward, context):
     """Gives an operator its backward: called with the first output's gradient, tensors and other values, which
@@ -1932,11 +1918,12 @@ def fp8_product(a_NK, b_MK, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Ten
 # --- the loss without fp32 logits (record 60), and the head's products in FP8 (19)
 
 def loss_kernel(
-        logits, targets, bias, losses, lses, rows, vocab, a, slope, shift,
+        logits, targets, bias, losses, lses, rows, vocab, a, b, c,
         CAPPED: tl.constexpr, BIASED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets.
-    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum; the sigmoid is
-    a squared rsqrt(1 + 2^..), cheaper than a division."""
+    Capped logits, a * sigmoid((z + b) / c), are below a, which spares them the running maximum; the sigmoid is a
+    squared rsqrt(1 + 2^..), cheaper than a division."""
+    slope, shift = 1 / c, b / c
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     peak = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -1966,11 +1953,11 @@ def loss_kernel(
         tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
 
 def loss_gradient_kernel(
-        logits, targets, bias, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
+        logits, targets, bias, lses, grads, unit, out, out_t, rows, vocab, a, b, c,
         CAPPED: tl.constexpr, BIASED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows).
-    grads: of the loss of each target and row."""
+    """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows); grads: of the losses."""
+    slope, shift = 1 / c, b / c
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (col < vocab)[None, :]
@@ -2003,11 +1990,6 @@ def cap_logits(z: Tensor, cap: tuple) -> Tensor:
     a, b, c = cap
     return a * torch.sigmoid((z + b) / c) if a else z / c
 
-def cap_arguments(cap: list[float]) -> tuple:
-    """a, slope and shift of a * sigmoid(slope * z + shift)."""
-    a, b, c = cap
-    return a, 1 / c, b / c
-
 def loss_rows(logits_NV, targets_KN, bias_V, cap: list[float], kernel: bool) -> tuple:
     """Cross-entropies of capped logits + bias (that of a target: 0), (K, N), 0 where the target is IGNORE, and
     log-sum-exps, (N,), both fp32."""
@@ -2016,7 +1998,7 @@ def loss_rows(logits_NV, targets_KN, bias_V, cap: list[float], kernel: bool) -> 
         lse_N = logits_NV.new_empty(rows, dtype=torch.float32)
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](
-            logits_NV, targets_KN.contiguous(), bias_V, losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
+            logits_NV, targets_KN.contiguous(), bias_V, losses_KN, lse_N, rows, vocab, *cap,
             CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=count, BLOCK=2048, num_warps=4)
         return losses_KN, lse_N
     losses, lses = [], []
@@ -2037,8 +2019,8 @@ def logit_gradient(
     if kernel:
         out_t = out.new_empty(vocab, rows) if fp8 else out
         triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 64))](
-            logits_NV, targets_KN.contiguous(), bias_V, lse_N, grad_KN.contiguous(), unit, out, out_t, rows,
-            vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=len(targets_KN),
+            logits_NV, targets_KN.contiguous(), bias_V, lse_N, grad_KN.contiguous(), unit, out, out_t,
+            rows, vocab, *cap, CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=len(targets_KN),
             TRANSPOSED=fp8, ROWS=64, COLS=64, num_warps=4)
         return out, out_t if fp8 else out.T
     a, _, c = cap
