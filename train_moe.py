@@ -140,7 +140,6 @@ class Hyperparameters:
     mtp: ints = (0,)  # further tokens to predict, by 1/2, 1/4 .. (53) [>=0; per stage]
     candidates: ints = (0,)  # classes in the loss of a row; 0: all (92) [>=0; per stage]
     stage_lr: floats = (1.0,)  # factor on all learning rates [>0; per stage]
-    candidate_rows: int = 1  # rows of a step that share their candidates [>0]
     ngram_every: int = 1  # steps of an update of n-grams [>0; with ngram_rows]
     window_start: int = 128  # long window at step 0, tokens, grows; 0: no growth [>=0]
     window_step: int = 128  # windows are rounded up to a multiple of this, tokens [>0]
@@ -155,7 +154,7 @@ class Hyperparameters:
     momentum_cooldown: int = 50  # last steps, its fall [>=0; with hidden_optimizer muon]
     muon_beta2: float = 0.95  # of NorMuon's variance; 0 off [0..1; with hidden_optimizer muon]
     muon_weight_decay: float = 0.02  # decay / peak rate [>=0; with hidden_optimizer muon]
-    orthogonalizer: str = "polar_express"  # its iteration [polar_express|newton_schulz; with hidden_optimizer muon]
+    orthogonalizer: str = "polar_express"  # Muon's [polar_express|newton_schulz; with hidden_optimizer muon]
     adam_lr: float = 0.008  # of all else, times the factor in parameter_table [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
     adam_weight_decay: float = 0.0  # decay / peak rate of embeddings, head [>=0]
@@ -413,22 +412,21 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
             bad.append(f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {t.seq_len} tokens")
         elif t.mtp >= t.seq_len:
             bad.append(f"--mtp {t.mtp} must be less than --seq_len {t.seq_len}")
-        elif t.candidates % HEAD_MULTIPLE or t.candidates and t.micro_rows(s, world_size) % s.candidate_rows:
-            bad.append(f"--candidates {t.candidates} must be a multiple of {HEAD_MULTIPLE}, --candidate_rows "
-                       f"{s.candidate_rows} a divisor of the {t.micro_rows(s, world_size)} rows of a micro-step")
+        elif t.candidates % HEAD_MULTIPLE:
+            bad.append(f"--candidates {t.candidates} must be a multiple of {HEAD_MULTIPLE}")
     return bad
 
 class Stage(NamedTuple):
     """One row of the stage table: steps [start, end) of the run."""
     start: int
     end: int
-    window_start: int  # long window at `start`
+    window_start: int  # at `start`
     batch_tokens: int
     seq_len: int
     max_doc_len: int
-    window: int  # long window at `end`
-    mtp: int  # further future tokens
-    candidates: int  # classes in the loss; 0: all
+    window: int  # at `end`
+    mtp: int
+    candidates: int
     lr: float
 
     def micro_rows(self, s: Settings, world_size: int) -> int:
@@ -437,13 +435,10 @@ class Stage(NamedTuple):
         return max(n for n in divisors(self.batch_tokens // self.seq_len // world_size) if n <= most)
 
 def micro_sizes(s: Settings, world_size: int) -> list[int]:
-    """Values to try for micro_tokens: its own, then, or where that is open, a row of the longest, or those that share
-    candidates, doubled as often as it pays, and halves of that; a process's share, where no such value will do."""
-    longest, own = max(s.seq_len) * (s.candidate_rows if any(s.candidates) else 1), s.micro_tokens
+    """Values to try for micro_tokens: its own, if any; a longest row, doubled as often as it pays; halves of that."""
+    longest, own = max(s.seq_len), s.micro_tokens
     most = own - 1 if own else max(MICRO_TOKENS, longest)
-    sizes = [own] * (own > 0) + [longest << k for k in reversed(range(32)) if longest << k <= most]
-    return [n for n in sizes if not stage_errors(replace(s, micro_tokens=n), world_size)] or [
-        own or max(s.batch_tokens) // world_size]
+    return [own] * (own > 0) + [longest << k for k in reversed(range(32)) if longest << k <= most]
 
 def staged_settings() -> list[str]:
     """The settings that may have a value per stage, in the order of the fields of Stage."""
@@ -783,9 +778,9 @@ SCALARS = {
 # differs from train_gpt.py: the mixture
 class Layer(NamedTuple):
     """One row of the layer table."""
-    attention: str  # L long window, S short window, P short window and paired heads, - none
-    value_table: int | None  # value-embedding table that is mixed into v
-    skip_from: int | None  # layer whose output is added to this one's input
+    attention: str  # L, S, P or -
+    value_table: int | None  # that is mixed into v
+    skip_from: int | None  # layer whose output is added to the input
     mixture: int | None = None  # number among the mixture layers; None: a dense MLP
 
 # differs from train_gpt.py: the mixture
@@ -822,8 +817,7 @@ def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) ->
     return torch.cat((cos, still + 1, cos, still + 1), -1), torch.cat((sin, still, -sin, still), -1)
 
 def rotate(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of their position, in
-    fp32 (17); of narrow heads as many, at most all. Whole heads at a time: so a compiler fuses it with the norm."""
+    """Half-truncated RoPE (17), in fp32: rotates the first half of the pairs (x[i], x[i + K/2]); of narrow heads more."""
     half = x_BTHK.size(-1) // 2
     cos, sin = (table.unflatten(-1, (2, -1))[..., :half].flatten(-2) for table in (cos, sin))
     x = x_BTHK.float()
@@ -834,18 +828,13 @@ def without_component(y: Tensor, direction: Tensor) -> Tensor:
     unit = F.normalize(direction, dim=-1)
     return y - (y * unit).sum(-1, keepdim=True) * unit
 
-def pair(x_BTHK) -> Tensor:
-    """(B, T, H, K) -> (B, 2T, H/2, K): heads h and h + H/2 of a token in turn: queries see both heads' keys (58)."""
-    return x_BTHK.unflatten(2, (2, -1)).flatten(1, 2)
-
 def uniform_matrix(*shape: int) -> Tensor:
     """Initial weights, uniform with standard deviation 0.5 / sqrt(fan_in), the last axis."""
     bound = math.sqrt(3) * 0.5 * shape[-1] ** -0.5
     return torch.empty(shape).uniform_(-bound, bound)
 
 class Attention(nn.Module):
-    """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate. Matrices of one
-    shape are one parameter, for batching; that of the output is transposed and starts at zero."""
+    """Causal self-attention. Matrices of one shape are one parameter, for batching; the output's is transposed."""
     def __init__(self, s: Settings, kind: str):
         super().__init__()
         self.num_heads, self.head_dim = s.num_heads, s.head_dim
@@ -941,7 +930,7 @@ class GPT(nn.Module):
         gated = s.attn_gate or (s.value_embeds and s.value_gate)
         self.gates = nn.Parameter(gates) if gated else None
         self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
-        self.backout = 2 * s.num_layers // 3 - 1 if s.backout and s.num_layers > 2 else None  # layer
+        self.backout = 2 * s.num_layers // 3 - 1 if s.backout and s.num_layers > 2 else None
         self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
         self.pointer = Pointer(s.width, s.pointer) if s.pointer else None
         if s.mixtures:  # noisy_topk starts even, by its noise; elsewhere ties would all go one way
@@ -953,7 +942,7 @@ class GPT(nn.Module):
             self.register_buffer("router_bias", torch.zeros(shape[:2]), persistent=False)
         a, b, c = s.softcap
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
-        self.candidates, self.candidate_rows = 0, s.candidate_rows
+        self.candidates = 0
         lengths = [(t.seq_len, t.max_doc_len or t.seq_len) for t in stage_table(s)]
         self.longest = dict(sorted(lengths))  # document, of stages with one seq_len the longest
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
@@ -995,7 +984,7 @@ class GPT(nn.Module):
         outputs, values = [], {}
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
-            if (table := layer.value_table) not in (None, *values):  # not before: then its gradient comes earlier
+            if (table := layer.value_table) not in (None, *values):  # late: early in backward
                 values[table] = self.value_embeds[table](inputs_BT)
             router = self.router(layer.mixture, noise_BMTE)
             mask = masks.get(layer.attention)
@@ -1038,13 +1027,13 @@ class GPT(nn.Module):
         return cap_logits(F.linear(norm(x_BTD), self.lm_head), self.cap)
 
     def losses(self, x_BTD, targets_KBT, copies=None) -> Tensor:
-        """As `forward`, of the normed stream; copies: what the pointer says of each token. In training every
-        candidate_rows rows have classes of their own; targets without a place among them are counted."""
+        """As `forward`, of the normed stream; copies: what the pointer says of each token. In training each row has
+        `candidates` classes of its own; targets without a place among them are counted."""
         if not torch.is_grad_enabled() or not 0 < self.candidates < self.vocab_size:
             return self.class_losses(x_BTD, targets_KBT, self.lm_head, self.vocab_size, copies)
         losses = []
-        for start in range(0, len(x_BTD), self.candidate_rows):
-            part, turn = slice(start, start + self.candidate_rows), (self.turn + start) * (self.candidates + 1)
+        for row in range(len(x_BTD)):
+            part, turn = slice(row, row + 1), (self.turn + row) * (self.candidates + 1)
             targets, some = targets_KBT[:, part].long(), copies and [x[part] for x in copies]
             classes, place, bias_V = candidate_set(targets, turn, self.candidates, self.vocab_size, copies is not None)
             among = place[targets.clamp_min(0)].where(targets != IGNORE, IGNORE)
@@ -1056,7 +1045,7 @@ class GPT(nn.Module):
     def class_losses(self, x_BTD, targets_KBT, weight_VD, gate, copies, bias_V=None) -> Tensor:
         """Summed cross-entropies, (K,), among the classes with these rows of the head. The first one is that of a
         mixture with copies, by the probability of the class `gate`, which is no token."""
-        fp8 = self.fp8_head and torch.is_grad_enabled()  # evaluation is exact
+        fp8 = self.fp8_head and torch.is_grad_enabled()
         x_ND, targets_KN = x_BTD.flatten(0, 1), targets_KBT.flatten(1)
         if copies is not None:
             targets_KN = torch.cat((targets_KN, torch.zeros_like(targets_KN[:1]) + gate))
@@ -1105,7 +1094,7 @@ class Ngrams(nn.Module):
     A process owns some columns and looks them up for the tokens of all: no size depends on the rows that are wanted."""
     def __init__(self, s: Settings, world: World):
         super().__init__()
-        self.world, self.half, self.came = world, s.ngram_rows // 2, []  # rows and gradients since the last update
+        self.world, self.half, self.came = world, s.ngram_rows // 2, []  # (rows, gradients)
         self.table = nn.Parameter(torch.zeros(s.ngram_rows, s.width // world.size, dtype=s.torch_dtype))
         self.weight = nn.Parameter(torch.full((s.num_layers,), 0.05))
         fixed = torch.Generator("cpu").manual_seed(0)
@@ -1144,12 +1133,9 @@ def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
 
 def gathered(world: World, x: Tensor) -> Tensor:
     """x of all ranks, one after the other along the first axis. Collective."""
-    if world.size == 1:
-        return x
-    if world.alone:
-        return torch.cat([x] * world.size)
-    whole = x.new_empty(world.size * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(whole, x.contiguous())
+    whole = torch.cat([x] * world.size)
+    if world.size > 1 and not world.alone:
+        dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
 
 def exchanged(world: World, x: Tensor) -> Tensor:
@@ -1161,9 +1147,8 @@ def exchanged(world: World, x: Tensor) -> Tensor:
     return received
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple:
-    """The classes of a sampled softmax (92): the gate, the targets, and as many others as are missing, by a fixed
-    permutation from `turn` on; the place of each class among them, IGNORE for those left out; and what is added to
-    their logits: the others stand for all that are no targets (Jean et al. 2015, arXiv 1412.2007; not in 92)."""
+    """The classes of a sampled softmax (92): the gate, targets, and others by a permutation from `turn` on; the place of
+    each class among them, or IGNORE; what is added to logits, as the others stand for all (1412.2007, not in 92)."""
     label = torch.arange(vocab_size + gate, device=targets.device)
     rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
     rank = rank.index_fill(0, targets.flatten().clamp_min(0), -1)
@@ -1202,9 +1187,8 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {"total": total, "active": total - idle - unchosen, **counts, "matmul": matmul}
 
 def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
-    """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer
-    (q.k and weighted sum, 2 each, times 3): the mean of a causal row, cut at the final window and max_doc_len. Less for
-    narrow q and k, and for a head of few candidates; the pointer adds its scores."""
+    """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer, less if
+    narrow, on average over a causal row, cut at the final window and max_doc_len; and the pointer's."""
     length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
     long = math.ceil(stage.window / s.window_step) * s.window_step
     short = min(short_window(long, s.window_step), long)
@@ -1246,8 +1230,7 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     return tokens * (kept * (1 if s.compile else 2) * size + scores + pointer)
 
 def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
-    """Bytes of a process at its peak, the start of a backward pass: weights, own masters, moments and gradients, sums
-    of micro-steps; rows of n-grams, and gradients of those that came; activations, logits and their gradients."""
+    """Bytes of a process at its peak, the start of a backward pass: weights, optimizer, n-grams, activations, logits."""
     size, peak = s.torch_dtype.itemsize, 0.0
     with torch.random.fork_rng(()), torch.device("meta"):
         model = GPT(replace(s, device="cpu", ngram_rows=0), vocab_size)
@@ -1256,14 +1239,15 @@ def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
         tokens = t.micro_rows(s, world_size) * t.seq_len
         sums = sum(p.numel() for p in named.values()) if 1 < world_size < t.batch_tokens / tokens else 0
         logits = (4 if "loss" in s.kernels else 12) * (t.candidates or vocab_size) * tokens
-        peak = max(peak, 4 * sums + logits + activation_bytes(s, tokens, t.seq_len) + 12 * t.batch_tokens / world_size)
+        more = 4 * sums + 12 * t.batch_tokens / world_size
+        peak = max(peak, more + logits + activation_bytes(s, tokens, t.seq_len))
     for name, rule in trained_rules(s, list(named)).items():
         count, shared = named[name].numel(), rule.comm == "sharded"
         fp32 = (2 if rule.kind == "muon" else 3) + (s.tail > 0 and shared)
         gradient = 4 if world_size == 1 else size
         peak += size * count + (4 * fp32 + gradient) * count / (world_size if shared else 1)
     rows = s.ngram_rows / world_size
-    came = min(rows, 1.4 * s.ngram_every * max(s.batch_tokens) / world_size)  # 0.7 of two a token: some come twice
+    came = min(rows, 1.4 * s.ngram_every * max(s.batch_tokens) / world_size)  # some come twice
     return peak + rows * (size * s.width + 8) + 4 * came * s.width
 
 def way_to_fit(s: Settings, fits) -> str:
@@ -1281,20 +1265,20 @@ def way_to_fit(s: Settings, fits) -> str:
 # the next forward pass needs them (wait_before_use). Small parameters are all-reduced and updated by every rank.
 
 # differs from train_gpt.py: a rounded router would change its choices
-FP32_PARAMETERS = ("scalars", "routers")  # names of parameters that are not rounded to bf16
+FP32_PARAMETERS = ("scalars", "routers")  # that are not rounded to bf16
 
 class Rule(NamedTuple):
     """One row of the parameter table."""
     pattern: str  # of the parameter names, a full match
     kind: str  # muon or adamw; rows: NgramBank's
     lr: float  # peak learning rate
-    betas: tuple[float, float]  # of adamw; of muon: unused, NorMuon's
-    weight_decay: float  # per unit of the peak learning rate
+    betas: tuple[float, float]  # of muon: unused, NorMuon's
+    weight_decay: float  # per unit of the peak rate
     comm: str  # sharded: its owner updates it; replicated: every rank does
-    role: str  # what grows with the width: hidden, input, output, fixed; table: input
-    fans: tuple[int, int] = (1, 1)  # fan_out and fan_in; 1 where the width is not in it
-    tail: float = 1.0  # time constant of its tail average, if sharded, / tail_steps
-    eps: float = 0.0  # of adamw
+    role: str  # in width transfer: hidden, input, table (an input), output, fixed
+    fans: tuple[int, int] = (1, 1)  # fan_out and fan_in; 1: without the width
+    tail: float = 1.0  # time constant of its tail average / tail_steps
+    eps: float = 0.0
 
 # differs from train_gpt.py: experts and routers
 def parameter_table(s: Settings) -> list[Rule]:
@@ -1418,9 +1402,8 @@ class Bank:
         pieces       p0  p1  p2 | p3  p4  p5 | p6  ..   a matrix each for Muon; AdamW: 1/ranks, flat
         collectives  one for about a parameter: by it gradients are reduced, weights gathered
         mine         in each the `share` pieces that this rank updates: its rank-th
-
-    `state` holds the own pieces, fp32: master (the weights) and the moments, each (number, *piece). `weights` is the
-    memory of all parameters, into which those of other owners are gathered until `receive_weights`."""
+        state        of those, fp32: master (the weights) and moments, each (number, *piece)
+        weights      memory of all parameters; those of other owners come until `receive_weights`"""
     # differs from train_gpt.py: experts
     def __init__(self, named: list[tuple], rules: dict[str, Rule], s: Settings, world: World):
         self.params, self.s, self.world = dict(named), s, world
@@ -1446,22 +1429,20 @@ class Bank:
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         dtype = first.dtype if world.size > 1 else torch.float32
         self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
-        self.places = self.join(self.grad) if world.size == 1 else {}  # by name, for sums of micro-steps
-        self.gathers = {}  # works, and tensors that must live until they are done
-        self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of an update
+        self.places = self.join(self.grad) if world.size == 1 else {}  # of sums of micro-steps
+        self.gathers = {}  # (work, what must live until it is done)
+        self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]
         self.reset()
 
     def reset(self):
         """Zero moments, as before the first step, also where one was broken off."""
         self.expect()
-        master = self.state["master"]
-        for key in ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]:
-            self.state[key] = torch.zeros_like(master)
+        master, keys = self.state["master"], ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]
+        keys += ["average"] if self.s.tail and self.rule.comm == "sharded" else []
+        self.state |= {key: torch.zeros_like(master) for key in keys}
         if self.muon and self.s.muon_beta2:
             rows, cols = self.shape
             self.state["variance"] = torch.zeros_like(master[..., :1] if rows >= cols else master[:, :1])
-        if self.s.tail and self.rule.comm == "sharded":
-            self.state["average"] = torch.zeros_like(master)
 
     def cut(self, tensor: Tensor, shape=None) -> Tensor:
         """A whole tensor as pieces, (number, *piece), padded with zeros where it does not divide."""
@@ -1472,7 +1453,7 @@ class Bank:
     def expect(self):
         """Before a backward pass: all collectives wait for gradients."""
         self.waiting, self.arrived = list(range(len(self.collectives))), {}
-        self.in_flight = []  # (work, tensors that must live until it is done)
+        self.in_flight = []  # (work, what must live until it is done)
 
     def receive(self, name: str, grad: Tensor):
         """A parameter's gradient is complete: starts collectives that now have all, frees what none needs."""
@@ -1530,22 +1511,21 @@ class Bank:
             moments = state["exp_avg"], state["exp_avg_sq"]
             numbers = decay, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step
             options = self.rule.eps, s.cautious
-        for tensor, value in zip(self.scalars, numbers, strict=False):  # the same ones: nothing is compiled anew
+        lr, scalars = self.lr * scale, self.scalars[:len(numbers)]  # the same ones: nothing is compiled anew
+        for tensor, value in zip(scalars, numbers, strict=True):
             tensor.fill_(value)
-        lr, numbers = self.lr * scale, self.scalars[:len(numbers)]
         if self.experts is not None:
-            on, (decay, first, second, *more) = busy[self.experts], numbers
+            on, (decay, first, second, *more) = busy[self.experts], scalars
             self.grad.masked_fill_(~on, 0.0)  # whatever a product leaves for an expert without rows
             first = torch.where(on, first, 1.0) if self.muon else first * on
-            lr, numbers = lr * on, (decay, first, second * on, *more)
-        self.update_function(state["master"], self.grad, *moments, lr, *numbers, *options)
+            lr, scalars = lr * on, (decay, first, second * on, *more)
+        self.update_function(state["master"], self.grad, *moments, lr, *scalars, *options)
         if share := self.tail_share(*span):
             state["average"].lerp_(state["master"], share)
         self.send_weights()
 
     def tail_share(self, before: float, after: float) -> float:
-        """Share in their tail average of the weights after a step that takes the schedule from `before` to `after`; 0
-        before it starts, with all of them."""
+        """Share in their tail average of the weights after a step from `before` to `after`; at its start all of it."""
         steps = max(1.0, self.rule.tail * self.s.tail_steps)
         start = max(1, self.s.iterations - round(2 * steps))
         if after < start or "average" not in self.state:
@@ -1577,7 +1557,7 @@ class Bank:
             return
         for k in reversed(range(len(self.collectives))):
             whole = self.weights.split(self.owners * self.share)[k]
-            own = self.state["master"].split(self.share)[k].to(whole.dtype, copy=True)  # may change before all have it
+            own = self.state["master"].split(self.share)[k].to(whole.dtype, copy=True)  # it may change
             self.gathers[k] = dist.all_gather_into_tensor(whole, own, async_op=True), own
 
     def receive_weights(self, name=None, *_):
@@ -1621,9 +1601,8 @@ class Bank:
         self.use(self.state["master"])
 
 class NgramBank:
-    """The columns of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
-    came are touched (92): those of `ngram_every` steps at once, in an event. One that came n times is computed n times,
-    alike: so all sizes are known, and the host never waits."""
+    """The own columns of the n-gram table. No momentum, one second moment a row; only those that came are touched (92),
+    of `ngram_every` steps at once, in an event, as often as they came: so sizes are known, and the host never waits."""
     def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
         self.s, self.rule, self.world, self.came = s, rule, world, ngrams.came
         self.table = ngrams.table.data
@@ -1650,10 +1629,18 @@ class NgramBank:
             return
         beta2, event, new = self.rule.betas[1], step // self.s.ngram_every, []
         lr, decay = self.rule.lr * scale, self.rule.weight_decay * scale
-        rows, first, sums = self.sums()
+        rows = torch.cat([rows for rows, _ in self.came])
+        place = torch.arange(len(rows), device=rows.device)
+        first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
+        sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)  # where a row came first
+        for part, (_, grads) in zip(first.split([len(x) for x, _ in self.came]), self.came, strict=True):
+            if sums.is_cuda:  # where index_add_ is atomic
+                sums.index_put_((part,), grads.float(), accumulate=True)
+            else:
+                sums.index_add_(0, part, grads.float())
         for part, places in zip(*(x.split(2**26 // sums.size(1)) for x in (rows, first)), strict=True):
             grads, vectors = sums[places], self.table[part].float()
-            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # all_reduce: order goes by place
+            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # in one order
             square = self.square[part] * beta2**(event - 1 - self.event[part])
             square.lerp_(mean / self.world.size, 1 - beta2)
             root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
@@ -1663,19 +1650,6 @@ class NgramBank:
         self.event[rows] = float(event)
         self.came.clear()
         self.whole = 0
-
-    def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that came, (N,), and where each came first; there the sum of its gradients, fp32, added in one order."""
-        rows = torch.cat([rows for rows, _ in self.came])
-        place = torch.arange(len(rows), device=rows.device)
-        first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
-        sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)
-        for part, (_, grads) in zip(first.split([len(x) for x, _ in self.came]), self.came, strict=True):
-            if sums.is_cuda:  # where index_add_ is atomic
-                sums.index_put_((part,), grads.float(), accumulate=True)
-            else:
-                sums.index_add_(0, part, grads.float())
-        return rows, first, sums
 
     def full(self, key: str) -> dict[str, Tensor]:
         """State `key` of all columns, on the CPU of rank 0; {} elsewhere. Collective."""
@@ -1859,9 +1833,8 @@ class MuonAdamW:
 
     # differs from train_gpt.py: balance of the experts
     def step(self, scale: float, momentum: float, others: float | None = None, span: tuple | None = None):
-        """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
-        hidden matrices; `momentum`: Muon's; `span`: from where to where this takes the schedule, a step if not given.
-        Raises RuntimeError that names the parameters whose gradient never came."""
+        """Updates all parameters. `scale`: factor on rates, `others`: of all but the hidden matrices; `span`: from where
+        to where this takes the schedule. Raises RuntimeError that names parameters whose gradient never came."""
         missing = {name for bank in self.banks for k in bank.waiting for name in bank.names[k] - bank.arrived.keys()}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
@@ -1921,9 +1894,9 @@ class MuonAdamW:
             self.balance.load_state_dict(on_rank_zero(self.world, lambda: saved["balance"]))
 
 def wait_before_use(model: nn.Module, name: str, wait, s: Settings):
-    """Has the forward pass wait for a parameter: at its start, or, compiled by block, before its block, value table or
-    pointer; for the head after the last block."""
-    part = re.match(r"(blocks|value_embeds)\.\d+|pointer|lm_head|", name)[0] if s.compile_unit == "block" else ""
+    """Has the forward pass wait for a parameter: at its start, or, compiled by block, before the part that it is in."""
+    parts = r"(blocks|value_embeds)\.\d+|pointer|lm_head|" if s.compile_unit == "block" else ""
+    part = re.match(parts, name)[0]
     if part == "lm_head":
         model.blocks[-1].register_forward_hook(wait)
     else:
@@ -1943,7 +1916,7 @@ def compile_model(model: GPT, s: Settings):
         return
     model.masks = torch.no_grad()(compiled(model.masks, s))  # one graph, for evaluation, too
     parts = [(model, "embedding"), (model, "losses")]
-    parts += [(part, "forward") for part in [*model.blocks, model.pointer] if part is not None]
+    parts += [(part, "forward") for part in filter(None, [*model.blocks, model.pointer])]
     for module, name in parts:
         setattr(module, name, compiled(getattr(module, name), s))
 
@@ -2233,7 +2206,7 @@ def rehearse(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor, world: 
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.arange(seq_len, dtype=torch.int32, device=s.device)
         docs = (docs // model.longest[seq_len]).repeat(rows, 1)
-        for optimizer.last_micro_step in (True,) if together else (False, False):  # the second has sums to add to
+        for optimizer.last_micro_step in (True,) if together else (False, False):  # twice: sums
             noise = balance.noise(0, 0, rows, seq_len) if balance else None
             values = model(tokens, future_targets(tokens, docs, mtp), docs, window, noise)
             loss = sum(values[:1 + mtp])
@@ -2250,13 +2223,13 @@ def rehearse(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor, world: 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ KERNELS: the fast forms beside their references; the same text in both scripts               ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
-# Each has a plain form, which the tests compare it with, forward and backward, and which takes its
-# place where --kernels or --fp8_head do not name it. To torch.compile an operator is one node.
+# Each has a plain form, which the tests compare it with and which takes its place where --kernels or --fp8_head do not
+# name it. To torch.compile an operator is one node.
 
 KERNELS = ("gram", "mlp", "loss")
 OPERATORS = "nanospeedrun_" + re.sub(r"\W", "_", Path(__file__).stem)  # namespace
-FP8_INPUT_MARGIN = 1.01  # RMS-normed values are at most sqrt(model_dim), but for rounding
-LOSS_CHUNK = 4096  # rows of logits that the plain form holds in fp32
+FP8_INPUT_MARGIN = 1.01  # for rounding of values of at most sqrt(model_dim)
+LOSS_CHUNK = 4096  # rows of fp32 logits at a time, of the plain form
 tl = None  # triton.language, from the first kernel on
 
 @functools.cache
@@ -2267,18 +2240,17 @@ def triton_kernel(function):
     return triton.jit(function)
 
 def operator(signature: str):
-    """A decorator that registers a torch operator, such as `gram(Tensor x) -> Tensor`."""
-    name, _, rest = signature.partition("(")
-    return torch.library.custom_op(f"{OPERATORS}::{name}", mutates_args=(), schema="(" + rest)
+    """A decorator that registers a torch operator, such as `gram(T x, float a) -> T`, where T is Tensor."""
+    name, rest = re.match(r"(\w+)(.+)", re.sub(r"\bT\b", "Tensor", signature)).groups()
+    return torch.library.custom_op(f"{OPERATORS}::{name}", mutates_args=(), schema=rest)
 
 @functools.cache
 def small_shared_memory(device: str) -> bool:
     """Whether a kernel has less than 160 KB: consumer cards (100 KB), not A100 or H100."""
     if device != "cuda":
         return False
-    known = torch.cuda.get_device_properties()
-    size = getattr(known, "shared_memory_per_block_optin", 0)  # unknown on ROCm: 64 KB
-    return size < 160 << 10
+    gpu = torch.cuda.get_device_properties()
+    return getattr(gpu, "shared_memory_per_block_optin", 0) < 160 << 10  # unknown on ROCm: 64 KB
 
 def differentiable(operator, backward, context):
     """Gives an operator its backward: called with the first output's gradient, tensors and other values, which
@@ -2377,8 +2349,8 @@ def turned(turns: int, *tensors_NHK: Tensor) -> list:
     others = [x.roll(x.size(1) // 2, 1) for x in tensors_NHK]
     return [tensors_NHK, others][:turns]
 
-@operator("varlen(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor window, int step, "
-          "int longest, int turns, float scale) -> (Tensor, Tensor)")
+@operator("varlen(T q, T k, T v, T starts, T window, "
+          "int step, int longest, int turns, float scale) -> (T, T)")
 def fused_varlen(q_NHK, k_NHK, v_NHK, starts, window, step, longest, turns, scale):
     """Output and log-sum-exps, (H, N); of two turns those of one softmax over the keys of both."""
     sizes, options = flash_arguments(starts, window, step, longest, scale)
@@ -2391,9 +2363,8 @@ def fused_varlen(q_NHK, k_NHK, v_NHK, starts, window, step, longest, turns, scal
     share = (other_lse - lse).exp().T[..., None]
     return own.float().lerp(other.float(), share).type_as(q_NHK), lse
 
-@operator("varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor starts, "
-          "Tensor window, Tensor out, Tensor lse, int step, int longest, int turns, "
-          "float scale) -> (Tensor, Tensor, Tensor)")
+@operator("varlen_backward(T grad, T q, T k, T v, T starts, T window, T out, T lse, "
+          "int step, int longest, int turns, float scale) -> (T, T, T)")
 def fused_varlen_backward(
         grad, q_NHK, k_NHK, v_NHK, starts, window, out, lse, step, longest, turns, scale):
     """From output and log-sum-exps of all turns each turn's part of the gradients follows."""
@@ -2408,7 +2379,7 @@ def fused_varlen_backward(
     more = [q_more, *turned(2, *more)[1]]
     return tuple(map(torch.add, own, more))
 
-differentiable(fused_varlen, fused_varlen_backward, lambda inputs, outputs: ((*inputs[:5], *outputs), inputs[5:]))
+differentiable(fused_varlen, fused_varlen_backward, lambda x, made: ((*x[:5], *made), x[5:]))
 fused_varlen.register_fake(
     lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), len(q), dtype=torch.float32)))
 fused_varlen_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
@@ -2439,7 +2410,7 @@ def attend_packed(q_BTHK, k_BTHK, v_BTHK, packed: Packed, scale: float) -> Tenso
 
 # --- rows of a table, whose gradient has the same bits in every run
 
-@operator("table_gradient(Tensor grad, Tensor index, int rows) -> Tensor")
+@operator("table_gradient(T grad, T index, int rows) -> T")
 def table_gradient(grad, index, rows: int):
     """Sums by row, in sorted order, in grad's dtype: torch.compile's own are fp32 atomics, in any order, and a cast."""
     return torch.ops.aten.embedding_dense_backward(grad, index, rows, -1, False)
@@ -2500,7 +2471,7 @@ def gram_kernel(
         mirrored = corner + col[None, :] * size + row[:, None]
         tl.store(out + mirrored, total, inside & (down < right))
 
-@operator("gram(Tensor x, Tensor? add, float alpha, float beta, float diagonal) -> Tensor")
+@operator("gram(T x, T? add, float alpha, float beta, float diagonal) -> T")
 def fused_gram(x_KMN, add_KMM, alpha: float, beta: float, diagonal: float):
     count, size, depth = x_KMN.shape
     out = x_KMN.new_empty(count, size, size)
@@ -2529,7 +2500,7 @@ def product_relu2_kernel(
         COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
     """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the former's result: a (rows,
     depth), b (cols, depth), row-major, as tensor descriptors. Each program takes every PROGRAMS-th tile: it loads the
-    next one's while it stores one, in halves, for which shared memory suffices. GROUP rows of tiles share b in the L2."""
+    next one's while it stores one, in halves, for which memory suffices. GROUP rows of tiles share b in the L2."""
     tiles_down, tiles_right = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
     half: tl.constexpr = COLS // 2
     for tile in tl.range(tl.program_id(0), tiles_down * tiles_right, PROGRAMS, flatten=True):
@@ -2573,26 +2544,26 @@ def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
         BACKWARD=post is not None, **tile, GROUP=8, PROGRAMS=programs, num_warps=8, num_stages=3)
     return out
 
-@operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
+@operator("mlp(T x, T up, T down) -> (T, T)")
 def fused_mlp(x_ND, up_FD, down_FD):
     post_NF = product_relu2(x_ND, up_FD)
     return post_NF @ down_FD, post_NF
 
-@operator("mlp_backward(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor post) -> (Tensor, Tensor, Tensor)")
+@operator("mlp_backward(T grad, T x, T up, T down, T post) -> (T, T, T)")
 def fused_mlp_backward(grad_ND, x_ND, up_FD, down_FD, post_NF):
     pre_grad_NF = product_relu2(grad_ND, down_FD, post_NF)
     return pre_grad_NF @ up_FD, pre_grad_NF.T @ x_ND, post_NF.T @ grad_ND
 
-differentiable(fused_mlp, fused_mlp_backward, lambda inputs, outputs: ((*inputs, outputs[1]), ()))
+differentiable(fused_mlp, fused_mlp_backward, lambda x, made: ((*x, made[1]), ()))
 fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(len(x), len(up))))
 fused_mlp_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
 
-@operator("quantized_linear(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor x_scale, Tensor w_scale) -> Tensor")
+@operator("quantized_linear(T x, T weight, T xq, T wq, T x_scale, T w_scale) -> T")
 def quantized_linear(x_ND, weight_FD, xq_ND, wq_FD, x_scale: Tensor, w_scale: Tensor):
     return fp8_product(xq_ND, wq_FD, x_scale, w_scale, fast=True).to(x_ND.dtype)
 
 differentiable(
-    quantized_linear, lambda grad, x, weight: (grad @ weight, grad.T @ x), lambda inputs, _: (inputs[:2], ()))
+    quantized_linear, lambda grad, x, weight: (grad @ weight, grad.T @ x), lambda x, _: (x[:2], ()))
 quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
 def mlp_relu2(x_ND, up_FD, down_FD, kernel: bool, fp8: bool) -> Tensor:
@@ -2621,11 +2592,12 @@ def fp8_product(a_NK, b_MK, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Ten
 # --- the loss without fp32 logits (record 60), and the head's products in FP8 (19)
 
 def loss_kernel(
-        logits, targets, bias, losses, lses, rows, vocab, a, slope, shift,
+        logits, targets, bias, losses, lses, rows, vocab, a, b, c,
         CAPPED: tl.constexpr, BIASED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets.
-    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum; the sigmoid is
-    a squared rsqrt(1 + 2^..), cheaper than a division."""
+    Capped logits, a * sigmoid((z + b) / c), are below a, which spares them the running maximum; the sigmoid is a
+    squared rsqrt(1 + 2^..), cheaper than a division."""
+    slope, shift = 1 / c, b / c
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     peak = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -2655,11 +2627,11 @@ def loss_kernel(
         tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
 
 def loss_gradient_kernel(
-        logits, targets, bias, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
+        logits, targets, bias, lses, grads, unit, out, out_t, rows, vocab, a, b, c,
         CAPPED: tl.constexpr, BIASED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows).
-    grads: of the loss of each target and row."""
+    """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows); grads: of the losses."""
+    slope, shift = 1 / c, b / c
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (col < vocab)[None, :]
@@ -2692,11 +2664,6 @@ def cap_logits(z: Tensor, cap: tuple) -> Tensor:
     a, b, c = cap
     return a * torch.sigmoid((z + b) / c) if a else z / c
 
-def cap_arguments(cap: list[float]) -> tuple:
-    """a, slope and shift of a * sigmoid(slope * z + shift)."""
-    a, b, c = cap
-    return a, 1 / c, b / c
-
 def loss_rows(logits_NV, targets_KN, bias_V, cap: list[float], kernel: bool) -> tuple:
     """Cross-entropies of capped logits + bias (that of a target: 0), (K, N), 0 where the target is IGNORE, and
     log-sum-exps, (N,), both fp32."""
@@ -2705,7 +2672,7 @@ def loss_rows(logits_NV, targets_KN, bias_V, cap: list[float], kernel: bool) -> 
         lse_N = logits_NV.new_empty(rows, dtype=torch.float32)
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](
-            logits_NV, targets_KN.contiguous(), bias_V, losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
+            logits_NV, targets_KN.contiguous(), bias_V, losses_KN, lse_N, rows, vocab, *cap,
             CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=count, BLOCK=2048, num_warps=4)
         return losses_KN, lse_N
     losses, lses = [], []
@@ -2726,8 +2693,8 @@ def logit_gradient(
     if kernel:
         out_t = out.new_empty(vocab, rows) if fp8 else out
         triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 64))](
-            logits_NV, targets_KN.contiguous(), bias_V, lse_N, grad_KN.contiguous(), unit, out, out_t, rows,
-            vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=len(targets_KN),
+            logits_NV, targets_KN.contiguous(), bias_V, lse_N, grad_KN.contiguous(), unit, out, out_t,
+            rows, vocab, *cap, CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=len(targets_KN),
             TRANSPOSED=fp8, ROWS=64, COLS=64, num_warps=4)
         return out, out_t if fp8 else out.T
     a, _, c = cap
@@ -2748,8 +2715,7 @@ def head_scales(model_dim: int) -> tuple:
     largest = FP8_INPUT_MARGIN * math.sqrt(model_dim)
     return 2.0 ** math.ceil(math.log2(largest / 448)), 2.0**-8
 
-@operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, Tensor? bias, float[] cap, "
-          "bool kernel) -> (Tensor, Tensor, Tensor)")
+@operator("head(T x, T weight, T xq, T wq, T targets, T? bias, float[] cap, bool kernel) -> (T, T, T)")
 def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, bias_V, cap, kernel):
     """Losses (K, N), logits and log-sum-exps. xq and wq: x and weight in FP8, or they themselves."""
     if xq_ND.dtype.itemsize == 1:
@@ -2760,8 +2726,8 @@ def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, bias_V, cap, kernel):
     losses_KN, lse_N = loss_rows(logits_NV, targets_KN, bias_V, cap, kernel)
     return losses_KN, logits_NV, lse_N
 
-@operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor? bias, Tensor logits, "
-          "Tensor lse, float[] cap, bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
+@operator("head_backward(T grad, T xq, T wq, T targets, T? bias, T logits, T lse, "
+          "float[] cap, bool kernel, ScalarType dtype) -> (T, T)")
 def fused_head_backward(grad_KN, xq, wq, targets_KN, bias_V, logits_NV, lse_N, cap, kernel, dtype):
     """Gradients of x and weight. FP8, xq (D, N) and wq (D, V): a logit's gradient is at most sum |grad| * a / 4c; in
     units of that / 57344 it always fits e5m2, and the units go into the products' scales."""
@@ -2788,8 +2754,8 @@ def _head_fake(x, weight, xq, wq, targets, bias, cap, kernel):
     losses = x.new_empty(targets.shape, dtype=torch.float32)
     return losses, x.new_empty(len(x), len(weight), dtype=logits), losses.new_empty(len(x))
 
-differentiable(fused_head, _head_backward, lambda inputs, outputs: (
-    (*inputs[2:6], *outputs[1:]), (*inputs[6:], inputs[0].dtype)))
+differentiable(
+    fused_head, _head_backward, lambda x, made: ((*x[2:6], *made[1:]), (*x[6:], x[0].dtype)))
 fused_head.register_fake(_head_fake)
 fused_head_backward.register_fake(lambda grad, xq, wq, targets, bias, logits, *rest: tuple(
     t.new_empty(n, t.numel() // n, dtype=rest[-1]) for t, n in zip((xq, wq), logits.shape, strict=True)))

@@ -1,11 +1,11 @@
-"""Where parts meet: n-grams and a step that breaks off, processes and sums, the clock and --iterations, candidates and
-micro_tokens, stages and the longest document."""
+"""Where parts meet: n-grams and a step that breaks off, processes and sums, the clock and --iterations, stages and
+the longest document."""
 import helpers
 import moe
 import pytest
 import torch
 from clocked import clock
-from helpers import H100, assert_same_state, load_state, make_data, parse, records, run_folder, steps_saved, tiny
+from helpers import assert_same_state, load_state, make_data, records, run_folder, steps_saved, tiny
 from recipe import run_flags, run_processes
 
 import train_gpt
@@ -53,13 +53,6 @@ def test_a_run_by_the_clock_that_ended_goes_on_with_more_iterations(tmp_path):
         assert train_gpt.main(tiny(tmp_path, **more)) == 0
     assert records(run_folder(tmp_path))[-1]["step"] == 40
 
-
-def test_rows_that_share_candidates_stay_together_whatever_the_memory(monkeypatch):
-    """16 rows of 4096 tokens, more than micro_tokens are of themselves."""
-    argv = "--preset gpu --num-layers 1 --value-embeds 0 --width 32 --head-dim 16 --stage-ends 1 --candidates 128"
-    for rows in (2, 16):
-        s = parse(*argv.split(), "--candidate-rows", str(rows), hardware=H100, monkeypatch=monkeypatch)
-        assert train_gpt.stage_table(s)[0].micro_rows(s, 1) % rows == 0
 
 
 @pytest.mark.parametrize("script, own", [(train_gpt, helpers), (train_moe, moe)], ids=["gpt", "moe"])
