@@ -404,7 +404,7 @@ def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) ->
     return torch.cat((cos, still + 1, cos, still + 1), -1), torch.cat((sin, still, -sin, still), -1)
 
 def rotate(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated RoPE (17), in fp32: rotates the first half of the pairs (x[i], x[i + K/2]); of narrow heads more."""
+    """Half-truncated RoPE (17): turns the first half of the pairs (x[i], x[i + K/2]), of narrow heads as many; in fp32."""
     half = x_BTHK.size(-1) // 2
     cos, sin = (table.unflatten(-1, (2, -1))[..., :half].flatten(-2) for table in (cos, sin))
     x = x_BTHK.float()
