@@ -248,10 +248,9 @@ def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
 def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_size: int) -> list[str]:
     """A sentence for each setting of the model that does not fit another one."""
     bad = []
-    for prefix in ("", "base_") if s.mup else ("",):
-        width, head_dim = getattr(s, f"{prefix}width"), getattr(s, f"{prefix}head_dim")
-        if width % head_dim or head_dim % 4 or width < GATE_DIM:
-            bad.append(f"--{prefix}width {width} must be a multiple of --{prefix}head_dim {head_dim}, "
+    for prefix, x in (("", s), ("base_", s.base))[:1 + s.mup]:
+        if x.width % x.head_dim or x.head_dim % 4 or x.width < GATE_DIM:
+            bad.append(f"--{prefix}width {x.width} must be a multiple of --{prefix}head_dim {x.head_dim}, "
                        f"that one of 4, and not below {GATE_DIM}")
     if 2 * s.value_embeds > s.num_layers:
         bad.append(f"--value_embeds {s.value_embeds}: each table serves two of {s.num_layers} layers")
@@ -362,8 +361,8 @@ POINTER_BLOCK = 2048  # positions; copies come from the own block and the one be
 NGRAM_FACTORS = 2654435761, 2246822519, 3266489917  # of a token and those before
 NGRAM_SIGNS = 8192  # different vectors of signs
 PERMUTATION = 20011  # label * this, modulo the vocabulary, is a permutation: a prime
-# Learned scalars of a layer and their initial values: weights of the residual stream, the embedding (at every layer),
-# the skip connection, values, value embedding (11, 14, 15), of the output of which the last is freed (40).
+# Learned scalars of a layer and their initial values: weights of the stream, the embedding, the skip connection (11),
+# values, value embedding (14, 15), of the output of which the last is freed (40).
 SCALARS = {
     "residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_embed": 0.5, "backout": 0.5}
 
@@ -404,7 +403,7 @@ def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) ->
     return torch.cat((cos, still + 1, cos, still + 1), -1), torch.cat((sin, still, -sin, still), -1)
 
 def rotate(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated RoPE (17): turns the first half of the pairs (x[i], x[i + K/2]), of narrow heads as many; in fp32."""
+    """Half-truncated RoPE (17): turns the first half of the pairs (x[i], x[i + K/2]), of narrow ones, too; in fp32."""
     half = x_BTHK.size(-1) // 2
     cos, sin = (table.unflatten(-1, (2, -1))[..., :half].flatten(-2) for table in (cos, sin))
     x = x_BTHK.float()
@@ -707,8 +706,8 @@ def exchanged(world: World, x: Tensor) -> Tensor:
     return received
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple:
-    """The classes of a sampled softmax (92): the gate, targets, and others by a permutation from `turn` on; the place of
-    each class among them, or IGNORE; what is added to logits, as the others stand for all (1412.2007, not in 92)."""
+    """The classes of a sampled softmax (92): the gate, targets, and others by a permutation from `turn` on; the place
+    of each class among them, or IGNORE; what is added to logits, as the others stand for all (1412.2007, not in 92)."""
     label = torch.arange(vocab_size + gate, device=targets.device)
     rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
     rank = rank.index_fill(0, targets.flatten().clamp_min(0), -1)
@@ -742,8 +741,8 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {"total": total, "active": total - idle, **counts, "matmul": counts["hidden"] + counts["head"]}
 
 def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
-    """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer, less if
-    narrow, on average over a causal row, cut at the final window and max_doc_len; and the pointer's."""
+    """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer, less
+    if narrow, on average over a causal row, cut at the final window and max_doc_len; and the pointer's."""
     length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
     long = math.ceil(stage.window / s.window_step) * s.window_step
     short = min(short_window(long, s.window_step), long)
@@ -780,7 +779,7 @@ def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
     return tokens * (units * (1 if s.compile else 2) * size * s.width + scores + pointer)
 
 def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
-    """Bytes of a process at its peak, the start of a backward pass: weights, optimizer, n-grams, activations, logits."""
+    """Bytes of a process at its peak, the start of a backward pass: weights, optimizer, n-grams, activations."""
     size, peak = s.torch_dtype.itemsize, 0.0
     with torch.random.fork_rng(()), torch.device("meta"):
         model = GPT(replace(s, device="cpu", ngram_rows=0), vocab_size)
@@ -1047,8 +1046,7 @@ class Bank:
         return 1.0 if before < start else min(1.0, (after - before) / steps)
 
     def blend(self):
-        """The weights that count: drawn towards their tail average; those of training are kept as `raw`. Averaging
-        shrinks, so each matrix or, of AdamW, tensor keeps its norm (92)."""
+        """The weights that count: drawn to their tail average, each matrix or, of AdamW, tensor with its norm (92)."""
         raw = self.state["raw"] = self.state["master"]
         blended = raw.lerp(self.state["average"], self.s.tail)
         squares = torch.stack([x.square().sum(dim=(-2, -1), keepdim=True) for x in (raw, blended)])
@@ -1228,8 +1226,8 @@ class MuonAdamW:
             self.sums[name] = bank.places[name].copy_(grad) if bank.places else grad.float()
 
     def step(self, scale: float, momentum: float, others: float | None = None, span: tuple | None = None):
-        """Updates all parameters. `scale`: factor on rates, `others`: of all but the hidden matrices; `span`: from where
-        to where this takes the schedule. Raises RuntimeError that names parameters whose gradient never came."""
+        """Updates all parameters. `scale`: factor on rates, `others`: of all but the hidden matrices; `span`: from
+        where to where this takes the schedule. Raises RuntimeError that names parameters whose gradient never came."""
         missing = {name for bank in self.banks for k in bank.waiting for name in bank.names[k] - bank.arrived.keys()}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
