@@ -1141,18 +1141,17 @@ class NgramBank:
             return
         beta2, event, new = self.rule.betas[1], step // self.s.ngram_every, []
         lr, decay = self.rule.lr * scale, self.rule.weight_decay * scale
-        rows = torch.cat([rows for rows, _ in self.came])
+        rows, grads = map(torch.cat, zip(*self.came, strict=True))  # one sum: so a resumed run has the same
         place = torch.arange(len(rows), device=rows.device)
         first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
         sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)  # where a row came first
-        for part, (_, grads) in zip(first.split([len(x) for x, _ in self.came]), self.came, strict=True):
-            if sums.is_cuda:  # where index_add_ is atomic
-                sums.index_put_((part,), grads.float(), accumulate=True)
-            else:
-                sums.index_add_(0, part, grads.float())
+        if sums.is_cuda:  # where index_add_ is atomic
+            sums.index_put_((first,), grads.float(), accumulate=True)
+        else:
+            sums.index_add_(0, first, grads.float())
         for part, places in zip(*(x.split(2**26 // sums.size(1)) for x in (rows, first)), strict=True):
             grads, vectors = sums[places], self.table[part].float()
-            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # in one order
+            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # all_reduce's order varies
             square = self.square[part] * beta2**(event - 1 - self.event[part])
             square.lerp_(mean / self.world.size, 1 - beta2)
             root = (square / (1 - beta2**event)).sqrt() + self.rule.eps

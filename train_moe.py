@@ -784,8 +784,7 @@ class Layer(NamedTuple):
 
 # differs from train_gpt.py: the mixture
 def layer_table(s: Settings) -> list[Layer]:
-    """The topology of the model. Value tables serve the first and again the last layers (17);
-    `unet` adds the output of layer i to layer n-1-i (11), `single` of layer n/4 to n/2 (45)."""
+    """The topology. Value tables serve first and last layers (17); skips: unet i to n-1-i (11), single n/4 to n/2."""
     n, tables = s.num_layers, s.value_embeds
     layers = []
     for i, attention in enumerate(s.attention):
@@ -1631,18 +1630,17 @@ class NgramBank:
             return
         beta2, event, new = self.rule.betas[1], step // self.s.ngram_every, []
         lr, decay = self.rule.lr * scale, self.rule.weight_decay * scale
-        rows = torch.cat([rows for rows, _ in self.came])
+        rows, grads = map(torch.cat, zip(*self.came, strict=True))  # one sum: so a resumed run has the same
         place = torch.arange(len(rows), device=rows.device)
         first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
         sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)  # where a row came first
-        for part, (_, grads) in zip(first.split([len(x) for x, _ in self.came]), self.came, strict=True):
-            if sums.is_cuda:  # where index_add_ is atomic
-                sums.index_put_((part,), grads.float(), accumulate=True)
-            else:
-                sums.index_add_(0, part, grads.float())
+        if sums.is_cuda:  # where index_add_ is atomic
+            sums.index_put_((first,), grads.float(), accumulate=True)
+        else:
+            sums.index_add_(0, first, grads.float())
         for part, places in zip(*(x.split(2**26 // sums.size(1)) for x in (rows, first)), strict=True):
             grads, vectors = sums[places], self.table[part].float()
-            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # in one order
+            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # all_reduce's order varies
             square = self.square[part] * beta2**(event - 1 - self.event[part])
             square.lerp_(mean / self.world.size, 1 - beta2)
             root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
@@ -2113,8 +2111,7 @@ def log_routers(run: Run, step: int, report: dict[str, list]):
 # ┌─ Training ───────────────────────────────────────────────────────────────────────────────────┐
 # differs from train_gpt.py: noise, balance and reports of the routers
 def train(run: Run):
-    """The training: steps of micro-steps, and what is looked at, logged and saved on the way.
-    Nothing but a log step, an evaluation or a checkpoint waits for the device."""
+    """Steps of micro-steps. Nothing but a log step, an evaluation or a checkpoint waits for the device."""
     s, world, stages = run.s, run.world, stage_table(run.s)
     model = GPT(s, run.vocab_size, world).to(s.device)
     optimizer = MuonAdamW(model, s, world)
