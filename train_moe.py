@@ -1806,15 +1806,14 @@ class MuonAdamW:
         for name, p in named:
             alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
             groups.setdefault(alike, []).append((name, p))
-        self.steps, self.last_micro_step, self.world, self.s = 0, True, world, s
-        self.span = 0, 0  # of the last step in the schedule
+        self.world, self.sums = world, {}  # of gradients of earlier micro-steps, fp32
+        self.steps, self.span, self.last_micro_step = 0, (0, 0), True
         table = groups.pop("ngrams.table", None)
         self.tables = [NgramBank(model.ngrams, rules["ngrams.table"], s, world)] if table else []
         banks = [Bank(group, rules, s, world) for group in groups.values()]
         # updated first: Muon's, while the tables, last in backward, are reduced; then those that are used first
         self.banks = sorted(reversed(banks), key=lambda bank: (not bank.muon, "lm_head" in bank.params))
         self.balance = Balance(model, s, world) if s.mixtures else None
-        self.sums = {}  # fp32 gradient sums of earlier micro-steps
         for bank in self.banks:
             for name, p in bank.params.items():
                 p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name, bank))
