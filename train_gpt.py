@@ -954,8 +954,8 @@ class Bank:
         self.collectives = [self.pieces[k:k + size] for k in range(0, len(self.pieces), size)]
         self.names = [dict(pieces).keys() for pieces in self.collectives]
         self.mine = [i for i in range(len(self.collectives) * size) if i // self.share % n == world.rank % n]
-        rates = torch.tensor([rules[name].lr for name, _ in self.pieces])
-        self.lr = self.padded(rates)[self.mine].to(s.device).view(-1, *(1 for _ in self.shape))
+        rates = torch.tensor([rules[name].lr for name, _ in self.pieces], device=s.device)
+        self.lr = self.padded(rates)[self.mine].view(-1, *(1 for _ in self.shape))
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.my_pieces({name: p.detach() for name, p in named})}
         dtype = torch.float32 if name in FP32_PARAMETERS else s.torch_dtype
