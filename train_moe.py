@@ -851,6 +851,14 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD, value_BTD, mask, at, scalars: dict, gates) -> Tensor:
         """`at`: rotary cos and sin, (T, 1, K), and where the token before is of the same document."""
+        q, k, v, value_BTHK, gate = self.project(x_BTD, value_BTD, at, scalars, gates)
+        q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
+        y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(value_BTHK.shape)
+        y = without_component(y, value_BTHK) if self.xsa else y
+        return (y if gate is None else y * gate).flatten(2) @ self.qkvo[-1]
+
+    def project(self, x_BTD, value_BTD, at, scalars: dict, gates) -> tuple:
+        """q, k, v of each position, (B, T, H, K), and for its output v again and its gate, (B, T, H, 1)."""
         v = F.linear(x_BTD, self.qkvo[:-1].flatten(0, 1)).unflatten(-1, (-1, self.head_dim))
         if self.qk is None:
             qk, v = v.split((2 * self.num_heads, self.num_heads), dim=2)
@@ -865,11 +873,7 @@ class Attention(nn.Module):
         if value_BTD is not None:
             weight = scalars["value_embed"] * (2 * value_gate if self.value_gated else 1)
             v = scalars["value"] * v + weight * value_BTD.view_as(v)
-        heads = [pair(x) if self.paired else x for x in (q, k, v)]
-        y = attend(*heads, mask, self.scale, self.backend, self.options).reshape(v.shape)
-        y = without_component(y, v) if self.xsa else y
-        y = y * out_gate if self.gated else y
-        return y.flatten(2) @ self.qkvo[-1]
+        return q, k, v, v, out_gate if self.gated else None
 
     def offset_keys(self, k_BTHK, follows_BT11) -> Tensor:
         """The unrotated half of a key is the previous token's, if of the same document: one layer can induce (49)."""
