@@ -980,8 +980,7 @@ class GPT(nn.Module):
         follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
         x = x0 = self.embedding(inputs_BT, follows)
         masks = self.masks(docs_BT, window)
-        length = inputs_BT.size(1)
-        at = self.cos[:length], self.sin[:length], follows[..., None]
+        at = *(x[:inputs_BT.size(1)] for x in (self.cos, self.sin)), follows[..., None]
         scalars = self.scalars.type_as(x).unbind(0)
         gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
         if self.ngrams is not None:
@@ -1423,8 +1422,9 @@ class Bank:
         self.collectives = [self.pieces[k:k + size] for k in range(0, len(self.pieces), size)]
         self.names = [dict(pieces).keys() for pieces in self.collectives]
         self.mine = [i for i in range(len(self.collectives) * size) if i // self.share % n == world.rank % n]
-        rates = torch.tensor([rules[name].lr for name, _ in self.pieces], device=s.device)
-        self.lr = self.padded(rates)[self.mine].view(-1, *(1 for _ in self.shape))
+        lrs = [rules[name].lr for name, _ in self.pieces] + [0.0] * size
+        rates = torch.tensor([lrs[i] for i in self.mine], device=s.device)
+        self.lr = rates.view(-1, *(1 for _ in self.shape))
         self.update_function = compiled(muon_update if self.muon else adamw_update, s)
         self.state = {"master": self.my_pieces({name: p.detach() for name, p in named})}
         self.experts = self.my_experts()
@@ -1678,8 +1678,7 @@ class NgramBank:
             for owner in range(self.world.size):
                 part = on_rank_zero(self.world, share, key, owner)
                 own |= {key: part.to(self.s.device)} if owner == self.world.rank else {}
-        if "rows" in own:
-            self.came.append((own.pop("rows"), own.pop("grads")))
+        self.came += [(own.pop("rows"), own.pop("grads"))] if "rows" in own else []
         for key, part in own.items():
             self.state[key].copy_(part)
         self.whole = len(self.came)
@@ -2187,8 +2186,7 @@ def train(run: Run):
     run.finish(step, optimizer)
 
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
-    """Compiles and runs every shape, untimed; several processes do so each alone first: then none waits for one that
-    lacks memory. A rate of 0 changes no weight, moments are cleared."""
+    """Compiles and runs every shape, untimed; of several processes each alone first: so none waits for one that fails."""
     alone = functools.partial(rehearse, run, model, optimizer, window, World())
     while not run.fits(alone):
         optimizer.reset()
