@@ -2186,7 +2186,7 @@ def train(run: Run):
     run.finish(step, optimizer)
 
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
-    """Compiles and runs every shape, untimed; of several processes each alone first: so none waits for one that fails."""
+    """Compiles and runs every shape, untimed; of several processes each alone first: none waits for one that fails."""
     alone = functools.partial(rehearse, run, model, optimizer, window, World())
     while not run.fits(alone):
         optimizer.reset()
