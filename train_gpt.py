@@ -131,7 +131,7 @@ class Hyperparameters:
     momentum_cooldown: int = 50  # last steps, its fall [>=0; with hidden_optimizer muon]
     muon_beta2: float = 0.95  # of NorMuon's variance; 0 off [0..1; with hidden_optimizer muon]
     muon_weight_decay: float = 0.02  # decay / peak rate [>=0; with hidden_optimizer muon]
-    orthogonalizer: str = "polar_express"  # Muon's [polar_express|newton_schulz; with hidden_optimizer muon]
+    orthogonalizer: str = "polar_express"  # its iteration [polar_express|newton_schulz; with hidden_optimizer muon]
     adam_lr: float = 0.008  # of all else, times the factor in parameter_table [>=0]
     adam_eps: float = 1e-10  # AdamW's epsilon [>0]
     adam_weight_decay: float = 0.0  # decay / peak rate of embeddings, head [>=0]
