@@ -637,9 +637,8 @@ class ValStream:
         self.eot = corpus.meta["eot"]
         if not 0 < self.num_tokens <= available:
             more = f"make more with {repair_command(corpus.folder)}"
-            repair = "use --eval_tokens 0 for all" if available else more
-            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} "
-                            f"validation tokens; {repair}")
+            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} validation "
+                            f"tokens; {'use --eval_tokens 0 for all' if available else more}")
         self.num_rows, left, parts = -(-self.num_tokens // seq_len), self.num_tokens + 1, []
         for path in corpus.val:
             if left > 0:

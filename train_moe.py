@@ -140,7 +140,6 @@ class Hyperparameters:
     mtp: ints = (0,)  # further tokens to predict, by 1/2, 1/4 .. (53) [>=0; per stage]
     candidates: ints = (0,)  # classes in the loss of a row; 0: all (92) [>=0; per stage]
     stage_lr: floats = (1.0,)  # factor on all learning rates [>0; per stage]
-    candidate_rows: int = 1  # rows of a step that share their candidates [>0]
     ngram_every: int = 1  # steps of an update of n-grams [>0; with ngram_rows]
     window_start: int = 128  # long window at step 0, tokens, grows; 0: no growth [>=0]
     window_step: int = 128  # windows are rounded up to a multiple of this, tokens [>0]
@@ -322,10 +321,9 @@ def record_auto(s: Settings, hardware: Hardware) -> dict[str, tuple]:
 def hyperparameter_errors(s: Settings, given: dict, hardware: Hardware, world_size: int) -> list[str]:
     """A sentence for each setting of the model that does not fit another one."""
     bad = []
-    for prefix in ("", "base_") if s.mup else ("",):
-        width, head_dim = getattr(s, f"{prefix}width"), getattr(s, f"{prefix}head_dim")
-        if width % head_dim or head_dim % 4 or width < GATE_DIM:
-            bad.append(f"--{prefix}width {width} must be a multiple of --{prefix}head_dim {head_dim}, "
+    for prefix, x in (("", s), ("base_", s.base))[:1 + s.mup]:
+        if x.width % x.head_dim or x.head_dim % 4 or x.width < GATE_DIM:
+            bad.append(f"--{prefix}width {x.width} must be a multiple of --{prefix}head_dim {x.head_dim}, "
                        f"that one of 4, and not below {GATE_DIM}")
     if 2 * s.value_embeds > s.num_layers:
         bad.append(f"--value_embeds {s.value_embeds}: each table serves two of {s.num_layers} layers")
@@ -413,22 +411,21 @@ def stage_errors(s: Settings, world_size: int) -> list[str]:
             bad.append(f"--micro_tokens {s.micro_tokens} is less than one row of --seq_len {t.seq_len} tokens")
         elif t.mtp >= t.seq_len:
             bad.append(f"--mtp {t.mtp} must be less than --seq_len {t.seq_len}")
-        elif t.candidates % HEAD_MULTIPLE or t.candidates and t.micro_rows(s, world_size) % s.candidate_rows:
-            bad.append(f"--candidates {t.candidates} must be a multiple of {HEAD_MULTIPLE}, --candidate_rows "
-                       f"{s.candidate_rows} a divisor of the {t.micro_rows(s, world_size)} rows of a micro-step")
+        elif t.candidates % HEAD_MULTIPLE:
+            bad.append(f"--candidates {t.candidates} must be a multiple of {HEAD_MULTIPLE}")
     return bad
 
 class Stage(NamedTuple):
     """One row of the stage table: steps [start, end) of the run."""
     start: int
     end: int
-    window_start: int  # long window at `start`
+    window_start: int  # at `start`
     batch_tokens: int
     seq_len: int
     max_doc_len: int
-    window: int  # long window at `end`
-    mtp: int  # further future tokens
-    candidates: int  # classes in the loss; 0: all
+    window: int  # at `end`
+    mtp: int
+    candidates: int
     lr: float
 
     def micro_rows(self, s: Settings, world_size: int) -> int:
@@ -437,13 +434,10 @@ class Stage(NamedTuple):
         return max(n for n in divisors(self.batch_tokens // self.seq_len // world_size) if n <= most)
 
 def micro_sizes(s: Settings, world_size: int) -> list[int]:
-    """Values to try for micro_tokens: its own, then, or where that is open, a row of the longest, or those that share
-    candidates, doubled as often as it pays, and halves of that; a process's share, where no such value will do."""
-    longest, own = max(s.seq_len) * (s.candidate_rows if any(s.candidates) else 1), s.micro_tokens
+    """Values to try for micro_tokens: its own, if any; a longest row, doubled as often as it pays; halves of that."""
+    longest, own = max(s.seq_len), s.micro_tokens
     most = own - 1 if own else max(MICRO_TOKENS, longest)
-    sizes = [own] * (own > 0) + [longest << k for k in reversed(range(32)) if longest << k <= most]
-    return [n for n in sizes if not stage_errors(replace(s, micro_tokens=n), world_size)] or [
-        own or max(s.batch_tokens) // world_size]
+    return [own] * (own > 0) + [longest << k for k in reversed(range(32)) if longest << k <= most]
 
 def staged_settings() -> list[str]:
     """The settings that may have a value per stage, in the order of the fields of Stage."""
@@ -775,23 +769,22 @@ POINTER_BLOCK = 2048  # positions; copies come from the own block and the one be
 NGRAM_FACTORS = 2654435761, 2246822519, 3266489917  # of a token and those before
 NGRAM_SIGNS = 8192  # different vectors of signs
 PERMUTATION = 20011  # label * this, modulo the vocabulary, is a permutation: a prime
-# Learned scalars of a layer and their initial values: weights of the residual stream, the embedding (at every layer),
-# the skip connection, values, value embedding (11, 14, 15), of the output of which the last is freed (40).
+# Learned scalars of a layer and their initial values: weights of the stream, the embedding, the skip connection (11),
+# values, value embedding (14, 15), of the output of which the last is freed (40).
 SCALARS = {
     "residual": 1.0, "embedding": 0.0, "skip": 1.0, "value": 0.5, "value_embed": 0.5, "backout": 0.5}
 
 # differs from train_gpt.py: the mixture
 class Layer(NamedTuple):
     """One row of the layer table."""
-    attention: str  # L long window, S short window, P short window and paired heads, - none
-    value_table: int | None  # value-embedding table that is mixed into v
-    skip_from: int | None  # layer whose output is added to this one's input
+    attention: str  # L, S, P or -
+    value_table: int | None  # that is mixed into v
+    skip_from: int | None  # layer whose output is added to the input
     mixture: int | None = None  # number among the mixture layers; None: a dense MLP
 
 # differs from train_gpt.py: the mixture
 def layer_table(s: Settings) -> list[Layer]:
-    """The topology of the model. Value tables serve the first and again the last layers (17);
-    `unet` adds the output of layer i to layer n-1-i (11), `single` of layer n/4 to n/2 (45)."""
+    """The topology. Value tables serve first and last layers (17); skips: unet i to n-1-i (11), single n/4 to n/2."""
     n, tables = s.num_layers, s.value_embeds
     layers = []
     for i, attention in enumerate(s.attention):
@@ -822,8 +815,7 @@ def rotary_table(length: int, head_dim: int, base: float, window=1, longer=1) ->
     return torch.cat((cos, still + 1, cos, still + 1), -1), torch.cat((sin, still, -sin, still), -1)
 
 def rotate(x_BTHK, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated RoPE: rotates the first half of the pairs (x[i], x[i + K/2]) by the angle of their position, in
-    fp32 (17); of narrow heads as many, at most all. Whole heads at a time: so a compiler fuses it with the norm."""
+    """Half-truncated RoPE (17): turns the first half of the pairs (x[i], x[i + K/2]), of narrow ones, too; in fp32."""
     half = x_BTHK.size(-1) // 2
     cos, sin = (table.unflatten(-1, (2, -1))[..., :half].flatten(-2) for table in (cos, sin))
     x = x_BTHK.float()
@@ -844,8 +836,7 @@ def uniform_matrix(*shape: int) -> Tensor:
     return torch.empty(shape).uniform_(-bound, bound)
 
 class Attention(nn.Module):
-    """Causal self-attention: QK-norm, RoPE, key offset, value embedding, paired heads, output gate. Matrices of one
-    shape are one parameter, for batching; that of the output is transposed and starts at zero."""
+    """Causal self-attention. Matrices of one shape are one parameter, for batching; the output's is transposed."""
     def __init__(self, s: Settings, kind: str):
         super().__init__()
         self.num_heads, self.head_dim = s.num_heads, s.head_dim
@@ -864,13 +855,11 @@ class Attention(nn.Module):
         q, k, v = (pair(x) if self.paired else x for x in (q, k, v))
         y = attend(q, k, v, mask, self.scale, self.backend, self.options).reshape(value_BTHK.shape)
         y = without_component(y, value_BTHK) if self.xsa else y
-        _, out = self.qkvo.split((len(self.qkvo) - 1, 1))
-        return (y if gate is None else y * gate).flatten(2) @ out[0]
+        return (y if gate is None else y * gate).flatten(2) @ self.qkvo[-1]
 
     def project(self, x_BTD, value_BTD, at, scalars: dict, gates) -> tuple:
         """q, k, v of each position, (B, T, H, K), and for its output v again and its gate, (B, T, H, 1)."""
-        inner, _ = self.qkvo.split((len(self.qkvo) - 1, 1))
-        v = F.linear(x_BTD, inner.flatten(0, 1)).unflatten(-1, (-1, self.head_dim))
+        v = F.linear(x_BTD, self.qkvo[:-1].flatten(0, 1)).unflatten(-1, (-1, self.head_dim))
         if self.qk is None:
             qk, v = v.split((2 * self.num_heads, self.num_heads), dim=2)
         else:
@@ -878,7 +867,6 @@ class Attention(nn.Module):
         cos, sin, follows_BT11 = at
         q, k = rotate(norm(qk), cos, sin).chunk(2, dim=2)
         k = self.offset_keys(k, follows_BT11)
-        out_gate = value_gate = None
         if gates is not None:
             both = torch.sigmoid(F.linear(x_BTD[..., :GATE_DIM], gates.flatten(0, 1)))
             out_gate, value_gate = both.unflatten(-1, (2, self.num_heads, 1)).unbind(2)
@@ -948,7 +936,7 @@ class GPT(nn.Module):
         gated = s.attn_gate or (s.value_embeds and s.value_gate)
         self.gates = nn.Parameter(gates) if gated else None
         self.scalars = nn.Parameter(torch.tensor([list(SCALARS.values())] * s.num_layers))
-        self.backout = 2 * s.num_layers // 3 - 1 if s.backout and s.num_layers > 2 else None  # layer
+        self.backout = 2 * s.num_layers // 3 - 1 if s.backout and s.num_layers > 2 else None
         self.lm_head = nn.Parameter(torch.zeros(padded, s.width))
         self.pointer = Pointer(s.width, s.pointer) if s.pointer else None
         if s.mixtures:  # noisy_topk starts even, by its noise; elsewhere ties would all go one way
@@ -960,7 +948,7 @@ class GPT(nn.Module):
             self.register_buffer("router_bias", torch.zeros(shape[:2]), persistent=False)
         a, b, c = s.softcap
         self.cap = (a, b * s.growth, c * s.growth)  # of logits / growth: costs nothing, scales FP8
-        self.candidates, self.candidate_rows = 0, s.candidate_rows
+        self.candidates = 0
         lengths = [(t.seq_len, t.max_doc_len or t.seq_len) for t in stage_table(s)]
         self.longest = dict(sorted(lengths))  # document, of stages with one seq_len the longest
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
@@ -992,17 +980,16 @@ class GPT(nn.Module):
         follows = F.pad(docs_BT[:, 1:] == docs_BT[:, :-1], (1, 0))[..., None]
         x = x0 = self.embedding(inputs_BT, follows)
         masks = self.masks(docs_BT, window)
-        length = inputs_BT.size(1)
-        at = self.cos[:length], self.sin[:length], follows[..., None]
+        at = *(x[:inputs_BT.size(1)] for x in (self.cos, self.sin)), follows[..., None]
         scalars = self.scalars.type_as(x).unbind(0)
         gates = [None] * len(self.layers) if self.gates is None else self.gates.unbind(0)
-        weights = self.ngrams.weight.type_as(x).unbind(0) if self.ngrams is not None else None
-        if found_BTD is None and self.ngrams is not None:
-            found_BTD = self.ngrams(inputs_BT, docs_BT)
+        if self.ngrams is not None:
+            weights = self.ngrams.weight.type_as(x).unbind(0)
+            found_BTD = self.ngrams(inputs_BT, docs_BT) if found_BTD is None else found_BTD
         outputs, values = [], {}
         for i, (block, layer) in enumerate(zip(self.blocks, self.layers, strict=True)):
             skip = outputs[layer.skip_from] if layer.skip_from is not None else None
-            if (table := layer.value_table) not in (None, *values):  # not before: then its gradient comes earlier
+            if (table := layer.value_table) not in (None, *values):  # late: early in backward
                 values[table] = self.value_embeds[table](inputs_BT)
             router = self.router(layer.mixture, noise_BMTE)
             mask = masks.get(layer.attention)
@@ -1024,8 +1011,7 @@ class GPT(nn.Module):
         """The mask of each kind of layer, made once per forward pass. A short window is half a long one."""
         kinds = sorted({layer.attention for layer in self.layers} - {"-"})
         if self.backend == "varlen":
-            known = self.longest if torch.is_grad_enabled() else {}
-            longest = known.get(docs_BT.size(1))
+            longest = self.longest.get(docs_BT.size(1)) if torch.is_grad_enabled() else None
             return packed_documents(docs_BT, window, self.window_step, longest, kinds)
         half = torch.minimum(short_window(window, self.window_step), window)
         make = block_mask if self.backend == "flex" else dense_mask
@@ -1046,13 +1032,13 @@ class GPT(nn.Module):
         return cap_logits(F.linear(norm(x_BTD), self.lm_head), self.cap)
 
     def losses(self, x_BTD, targets_KBT, copies=None) -> Tensor:
-        """As `forward`, of the normed stream; copies: what the pointer says of each token. In training every
-        candidate_rows rows have classes of their own; targets without a place among them are counted."""
+        """As `forward`, of the normed stream; copies: what the pointer says of each token. In training each row has
+        `candidates` classes of its own; targets without a place among them are counted."""
         if not torch.is_grad_enabled() or not 0 < self.candidates < self.vocab_size:
             return self.class_losses(x_BTD, targets_KBT, self.lm_head, self.vocab_size, copies)
         losses = []
-        for start in range(0, len(x_BTD), self.candidate_rows):
-            part, turn = slice(start, start + self.candidate_rows), (self.turn + start) * (self.candidates + 1)
+        for row in range(len(x_BTD)):
+            part, turn = slice(row, row + 1), (self.turn + row) * (self.candidates + 1)
             targets, some = targets_KBT[:, part].long(), copies and [x[part] for x in copies]
             classes, place, bias_V = candidate_set(targets, turn, self.candidates, self.vocab_size, copies is not None)
             among = place[targets.clamp_min(0)].where(targets != IGNORE, IGNORE)
@@ -1064,7 +1050,7 @@ class GPT(nn.Module):
     def class_losses(self, x_BTD, targets_KBT, weight_VD, gate, copies, bias_V=None) -> Tensor:
         """Summed cross-entropies, (K,), among the classes with these rows of the head. The first one is that of a
         mixture with copies, by the probability of the class `gate`, which is no token."""
-        fp8 = self.fp8_head and torch.is_grad_enabled()  # evaluation is exact
+        fp8 = self.fp8_head and torch.is_grad_enabled()
         x_ND, targets_KN = x_BTD.flatten(0, 1), targets_KBT.flatten(1)
         if copies is not None:
             targets_KN = torch.cat((targets_KN, torch.zeros_like(targets_KN[:1]) + gate))
@@ -1113,7 +1099,7 @@ class Ngrams(nn.Module):
     A process owns some columns and looks them up for the tokens of all: no size depends on the rows that are wanted."""
     def __init__(self, s: Settings, world: World):
         super().__init__()
-        self.world, self.half, self.came = world, s.ngram_rows // 2, []  # rows and gradients since the last update
+        self.world, self.half, self.came = world, s.ngram_rows // 2, []  # (rows, gradients)
         self.table = nn.Parameter(torch.zeros(s.ngram_rows, s.width // world.size, dtype=s.torch_dtype))
         self.weight = nn.Parameter(torch.full((s.num_layers,), 0.05))
         fixed = torch.Generator("cpu").manual_seed(0)
@@ -1152,12 +1138,9 @@ def ngram_rows(inputs_BT, docs_BT, half: int) -> tuple[Tensor, Tensor]:
 
 def gathered(world: World, x: Tensor) -> Tensor:
     """x of all ranks, one after the other along the first axis. Collective."""
-    if world.size == 1:
-        return x
-    if world.alone:
-        return torch.cat([x] * world.size)
-    whole = x.new_empty(world.size * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(whole, x.contiguous())
+    whole = torch.cat([x] * world.size)
+    if world.size > 1 and not world.alone:
+        dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
 
 def exchanged(world: World, x: Tensor) -> Tensor:
@@ -1169,9 +1152,8 @@ def exchanged(world: World, x: Tensor) -> Tensor:
     return received
 
 def candidate_set(targets: Tensor, turn: Tensor, count: int, vocab_size: int, gate: bool) -> tuple:
-    """The classes of a sampled softmax (92): the gate, the targets, and as many others as are missing, by a fixed
-    permutation from `turn` on; the place of each class among them, IGNORE for those left out; and what is added to
-    their logits: the others stand for all that are no targets (Jean et al. 2015, arXiv 1412.2007; not in 92)."""
+    """The classes of a sampled softmax (92): the gate, targets, and others by a permutation from `turn` on; the place
+    of each class among them, or IGNORE; what is added to logits, as the others stand for all (1412.2007, not in 92)."""
     label = torch.arange(vocab_size + gate, device=targets.device)
     rank = ((label * PERMUTATION - turn) % vocab_size).where(label < vocab_size, -2)
     rank = rank.index_fill(0, targets.flatten().clamp_min(0), -1)
@@ -1210,9 +1192,8 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {"total": total, "active": total - idle - unchosen, **counts, "matmul": matmul}
 
 def flops_per_token(s: Settings, counts: dict[str, int], stage: Stage) -> float:
-    """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer
-    (q.k and weighted sum, 2 each, times 3): the mean of a causal row, cut at the final window and max_doc_len. Less for
-    narrow q and k, and for a head of few candidates; the pointer adds its scores."""
+    """FLOPs of forward and backward per token: 6 per matmul parameter, 12 * model_dim per visible key of a layer, less
+    if narrow, on average over a causal row, cut at the final window and max_doc_len; and the pointer's."""
     length, keys = min(stage.seq_len, stage.max_doc_len or stage.seq_len), 0.0
     long = math.ceil(stage.window / s.window_step) * s.window_step
     short = min(short_window(long, s.window_step), long)
@@ -1239,27 +1220,22 @@ def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: 
 
 MICRO_TOKENS = 49152  # of a forward pass: more bring nothing
 
-def activation_units(s: Settings) -> float:
-    """Activations of a token that are kept, / width: 17 a layer where compiled; narrow queries and keys, 4 of them."""
-    narrow = sum(letter in "SP" for letter in s.attention) * (1 - s.qk_dim / s.head_dim) if s.qk_dim else 0
-    return 17 * s.num_layers - 4 * narrow
-
 # differs from train_gpt.py: sorted rows of the mixtures
 def activation_bytes(s: Settings, tokens: int, seq_len: int) -> float:
-    """What a forward pass keeps for the backward one, fitted: activation_units; in a mixture for the MLP's
-    inputs, outputs and twice the hidden units of each choice, by `bmm` padded; scores and a mask in fp32, where there
-    is no FlexAttention; the pointer's scores."""
-    size = s.torch_dtype.itemsize
+    """What a forward pass keeps for the backward one, fitted: 17 times the width in a layer where compiled, of which 4
+    go to queries and keys; in a mixture for the MLP's inputs, outputs and twice the hidden units of each choice, by
+    `bmm` padded; scores and a mask in fp32, where there is no FlexAttention; the pointer's scores."""
+    size, narrow = s.torch_dtype.itemsize, s.num_layers - sum(map(s.attention.count, "L-"))
+    units = 17 * s.num_layers - 4 * narrow * (1 - (s.qk_dim or s.head_dim) / s.head_dim)
     scores = 0 if s.backend in ("flex", "varlen") else 2 * size * s.num_layers * s.num_heads * seq_len
     pointer = 8 * 2 * POINTER_BLOCK * bool(s.pointer)
     choices = s.top_k * (1.4 if s.moe_impl == "bmm" else 1.13)
     hidden = choices * (2 * s.width + 2 * s.hidden) + s.num_shared * s.hidden - s.mlp_ratio * s.width
-    kept = activation_units(s) * s.width + len(s.mixtures) * hidden
+    kept = units * s.width + len(s.mixtures) * hidden
     return tokens * (kept * (1 if s.compile else 2) * size + scores + pointer)
 
 def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
-    """Bytes of a process at its peak, the start of a backward pass: weights, own masters, moments and gradients, sums
-    of micro-steps; rows of n-grams, and gradients of those that came; activations, logits and their gradients."""
+    """Bytes of a process at its peak, the start of a backward pass: weights, optimizer, n-grams, activations."""
     size, peak = s.torch_dtype.itemsize, 0.0
     with torch.random.fork_rng(()), torch.device("meta"):
         model = GPT(replace(s, device="cpu", ngram_rows=0), vocab_size)
@@ -1268,14 +1244,15 @@ def expected_memory(s: Settings, vocab_size: int, world_size: int) -> float:
         tokens = t.micro_rows(s, world_size) * t.seq_len
         sums = sum(p.numel() for p in named.values()) if 1 < world_size < t.batch_tokens / tokens else 0
         logits = (4 if "loss" in s.kernels else 12) * (t.candidates or vocab_size) * tokens
-        peak = max(peak, 4 * sums + logits + activation_bytes(s, tokens, t.seq_len) + 12 * t.batch_tokens / world_size)
+        more = 4 * sums + 12 * t.batch_tokens / world_size
+        peak = max(peak, more + logits + activation_bytes(s, tokens, t.seq_len))
     for name, rule in trained_rules(s, list(named)).items():
         count, shared = named[name].numel(), rule.comm == "sharded"
         fp32 = (2 if rule.kind == "muon" else 3) + (s.tail > 0 and shared)
         gradient = 4 if world_size == 1 else size
         peak += size * count + (4 * fp32 + gradient) * count / (world_size if shared else 1)
     rows = s.ngram_rows / world_size
-    came = min(rows, 1.4 * s.ngram_every * max(s.batch_tokens) / world_size)  # 0.7 of two a token: some come twice
+    came = min(rows, 1.4 * s.ngram_every * max(s.batch_tokens) / world_size)  # some come twice
     return peak + rows * (size * s.width + 8) + 4 * came * s.width
 
 def way_to_fit(s: Settings, fits) -> str:
@@ -1288,66 +1265,60 @@ def way_to_fit(s: Settings, fits) -> str:
     return "a lower --num_layers, --width or --batch_tokens"
 
 # ┌─ Optimizer ──────────────────────────────────────────────────────────────────────────────────┐
-# One class for one rank or many. Each gradient is packed, freed and reduced into the shard of the
-# rank that owns it as soon as it is complete in the last micro-step's backward pass; optimizer state
-# and fp32 master weights exist on the owner only (ZeRO-2); after the update the owner's weights are
-# gathered by all. Small parameters are all-reduced and updated by every rank.
+# One class for one rank or many. Each gradient is reduced into the shard of its owner as soon as it is complete in the
+# last micro-step's backward; moments and fp32 masters exist there only (ZeRO-2); all gather the owner's weights till
+# the next forward pass needs them (wait_before_use). Small parameters are all-reduced and updated by every rank.
 
 # differs from train_gpt.py: a rounded router would change its choices
-FP32_PARAMETERS = ("scalars", "routers")  # names of parameters that are not rounded to bf16
+FP32_PARAMETERS = ("scalars", "routers")  # that are not rounded to bf16
 
 class Rule(NamedTuple):
     """One row of the parameter table."""
     pattern: str  # of the parameter names, a full match
     kind: str  # muon or adamw; rows: NgramBank's
     lr: float  # peak learning rate
-    betas: tuple[float, float]  # of adamw; of muon: unused, NorMuon's
-    weight_decay: float  # per unit of the peak learning rate
+    betas: tuple[float, float]  # of muon: unused, NorMuon's
+    weight_decay: float  # per unit of the peak rate
     comm: str  # sharded: its owner updates it; replicated: every rank does
-    role: str  # what grows with the width: hidden, input, output, fixed; table: input
-    fans: tuple[int, int] = (1, 1)  # fan_out and fan_in; 1 where the width is not in it
-    eps: float = 0.0  # of adamw
-    tail: float = 1.0  # time constant of its tail average, if sharded, / tail_steps
+    role: str  # in width transfer: hidden, input, table (an input), output, fixed
+    fans: tuple[int, int] = (1, 1)  # fan_out and fan_in; 1: without the width
+    tail: float = 1.0  # time constant of its tail average / tail_steps
+    eps: float = 0.0
 
 # differs from train_gpt.py: experts and routers
 def parameter_table(s: Settings) -> list[Rule]:
-    """How each parameter is trained. Factors on adam_lr as in records 20 to 28, betas of the small
-    parameters as in 89. Muon's shape rule sqrt(rows / columns) is written out: both MLP matrices are
-    stored as (hidden, model), which gives both the factor sqrt(mlp_ratio). An expert's factor is that
-    of its own matrices, at least 1."""
-    width, hidden, adam, eps = s.width, s.mlp_ratio * s.width, s.adam_lr, s.adam_eps
-    kind, lr, *rest = hidden_rule(s)
-    mlp = lr * s.mlp_ratio**0.5 if kind == "muon" else lr
-    shared = s.num_shared * s.hidden
+    """How each parameter is trained: factors on adam_lr of records 20 to 28, betas of small parameters of 89. Muon's
+    rule sqrt(rows / columns) gives both MLP matrices, (hidden, model), the factor sqrt(mlp_ratio). An expert's factor
+    is that of its own matrices, at least 1."""
+    width, hidden, adam = s.width, s.mlp_ratio * s.width, s.adam_lr
+    kind, lr, mlp = "muon", s.muon_lr, s.muon_lr * s.mlp_ratio**0.5
+    matrix = (0.0, s.muon_beta2), s.muon_weight_decay, "sharded", "hidden"
+    if s.hidden_optimizer == "adamw":
+        kind, lr, mlp = "adamw", s.hidden_lr, s.hidden_lr
+        matrix = (0.9, 0.95), s.hidden_weight_decay, "sharded", "hidden"
+    table, shared = ("sharded", "table", (width, 1)), s.num_shared * s.hidden
     ratios = [max(1.0, size / width) if kind == "muon" else 1.0 for size in (s.hidden, shared)]
     expert, beside = lr * s.expert_lr * math.sqrt(ratios[0]), lr * math.sqrt(ratios[1])
-    matrix = *rest, "sharded", "hidden"
     fast, decay = (0.8, 0.95), s.adam_weight_decay
-    table = decay, "sharded", "table", (width, 1), eps
     small = (0.9, 0.99), 0.0, "replicated"
-    return [
-        Rule(r"blocks\.\d+\.attn\.qk(vo)?", kind, lr, *matrix, (width, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), eps, tail=0.5),
-        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), eps, tail=0.5),
-        Rule(r"blocks\.\d+\.mlp\.experts_up", kind, expert, *matrix, (s.hidden, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.experts_down", kind, expert, *matrix, (width, s.hidden), eps),
-        Rule(r"blocks\.\d+\.mlp\.shared\.up", kind, beside, *matrix, (shared, width), eps),
-        Rule(r"blocks\.\d+\.mlp\.shared\.down", kind, beside, *matrix, (width, shared), eps),
-        Rule(r"routers", "adamw", s.router_lr, *small, "output", (1, width), eps),
-        Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width), eps),
-        Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, *table),
-        Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table[1:]),
-        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "hidden", (1, width), eps),
-        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1), eps),
-        Rule(r"smear|pointer\.small", "adamw", adam, *small, "fixed", eps=eps),
-        Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed", eps=eps),
+    rules = [
+        Rule(r"blocks\.\d+\.attn\.qk(vo)?", kind, lr, *matrix, (width, width)),
+        Rule(r"blocks\.\d+\.mlp\.up", kind, mlp, *matrix, (hidden, width), 0.5),
+        Rule(r"blocks\.\d+\.mlp\.down", kind, mlp, *matrix, (width, hidden), 0.5),
+        Rule(r"blocks\.\d+\.mlp\.experts_up", kind, expert, *matrix, (s.hidden, width)),
+        Rule(r"blocks\.\d+\.mlp\.experts_down", kind, expert, *matrix, (width, s.hidden)),
+        Rule(r"blocks\.\d+\.mlp\.shared\.up", kind, beside, *matrix, (shared, width)),
+        Rule(r"blocks\.\d+\.mlp\.shared\.down", kind, beside, *matrix, (width, shared)),
+        Rule(r"routers", "adamw", s.router_lr, *small, "output", (1, width)),
+        Rule(r"lm_head", "adamw", adam, fast, decay, "sharded", "output", (1, width)),
+        Rule(r"(embed|value_embeds\.\d+)\.weight", "adamw", 75 * adam, fast, decay, *table),
+        Rule(r"ngrams\.table", "rows", 70 * adam, (0.0, 0.95), 5 * decay, *table),
+        Rule(r"pointer\.qk", "adamw", adam, (0.9, 0.99), 0.0, "sharded", "hidden", (1, width)),
+        Rule(r"gates", "adamw", adam, *small, "input", (s.num_heads, 1)),
+        Rule(r"smear|pointer\.small", "adamw", adam, *small, "fixed"),
+        Rule(r"scalars|ngrams\.weight", "adamw", 5 * adam, *small, "fixed"),
     ]
-
-def hidden_rule(s: Settings) -> tuple:
-    """Optimizer, learning rate, betas and weight decay of the hidden matrices."""
-    if s.hidden_optimizer == "adamw":
-        return "adamw", s.hidden_lr, (0.9, 0.95), s.hidden_weight_decay
-    return "muon", s.muon_lr, (0.0, s.muon_beta2), s.muon_weight_decay
+    return [rule._replace(eps=s.adam_eps) for rule in rules]
 
 def match_rules(table: list[Rule], names: list[str]) -> dict[str, Rule]:
     """Parameter name -> its row of the table. Every parameter must match exactly one."""
@@ -1363,14 +1334,10 @@ def trained_rules(s: Settings, names: list[str]) -> dict[str, Rule]:
 
 def transferred(rule: Rule, base: Rule, embedding: str) -> Rule:
     """The rule of the base width, serving at another one: muP (Tensor Programs V, TP-V: arXiv 2203.03466), as a
-    condition on spectral norms, which covers Muon (2310.17813).
-    
-    - Muon: an orthogonalized update has spectral norm 1; times sqrt(fan_out / fan_in) its effect is that of any width.
-    - Output: its product is divided by the growth of fan_in (GPT.cap), all else stays (TP-V, 8).
-    - AdamW: the entries of an update have one size and add up over the fan-in. A table's rate is constant;
-      disputed: / sqrt(growth) (2506.15025), which fails the coordinate check by design.
-    - Weight decay: rate * decay stays (2510.19093; disputed in 2512.05620). Epsilon: as the gradients, which
-      shrink as the fan-out grows, or by the output's divisor (TP-V, B.3)."""
+    condition on spectral norms, which covers Muon (2310.17813): its update has norm 1, and with sqrt(fan_out / fan_in)
+    the effect of any width. An output's product is divided by the growth of fan_in (GPT.cap), all else stays (TP-V, 8).
+    AdamW's updates add up over the fan-in; a table's rate is constant; disputed: / sqrt(growth) (2506.15025). Rate *
+    decay stays (2510.19093; disputed in 2512.05620). Epsilon goes with the gradients, or the divisor (TP-V, B.3)."""
     out, into = (now / then for now, then in zip(rule.fans, base.fans, strict=True))
     if rule.role == "output":
         return base._replace(eps=base.eps / into)
@@ -1440,9 +1407,8 @@ class Bank:
         pieces       p0  p1  p2 | p3  p4  p5 | p6  ..   a matrix each for Muon; AdamW: 1/ranks, flat
         collectives  one for about a parameter: by it gradients are reduced, weights gathered
         mine         in each the `share` pieces that this rank updates: its rank-th
-
-    `state` holds the own pieces, fp32: master (the weights) and the moments, each (number, *piece). `weights` is the
-    memory of all parameters, into which those of other owners are gathered until `receive_weights`."""
+        state        of those, fp32: master (the weights) and moments, each (number, *piece)
+        weights      memory of all parameters; those of other owners come until `receive_weights`"""
     # differs from train_gpt.py: experts
     def __init__(self, named: list[tuple], rules: dict[str, Rule], s: Settings, world: World):
         self.params, self.s, self.world = dict(named), s, world
@@ -1469,23 +1435,20 @@ class Bank:
         # one rank keeps fp32 sums of micro-steps as they are; several reduce in the parameters' dtype
         dtype = first.dtype if world.size > 1 else torch.float32
         self.grad = torch.zeros_like(self.state["master"], dtype=dtype)
-        self.places = self.join(self.grad) if world.size == 1 else {}  # by name, for sums of micro-steps
-        self.gathers = {}  # works, and tensors that must live until they are done
-        self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]  # of on_device
+        self.places = self.join(self.grad) if world.size == 1 else {}  # of sums of micro-steps
+        self.gathers = {}  # (work, what must live until it is done)
+        self.scalars = [torch.zeros((), device=s.device) for _ in range(5)]
         self.reset()
 
     def reset(self):
         """Zero moments, as before the first step, also where one was broken off."""
-        self.in_flight = []  # (work, tensors that must live until it is done)
         self.expect()
-        master = self.state["master"]
-        for key in ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]:
-            self.state[key] = torch.zeros_like(master)
+        master, keys = self.state["master"], ["momentum"] if self.muon else ["exp_avg", "exp_avg_sq"]
+        keys += ["average"] if self.s.tail and self.rule.comm == "sharded" else []
+        self.state |= {key: torch.zeros_like(master) for key in keys}
         if self.muon and self.s.muon_beta2:
             rows, cols = self.shape
             self.state["variance"] = torch.zeros_like(master[..., :1] if rows >= cols else master[:, :1])
-        if self.s.tail and self.rule.comm == "sharded":
-            self.state["average"] = torch.zeros_like(master)
 
     def cut(self, tensor: Tensor, shape=None) -> Tensor:
         """A whole tensor as pieces, (number, *piece), padded with zeros where it does not divide."""
@@ -1496,6 +1459,7 @@ class Bank:
     def expect(self):
         """Before a backward pass: all collectives wait for gradients."""
         self.waiting, self.arrived = list(range(len(self.collectives))), {}
+        self.in_flight = []  # (work, what must live until it is done)
 
     def receive(self, name: str, grad: Tensor):
         """A parameter's gradient is complete: starts collectives that now have all, frees what none needs."""
@@ -1542,36 +1506,32 @@ class Bank:
         so idle experts keep weights and moments."""
         for work, _ in self.in_flight:
             work.wait()
-        self.in_flight = []
         self.expect()
-        lr, s, state, (beta1, beta2) = self.lr * scale, self.s, self.state, self.rule.betas
+        s, state, (beta1, beta2) = self.s, self.state, self.rule.betas
         decay = self.rule.weight_decay * scale  # and by the rate again: it falls as lr^2
-        if self.experts is not None:
-            on = busy[self.experts]
-            self.grad.masked_fill_(~on, 0.0)  # whatever a product leaves for an expert without rows
-            lr = lr * on
         if self.muon:
-            decay, mu, share = self.on_device(decay, mu, 1 - beta2)
-            if self.experts is not None:
-                mu, share = torch.where(on, mu, 1.0), share * on
-            self.update_function(
-                state["master"], self.grad, state["momentum"], state.get("variance"), lr,
-                decay, mu, share, s.orthogonalizer, s.torch_dtype, s.cautious, "gram" in s.kernels)
+            moments = state["momentum"], state.get("variance")
+            numbers = decay, mu, 1 - beta2
+            options = s.orthogonalizer, s.torch_dtype, s.cautious, "gram" in s.kernels
         else:
-            decay, share1, share2, *corrections = self.on_device(
-                decay, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step)
-            if self.experts is not None:
-                share1, share2 = share1 * on, share2 * on
-            self.update_function(
-                state["master"], self.grad, state["exp_avg"], state["exp_avg_sq"], lr,
-                decay, share1, share2, *corrections, self.rule.eps, s.cautious)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            numbers = decay, 1 - beta1, 1 - beta2, 1 - beta1**step, 1 - beta2**step
+            options = self.rule.eps, s.cautious
+        lr, scalars = self.lr * scale, self.scalars[:len(numbers)]  # the same ones: nothing is compiled anew
+        for tensor, value in zip(scalars, numbers, strict=True):
+            tensor.fill_(value)
+        if self.experts is not None:
+            on, (decay, first, second, *more) = busy[self.experts], scalars
+            self.grad.masked_fill_(~on, 0.0)  # whatever a product leaves for an expert without rows
+            first = torch.where(on, first, 1.0) if self.muon else first * on
+            lr, scalars = lr * on, (decay, first, second * on, *more)
+        self.update_function(state["master"], self.grad, *moments, lr, *scalars, *options)
         if share := self.tail_share(*span):
             state["average"].lerp_(state["master"], share)
         self.send_weights()
 
     def tail_share(self, before: float, after: float) -> float:
-        """Share in their tail average of the weights after a step that takes the schedule from `before` to `after`; 0
-        before it starts, with all of them."""
+        """Share in their tail average of the weights after a step from `before` to `after`; at its start all of it."""
         steps = max(1.0, self.rule.tail * self.s.tail_steps)
         start = max(1, self.s.iterations - round(2 * steps))
         if after < start or "average" not in self.state:
@@ -1579,8 +1539,7 @@ class Bank:
         return 1.0 if before < start else min(1.0, (after - before) / steps)
 
     def blend(self):
-        """The weights that count: drawn towards their tail average; those of training are kept as `raw`. Averaging
-        shrinks, so each matrix or, of AdamW, tensor keeps its norm (92)."""
+        """The weights that count: drawn to their tail average, each matrix or, of AdamW, tensor with its norm (92)."""
         raw = self.state["raw"] = self.state["master"]
         blended = raw.lerp(self.state["average"], self.s.tail)
         squares = torch.stack([x.square().sum(dim=(-2, -1), keepdim=True) for x in (raw, blended)])
@@ -1595,12 +1554,6 @@ class Bank:
         self.send_weights()
         self.receive_weights()
 
-    def on_device(self, *values: float) -> list[Tensor]:
-        """The scalars of a step, written into the same tensors each time: a new value compiles nothing."""
-        for tensor, value in zip(self.scalars, values, strict=False):
-            tensor.fill_(value)
-        return self.scalars[:len(values)]
-
     def send_weights(self):
         """Starts to gather the new weights of all owners, those of early layers first."""
         self.receive_weights()
@@ -1609,7 +1562,7 @@ class Bank:
             return
         for k in reversed(range(len(self.collectives))):
             whole = self.weights.split(self.owners * self.share)[k]
-            own = self.state["master"].split(self.share)[k].to(whole.dtype, copy=True)  # may change before all have it
+            own = self.state["master"].split(self.share)[k].to(whole.dtype, copy=True)  # it may change
             self.gathers[k] = dist.all_gather_into_tensor(whole, own, async_op=True), own
 
     def receive_weights(self, name=None, *_):
@@ -1653,9 +1606,8 @@ class Bank:
         self.use(self.state["master"])
 
 class NgramBank:
-    """The columns of the n-gram table that this rank owns. No momentum, one second moment for a row, and only rows that
-    came are touched (92): those of `ngram_every` steps at once, in an event. A row that came n times is computed n
-    times, alike: so all sizes are known, and the host never waits."""
+    """The own columns of the n-gram table. No momentum, one second moment a row; only those that came are touched (92),
+    of `ngram_every` steps at once, in an event, as often as they came: so sizes are known, and the host never waits."""
     def __init__(self, ngrams: Ngrams, rule: Rule, s: Settings, world: World):
         self.s, self.rule, self.world, self.came = s, rule, world, ngrams.came
         self.table = ngrams.table.data
@@ -1669,13 +1621,10 @@ class NgramBank:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; within a cycle also its sums, sparse, for which the host waits."""
+        """What a checkpoint holds; within a cycle also what came, with gradients."""
         state = {"master": self.table, "square": self.square, "event": self.event}
         if self.whole:
-            rows, first, sums = self.sums(self.came[:self.whole])
-            once = first.unique()
-            new = torch.sparse_coo_tensor(rows[once][None], sums[once], self.table.shape, check_invariants=False)
-            state["sums"] = new.coalesce()
+            state["rows"], state["grads"] = map(torch.cat, zip(*self.came[:self.whole], strict=True))
         return state
 
     def step(self, scale: float, step: int):
@@ -1685,10 +1634,17 @@ class NgramBank:
             return
         beta2, event, new = self.rule.betas[1], step // self.s.ngram_every, []
         lr, decay = self.rule.lr * scale, self.rule.weight_decay * scale
-        rows, first, sums = self.sums(self.came)
+        rows, grads = map(torch.cat, zip(*self.came, strict=True))  # one sum: so a resumed run has the same
+        place = torch.arange(len(rows), device=rows.device)
+        first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
+        sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)  # where a row came first
+        if sums.is_cuda:  # where index_add_ is atomic
+            sums.index_put_((first,), grads.float(), accumulate=True)
+        else:
+            sums.index_add_(0, first, grads.float())
         for part, places in zip(*(x.split(2**26 // sums.size(1)) for x in (rows, first)), strict=True):
             grads, vectors = sums[places], self.table[part].float()
-            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # all_reduce: order goes by place
+            mean = sum(gathered(self.world, grads.square().mean(dim=1)[None]))  # all_reduce's order varies
             square = self.square[part] * beta2**(event - 1 - self.event[part])
             square.lerp_(mean / self.world.size, 1 - beta2)
             root = (square / (1 - beta2**event)).sqrt() + self.rule.eps
@@ -1699,32 +1655,15 @@ class NgramBank:
         self.came.clear()
         self.whole = 0
 
-    def sums(self, came: list[tuple]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that came, (N,), and where each came first; there the sum of its gradients, fp32, added in one order,
-        and so the same in a resumed run."""
-        rows = torch.cat([rows for rows, _ in came])
-        place = torch.arange(len(rows), device=rows.device)
-        first = place.new_full((len(self.table),), len(rows)).scatter_reduce_(0, rows, place, "amin")[rows]
-        sums = torch.zeros(len(rows), self.table.size(1), device=rows.device)
-        for part, (_, grads) in zip(first.split([len(x) for x, _ in came]), came, strict=True):
-            if sums.is_cuda:  # where index_add_ is atomic
-                sums.index_put_((part,), grads.float(), accumulate=True)
-            else:
-                sums.index_add_(0, part, grads.float())
-        return rows, first, sums
-
     def full(self, key: str) -> dict[str, Tensor]:
         """State `key` of all columns, on the CPU of rank 0; {} elsewhere. Collective."""
-        own, parts = self.state[key].cpu().float(), []
+        own, parts = self.state[key].cpu(), []
+        own = own.float() if key == "master" else own
         for owner in range(self.world.size if own.dim() > 1 else 1):
             part = [own]
             if self.world.size > 1:
                 dist.broadcast_object_list(part, src=owner)
             parts += part * (self.world.rank == 0)
-        if parts and own.is_sparse:  # the same rows everywhere: cat would list them once per owner
-            sums, shape = torch.cat([part.values() for part in parts], dim=1), (len(own), self.s.width)
-            sums = torch.sparse_coo_tensor(own.indices(), sums, shape, is_coalesced=True, check_invariants=False)
-            return {"ngrams.table": sums}
         return {"ngrams.table": torch.cat(parts, dim=own.dim() - 1)} if parts else {}
 
     def load(self, saved: dict[str, dict[str, Tensor]]):
@@ -1734,15 +1673,15 @@ class NgramBank:
             return whole.narrow_copy(1, owner * size, size) if whole.dim() > 1 else whole
 
         self.reset()
+        own = {}
         for key in on_rank_zero(self.world, lambda: [k for k in saved if "ngrams.table" in saved[k]]):
             for owner in range(self.world.size):
-                own = on_rank_zero(self.world, share, key, owner)
-                if owner == self.world.rank and key == "sums":
-                    own = own.to(self.s.device).coalesce()
-                    self.came.append((own.indices()[0], own.values()))
-                    self.whole = 1
-                elif owner == self.world.rank:
-                    self.state[key].copy_(own)
+                part = on_rank_zero(self.world, share, key, owner)
+                own |= {key: part.to(self.s.device)} if owner == self.world.rank else {}
+        self.came += [(own.pop("rows"), own.pop("grads"))] if "rows" in own else []
+        for key, part in own.items():
+            self.state[key].copy_(part)
+        self.whole = len(self.came)
 
 def penalty(name: str, weight: float, sums_MS, num_experts: int) -> tuple:
     """What makes routers balance, by sums per token: its value in each layer, 1 where all experts are equal, but for z;
@@ -1870,15 +1809,14 @@ class MuonAdamW:
         for name, p in named:
             alike = (*p.shape[-2:], rules[name].weight_decay) if rules[name].kind == "muon" else name
             groups.setdefault(alike, []).append((name, p))
-        self.steps, self.last_micro_step, self.world, self.s = 0, True, world, s
-        self.span = 0, 0  # of the last step in the schedule
+        self.world, self.sums = world, {}  # of gradients of earlier micro-steps, fp32
+        self.steps, self.span, self.last_micro_step = 0, (0, 0), True
         table = groups.pop("ngrams.table", None)
         self.tables = [NgramBank(model.ngrams, rules["ngrams.table"], s, world)] if table else []
         banks = [Bank(group, rules, s, world) for group in groups.values()]
         # updated first: Muon's, while the tables, last in backward, are reduced; then those that are used first
         self.banks = sorted(reversed(banks), key=lambda bank: (not bank.muon, "lm_head" in bank.params))
         self.balance = Balance(model, s, world) if s.mixtures else None
-        self.sums = {}  # fp32 gradient sums of earlier micro-steps
         for bank in self.banks:
             for name, p in bank.params.items():
                 p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name, bank))
@@ -1897,9 +1835,8 @@ class MuonAdamW:
 
     # differs from train_gpt.py: balance of the experts
     def step(self, scale: float, momentum: float, others: float | None = None, span: tuple | None = None):
-        """Updates all parameters. `scale`: the schedule's factor on learning rates, `others`: on those of all but the
-        hidden matrices; `momentum`: Muon's; `span`: from where to where this takes the schedule, a step if not given.
-        Raises RuntimeError that names the parameters whose gradient never came."""
+        """Updates all parameters. `scale`: factor on rates, `others`: of all but the hidden matrices; `span`: from
+        where to where this takes the schedule. Raises RuntimeError that names parameters whose gradient never came."""
         missing = {name for bank in self.banks for k in bank.waiting for name in bank.names[k] - bank.arrived.keys()}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
@@ -1959,9 +1896,9 @@ class MuonAdamW:
             self.balance.load_state_dict(on_rank_zero(self.world, lambda: saved["balance"]))
 
 def wait_before_use(model: nn.Module, name: str, wait, s: Settings):
-    """Has the forward pass wait for a parameter: at its start, or, compiled by block, before its block, value table or
-    pointer; for the head after the last block."""
-    part = re.match(r"(blocks|value_embeds)\.\d+|pointer|lm_head|", name)[0] if s.compile_unit == "block" else ""
+    """Has the forward pass wait for a parameter: at its start, or, compiled by block, before the part that it is in."""
+    parts = r"(blocks|value_embeds)\.\d+|pointer|lm_head|" if s.compile_unit == "block" else ""
+    part = re.match(parts, name)[0]
     if part == "lm_head":
         model.blocks[-1].register_forward_hook(wait)
     else:
@@ -1981,7 +1918,7 @@ def compile_model(model: GPT, s: Settings):
         return
     model.masks = torch.no_grad()(compiled(model.masks, s))  # one graph, for evaluation, too
     parts = [(model, "embedding"), (model, "losses")]
-    parts += [(part, "forward") for part in [*model.blocks, model.pointer] if part is not None]
+    parts += [(part, "forward") for part in filter(None, [*model.blocks, model.pointer])]
     for module, name in parts:
         setattr(module, name, compiled(getattr(module, name), s))
 
@@ -2071,9 +2008,8 @@ class ValStream:
         self.eot = corpus.meta["eot"]
         if not 0 < self.num_tokens <= available:
             more = f"make more with {repair_command(corpus.folder)}"
-            repair = "use --eval_tokens 0 for all" if available else more
-            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} "
-                            f"validation tokens; {repair}")
+            raise UserError(f"--eval_tokens {num_tokens}: {corpus.folder} has {available} validation "
+                            f"tokens; {'use --eval_tokens 0 for all' if available else more}")
         self.num_rows, left, parts = -(-self.num_tokens // seq_len), self.num_tokens + 1, []
         for path in corpus.val:
             if left > 0:
@@ -2177,8 +2113,7 @@ def log_routers(run: Run, step: int, report: dict[str, list]):
 # ┌─ Training ───────────────────────────────────────────────────────────────────────────────────┐
 # differs from train_gpt.py: noise, balance and reports of the routers
 def train(run: Run):
-    """The training: steps of micro-steps, and what is looked at, logged and saved on the way.
-    Nothing but a log step, an evaluation or a checkpoint waits for the device."""
+    """Steps of micro-steps. Nothing but a log step, an evaluation or a checkpoint waits for the device."""
     s, world, stages = run.s, run.world, stage_table(run.s)
     model = GPT(s, run.vocab_size, world).to(s.device)
     optimizer = MuonAdamW(model, s, world)
@@ -2251,8 +2186,7 @@ def train(run: Run):
     run.finish(step, optimizer)
 
 def warm_up(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor):
-    """Compiles and runs every shape, untimed; several processes do so each alone first: then none waits for one that
-    lacks memory. A rate of 0 changes no weight, moments are cleared."""
+    """Compiles and runs every shape, untimed; of several processes each alone first: none waits for one that fails."""
     alone = functools.partial(rehearse, run, model, optimizer, window, World())
     while not run.fits(alone):
         optimizer.reset()
@@ -2272,7 +2206,7 @@ def rehearse(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor, world: 
         tokens = torch.randint(run.vocab_size, (rows, seq_len), dtype=torch.int32, device=s.device)
         docs = torch.arange(seq_len, dtype=torch.int32, device=s.device)
         docs = (docs // model.longest[seq_len]).repeat(rows, 1)
-        for optimizer.last_micro_step in (True,) if together else (False, False):  # the second has sums to add to
+        for optimizer.last_micro_step in (True,) if together else (False, False):  # twice: sums
             noise = balance.noise(0, 0, rows, seq_len) if balance else None
             values = model(tokens, future_targets(tokens, docs, mtp), docs, window, noise)
             loss = sum(values[:1 + mtp])
@@ -2289,13 +2223,13 @@ def rehearse(run: Run, model: GPT, optimizer: MuonAdamW, window: Tensor, world: 
 # ╔══════════════════════════════════════════════════════════════════════════════════════════════╗
 # ║ KERNELS: the fast forms beside their references; the same text in both scripts               ║
 # ╚══════════════════════════════════════════════════════════════════════════════════════════════╝
-# Each has a plain form, which the tests compare it with, forward and backward, and which takes its
-# place where --kernels or --fp8_head do not name it. To torch.compile an operator is one node.
+# Each has a plain form, which the tests compare it with and which takes its place where --kernels or --fp8_head do not
+# name it. To torch.compile an operator is one node.
 
 KERNELS = ("gram", "mlp", "loss")
 OPERATORS = "nanospeedrun_" + re.sub(r"\W", "_", Path(__file__).stem)  # namespace
-FP8_INPUT_MARGIN = 1.01  # RMS-normed values are at most sqrt(model_dim), but for rounding
-LOSS_CHUNK = 4096  # rows of logits that the plain form holds in fp32
+FP8_INPUT_MARGIN = 1.01  # for rounding of values of at most sqrt(model_dim)
+LOSS_CHUNK = 4096  # rows of fp32 logits at a time, of the plain form
 tl = None  # triton.language, from the first kernel on
 
 @functools.cache
@@ -2306,23 +2240,32 @@ def triton_kernel(function):
     return triton.jit(function)
 
 def operator(signature: str):
-    """A decorator that registers a torch operator, such as `gram(Tensor x) -> Tensor`."""
-    name, _, rest = signature.partition("(")
-    return torch.library.custom_op(f"{OPERATORS}::{name}", mutates_args=(), schema="(" + rest)
+    """A decorator that registers a torch operator, such as `gram(T x, float a) -> T`, where T is Tensor."""
+    name, rest = re.match(r"(\w+)(.+)", re.sub(r"\bT\b", "Tensor", signature)).groups()
+    return torch.library.custom_op(f"{OPERATORS}::{name}", mutates_args=(), schema=rest)
 
 @functools.cache
 def small_shared_memory(device: str) -> bool:
     """Whether a kernel has less than 160 KB: consumer cards (100 KB), not A100 or H100."""
     if device != "cuda":
         return False
-    known = torch.cuda.get_device_properties()
-    size = getattr(known, "shared_memory_per_block_optin", 0)  # unknown on ROCm: 64 KB
-    return size < 160 << 10
+    gpu = torch.cuda.get_device_properties()
+    return getattr(gpu, "shared_memory_per_block_optin", 0) < 160 << 10  # unknown on ROCm: 64 KB
 
-@functools.cache
-def multiprocessors(device: str) -> int:
-    """Programs that run at the same time: a grid of as many lasts for the whole kernel."""
-    return torch.cuda.get_device_properties().multi_processor_count if device == "cuda" else 4
+def differentiable(operator, backward, context):
+    """Gives an operator its backward: called with the first output's gradient, tensors and other values, which
+    `context` makes of inputs and outputs. It returns gradients of the first inputs; the others have none."""
+    def keep(ctx, inputs, output):
+        tensors, ctx.others = context(inputs, output)
+        ctx.save_for_backward(*tensors)
+        ctx.count = len(inputs)
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx, grad, *_):
+        found = backward(grad, *ctx.saved_tensors, *ctx.others)
+        return *found, *[None] * (ctx.count - len(found))
+
+    operator.register_autograd(gradients, setup_context=keep)
 
 # --- attention over documents: FlexAttention's block masks (record 12), FlashAttention's sequences, SDPA, the formula
 
@@ -2360,8 +2303,7 @@ def flex_options(device: str) -> dict | None:
     """FlexAttention's kernel options: its default tiles need 106 to 131 KB of shared memory."""
     if not small_shared_memory(device):
         return None
-    forward = {"BLOCK_M": 64, "BLOCK_N": 64}
-    return forward | {"BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+    return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_M1=32, BLOCK_N1=64, BLOCK_M2=64, BLOCK_N2=32)
 
 class Packed(NamedTuple):
     """The rule as FlashAttention takes it: documents are sequences of the flattened batch."""
@@ -2382,21 +2324,15 @@ def packed_documents(
     number = F.pad(new, (1, 0), value=True).flatten().cumsum(0)
     wanted = torch.arange(most_documents(len(number)) + 1, device=number.device) + 1
     starts = torch.searchsorted(number, wanted, out_int32=True)  # past the last: the end
-    length = docs_BT.size(1)
-    longest = min(longest or length, length)
-    packed = {}
-    for kind in kinds:
-        turns = 2 if kind == "P" else 1
-        packed[kind] = Packed(starts, window, 0 if kind == "L" else step, longest, turns)
-    return packed
+    longest = min(longest or docs_BT.size(1), docs_BT.size(1))
+    return {kind: Packed(starts, window, 0 if kind == "L" else step, longest, 1 + (kind == "P"))
+            for kind in kinds}
 
 def check_documents(docs_BT: np.ndarray, backend: str):
     """Raises UserError where a micro-step has more documents than there are sequences."""
-    if backend != "varlen":
-        return
     found = len(docs_BT) + int((docs_BT[:, 1:] != docs_BT[:, :-1]).sum())
     most = most_documents(docs_BT.size)
-    if found > most:
+    if backend == "varlen" and found > most:
         raise UserError(f"a micro-step has {found} documents, --backend varlen takes {most}: "
                         "use flex or sdpa")
 
@@ -2413,60 +2349,40 @@ def turned(turns: int, *tensors_NHK: Tensor) -> list:
     others = [x.roll(x.size(1) // 2, 1) for x in tensors_NHK]
     return [tensors_NHK, others][:turns]
 
-@operator("varlen(Tensor q, Tensor k, Tensor v, Tensor starts, Tensor window, int step, "
-          "int longest, int turns, float scale) -> (Tensor, Tensor)")
+@operator("varlen(T q, T k, T v, T starts, T window, "
+          "int step, int longest, int turns, float scale) -> (T, T)")
 def fused_varlen(q_NHK, k_NHK, v_NHK, starts, window, step, longest, turns, scale):
     """Output and log-sum-exps, (H, N); of two turns those of one softmax over the keys of both."""
     sizes, options = flash_arguments(starts, window, step, longest, scale)
-    out = lse = None
-    for keys in turned(turns, k_NHK, v_NHK):
-        part, part_lse, *_ = torch.ops.aten._flash_attention_forward(
-            q_NHK, *keys, *sizes, False, **options)
-        if out is None:
-            out, lse = part, part_lse
-            continue
-        both = torch.logaddexp(lse, part_lse)
-        share = (part_lse - both).exp().T[..., None]
-        out = out.float().lerp(part.float(), share).type_as(q_NHK)
-        lse = both
-    return out, lse
+    flash = torch.ops.aten._flash_attention_forward
+    parts = [flash(q_NHK, *keys, *sizes, False, **options)[:2] for keys in turned(turns, k_NHK, v_NHK)]
+    if turns == 1:
+        return parts[0]
+    (own, own_lse), (other, other_lse) = parts
+    lse = torch.logaddexp(own_lse, other_lse)
+    share = (other_lse - lse).exp().T[..., None]
+    return own.float().lerp(other.float(), share).type_as(q_NHK), lse
 
-@operator("varlen_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor starts, "
-          "Tensor window, Tensor out, Tensor lse, int step, int longest, int turns, "
-          "float scale) -> (Tensor, Tensor, Tensor)")
+@operator("varlen_backward(T grad, T q, T k, T v, T starts, T window, T out, T lse, "
+          "int step, int longest, int turns, float scale) -> (T, T, T)")
 def fused_varlen_backward(
         grad, q_NHK, k_NHK, v_NHK, starts, window, out, lse, step, longest, turns, scale):
     """From output and log-sum-exps of all turns each turn's part of the gradients follows."""
     sizes, options = flash_arguments(starts, window, step, longest, scale)
     seed = starts.new_zeros(2, dtype=torch.uint64)
     rest = out, lse, *sizes, seed, seed[:0]
-    parts = []
-    for keys in turned(turns, k_NHK, v_NHK):
-        parts.append(torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q_NHK, *keys, *rest, **options))
+    flash, grad = torch.ops.aten._flash_attention_backward, grad.contiguous()
+    parts = [flash(grad, q_NHK, *keys, *rest, **options) for keys in turned(turns, k_NHK, v_NHK)]
     if turns == 1:
         return parts[0]
     own, (q_more, *more) = parts
     more = [q_more, *turned(2, *more)[1]]
     return tuple(map(torch.add, own, more))
 
-def _varlen_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.rest = inputs[5:]
-    ctx.set_materialize_grads(False)
-
-def _varlen_gradients(ctx, grad: Tensor, _):
-    grads = fused_varlen_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return *grads, *[None] * 6
-
-def _varlen_fake(q, *_):
-    lse = q.new_empty(q.size(1), len(q), dtype=torch.float32)
-    return torch.empty_like(q), lse
-
-fused_varlen.register_autograd(_varlen_gradients, setup_context=_varlen_context)
-fused_varlen.register_fake(_varlen_fake)
-fused_varlen_backward.register_fake(
-    lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
+differentiable(fused_varlen, fused_varlen_backward, lambda x, made: ((*x[:5], *made), x[5:]))
+fused_varlen.register_fake(
+    lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), len(q), dtype=torch.float32)))
+fused_varlen_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
 
 def attend(q_BTHK, k_BTHK, v_BTHK, mask, scale: float, backend: str, options=None) -> Tensor:
     """softmax(scale * q k + mask) v -> (B, T, H, K). The plain formula takes 0.25 to 0.64 of SDPA's time on a CPU."""
@@ -2494,7 +2410,7 @@ def attend_packed(q_BTHK, k_BTHK, v_BTHK, packed: Packed, scale: float) -> Tenso
 
 # --- rows of a table, whose gradient has the same bits in every run
 
-@operator("table_gradient(Tensor grad, Tensor index, int rows) -> Tensor")
+@operator("table_gradient(T grad, T index, int rows) -> T")
 def table_gradient(grad, index, rows: int):
     """Sums by row, in sorted order, in grad's dtype: torch.compile's own are fp32 atomics, in any order, and a cast."""
     return torch.ops.aten.embedding_dense_backward(grad, index, rows, -1, False)
@@ -2555,7 +2471,7 @@ def gram_kernel(
         mirrored = corner + col[None, :] * size + row[:, None]
         tl.store(out + mirrored, total, inside & (down < right))
 
-@operator("gram(Tensor x, Tensor? add, float alpha, float beta, float diagonal) -> Tensor")
+@operator("gram(T x, T? add, float alpha, float beta, float diagonal) -> T")
 def fused_gram(x_KMN, add_KMM, alpha: float, beta: float, diagonal: float):
     count, size, depth = x_KMN.shape
     out = x_KMN.new_empty(count, size, size)
@@ -2565,6 +2481,8 @@ def fused_gram(x_KMN, add_KMM, alpha: float, beta: float, diagonal: float):
         *x_KMN.stride(), alpha, beta, diagonal, ADD=add_KMM is not None,
         TILE=128, DEPTH=64, num_warps=8, num_stages=3)
     return out
+
+fused_gram.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
 
 def quintic(x_KMN, a: float, b: float, c: float, kernel: bool) -> Tensor:
     """a * x + b * s @ x + c * s @ s @ x with s = x @ x.mT. The kernel adds a * I: baddbmm would copy x."""
@@ -2580,11 +2498,9 @@ def quintic(x_KMN, a: float, b: float, c: float, kernel: bool) -> Tensor:
 def product_relu2_kernel(
         a, b, post, out, rows, cols, depth, BACKWARD: tl.constexpr, ROWS: tl.constexpr,
         COLS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr):
-    """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the
-    former's result: a (rows, depth), b (cols, depth), all row-major, given as tensor descriptors.
-    Each program takes every PROGRAMS-th tile: it loads the next one's while it stores one. Tiles run
-    down GROUP rows before they go right, so that b stays in the L2; they are stored in halves, which
-    leaves shared memory for the loads."""
+    """out = relu(a @ b.T)^2, or in the backward pass (a @ b.T) * 2 sqrt(post), post being the former's result: a (rows,
+    depth), b (cols, depth), row-major, as tensor descriptors. Each program takes every PROGRAMS-th tile: it loads the
+    next one's while it stores one, in halves, for which memory suffices. GROUP rows of tiles share b in the L2."""
     tiles_down, tiles_right = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
     half: tl.constexpr = COLS // 2
     for tile in tl.range(tl.program_id(0), tiles_down * tiles_right, PROGRAMS, flatten=True):
@@ -2608,13 +2524,11 @@ def product_relu2_kernel(
             out.store([row, col + i * half], part.to(out.dtype))
 
 def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
-    """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root
-    gives the pre-activations back. Before Hopper, which copies tensors by descriptors, in two passes."""
+    """relu(a @ b.T)^2, or, given that as `post`, (a @ b.T) times its derivative. The square root gives the
+    pre-activations back. Before Hopper, which copies tensors by descriptors, in two passes."""
     if a.is_cuda and (torch.version.hip or torch.cuda.get_device_capability() < (9, 0)):
         product = a @ b.T
-        if post is None:
-            return product.relu().square_()
-        return product.mul_(2 * post.sqrt())
+        return product.relu().square_() if post is None else product.mul_(2 * post.sqrt())
     from triton.tools.tensor_descriptor import TensorDescriptor
     (rows, depth), cols = a.shape, b.size(0)
     out = a.new_empty(rows, cols)
@@ -2623,39 +2537,34 @@ def product_relu2(a: Tensor, b: Tensor, post: Tensor | None = None) -> Tensor:
     whole, half = [tile["ROWS"], tile["DEPTH"]], [tile["ROWS"], tile["COLS"] // 2]
     shapes = whole, [tile["COLS"], tile["DEPTH"]], half, half
     tensors = a.contiguous(), b.contiguous(), out if post is None else post, out
-    programs = min(multiprocessors(a.device.type), -(-rows // 128) * -(-cols // tile["COLS"]))
+    at_once = torch.cuda.get_device_properties().multi_processor_count if a.is_cuda else 4
+    programs = min(at_once, -(-rows // 128) * -(-cols // tile["COLS"]))
     triton_kernel(product_relu2_kernel)[(programs,)](
         *map(TensorDescriptor.from_tensor, tensors, shapes), rows, cols, depth,
         BACKWARD=post is not None, **tile, GROUP=8, PROGRAMS=programs, num_warps=8, num_stages=3)
     return out
 
-@operator("mlp(Tensor x, Tensor up, Tensor down) -> (Tensor, Tensor)")
+@operator("mlp(T x, T up, T down) -> (T, T)")
 def fused_mlp(x_ND, up_FD, down_FD):
     post_NF = product_relu2(x_ND, up_FD)
     return post_NF @ down_FD, post_NF
 
-@operator("mlp_backward(Tensor grad, Tensor x, Tensor up, Tensor down, Tensor post) -> (Tensor, Tensor, Tensor)")
+@operator("mlp_backward(T grad, T x, T up, T down, T post) -> (T, T, T)")
 def fused_mlp_backward(grad_ND, x_ND, up_FD, down_FD, post_NF):
     pre_grad_NF = product_relu2(grad_ND, down_FD, post_NF)
     return pre_grad_NF @ up_FD, pre_grad_NF.T @ x_ND, post_NF.T @ grad_ND
 
-def _mlp_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.set_materialize_grads(False)
+differentiable(fused_mlp, fused_mlp_backward, lambda x, made: ((*x, made[1]), ()))
+fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(len(x), len(up))))
+fused_mlp_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
 
-fused_mlp.register_autograd(
-    lambda ctx, grad, _: fused_mlp_backward(grad, *ctx.saved_tensors), setup_context=_mlp_context)
-
-@operator("quantized_linear(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor x_scale, Tensor w_scale) -> Tensor")
+@operator("quantized_linear(T x, T weight, T xq, T wq, T x_scale, T w_scale) -> T")
 def quantized_linear(x_ND, weight_FD, xq_ND, wq_FD, x_scale: Tensor, w_scale: Tensor):
     return fp8_product(xq_ND, wq_FD, x_scale, w_scale, fast=True).to(x_ND.dtype)
 
-def _quantized_backward(ctx, grad: Tensor):
-    x, weight = ctx.saved_tensors
-    return grad @ weight, grad.T @ x, *[None] * 4
-
-quantized_linear.register_autograd(
-    _quantized_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]))
+differentiable(
+    quantized_linear, lambda grad, x, weight: (grad @ weight, grad.T @ x), lambda x, _: (x[:2], ()))
+quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
 def mlp_relu2(x_ND, up_FD, down_FD, kernel: bool, fp8: bool) -> Tensor:
     """relu(x @ up.T)^2 @ down, (N, D): plain, fused, or with the up-projection in FP8."""
@@ -2664,8 +2573,8 @@ def mlp_relu2(x_ND, up_FD, down_FD, kernel: bool, fp8: bool) -> Tensor:
     return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
 
 def fp8_linear(x_ND, weight_FD) -> Tensor:
-    """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact. Quantized
-    outside the operator, so that torch.compile can fuse it with what comes before."""
+    """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact. Quantized outside the operator,
+    so that torch.compile can fuse it with what comes before."""
     exact = [t.detach().float() for t in (x_ND, weight_FD)]
     scales = [t.abs().amax().clamp_min(1e-12) / 448 for t in exact]
     return quantized_linear(x_ND, weight_FD, *map(to_fp8, exact, scales), *scales)
@@ -2683,11 +2592,12 @@ def fp8_product(a_NK, b_MK, scale_a: Tensor, scale_b: Tensor, fast: bool) -> Ten
 # --- the loss without fp32 logits (record 60), and the head's products in FP8 (19)
 
 def loss_kernel(
-        logits, targets, bias, losses, lses, rows, vocab, a, slope, shift,
+        logits, targets, bias, losses, lses, rows, vocab, a, b, c,
         CAPPED: tl.constexpr, BIASED: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr):
     """One row of logits: the logarithm of its sum of exponentials, and the cross-entropy with each of its targets.
-    Capped logits, a * sigmoid(slope * z + shift), are below a, which spares them the running maximum; the sigmoid is
-    a squared rsqrt(1 + 2^..), cheaper than a division."""
+    Capped logits, a * sigmoid((z + b) / c), are below a, which spares them the running maximum; the sigmoid is a
+    squared rsqrt(1 + 2^..), cheaper than a division."""
+    slope, shift = 1 / c, b / c
     row, col = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     peak = tl.full((BLOCK,), a if CAPPED else -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -2717,11 +2627,11 @@ def loss_kernel(
         tl.store(losses + k * rows + row, tl.where(target >= 0, lse - z, 0.0))
 
 def loss_gradient_kernel(
-        logits, targets, bias, lses, grads, unit, out, out_t, rows, vocab, a, slope, shift,
+        logits, targets, bias, lses, grads, unit, out, out_t, rows, vocab, a, b, c,
         CAPPED: tl.constexpr, BIASED: tl.constexpr, TARGETS: tl.constexpr, TRANSPOSED: tl.constexpr,
         ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows).
-    grads: of the loss of each target and row."""
+    """One tile of the logits' gradient / unit, (rows, vocab), for FP8 also as (vocab, rows); grads: of the losses."""
+    slope, shift = 1 / c, b / c
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (row < rows)[:, None] & (col < vocab)[None, :]
@@ -2750,15 +2660,9 @@ def loss_gradient_kernel(
         tl.store(out_t + col.to(tl.int64)[None, :] * rows + row[:, None], result, inside)
 
 def cap_logits(z: Tensor, cap: tuple) -> Tensor:
-    """a * sigmoid((z + b) / c), with b = 0 but for a constant a/2 * tanh(z / 2c) (records 9, 18,
-    19, 54); no cap, if a is 0: z / c."""
+    """a * sigmoid((z + b) / c) (54), with b = 0 but for a constant a/2 * tanh(z / 2c) (9, 18); if a is 0, z / c."""
     a, b, c = cap
     return a * torch.sigmoid((z + b) / c) if a else z / c
-
-def cap_arguments(cap: list[float]) -> tuple:
-    """a, slope and shift of a * sigmoid(slope * z + shift)."""
-    a, b, c = cap
-    return a, 1 / c, b / c
 
 def loss_rows(logits_NV, targets_KN, bias_V, cap: list[float], kernel: bool) -> tuple:
     """Cross-entropies of capped logits + bias (that of a target: 0), (K, N), 0 where the target is IGNORE, and
@@ -2768,7 +2672,7 @@ def loss_rows(logits_NV, targets_KN, bias_V, cap: list[float], kernel: bool) -> 
         lse_N = logits_NV.new_empty(rows, dtype=torch.float32)
         losses_KN = lse_N.new_empty(count, rows)
         triton_kernel(loss_kernel)[(rows,)](
-            logits_NV, targets_KN.contiguous(), bias_V, losses_KN, lse_N, rows, vocab, *cap_arguments(cap),
+            logits_NV, targets_KN.contiguous(), bias_V, losses_KN, lse_N, rows, vocab, *cap,
             CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=count, BLOCK=2048, num_warps=4)
         return losses_KN, lse_N
     losses, lses = [], []
@@ -2789,8 +2693,8 @@ def logit_gradient(
     if kernel:
         out_t = out.new_empty(vocab, rows) if fp8 else out
         triton_kernel(loss_gradient_kernel)[(-(-rows // 64), -(-vocab // 64))](
-            logits_NV, targets_KN.contiguous(), bias_V, lse_N, grad_KN.contiguous(), unit, out, out_t, rows,
-            vocab, *cap_arguments(cap), CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=len(targets_KN),
+            logits_NV, targets_KN.contiguous(), bias_V, lse_N, grad_KN.contiguous(), unit, out, out_t,
+            rows, vocab, *cap, CAPPED=cap[0] != 0, BIASED=bias_V is not None, TARGETS=len(targets_KN),
             TRANSPOSED=fp8, ROWS=64, COLS=64, num_warps=4)
         return out, out_t if fp8 else out.T
     a, _, c = cap
@@ -2806,13 +2710,12 @@ def logit_gradient(
     return out, out.T.contiguous() if fp8 else out.T
 
 def head_scales(model_dim: int) -> tuple:
-    """e4m3 scales of the head's RMS-normed inputs, at most sqrt(model_dim), and of its weights:
-    powers of two, so that only the cast rounds. Weights up to 448 / 256 = 1.75 fit."""
+    """e4m3 scales of the head's RMS-normed inputs, at most sqrt(model_dim), and of its weights, at most 448 / 256:
+    powers of two, so that only the cast rounds."""
     largest = FP8_INPUT_MARGIN * math.sqrt(model_dim)
     return 2.0 ** math.ceil(math.log2(largest / 448)), 2.0**-8
 
-@operator("head(Tensor x, Tensor weight, Tensor xq, Tensor wq, Tensor targets, Tensor? bias, float[] cap, "
-          "bool kernel) -> (Tensor, Tensor, Tensor)")
+@operator("head(T x, T weight, T xq, T wq, T targets, T? bias, float[] cap, bool kernel) -> (T, T, T)")
 def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, bias_V, cap, kernel):
     """Losses (K, N), logits and log-sum-exps. xq and wq: x and weight in FP8, or they themselves."""
     if xq_ND.dtype.itemsize == 1:
@@ -2823,12 +2726,11 @@ def fused_head(x_ND, weight_VD, xq_ND, wq_VD, targets_KN, bias_V, cap, kernel):
     losses_KN, lse_N = loss_rows(logits_NV, targets_KN, bias_V, cap, kernel)
     return losses_KN, logits_NV, lse_N
 
-@operator("head_backward(Tensor grad, Tensor xq, Tensor wq, Tensor targets, Tensor? bias, Tensor logits, "
-          "Tensor lse, float[] cap, bool kernel, ScalarType dtype) -> (Tensor, Tensor)")
+@operator("head_backward(T grad, T xq, T wq, T targets, T? bias, T logits, T lse, "
+          "float[] cap, bool kernel, ScalarType dtype) -> (T, T)")
 def fused_head_backward(grad_KN, xq, wq, targets_KN, bias_V, logits_NV, lse_N, cap, kernel, dtype):
-    """Gradients of x and weight. FP8, xq (D, N) and wq (D, V): a token's loss being a sum over its targets, a logit's
-    gradient is at most sum |grad| * a / 4c; in units of that / 57344 it always fits e5m2, and the units go into the
-    products' scales."""
+    """Gradients of x and weight. FP8, xq (D, N) and wq (D, V): a logit's gradient is at most sum |grad| * a / 4c; in
+    units of that / 57344 it always fits e5m2, and the units go into the products' scales."""
     rest = logits_NV, targets_KN, bias_V, lse_N, grad_KN
     if xq.dtype.itemsize > 1:
         one = torch.ones_like(grad_KN[0, 0])
@@ -2842,39 +2744,25 @@ def fused_head_backward(grad_KN, xq, wq, targets_KN, bias_V, logits_NV, lse_N, c
     w_grad = fp8_product(transposed, xq, unit, x_scale, fast=False)
     return x_grad.to(dtype), w_grad.to(dtype)
 
-def _head_backward(ctx, grad_KN, *_):
-    xq, wq, *rest = ctx.saved_tensors
+def _head_backward(grad_KN, xq, wq, *rest):
     if xq.dtype.itemsize == 1:  # here, where torch.compile sees it
         xq, wq = xq.T.contiguous(), wq.T.contiguous()
-    gradients = fused_head_backward(grad_KN, xq, wq, *rest, ctx.cap, ctx.kernel, ctx.dtype)
-    return (*gradients, *[None] * 6)
-
-def _head_context(ctx, inputs, output):
-    x, _, xq, wq, targets, bias, ctx.cap, ctx.kernel = inputs
-    ctx.save_for_backward(xq, wq, targets, bias, *output[1:])
-    ctx.dtype = x.dtype
-    ctx.set_materialize_grads(False)
+    return fused_head_backward(grad_KN, xq, wq, *rest)
 
 def _head_fake(x, weight, xq, wq, targets, bias, cap, kernel):
     logits = torch.bfloat16 if xq.dtype.itemsize == 1 else x.dtype
     losses = x.new_empty(targets.shape, dtype=torch.float32)
     return losses, x.new_empty(len(x), len(weight), dtype=logits), losses.new_empty(len(x))
 
-fused_head.register_autograd(_head_backward, setup_context=_head_context)
+differentiable(
+    fused_head, _head_backward, lambda x, made: ((*x[2:6], *made[1:]), (*x[6:], x[0].dtype)))
 fused_head.register_fake(_head_fake)
 fused_head_backward.register_fake(lambda grad, xq, wq, targets, bias, logits, *rest: tuple(
     t.new_empty(n, t.numel() // n, dtype=rest[-1]) for t, n in zip((xq, wq), logits.shape, strict=True)))
-fused_mlp.register_fake(lambda x, up, down: (torch.empty_like(x), x.new_empty(len(x), len(up))))
-fused_mlp_backward.register_fake(lambda grad, *inputs: tuple(map(torch.empty_like, inputs[:3])))
-quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
-fused_gram.register_fake(lambda x, *_: x.new_empty(x.size(0), x.size(1), x.size(1)))
 
-def head_losses(
-    x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool, each: bool = False, bias_V=None,
-) -> tuple:
-    """Cross-entropies of capped logits x @ weight.T + bias with each row of targets, whose own bias
-    is 0, summed, (K,) fp32 in nats, IGNORE left out, or `each` token's, (K, N); and how many values
-    FP8 clipped, int64. Their gradients come from outside: further predicted tokens need nothing here."""
+def head_losses(x_ND, weight_VD, targets_KN, cap: tuple, kernel: bool, fp8: bool, each=False, bias_V=None) -> tuple:
+    """Cross-entropies of capped logits x @ weight.T + bias with each row of targets, whose own bias is 0, summed, (K,)
+    fp32 in nats, IGNORE left out, or `each` token's, (K, N); and how many values FP8 clipped, int64."""
     clipped = targets_KN.new_zeros((), dtype=torch.int64)
     if not kernel and not fp8:
         logits = cap_logits(F.linear(x_ND, weight_VD), cap).float()

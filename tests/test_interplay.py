@@ -1,20 +1,15 @@
-"""Where parts meet: n-grams and a step that breaks off, processes and sums, the clock and --iterations, candidates and
-micro_tokens, stages and the longest document."""
+"""Where parts meet: n-grams and a step that breaks off, processes and sums, the clock and --iterations, stages and
+the longest document."""
 import helpers
 import moe
 import pytest
 import torch
 from clocked import clock
-from helpers import H100, assert_same_state, load_state, make_data, parse, records, run_folder, steps_saved, tiny
+from helpers import assert_same_state, load_state, make_data, records, run_folder, steps_saved, tiny
 from recipe import run_flags, run_processes
 
 import train_gpt
 import train_moe
-
-
-def state(tmp_path, experiment: str, step: int) -> dict[str, torch.Tensor]:
-    """Of a checkpoint; sparse sums as they are seen."""
-    return {name: x.to_dense() for name, x in load_state(run_folder(tmp_path, experiment), step).items()}
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -34,19 +29,21 @@ def test_gradients_of_a_step_that_was_broken_off_are_not_saved(every, tmp_path, 
         assert train_gpt.main(tiny(tmp_path, **argv)) == 1
     assert steps_saved(run_folder(tmp_path)) == [5]
     assert train_gpt.main(tiny(tmp_path, **argv, resume="latest")) == 0
-    assert_same_state(*(state(tmp_path, name, 8) for name in ("whole", "x")))
+    assert_same_state(*(load_state(run_folder(tmp_path, name), 8) for name in ("whole", "x")))
 
 
-def test_a_checkpoint_has_each_row_of_n_grams_once(tmp_path):
-    """Within a cycle, of two processes as of one."""
+def test_a_checkpoint_has_the_rows_of_n_grams_of_all_processes_once(tmp_path):
+    """Within a cycle: a pair and a triple of each token of its steps."""
     make_data(tmp_path / "data")
     sums = {}
     for size in (1, 2):
         argv = dict(experiment_name=f"n{size}", ngram_rows=64, ngram_every=3, iterations=2, eval_every=0)
         run_processes(size, run_flags(tmp_path / "data", tmp_path / "logs", **argv))
-        sums[size] = load_state(run_folder(tmp_path, f"n{size}"), 2)["/optimizer/state/sums/ngrams.table"]
-    assert sums[1]._nnz() == sums[2]._nnz() <= 64 and sums[2].is_coalesced()
-    torch.testing.assert_close(sums[2].to_dense(), sums[1].to_dense(), rtol=1e-3, atol=1e-6)
+        state = load_state(run_folder(tmp_path, f"n{size}"), 2)
+        rows, grads = (state[f"/optimizer/state/{key}/ngrams.table"] for key in ("rows", "grads"))
+        assert len(rows) == len(grads) == 2 * 2 * 256
+        sums[size] = grads.new_zeros(64, grads.size(1)).index_add_(0, rows, grads)
+    torch.testing.assert_close(sums[2], sums[1], rtol=1e-3, atol=1e-6)
 
 
 def test_a_run_by_the_clock_that_ended_goes_on_with_more_iterations(tmp_path):
@@ -56,13 +53,6 @@ def test_a_run_by_the_clock_that_ended_goes_on_with_more_iterations(tmp_path):
         assert train_gpt.main(tiny(tmp_path, **more)) == 0
     assert records(run_folder(tmp_path))[-1]["step"] == 40
 
-
-def test_rows_that_share_candidates_stay_together_whatever_the_memory(monkeypatch):
-    """16 rows of 4096 tokens, more than micro_tokens are of themselves."""
-    argv = "--preset gpu --num-layers 1 --value-embeds 0 --width 32 --head-dim 16 --stage-ends 1 --candidates 128"
-    for rows in (2, 16):
-        s = parse(*argv.split(), "--candidate-rows", str(rows), hardware=H100, monkeypatch=monkeypatch)
-        assert train_gpt.stage_table(s)[0].micro_rows(s, 1) % rows == 0
 
 
 @pytest.mark.parametrize("script, own", [(train_gpt, helpers), (train_moe, moe)], ids=["gpt", "moe"])

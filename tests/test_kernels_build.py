@@ -11,7 +11,7 @@ import train_gpt as tg
 triton = pytest.importorskip("triton", reason="needs Triton")
 
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that a block may have: A100, RTX 4090, H100
-CAP = dict(a="fp32", slope="fp32", shift="fp32")
+CAP = dict(a="fp32", b="fp32", c="fp32")
 LOSS = dict(logits="*bf16", targets="*i32", bias="*fp32", lses="*fp32", rows="i32", vocab="i32", **CAP)
 
 

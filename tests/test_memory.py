@@ -175,7 +175,6 @@ def test_sums_of_micro_steps_lie_where_the_last_one_wants_them(script_):
 @pytest.mark.parametrize("changes, sizes", [
     (dict(micro_tokens=0), [32768, 16384, 8192, 4096]), (dict(micro_tokens=10000), [10000, 8192, 4096]),
     (dict(micro_tokens=4096), [4096]), (dict(micro_tokens=0, seq_len=65536, batch_tokens=65536), [65536]),
-    (dict(micro_tokens=0, candidates=128, candidate_rows=2), [32768, 16384, 8192]),
 ])
 def test_sizes_to_try(changes, sizes):
     s = settings(**{**dict(seq_len=4096, batch_tokens=32768), **changes})

@@ -67,7 +67,7 @@ ROLES = {  # (role, kind): sizes that grow; powers of m of learning rate, weight
 def rule(role: str, kind: str, grows: str, m: int) -> Rule:
     """A rule of the base width 32, at m times of it."""
     fans = (3 * 32 * m if "out" in grows.split() else 7, 32 * m if "in" in grows.split() else 5)
-    return Rule("name", kind, 0.03, (0.9, 0.95), 0.1, "sharded", role.split(",")[0], fans, 1e-8)
+    return Rule("name", kind, 0.03, (0.9, 0.95), 0.1, "sharded", role.split(",")[0], fans, eps=1e-8)
 
 
 @pytest.mark.parametrize("m", [0.5, 2, 4])

@@ -62,9 +62,9 @@ def test_every_class_is_drawn_equally_often_in_a_cycle(vocab_size, count):
 # --- the loss
 
 
-def model_of(vocab_size: int = 50, candidates: int = 0, rows: int = 1, **changes):
+def model_of(vocab_size: int = 50, candidates: int = 0, **changes):
     """A random model with its sampled loss switched on, and its settings."""
-    s = tiny_settings(candidate_rows=rows, **changes)
+    s = tiny_settings(**changes)
     model = random_model(s, vocab_size)
     model.candidates = candidates
     return model, s
@@ -76,13 +76,13 @@ def the_set(targets, turn: int, count: int) -> tuple[list[int], torch.Tensor]:
     return classes.tolist(), bias
 
 
-def plain_losses(model, s, batch, mtp: int, turn: int, candidates: int, rows: int):
-    """Token by token: log of the sum over the set of its block of rows, less the target's logit; (1 + mtp,) fp64."""
+def plain_losses(model, s, batch, mtp: int, turn: int, candidates: int):
+    """Token by token: log of the sum over the set of its row, less the target's logit; (1 + mtp,) fp64."""
     x, head = stream(model, batch).double(), model.lm_head.double()
     targets = tg.future_targets(*batch[1:], mtp)
     total = [x.new_zeros(()) for _ in targets]
-    for first in range(0, len(x), rows):
-        block = targets[:, first:first + rows]
+    for first in range(len(x)):
+        block = targets[:, first:first + 1]
         chosen, bias = the_set(block, (turn + first) * (candidates + 1), candidates)
         for k, r, t in itertools.product(*map(range, block.shape)):
             if (target := block[k, r, t].item()) != IGNORE:
@@ -92,13 +92,12 @@ def plain_losses(model, s, batch, mtp: int, turn: int, candidates: int, rows: in
 
 
 @pytest.mark.parametrize("mtp", [0, 2])
-@pytest.mark.parametrize("rows", [1, 2])
-def test_losses_and_gradients_are_those_of_a_loop(rows, mtp):
-    model, s = model_of(candidates=44, rows=rows)
-    batch, weights = random_batch(4, 16 // rows), torch.tensor([1.0, 0.5, 0.25][:mtp + 1])
+def test_losses_and_gradients_are_those_of_a_loop(mtp):
+    model, s = model_of(candidates=44)
+    batch, weights = random_batch(4, 16), torch.tensor([1.0, 0.5, 0.25][:mtp + 1])
     names, parameters = zip(*model.named_parameters(), strict=True)
     fast = losses(model, batch, mtp, turn=11)
-    plain = plain_losses(model, s, batch, mtp, 11, 44, rows)
+    plain = plain_losses(model, s, batch, mtp, 11, 44)
     torch.testing.assert_close(fast.double(), plain, rtol=1e-5, atol=1e-4)
     gradients = [torch.autograd.grad((loss * weights).sum(), parameters) for loss in (fast, plain)]
     for name, one, other in zip(names, *gradients, strict=True):
@@ -115,7 +114,7 @@ def test_the_gradient_of_the_head_is_that_of_finite_differences():
             with torch.no_grad():
                 model.lm_head.data = model.lm_head.data.double()
                 model.lm_head[label, column] += step
-                sides.append(plain_losses(model, s, batch, 1, 3, 40, 1).sum().item())
+                sides.append(plain_losses(model, s, batch, 1, 3, 40).sum().item())
                 model.lm_head[label, column] -= step
         assert gradient[label, column].item() == pytest.approx((sides[0] - sides[1]) / 2e-4, rel=1e-3, abs=1e-4)
 
@@ -209,9 +208,6 @@ def test_the_turn_of_a_row_depends_on_its_place_in_the_step_alone():
 @pytest.mark.parametrize("argv, told", [
     ("--candidates 100", "--candidates 100 must be a multiple of 128"),
     ("--candidates -128", "must be >=0"), ("--candidates 128,256", "--candidates has 2 values"),
-    ("--candidates 128 --candidate-rows 3 --batch-tokens 4096 --seq-len 256 --micro-tokens 4096",
-     "--candidate_rows 3 a divisor of the 16 rows"),
-    ("--candidate-rows 0", "must be >0"),
 ], ids=lambda x: x)
 def test_bad_settings_are_told_in_a_sentence(argv, told):
     (sentence,) = problems(*argv.split())

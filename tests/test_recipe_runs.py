@@ -97,14 +97,21 @@ def test_each_part_changes_the_training(runs):
     assert tail["val_loss"][4] == off["val_loss"][4] and tail["val_loss"][8] != off["val_loss"][8]
 
 
+def waiting_sums(optimizer: dict) -> torch.Tensor:
+    """Sums by row of the gradients that wait within a cycle, (256, 32)."""
+    rows, grads = (optimizer["state"][key]["ngrams.table"] for key in ("rows", "grads"))
+    return torch.zeros(256, 32).index_add_(0, rows, grads)
+
+
 def test_the_state_of_the_table_does_not_depend_on_the_processes(runs):
     one, *others = (optimizer_state(runs("train_gpt", size)) for size in (1, 2, 4))
     assert one["state"]["master"]["ngrams.table"].shape == (256, 32)
     for other in others:
         for key in ("square", "event", "sums"):
-            table, expected = (found["state"][key]["ngrams.table"].to_dense() for found in (other, one))
+            table, expected = (waiting_sums(found) if key == "sums" else found["state"][key]["ngrams.table"]
+                               for found in (other, one))
             torch.testing.assert_close(table, expected, rtol=1e-3, atol=1e-6)
-    assert one["state"]["sums"]["ngrams.table"].to_dense().any()  # two steps of a cycle of three wait after step 8
+    assert waiting_sums(one).any()  # two steps of a cycle of three wait after step 8
 
 
 def test_sampled_and_full_losses_are_where_the_stages_say(runs, monkeypatch, capsys):
