@@ -2235,9 +2235,10 @@ class RunSettings:
     # --- checkpoints, logs, profiling
     save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
     save_last: bool = True  # a checkpoint after the last step
+    save_best: bool = False  # a checkpoint at each best validation; ckpt_best names the last
     keep: int = 0  # checkpoints that a run keeps; 0: 2, or what the run had [>=0]
     log_every: int = 10  # steps between console lines, which wait for the device [>0]
-    wandb: bool = False  # metrics to Weights & Biases (WANDB_MODE=offline works)
+    tracker: str = "none"  # takes the metrics, too (docs/running.md) [none|wandb|tensorboard|trackio]
     enable_profiling: bool = False  # a trace per process, for logger.py profile
     profile_start: int = 10  # first profiled step of a process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
@@ -2279,12 +2280,26 @@ def bracket(name: str) -> list[str]:
     found = re.search(r"\[([^\]]+)\]$", help_texts()[name])
     return found[1].split("; ") if found else []
 
+# other names of settings: nanoGPT's, llm.c's, and DeepSeekMoE's in build-nano-moe
+ALIASES = {
+    "iterations": ("max-steps", "max-iters"), "batch_tokens": ("total-batch-size",), "seq_len": ("T",),
+    "eval_every": ("eval-interval",), "data": ("dataset",), "num_experts": ("n-experts",),
+    "num_shared": ("n-shared-experts",), "top_k": ("n-activated-experts",)}
+REPLACED = {"--wandb": "--tracker wandb"}
+OTHERS = {  # flags that are no settings: the one that they change, and how
+    "num_tokens": ("iterations", "training tokens, which give the iterations"),
+    "m_sub_experts": ("num_experts", "a factor on them")}
+
 class Parser(argparse.ArgumentParser):
-    """argparse that reports one sentence, with the flag that was probably meant."""
+    """argparse that reports one sentence, with the flags that were probably meant."""
+    def meant(self, flag: str) -> str:
+        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
+        return f"{flag} ({f'now {REPLACED[flag]}' if flag in REPLACED else hint})"
+
     def error(self, message: str):
-        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            message += f" (did you mean {close[0]}?)" if close else " (--help lists all flags)"
+        if unknown := re.findall(r"(?<=[\w:] )(--[\w-]+)", message * message.startswith("unrecognized")):
+            message = "unrecognized arguments: " + ", ".join(map(self.meant, unknown))
         self.exit(2, f"error: {message}\n")
 
 def dashed(argv: list[str]) -> list[str]:
@@ -2320,8 +2335,26 @@ def build_parser() -> Parser:
             option |= dict(type=kinds[field.type], metavar="X,X" if several else "X")
         if field.name == "resume":
             option |= dict(nargs="?", const="latest")
-        parser.add_argument("--" + field.name.replace("_", "-"), **option)
+        names = [field.name.replace("_", "-"), *ALIASES.get(field.name, ())]
+        parser.add_argument(*(f"--{name}" for name in names), **option)
+    for name in (name for name, (changed, _) in OTHERS.items() if changed in help_texts()):
+        option = dict(default=argparse.SUPPRESS, help=": ".join(OTHERS[name]))
+        parser.add_argument("--" + name.replace("_", "-"), type=whole, metavar="X", **option)
     return parser
+
+def in_settings(given: dict, preset: dict) -> dict:
+    """A command line's flags without OTHERS. Raises UserError where one contradicts a setting."""
+    kept = {name: value for name, value in given.items() if name not in OTHERS}
+    s, tokens = Settings(**preset | kept), given.get("num_tokens")
+    if "m_sub_experts" in given:
+        kept["num_experts"] = s.num_experts * given["m_sub_experts"]
+    if tokens is not None:
+        if "iterations" in kept:
+            raise UserError(f"--num_tokens {tokens}: it gives the iterations; leave --iterations out")
+        batches = s.batch_tokens if len(s.batch_tokens) == len(s.stage_ends) else s.batch_tokens[:1]
+        batch = round((np.diff((0.0, *s.stage_ends)) * batches).sum())
+        kept["iterations"] = math.ceil(tokens / max(1, batch))
+    return kept
 
 class Hardware(NamedTuple):
     """What this process may use, and why bf16 is fast on it or not."""
@@ -2401,6 +2434,16 @@ def without_auto(s: Settings, hardware: Hardware, world_size: int) -> tuple[Sett
     auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
     return replace(s, **{name: value for name, (value, _) in auto.items()}), auto
 
+def with_head_dim(s: Settings, given: dict, hardware: Hardware, world_size: int) -> tuple[Settings, list[str]]:
+    """Settings whose head_dim, if nobody gave it, divides width and base width, and a note on a change."""
+    base_width = 0 if s.base_head_dim else without_auto(s, hardware, world_size)[0].base_width
+    wide = math.gcd(s.width, base_width)
+    fitting = [size for size in divisors(wide) if size % 4 == 0]
+    if "head_dim" in given or wide % s.head_dim == 0 or not fitting:
+        return s, []
+    size = min(fitting, key=lambda size: abs(math.log(size / s.head_dim)))
+    return replace(s, head_dim=size), [f"head_dim {size}: it divides {wide}, {s.head_dim} does not"]
+
 def vocabulary(data: str) -> int:
     """Size of a data set's vocabulary; GPT-2's where nothing is there yet."""
     with contextlib.suppress(OSError, ValueError):
@@ -2435,10 +2478,14 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     wanted = given.get("preset", "auto")  # or a preset, KIND, KIND-auto
     full = size if wanted == "auto" else f"{wanted.removesuffix('-auto')}-{size}"
     preset = full if wanted not in PRESETS and full in PRESETS else wanted
+    given = in_settings(given, PRESETS.get(preset, {}))
     s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     problems = (too_large := size_errors(s)) or field_errors(s) + unread_errors(s, given)
-    s, auto = (s, {}) if too_large else without_auto(s, hardware, world_size)
-    notes = [f"preset {preset}: {'asked for' if wanted == preset else why}"]
+    notes, auto = [f"preset {preset}: {'asked for' if wanted == preset else why}"], {}
+    if not too_large:
+        s, chosen = with_head_dim(s, given, hardware, world_size)
+        s, auto = without_auto(s, hardware, world_size)
+        notes += chosen
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
     problems += [] if too_large else run_errors(s, given, hardware) + unfit
@@ -2668,14 +2715,6 @@ class Corpus(NamedTuple):
             digest.update(f"{path.name} {hashed}".encode())
         return digest.hexdigest()[:16]
 
-    def fingerprint_before(self) -> str:
-        """The one in checkpoints without `saved`: of names, sizes and first 64 KiB of all shards."""
-        digest = hashlib.sha256()
-        for path in self.train + self.val:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            digest.update(np.fromfile(path, dtype=np.uint8, count=65536))
-        return digest.hexdigest()[:16]
-
 def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
     """sha256 of whole files. A hidden file there keeps those of unchanged size, time and inode."""
     cache, hashes, known = folder / ".hashes.json", {}, {}
@@ -2811,7 +2850,8 @@ class Loader:
 META = {  # a meta.json is built like this one
     "step": 0, "sha256": "", "settings": {}, "train_time_ms": 0.0, "data": {"fingerprint": "", "meta": {}},
     "position": {"epoch": 0, "shard": 0, "used": 0}, "val_loss": (None, 0.0), "val_step": (None, 0),
-    "schedule": (None, {"at": 0.0, "left": 0, "tokens": 0}), "saved": (None, 0), "bytes": (None, 0)}
+    "schedule": (None, {"at": 0.0, "left": 0, "tokens": 0}), "best_loss": (None, 0.0), "saved": (None, 0),
+    "bytes": (None, 0)}
 
 def tell_damage(path: Path, reason):
     text = f"checkpoint {path} cannot be used ({reason}); trying the one before it"
@@ -2833,6 +2873,7 @@ def step_of(path: Path) -> int | None:
 def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) -> list[tuple[Path, dict]]:
     """Checkpoints of a run's or an experiment's folder, newest first, with their meta.json; of one checkpoint: it,
     and those of earlier steps. Which is newest says meta.json's `saved`, not a file time, which copies lose."""
+    place = place.resolve() if place.name == "ckpt_best" else place  # a link
     found, own = [path for up in depths for path in place.glob(up + "checkpoints/step_*")], None
     if place.absolute().parent.name == "checkpoints":
         found, own = list(place.parent.glob("step_*")), step_of(place)
@@ -2890,7 +2931,8 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = (str(error) or repr(error)).splitlines()[0]
         raise OSError(f"could not write {final}: {reason}") from error
-    others = [path for path, m in known if path not in (final, *damaged) and is_whole(path, m)]
+    kept = {final, *damaged, final.with_name((run_folder / "ckpt_best").resolve().name)}
+    others = [path for path, m in known if path not in kept and is_whole(path, m)]
     for path in [old, *others[keep - 1:]]:
         with contextlib.suppress(OSError):
             os.replace(path, path.with_suffix(".tmp"))
@@ -3044,18 +3086,47 @@ def lock_folder(folder: Path):
         print(f"note: {folder / 'lock'}: {reason}; start no second --resume of it")
     return file
 
+def open_tracker(s: Settings, folder: Path, config: dict):
+    """What --tracker names, by its own package: an object with log(numbers, step=n) and finish(). W&B is offline
+    without a login, trackio local where TRACKIO_SPACE_ID names no Space."""
+    if s.tracker == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder / "tensorboard")
+        writer.log = lambda numbers, step: [writer.add_scalar(*pair, step) for pair in numbers.items()]
+        writer.finish = writer.close
+        return writer
+    named = dict(project="nanospeedrun", group=s.experiment_name, name=folder.name, config=config, resume="allow")
+    if s.tracker == "trackio":
+        import trackio
+        return trackio.init(**named)
+    import wandb
+    mode = None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline"
+    return wandb.init(**named, id=folder.name, dir=str(folder), mode=mode)
+
+def rows_by_step(path: Path) -> list[dict]:
+    """What metrics.jsonl says of each step; of one that ran twice the newest."""
+    rows = {}
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
+            row = json.loads(line)
+            if "event" not in row:
+                rows[row["step"]] = rows.get(row["step"], {}) | row
+    return list(rows.values())
+
 class RunLog:
-    """The files of a run, by rank 0: log.txt (public record format), metrics.jsonl, config.json; wandb."""
+    """The files of a run, by rank 0: log.txt (public record format), metrics.jsonl, config.json, result.json,
+    metrics.json; a tracker."""
     def __init__(self, folder: Path, lock=None):
-        self.main, self.folder, self.wandb, self.lock = False, folder, None, lock
+        self.main, self.folder, self.tracker, self.lock = False, folder, None, lock
         self.failed, self.pipe_closed = set(), False
 
     def open(self, s: Settings, hardware: Hardware, config: dict, resumed_at: int | None, changed: dict):
         """On rank 0: writes the head of the files or, in a resumed run, where it goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.main, self.lock = True, self.lock or lock_folder(self.folder)
-        if s.wandb:
-            self._open_wandb(s, config, resumed_at is None)
+        if s.tracker != "none":
+            self.tracker = self._tracked(open_tracker, s, self.folder, config)
+        (self.folder / "result.json").unlink(missing_ok=True)
         if resumed_at is not None:
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config, changed=changed)
@@ -3069,19 +3140,15 @@ class RunLog:
                   f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}\n{gpu or cpu}\n"
                   f"Settings: {json.dumps(config['settings'])}\n{bar}")  # the source knows only its defaults
 
-    def _open_wandb(self, s: Settings, config: dict, new: bool):
+    def _tracked(self, call, *arguments, **more):
+        """What a call of a tracker returns; one that fails costs its metrics, not the run."""
         try:
-            import wandb
-            name = self.folder.name
-            self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=name, id=name,
-                                    dir=str(self.folder), resume="allow", config=config)
-        except Exception as error:  # noqa: BLE001 - wandb's own, of its network, of its import
-            if new:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            missing = isinstance(error, ImportError)
-            repair = "pip install wandb" if missing else "wandb login, or set WANDB_MODE=offline"
+            return call(*arguments, **more)
+        except Exception as error:  # noqa: BLE001 - its own, of its network, of its import
+            self.tracker = None
             reason = (str(error) or repr(error)).splitlines()[0]
-            raise UserError(f"--wandb: {reason:.200}; {repair}") from error
+            repair = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
+            self.print(f"warning: --tracker: {reason:.200}{repair}; the run goes on without it")
 
     def print(self, text: str):
         """To the console. A full disk or a lost terminal cost lines; a closed pipe ends the run (see Run)."""
@@ -3112,15 +3179,25 @@ class RunLog:
             self.failed.add(name)
 
     def metric(self, **values):
-        """To metrics.jsonl and wandb."""
+        """To metrics.jsonl and the tracker."""
         self.line(json.dumps(values), "metrics.jsonl")
-        if self.wandb is not None:
+        if self.tracker is not None:
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            self.wandb.log(numbers, step=values["step"])
+            self._tracked(self.tracker.log, numbers, step=values["step"])
 
-    def close(self):
-        if self.wandb is not None:
-            self.wandb.finish()
+    def close(self, result: dict, config: dict):
+        """The last lines of the console, also in result.json and, with config and rows, in metrics.json."""
+        if self.main:
+            try:
+                write_json(self.folder / "result.json", result)
+                rows = rows_by_step(self.folder / "metrics.jsonl")
+                write_json(self.folder / "metrics.json", {"config": config, **result, "metrics": rows})
+            except OSError as error:
+                self.print(f"warning: {error}")
+            lines = [f"{name}: {'null' if value is None else value}" for name, value in result.items()]
+            self.print("\n".join(["---", *lines]))
+        if self.tracker is not None:
+            self._tracked(self.tracker.finish)
         if self.lock:
             self.lock.close()
 
@@ -3175,12 +3252,13 @@ class Run:
         if s.resume:  # before a model is built that may be another
             known = on_rank_zero(world, lambda: checkpoints_in(resume_place(s), tell=lambda *_: None))
             for found in known[:1]:
-                self._changes(*found)
+                changed_settings(s, self.fingerprint, *found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
         self.over = False  # the target is reached, or all ranks know of a signal
         self.stop_signal, self.first_step_s, self.profiler = 0, None, None
         self.compile_s, self.warm_graphs = 0.0, 0
+        self.flops, self.worked_ms = 0.0, 0.0  # as logged
         self.undo = contextlib.ExitStack()
 
     def _fit_eval_tokens(self) -> Settings:
@@ -3191,11 +3269,6 @@ class Run:
             return s
         self.notes.append(f"eval_tokens {available}: all that the validation split has")
         return replace(s, eval_tokens=available)
-
-    def _changes(self, path: Path, meta: dict) -> dict[str, list]:
-        """What differs in a checkpoint, see `changed_settings`."""
-        own = self.fingerprint if meta["saved"] else self.corpus.fingerprint_before()
-        return changed_settings(self.s, own, path, meta)
 
     def _set_progress(self):
         """What is done: as the checkpoint says, or nothing."""
@@ -3212,14 +3285,14 @@ class Run:
             self.left = schedule.get("left") or self.left  # 0: ended, before --iterations rose
         self.tokens = schedule.get("tokens", self.tokens_at(self.step))
         self.fitted = self.step, self.logged_ms, -math.inf  # of _fit_schedule
-        self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
-        self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
+        self.val_loss, self.val_step = meta.get("val_loss"), meta.get("val_step") or 0
+        self.best_loss = meta.get("best_loss") or 1e9  # of --save-best
 
     def _resume(self, optimizer):
         """Takes the checkpoint that --resume names. Raises NothingToDo if its run is over. Collective."""
         like = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
         self.checkpoint, self.meta = on_rank_zero(self.world, self._take, like)
-        self.changed = self._changes(self.checkpoint, self.meta)
+        self.changed = changed_settings(self.s, self.fingerprint, self.checkpoint, self.meta)
         self._set_progress()
         kept = self.meta["settings"].get("keep")
         self.s = replace(self.s, keep=self.s.keep or (kept if type(kept) is int and kept > 0 else 2))
@@ -3231,10 +3304,10 @@ class Run:
         other_data = "data_fingerprint" in allowed_changes(s)
         num_shards = math.inf if other_data else len(self.corpus.train)
         path, meta, self.state, self.damaged = find_checkpoint(place, like, num_shards)
-        step, loss, looked = meta["step"], meta.get("val_loss"), meta.get("val_step") in (None, meta["step"])
+        step, loss = meta["step"], meta.get("val_loss")
         reached = s.target_loss and loss is not None and loss <= s.target_loss
         at = (meta.get("schedule") or {"at": step})["at"]
-        if looked and (at >= s.iterations or reached):
+        if meta.get("val_step") == step and (at >= s.iterations or reached):
             ways = "a lower --target-loss" if reached else "--iterations N --allow-change iterations"
             raise NothingToDo(f"{path}: this run has ended, after step {step} of {s.iterations}; to go on: {ways}")
         self.lock = lock_folder(path.parent.parent)
@@ -3258,8 +3331,7 @@ class Run:
         run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
         folder = Path(s.log_dir) / s.experiment_name / run_id
         self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
-        self.undo.callback(self.log.close)
-        self.undo.push(self._log_failure)
+        self.undo.push(self._close)
         resumed_at = self.meta.get("step")
         on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, resumed_at, self.changed)
         self.notes += [f"{name}: {then} before, {now} from here on" for name, (then, now) in self.changed.items()]
@@ -3283,11 +3355,26 @@ class Run:
         return [*lines, f"{training}, {self.stream.num_tokens:,} validation tokens, "
                         f"about {memory:.2f} GiB per process"]
 
-    def _log_failure(self, kind, error, trace):
+    def _log_failure(self, error):
         """What the compiler said, in full; the console has one sentence."""
         if compiler_failed(error):
             self.log.line("".join(traceback.format_exception(error)))
             self.log.print(f"the whole error: {self.log.folder / 'log.txt'}")
+
+    def _close(self, kind, error, trace):
+        """The result, however the run ends."""
+        told, ms, loss = error and (explained(error) or repr(error)), self.clock.total_ms, self.val_loss
+        if error and self.status in ("done", "error"):
+            self.status = "interrupted" if kind is KeyboardInterrupt else "error"
+            self.status = "out_of_memory" if told.startswith("out of memory") else self.status
+        self._log_failure(error)
+        mfu = model_flops_utilization(1000 / max(1e-3, self.worked_ms), self.flops, self.hardware.name, self.world.size)
+        self.log.close({
+            "status": self.status, "val_loss": loss, "val_bpb": loss and bits_per_byte(loss, self.corpus.meta),
+            "training_seconds": ms / 1000, "total_seconds": seconds_since_process_start(),
+            "peak_memory_mb": peak_memory_mib(self.s.device)[0], "mfu": mfu, "total_tokens": self.tokens,
+            "steps": self.step, "params": self.counts["total"], "error": told and " ".join(told.split())[:500],
+        }, self.config)
 
     def fits(self, attempt) -> bool:
         """Whether `attempt`, in which no process waits for another, goes well on all of them. Where one lacks memory,
@@ -3299,7 +3386,7 @@ class Run:
         except Exception as error:  # noqa: BLE001 - told to all
             if self.world.size == 1 and not out_of_memory(error):
                 raise
-            self._log_failure(type(error), error, None)
+            self._log_failure(error)
             failure = out_of_memory(error), explained(error) or repr(error)
         gc.collect()
         torch.cuda.empty_cache()
@@ -3416,6 +3503,7 @@ class Run:
 
     def next_batch(self, step: int) -> Tensor:
         """The micro-steps of a step, (micro-steps, 3, B, T): inputs, targets, document numbers."""
+        self._save_best(step)
         epoch = self.position["epoch"]
         batch, self.position = self.loader.next(step, self.following)
         if self.position["epoch"] != epoch:
@@ -3478,8 +3566,10 @@ class Run:
         s, stage = self.s, self.stage
         with self.clock.paused() as ms:
             step_ms = (ms - self.logged_ms) / (step - self.logged_step)
-        self.logged_step, self.logged_ms = step, ms
         rate, flops = 1000 * stage.batch_tokens / step_ms, flops_per_token(s, self.counts, stage)
+        self.flops += (step - self.logged_step) * stage.batch_tokens * flops
+        self.worked_ms += ms - self.logged_ms
+        self.logged_step, self.logged_ms = step, ms
         mfu = model_flops_utilization(rate, flops, self.hardware.name, self.world.size)
         eta = time.strftime("%H:%M:%S", time.gmtime(self.left * step_ms / 1000))
         percent = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
@@ -3532,7 +3622,7 @@ class Run:
             state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
             meta = self.config | dict(
                 position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step,
-                schedule={"at": self.at, "left": self.left, "tokens": self.tokens})
+                schedule={"at": self.at, "left": self.left, "tokens": self.tokens}, best_loss=self.best_loss)
             weights = state["optimizer"]["state"]["master"].values()  # {} but on rank 0
             finite = on_rank_zero(self.world, lambda: all(x.isfinite().all() for x in weights))
             self._stop_unless(finite, f"the weights after step {step} are not finite", step)
@@ -3547,9 +3637,19 @@ class Run:
             self.log.print(f"checkpoint {self.checkpoint}")
             return True
 
+    def _save_best(self, step: int):
+        """Under --save-best, after the best validation so far: a checkpoint, which stays until a better one, and the
+        link ckpt_best to it. Collective."""
+        if self.s.save_best and self.val_step == step and self.val_loss and self.val_loss < self.best_loss:
+            self.best_loss, link = self.val_loss, self.log.folder / "ckpt_best"
+            if self.save(step, self.optimizer) and self.log.main:
+                link.unlink(missing_ok=True)
+                link.symlink_to(Path("checkpoints", self.checkpoint.name))
+
     def finish(self, step: int, optimizer):
         """Last checkpoint, end of the logs. Raises TrainingStopped if it could not be written."""
         s, folder, ms = self.s, self.log.folder, self.clock.stop()
+        self._save_best(step)
         saved = self.save(step, optimizer) if self.status == "interrupted" or s.save_last else True
         self._end_record(step)
         self._note_validation(step)
@@ -3610,7 +3710,7 @@ def start_processes(device: str) -> World:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what a user can repair."""
-    code, world_size = 1, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    code, world_size = 2, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # says once a machine what all ranks know
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -3619,6 +3719,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         s, hardware, notes = parse_settings(argv, world_size)
+        code = 1  # docs/automation.md has all
         torch.set_num_threads(s.threads or torch.get_num_threads())
         if s.device == "cpu":
             keep_memory()
