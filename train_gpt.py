@@ -2213,9 +2213,6 @@ class TrainingStopped(RuntimeError):
 class NothingToDo(Exception):
     """The run that --resume names is over."""
 
-class Interrupted(Exception):
-    """A signal ends an evaluation."""
-
 @dataclass(frozen=True)
 class RunSettings:
     """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
@@ -2282,12 +2279,12 @@ def bracket(name: str) -> list[str]:
 
 # other names of settings: nanoGPT's, llm.c's, and DeepSeekMoE's in build-nano-moe
 ALIASES = {
-    "iterations": ("max-steps", "max-iters"), "batch_tokens": ("total-batch-size",), "seq_len": ("T",),
-    "eval_every": ("eval-interval",), "data": ("dataset",), "num_experts": ("n-experts",),
-    "num_shared": ("n-shared-experts",), "top_k": ("n-activated-experts",)}
+    "iterations": ("max_steps", "max_iters"), "batch_tokens": ("total_batch_size",), "seq_len": ("T",),
+    "eval_every": ("eval_interval",), "data": ("dataset",), "num_experts": ("n_experts",),
+    "num_shared": ("n_shared_experts",), "top_k": ("n_activated_experts",)}
 REPLACED = {"--wandb": "--tracker wandb"}
-OTHERS = {  # flags that are no settings: the one that they change, and how
-    "num_tokens": ("iterations", "training tokens, which give the iterations"),
+OTHERS = {  # flags that are no settings, but change one
+    "num_tokens": ("iterations", "in training tokens, in their place"),
     "m_sub_experts": ("num_experts", "a factor on them")}
 
 class Parser(argparse.ArgumentParser):
@@ -2335,26 +2332,22 @@ def build_parser() -> Parser:
             option |= dict(type=kinds[field.type], metavar="X,X" if several else "X")
         if field.name == "resume":
             option |= dict(nargs="?", const="latest")
-        names = [field.name.replace("_", "-"), *ALIASES.get(field.name, ())]
-        parser.add_argument(*(f"--{name}" for name in names), **option)
+        names = field.name, *ALIASES.get(field.name, ())
+        parser.add_argument(*(f"--{name.replace('_', '-')}" for name in names), **option)
     for name in (name for name, (changed, _) in OTHERS.items() if changed in help_texts()):
         option = dict(default=argparse.SUPPRESS, help=": ".join(OTHERS[name]))
         parser.add_argument("--" + name.replace("_", "-"), type=whole, metavar="X", **option)
     return parser
 
-def in_settings(given: dict, preset: dict) -> dict:
-    """A command line's flags without OTHERS. Raises UserError where one contradicts a setting."""
-    kept = {name: value for name, value in given.items() if name not in OTHERS}
-    s, tokens = Settings(**preset | kept), given.get("num_tokens")
-    if "m_sub_experts" in given:
-        kept["num_experts"] = s.num_experts * given["m_sub_experts"]
-    if tokens is not None:
-        if "iterations" in kept:
-            raise UserError(f"--num_tokens {tokens}: it gives the iterations; leave --iterations out")
+def changed_by(others: dict, s: Settings) -> Settings:
+    """Settings, as the flags OTHERS of a command line change them."""
+    if "m_sub_experts" in others:
+        s = replace(s, num_experts=s.num_experts * others["m_sub_experts"])
+    if "num_tokens" in others:
         batches = s.batch_tokens if len(s.batch_tokens) == len(s.stage_ends) else s.batch_tokens[:1]
         batch = round((np.diff((0.0, *s.stage_ends)) * batches).sum())
-        kept["iterations"] = math.ceil(tokens / max(1, batch))
-    return kept
+        s = replace(s, iterations=math.ceil(others["num_tokens"] / max(1, batch)))
+    return s
 
 class Hardware(NamedTuple):
     """What this process may use, and why bf16 is fast on it or not."""
@@ -2406,17 +2399,12 @@ def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tupl
     cuda = hardware.device == "cuda"
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
     nvidia = cuda and not torch.version.hip
-    plain = hardware.device == "mps"
-    if hardware.device == "cpu":
-        plain = bf16 and not s.compile
-    fallback = "plain" if plain else "sdpa"
-    if flash_fits(s, hardware, bf16):
-        fallback = "varlen"
+    plain = hardware.device == "mps" or hardware.device == "cpu" and bf16 and not s.compile
+    fallback = "varlen" if flash_fits(s, hardware, bf16) else "plain" if plain else "sdpa"
     flex = nvidia and s.compile and hardware.bf16
     why = "the fastest here" if flex or not nvidia else "FlexAttention is compiled, for capability 8.0 and later"
     triton = nvidia and bf16 and hardware.bf16 and importlib.util.find_spec("triton")
     fp8 = hardware.fp8 and bf16 and not any(size % 16 for size in (s.width, *s.seq_len))
-    fineweb = data_folder("fineweb10B").is_dir()
     return {
         "device": (hardware.device, hardware.name),
         "dtype": ("bf16" if bf16 else "fp32", hardware.why),
@@ -2424,7 +2412,7 @@ def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tupl
         "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA, not ROCm, and bf16"),
         "fp8_head": ("on" if fp8 else "off", "it needs FP8 products and multiples of 16"),
         "compile_unit": ("model" if world_size == 1 else "block", f"{world_size} process(es)"),
-        "data": ("fineweb10B" if fineweb else "stdlib", "fineweb10B where it is there"),
+        "data": ("fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib", "fineweb10B where it is there"),
         "eval_seq_len": (s.seq_len[-1], "that of the last stage"),
     }
 
@@ -2451,8 +2439,7 @@ def vocabulary(data: str) -> int:
     return GPT2_META["vocab_size"]
 
 def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, list[str], list[str]]:
-    """Settings with the largest micro_tokens that the memory allows, where that is open, and a note on it; a sentence
-    with what would fit, where even the smallest do not."""
+    """Settings with the largest micro_tokens that fit, where that is open; notes on it; what would fit, if nothing."""
     def need(s: Settings, size: int = 0) -> float:
         s = replace(s, micro_tokens=size or micro_sizes(s, world_size)[-1])
         with contextlib.suppress(RuntimeError):  # more bytes than a number holds
@@ -2467,8 +2454,7 @@ def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, 
     return replace(s, micro_tokens=size), [] if s.micro_tokens else [f"micro_tokens {size}: {told}"], []
 
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
-    """Command line -> Settings with every `auto` resolved, Hardware, and lines that explain the choices, list[str].
-    Raises UserError with all that is wrong with the settings at once."""
+    """Command line -> Settings without `auto`, Hardware, lines about choices. Raises UserError with all faults."""
     parser = build_parser()
     given = vars(parser.parse_args(dashed(sys.argv[1:] if argv is None else argv)))
     if [] in given.values():  # what argparse makes of --muon-lr=--
@@ -2478,8 +2464,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     wanted = given.get("preset", "auto")  # or a preset, KIND, KIND-auto
     full = size if wanted == "auto" else f"{wanted.removesuffix('-auto')}-{size}"
     preset = full if wanted not in PRESETS and full in PRESETS else wanted
-    given = in_settings(given, PRESETS.get(preset, {}))
-    s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
+    others = {name: given.pop(name) for name in OTHERS if name in given}
+    s = changed_by(others, Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset}))
     problems = (too_large := size_errors(s)) or field_errors(s) + unread_errors(s, given)
     notes, auto = [f"preset {preset}: {'asked for' if wanted == preset else why}"], {}
     if not too_large:
@@ -2592,9 +2578,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 def misfit(value, like, name: str) -> str:
-    """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
-    have all its keys, tensors its shape and kind; numbers are finite and not negative; a tuple is a
-    choice."""
+    """The first thing in which a value is not built like another, in words; nothing if it is. Dicts have all its keys,
+    tensors its shape and kind; numbers are finite and not negative; a tuple is a choice."""
     if isinstance(like, tuple):
         return min((misfit(value, one, name) for one in like), key=len)
     if isinstance(like, dict) and isinstance(value, dict):
@@ -2689,16 +2674,15 @@ def shard_length(path: Path) -> int:
     return count
 
 def open_shard(path: Path, vocab_size: int, most: int | None = None) -> np.ndarray:
-    """The tokens of a shard, or its first ones, in memory: a file that is cut short meanwhile ends
-    no process. Raises UserError as `shard_length` does, or for a token id past the vocabulary."""
+    """The (first) tokens of a shard, in memory. Raises UserError as shard_length, or for an id past the vocabulary."""
     count = shard_length(path)
     count = min(count, most or count)
     tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
     if len(tokens) < count:
         raise UserError(f"{path} became shorter while it was read")
     if (top := int(tokens.max())) >= vocab_size:
-        redo = f"make it again with {repair_command(path.parent)}"
-        raise UserError(f"{path} holds token id {top}, the vocabulary has {vocab_size}; {redo}")
+        raise UserError(f"{path} holds token id {top}, the vocabulary has {vocab_size}; make it again with "
+                        f"{repair_command(path.parent)}")
     return tokens
 
 class Corpus(NamedTuple):
@@ -2731,13 +2715,11 @@ def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
     return hashes
 
 DATA_META = {
-    "vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}, "splits": {}, "name": (None, ""),
-}
-SPLIT_META = {"tokens": (None, 0), "bytes": (None, 0)}
+    "vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}, "name": (None, ""),
+    "splits": dict.fromkeys(("train", "val"), (None, {"tokens": (None, 0), "bytes": (None, 0)}))}
 
 def read_data_meta(folder: Path, shards: list[Path]) -> dict:
-    """meta.json of a data set. Only the published FineWeb shards, known by their names, may lack it.
-    Raises UserError with the command that makes the data set again."""
+    """meta.json of a data set; only published FineWeb shards, by their names, may lack it. Raises UserError."""
     path, repair = folder / "meta.json", repair_command(folder)
     published = all(re.match(r"fineweb(edu)?_(train|val)_\d{6}\.bin", shard.name) for shard in shards)
     if not path.exists() and published and folder.name.startswith("fineweb"):
@@ -2749,16 +2731,12 @@ def read_data_meta(folder: Path, shards: list[Path]) -> dict:
         size, eot = meta["vocab_size"], meta["eot"]
         if not 0 < size <= 65536 or (eot is not None and eot >= size):
             raise ValueError(f"vocab_size {size}, eot {eot}: 1 to 65536, and below it")
-        for split in ("train", "val"):
-            if wrong := misfit(meta["splits"].get(split, {}), SPLIT_META, split):
-                raise ValueError(wrong)
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); make it again with {repair}") from error
     return meta
 
 def open_corpus(name: str) -> Corpus:
-    """A data set, checked. Raises FileNotFoundError with the command that makes it, UserError if it
-    is damaged."""
+    """A data set, checked. Raises FileNotFoundError with the command that makes it, UserError for a damaged one."""
     folder = data_folder(name)
     shards = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
     for split, paths in shards.items():
@@ -2773,8 +2751,8 @@ def open_corpus(name: str) -> Corpus:
     return Corpus(folder, meta, **shards)
 
 class Loader:
-    """The training batches of one process, each prepared in the background while the one before it is in use.
-    `position`: epoch, shard, and tokens of it, in the order of its pieces, used up; a run goes on from there."""
+    """The training batches of a process, each prepared while the one before it is in use. `position`: epoch, shard,
+    and tokens of it, in the order of its pieces, used up; a run goes on from there."""
     FIRST = {"epoch": 0, "shard": 0, "used": 0}
 
     def __init__(self, s: Settings, corpus: Corpus, world: World, position=None, step=0):
@@ -2790,8 +2768,7 @@ class Loader:
         self.pending = self.workers.submit(lambda: (self.make_batch(stage), self.position))
 
     def next(self, step: int, following: float | None = None) -> tuple[Tensor, dict]:
-        """The batch of the next step on the device, and the position after it. `following`: where in the schedule the
-        one after it will be, if not at step + 1."""
+        """The batch of a step on the device, and the position after it; the one at `following`, or step + 1, starts."""
         batch, position = self.pending.result()
         following = step + 1 if following is None else following
         if following < self.s.iterations:
@@ -2980,8 +2957,7 @@ def check_content(state: dict, meta: dict, num_shards: float):
         raise ValueError(f"state.pt: {error}") from error
 
 def changed_settings(s: Settings, fingerprint: str, path: Path, meta: dict) -> dict[str, list]:
-    """The hyperparameters, or data, in which a checkpoint differs: name -> [then, now]. Raises
-    UserError that names those which --allow-change does not."""
+    """Hyperparameters or data that differ: name -> [then, now]. Raises UserError for those not in --allow-change."""
     names = [field.name for field in fields(Hyperparameters)]
     compared = {name: getattr(s, name) for name in names if "free on resume" not in bracket(name)}
     now = json.loads(json.dumps(compared)) | {"data_fingerprint": fingerprint}
@@ -3070,8 +3046,7 @@ def command_output(*command: str) -> str | None:
         return subprocess.run(command, check=True, **options).stdout.strip()
 
 def lock_folder(folder: Path):
-    """An open file that keeps other processes from this run; the system frees it when this one ends.
-    Raises UserError that says who has it."""
+    """An open file that keeps other processes from this run until this one ends. Raises UserError, with who has it."""
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
         import fcntl  # not on Windows
@@ -3087,8 +3062,7 @@ def lock_folder(folder: Path):
     return file
 
 def open_tracker(s: Settings, folder: Path, config: dict):
-    """What --tracker names, by its own package: an object with log(numbers, step=n) and finish(). W&B is offline
-    without a login, trackio local where TRACKIO_SPACE_ID names no Space."""
+    """What --tracker names: an object with log(numbers, step=n) and finish(). W&B is offline without a login."""
     if s.tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(folder / "tensorboard")
@@ -3096,29 +3070,17 @@ def open_tracker(s: Settings, folder: Path, config: dict):
         writer.finish = writer.close
         return writer
     named = dict(project="nanospeedrun", group=s.experiment_name, name=folder.name, config=config, resume="allow")
-    if s.tracker == "trackio":
-        import trackio
-        return trackio.init(**named)
-    import wandb
-    mode = None if "WANDB_MODE" in os.environ or wandb.login(prompt=False) else "offline"
-    return wandb.init(**named, id=folder.name, dir=str(folder), mode=mode)
-
-def rows_by_step(path: Path) -> list[dict]:
-    """What metrics.jsonl says of each step; of one that ran twice the newest."""
-    rows = {}
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
-            row = json.loads(line)
-            if "event" not in row:
-                rows[row["step"]] = rows.get(row["step"], {}) | row
-    return list(rows.values())
+    package = importlib.import_module(s.tracker)
+    if s.tracker == "wandb":
+        login = "WANDB_MODE" in os.environ or package.login(prompt=False)
+        named |= dict(id=folder.name, dir=str(folder), mode=None if login else "offline")
+    return package.init(**named)
 
 class RunLog:
-    """The files of a run, by rank 0: log.txt (public record format), metrics.jsonl, config.json, result.json,
-    metrics.json; a tracker."""
+    """The console, a tracker, and the files of a run, by rank 0 (docs/running.md)."""
     def __init__(self, folder: Path, lock=None):
         self.main, self.folder, self.tracker, self.lock = False, folder, None, lock
-        self.failed, self.pipe_closed = set(), False
+        self.rows, self.failed, self.pipe_closed = [], set(), False
 
     def open(self, s: Settings, hardware: Hardware, config: dict, resumed_at: int | None, changed: dict):
         """On rank 0: writes the head of the files or, in a resumed run, where it goes on."""
@@ -3128,6 +3090,9 @@ class RunLog:
             self.tracker = self._tracked(open_tracker, s, self.folder, config)
         (self.folder / "result.json").unlink(missing_ok=True)
         if resumed_at is not None:
+            with contextlib.suppress(ValueError):  # none of a process that was killed
+                rows = read_json(self.folder / "metrics.json", {"metrics": []})["metrics"]
+                self.rows = [row for row in rows if row["step"] <= resumed_at]
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config, changed=changed)
             return
@@ -3164,8 +3129,7 @@ class RunLog:
             self.failed.add("console")
 
     def line(self, text: str, name: str = "log.txt"):
-        """To log.txt, on a line of its own, also where a full disk or kill -9 cut the last one. What
-        cannot be written costs lines of the logs, not the run."""
+        """A line of log.txt, also where the last one was cut. A full disk costs lines of the logs, not the run."""
         if not self.main:
             return
         try:
@@ -3181,21 +3145,32 @@ class RunLog:
     def metric(self, **values):
         """To metrics.jsonl and the tracker."""
         self.line(json.dumps(values), "metrics.jsonl")
-        if self.tracker is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            self._tracked(self.tracker.log, numbers, step=values["step"])
+        self.rows += [values] * ("event" not in values)
+        self.track(values["step"], {k: v for k, v in values.items() if isinstance(v, int | float)})
 
-    def close(self, result: dict, config: dict):
-        """The last lines of the console, also in result.json and, with config and rows, in metrics.json."""
-        if self.main:
-            try:
-                write_json(self.folder / "result.json", result)
-                rows = rows_by_step(self.folder / "metrics.jsonl")
-                write_json(self.folder / "metrics.json", {"config": config, **result, "metrics": rows})
-            except OSError as error:
-                self.print(f"warning: {error}")
-            lines = [f"{name}: {'null' if value is None else value}" for name, value in result.items()]
-            self.print("\n".join(["---", *lines]))
+    def track(self, step: int, numbers: dict):
+        if self.tracker is not None:
+            self._tracked(self.tracker.log, numbers, step=step)
+
+    def result(self, end: dict, config: dict):
+        """The last object of metrics.jsonl, and what comes of a run: `---` and lines on the console, result.json."""
+        self.metric(**end)
+        told, seconds = end.get("error") or "", end["train_time_ms"] / 1000
+        result = {
+            "status": "out_of_memory" if told.startswith("out of memory") else end["status"],
+            "val_loss": end["val_loss"], "val_bpb": end["val_bpb"], "training_seconds": seconds,
+            "total_seconds": seconds_since_process_start(), "peak_memory_mb": end["peak_memory_mib"],
+            "mfu": end["mfu"], "total_tokens": end["tokens"], "steps": end["step"], "params": end["params_total"]}
+        result |= {"error": " ".join(told.split())} if told else {}
+        try:
+            for name, more in {"result": {}, "metrics": {"config": config, "metrics": self.rows}}.items():
+                write_json(self.folder / f"{name}.json", result | more)
+        except OSError as error:
+            self.print(f"warning: {error}")
+        lines = [f"{name}: {'null' if value is None else value}" for name, value in result.items()]
+        self.print("\n".join(["---", *lines]))
+
+    def close(self):
         if self.tracker is not None:
             self._tracked(self.tracker.finish)
         if self.lock:
@@ -3239,10 +3214,13 @@ class Run:
     def __init__(self, s: Settings, hardware: Hardware, world: World, notes: list[str]):
         self.s, self.hardware, self.world, self.notes = s, hardware, world, notes
         self.stages, self.clock, self.corpus = stage_table(s), Clock(s.device), open_corpus(s.data)
-        self.vocab_size = self.corpus.meta["vocab_size"]
-        self.s = s = self._fit_eval_tokens()
-        self.s = s = replace(s, micro_tokens=min(told_by_all(world, s.micro_tokens)))  # GPUs may differ
-        self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
+        self.vocab_size, available = self.corpus.meta["vocab_size"], sum(map(shard_length, self.corpus.val)) - 1
+        s = replace(s, micro_tokens=min(told_by_all(world, s.micro_tokens)))  # GPUs may differ
+        by_preset = PRESETS.get(s.preset, {}).get("eval_tokens", RunSettings.eval_tokens)
+        if 0 < available < s.eval_tokens == by_preset:
+            notes.append(f"eval_tokens {available}: all that the validation split has")
+            s = replace(s, eval_tokens=available)
+        self.s, self.stream = s, ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
         own = self.corpus.fingerprint() if world.local_rank == 0 else None  # once a machine
         self.fingerprint = on_rank_zero(world, lambda: own)
         if own not in (None, self.fingerprint):
@@ -3260,15 +3238,6 @@ class Run:
         self.compile_s, self.warm_graphs = 0.0, 0
         self.flops, self.worked_ms = 0.0, 0.0  # as logged
         self.undo = contextlib.ExitStack()
-
-    def _fit_eval_tokens(self) -> Settings:
-        """The settings; where a preset's eval_tokens, not the user's, are more than the split has: all."""
-        s, preset = self.s, {"eval_tokens": RunSettings.eval_tokens} | PRESETS.get(self.s.preset, {})
-        available = sum(map(shard_length, self.corpus.val)) - 1
-        if not 0 < available < s.eval_tokens == preset["eval_tokens"]:
-            return s
-        self.notes.append(f"eval_tokens {available}: all that the validation split has")
-        return replace(s, eval_tokens=available)
 
     def _set_progress(self):
         """What is done: as the checkpoint says, or nothing."""
@@ -3331,7 +3300,8 @@ class Run:
         run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
         folder = Path(s.log_dir) / s.experiment_name / run_id
         self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
-        self.undo.push(self._close)
+        self.undo.callback(self.log.close)
+        self.undo.push(self._end_record)
         resumed_at = self.meta.get("step")
         on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, resumed_at, self.changed)
         self.notes += [f"{name}: {then} before, {now} from here on" for name, (then, now) in self.changed.items()]
@@ -3361,20 +3331,25 @@ class Run:
             self.log.line("".join(traceback.format_exception(error)))
             self.log.print(f"the whole error: {self.log.folder / 'log.txt'}")
 
-    def _close(self, kind, error, trace):
-        """The result, however the run ends."""
-        told, ms, loss = error and (explained(error) or repr(error)), self.clock.total_ms, self.val_loss
-        if error and self.status in ("done", "error"):
-            self.status = "interrupted" if kind is KeyboardInterrupt else "error"
-            self.status = "out_of_memory" if told.startswith("out of memory") else self.status
-        self._log_failure(error)
-        mfu = model_flops_utilization(1000 / max(1e-3, self.worked_ms), self.flops, self.hardware.name, self.world.size)
-        self.log.close({
-            "status": self.status, "val_loss": loss, "val_bpb": loss and bits_per_byte(loss, self.corpus.meta),
-            "training_seconds": ms / 1000, "total_seconds": seconds_since_process_start(),
-            "peak_memory_mb": peak_memory_mib(self.s.device)[0], "mfu": mfu, "total_tokens": self.tokens,
-            "steps": self.step, "params": self.counts["total"], "error": told and " ".join(told.split())[:500],
-        }, self.config)
+    def _end_record(self, kind, error, trace):
+        """The end of all logs, however the run ends."""
+        if error:
+            self.clock.wait = lambda: None  # what the device waits for may never come
+            self.status = "interrupted" if kind is KeyboardInterrupt else self.status.replace("done", "error")
+            self._log_failure(error)
+        ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
+        target, speed = (None, None), 1000 / (self.worked_ms or math.inf)
+        target = (self.step, ms) if self.status == "target" else target
+        end = dict(
+            event="end", status=self.status, step=self.step, iterations=self.step + self.left, val_loss=loss,
+            val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms, tokens=tokens,
+            tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.counts["total"],
+            params_active=self.counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
+            mfu=model_flops_utilization(speed, self.flops, self.hardware.name, self.world.size),
+            first_step_s=self.first_step_s, compile_s=self.compile_s, target_step=target[0], target_time_ms=target[1])
+        end |= {"error": explained(error) or repr(error)} if error else {}
+        if self.log.main:
+            self.log.result(end, self.config)
 
     def fits(self, attempt) -> bool:
         """Whether `attempt`, in which no process waits for another, goes well on all of them. Where one lacks memory,
@@ -3447,7 +3422,7 @@ class Run:
                 name = signal.Signals(number).name
                 os.write(2, f"{name}: saves and stops after {when}; Ctrl-C ends at once\n".encode())
         if self.looking and first:
-            raise Interrupted
+            raise InterruptedError
 
     @contextlib.contextmanager
     def look(self):
@@ -3456,7 +3431,7 @@ class Run:
             with self.clock.paused():
                 self.looking = self.world.size == 1 and not self.stop_signal
                 yield
-        except Interrupted:
+        except InterruptedError:  # by _on_signal
             self.status, self.over = "interrupted", True
         finally:
             self.looking = False
@@ -3471,12 +3446,9 @@ class Run:
         with contextlib.suppress(OSError, RuntimeError):  # the first error is the one to tell
             if whole and self.step > self.saved_step and self._all_have(error):
                 self.save(self.step, self.optimizer)
-        with contextlib.suppress(OSError, RuntimeError):
-            self._end_record(self.step, error=f"{kind.__name__}: {error}")
 
     def _all_have(self, error: BaseException) -> bool:
-        """Whether every rank has come to an error of the data or the disk after the same step: only
-        then what is in flight on all of them is the same."""
+        """Whether every rank has come to an error of data or disk after the same step: the same is in flight on all."""
         if self.world.size == 1:
             return True
         store = dist.distributed_c10d._get_default_store()
@@ -3492,8 +3464,7 @@ class Run:
         return end - (end - self.at) * (self.left - 1) / self.left
 
     def _fit_schedule(self, step: int, ms: float):
-        """Under --max-seconds: as many steps are left, at least the one under way, as the time has, at the pace since
-        the last call. `ms`: the first rank's clock."""
+        """Under --max-seconds: the steps left, at the pace since the last call. `ms`: the first rank's clock."""
         before, before_ms, _ = self.fitted
         step_ms = max(1e-3, (ms - before_ms) / (step - before))
         if self.left:
@@ -3503,7 +3474,7 @@ class Run:
 
     def next_batch(self, step: int) -> Tensor:
         """The micro-steps of a step, (micro-steps, 3, B, T): inputs, targets, document numbers."""
-        self._save_best(step)
+        self.save_best(step)
         epoch = self.position["epoch"]
         batch, self.position = self.loader.next(step, self.following)
         if self.position["epoch"] != epoch:
@@ -3511,8 +3482,8 @@ class Run:
         return batch
 
     def log_due(self, step: int) -> bool:
-        """After a step: the profiler's turn; whether to log it: each log_every-th, after a signal if alone; under
-        --max-seconds the first, too, and where a 64th of the schedule has passed."""
+        """After a step: whether to log it: each log_every-th; after a signal if alone; under --max-seconds the first
+        and where a 64th of the schedule has passed."""
         self.stage = stage_at(self.stages, self.at)
         self.tokens += self.stage.batch_tokens
         self.step, self.step_position = step, self.position
@@ -3550,8 +3521,7 @@ class Run:
     def _stop_unless(self, finite: bool, what: str, step: int):
         """Ends logs and run. A checkpoint is written only after a look at losses and weights."""
         if not finite:
-            self.status = "nan"
-            self._end_record(step)
+            self.status, self.step = "nan", step
             rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
             flags = ", ".join("--" + n.replace("_", "-") for n in rates if n != "stage_lr")
             ways = ", with --resume and --allow-change" if self.saved_step else ""
@@ -3637,7 +3607,7 @@ class Run:
             self.log.print(f"checkpoint {self.checkpoint}")
             return True
 
-    def _save_best(self, step: int):
+    def save_best(self, step: int):
         """Under --save-best, after the best validation so far: a checkpoint, which stays until a better one, and the
         link ckpt_best to it. Collective."""
         if self.s.save_best and self.val_step == step and self.val_loss and self.val_loss < self.best_loss:
@@ -3649,9 +3619,8 @@ class Run:
     def finish(self, step: int, optimizer):
         """Last checkpoint, end of the logs. Raises TrainingStopped if it could not be written."""
         s, folder, ms = self.s, self.log.folder, self.clock.stop()
-        self._save_best(step)
+        self.save_best(step)
         saved = self.save(step, optimizer) if self.status == "interrupted" or s.save_last else True
-        self._end_record(step)
         self._note_validation(step)
         if s.target_loss:
             reached = "reached" if self.status == "target" else "not reached"
@@ -3666,29 +3635,16 @@ class Run:
 
     def _end_profile(self, step: int):
         """Has logger.py read the traces. Asserts that the warm-up compiled every graph."""
-        s, reader = self.s, Path(__file__).resolve().parent / "logger.py"
+        s, reader, late = self.s, Path(__file__).resolve().parent / "logger.py", compiled_graphs() - self.warm_graphs
         if step - self.first_step < s.profile_start + s.profile_steps:
             self.log.print("profile: incomplete, the run ended before its last step; lower --profile-start")
         elif self.log.main and reader.is_file():
             subprocess.call([sys.executable, str(reader), "profile", str(self.log.folder)])
         else:
             self.log.print(f"traces, for ui.perfetto.dev: {self.log.folder / 'profile'}")
-        late = compiled_graphs() - self.warm_graphs
         if s.compile:
             self.log.print(f"graphs compiled after the warm-up: {late}")
             assert not late, "a graph was compiled after the warm-up, inside the training time"
-
-    def _end_record(self, step: int, **more):
-        """The last object of metrics.jsonl."""
-        ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
-        target = (step, ms) if self.status == "target" else (None, None)
-        self.log.metric(
-            event="end", status=self.status, step=step, iterations=step + self.left, val_loss=loss,
-            val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
-            tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.counts["total"],
-            params_active=self.counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
-            first_step_s=self.first_step_s, compile_s=self.compile_s,
-            target_step=target[0], target_time_ms=target[1], **more)
 
 def start_processes(device: str) -> World:
     """The process group that torchrun announces in the environment, joined; alone without it."""

@@ -430,8 +430,7 @@ def sync(path: Path):
             raise
 
 def lock_folder(folder: Path):
-    """An open file that keeps other processes from this run; the system frees it when this one ends.
-    Raises UserError that says who has it."""
+    """An open file that keeps other processes from this run until this one ends. Raises UserError, with who has it."""
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
         import fcntl  # not on Windows
