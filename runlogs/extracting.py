@@ -46,7 +46,7 @@ def importable(module):
 
 
 def check_tree(names, log):
-    """ValueError if a name is a file and a folder, or two differ in case only: not all file systems tell these apart."""
+    """ValueError if a name is a file and a folder, or two differ in case only: not all systems tell these apart."""
     spelled = {}
     for name in names:
         path = PurePosixPath(name)
