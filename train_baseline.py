@@ -953,10 +953,7 @@ def tell_damage(path: Path, reason):
 def read_meta(path: Path) -> dict:
     """meta.json of a checkpoint. Raises ValueError that says what is wrong with it."""
     meta = read_json(path / "meta.json", META)
-    meta["saved"] = meta.get("saved") or 0  # earlier versions wrote none
-    if meta["saved"] >= 2**62:
-        raise ValueError(f"saved is {meta['saved']}, which leaves no larger number")
-    return meta
+    return meta | {"saved": meta.get("saved") or 0}  # earlier versions wrote none
 
 def step_of(path: Path) -> int | None:
     """Step that the name of a checkpoint says; None: it is none."""
@@ -964,8 +961,7 @@ def step_of(path: Path) -> int | None:
     return int(name[1]) if name else None
 
 def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) -> list[tuple[Path, dict]]:
-    """Checkpoints of a run's or an experiment's folder, newest first, with their meta.json; of one checkpoint: it,
-    and those of earlier steps. Which is newest says meta.json's `saved`, not a file time, which copies lose."""
+    """Checkpoints of a run's or experiment's folder, newest first, by `saved` in their meta.json; of one: it, older."""
     place = place.resolve() if place.name == "ckpt_best" else place  # a link
     found, own = [path for up in depths for path in place.glob(up + "checkpoints/step_*")], None
     if place.absolute().parent.name == "checkpoints":
@@ -980,11 +976,9 @@ def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) ->
                 metas[path] = read_meta(path)
             except (ValueError, OSError) as error:
                 tell(path, error)
-
-    def age(path: Path) -> tuple:
-        meta = metas[path]
-        return step_of(path) == own, meta["saved"], path.parent.parent.name, meta["step"]
-    return [(path, metas[path]) for path in sorted(metas, key=age, reverse=True)]
+    ages = {path: (step_of(path) == own, meta["saved"], path.parent.parent.name, meta["step"])
+            for path, meta in metas.items()}
+    return [(path, metas[path]) for path in sorted(metas, key=ages.get, reverse=True)]
 
 def read_state(path: Path, meta: dict) -> dict:
     """What the state.pt of a checkpoint holds. Raises ValueError if it is not what was written."""
@@ -999,8 +993,8 @@ def read_state(path: Path, meta: dict) -> dict:
         raise ValueError(f"state.pt cannot be read: {repr(error).splitlines()[0]:.200}") from error
 
 def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int, damaged=()) -> Path:
-    """The checkpoint, on the disk; then all but the newest `keep` are removed, and damaged ones neither counted nor
-    touched. Raises OSError where it cannot be written, and leaves nothing half-written then; earlier ones stay."""
+    """The checkpoint, on the disk; then all but the newest `keep` and ckpt_best go, damaged ones stay uncounted. Raises
+    OSError where it cannot be written; earlier ones stay then, and nothing half-written."""
     final = run_folder / "checkpoints" / f"step_{step:06d}"
     temporary, old = final.with_suffix(".tmp"), final.with_suffix(".old")
     known = checkpoints_in(run_folder, ("",), tell=lambda *_: None)
@@ -1261,19 +1255,21 @@ class RunLog:
     def result(self, end: dict, config: dict):
         """The last object of metrics.jsonl, and what comes of a run: `---` and lines on the console, result.json."""
         self.metric(**end)
-        told, seconds = end.get("error") or "", end["train_time_ms"] / 1000
+        told = end.get("error") or ""
         result = {
             "status": "out_of_memory" if told.startswith("out of memory") else end["status"],
-            "val_loss": end["val_loss"], "val_bpb": end["val_bpb"], "training_seconds": seconds,
-            "total_seconds": seconds_since_process_start(), "peak_memory_mb": end["peak_memory_mib"],
-            "mfu": end["mfu"], "total_tokens": end["tokens"], "steps": end["step"], "params": end["params_total"]}
+            "val_loss": end["val_loss"], "val_bpb": end["val_bpb"],
+            "training_seconds": end["train_time_ms"] / 1000,
+            "total_seconds": seconds_since_process_start(),
+            "peak_memory_mb": end["peak_memory_mib"], "mfu": end["mfu"],
+            "total_tokens": end["tokens"], "steps": end["step"], "params": end["params_total"]}
         result |= {"error": " ".join(told.split())} if told else {}
         try:
             for name, more in {"result": {}, "metrics": {"config": config, "metrics": self.rows}}.items():
                 write_json(self.folder / f"{name}.json", result | more)
         except OSError as error:
             self.print(f"warning: {error}")
-        lines = [f"{name}: {'null' if value is None else value}" for name, value in result.items()]
+        lines = (f"{name}: {'null' if x is None else x}" for name, x in result.items())
         self.print("\n".join(["---", *lines]))
 
     # differs from train_gpt.py: no tracker
@@ -1410,17 +1406,16 @@ class Run:
         return self.step
 
     def _on_signal(self, number: int, frame):
-        """Save and stop, after this step (several ranks: the next logged one) or the evaluation; a person's Ctrl-C
-        after that ends at once. Schedulers and lost terminals repeat the others."""
+        """Save and stop, after this step (several ranks: the next logged one); another Ctrl-C ends at once."""
         if self.stop_signal and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         first, self.stop_signal = not self.stop_signal, self.stop_signal or number
         if self.world.rank == 0:
             when = "this step" if self.world.size == 1 else "the next logged step"
+            told = f"{signal.Signals(number).name}: saves and stops after {when}; Ctrl-C ends at once\n"
             with contextlib.suppress(OSError):  # print is not for signal handlers
-                name = signal.Signals(number).name
-                os.write(2, f"{name}: saves and stops after {when}; Ctrl-C ends at once\n".encode())
+                os.write(2, told.encode())
         if self.looking and first:
             raise InterruptedError
 
@@ -1460,16 +1455,14 @@ class Run:
     @property
     def following(self) -> float:
         """Where in the schedule this step leads: its rest in equal parts, of s.iterations steps one each."""
-        end = self.s.iterations
-        return end - (end - self.at) * (self.left - 1) / self.left
+        return self.s.iterations - (self.s.iterations - self.at) * (self.left - 1) / self.left
 
     def _fit_schedule(self, step: int, ms: float):
         """Under --max-seconds: the steps left, at the pace since the last call. `ms`: the first rank's clock."""
         before, before_ms, _ = self.fitted
         step_ms = max(1e-3, (ms - before_ms) / (step - before))
         if self.left:
-            rest_ms = 1000 * self.s.max_seconds - ms
-            self.left = max(1, int(rest_ms / step_ms))
+            self.left = max(1, int((1000 * self.s.max_seconds - ms) / step_ms))
         self.fitted = step, ms, self.at
 
     # differs from train_gpt.py: no profiler
@@ -1529,16 +1522,15 @@ class Run:
 
     def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
-        of, mean = f"{step}/{step + self.left}", ms / step
+        of = f"{step}/{step + self.left}"
         self.log.print(f"step {of}  {kind} loss {loss:.4f}{console}")
-        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{mean:.2f}ms")
+        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
         more |= {"tokens": self.tokens, "train_time_ms": ms}
         self.log.metric(step=step, **{f"{kind}_loss": loss}, **more)
 
     def validation_due(self, step: int) -> bool:
         """Whether to look at the validation loss now. An interrupted run leaves it to the resumed one."""
-        every = self.s.eval_every
-        due = not self.left or (every and step % every == 0)
+        due = not self.left or (self.s.eval_every and step % self.s.eval_every == 0)
         return bool(due and step > self.val_step and self.status != "interrupted")
 
     def log_validation(self, step: int, loss: float):

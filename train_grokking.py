@@ -46,6 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
 class UserError(ValueError):
     """Wrong input that one sentence explains; `main` prints it without a traceback."""
 

