@@ -154,9 +154,6 @@ ALIASES = {
     "iterations": ("max_steps", "max_iters"), "batch_tokens": ("total_batch_size",), "seq_len": ("T",),
     "eval_every": ("eval_interval",), "data": ("dataset",), "num_experts": ("n_experts",),
     "num_shared": ("n_shared_experts",), "top_k": ("n_activated_experts",)}
-OTHERS = {  # flags that are no settings, but change one
-    "num_tokens": ("iterations", "in training tokens, in their place"),
-    "m_sub_experts": ("num_experts", "a factor on them")}
 
 class UserError(ValueError):
     """Wrong input that one sentence explains; `main` prints it without a traceback."""
@@ -203,17 +200,9 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{help_texts()[field.name]} (default: {field.default})"
         option |= {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         parser.add_argument(*dict.fromkeys(flags), **option)
-    for name, (changed, how) in OTHERS.items():
-        option = dict(type=whole, metavar="X", default=argparse.SUPPRESS, help=f"{changed}: {how}")
-        parser.add_argument(f"--{name.replace('_', '-')}", f"--{name}", **option)
+    option = dict(type=whole, metavar="X", default=argparse.SUPPRESS, help="in place of iterations")
+    parser.add_argument("--num-tokens", "--num_tokens", **option)
     return parser
-
-# differs from train_gpt.py: no stages
-def changed_by(others: dict, s: Settings) -> Settings:
-    """Settings, as the flags OTHERS of a command line change them."""
-    if "num_tokens" in others:
-        s = replace(s, iterations=math.ceil(others["num_tokens"] / max(1, s.batch_tokens)))
-    return replace(s, num_experts=s.num_experts * others.get("m_sub_experts", 1))
 
 def machine_memory() -> float:
     """GiB of this machine, 2^20 where the system does not say (Windows)."""
@@ -239,8 +228,7 @@ def find_device(device: str) -> dict:
 
 # differs from train_gpt.py: other settings
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
-    """Settings with every `auto` resolved, the hardware, and a line about them, list[str]. Raises
-    UserError with all faults."""
+    """Settings without `auto`, the hardware, a line about them, list[str]. Raises UserError with all faults."""
     parser = build_parser()
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
@@ -251,8 +239,9 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     if preset == "auto":
         wide = world_size >= 8 and data_folder(given.get("data", "fineweb10B")).is_dir()
         preset = "cpu" if hardware["device"] != "cuda" else "gpt2" if wide else "gpu"
-    others = {name: given.pop(name) for name in OTHERS if name in given}
-    s = changed_by(others, Settings(**PRESETS.get(preset, {}) | given | {"preset": preset}))
+    tokens = given.pop("num_tokens", None)
+    s = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
+    s = s if tokens is None else replace(s, iterations=math.ceil(tokens / max(1, s.batch_tokens)))
     problems = size_errors(s) or field_errors(s)
     unread = {name: unread_without(s, name) for name in given}
     problems += [f"--{name}: has no effect without {other}" for name, other in unread.items() if other]
@@ -332,8 +321,7 @@ def divisors(count: int) -> list[int]:
     return sorted({*small, *(count // n for n in small)})
 
 def least_memory(s: Settings) -> float:
-    """Bytes that a process needs at the very least, far below the expected ones: weights, gradients
-    and AdamW's moments, an activation of each layer for a row, the mask of a row, a batch."""
+    """Bytes that a process needs at least: weights, gradients, moments, activations and mask of a row, a batch."""
     length, mixtures = max(s.seq_len, s.eval_seq_len), len(s.mixture_layers)
     experts = mixtures * s.num_experts * 2 * s.expert_hidden
     dense = 2 * s.num_layers * s.width + 2 * (s.num_layers - mixtures) * s.mlp_hidden
@@ -1053,8 +1041,7 @@ def leaves(tree: dict, like: dict) -> list[Tensor]:
 
 # differs from train_gpt.py: a list of optimizers
 def find_checkpoint(place: Path, like: dict, num_shards: float) -> tuple[Path, dict, dict, list]:
-    """The newest checkpoint in a place, its meta.json and state. One whose state is not built like `like` is told and
-    the run's one before it taken; all such. Raises FileNotFoundError if none is left."""
+    """The newest checkpoint in a place, its meta.json and state; those passed over. Raises FileNotFoundError."""
     found, damaged = checkpoints_in(place), []
     for path, meta in found:
         if path.parent != found[0][0].parent:
@@ -1084,8 +1071,7 @@ def check_content(state: dict, moments: list[Tensor], meta: dict, num_shards: fl
 
 # differs from train_gpt.py: one class of settings
 def changed_settings(s: Settings, fingerprint: str, path: Path, meta: dict) -> dict[str, list]:
-    """The settings that train, or data, in which a checkpoint differs: name -> [then, now]. Raises
-    UserError that names those which --allow-change does not."""
+    """Settings that train, or data, that differ: name -> [then, now]. Raises UserError for those not allowed."""
     names = [field.name for field in fields(Settings)]
     now = {name: getattr(s, name) for name in names[:names.index("preset")]}
     now["data_fingerprint"] = fingerprint
@@ -1330,8 +1316,7 @@ class Run:
 
     # differs from train_gpt.py: torch.optim's state
     def _resume(self):
-        """Takes the checkpoint that --resume names: its tensors, while rates and decays are those of
-        the settings. Raises NothingToDo if its run is over. Collective."""
+        """Takes the tensors of the checkpoint that --resume names. Raises NothingToDo for an ended run. Collective."""
         own = run_state(self.model, self.optimizers)
         like = empty_like(own)
         self.checkpoint, self.meta = on_rank_zero(self.world, self._take, like)
@@ -1467,8 +1452,7 @@ class Run:
 
     # differs from train_gpt.py: no profiler
     def log_due(self, step: int, position: dict) -> bool:
-        """After a step: whether to log it: each log_every-th, after a signal if alone; under
-        --max-seconds the first, too, and where a 64th of the schedule has passed."""
+        """Whether to log a step: each log_every-th; after a signal, if alone; a 64th of --max-seconds later."""
         self.step, self.position, self.whole = step, position, True
         self.at, self.left, self.tokens = self.following, self.left - 1, step * self.s.batch_tokens
         if self.log.pipe_closed:
@@ -1592,13 +1576,13 @@ class Run:
 
     # differs from train_gpt.py: save has no optimizer
     def save_best(self, step: int):
-        """Under --save-best, after the best validation so far: a checkpoint, which stays until a better one, and the
-        link ckpt_best to it. Collective."""
+        """Under --save-best, after the best validation so far: a checkpoint, and ckpt_best, a link. Collective."""
         if self.s.save_best and self.val_step == step and self.val_loss and self.val_loss < self.best_loss:
             self.best_loss, link = self.val_loss, self.log.folder / "ckpt_best"
             if self.save(step) and self.log.main:
-                link.unlink(missing_ok=True)
-                link.symlink_to(Path("checkpoints", self.checkpoint.name))
+                with contextlib.suppress(OSError):  # of file systems that have none
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(Path("checkpoints", self.checkpoint.name))
 
     # differs from train_gpt.py: plain
     def _end_record(self, kind, error, trace):
@@ -1706,7 +1690,7 @@ def start_processes(device: str) -> World:
         return world
     gpus = torch.cuda.device_count()
     if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
-        raise UserError(f"torchrun started more processes than there are GPUs: use --nproc_per_node={gpus}")
+        raise UserError(f"torchrun starts more processes than GPUs: use --nproc_per_node={gpus}")
     torch.cuda.set_device(world.local_rank)
     device = torch.device("cuda", world.local_rank)
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=30))

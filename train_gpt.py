@@ -2218,7 +2218,7 @@ class RunSettings:
     """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
     preset: str = "auto"  # settings that flags override
     experiment_name: str = Path(__file__).stem  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
-    log_dir: str = "logs"  # folder of all experiments
+    log_dir: str = "logs"  # of all experiments
     resume: str = ""  # go on from the latest, this run or checkpoint
     allow_change: str = ""  # with --resume: what may differ, as muon_lr,iterations
     data: str = "auto"  # data set: a name under data/, or a path
@@ -2233,7 +2233,7 @@ class RunSettings:
     save_every: int = 0  # steps between checkpoints; 0: at the end [>=0]
     save_last: bool = True  # a checkpoint after the last step
     save_best: bool = False  # a checkpoint at each best validation: ckpt_best
-    keep: int = 0  # checkpoints that a run keeps; 0: 2, or what the run had [>=0]
+    keep: int = 0  # checkpoints kept; 0: 2, or what the run had [>=0]
     log_every: int = 10  # steps between lines, which wait for the device [>0]
     tracker: str = "none"  # gets the metrics, too [none|wandb|tensorboard|trackio]
     enable_profiling: bool = False  # a trace per process, for logger.py profile
@@ -2372,7 +2372,7 @@ def machine_memory() -> float:
 def detect_hardware(device: str = "auto") -> Hardware:
     """The first GPU if there is one and `device` allows it, else the CPU. Apple's only if asked for."""
     if device == "mps" and torch.backends.mps.is_available():
-        return Hardware("mps", platform.machine(), machine_memory(), False, "bf16 on MPS only if asked for")
+        return Hardware("mps", platform.machine(), machine_memory(), False, "bf16 only if asked for")
     if device in ("auto", "cuda") and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         memory = gpu.total_memory / 2**30
@@ -2400,7 +2400,7 @@ def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tupl
     plain = hardware.device == "mps" or hardware.device == "cpu" and bf16 and not s.compile
     fallback = "varlen" if flash_fits(s, hardware, bf16) else "plain" if plain else "sdpa"
     flex = nvidia and s.compile and hardware.bf16
-    why = "the fastest here" if flex or not nvidia else "FlexAttention is compiled, for capability 8.0 and later"
+    why = "the fastest here" if flex or not nvidia else "FlexAttention needs capability 8.0"
     triton = nvidia and bf16 and hardware.bf16 and importlib.util.find_spec("triton")
     fp8 = hardware.fp8 and bf16 and not any(size % 16 for size in (s.width, *s.seq_len))
     return {
@@ -2428,7 +2428,7 @@ def with_head_dim(s: Settings, given: dict, hardware: Hardware, world_size: int,
     if "head_dim" in given or wide % s.head_dim == 0 or not fitting:
         return s
     size = min(fitting, key=lambda size: abs(math.log(size / s.head_dim)))
-    notes.append(f"head_dim {size}: it divides {wide}, {s.head_dim} does not")
+    notes.append(f"head_dim {size}: a divisor of {wide}")
     return replace(s, head_dim=size)
 
 def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, list[str], list[str]]:
@@ -2541,7 +2541,7 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     unknown_change = {*allowed_changes(s)} - {*help_texts(), "", "data_fingerprint"}
     tracked = s.tracker == "none" or importlib.util.find_spec("trackers")
     problems = [
-        (not tracked, f"--tracker {s.tracker}: trackers.py must lie beside this script"),
+        (not tracked, f"--tracker {s.tracker}: trackers.py is not beside it"),
         (empty, f"{empty}: is empty; name something, or leave it out"),
         (s.allow_change and not s.resume, "--allow_change: has no effect without --resume"),
         (unknown_change, f"--allow_change: {', '.join(sorted(unknown_change))}: no such setting"),
@@ -3612,7 +3612,7 @@ def start_processes(device: str) -> World:
         return world
     gpus = torch.cuda.device_count()
     if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
-        raise UserError(f"torchrun started more processes than there are GPUs: use --nproc_per_node={gpus}")
+        raise UserError(f"torchrun starts more processes than GPUs: use --nproc_per_node={gpus}")
     torch.cuda.set_device(world.local_rank)
     device = torch.device("cuda", world.local_rank)
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=30))

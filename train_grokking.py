@@ -120,14 +120,14 @@ def flag_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, exit_on_error=False)
     for field in fields(Config):
         names = field.name, *OTHER_NAMES.get(field.name, ())
-        flags = dict.fromkeys(f"--{spelt}" for name in names for spelt in (name.replace("_", "-"), name))
+        flags = [f"--{s}" for name in names for s in (name.replace("_", "-"), name)]
         options = dict(type=field.type, metavar="X")
         if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
         if field.name == "resume":
             options |= dict(nargs="?", const="latest")
         text = f"{flag_comments()[field.name]} (default: {field.default})"
-        parser.add_argument(*flags, default=argparse.SUPPRESS, help=text, **options)
+        parser.add_argument(*dict.fromkeys(flags), default=argparse.SUPPRESS, help=text, **options)
     return parser
 
 # differs from train_gpt.py: fewer choices
@@ -135,10 +135,12 @@ def parse_settings(argv: list[str] | None) -> tuple[Config, list[str]]:
     """The settings, every `auto` resolved, and lines about that. Raises UserError that names all faults."""
     parser = flag_parser()
     given, unknown = parser.parse_known_args(argv)
-    for i, flag in enumerate(flags := [word for word in unknown if word.startswith("-")] or unknown):
+    flags = [word for word in unknown if word.startswith("-")] or unknown
+    for i, flag in enumerate(flags):
         close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-        flags[i] = f"{flag}: did you mean {close[0]}?" if close else f"{flag}: --help lists all flags"
-    if unknown:
+        hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
+        flags[i] = f"{flag}: {hint}"
+    if flags:
         raise UserError(f"unknown {', '.join(flags)}")
     given = vars(given)
     s = Config(**{**PRESETS.get(given.get("preset"), {}), **given})
@@ -541,12 +543,14 @@ class RunFolder:
     def tell(self, report: dict):
         """The last lines, also in result.json: what came of the run."""
         last = (report["metrics"] or [{}])[-1]
-        result = {
-            "status": report["status"], "val_loss": last.get("val_loss"), "val_acc": last.get("val_acc"),
-            "training_seconds": report["train_time_s"], "total_seconds": time.perf_counter() - self.opened,
-            "steps": report["total_steps"], "params": report["parameters"]}
-        self.write("result.json", json.dumps(result, indent=1).encode())
-        self.say("\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in result.items())]))
+        text = json.dumps({
+            "status": report["status"],
+            "val_loss": last.get("val_loss"), "val_acc": last.get("val_acc"),
+            "training_seconds": report["train_time_s"],
+            "total_seconds": time.perf_counter() - self.opened,
+            "steps": report["total_steps"], "params": report["parameters"]}, indent=1)
+        self.write("result.json", text.encode())
+        self.say("---" + re.sub(r'[{}",]|(?<=\n) ', "", text).rstrip())
 
     def stop(self, number: int, frame):
         """On a signal: asks the loop to stop. A second one, if it is Ctrl-C, ends the process at once."""
@@ -698,8 +702,7 @@ def train(s: Config, notes: list[str]) -> int:
         if not saved:
             raise UserError(f"{run.path} cannot be written, see the warning; {run.outlook()}")
         run.say("   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
-        run.say(f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
-                f"{result['eval_time_s']:.1f} s; {status}: {run.path}")
+        run.say(f"{result['step_ms']:.1f} ms a step, {result['eval_time_s']:.1f} s for evaluation: {run.path}")
         if s.plot and getattr(signal, "SIGPIPE", 0) not in run.signals:
             bench_grokking("plot", str(run.path), "--out", str(run.path / "curve.png"))
         return 128 + run.signals[0] if status == "interrupted" else 0
