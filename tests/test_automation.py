@@ -49,6 +49,6 @@ def test_the_page_names_every_key():
 
 def test_the_output_on_the_page_is_of_its_ideas():
     ideas = re.findall(r'"(--[^"]+)"', program().split("\n\n")[1])
-    (session,) = re.findall(r"^```console\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert [line.partition(": ")[0] for line in session.splitlines()[2:-1]] == ideas
-    assert session.startswith("$ python loop.py ") and session.splitlines()[-1].startswith("kept: ")
+    (session,) = re.findall(r"printed:\n\n```text\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert [line.partition(": ")[0] for line in session.splitlines()[1:-1]] == ideas
+    assert session.startswith("start: done, ") and session.splitlines()[-1].startswith("kept: ")
