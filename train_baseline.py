@@ -941,7 +941,10 @@ def tell_damage(path: Path, reason):
 def read_meta(path: Path) -> dict:
     """meta.json of a checkpoint. Raises ValueError that says what is wrong with it."""
     meta = read_json(path / "meta.json", META)
-    return meta | {"saved": meta.get("saved") or 0}  # earlier versions wrote none
+    meta["saved"] = meta.get("saved") or 0  # earlier versions wrote none
+    if meta["saved"] >= 2**62:
+        raise ValueError(f"saved is {meta['saved']}, which leaves no larger number")
+    return meta
 
 def step_of(path: Path) -> int | None:
     """Step that the name of a checkpoint says; None: it is none."""

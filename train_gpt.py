@@ -2431,16 +2431,18 @@ def with_head_dim(s: Settings, given: dict, hardware: Hardware, world_size: int,
     notes.append(f"head_dim {size}: a divisor of {wide}")
     return replace(s, head_dim=size)
 
+def vocabulary(data: str) -> int:
+    """Size of a data set's vocabulary; GPT-2's where nothing is there yet."""
+    with contextlib.suppress(OSError, ValueError):
+        return min(read_json(data_folder(data) / "meta.json", DATA_META)["vocab_size"], 2**16)
+    return GPT2_META["vocab_size"]
+
 def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, list[str], list[str]]:
     """Settings with the largest micro_tokens that fit, where that is open; notes on it; what would fit, if nothing."""
-    vocab_size = GPT2_META["vocab_size"]  # where nothing is there yet
-    with contextlib.suppress(OSError, ValueError):
-        vocab_size = read_json(data_folder(s.data) / "meta.json", DATA_META)["vocab_size"]
-
     def need(s: Settings, size: int = 0) -> float:
         s = replace(s, micro_tokens=size or micro_sizes(s, world_size)[-1])
         with contextlib.suppress(RuntimeError):  # more bytes than a number holds
-            return expected_memory(s, min(vocab_size, 2**16), world_size) / 2**30
+            return expected_memory(s, vocabulary(s.data), world_size) / 2**30
         return math.inf
 
     sizes = [s.micro_tokens] if s.micro_tokens else micro_sizes(s, world_size)
@@ -2833,7 +2835,10 @@ def tell_damage(path: Path, reason):
 def read_meta(path: Path) -> dict:
     """meta.json of a checkpoint. Raises ValueError that says what is wrong with it."""
     meta = read_json(path / "meta.json", META)
-    return meta | {"saved": meta.get("saved") or 0}  # earlier versions wrote none
+    meta["saved"] = meta.get("saved") or 0  # earlier versions wrote none
+    if meta["saved"] >= 2**62:
+        raise ValueError(f"saved is {meta['saved']}, which leaves no larger number")
+    return meta
 
 def step_of(path: Path) -> int | None:
     """Step that the name of a checkpoint says; None: it is none."""
@@ -2940,6 +2945,11 @@ def check_content(state: dict, meta: dict, num_shards: float):
         raise ValueError("state.pt is of another step, or of other data")
     if not all(weight.isfinite().all() for weight in optimizer["state"]["master"].values()):
         raise ValueError("state.pt has weights that are not finite")
+    state["rng"] = state["rng"].contiguous()
+    try:
+        torch.Generator().set_state(state["rng"])
+    except RuntimeError as error:
+        raise ValueError(f"state.pt: {error}") from error
 
 def changed_settings(s: Settings, fingerprint: str, path: Path, meta: dict) -> dict[str, list]:
     """Hyperparameters or data that differ: name -> [then, now]. Raises UserError for those not in --allow-change."""

@@ -504,6 +504,7 @@ WRONG_CONTENT = {
     "steps as text": change_state(optimizer={**STATE["optimizer"], "steps": "4"}),
     "no optimizer": change_state(optimizer=None),
     "no random state": change_state(rng=None),
+    "a random state of zeros": change_state(rng=torch.zeros_like(torch.get_rng_state())),
     "a list": change_state(all=[1, 2]),
     "a tensor": change_state(all=torch.zeros(3)),
     "step is text": change_meta(step="4"),
@@ -521,6 +522,7 @@ WRONG_CONTENT = {
     "no data": change_meta(data={}),
     "loss is text": change_meta(val_loss="low"),
     "saved is text": change_meta(saved="last"),
+    "saved leaves no larger one": change_meta(saved=2**63 - 1),
     "a weight is NaN": change_state(optimizer=weights(torch.full((50,), float("nan")))),
 }
 
