@@ -3116,7 +3116,7 @@ def with_head_dim(s: Settings, given: dict, hardware: Hardware, world_size: int,
     """Settings whose head_dim, if nobody gave it, divides width and base width; a change is noted."""
     base_width = 0 if s.base_head_dim else without_auto(s, hardware, world_size)[0].base_width
     wide = math.gcd(s.width, base_width)
-    fitting = [size for size in divisors(wide) if size % 4 == 0]
+    fitting = [n for n in divisors(wide) if n % 4 == 0 and s.head_dim / 2 <= n <= 2 * s.head_dim]
     if "head_dim" in given or wide % s.head_dim == 0 or not fitting:
         return s
     size = min(fitting, key=lambda size: abs(math.log(size / s.head_dim)))

@@ -90,3 +90,5 @@ def test_what_the_user_gave_stays(monkeypatch):
         parse(*"--mup --width 1024 --base-width 768 --base-head-dim 100".split(), monkeypatch=monkeypatch)
     with pytest.raises(UserError, match="--width 102 must be a multiple of --head_dim 48"):
         parse("--width", "102", monkeypatch=monkeypatch)  # nothing fits
+    with pytest.raises(UserError, match="--width 100 must be a multiple of --head_dim 48"):
+        parse("--width", "100", monkeypatch=monkeypatch)  # 20 and 100 are not near 48
