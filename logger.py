@@ -12,6 +12,7 @@
     python logger.py verify FOLDER                 # does a record folder hold what its README claims
     python logger.py extract LOG -o train_gpt.py   # the source inside a log, ready to run
     python logger.py export LOG... -o runs.csv     # every record as CSV or JSON, or to wandb: --wandb PROJECT
+    python logger.py export RUN --tsv --description "wider"    # its result as a row of results.tsv
     python logger.py board FOLDER... --html FILE   # leaderboard: Markdown on the terminal, one self-contained page
 
 A LOG is a file, a folder (searched for run folders, *.txt, *.log, *.out, *.stdout, these with .gz) or a glob. --json
@@ -52,7 +53,7 @@ from pathlib import Path
 
 from runlogs.arms import Arm, evidence_of
 from runlogs.drawing import compare_figure, figures_of, load_figure, loss_limits, save_figures
-from runlogs.exporting import columns_of, export_csv, export_json, export_wandb
+from runlogs.exporting import append_results, columns_of, export_csv, export_json, export_wandb
 from runlogs.extracting import how_to_run, write_parts
 from runlogs.judging import changed_config, compare_numbers, effect_of, opponent, stats_numbers
 from runlogs.leaderboard import records_of
@@ -278,8 +279,7 @@ def side_of(name, record):
 
 
 def is_path(name, folder):
-    """Whether a name can only be that of logs, not of a record of `folder`. FileNotFoundError if it is a number, and
-    the folder is not there."""
+    """Whether a name can only be that of logs, not of a record. FileNotFoundError for a number without `folder`."""
     there = os.path.exists(name) or os.sep in name or glob.has_magic(name)
     lacking = folder == RECORDS and not os.path.isdir(folder)
     if lacking and not there and re.fullmatch(r"#?\d{1,6}", name, re.ASCII):
@@ -396,8 +396,10 @@ def extract_source(args):
 
 
 def export_records(args):
-    """All records of all trials as CSV or JSON, or to Weights & Biases."""
+    """All records of all trials as CSV or JSON, or to Weights & Biases; or the result of each run as a row."""
     paths = expand(args.logs)
+    if args.tsv:
+        return append_results(paths, args.tsv, args.description)
     rows = (row for run in read_each(paths, True, loss_key=args.loss_key) for rows in run.trace.trials for row in rows)
     keys = columns_of(rows)
     if not keys:
@@ -437,8 +439,7 @@ def show_board(args):
 
 
 def watch_runs(args):
-    """Running runs, live: loss curve, rate, ETA, memory; which are finished, stopped, stalled, crashed. Ctrl-C ends it.
-    In a pipe one frame."""
+    """Running runs, live: loss curve, rate, ETA, memory; which ended, and how. Ctrl-C ends it; in a pipe one frame."""
     from runlogs.watching import Watch, follow, print_frame
 
     watch = Watch(args.logs)
@@ -571,6 +572,9 @@ def add_commands(command):
     sub.add_argument("-o", "--output", metavar="FILE", help="file to write (default: the terminal)")
     sub.add_argument("--format", choices=("csv", "json"), help="default: by its name, else csv")
     sub.add_argument("--wandb", metavar="PROJECT", help="upload to Weights & Biases instead")
+    sub.add_argument("--tsv", nargs="?", const="results.tsv", type=Path, metavar="FILE",
+                     help="add a row for each run, from its result.json, to a table (default: results.tsv)")
+    sub.add_argument("--description", default="", metavar="TEXT", help="what is tried, for the row of --tsv")
     sub = command("board", show_board)
     flag(sub, "loss-key", **claim)
     sub.add_argument("folders", nargs="+", metavar="FOLDER", help="records, or a folder of them")

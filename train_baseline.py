@@ -117,6 +117,7 @@ class Settings:
     max_seconds: float = 0.0  # stretch the schedule to this training time; 0: iterations [>=0]
     save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
     save_last: bool = True  # a checkpoint after the last step
+    save_best: bool = False  # a checkpoint at each best validation; ckpt_best names the last
     keep: int = 0  # checkpoints that a run keeps; 0: 2, or what the run had [>=0]
     log_every: int = 10  # steps between console lines [>0]
     device: str = "auto"  # mps, Apple's GPU, is untested [auto|cpu|cuda|mps]
@@ -148,7 +149,11 @@ PRESETS: dict[str, dict] = {
     "gpt2": dict(  # nanoGPT's and llm.c's GPT-2 124M: 10 B tokens of FineWeb, 8 GPUs
         data="fineweb10B", shuffle=False, iterations=19073, warmup_steps=715, micro_tokens=65536),
 }
-ALIASES = {"iterations": "max_steps", "batch_tokens": "total_batch_size", "seq_len": "T"}
+# other names of settings: nanoGPT's, llm.c's, and DeepSeekMoE's in build-nano-moe
+ALIASES = {
+    "iterations": ("max_steps", "max_iters"), "batch_tokens": ("total_batch_size",), "seq_len": ("T",),
+    "eval_every": ("eval_interval",), "data": ("dataset",), "num_experts": ("n_experts",),
+    "num_shared": ("n_shared_experts",), "top_k": ("n_activated_experts",)}
 
 class UserError(ValueError):
     """Wrong input that one sentence explains; `main` prints it without a traceback."""
@@ -158,9 +163,6 @@ class TrainingStopped(RuntimeError):
 
 class NothingToDo(Exception):
     """The run that --resume names is over."""
-
-class Interrupted(Exception):
-    """A signal ends an evaluation."""
 
 # differs from train_gpt.py: one class
 @functools.cache
@@ -182,13 +184,13 @@ def whole(text: str) -> int:
 
 whole.__name__ = "int"  # for argparse's "invalid .. value"
 
-# differs from train_gpt.py: names of llm.c
+# differs from train_gpt.py: plain
 def build_parser() -> argparse.ArgumentParser:
     """A flag per field of Settings, with dashes or underscores, and the ALIASES."""
     text, kinds = __doc__.split("\n\n")[0], {"int": whole, "float": float, "str": str}
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=text, allow_abbrev=False)
     for field in fields(Settings):
-        names = [field.name, ALIASES.get(field.name, field.name)]
+        names = field.name, *ALIASES.get(field.name, ())
         flags = [f"--{s}" for name in names for s in (name.replace("_", "-"), name)]
         option = {"type": kinds.get(field.type), "metavar": "X"}
         if field.type == "bool":
@@ -198,6 +200,8 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{help_texts()[field.name]} (default: {field.default})"
         option |= {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
         parser.add_argument(*dict.fromkeys(flags), **option)
+    option = dict(type=whole, metavar="X", default=argparse.SUPPRESS, help="in place of iterations")
+    parser.add_argument("--num-tokens", "--num_tokens", **option)
     return parser
 
 def machine_memory() -> float:
@@ -224,8 +228,7 @@ def find_device(device: str) -> dict:
 
 # differs from train_gpt.py: other settings
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
-    """Settings with every `auto` resolved, the hardware, and a line about them, list[str]. Raises
-    UserError with all faults."""
+    """Settings without `auto`, the hardware, a line about them, list[str]. Raises UserError with all faults."""
     parser = build_parser()
     known, unknown = parser.parse_known_args(argv)
     given = vars(known)
@@ -236,7 +239,9 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     if preset == "auto":
         wide = world_size >= 8 and data_folder(given.get("data", "fineweb10B")).is_dir()
         preset = "cpu" if hardware["device"] != "cuda" else "gpt2" if wide else "gpu"
+    tokens = given.pop("num_tokens", None)
     s = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
+    s = s if tokens is None else replace(s, iterations=math.ceil(tokens / max(1, s.batch_tokens)))
     problems = size_errors(s) or field_errors(s)
     unread = {name: unread_without(s, name) for name in given}
     problems += [f"--{name}: has no effect without {other}" for name, other in unread.items() if other]
@@ -316,8 +321,7 @@ def divisors(count: int) -> list[int]:
     return sorted({*small, *(count // n for n in small)})
 
 def least_memory(s: Settings) -> float:
-    """Bytes that a process needs at the very least, far below the expected ones: weights, gradients
-    and AdamW's moments, an activation of each layer for a row, the mask of a row, a batch."""
+    """Bytes that a process needs at least: weights, gradients, moments, activations and mask of a row, a batch."""
     length, mixtures = max(s.seq_len, s.eval_seq_len), len(s.mixture_layers)
     experts = mixtures * s.num_experts * 2 * s.expert_hidden
     dense = 2 * s.num_layers * s.width + 2 * (s.num_layers - mixtures) * s.mlp_hidden
@@ -378,9 +382,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 def misfit(value, like, name: str) -> str:
-    """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
-    have all its keys, tensors its shape and kind; numbers are finite and not negative; a tuple is a
-    choice."""
+    """The first thing in which a value is not built like another, in words; nothing if it is. Dicts have all its keys,
+    tensors its shape and kind; numbers are finite and not negative; a tuple is a choice."""
     if isinstance(like, tuple):
         return min((misfit(value, one, name) for one in like), key=len)
     if isinstance(like, dict) and isinstance(value, dict):
@@ -476,16 +479,15 @@ def shard_length(path: Path) -> int:
     return count
 
 def open_shard(path: Path, vocab_size: int, most: int | None = None) -> np.ndarray:
-    """The tokens of a shard, or its first ones, in memory: a file that is cut short meanwhile ends
-    no process. Raises UserError as `shard_length` does, or for a token id past the vocabulary."""
+    """The (first) tokens of a shard, in memory. Raises UserError as shard_length, or for an id past the vocabulary."""
     count = shard_length(path)
     count = min(count, most or count)
     tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
     if len(tokens) < count:
         raise UserError(f"{path} became shorter while it was read")
     if (top := int(tokens.max())) >= vocab_size:
-        redo = f"make it again with {repair_command(path.parent)}"
-        raise UserError(f"{path} holds token id {top}, the vocabulary has {vocab_size}; {redo}")
+        raise UserError(f"{path} holds token id {top}, the vocabulary has {vocab_size}; make it again with "
+                        f"{repair_command(path.parent)}")
     return tokens
 
 class Corpus(NamedTuple):
@@ -500,14 +502,6 @@ class Corpus(NamedTuple):
         digest = hashlib.sha256(f"{self.meta['vocab_size']} {self.meta['eot']}".encode())
         for path, hashed in shard_hashes(self.folder, self.train + self.val).items():
             digest.update(f"{path.name} {hashed}".encode())
-        return digest.hexdigest()[:16]
-
-    def fingerprint_before(self) -> str:
-        """The one in checkpoints without `saved`: of names, sizes and first 64 KiB of all shards."""
-        digest = hashlib.sha256()
-        for path in self.train + self.val:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            digest.update(np.fromfile(path, dtype=np.uint8, count=65536))
         return digest.hexdigest()[:16]
 
 def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
@@ -526,13 +520,11 @@ def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
     return hashes
 
 DATA_META = {
-    "vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}, "splits": {}, "name": (None, ""),
-}
-SPLIT_META = {"tokens": (None, 0), "bytes": (None, 0)}
+    "vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}, "name": (None, ""),
+    "splits": dict.fromkeys(("train", "val"), (None, {"tokens": (None, 0), "bytes": (None, 0)}))}
 
 def read_data_meta(folder: Path, shards: list[Path]) -> dict:
-    """meta.json of a data set. Only the published FineWeb shards, known by their names, may lack it.
-    Raises UserError with the command that makes the data set again."""
+    """meta.json of a data set; only published FineWeb shards, by their names, may lack it. Raises UserError."""
     path, repair = folder / "meta.json", repair_command(folder)
     published = all(re.match(r"fineweb(edu)?_(train|val)_\d{6}\.bin", shard.name) for shard in shards)
     if not path.exists() and published and folder.name.startswith("fineweb"):
@@ -544,16 +536,12 @@ def read_data_meta(folder: Path, shards: list[Path]) -> dict:
         size, eot = meta["vocab_size"], meta["eot"]
         if not 0 < size <= 65536 or (eot is not None and eot >= size):
             raise ValueError(f"vocab_size {size}, eot {eot}: 1 to 65536, and below it")
-        for split in ("train", "val"):
-            if wrong := misfit(meta["splits"].get(split, {}), SPLIT_META, split):
-                raise ValueError(wrong)
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); make it again with {repair}") from error
     return meta
 
 def open_corpus(name: str) -> Corpus:
-    """A data set, checked. Raises FileNotFoundError with the command that makes it, UserError if it
-    is damaged."""
+    """A data set, checked. Raises FileNotFoundError with the command that makes it, UserError for a damaged one."""
     folder = data_folder(name)
     shards = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
     for split, paths in shards.items():
@@ -942,7 +930,8 @@ def set_rates(optimizers: list[torch.optim.Optimizer], s: Settings, step: int):
 META = {  # a meta.json is built like this one
     "step": 0, "sha256": "", "settings": {}, "train_time_ms": 0.0, "data": {"fingerprint": "", "meta": {}},
     "position": {"epoch": 0, "shard": 0, "used": 0}, "val_loss": (None, 0.0), "val_step": (None, 0),
-    "schedule": (None, {"at": 0.0, "left": 0, "tokens": 0}), "saved": (None, 0), "bytes": (None, 0)}
+    "schedule": (None, {"at": 0.0, "left": 0, "tokens": 0}), "best_loss": (None, 0.0), "saved": (None, 0),
+    "bytes": (None, 0)}
 
 def tell_damage(path: Path, reason):
     text = f"checkpoint {path} cannot be used ({reason}); trying the one before it"
@@ -962,8 +951,8 @@ def step_of(path: Path) -> int | None:
     return int(name[1]) if name else None
 
 def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) -> list[tuple[Path, dict]]:
-    """Checkpoints of a run's or an experiment's folder, newest first, with their meta.json; of one checkpoint: it,
-    and those of earlier steps. Which is newest says meta.json's `saved`, not a file time, which copies lose."""
+    """Checkpoints of a run's or experiment's folder, newest first, by `saved` in their meta.json; of one: it, older."""
+    place = place.resolve() if place.name == "ckpt_best" else place  # a link
     found, own = [path for up in depths for path in place.glob(up + "checkpoints/step_*")], None
     if place.absolute().parent.name == "checkpoints":
         found, own = list(place.parent.glob("step_*")), step_of(place)
@@ -977,11 +966,9 @@ def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) ->
                 metas[path] = read_meta(path)
             except (ValueError, OSError) as error:
                 tell(path, error)
-
-    def age(path: Path) -> tuple:
-        meta = metas[path]
-        return step_of(path) == own, meta["saved"], path.parent.parent.name, meta["step"]
-    return [(path, metas[path]) for path in sorted(metas, key=age, reverse=True)]
+    ages = {path: (step_of(path) == own, meta["saved"], path.parent.parent.name, meta["step"])
+            for path, meta in metas.items()}
+    return [(path, metas[path]) for path in sorted(metas, key=ages.get, reverse=True)]
 
 def read_state(path: Path, meta: dict) -> dict:
     """What the state.pt of a checkpoint holds. Raises ValueError if it is not what was written."""
@@ -996,8 +983,8 @@ def read_state(path: Path, meta: dict) -> dict:
         raise ValueError(f"state.pt cannot be read: {repr(error).splitlines()[0]:.200}") from error
 
 def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int, damaged=()) -> Path:
-    """The checkpoint, on the disk; then all but the newest `keep` are removed, and damaged ones neither counted nor
-    touched. Raises OSError where it cannot be written, and leaves nothing half-written then; earlier ones stay."""
+    """The checkpoint, on the disk; then all but the newest `keep` and ckpt_best go, damaged ones stay uncounted. Raises
+    OSError where it cannot be written; earlier ones stay then, and nothing half-written."""
     final = run_folder / "checkpoints" / f"step_{step:06d}"
     temporary, old = final.with_suffix(".tmp"), final.with_suffix(".old")
     known = checkpoints_in(run_folder, ("",), tell=lambda *_: None)
@@ -1021,7 +1008,8 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = (str(error) or repr(error)).splitlines()[0]
         raise OSError(f"could not write {final}: {reason}") from error
-    others = [path for path, m in known if path not in (final, *damaged) and is_whole(path, m)]
+    kept = {final, *damaged, final.with_name((run_folder / "ckpt_best").resolve().name)}
+    others = [path for path, m in known if path not in kept and is_whole(path, m)]
     for path in [old, *others[keep - 1:]]:
         with contextlib.suppress(OSError):
             os.replace(path, path.with_suffix(".tmp"))
@@ -1055,8 +1043,7 @@ def leaves(tree: dict, like: dict) -> list[Tensor]:
 
 # differs from train_gpt.py: a list of optimizers
 def find_checkpoint(place: Path, like: dict, num_shards: float) -> tuple[Path, dict, dict, list]:
-    """The newest checkpoint in a place, its meta.json and state. One whose state is not built like `like` is told and
-    the run's one before it taken; all such. Raises FileNotFoundError if none is left."""
+    """The newest checkpoint in a place, its meta.json and state; those passed over. Raises FileNotFoundError."""
     found, damaged = checkpoints_in(place), []
     for path, meta in found:
         if path.parent != found[0][0].parent:
@@ -1086,8 +1073,7 @@ def check_content(state: dict, moments: list[Tensor], meta: dict, num_shards: fl
 
 # differs from train_gpt.py: one class of settings
 def changed_settings(s: Settings, fingerprint: str, path: Path, meta: dict) -> dict[str, list]:
-    """The settings that train, or data, in which a checkpoint differs: name -> [then, now]. Raises
-    UserError that names those which --allow-change does not."""
+    """Settings that train, or data, that differ: name -> [then, now]. Raises UserError for those not allowed."""
     names = [field.name for field in fields(Settings)]
     now = {name: getattr(s, name) for name in names[:names.index("preset")]}
     now["data_fingerprint"] = fingerprint
@@ -1100,6 +1086,13 @@ def changed_settings(s: Settings, fingerprint: str, path: Path, meta: dict) -> d
     return changed
 
 # ==================== Run =====================================================================
+
+def seconds_since_process_start() -> float:
+    """Age of this process, imports included; without /proc its CPU time stands in."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.process_time()
 
 def peak_memory_mib(device: str) -> tuple[int, int]:
     """Peak allocated and reserved MiB of the GPU; on a CPU peak resident memory, twice."""
@@ -1152,8 +1145,7 @@ def command_output(*command: str) -> str | None:
         return subprocess.run(command, check=True, **options).stdout.strip()
 
 def lock_folder(folder: Path):
-    """An open file that keeps other processes from this run; the system frees it when this one ends.
-    Raises UserError that says who has it."""
+    """An open file that keeps other processes from this run until this one ends. Raises UserError, with who has it."""
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
         import fcntl  # not on Windows
@@ -1189,20 +1181,24 @@ def on_rank_zero(world: World, function, *arguments):
         raise answer[1]
     return answer[0]
 
-# differs from train_gpt.py: no wandb
+# differs from train_gpt.py: no tracker
 class RunLog:
     """The files of a run, by rank 0: log.txt (public record format), metrics.jsonl, config.json."""
-    # differs from train_gpt.py: no wandb
+    # differs from train_gpt.py: no tracker
     def __init__(self, folder: Path, lock=None):
         self.main, self.folder, self.lock = False, folder, lock
-        self.failed, self.pipe_closed = set(), False
+        self.rows, self.failed, self.pipe_closed = [], set(), False
 
-    # differs from train_gpt.py: no wandb
+    # differs from train_gpt.py: no tracker
     def open(self, config: dict, resumed_at: int | None, changed: dict):
         """On rank 0: writes the head of the files or, in a resumed run, where it goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.main, self.lock = True, self.lock or lock_folder(self.folder)
+        (self.folder / "result.json").unlink(missing_ok=True)
         if resumed_at is not None:
+            with contextlib.suppress(ValueError):  # none of a process that was killed
+                rows = read_json(self.folder / "metrics.json", {"metrics": []})["metrics"]
+                self.rows = [row for row in rows if row["step"] <= resumed_at]
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config, changed=changed)
             return
@@ -1226,8 +1222,7 @@ class RunLog:
             self.failed.add("console")
 
     def line(self, text: str, name: str = "log.txt"):
-        """To log.txt, on a line of its own, also where a full disk or kill -9 cut the last one. What
-        cannot be written costs lines of the logs, not the run."""
+        """A line of log.txt, also where the last one was cut. A full disk costs lines of the logs, not the run."""
         if not self.main:
             return
         try:
@@ -1240,11 +1235,32 @@ class RunLog:
                 self.print(f"warning: {self.folder / name}: {error.strerror}; training goes on")
             self.failed.add(name)
 
-    # differs from train_gpt.py: no wandb
+    # differs from train_gpt.py: no tracker
     def metric(self, **values):
         self.line(json.dumps(values), "metrics.jsonl")
+        self.rows += [values] * ("event" not in values)
 
-    # differs from train_gpt.py: no wandb
+    def result(self, end: dict, config: dict):
+        """The last object of metrics.jsonl, and what comes of a run: `---` and lines on the console, result.json."""
+        self.metric(**end)
+        told = end.get("error") or ""
+        result = {
+            "status": "out_of_memory" if told.startswith("out of memory") else end["status"],
+            "val_loss": end["val_loss"], "val_bpb": end["val_bpb"],
+            "training_seconds": end["train_time_ms"] / 1000,
+            "total_seconds": seconds_since_process_start(),
+            "peak_memory_mb": end["peak_memory_mib"], "mfu": end["mfu"],
+            "total_tokens": end["tokens"], "steps": end["step"], "params": end["params_total"]}
+        result |= {"error": " ".join(told.split())} if told else {}
+        try:
+            for name, more in {"result": {}, "metrics": {"config": config, "metrics": self.rows}}.items():
+                write_json(self.folder / f"{name}.json", result | more)
+        except OSError as error:
+            self.print(f"warning: {error}")
+        lines = (f"{name}: {'null' if x is None else x}" for name, x in result.items())
+        self.print("\n".join(["---", *lines]))
+
+    # differs from train_gpt.py: no tracker
     def close(self):
         if self.lock:
             self.lock.close()
@@ -1260,8 +1276,11 @@ class Run:
     def __init__(self, s: Settings, hardware: dict, world: World, notes: list[str]):
         self.s, self.hardware, self.world, self.notes = s, hardware, world, notes
         self.clock, self.corpus = Clock(s.device), open_corpus(s.data)
-        self.s = s = self._fit_eval_tokens()
-        self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
+        available = sum(map(shard_length, self.corpus.val)) - 1
+        if 0 < available < s.eval_tokens == PRESETS.get(s.preset, {}).get("eval_tokens", Settings.eval_tokens):
+            notes.append(f"eval_tokens {available}: all that the validation split has")
+            s = replace(s, eval_tokens=available)
+        self.s, self.stream = s, ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
         own = self.corpus.fingerprint() if world.local_rank == 0 else None  # once a machine
         self.fingerprint = on_rank_zero(world, lambda: own)
         if own not in (None, self.fingerprint):
@@ -1271,26 +1290,11 @@ class Run:
         if s.resume:  # before a model is built that may be another
             look = functools.partial(checkpoints_in, tell=lambda *_: None)  # _resume tells
             for found in on_rank_zero(world, lambda: look(resume_place(s))[:1]):
-                self._changes(*found)
+                changed_settings(s, self.fingerprint, *found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
         self.over = False  # the target is reached, or all ranks know of a signal
         self.stop_signal, self.undo = 0, contextlib.ExitStack()
-
-    # differs from train_gpt.py: one class of settings
-    def _fit_eval_tokens(self) -> Settings:
-        """The settings; where a preset's eval_tokens, not the user's, are more than the split has: all."""
-        s, preset = self.s, {"eval_tokens": Settings.eval_tokens} | PRESETS.get(self.s.preset, {})
-        available = sum(map(shard_length, self.corpus.val)) - 1
-        if not 0 < available < s.eval_tokens == preset["eval_tokens"]:
-            return s
-        self.notes.append(f"eval_tokens {available}: all that the validation split has")
-        return replace(s, eval_tokens=available)
-
-    def _changes(self, path: Path, meta: dict) -> dict[str, list]:
-        """What differs in a checkpoint, see `changed_settings`."""
-        own = self.fingerprint if meta["saved"] else self.corpus.fingerprint_before()
-        return changed_settings(self.s, own, path, meta)
 
     # differs from train_gpt.py: no loader
     def _set_progress(self):
@@ -1308,14 +1312,13 @@ class Run:
             self.left = schedule.get("left", self.left)
         self.fitted = self.step, self.logged_ms, -math.inf  # of _fit_schedule
         self.tokens = self.step * self.s.batch_tokens
-        self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
-        self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
+        self.val_loss, self.val_step = meta.get("val_loss"), meta.get("val_step") or 0
+        self.best_loss = meta.get("best_loss") or 1e9  # of --save-best
         self.whole = True  # no step is half done
 
     # differs from train_gpt.py: torch.optim's state
     def _resume(self):
-        """Takes the checkpoint that --resume names: its tensors, while rates and decays are those of
-        the settings. Raises NothingToDo if its run is over. Collective."""
+        """Takes the tensors of the checkpoint that --resume names. Raises NothingToDo for an ended run. Collective."""
         own = run_state(self.model, self.optimizers)
         like = empty_like(own)
         self.checkpoint, self.meta = on_rank_zero(self.world, self._take, like)
@@ -1324,7 +1327,8 @@ class Run:
                 x.copy_(there)
         for x in leaves(own, own) if self.world.size > 1 else []:
             dist.broadcast(x, 0)
-        self.changed, self.state = self._changes(self.checkpoint, self.meta), {}
+        self.changed = changed_settings(self.s, self.fingerprint, self.checkpoint, self.meta)
+        self.state = {}
         self._set_progress()
         kept = self.meta["settings"].get("keep")
         self.s = replace(self.s, keep=self.s.keep or (kept if type(kept) is int and kept > 0 else 2))
@@ -1336,12 +1340,13 @@ class Run:
         other_data = "data_fingerprint" in allowed_changes(s)
         num_shards = math.inf if other_data else len(self.corpus.train)
         path, meta, self.state, self.damaged = find_checkpoint(place, like, num_shards)
-        step, loss, looked = meta["step"], meta.get("val_loss"), meta.get("val_step") in (None, meta["step"])
+        step, loss = meta["step"], meta.get("val_loss")
         reached = s.target_loss and loss is not None and loss <= s.target_loss
         at = (meta.get("schedule") or {"at": step})["at"]
-        if looked and (at >= s.iterations or reached):
+        if meta.get("val_step") == step and (at >= s.iterations or reached):
             ways = "a lower --target-loss" if reached else "--iterations N --allow-change iterations"
-            raise NothingToDo(f"{path}: this run has ended, after step {step} of {s.iterations}; to go on: {ways}")
+            raise NothingToDo(f"{path}: this run has ended, after step {step} of {s.iterations}; "
+                              f"to go on: {ways}")
         self.lock = lock_folder(path.parent.parent)
         if any(one not in known for one in checkpoints_in(place, tell=quiet) if one[0].parent == path.parent):
             raise UserError(f"{path.parent.parent} has gone on meanwhile: give the command again")
@@ -1362,17 +1367,18 @@ class Run:
             "torch": torch.__version__, "hardware": self.hardware, "optimizer_state": "of torch.optim",
             "data": {"name": corpus.folder.name, "fingerprint": self.fingerprint, "meta": corpus.meta},
         }
-        run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
-        folder = Path(s.log_dir) / s.experiment_name / run_id
-        self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
-        self.undo.callback(self.log.close)
-        resumed_at = self.meta.get("step")
-        on_rank_zero(self.world, self.log.open, self.config, resumed_at, self.changed)
-        self.notes += [f"{name}: {then} before, {now} from here on" for name, (then, now) in self.changed.items()]
         counts = {name: p.numel() for name, p in model.named_parameters()}
         self.total = sum(counts.values())
         expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts
         self.active = self.total - expert * (s.num_experts - s.top_k)
+        run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
+        folder = Path(s.log_dir) / s.experiment_name / run_id
+        self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
+        self.undo.callback(self.log.close)
+        self.undo.push(self._end_record)
+        resumed_at = self.meta.get("step")
+        on_rank_zero(self.world, self.log.open, self.config, resumed_at, self.changed)
+        self.notes += [f"{name}: {then} before, {now} from here on" for name, (then, now) in self.changed.items()]
         self.notes += [f"{s.model_type}: {self.total:,} parameters, {self.active:,} of them for a token",
                        f"run folder: {self.log.folder}"]
         self.notes += [f"resumed {self.checkpoint} after step {self.step}"] * (self.checkpoint is not None)
@@ -1388,19 +1394,18 @@ class Run:
         return self.step
 
     def _on_signal(self, number: int, frame):
-        """Save and stop, after this step (several ranks: the next logged one) or the evaluation; a person's Ctrl-C
-        after that ends at once. Schedulers and lost terminals repeat the others."""
+        """Save and stop, after this step (several ranks: the next logged one); another Ctrl-C ends at once."""
         if self.stop_signal and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         first, self.stop_signal = not self.stop_signal, self.stop_signal or number
         if self.world.rank == 0:
             when = "this step" if self.world.size == 1 else "the next logged step"
+            told = f"{signal.Signals(number).name}: saves and stops after {when}; Ctrl-C ends at once\n"
             with contextlib.suppress(OSError):  # print is not for signal handlers
-                name = signal.Signals(number).name
-                os.write(2, f"{name}: saves and stops after {when}; Ctrl-C ends at once\n".encode())
+                os.write(2, told.encode())
         if self.looking and first:
-            raise Interrupted
+            raise InterruptedError
 
     @contextlib.contextmanager
     def look(self):
@@ -1409,7 +1414,7 @@ class Run:
             with self.clock.paused():
                 self.looking = self.world.size == 1 and not self.stop_signal
                 yield
-        except Interrupted:
+        except InterruptedError:  # by _on_signal
             self.status, self.over = "interrupted", True
         finally:
             self.looking = False
@@ -1424,12 +1429,9 @@ class Run:
         with contextlib.suppress(OSError, RuntimeError):  # the first error is the one to tell
             if self.whole and self.step > self.saved_step and self._all_have(error):
                 self.save(self.step)
-        with contextlib.suppress(OSError, RuntimeError):
-            self._end_record(self.step, error=f"{kind.__name__}: {error}")
 
     def _all_have(self, error: BaseException) -> bool:
-        """Whether every rank has come to an error of the data or the disk after the same step: only
-        then what is in flight on all of them is the same."""
+        """Whether every rank has come to an error of data or disk after the same step: the same is in flight on all."""
         if self.world.size == 1:
             return True
         store = dist.distributed_c10d._get_default_store()
@@ -1441,23 +1443,19 @@ class Run:
     @property
     def following(self) -> float:
         """Where in the schedule this step leads: its rest in equal parts, of s.iterations steps one each."""
-        end = self.s.iterations
-        return end - (end - self.at) * (self.left - 1) / self.left
+        return self.s.iterations - (self.s.iterations - self.at) * (self.left - 1) / self.left
 
     def _fit_schedule(self, step: int, ms: float):
-        """Under --max-seconds: as many steps are left, at least the one under way, as the time has, at the pace since
-        the last call. `ms`: the first rank's clock."""
+        """Under --max-seconds: the steps left, at the pace since the last call. `ms`: the first rank's clock."""
         before, before_ms, _ = self.fitted
         step_ms = max(1e-3, (ms - before_ms) / (step - before))
         if self.left:
-            rest_ms = 1000 * self.s.max_seconds - ms
-            self.left = max(1, int(rest_ms / step_ms))
+            self.left = max(1, int((1000 * self.s.max_seconds - ms) / step_ms))
         self.fitted = step, ms, self.at
 
     # differs from train_gpt.py: no profiler
     def log_due(self, step: int, position: dict) -> bool:
-        """After a step: whether to log it: each log_every-th, after a signal if alone; under
-        --max-seconds the first, too, and where a 64th of the schedule has passed."""
+        """Whether to log a step: each log_every-th; after a signal, if alone; a 64th of --max-seconds later."""
         self.step, self.position, self.whole = step, position, True
         self.at, self.left, self.tokens = self.following, self.left - 1, step * self.s.batch_tokens
         if self.log.pipe_closed:
@@ -1486,8 +1484,7 @@ class Run:
     def _stop_unless(self, finite: bool, what: str, step: int):
         """Ends logs and run. A checkpoint is written only after a look at losses and weights."""
         if not finite:
-            self.status = "nan"
-            self._end_record(step)
+            self.status, self.step = "nan", step
             rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
             flags = ", ".join("--" + n.replace("_", "-") for n in rates if n != "stage_lr")
             ways = ", with --resume and --allow-change" if self.saved_step else ""
@@ -1512,23 +1509,23 @@ class Run:
 
     def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
-        of, mean = f"{step}/{step + self.left}", ms / step
+        of = f"{step}/{step + self.left}"
         self.log.print(f"step {of}  {kind} loss {loss:.4f}{console}")
-        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{mean:.2f}ms")
+        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
         more |= {"tokens": self.tokens, "train_time_ms": ms}
         self.log.metric(step=step, **{f"{kind}_loss": loss}, **more)
 
     def validation_due(self, step: int) -> bool:
         """Whether to look at the validation loss now. An interrupted run leaves it to the resumed one."""
-        every = self.s.eval_every
-        due = not self.left or (every and step % every == 0)
+        due = not self.left or (self.s.eval_every and step % self.s.eval_every == 0)
         return bool(due and step > self.val_step and self.status != "interrupted")
 
     def log_validation(self, step: int, loss: float):
         """A validation loss to all logs. Raises TrainingStopped if it is not finite."""
         self.looking = False  # from here on nothing is cut short
         self._stop_unless(math.isfinite(loss), f"the validation loss after step {step} is {loss}", step)
-        self.val_loss, self.val_step, ms, bpb = loss, step, self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
+        self.val_loss, self.val_step = loss, step
+        ms, bpb = self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
         bits = f", {bpb:.4f} bits per byte" if bpb else ""
         console = f" nats per token{bits}  train time {ms / 1000:.1f} s"
         self._log_loss(step, "val", loss, ms, console, val_bpb=bpb)
@@ -1554,7 +1551,7 @@ class Run:
             state = {"model": self.model.state_dict(), "optimizers": moments}
             meta = self.config | dict(
                 position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step,
-                schedule={"at": self.at, "left": self.left, "tokens": self.tokens})
+                schedule={"at": self.at, "left": self.left, "tokens": self.tokens}, best_loss=self.best_loss)
             finite = on_rank_zero(
                 self.world, lambda: all(x.isfinite().all() for x in state["model"].values()))
             self._stop_unless(finite, f"the weights after step {step} are not finite", step)
@@ -1574,7 +1571,6 @@ class Run:
         """Last checkpoint, end of the logs. Raises TrainingStopped if it could not be written."""
         s, ms = self.s, self.clock.stop()
         saved = self.save(step) if self.status == "interrupted" or s.save_last else True
-        self._end_record(step)
         self._note_validation(step)
         if s.target_loss:
             reached = "reached" if self.status == "target" else "not reached"
@@ -1582,17 +1578,35 @@ class Run:
         if not saved:
             raise TrainingStopped(f"the last checkpoint: {self.save_error}; {self.kept()}")
 
+    # differs from train_gpt.py: save has no optimizer
+    def save_best(self, step: int):
+        """Under --save-best, after the best validation so far: a checkpoint, and ckpt_best, a link. Collective."""
+        if self.s.save_best and self.val_step == step and self.val_loss and self.val_loss < self.best_loss:
+            self.best_loss, link = self.val_loss, self.log.folder / "ckpt_best"
+            if self.save(step) and self.log.main:
+                try:
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(Path("checkpoints", self.checkpoint.name))
+                except OSError as error:  # a file system without links
+                    self.log.print(f"warning: ckpt_best: {error}; the best is {self.checkpoint}")
+
     # differs from train_gpt.py: plain
-    def _end_record(self, step: int, **more):
-        """The last object of metrics.jsonl."""
+    def _end_record(self, kind, error, trace):
+        """The end of all logs, however the run ends."""
+        if error:
+            self.clock.wait = lambda: None  # what the device waits for may never come
+            self.status = "interrupted" if kind is KeyboardInterrupt else self.status.replace("done", "error")
         ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
-        target = (step, ms) if self.status == "target" else (None, None)
-        self.log.metric(
-            event="end", status=self.status, step=step, iterations=step + self.left, val_loss=loss,
-            val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
-            tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.total,
-            params_active=self.active, peak_memory_mib=peak_memory_mib(self.s.device)[0],
-            target_step=target[0], target_time_ms=target[1], **more)
+        target = (self.step, ms) if self.status == "target" else (None, None)
+        end = dict(
+            event="end", status=self.status, step=self.step, iterations=self.step + self.left, val_loss=loss,
+            val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms, tokens=tokens,
+            tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.total, params_active=self.active,
+            peak_memory_mib=peak_memory_mib(self.s.device)[0], mfu=None,
+            target_step=target[0], target_time_ms=target[1])
+        end |= {"error": explained(error) or repr(error)} if error else {}
+        if self.log.main:
+            self.log.result(end, self.config)
 
 # ==================== Training ================================================================
 
@@ -1648,6 +1662,7 @@ def train(run: Run):
             run.save(step)
         if run.validation_due(step):
             validate(run, compiled, step)
+        run.save_best(step)
     run.finish(step)
 
 @torch.no_grad()
@@ -1681,7 +1696,7 @@ def start_processes(device: str) -> World:
         return world
     gpus = torch.cuda.device_count()
     if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
-        raise UserError(f"torchrun started more processes than there are GPUs: use --nproc_per_node={gpus}")
+        raise UserError(f"torchrun starts more processes than GPUs: use --nproc_per_node={gpus}")
     torch.cuda.set_device(world.local_rank)
     device = torch.device("cuda", world.local_rank)
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=30))
@@ -1689,7 +1704,7 @@ def start_processes(device: str) -> World:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what a user can repair."""
-    code, world_size = 1, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    code, world_size = 2, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # says once a machine what all ranks know
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1698,6 +1713,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         s, hardware, notes = parse_settings(argv, world_size)
+        code = 1  # docs/automation.md has all
         torch.set_num_threads(s.threads or torch.get_num_threads())
         if s.device == "cpu":
             keep_memory()

@@ -432,7 +432,8 @@ class Attention(nn.Module):
         self.backend, self.options = s.backend, flex_options(s.device)
         self.offset, self.paired, self.xsa = s.key_offset and kind == "L", kind == "P", s.xsa
         narrow = s.qk_dim if kind != "L" else 0
-        self.scale = s.softmax_scale * (1 if s.attn_scale else math.sqrt(s.head_dim / (narrow or s.head_dim)))
+        growth = 1 if s.attn_scale or not narrow else math.sqrt(s.head_dim / narrow)
+        self.scale = s.softmax_scale * growth
         self.qk = nn.Parameter(uniform_matrix(2, s.num_heads * narrow, s.width)) if narrow else None
         inner, out = uniform_matrix(1 if narrow else 3, s.width, s.width), torch.zeros(1, s.width, s.width)
         self.qkvo = nn.Parameter(torch.cat((inner, out)))
@@ -597,7 +598,8 @@ class GPT(nn.Module):
         for row in range(len(x_BTD)):
             part, turn = slice(row, row + 1), (self.turn + row) * (self.candidates + 1)
             targets, some = targets_KBT[:, part].long(), copies and [x[part] for x in copies]
-            classes, place, bias_V = candidate_set(targets, turn, self.candidates, self.vocab_size, copies is not None)
+            classes, place, bias_V = candidate_set(
+                targets, turn, self.candidates, self.vocab_size, copies is not None)
             among = place[targets.clamp_min(0)].where(targets != IGNORE, IGNORE)
             self.left_out += ((among == IGNORE) & (targets != IGNORE)).sum()
             weight_VD = look_up(self.lm_head, classes)
@@ -956,7 +958,8 @@ class Bank:
         size = self.share * n
         self.collectives = [self.pieces[k:k + size] for k in range(0, len(self.pieces), size)]
         self.names = [dict(pieces).keys() for pieces in self.collectives]
-        self.mine = [i for i in range(len(self.collectives) * size) if i // self.share % n == world.rank % n]
+        self.mine = [i for i in range(len(self.collectives) * size)
+                     if i // self.share % n == world.rank % n]
         lrs = [rules[name].lr for name, _ in self.pieces] + [0.0] * size
         rates = torch.tensor([lrs[i] for i in self.mine], device=s.device)
         self.lr = rates.view(-1, *(1 for _ in self.shape))
@@ -1229,7 +1232,8 @@ class MuonAdamW:
     def step(self, scale: float, momentum: float, others: float | None = None, span: tuple | None = None):
         """Updates all parameters. `scale`: factor on rates, `others`: of all but the hidden matrices; `span`: from
         where to where this takes the schedule. Raises RuntimeError that names parameters whose gradient never came."""
-        missing = {name for bank in self.banks for k in bank.waiting for name in bank.names[k] - bank.arrived.keys()}
+        missing = {name for bank in self.banks for k in bank.waiting
+                   for name in bank.names[k] - bank.arrived.keys()}
         if missing:
             raise RuntimeError(f"no gradient for {', '.join(sorted(missing))}: all must be in the loss")
         self.steps += 1
@@ -2050,7 +2054,8 @@ def fused_head_backward(grad_KN, xq, wq, targets_KN, bias_V, logits_NV, lse_N, c
         gradient, transposed = logit_gradient(*rest, one, cap, logits_NV.dtype, kernel)
         return gradient @ wq, transposed @ xq
     steepest = (cap[0] / 4 or 1.0) / cap[2]
-    unit = grad_KN.abs().sum(0).amax().clamp_min(1e-30) * (steepest / torch.finfo(torch.float8_e5m2).max)
+    largest = grad_KN.abs().sum(0).amax().clamp_min(1e-30)
+    unit = largest * (steepest / torch.finfo(torch.float8_e5m2).max)
     gradient, transposed = logit_gradient(*rest, unit, cap, torch.float8_e5m2, kernel)
     x_scale, w_scale = (torch.full((), s, device=unit.device) for s in head_scales(len(xq)))
     x_grad = fp8_product(gradient, wq, unit, w_scale, fast=False)
@@ -2108,31 +2113,29 @@ class TrainingStopped(RuntimeError):
 class NothingToDo(Exception):
     """The run that --resume names is over."""
 
-class Interrupted(Exception):
-    """A signal ends an evaluation."""
-
 @dataclass(frozen=True)
 class RunSettings:
     """Where and how a run runs, what it looks at and writes. A resumed run may change all of it."""
-    preset: str = "auto"  # settings that flags override; auto: by hardware and data
+    preset: str = "auto"  # settings that flags override
     experiment_name: str = Path(__file__).stem  # its runs: LOG_DIR/EXPERIMENT_NAME/RUN_ID
-    log_dir: str = "logs"  # folder of all experiments
-    resume: str = ""  # go on from the newest checkpoint (latest), this run or checkpoint
-    allow_change: str = ""  # with --resume: settings that may differ, as muon_lr,iterations
-    data: str = "auto"  # data set: a folder's name under data/, or a path
+    log_dir: str = "logs"  # of all experiments
+    resume: str = ""  # go on from the latest, this run or checkpoint
+    allow_change: str = ""  # with --resume: what may differ, as muon_lr,iterations
+    data: str = "auto"  # data set: a name under data/, or a path
     # --- evaluation
-    eval_every: int = 125  # steps between evaluations; 0: only after the last [>=0]
+    eval_every: int = 125  # steps between evaluations; 0: the last [>=0]
     eval_tokens: int = 10485760  # first tokens of the validation split; 0: all [>=0]
     eval_seq_len: int = 0  # longest context, tokens; 0: that of the last stage [>=0]
     eval_window: int = 0  # long window, by YaRN (31 to 35); 0: as in training [>=0]
     target_loss: float = 0.0  # stop at a validation loss at or below, nats; 0 off [>=0]
-    max_seconds: float = 0.0  # stretch the schedule to this training time; 0: iterations [>=0]
+    max_seconds: float = 0.0  # stretch the schedule to this time; 0: iterations [>=0]
     # --- checkpoints, logs, profiling
-    save_every: int = 0  # steps between checkpoints; 0: at the end and on signals [>=0]
+    save_every: int = 0  # steps between checkpoints; 0: at the end [>=0]
     save_last: bool = True  # a checkpoint after the last step
-    keep: int = 0  # checkpoints that a run keeps; 0: 2, or what the run had [>=0]
-    log_every: int = 10  # steps between console lines, which wait for the device [>0]
-    wandb: bool = False  # metrics to Weights & Biases (WANDB_MODE=offline works)
+    save_best: bool = False  # a checkpoint at each best validation: ckpt_best
+    keep: int = 0  # checkpoints kept; 0: 2, or what the run had [>=0]
+    log_every: int = 10  # steps between lines, which wait for the device [>0]
+    tracker: str = "none"  # gets the metrics, too [none|wandb|tensorboard|trackio]
     enable_profiling: bool = False  # a trace per process, for logger.py profile
     profile_start: int = 10  # first profiled step of a process [>=0]
     profile_steps: int = 3  # profiled steps [>0]
@@ -2140,12 +2143,12 @@ class RunSettings:
     device: str = "auto"  # mps, Apple's GPU, is untested [auto|cpu|cuda|mps]
     dtype: str = "auto"  # of activations and matrices; bf16 where fast [auto|bf16|fp32]
     backend: str = "auto"  # of attention (docs/running.md) [auto|flex|varlen|sdpa|plain]
-    kernels: str = "auto"  # own Triton kernels, of gram+mlp+loss; none; auto: all
+    kernels: str = "auto"  # own Triton ones, of gram+mlp+loss; none; auto
     fp8_head: str = "auto"  # LM head in FP8 while training [auto|on|off]
-    fp8_mlp: bool = False  # MLP up-projections in FP8, forward, while training (84)
+    fp8_mlp: bool = False  # MLP up-projections in FP8, forward (84)
     compile: bool = True  # torch.compile of model and optimizer
-    compile_unit: str = "auto"  # one graph; per block reductions start early [auto|model|block]
-    micro_tokens: int = 0  # most tokens of a forward pass; auto, 0: what the memory allows [>=0]
+    compile_unit: str = "auto"  # of graphs; block: early reductions [auto|model|block]
+    micro_tokens: int = 0  # most tokens of a forward pass; auto, 0: what fits [>=0]
     threads: int = 0  # CPU threads of a process; 0: torch's choice [>=0]
 
     @property
@@ -2174,12 +2177,25 @@ def bracket(name: str) -> list[str]:
     found = re.search(r"\[([^\]]+)\]$", help_texts()[name])
     return found[1].split("; ") if found else []
 
+# other names of settings: nanoGPT's, llm.c's, and DeepSeekMoE's in build-nano-moe
+ALIASES = {
+    "iterations": ("max_steps", "max_iters"), "batch_tokens": ("total_batch_size",), "seq_len": ("T",),
+    "eval_every": ("eval_interval",), "data": ("dataset",), "num_experts": ("n_experts",),
+    "num_shared": ("n_shared_experts",), "top_k": ("n_activated_experts",)}
+REPLACED = {"--wandb": "now --tracker wandb"}
+OTHERS = {  # flags that are no settings, but change one
+    "num_tokens": ("iterations", "in training tokens, in their place"),
+    "m_sub_experts": ("num_experts", "a factor on them")}
+
 class Parser(argparse.ArgumentParser):
-    """argparse that reports one sentence, with the flag that was probably meant."""
+    """argparse that reports one sentence, with the flags that were probably meant."""
     def error(self, message: str):
-        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-            close = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-            message += f" (did you mean {close[0]}?)" if close else " (--help lists all flags)"
+        flags = re.findall(r"(?<= )--[\w-]+", message) if message.startswith("unrecognized") else []
+        for i, flag in enumerate(flags):
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
+            flags[i] = f"{flag} ({REPLACED.get(flag, hint)})"
+        message = f"unrecognized arguments: {', '.join(flags)}" if flags else message
         self.exit(2, f"error: {message}\n")
 
 def dashed(argv: list[str]) -> list[str]:
@@ -2215,8 +2231,22 @@ def build_parser() -> Parser:
             option |= dict(type=kinds[field.type], metavar="X,X" if several else "X")
         if field.name == "resume":
             option |= dict(nargs="?", const="latest")
-        parser.add_argument("--" + field.name.replace("_", "-"), **option)
+        names = field.name, *ALIASES.get(field.name, ())
+        parser.add_argument(*(f"--{name.replace('_', '-')}" for name in names), **option)
+    for name in (name for name, (changed, _) in OTHERS.items() if changed in help_texts()):
+        option = dict(default=argparse.SUPPRESS, help=": ".join(OTHERS[name]))
+        parser.add_argument("--" + name.replace("_", "-"), type=whole, metavar="X", **option)
     return parser
+
+def changed_by(others: dict, s: Settings) -> Settings:
+    """Settings, as the flags OTHERS of a command line change them."""
+    if "m_sub_experts" in others:
+        s = replace(s, num_experts=s.num_experts * others["m_sub_experts"])
+    if "num_tokens" in others:
+        batches = s.batch_tokens if len(s.batch_tokens) == len(s.stage_ends) else s.batch_tokens[:1]
+        batch = round((np.diff((0.0, *s.stage_ends)) * batches).sum())
+        s = replace(s, iterations=math.ceil(others["num_tokens"] / max(1, batch)))
+    return s
 
 class Hardware(NamedTuple):
     """What this process may use, and why bf16 is fast on it or not."""
@@ -2242,7 +2272,7 @@ def machine_memory() -> float:
 def detect_hardware(device: str = "auto") -> Hardware:
     """The first GPU if there is one and `device` allows it, else the CPU. Apple's only if asked for."""
     if device == "mps" and torch.backends.mps.is_available():
-        return Hardware("mps", platform.machine(), machine_memory(), False, "bf16 on MPS only if asked for")
+        return Hardware("mps", platform.machine(), machine_memory(), False, "bf16 only if asked for")
     if device in ("auto", "cuda") and torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
         memory = gpu.total_memory / 2**30
@@ -2265,20 +2295,14 @@ def flash_fits(s: Settings, hardware: Hardware, bf16: bool) -> bool:
 
 def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tuple]:
     """What `auto`, or 0, means: setting -> value and the reason for it."""
-    cuda = hardware.device == "cuda"
     bf16 = s.dtype == "bf16" or (s.dtype == "auto" and hardware.bf16)
-    nvidia = cuda and not torch.version.hip
-    plain = hardware.device == "mps"
-    if hardware.device == "cpu":
-        plain = bf16 and not s.compile
-    fallback = "plain" if plain else "sdpa"
-    if flash_fits(s, hardware, bf16):
-        fallback = "varlen"
+    nvidia = hardware.device == "cuda" and not torch.version.hip
+    plain = hardware.device == "mps" or hardware.device == "cpu" and bf16 and not s.compile
+    fallback = "varlen" if flash_fits(s, hardware, bf16) else "plain" if plain else "sdpa"
     flex = nvidia and s.compile and hardware.bf16
-    why = "the fastest here" if flex or not nvidia else "FlexAttention is compiled, for capability 8.0 and later"
+    why = "the fastest here" if flex or not nvidia else "FlexAttention needs capability 8.0"
     triton = nvidia and bf16 and hardware.bf16 and importlib.util.find_spec("triton")
     fp8 = hardware.fp8 and bf16 and not any(size % 16 for size in (s.width, *s.seq_len))
-    fineweb = data_folder("fineweb10B").is_dir()
     return {
         "device": (hardware.device, hardware.name),
         "dtype": ("bf16" if bf16 else "fp32", hardware.why),
@@ -2286,7 +2310,8 @@ def run_auto(s: Settings, hardware: Hardware, world_size: int) -> dict[str, tupl
         "kernels": ("+".join(KERNELS) if triton else "none", "they need Triton, CUDA, not ROCm, and bf16"),
         "fp8_head": ("on" if fp8 else "off", "it needs FP8 products and multiples of 16"),
         "compile_unit": ("model" if world_size == 1 else "block", f"{world_size} process(es)"),
-        "data": ("fineweb10B" if fineweb else "stdlib", "fineweb10B where it is there"),
+        "data": ("fineweb10B" if data_folder("fineweb10B").is_dir() else "stdlib",
+                 "fineweb10B where it is there"),
         "eval_seq_len": (s.seq_len[-1], "that of the last stage"),
     }
 
@@ -2296,6 +2321,18 @@ def without_auto(s: Settings, hardware: Hardware, world_size: int) -> tuple[Sett
     auto = {name: choice for name, choice in auto.items() if getattr(s, name) in ("auto", 0)}
     return replace(s, **{name: value for name, (value, _) in auto.items()}), auto
 
+def with_head_dim(
+        s: Settings, given: dict, hardware: Hardware, world_size: int, notes: list[str]) -> Settings:
+    """Settings whose head_dim, if nobody gave it, divides width and base width; a change is noted."""
+    base_width = 0 if s.base_head_dim else without_auto(s, hardware, world_size)[0].base_width
+    wide = math.gcd(s.width, base_width)
+    fitting = [n for n in divisors(wide) if n % 4 == 0 and s.head_dim / 2 <= n <= 2 * s.head_dim]
+    if "head_dim" in given or wide % s.head_dim == 0 or not fitting:
+        return s
+    size = min(fitting, key=lambda size: abs(math.log(size / s.head_dim)))
+    notes.append(f"head_dim {size}: a divisor of {wide}")
+    return replace(s, head_dim=size)
+
 def vocabulary(data: str) -> int:
     """Size of a data set's vocabulary; GPT-2's where nothing is there yet."""
     with contextlib.suppress(OSError, ValueError):
@@ -2303,8 +2340,7 @@ def vocabulary(data: str) -> int:
     return GPT2_META["vocab_size"]
 
 def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, list[str], list[str]]:
-    """Settings with the largest micro_tokens that the memory allows, where that is open, and a note on it; a sentence
-    with what would fit, where even the smallest do not."""
+    """Settings with the largest micro_tokens that fit, where that is open; notes on it; what would fit, if nothing."""
     def need(s: Settings, size: int = 0) -> float:
         s = replace(s, micro_tokens=size or micro_sizes(s, world_size)[-1])
         with contextlib.suppress(RuntimeError):  # more bytes than a number holds
@@ -2319,8 +2355,7 @@ def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, 
     return replace(s, micro_tokens=size), [] if s.micro_tokens else [f"micro_tokens {size}: {told}"], []
 
 def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
-    """Command line -> Settings with every `auto` resolved, Hardware, and lines that explain the choices, list[str].
-    Raises UserError with all that is wrong with the settings at once."""
+    """Command line -> Settings without `auto`, Hardware, lines about choices. Raises UserError with all faults."""
     parser = build_parser()
     given = vars(parser.parse_args(dashed(sys.argv[1:] if argv is None else argv)))
     if [] in given.values():  # what argparse makes of --muon-lr=--
@@ -2330,10 +2365,13 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     wanted = given.get("preset", "auto")  # or a preset, KIND, KIND-auto
     full = size if wanted == "auto" else f"{wanted.removesuffix('-auto')}-{size}"
     preset = full if wanted not in PRESETS and full in PRESETS else wanted
-    s = Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset})
+    others = {name: given.pop(name) for name in OTHERS if name in given}
+    s = changed_by(others, Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset}))
     problems = (too_large := size_errors(s)) or field_errors(s) + unread_errors(s, given)
-    s, auto = (s, {}) if too_large else without_auto(s, hardware, world_size)
-    notes = [f"preset {preset}: {'asked for' if wanted == preset else why}"]
+    notes, auto = [f"preset {preset}: {'asked for' if wanted == preset else why}"], {}
+    if not too_large:
+        s = with_head_dim(s, given, hardware, world_size, notes)
+        s, auto = without_auto(s, hardware, world_size)
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
     problems += [] if too_large else run_errors(s, given, hardware) + unfit
@@ -2405,7 +2443,9 @@ def run_errors(s: Settings, given: dict, hardware: Hardware) -> list[str]:
     lengths = *s.seq_len, s.eval_seq_len
     empty = ", ".join(f"--{name}" for name in ("resume", "data", "log_dir") if given.get(name) == "")
     unknown_change = {*allowed_changes(s)} - {*help_texts(), "", "data_fingerprint"}
+    tracked = s.tracker == "none" or importlib.util.find_spec("trackers")
     problems = [
+        (not tracked, f"--tracker {s.tracker}: trackers.py is not beside it"),
         (empty, f"{empty}: is empty; name something, or leave it out"),
         (s.allow_change and not s.resume, "--allow_change: has no effect without --resume"),
         (unknown_change, f"--allow_change: {', '.join(sorted(unknown_change))}: no such setting"),
@@ -2440,9 +2480,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 def misfit(value, like, name: str) -> str:
-    """The first thing in which a value is not built like another, in words; nothing if it is. Dicts
-    have all its keys, tensors its shape and kind; numbers are finite and not negative; a tuple is a
-    choice."""
+    """The first thing in which a value is not built like another, in words; nothing if it is. Dicts have all its keys,
+    tensors its shape and kind; numbers are finite and not negative; a tuple is a choice."""
     if isinstance(like, tuple):
         return min((misfit(value, one, name) for one in like), key=len)
     if isinstance(like, dict) and isinstance(value, dict):
@@ -2537,16 +2576,15 @@ def shard_length(path: Path) -> int:
     return count
 
 def open_shard(path: Path, vocab_size: int, most: int | None = None) -> np.ndarray:
-    """The tokens of a shard, or its first ones, in memory: a file that is cut short meanwhile ends
-    no process. Raises UserError as `shard_length` does, or for a token id past the vocabulary."""
+    """The (first) tokens of a shard, in memory. Raises UserError as shard_length, or for an id past the vocabulary."""
     count = shard_length(path)
     count = min(count, most or count)
     tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
     if len(tokens) < count:
         raise UserError(f"{path} became shorter while it was read")
     if (top := int(tokens.max())) >= vocab_size:
-        redo = f"make it again with {repair_command(path.parent)}"
-        raise UserError(f"{path} holds token id {top}, the vocabulary has {vocab_size}; {redo}")
+        raise UserError(f"{path} holds token id {top}, the vocabulary has {vocab_size}; make it again with "
+                        f"{repair_command(path.parent)}")
     return tokens
 
 class Corpus(NamedTuple):
@@ -2561,14 +2599,6 @@ class Corpus(NamedTuple):
         digest = hashlib.sha256(f"{self.meta['vocab_size']} {self.meta['eot']}".encode())
         for path, hashed in shard_hashes(self.folder, self.train + self.val).items():
             digest.update(f"{path.name} {hashed}".encode())
-        return digest.hexdigest()[:16]
-
-    def fingerprint_before(self) -> str:
-        """The one in checkpoints without `saved`: of names, sizes and first 64 KiB of all shards."""
-        digest = hashlib.sha256()
-        for path in self.train + self.val:
-            digest.update(f"{path.name} {path.stat().st_size}".encode())
-            digest.update(np.fromfile(path, dtype=np.uint8, count=65536))
         return digest.hexdigest()[:16]
 
 def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
@@ -2587,13 +2617,11 @@ def shard_hashes(folder: Path, paths: list[Path]) -> dict[Path, str]:
     return hashes
 
 DATA_META = {
-    "vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}, "splits": {}, "name": (None, ""),
-}
-SPLIT_META = {"tokens": (None, 0), "bytes": (None, 0)}
+    "vocab_size": 0, "eot": (None, 0), "tokenizer": {"kind": ""}, "name": (None, ""),
+    "splits": dict.fromkeys(("train", "val"), (None, {"tokens": (None, 0), "bytes": (None, 0)}))}
 
 def read_data_meta(folder: Path, shards: list[Path]) -> dict:
-    """meta.json of a data set. Only the published FineWeb shards, known by their names, may lack it.
-    Raises UserError with the command that makes the data set again."""
+    """meta.json of a data set; only published FineWeb shards, by their names, may lack it. Raises UserError."""
     path, repair = folder / "meta.json", repair_command(folder)
     published = all(re.match(r"fineweb(edu)?_(train|val)_\d{6}\.bin", shard.name) for shard in shards)
     if not path.exists() and published and folder.name.startswith("fineweb"):
@@ -2605,16 +2633,12 @@ def read_data_meta(folder: Path, shards: list[Path]) -> dict:
         size, eot = meta["vocab_size"], meta["eot"]
         if not 0 < size <= 65536 or (eot is not None and eot >= size):
             raise ValueError(f"vocab_size {size}, eot {eot}: 1 to 65536, and below it")
-        for split in ("train", "val"):
-            if wrong := misfit(meta["splits"].get(split, {}), SPLIT_META, split):
-                raise ValueError(wrong)
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); make it again with {repair}") from error
     return meta
 
 def open_corpus(name: str) -> Corpus:
-    """A data set, checked. Raises FileNotFoundError with the command that makes it, UserError if it
-    is damaged."""
+    """A data set, checked. Raises FileNotFoundError with the command that makes it, UserError for a damaged one."""
     folder = data_folder(name)
     shards = {split: sorted(folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
     for split, paths in shards.items():
@@ -2629,8 +2653,7 @@ def open_corpus(name: str) -> Corpus:
     return Corpus(folder, meta, **shards)
 
 class Loader:
-    """The training batches of one process, each prepared in the background while the one before it is in use.
-    `position`: epoch, shard, and tokens of it, in the order of its pieces, used up; a run goes on from there."""
+    """The batches of a process, each prepared while the one before is in use. `position`: epoch, shard, used tokens."""
     FIRST = {"epoch": 0, "shard": 0, "used": 0}
 
     def __init__(self, s: Settings, corpus: Corpus, world: World, position=None, step=0):
@@ -2646,8 +2669,7 @@ class Loader:
         self.pending = self.workers.submit(lambda: (self.make_batch(stage), self.position))
 
     def next(self, step: int, following: float | None = None) -> tuple[Tensor, dict]:
-        """The batch of the next step on the device, and the position after it. `following`: where in the schedule the
-        one after it will be, if not at step + 1."""
+        """The batch of a step on the device, and the position after it; the one at `following`, or step + 1, starts."""
         batch, position = self.pending.result()
         following = step + 1 if following is None else following
         if following < self.s.iterations:
@@ -2698,15 +2720,15 @@ class Loader:
         self.workers.shutdown(cancel_futures=True)
 
 # ┌─ Checkpoints ────────────────────────────────────────────────────────────────────────────────┐
-# RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json (settings, data
-# and position in it, clock, order of writing, sha256 of state.pt). It is written under another name, synced to the
-# disk and renamed; only then older ones go, renamed first as well: what ends in .tmp, or has no meta.json, counts for
-# nothing. One of the same step stays, as .old, until the new one is in its place.
+# RUN/checkpoints/step_000500/ holds state.pt (tensors by parameter name, whole, fp32) and meta.json (settings, place in
+# the data, clock, order, sha256 of state.pt). It is written under another name, synced and renamed; then older ones go,
+# renamed first: .tmp, or without meta.json, counts for nothing. One of the same step stays, as .old, until that.
 
 META = {  # a meta.json is built like this one
     "step": 0, "sha256": "", "settings": {}, "train_time_ms": 0.0, "data": {"fingerprint": "", "meta": {}},
     "position": {"epoch": 0, "shard": 0, "used": 0}, "val_loss": (None, 0.0), "val_step": (None, 0),
-    "schedule": (None, {"at": 0.0, "left": 0, "tokens": 0}), "saved": (None, 0), "bytes": (None, 0)}
+    "schedule": (None, {"at": 0.0, "left": 0, "tokens": 0}), "best_loss": (None, 0.0), "saved": (None, 0),
+    "bytes": (None, 0)}
 
 def tell_damage(path: Path, reason):
     text = f"checkpoint {path} cannot be used ({reason}); trying the one before it"
@@ -2726,8 +2748,8 @@ def step_of(path: Path) -> int | None:
     return int(name[1]) if name else None
 
 def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) -> list[tuple[Path, dict]]:
-    """Checkpoints of a run's or an experiment's folder, newest first, with their meta.json; of one checkpoint: it,
-    and those of earlier steps. Which is newest says meta.json's `saved`, not a file time, which copies lose."""
+    """Checkpoints of a run's or experiment's folder, newest first, by `saved` in their meta.json; of one: it, older."""
+    place = place.resolve() if place.name == "ckpt_best" else place  # a link
     found, own = [path for up in depths for path in place.glob(up + "checkpoints/step_*")], None
     if place.absolute().parent.name == "checkpoints":
         found, own = list(place.parent.glob("step_*")), step_of(place)
@@ -2741,11 +2763,9 @@ def checkpoints_in(place: Path, depths: tuple = ("", "*/"), tell=tell_damage) ->
                 metas[path] = read_meta(path)
             except (ValueError, OSError) as error:
                 tell(path, error)
-
-    def age(path: Path) -> tuple:
-        meta = metas[path]
-        return step_of(path) == own, meta["saved"], path.parent.parent.name, meta["step"]
-    return [(path, metas[path]) for path in sorted(metas, key=age, reverse=True)]
+    ages = {path: (step_of(path) == own, meta["saved"], path.parent.parent.name, meta["step"])
+            for path, meta in metas.items()}
+    return [(path, metas[path]) for path in sorted(metas, key=ages.get, reverse=True)]
 
 def read_state(path: Path, meta: dict) -> dict:
     """What the state.pt of a checkpoint holds. Raises ValueError if it is not what was written."""
@@ -2760,8 +2780,8 @@ def read_state(path: Path, meta: dict) -> dict:
         raise ValueError(f"state.pt cannot be read: {repr(error).splitlines()[0]:.200}") from error
 
 def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep: int, damaged=()) -> Path:
-    """The checkpoint, on the disk; then all but the newest `keep` are removed, and damaged ones neither counted nor
-    touched. Raises OSError where it cannot be written, and leaves nothing half-written then; earlier ones stay."""
+    """The checkpoint, on the disk; then all but the newest `keep` and ckpt_best go, damaged ones stay uncounted. Raises
+    OSError where it cannot be written; earlier ones stay then, and nothing half-written."""
     final = run_folder / "checkpoints" / f"step_{step:06d}"
     temporary, old = final.with_suffix(".tmp"), final.with_suffix(".old")
     known = checkpoints_in(run_folder, ("",), tell=lambda *_: None)
@@ -2785,7 +2805,8 @@ def write_checkpoint(run_folder: Path, step: int, state: dict, meta: dict, keep:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = (str(error) or repr(error)).splitlines()[0]
         raise OSError(f"could not write {final}: {reason}") from error
-    others = [path for path, m in known if path not in (final, *damaged) and is_whole(path, m)]
+    kept = {final, *damaged, final.with_name((run_folder / "ckpt_best").resolve().name)}
+    others = [path for path, m in known if path not in kept and is_whole(path, m)]
     for path in [old, *others[keep - 1:]]:
         with contextlib.suppress(OSError):
             os.replace(path, path.with_suffix(".tmp"))
@@ -2802,8 +2823,8 @@ def resume_place(s: Settings) -> Path:
     return Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
 
 def find_checkpoint(place: Path, like: dict, num_shards: float) -> tuple[Path, dict, dict, list]:
-    """The newest checkpoint in a place, its meta.json and state. One whose state is not built like `like` is told and
-    the run's one before it taken; all such. Raises FileNotFoundError if none is left."""
+    """The newest checkpoint in a place, its meta.json and state; before it those that are told, as they are not built
+    like `like`, or damaged. Raises FileNotFoundError if none is left."""
     found, damaged = checkpoints_in(place), []
     for path, meta in found:
         if path.parent != found[0][0].parent:
@@ -2833,8 +2854,7 @@ def check_content(state: dict, meta: dict, num_shards: float):
         raise ValueError(f"state.pt: {error}") from error
 
 def changed_settings(s: Settings, fingerprint: str, path: Path, meta: dict) -> dict[str, list]:
-    """The hyperparameters, or data, in which a checkpoint differs: name -> [then, now]. Raises
-    UserError that names those which --allow-change does not."""
+    """Hyperparameters or data that differ: name -> [then, now]. Raises UserError for those not in --allow-change."""
     names = [field.name for field in fields(Hyperparameters)]
     compared = {name: getattr(s, name) for name in names if "free on resume" not in bracket(name)}
     now = json.loads(json.dumps(compared)) | {"data_fingerprint": fingerprint}
@@ -2923,8 +2943,7 @@ def command_output(*command: str) -> str | None:
         return subprocess.run(command, check=True, **options).stdout.strip()
 
 def lock_folder(folder: Path):
-    """An open file that keeps other processes from this run; the system frees it when this one ends.
-    Raises UserError that says who has it."""
+    """An open file that keeps other processes from this run until this one ends. Raises UserError, with who has it."""
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
         import fcntl  # not on Windows
@@ -2940,18 +2959,23 @@ def lock_folder(folder: Path):
     return file
 
 class RunLog:
-    """The files of a run, by rank 0: log.txt (public record format), metrics.jsonl, config.json; wandb."""
+    """The console, a tracker, and the files of a run, by rank 0 (docs/running.md)."""
     def __init__(self, folder: Path, lock=None):
-        self.main, self.folder, self.wandb, self.lock = False, folder, None, lock
-        self.failed, self.pipe_closed = set(), False
+        self.main, self.folder, self.tracker, self.lock = False, folder, None, lock
+        self.rows, self.failed, self.pipe_closed = [], set(), False
 
     def open(self, s: Settings, hardware: Hardware, config: dict, resumed_at: int | None, changed: dict):
         """On rank 0: writes the head of the files or, in a resumed run, where it goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.main, self.lock = True, self.lock or lock_folder(self.folder)
-        if s.wandb:
-            self._open_wandb(s, config, resumed_at is None)
+        if s.tracker != "none":
+            from trackers import Tracker
+            self.tracker = Tracker(s.tracker, self.folder, config, self.print)
+        (self.folder / "result.json").unlink(missing_ok=True)
         if resumed_at is not None:
+            with contextlib.suppress(ValueError):  # none of a process that was killed
+                rows = read_json(self.folder / "metrics.json", {"metrics": []})["metrics"]
+                self.rows = [row for row in rows if row["step"] <= resumed_at]
             self.line(f"resumed after step {resumed_at}")
             self.metric(event="resume", step=resumed_at, config=config, changed=changed)
             return
@@ -2963,20 +2987,6 @@ class RunLog:
         self.line(f"{source}\n{bar}\nRunning Python {sys.version}\n"
                   f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda}\n{gpu or cpu}\n"
                   f"Settings: {json.dumps(config['settings'])}\n{bar}")  # the source knows only its defaults
-
-    def _open_wandb(self, s: Settings, config: dict, new: bool):
-        try:
-            import wandb
-            name = self.folder.name
-            self.wandb = wandb.init(project="nanospeedrun", group=s.experiment_name, name=name, id=name,
-                                    dir=str(self.folder), resume="allow", config=config)
-        except Exception as error:  # noqa: BLE001 - wandb's own, of its network, of its import
-            if new:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            missing = isinstance(error, ImportError)
-            repair = "pip install wandb" if missing else "wandb login, or set WANDB_MODE=offline"
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise UserError(f"--wandb: {reason:.200}; {repair}") from error
 
     def print(self, text: str):
         """To the console. A full disk or a lost terminal cost lines; a closed pipe ends the run (see Run)."""
@@ -2992,8 +3002,7 @@ class RunLog:
             self.failed.add("console")
 
     def line(self, text: str, name: str = "log.txt"):
-        """To log.txt, on a line of its own, also where a full disk or kill -9 cut the last one. What
-        cannot be written costs lines of the logs, not the run."""
+        """A line of log.txt, also where the last one was cut. A full disk costs lines of the logs, not the run."""
         if not self.main:
             return
         try:
@@ -3007,15 +3016,38 @@ class RunLog:
             self.failed.add(name)
 
     def metric(self, **values):
-        """To metrics.jsonl and wandb."""
+        """To metrics.jsonl and the tracker."""
         self.line(json.dumps(values), "metrics.jsonl")
-        if self.wandb is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
-            self.wandb.log(numbers, step=values["step"])
+        self.rows += [values] * ("event" not in values)
+        self.track(values["step"], {k: v for k, v in values.items() if isinstance(v, int | float)})
+
+    def track(self, step: int, numbers: dict):
+        if self.tracker is not None:
+            self.tracker.log(step, numbers)
+
+    def result(self, end: dict, config: dict):
+        """The last object of metrics.jsonl, and what comes of a run: `---` and lines on the console, result.json."""
+        self.metric(**end)
+        told = end.get("error") or ""
+        result = {
+            "status": "out_of_memory" if told.startswith("out of memory") else end["status"],
+            "val_loss": end["val_loss"], "val_bpb": end["val_bpb"],
+            "training_seconds": end["train_time_ms"] / 1000,
+            "total_seconds": seconds_since_process_start(),
+            "peak_memory_mb": end["peak_memory_mib"], "mfu": end["mfu"],
+            "total_tokens": end["tokens"], "steps": end["step"], "params": end["params_total"]}
+        result |= {"error": " ".join(told.split())} if told else {}
+        try:
+            for name, more in {"result": {}, "metrics": {"config": config, "metrics": self.rows}}.items():
+                write_json(self.folder / f"{name}.json", result | more)
+        except OSError as error:
+            self.print(f"warning: {error}")
+        lines = (f"{name}: {'null' if x is None else x}" for name, x in result.items())
+        self.print("\n".join(["---", *lines]))
 
     def close(self):
-        if self.wandb is not None:
-            self.wandb.finish()
+        if self.tracker is not None:
+            self.tracker.finish()
         if self.lock:
             self.lock.close()
 
@@ -3058,9 +3090,13 @@ class Run:
         self.s, self.hardware, self.world, self.notes = s, hardware, world, notes
         self.stages, self.clock, self.corpus = stage_table(s), Clock(s.device), open_corpus(s.data)
         self.vocab_size = self.corpus.meta["vocab_size"]
-        self.s = s = self._fit_eval_tokens()
-        self.s = s = replace(s, micro_tokens=min(told_by_all(world, s.micro_tokens)))  # GPUs may differ
-        self.stream = ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
+        available = sum(map(shard_length, self.corpus.val)) - 1
+        s = replace(s, micro_tokens=min(told_by_all(world, s.micro_tokens)))  # GPUs may differ
+        by_preset = PRESETS.get(s.preset, {}).get("eval_tokens", RunSettings.eval_tokens)
+        if 0 < available < s.eval_tokens == by_preset:
+            notes.append(f"eval_tokens {available}: all that the validation split has")
+            s = replace(s, eval_tokens=available)
+        self.s, self.stream = s, ValStream(self.corpus, s.eval_tokens, s.eval_seq_len)
         own = self.corpus.fingerprint() if world.local_rank == 0 else None  # once a machine
         self.fingerprint = on_rank_zero(world, lambda: own)
         if own not in (None, self.fingerprint):
@@ -3070,27 +3106,14 @@ class Run:
         if s.resume:  # before a model is built that may be another
             known = on_rank_zero(world, lambda: checkpoints_in(resume_place(s), tell=lambda *_: None))
             for found in known[:1]:
-                self._changes(*found)
+                changed_settings(s, self.fingerprint, *found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
         self.over = False  # the target is reached, or all ranks know of a signal
         self.stop_signal, self.first_step_s, self.profiler = 0, None, None
         self.compile_s, self.warm_graphs = 0.0, 0
+        self.flops, self.worked_ms = 0.0, 0.0  # as logged
         self.undo = contextlib.ExitStack()
-
-    def _fit_eval_tokens(self) -> Settings:
-        """The settings; where a preset's eval_tokens, not the user's, are more than the split has: all."""
-        s, preset = self.s, {"eval_tokens": RunSettings.eval_tokens} | PRESETS.get(self.s.preset, {})
-        available = sum(map(shard_length, self.corpus.val)) - 1
-        if not 0 < available < s.eval_tokens == preset["eval_tokens"]:
-            return s
-        self.notes.append(f"eval_tokens {available}: all that the validation split has")
-        return replace(s, eval_tokens=available)
-
-    def _changes(self, path: Path, meta: dict) -> dict[str, list]:
-        """What differs in a checkpoint, see `changed_settings`."""
-        own = self.fingerprint if meta["saved"] else self.corpus.fingerprint_before()
-        return changed_settings(self.s, own, path, meta)
 
     def _set_progress(self):
         """What is done: as the checkpoint says, or nothing."""
@@ -3105,16 +3128,16 @@ class Run:
         self.left = max(0, math.ceil(self.s.iterations - self.at))  # steps
         if self.s.max_seconds and self.left:
             self.left = schedule.get("left") or self.left  # 0: ended, before --iterations rose
-        self.tokens = schedule.get("tokens", self.tokens_at(self.step))
+        self.tokens = schedule.get("tokens", 0)
         self.fitted = self.step, self.logged_ms, -math.inf  # of _fit_schedule
-        self.val_loss, looked = meta.get("val_loss"), meta.get("val_step")
-        self.val_step = self.step if looked is None else looked  # earlier versions looked, then saved
+        self.val_loss, self.val_step = meta.get("val_loss"), meta.get("val_step") or 0
+        self.best_loss = meta.get("best_loss") or 1e9  # of --save-best
 
     def _resume(self, optimizer):
         """Takes the checkpoint that --resume names. Raises NothingToDo if its run is over. Collective."""
         like = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
         self.checkpoint, self.meta = on_rank_zero(self.world, self._take, like)
-        self.changed = self._changes(self.checkpoint, self.meta)
+        self.changed = changed_settings(self.s, self.fingerprint, self.checkpoint, self.meta)
         self._set_progress()
         kept = self.meta["settings"].get("keep")
         self.s = replace(self.s, keep=self.s.keep or (kept if type(kept) is int and kept > 0 else 2))
@@ -3126,12 +3149,13 @@ class Run:
         other_data = "data_fingerprint" in allowed_changes(s)
         num_shards = math.inf if other_data else len(self.corpus.train)
         path, meta, self.state, self.damaged = find_checkpoint(place, like, num_shards)
-        step, loss, looked = meta["step"], meta.get("val_loss"), meta.get("val_step") in (None, meta["step"])
+        step, loss = meta["step"], meta.get("val_loss")
         reached = s.target_loss and loss is not None and loss <= s.target_loss
         at = (meta.get("schedule") or {"at": step})["at"]
-        if looked and (at >= s.iterations or reached):
+        if meta.get("val_step") == step and (at >= s.iterations or reached):
             ways = "a lower --target-loss" if reached else "--iterations N --allow-change iterations"
-            raise NothingToDo(f"{path}: this run has ended, after step {step} of {s.iterations}; to go on: {ways}")
+            raise NothingToDo(f"{path}: this run has ended, after step {step} of {s.iterations}; "
+                              f"to go on: {ways}")
         self.lock = lock_folder(path.parent.parent)
         if any(one not in known for one in checkpoints_in(place, tell=quiet) if one[0].parent == path.parent):
             raise UserError(f"{path.parent.parent} has gone on meanwhile: give the command again")
@@ -3154,10 +3178,11 @@ class Run:
         folder = Path(s.log_dir) / s.experiment_name / run_id
         self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
         self.undo.callback(self.log.close)
-        self.undo.push(self._log_failure)
+        self.undo.push(self._end_record)
         resumed_at = self.meta.get("step")
         on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, resumed_at, self.changed)
-        self.notes += [f"{name}: {then} before, {now} from here on" for name, (then, now) in self.changed.items()]
+        self.notes += [f"{name}: {then} before, {now} from here on"
+                       for name, (then, now) in self.changed.items()]
         self.log.print("\n".join([*self.notes, *self.summary(optimizer), f"run folder: {self.log.folder}"]))
         self.opened = time.perf_counter()
 
@@ -3172,21 +3197,41 @@ class Run:
             count = t.batch_tokens // (t.seq_len * rows * size)
             mflops = flops_per_token(s, self.counts, t) / 1e6
             lines.append(f"{i}: {t}: {count} micro-steps of {rows} rows, {mflops:.1f} MFLOPs/token")
-        memory = expected_memory(s, self.vocab_size, size) / 2**30
-        training = f"{self.tokens_at(s.iterations):,} training tokens"
+        training = f"{sum((t.end - t.start) * t.batch_tokens for t in self.stages):,} training tokens"
         training = f"{s.max_seconds:g} s of training" if s.max_seconds else training
-        return [*lines, f"{training}, {self.stream.num_tokens:,} validation tokens, "
-                        f"about {memory:.2f} GiB per process"]
+        return [*lines, f"{training}, {self.stream.num_tokens:,} validation tokens, about "
+                        f"{expected_memory(s, self.vocab_size, size) / 2**30:.2f} GiB per process"]
 
-    def _log_failure(self, kind, error, trace):
+    def _log_failure(self, error):
         """What the compiler said, in full; the console has one sentence."""
         if compiler_failed(error):
             self.log.line("".join(traceback.format_exception(error)))
             self.log.print(f"the whole error: {self.log.folder / 'log.txt'}")
 
+    def _end_record(self, kind, error, trace):
+        """The end of all logs, however the run ends."""
+        if error:
+            self.clock.wait = lambda: None  # what the device waits for may never come
+            self.status = "interrupted" if kind is KeyboardInterrupt else self.status.replace("done", "error")
+            self._log_failure(error)
+        ms, loss, counts = self.clock.stop(), self.val_loss, self.counts
+        target = (self.step, ms) if self.status == "target" else (None, None)
+        rate, speed = 1000 * self.tokens / (ms or math.inf), 1000 / (self.worked_ms or math.inf)
+        end = dict(
+            event="end", status=self.status, step=self.step, iterations=self.step + self.left,
+            val_loss=loss, val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
+            tokens=self.tokens, tokens_per_s=rate or None, params_total=counts["total"],
+            params_active=counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
+            mfu=model_flops_utilization(speed, self.flops, self.hardware.name, self.world.size),
+            first_step_s=self.first_step_s, compile_s=self.compile_s,
+            target_step=target[0], target_time_ms=target[1])
+        end |= {"error": explained(error) or repr(error)} if error else {}
+        if self.log.main:
+            self.log.result(end, self.config)
+
     def fits(self, attempt) -> bool:
-        """Whether `attempt`, in which no process waits for another, goes well on all of them. Where one lacks memory,
-        micro_tokens are halved; raises UserError if they cannot be, or for another process's error. Collective."""
+        """Whether `attempt`, of each process alone, goes well on all. Where memory lacks, micro_tokens are halved;
+        raises UserError if they cannot be, or for another process's error. Collective."""
         failure = None
         try:
             attempt()
@@ -3194,7 +3239,7 @@ class Run:
         except Exception as error:  # noqa: BLE001 - told to all
             if self.world.size == 1 and not out_of_memory(error):
                 raise
-            self._log_failure(type(error), error, None)
+            self._log_failure(error)
             failure = out_of_memory(error), explained(error) or repr(error)
         gc.collect()
         torch.cuda.empty_cache()
@@ -3207,9 +3252,8 @@ class Run:
             raise UserError(reason)
         self.s = replace(self.s, micro_tokens=smaller[0])
         self.config["settings"]["micro_tokens"] = smaller[0]
-        told = f"micro_tokens {smaller[0]} from here on: {reason}"
-        self.log.print(told)
-        self.log.line(told)
+        for tell in (self.log.print, self.log.line):
+            tell(f"micro_tokens {smaller[0]} from here on: {reason}")
         self.log.metric(event="micro_tokens", step=self.step, micro_tokens=smaller[0])
         return False
 
@@ -3243,19 +3287,18 @@ class Run:
         return step
 
     def _on_signal(self, number: int, frame):
-        """Save and stop, after this step (several ranks: the next logged one) or the evaluation; a person's Ctrl-C
-        after that ends at once. Schedulers and lost terminals repeat the others."""
+        """Save and stop, after this step (several ranks: the next logged one); another Ctrl-C ends at once."""
         if self.stop_signal and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         first, self.stop_signal = not self.stop_signal, self.stop_signal or number
         if self.world.rank == 0:
             when = "this step" if self.world.size == 1 else "the next logged step"
+            told = f"{signal.Signals(number).name}: saves and stops after {when}; Ctrl-C ends at once\n"
             with contextlib.suppress(OSError):  # print is not for signal handlers
-                name = signal.Signals(number).name
-                os.write(2, f"{name}: saves and stops after {when}; Ctrl-C ends at once\n".encode())
+                os.write(2, told.encode())
         if self.looking and first:
-            raise Interrupted
+            raise InterruptedError
 
     @contextlib.contextmanager
     def look(self):
@@ -3264,27 +3307,24 @@ class Run:
             with self.clock.paused():
                 self.looking = self.world.size == 1 and not self.stop_signal
                 yield
-        except Interrupted:
+        except InterruptedError:  # by _on_signal
             self.status, self.over = "interrupted", True
         finally:
             self.looking = False
 
     def _on_error(self, kind, error, trace):
         """Whatever else ends the loop: the last whole step is saved, if all ranks are here, and the logs end."""
-        whole = getattr(self.optimizer, "steps", self.step) == self.step
         if error is None or isinstance(error, TrainingStopped):
             return
         self.status, self.position = "error", self.step_position
         self.clock.wait = lambda: None  # what the device waits for may never come
         with contextlib.suppress(OSError, RuntimeError):  # the first error is the one to tell
-            if whole and self.step > self.saved_step and self._all_have(error):
+            whole = getattr(self.optimizer, "steps", self.step) == self.step > self.saved_step
+            if whole and self._all_have(error):
                 self.save(self.step, self.optimizer)
-        with contextlib.suppress(OSError, RuntimeError):
-            self._end_record(self.step, error=f"{kind.__name__}: {error}")
 
     def _all_have(self, error: BaseException) -> bool:
-        """Whether every rank has come to an error of the data or the disk after the same step: only
-        then what is in flight on all of them is the same."""
+        """Whether every rank has come to an error of data or disk after the same step: the same is in flight on all."""
         if self.world.size == 1:
             return True
         store = dist.distributed_c10d._get_default_store()
@@ -3296,21 +3336,19 @@ class Run:
     @property
     def following(self) -> float:
         """Where in the schedule this step leads: its rest in equal parts, of s.iterations steps one each."""
-        end = self.s.iterations
-        return end - (end - self.at) * (self.left - 1) / self.left
+        return self.s.iterations - (self.s.iterations - self.at) * (self.left - 1) / self.left
 
     def _fit_schedule(self, step: int, ms: float):
-        """Under --max-seconds: as many steps are left, at least the one under way, as the time has, at the pace since
-        the last call. `ms`: the first rank's clock."""
+        """Under --max-seconds: the steps left, at the pace since the last call. `ms`: the first rank's clock."""
         before, before_ms, _ = self.fitted
         step_ms = max(1e-3, (ms - before_ms) / (step - before))
         if self.left:
-            rest_ms = 1000 * self.s.max_seconds - ms
-            self.left = max(1, int(rest_ms / step_ms))
+            self.left = max(1, int((1000 * self.s.max_seconds - ms) / step_ms))
         self.fitted = step, ms, self.at
 
     def next_batch(self, step: int) -> Tensor:
         """The micro-steps of a step, (micro-steps, 3, B, T): inputs, targets, document numbers."""
+        self.save_best(step)
         epoch = self.position["epoch"]
         batch, self.position = self.loader.next(step, self.following)
         if self.position["epoch"] != epoch:
@@ -3318,8 +3356,7 @@ class Run:
         return batch
 
     def log_due(self, step: int) -> bool:
-        """After a step: the profiler's turn; whether to log it: each log_every-th, after a signal if alone; under
-        --max-seconds the first, too, and where a 64th of the schedule has passed."""
+        """Whether to log a step: each log_every-th; after a signal, if alone; a 64th of --max-seconds later."""
         self.stage = stage_at(self.stages, self.at)
         self.tokens += self.stage.batch_tokens
         self.step, self.step_position = step, self.position
@@ -3332,8 +3369,7 @@ class Run:
         if self.profiler:
             with self.clock.paused():
                 self.profiler.step()
-        passed = self.at - self.fitted[2]
-        unfitted = self.s.max_seconds and 64 * passed >= self.s.iterations
+        unfitted = self.s.max_seconds and 64 * (self.at - self.fitted[2]) >= self.s.iterations
         return step % self.s.log_every == 0 or bool(unfitted or self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:
@@ -3357,8 +3393,7 @@ class Run:
     def _stop_unless(self, finite: bool, what: str, step: int):
         """Ends logs and run. A checkpoint is written only after a look at losses and weights."""
         if not finite:
-            self.status = "nan"
-            self._end_record(step)
+            self.status, self.step = "nan", step
             rates = [n for n in help_texts() if n.endswith("_lr") and not unread_without(self.s, n)]
             flags = ", ".join("--" + n.replace("_", "-") for n in rates if n != "stage_lr")
             ways = ", with --resume and --allow-change" if self.saved_step else ""
@@ -3373,8 +3408,10 @@ class Run:
         s, stage = self.s, self.stage
         with self.clock.paused() as ms:
             step_ms = (ms - self.logged_ms) / (step - self.logged_step)
-        self.logged_step, self.logged_ms = step, ms
         rate, flops = 1000 * stage.batch_tokens / step_ms, flops_per_token(s, self.counts, stage)
+        self.flops += (step - self.logged_step) * stage.batch_tokens * flops
+        self.worked_ms += ms - self.logged_ms
+        self.logged_step, self.logged_ms = step, ms
         mfu = model_flops_utilization(rate, flops, self.hardware.name, self.world.size)
         eta = time.strftime("%H:%M:%S", time.gmtime(self.left * step_ms / 1000))
         percent = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
@@ -3383,27 +3420,23 @@ class Run:
 
     def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
-        of, mean = f"{step}/{step + self.left}", ms / step
+        of = f"{step}/{step + self.left}"
         self.log.print(f"step {of}  {kind} loss {loss:.4f}{console}")
-        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{mean:.2f}ms")
+        self.log.line(f"step:{of} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
         more |= {"tokens": self.tokens, "train_time_ms": ms}
         self.log.metric(step=step, **{f"{kind}_loss": loss}, **more)
 
-    def tokens_at(self, step: int) -> int:
-        """Training tokens used up by the first `step` steps."""
-        return sum((min(step, t.end) - t.start) * t.batch_tokens for t in self.stages if step > t.start)
-
     def validation_due(self, step: int) -> bool:
         """Whether to look at the validation loss now. An interrupted run leaves it to the resumed one."""
-        every = self.s.eval_every
-        due = not self.left or (every and step % every == 0)
+        due = not self.left or (self.s.eval_every and step % self.s.eval_every == 0)
         return bool(due and step > self.val_step and self.status != "interrupted")
 
     def log_validation(self, step: int, loss: float):
         """A validation loss to all logs. Raises TrainingStopped if it is not finite."""
         self.looking = False  # from here on nothing is cut short
         self._stop_unless(math.isfinite(loss), f"the validation loss after step {step} is {loss}", step)
-        self.val_loss, self.val_step, ms, bpb = loss, step, self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
+        self.val_loss, self.val_step = loss, step
+        ms, bpb = self.clock.total_ms, bits_per_byte(loss, self.corpus.meta)
         bits = f", {bpb:.4f} bits per byte" if bpb else ""
         console = f" nats per token{bits}  train time {ms / 1000:.1f} s"
         self._log_loss(step, "val", loss, ms, console, val_bpb=bpb)
@@ -3427,7 +3460,7 @@ class Run:
             state = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
             meta = self.config | dict(
                 position=self.position, train_time_ms=ms, val_loss=self.val_loss, val_step=self.val_step,
-                schedule={"at": self.at, "left": self.left, "tokens": self.tokens})
+                schedule={"at": self.at, "left": self.left, "tokens": self.tokens}, best_loss=self.best_loss)
             weights = state["optimizer"]["state"]["master"].values()  # {} but on rank 0
             finite = on_rank_zero(self.world, lambda: all(x.isfinite().all() for x in weights))
             self._stop_unless(finite, f"the weights after step {step} are not finite", step)
@@ -3442,15 +3475,26 @@ class Run:
             self.log.print(f"checkpoint {self.checkpoint}")
             return True
 
+    def save_best(self, step: int):
+        """Under --save-best, after the best validation so far: a checkpoint, and ckpt_best, a link. Collective."""
+        if self.s.save_best and self.val_step == step and self.val_loss and self.val_loss < self.best_loss:
+            self.best_loss, link = self.val_loss, self.log.folder / "ckpt_best"
+            if self.save(step, self.optimizer) and self.log.main:
+                try:
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(Path("checkpoints", self.checkpoint.name))
+                except OSError as error:  # a file system without links
+                    self.log.print(f"warning: ckpt_best: {error}; the best is {self.checkpoint}")
+
     def finish(self, step: int, optimizer):
         """Last checkpoint, end of the logs. Raises TrainingStopped if it could not be written."""
         s, folder, ms = self.s, self.log.folder, self.clock.stop()
+        self.save_best(step)
         saved = self.save(step, optimizer) if self.status == "interrupted" or s.save_last else True
-        self._end_record(step)
         self._note_validation(step)
         if s.target_loss:
-            reached = "reached" if self.status == "target" else "not reached"
-            self.log.print(f"target loss {s.target_loss} {reached}: step {step}, {ms / 1000:.2f} s")
+            missed = "" if self.status == "target" else "not "
+            self.log.print(f"target loss {s.target_loss} {missed}reached: step {step}, {ms / 1000:.2f} s")
         memory = "peak memory allocated: {} MiB reserved: {} MiB".format(*peak_memory_mib(s.device))
         self.log.line(memory)
         self.log.print(f"{memory}\nlog, metrics and checkpoints: {folder}")
@@ -3468,22 +3512,10 @@ class Run:
             subprocess.call([sys.executable, str(reader), "profile", str(self.log.folder)])
         else:
             self.log.print(f"traces, for ui.perfetto.dev: {self.log.folder / 'profile'}")
-        late = compiled_graphs() - self.warm_graphs
         if s.compile:
+            late = compiled_graphs() - self.warm_graphs
             self.log.print(f"graphs compiled after the warm-up: {late}")
             assert not late, "a graph was compiled after the warm-up, inside the training time"
-
-    def _end_record(self, step: int, **more):
-        """The last object of metrics.jsonl."""
-        ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
-        target = (step, ms) if self.status == "target" else (None, None)
-        self.log.metric(
-            event="end", status=self.status, step=step, iterations=step + self.left, val_loss=loss,
-            val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
-            tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.counts["total"],
-            params_active=self.counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
-            first_step_s=self.first_step_s, compile_s=self.compile_s,
-            target_step=target[0], target_time_ms=target[1], **more)
 
 def start_processes(device: str) -> World:
     """The process group that torchrun announces in the environment, joined; alone without it."""
@@ -3497,7 +3529,7 @@ def start_processes(device: str) -> World:
         return world
     gpus = torch.cuda.device_count()
     if int(os.environ["LOCAL_WORLD_SIZE"]) > gpus:
-        raise UserError(f"torchrun started more processes than there are GPUs: use --nproc_per_node={gpus}")
+        raise UserError(f"torchrun starts more processes than GPUs: use --nproc_per_node={gpus}")
     torch.cuda.set_device(world.local_rank)
     device = torch.device("cuda", world.local_rank)
     dist.init_process_group("nccl", device_id=device, timeout=timedelta(minutes=30))
@@ -3505,7 +3537,7 @@ def start_processes(device: str) -> World:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what a user can repair."""
-    code, world_size = 1, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    code, world_size = 2, int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # says once a machine what all ranks know
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -3514,6 +3546,7 @@ def main(argv: list[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         s, hardware, notes = parse_settings(argv, world_size)
+        code = 1  # docs/automation.md has all
         torch.set_num_threads(s.threads or torch.get_num_threads())
         if s.device == "cpu":
             keep_memory()
@@ -3554,7 +3587,8 @@ def explained(error: BaseException) -> str:
         return f"out of memory: {what} ({(str(error) or repr(error)).splitlines()[0]:.200})"
     if compiler_failed(error):
         said = " ".join(str(getattr(error, "inner_exception", error)).split())
-        return f"torch.compile or Triton failed; --backend sdpa, --kernels none or --no-compile avoid it ({said:.300})"
+        ways = "--backend sdpa, --kernels none or --no-compile avoid it"
+        return f"torch.compile or Triton failed; {ways} ({said:.300})"
     return str(error) if isinstance(error, (UserError, OSError, TrainingStopped)) else ""
 
 def out_of_memory(error: Exception) -> bool:

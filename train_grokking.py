@@ -98,6 +98,7 @@ PRESETS: dict[str, dict] = {
     "quick": dict(prime=59, layers=1, width=64, optimizer="muon", weight_decay=1.0, iterations=6000,
                   eval_every=50, dtype="fp32", compile=False),
 }
+OTHER_NAMES = {"iterations": ("max_steps", "max_iters"), "eval_every": ("eval_interval",)}
 FREE_ON_RESUME = {"preset", "experiment_name", "log_dir", "resume", "iterations", "stop_accuracy", "save_every",
                   "plot", "sweep", "device", "dtype", "compile", "threads", "allow_change"}
 # that decide the equations or the shapes of the weights: no --allow-change
@@ -118,14 +119,15 @@ def flag_parser() -> argparse.ArgumentParser:
     """One flag for each setting, with dashes or underscores."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, exit_on_error=False)
     for field in fields(Config):
-        flags = {f"--{field.name}", f"--{field.name.replace('_', '-')}"}
+        names = field.name, *OTHER_NAMES.get(field.name, ())
+        flags = [f"--{s}" for name in names for s in (name.replace("_", "-"), name)]
         options = dict(type=field.type, metavar="X")
         if field.type is bool:
             options = dict(action=argparse.BooleanOptionalAction)
         if field.name == "resume":
             options |= dict(nargs="?", const="latest")
         text = f"{flag_comments()[field.name]} (default: {field.default})"
-        parser.add_argument(*sorted(flags), default=argparse.SUPPRESS, help=text, **options)
+        parser.add_argument(*dict.fromkeys(flags), default=argparse.SUPPRESS, help=text, **options)
     return parser
 
 # differs from train_gpt.py: fewer choices
@@ -133,10 +135,13 @@ def parse_settings(argv: list[str] | None) -> tuple[Config, list[str]]:
     """The settings, every `auto` resolved, and lines about that. Raises UserError that names all faults."""
     parser = flag_parser()
     given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
+    flags = [word for word in unknown if word.startswith("-")] or unknown
+    for i, flag in enumerate(flags):
+        close = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
         hint = f"did you mean {close[0]}?" if close else "--help lists all flags"
-        raise UserError(f"unknown {unknown[0]}: {hint}")
+        flags[i] = f"{flag}: {hint}"
+    if flags:
+        raise UserError(f"unknown {', '.join(flags)}")
     given = vars(given)
     s = Config(**{**PRESETS.get(given.get("preset"), {}), **given})
     if problems := setting_problems(s, given):
@@ -232,9 +237,8 @@ def batch_at(s: Config, count: int, step: int) -> tuple[Tensor, Tensor]:
 # Weights are a dict of fp32 tensors, those of all layers in one, so that Muon updates equal shapes in one call.
 
 def initial_weights(s: Config) -> Weights:
-    """torch's own defaults for these modules, as in the reference: embeddings N(0, 1); linear layers and biases
-    uniform within 1 / sqrt(inputs); Q, K and V uniform within sqrt(6 / (inputs + outputs)) of the 3 together
-    (Xavier), all biases of attention 0; LayerNorms 1 and 0."""
+    """torch's defaults: embeddings N(0, 1); linear layers and biases uniform within 1 / sqrt(inputs), Q, K and V within
+    sqrt(6 / (inputs + outputs)) of the 3 together (Xavier); biases of attention 0; LayerNorms 1 and 0."""
     generator = torch.Generator().manual_seed(s.seed)
     layers, width, hidden, vocab_size = s.layers, s.width, s.mlp_ratio * s.width, FIRST_NUMBER + s.prime
     xavier, narrow, wide = (6 / (4 * width)) ** 0.5, width**-0.5, hidden**-0.5
@@ -264,8 +268,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor, s: Config) -> Tensor:
     return F.linear(*(z.to(DTYPES[s.dtype]) for z in (x, weight, bias)))
 
 def embed(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
-    """Embedded EOS a op b =, (N, 5, D). Numbers are looked up by a product with one-hot rows: its gradient is the
-    same in every run, not a sum in the order in which threads come by."""
+    """Embedded EOS a op b =, (N, 5, D). A product with one-hot rows looks numbers up: equal gradients in all runs."""
     table = w["embedding"]
     numbers = torch.arange(s.prime, device=a_N.device)
     a_ND, b_ND = ((n[:, None] == numbers).float() @ table[FIRST_NUMBER:] for n in (a_N, b_N))
@@ -274,8 +277,7 @@ def embed(w: Weights, a_N: Tensor, b_N: Tensor, s: Config) -> Tensor:
     return torch.stack([eos_ND, a_ND, symbol_ND, b_ND, equals_ND], dim=1) + w["position"]
 
 def attention_sums(q_NQHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor) -> Tensor:
-    """Causal attention of the last Q of T tokens, (N, Q, H, K), in fp32. As sums, which torch.compile fuses: with
-    scaled_dot_product_attention a step takes 32 ms instead of 20, for so few tokens."""
+    """Causal attention of the last Q of T tokens, (N, Q, H, K), fp32: sums, compiled 20 ms a step, with SDPA 32."""
     q, k, v = q_NQHK.float(), k_NTHK.float(), v_NTHK.float()
     scores_NQTH = (q[:, :, None] * k[:, None]).sum(-1) / math.sqrt(q.size(-1))
     positions = torch.arange(k.size(1), device=q.device)
@@ -284,8 +286,7 @@ def attention_sums(q_NQHK: Tensor, k_NTHK: Tensor, v_NTHK: Tensor) -> Tensor:
     return (weights_NQTH[..., None] * v[:, None]).sum(2)
 
 def layer(w: Weights, i: int, x_NTD: Tensor, s: Config, last: bool) -> Tensor:
-    """Layer i, (N, T, D), or, of the last one, only the last token's output, (N, 1, D): nothing reads the others,
-    and without them a third of the work is left out."""
+    """Layer i, (N, T, D), or, of the last one, the last token's output, (N, 1, D): a third less work."""
     matrices, biases = w["attention"][i], w["attention_bias"][i]
     x = x_NTD[:, -1:] if last else x_NTD
     if last:
@@ -325,8 +326,7 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.mT if tall else x).reshape(matrices.shape).float()
 
 def update_weights(w: Weights, grads: Weights, moments: dict, numbers: Tensor, s: Config):
-    """One step of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) and of AdamW (Loshchilov & Hutter
-    2019, arXiv 1711.05101), in place. numbers: see `step_numbers`."""
+    """A step of Muon (kellerjordan.github.io/posts/muon) and AdamW (arXiv 1711.05101) in place, by `step_numbers`."""
     scale, correction1, correction2 = numbers.unbind()
     for name, momentum in moments["momentum"].items():
         # with more outputs than inputs steps are sqrt(outputs / inputs) longer: up, not down
@@ -430,8 +430,7 @@ def sync(path: Path):
             raise
 
 def lock_folder(folder: Path):
-    """An open file that keeps other processes from this run; the system frees it when this one ends.
-    Raises UserError that says who has it."""
+    """An open file that keeps other processes from this run until this one ends. Raises UserError, with who has it."""
     file = open(folder / "lock", "a+", encoding="utf-8")
     try:
         import fcntl  # not on Windows
@@ -527,7 +526,7 @@ class RunFolder:
         self.s, self.path, self.state = s, path, state
         self.kept = state["step"]  # of the newest checkpoint; 0: there is none
         self.signals: list[int] = []
-        self.whole = True  # False while a step changes the weights
+        self.whole, self.opened = True, time.perf_counter()  # False while a step changes the weights
         path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(path)
 
@@ -537,9 +536,21 @@ class RunFolder:
             with contextlib.suppress(MemoryError, RuntimeError):  # the same once more
                 if self.whole and self.state["step"] > self.kept and all_finite(self.state):
                     self.save("ckpt.pt")
-            self.report("error")
             self.say(f"an error after step {self.state['step']:,}: {self.outlook()}")
+            self.tell(self.report("out_of_memory" if out_of_memory(error) else "error"))
         self.lock.close()
+
+    def tell(self, report: dict):
+        """The last lines, also in result.json: what came of the run."""
+        last = (report["metrics"] or [{}])[-1]
+        text = json.dumps({
+            "status": report["status"],
+            "val_loss": last.get("val_loss"), "val_acc": last.get("val_acc"),
+            "training_seconds": report["train_time_s"],
+            "total_seconds": time.perf_counter() - self.opened,
+            "steps": report["total_steps"], "params": report["parameters"]}, indent=1)
+        self.write("result.json", text.encode())
+        self.say("---" + re.sub(r'[{}",]|(?<=\n) ', "", text).rstrip())
 
     def stop(self, number: int, frame):
         """On a signal: asks the loop to stop. A second one, if it is Ctrl-C, ends the process at once."""
@@ -616,7 +627,7 @@ class RunFolder:
         """Raises UserError if weights, moments or these numbers are not finite: they replace no checkpoint."""
         if all(map(math.isfinite, numbers)) and all_finite(self.state):
             return
-        self.report("nan")
+        self.tell(self.report("nan"))
         rates = "lr,muon_lr" if self.s.optimizer == "muon" else "lr"
         raise UserError(f"not finite after step {self.state['step']}: stopped, {self.outlook()}; "
                         f"lower {rates}, with --allow-change {rates}")
@@ -687,11 +698,11 @@ def train(s: Config, notes: list[str]) -> int:
         status = "interrupted" if not is_over(s, state) else "target" if past_target(s, state) else "done"
         saved = run.save("ckpt.pt")
         result = run.report(status if saved else "error")
+        undo.callback(run.tell, result)
         if not saved:
             raise UserError(f"{run.path} cannot be written, see the warning; {run.outlook()}")
         run.say("   ".join(f"{name}: {step}" for name, step in result["milestones"].items()))
-        run.say(f"{state['step']:,} steps of {result['step_ms']:.1f} ms, {result['train_time_s']:.1f} s; evaluation "
-                f"{result['eval_time_s']:.1f} s; {status}: {run.path}")
+        run.say(f"{result['step_ms']:.1f} ms a step, {result['eval_time_s']:.1f} s for evaluation: {run.path}")
         if s.plot and getattr(signal, "SIGPIPE", 0) not in run.signals:
             bench_grokking("plot", str(run.path), "--out", str(run.path / "curve.png"))
         return 128 + run.signals[0] if status == "interrupted" else 0
@@ -706,9 +717,10 @@ def main(argv: list[str] | None = None) -> int:
     """Command line -> exit code. One sentence instead of a traceback for what a user can repair."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # what the console's encoding lacks
-    code, argv = 1, sys.argv[1:] if argv is None else argv
+    code, argv = 2, sys.argv[1:] if argv is None else argv
     try:
         s, notes = parse_settings(argv)
+        code = 1  # docs/automation.md has all
         if s.sweep:
             return bench_grokking("sweep", "--", *(flag for flag in argv if flag != "--sweep"))
         torch.set_num_threads(s.threads or torch.get_num_threads())

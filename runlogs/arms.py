@@ -100,8 +100,7 @@ class Cell:
 
     @property
     def uneven(self):
-        """Why runs that do not name their machine cannot be of one; "" if they name it, or their steps take about as
-        long."""
+        """Why runs that do not name their machine cannot be of one; "" if they do, or take about as long a step."""
         times = [1000 * s.step_s for s in self.samples if s.step_s]
         if not times or self.hardware or max(times) < SLOWER * min(times):
             return ""
@@ -159,8 +158,7 @@ class Evidence:
 
 
 def evidence_of(names, loss_key=None, keep_rows="stages", keep_source=False):
-    """Evidence of files, folders and globs. `loss_key`: the number of a record that is its loss, instead of val_loss.
-    FileNotFoundError if a name leads to no log."""
+    """Evidence of files, folders, globs; `loss_key` for val_loss. FileNotFoundError if a name leads to no log."""
     paths = expand(names, links := [])
     base = base_of(names, paths)
     runs, codes = [], {}
@@ -204,8 +202,7 @@ def base_of(names, paths):
 
 
 def place_of(path, base):
-    """The folder of a log below `base`, digits aside: logs of run_1 and run_2 may be of one version, those of this_pr
-    and old hardly."""
+    """The folder of a log below `base`, digits aside: run_1 and run_2 may be of one version, this_pr and old hardly."""
     return re.sub(r"\d+", "#", os.path.relpath(os.path.dirname(os.path.abspath(path)), base))
 
 
@@ -224,8 +221,7 @@ def arm_name(path, base):
 
 
 def version_of(run, known):
-    """Hash of what a run's source and settings do; None without both. `known` keeps those of equal sources; of
-    our runs also of what `conditions_of` tells."""
+    """Hash of what a run's source, settings and `conditions_of` do; None without. `known`: of equal sources."""
     parts, raw = run.trace.parts, run.trace.code_hash
     if raw and raw not in known:
         known[raw] = code_of(parts) or raw
@@ -238,8 +234,7 @@ def version_of(run, known):
 
 
 def conditions_of(run):
-    """What else decides what one of our runs did: its data, what was changed on resume, and the commit that stands for
-    a source that is not told."""
+    """What else decides what one of our runs did: data, changes on resume, the commit where the source is not told."""
     data, git = (run.config.get(key) if isinstance(run.config.get(key), dict) else {} for key in ("data", "git"))
     commit = None if run.trace.code_hash else git.get("commit")
     return {"data": data.get("fingerprint"), "changes on resume": run.trace.changes, "commit": commit}

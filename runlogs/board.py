@@ -362,8 +362,7 @@ def charted(entries, target):
 
 
 def board_html(records: list[dict], title: str, target: float | None = None) -> str:
-    """The page: times, table, loss curves with a line at the target loss, code changes. To be written in UTF-8; opens
-    from the file system."""
+    """The page, to be written in UTF-8: times, table, loss curves with a line at the target loss, code changes."""
     entries, title = ranked(records), escape(clean(title, 200))
     body = f"<h1>{title}</h1>\n<p>{headline(entries)}</p>\n"
     script, policy = "", "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

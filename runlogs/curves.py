@@ -64,8 +64,7 @@ def resample(samples, x, grid, loss="val_loss"):
 
 
 def common_range(groups, x, loss="val_loss", least=2):
-    """(low, high) of x that the curves of all samples of all groups cover, None if one has fewer than `least`
-    points."""
+    """(low, high) of x that the curves of all samples cover, None if one has fewer than `least` points."""
     curves = [rising(s.rows, loss, x) for samples in groups for s in samples]
     if not curves or any(len(points) < least for points in curves):
         return None

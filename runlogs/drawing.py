@@ -166,8 +166,7 @@ def draw_values(ax, runs, looks):
 
 
 def second_axis(runs):
-    """(label, [(step, value)]) of what the steps cost, the time if all runs agree on it within 2 %, else tokens; None
-    if they agree on neither."""
+    """(label, [(step, value)]) of what steps cost: time if all runs agree on it within 2 %, else tokens, else None."""
     for key, label, units in (X_AXES[2], X_AXES[1]):
         found = [rising(run.trace.rows, key, "step") for run in runs if run.trace.rows]
         rates = [points[-1][1] / points[-1][0] for points in found if points and points[-1][0] > 0]
@@ -273,8 +272,7 @@ def load_colour(ratio):
 
 
 def load_figure(run, name):
-    """matplotlib Figure of a run that reports its routers: a heat map of the load for each mixture layer, experts
-    against steps."""
+    """matplotlib Figure of a run's routers: a heat map of the load for each mixture layer, experts against steps."""
     reports, layers = run.trace.routers, run.trace.routers[-1]["layers"]
     experts, count = len(reports[-1]["load"][0]), len(layers)
     rows = -(-count // (4 if count > 6 else 3))
@@ -322,8 +320,7 @@ def calm(points):
 
 
 def figures_of(runs, name):
-    """{file name: Figure} of an experiment, loss.png last; load.png is of the newest run (names of run folders begin
-    with the time) that reports its routers."""
+    """{file name: Figure} of an experiment, loss.png last; load.png is of the newest run that reports its routers."""
     routed = [run for run in runs if run.trace.routers]
     schedule = [(label, lambda run, key=key: curve(run.trace.rows, key, "step"))
                 for key, label in (("lr", "learning rate / its setting"), ("window", "attention window (tokens)"))]
@@ -421,8 +418,7 @@ def draw_differences(ax, groups, x, size, loss, untested):
 
 
 def tail_values(mean, low, high, late):
-    """What the axis of differences has to hold: the late means, and of their band what is at most four times as far
-    out as the farthest of them."""
+    """What the axis of differences has to hold: the late means, and their band up to four times as far out."""
     means = [v for v in mean[late] if math.isfinite(v)]
     if low is None or not means:
         return means
@@ -440,8 +436,7 @@ def end_words(mean, low, high):
 
 
 def ends_figure(groups, untested):
-    """Figure of groups whose logs hold too few losses for curves: the last loss and the time of each run, and the
-    groups' means with 95 % intervals."""
+    """Figure of groups with too few losses for curves: last loss and time of each run, means with 95 % intervals."""
     from scipy.stats import t
 
     kinds = [("last validation loss (nats/token)", ".5f", lambda s: s.loss),
@@ -480,8 +475,7 @@ def value_words(values, first, form):
 
 
 def save_figures(make, folder):
-    """Write the {file name: Figure} that make() returns into `folder`; returns the paths. RuntimeError if matplotlib is
-    missing."""
+    """Write the {file name: Figure} that make() returns into `folder`; the paths. RuntimeError without matplotlib."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of glyphs that the font lacks: a box; of numbers too large to be drawn: a gap
         try:

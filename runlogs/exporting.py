@@ -1,4 +1,4 @@
-"""Records of runs -> CSV, JSON, Weights & Biases."""
+"""Records of runs -> CSV, JSON, Weights & Biases; results of runs -> rows of a table."""
 
 import csv
 import io
@@ -7,7 +7,11 @@ from pathlib import Path
 
 from runlogs.loading import describe, read_each, settings_of
 from runlogs.output import printable, say, strict_json
-from runlogs.parsing import MAX_COLUMNS, number
+from runlogs.parsing import MAX_COLUMNS, number, parse_object, read_text
+
+RESULT = ("status", "val_loss", "val_bpb", "training_seconds", "total_seconds", "peak_memory_mb", "mfu", "total_tokens",
+          "steps", "params")  # keys of result.json
+COLUMNS = ("run", "commit", *RESULT, "description")  # of results.tsv
 
 
 def columns_of(rows):
@@ -65,3 +69,36 @@ def export_wandb(paths, project, loss_key=None):
                 target.log(values, step=row["step"])
             target.finish()
     return 0
+
+
+def append_results(paths, table, description):
+    """A row of `table` for each run's result.json; a run that has one of as many steps is said and left out. ValueError
+    for a run without a result, or another kind of table."""
+    rows = [result_row(path, description) for path in paths]
+    lines = read_text(table).splitlines()
+    if lines and lines[0].split("\t") != [*COLUMNS]:
+        raise ValueError(f"'{table}' is another kind of table: its first line is not {', '.join(COLUMNS)}")
+    known = {tuple(dict(zip(COLUMNS, line.split("\t"), strict=False)).get(key) for key in ("run", "steps"))
+             for line in lines}
+    for row in rows:
+        told = f"{row['run']}, {row['steps']} steps"
+        if (row["run"], row["steps"]) in known:
+            say(f"note: '{table}' has {told}, already: no row was added", sys.stderr)
+            continue
+        with open(table, "a", encoding="utf-8") as file:  # one write: another program may add rows, too
+            file.write("".join(["\t".join(COLUMNS) + "\n"] * (not file.tell())) + "\t".join(row.values()) + "\n")
+        say(f"{table}: {told}: {row['status']}, val loss {row['val_loss']}")
+        known.add((row["run"], row["steps"]))
+    return 0
+
+
+def result_row(path, description):
+    """{column: text} of a run's folder."""
+    result, config = (parse_object(read_text(path / f"{name}.json")) or {} for name in ("result", "config"))
+    if not result:
+        raise ValueError(f"'{path}' has no result.json: it was killed, or goes on; expected folders of ended runs")
+    git = config.get("git") or {}
+    commit = (git.get("commit") or "unknown")[:10] + "-dirty" * bool(git.get("dirty"))
+    found = {"run": path.resolve().name, "commit": commit, **result, "description": description}
+    return {key: printable(" ".join(str(found[key]).split())) if found.get(key) is not None else ""
+            for key in COLUMNS}

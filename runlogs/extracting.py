@@ -19,8 +19,7 @@ MAX_DEPTH, MAX_FILES = 8, 400  # folders around a file, files of a program
 
 
 def check_part(name):
-    """ValueError if a file of this path, which a log gives, would lead out of its folder, or be imported or run in
-    place of another one."""
+    """ValueError if a file of this path would lead out of its folder, or be imported or run in place of another one."""
     *folders, file = name.split("/")
     plain = FILE.fullmatch(file) and all(map(FOLDER.fullmatch, folders))
     if not plain or (not folders and file.startswith("_")):
@@ -47,8 +46,7 @@ def importable(module):
 
 
 def check_tree(names, log):
-    """ValueError if a name is a file and a folder, or two differ in upper and lower case only: not every file system
-    tells them apart."""
+    """ValueError if a name is a file and a folder, or two differ in case only: not all systems tell these apart."""
     spelled = {}
     for name in names:
         path = PurePosixPath(name)
@@ -93,8 +91,7 @@ def write_parts(target, parts, log):
 
 
 def how_to_run(files, world_size=None):
-    """The command that runs extracted files: their main file, which is the first, from the folder that it is in, where
-    its imports find the other files."""
+    """The command that runs extracted files: the first, from its folder, where its imports find the others."""
     main = next(iter(files))
     several = (world_size or 1) > 1
     start = f"torchrun --standalone --nproc_per_node={world_size}" if several else "python"

@@ -177,8 +177,7 @@ def is_json(text):
 
 
 def trials_of(text):
-    """What a results.tsv of autoresearch holds: trials of different code, which are no runs to be pooled; "" of
-    another text."""
+    """What a results.tsv of autoresearch holds: trials of different code, no runs to be pooled; "" of another text."""
     lines = [line.split("\t") for line in text.split("\n") if line.strip()]
     head = [name.strip() for name in lines[0]] if lines else []
     if len(head) < 3 or head[0] != "commit" or "status" not in head:

@@ -157,8 +157,7 @@ def choose(name, read, records):
 
 
 def event_of(before, after, gone):
-    """What happened to a definition from one record to the next, None where it is not there; `gone` is the last version
-    that was there."""
+    """What happened to a definition from one record to the next, None: not there; `gone`: the last that was there."""
     if after is None:
         return {"change": "not there"} if before is None else {
             "change": "disappears", "modules": list(before.modules), "diff": text_diff(before, None)}

@@ -132,8 +132,7 @@ def versions(samples):
 
 
 def what_differs(a, b):
-    """A few words on how the version of run b differs from that of run a: settings, definitions. That it does differ is
-    known from arms.py."""
+    """A few words on how the version of run b differs from that of run a, as arms.py says: settings, definitions."""
     from runlogs.sources import compare_parts
 
     a, b = (run if any(run.trace.parts.values()) else load_one(run.path) for run in (a, b))
@@ -371,8 +370,7 @@ def compared(record, baseline):
 
 
 def session_numbers(samples):
-    """{"order": "P B P", "interleaved", "first", "last"}: in which order runs of the record (P) and of the baseline (B)
-    began, None if a log does not say when."""
+    """{"order": "P B P", "interleaved", "first", "last"}: how record (P) and baseline (B) alternate, or None."""
     ordered = session_of(samples)
     if ordered is None:
         undated = sum(sample.date is None for sample in samples)
@@ -384,8 +382,7 @@ def session_numbers(samples):
 
 
 def stats_numbers(evidence, target=None, alpha=0.01):
-    """What `stats` says: numbers of the record, its baseline and their difference, and the verdict on the target: None
-    over a mixture."""
+    """What `stats` says: record, baseline and their difference in numbers, the verdict (None: a mixture)."""
     record, baseline = evidence.arm("record"), evidence.arm("baseline")
     samples = record.samples
     test = None
@@ -446,8 +443,7 @@ def changed_config(a, b):
 
 
 def effect_of(old, new):
-    """{"val_loss" | "train_time_s" | "steps": {"a", "b", "difference", "test"}} of the runs of two arms; no mean and no
-    test over a mixture."""
+    """{"val_loss" | "train_time_s" | "steps": {"a", "b", "difference", "test"}} of two arms; none over a mixture."""
     whole = [arm.samples if not arm.mixture else [] for arm in (old, new)]
     found = {}
     for key, name in (("val_loss", "loss"), ("train_time_s", "time_s"), ("steps", "steps")):

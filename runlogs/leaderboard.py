@@ -15,8 +15,7 @@ DECIMAL = re.compile(r"(?<![\d.])\d{1,6}\.(\d{1,6})(?![\d.])", re.ASCII)
 
 
 def records_of(folder, loss_key=None):
-    """Record dicts of a folder: of itself if it holds logs or a README.md beside folders of logs, else of each folder
-    inside it."""
+    """Record dicts of a folder: of itself if it holds logs, or a README.md beside such folders, else those inside."""
     if not folder.is_dir():
         raise FileNotFoundError(f"'{folder}' is no folder")
     date = re.compile(r"\d{4}-?\d\d-?\d\d")

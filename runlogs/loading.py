@@ -184,8 +184,7 @@ def natural(name):
 
 
 def load_experiment(log_dir, name):
-    """All runs in log_dir/name. Raises ValueError if `name` leads out of `log_dir`, FileNotFoundError if there is no
-    such experiment or no run in it."""
+    """All runs in log_dir/name. ValueError if `name` leads out of `log_dir`, FileNotFoundError if no run is there."""
     if not Path(name).parts or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(f"--experiment_name must name a folder inside '{log_dir}', not '{name}'")
     path, log_dir = Path(log_dir) / name, Path(log_dir)
@@ -231,8 +230,7 @@ def balance_of(load):
 
 
 def router_numbers(run):
-    """The last report of the routers: of effective experts, max/mean, CV and dropped share the worst of all layers, the
-    sum of the dead; None without a report."""
+    """The last report of the routers, the worst of all layers, and the sum of the dead; None without a report."""
     if not run.trace.routers:
         return None
     last = run.trace.routers[-1]
@@ -324,8 +322,7 @@ def files_being_written():
 
 
 def off_beat(rows):
-    """Whether the last record is a validation out of turn: a run that stops at a step of its choice ends so, one that
-    is killed hardly ever."""
+    """Whether the last record is a validation out of turn: so ends a run that chooses its end, a killed one hardly."""
     steps = [row["step"] for row in rows if not row.keys().isdisjoint(VALIDATIONS)]
     gaps = [b - a for a, b in zip(steps, steps[1:], strict=False) if b > a]
     return len(gaps) > 1 and rows[-1]["step"] == steps[-1] and (steps[-1] - steps[0]) % gaps[0] != 0
@@ -362,8 +359,7 @@ def status_of(run):
 
 
 def trial_numbers(rows, end=None):
-    """Final and best validation, time, last step and average of one trial. The final loss is of the last validation:
-    None where that lacks it."""
+    """Final (None where the last one lacks it) and best validation, time, last step and average of one trial."""
     vals = [row for row in rows if any(number(row.get(key)) is not None for key in VALIDATIONS)]
     good = [row for row in vals if math.isfinite(number(row.get("val_loss", math.inf)) or math.inf)]
     best = min(good, key=lambda row: row["val_loss"], default={})
@@ -404,8 +400,7 @@ def counted(number, noun):
 
 
 def describe(run, target=None):
-    """Numbers of a run as `show` gives them, None where unknown; of several trials those of the last, and all of them
-    under trial_runs."""
+    """Numbers of a run as `show` gives them, None: unknown; those of the last trial, and all under trial_runs."""
     trace, header, old = run.trace, run.trace.header, summarize(run)
     trials = [trial_numbers(rows, trace.end_of(i)) for i, rows in enumerate(trace.trials)] or [trial_numbers([])]
     broken = [str(i) for i, trial in enumerate(trials[:-1], 1) if trial["status"] != "complete"]
@@ -492,8 +487,7 @@ def gaps_of(rows):
 
 
 def stage_times(rows, header):
-    """{"logged" | "quarters": {stage: (ms, steps)}} of a trial's stages as its log tells them, if it does, and of the
-    quarters of its steps. {} without times."""
+    """{"logged" | "quarters": {stage: (ms, steps)}} of the stages that a trial's log tells, of quarters of all."""
     gaps, last = gaps_of(rows), rows[-1]["step"]
     if not gaps:
         return {}
@@ -503,8 +497,7 @@ def stage_times(rows, header):
 
 
 def logged_stages(rows, header):
-    """[(last step, name)] of the stages: by batch_tokens and seq_len of the records, else by the ends that the log
-    announces."""
+    """[(last step, name)] of the stages: by batch_tokens and seq_len of the records, else by the ends in the log."""
     known = [(row["step"], f"{row['batch_tokens']} tokens a step, seq_len {row.get('seq_len')}")
              for row in rows if "batch_tokens" in row]
     ends = sorted({int(word) for word in re.findall(r"\d{1,15}", header.get("stage_ends", ""))} - {0})

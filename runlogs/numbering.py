@@ -10,8 +10,7 @@ CASELESS = str.casefold
 
 
 def tracks_of(folder):
-    """Folders of records in `folder`: its track_* folders, or itself if it has none. FileNotFoundError if it is not
-    there."""
+    """Folders of records in `folder`: its track_* folders, else itself. FileNotFoundError if it is not there."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"'{folder}' is no folder of records: expected one like 'records/track_cpu'")

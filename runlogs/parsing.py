@@ -87,7 +87,7 @@ LOSSES = ("train_loss", "val_loss")
 SCORES = ("val_loss", "val_bpb")  # what a validation says
 ACCURACIES = ("per_token", "per_byte", "raw")  # of HellaSwag: by what a loss is divided
 DEAD = 1 / 20  # an expert with less than this share of the mean load is dead, as in train_moe.py
-SELF = ("seed", "run_id", "experiment_name", "log_dir", "resume", "wandb")  # settings that do not change the training
+SELF = ("seed", "run_id", "experiment_name", "log_dir", "resume", "wandb", "tracker")  # change no training
 RUN_FILES = ("metrics.jsonl", "log.txt", "config.json", "hellaswag.jsonl")
 COMPLETED = ("done", "target")  # reached the last step or the target loss
 BACKWARD = "step numbers go back without a resume line; the later records are used"
@@ -213,8 +213,7 @@ def open_file(path):
 
 
 def read_text(path):
-    """Text of a file, up to MAX_TEXT characters, line ends as \\n, bytes that are not UTF-8 as U+FFFD; "" where there
-    is no such file."""
+    """Text of a file up to MAX_TEXT characters, line ends as \\n, what is no UTF-8 as U+FFFD; "" without a file."""
     if not path.is_file():
         return ""
     with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", errors="replace") as file:
@@ -288,8 +287,7 @@ def usual_row(match):
 
 
 def whole_part(line):
-    """A last line without line end may be cut inside a number (3.2 of 3.2807): its last word goes, unless a unit at its
-    end shows that it is whole."""
+    """A last line without line end may be cut in a number (3.2 of 3.2807): its last word goes, unless it has a unit."""
     return line if re.search(rb"\d(ms|s| MiB)$", line) else line.rpartition(b" ")[0]
 
 
@@ -561,8 +559,7 @@ class Found:
         return None
 
     def summed(self, row):
-        """The time so far of a step that tells its own time: none counts the first 10 steps, which compile. {} where a
-        step is missing."""
+        """The time so far, of steps that tell their own but for 10, which compile. {} where one is missing."""
         step, time = self.sum
         if row["step"] not in (step, step + 1) and row["step"] > 1:
             self.sum = (-9, 0.0)
@@ -795,8 +792,7 @@ def parse_score(record):
 
 
 def parse_metrics(text):
-    """Trace of a metrics.jsonl, given as text or lines. Records after a closing one mean that the run went on: only a
-    last one is its end."""
+    """Trace of a metrics.jsonl, given as text or lines. Only a last closing record ends it: others went on."""
     trace, bad, cut, unclear, wrong = Trace(era="ours, metrics.jsonl"), 0, False, 0, 0
     for line in text.split("\n") if isinstance(text, str) else text:
         bad += cut  # a cut last line is what a kill leaves and says nothing of the rest

@@ -251,8 +251,7 @@ def markdown(report):
 
 
 def emit(report, args):
-    """Print a report: Markdown if asked for, bold headings on a terminal, else plain text, in its width or in 80
-    columns unless --wide."""
+    """Print a report: Markdown if asked for, bold headings on a terminal, else plain text; as wide as it, or --wide."""
     if getattr(args, "markdown", False):
         say(markdown(report).split("\n"))
         return

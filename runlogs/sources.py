@@ -525,8 +525,7 @@ def merged(pairs):
 
 
 def matches(a, b, i, m, j, n, depth):
-    """Pairs (index in a, in b) of equal lines of a[i:m] and b[j:n], in order: equal ones at both ends, the anchors, and
-    the same between these."""
+    """Pairs (index in a, in b) of equal lines of a[i:m] and b[j:n], in order: at both ends, anchors, between these."""
     head = []
     while i < m and j < n and a[i] == b[j]:
         head.append((i, j))

@@ -103,8 +103,7 @@ def target_lines(test, n):
 
 
 def statistics_report(evidence, result):
-    """The statistics.md that belongs into a record folder: for each arm what ran, its numbers and its legs in the order
-    of the session, then the difference."""
+    """The statistics.md of a record folder: what ran, numbers and legs of each arm in order, then the difference."""
     record, baseline = evidence.arm("record"), evidence.arm("baseline")
     arms = [arm for arm in (record, baseline) if arm.samples]
     legs = legs_of(arms, compared(record, baseline))
@@ -123,8 +122,7 @@ def statistics_report(evidence, result):
 
 
 def legs_of(arms, session):
-    """{id of a sample: its place in the session, None where that is not known}; cells that are not compared have
-    sessions of their own."""
+    """{id of a sample: its place in the session, None: unknown}; cells that are not compared have their own."""
     known = set(map(id, session))
     groups = [session, *([s for s in cell.samples if id(s) not in known] for arm in arms for cell in arm.cells)]
     found = {}

@@ -172,8 +172,7 @@ class Judge:
         return [run for run in runs if all(agrees(c, run.facts(c.kind, "", self.target)) for c in claims)]
 
     def of_run(self, claim):
-        """Verdict on a number of a row that is of a run: that whose log, seed or other numbers are in the row; None if
-        they are of none."""
+        """Verdict on a number in a row of a run, by its log, seed or other numbers; None if they are of none."""
         called = self.runs_called(claim)
         others = [other for other in self.rows.get(claim.scope, []) if other is not claim]
         if claim.scope not in self.rows or not (called or {"loss", "time"} & {other.kind for other in others}):

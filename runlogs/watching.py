@@ -168,8 +168,7 @@ BRAILLE = 0x2800
 
 
 def places(points, spans, columns, lines):
-    """[(x, y) or None] of points in dots from the top left, two a column and four a line; None where one is not finite.
-    Those above or below are drawn to the edge."""
+    """[(x, y) or None: not finite] of points, cut at the edges, in dots from the top left, 2 a column and 4 a line."""
     (x0, x1), (y0, y1) = spans
     wide, high = 2 * columns - 1, 4 * lines - 1
     found = []

@@ -302,7 +302,7 @@ def test_resumed_run_continues_to_the_bit(kind, tmp_path, monkeypatch, whole):
         patch.setattr(tb, "next_batch", next_batch)
         assert tb.main(argv) == 130
     folder = run_folder(tmp_path)
-    assert steps_saved(folder) == [3, 5] and records(folder)[-1]["status"] == "error"
+    assert steps_saved(folder) == [3, 5] and records(folder)[-1]["status"] == "interrupted"
     assert tb.main([*argv, "--resume"]) == 0
     assert losses(folder) == losses(expected) and len(set(losses(folder)["train_loss"].values())) == 8
     for step in (6, 8):

@@ -142,7 +142,7 @@ def test_ranks_that_cannot_share_the_rows_are_told_which_can(monkeypatch):
 def test_all_that_is_wrong_is_said_at_once_and_without_a_traceback(tmp_path, capsys):
     argv = [*tiny_without("max_lr", "width"), "--max-lr", "-1", "--num-experts", "4", "--width", "0", "--muon-lr", "1",
             "--rope-base", "5", "--cooldown", "0.2", "--mlp", "silu", "--log-dir", str(tmp_path / "logs")]
-    assert tb.main(argv) == 1
+    assert tb.main(argv) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: 7 setting(s) cannot work:") and "Traceback" not in said
     for flag in ("--max_lr", "--num_experts", "--width", "--muon_lr", "--rope_base", "--cooldown", "--mlp"):
@@ -152,7 +152,7 @@ def test_all_that_is_wrong_is_said_at_once_and_without_a_traceback(tmp_path, cap
 
 def test_an_unknown_flag_gets_the_one_that_was_meant(capsys):
     for wrong, meant in (("--num-kv-head", "--num-kv-heads"), ("--max_step", "--max_steps"), ("--T1", "--T")):
-        assert tb.main([*tiny_without(), wrong, "1"]) == 1
+        assert tb.main([*tiny_without(), wrong, "1"]) == 2
         said = capsys.readouterr().err
         assert f"{wrong}: unknown, did you mean {meant}?" in said and said.count("\n") == 2
 

@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOW = ROOT / ".github" / "workflows" / "test.yml"
 PAGE = ROOT / "docs" / "environments.md"
-FROM_PYPI = ("cu13", "dev")  # the extras that can be locked where torch's index cannot be reached
+FROM_PYPI = ("cu13", "trackers", "dev")  # the extras that can be locked where torch's index cannot be reached
 
 
 def project() -> dict:
@@ -74,8 +74,8 @@ def locked() -> list[dict]:
 def test_pyproject_and_requirements_pin_the_same():
     found = project()["project"]
     extras = found["optional-dependencies"]
-    assert list(extras) == ["cpu", "cu13", "rocm", "dev"]
-    asked = {normal(line) for line in [*found["dependencies"], *extras["cu13"], *extras["dev"]]}
+    assert list(extras) == ["cpu", "cu13", "rocm", "trackers", "dev"]
+    asked = {normal(line) for line in [*found["dependencies"], *extras["cu13"], *extras["trackers"], *extras["dev"]]}
     assert asked == pins() and all("==" in line for line in asked)
     assert {normal(line) for line in [*extras["cpu"], *extras["rocm"]]} <= pins()
 

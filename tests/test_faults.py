@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 
 import pytest
 import torch
@@ -390,16 +389,6 @@ def test_a_full_disk_at_the_start_names_the_file(tmp_path, monkeypatch, capsys):
     assert "config.json cannot be written: No space left on device" in error and error.count("\n") == 1
 
 
-def test_wandb_that_cannot_start_is_a_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    def init(**_):
-        raise RuntimeError("api_key not configured (no-tty). call wandb.login(key=[your_api_key])\nmore")
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    assert train_gpt.main(tiny(tmp_path, wandb=True)) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: --wandb: api_key not configured") and "wandb login" in error
-    assert error.count("\n") == 1 and not list((tmp_path / "logs" / "x").iterdir())
-
-
 # --- data
 
 
@@ -437,8 +426,8 @@ def test_hashes_are_kept_by_size_time_and_inode(tmp_path, monkeypatch):
     assert corpus.fingerprint() == first and len(hashed) == 5
 
 
-def test_a_checkpoint_of_before_goes_on_by_the_fingerprint_that_it_has(tmp_path, monkeypatch, whole):
-    """Earlier versions hashed the start of a shard and wrote no `saved`, `bytes`, `val_step`."""
+def test_a_checkpoint_of_before_goes_on(tmp_path, monkeypatch, whole):
+    """Earlier versions wrote no `saved`, `bytes`, `val_step`, `best_loss`."""
     def batch(self, step, next_batch=Run.next_batch):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -448,6 +437,5 @@ def test_a_checkpoint_of_before_goes_on_by_the_fingerprint_that_it_has(tmp_path,
         assert train_gpt.main(tiny(tmp_path)) == 143
     path = run_folder(tmp_path) / "checkpoints" / "step_000006" / "meta.json"
     meta = json.loads(path.read_text())
-    meta["data"]["fingerprint"] = train_gpt.open_corpus(str(tmp_path / "data")).fingerprint_before()
-    path.write_text(json.dumps({key: meta[key] for key in meta.keys() - {"saved", "bytes", "val_step"}}))
+    path.write_text(json.dumps({key: meta[key] for key in meta.keys() - {"saved", "bytes", "val_step", "best_loss"}}))
     goes_on(tmp_path, whole)

@@ -180,7 +180,7 @@ def test_settings_of_a_run(script):
     values = st.sampled_from([*WORDS[:12], *(str(x) for x in NUMBERS if x not in (65535, 65536))])
     kinds = {field.name: field.type for field in fields(script.Settings)}
     left_out = ("help", "iterations", "device", "data", "log_dir", "experiment_name", "compile", "enable_profiling",
-                "wandb")
+                "tracker")
     names = st.sampled_from([name for name in kinds if name not in left_out])
 
     @cases(20)

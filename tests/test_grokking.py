@@ -257,8 +257,8 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape):
 def test_a_run_writes_what_it_promises(tmp_path, capsys):
     found = train(tmp_path, optimizer="muon", plot=True)
     printed = capsys.readouterr().out
-    assert {path.name for path in tmp_path.glob("logs/x/*/*")} == {"log.txt", "metrics.json", "curve.png", "ckpt.pt",
-                                                                   "ckpt_best.pt", "lock"}
+    assert {path.name for path in tmp_path.glob("logs/x/*/*")} == {
+        "log.txt", "metrics.json", "result.json", "curve.png", "ckpt.pt", "ckpt_best.pt", "lock"}
     assert [m["step"] for m in found["metrics"]] == [8, 16, 24] and found["total_steps"] == 24
     assert found["metrics"][0].keys() == {"step", "train_loss", "train_acc", "val_loss", "val_acc", "weight_norm", "lr",
                                           "time_s"}
@@ -434,10 +434,10 @@ def test_presets():
 @pytest.fixture
 def fails(capsys):
     """A function that runs the script and checks that it fails with one sentence that has all the words."""
-    def check(argv, *words: str, lines: int = 1):
-        code = train_grokking.main([str(a) for a in argv])
+    def check(argv, *words: str, lines: int = 1, code: int = 1):
+        got = train_grokking.main([str(a) for a in argv])
         error = capsys.readouterr().err
-        assert code == 1 and error.startswith("error: ") and error.count("\n") == lines and "Traceback" not in error
+        assert got == code and error.startswith("error: ") and error.count("\n") == lines and "Traceback" not in error
         assert [word for word in words if word not in error] == [], error
     return check
 
@@ -453,22 +453,49 @@ def fails(capsys):
     (dict(eval_every=0), ["--eval_every 0", "> 0"]), (dict(lr="nan"), ["--lr nan"]), (dict(seed=2**63), ["--seed"]),
 ])
 def test_settings_that_cannot_work(changes, words, tmp_path, fails):
-    fails(argv(tmp_path, **changes), "1 setting(s) cannot work", *words, lines=2)
+    fails(argv(tmp_path, **changes), "1 setting(s) cannot work", *words, lines=2, code=2)
     assert not (tmp_path / "logs").exists()
 
 
 def test_several_faults_are_told_at_once(tmp_path, fails):
     fails(argv(tmp_path, lr=-1, train_fraction=2, heads=0), "3 setting(s)", "--lr -1.0", "--train_fraction 2.0",
-          "--heads 0", lines=4)
+          "--heads 0", lines=4, code=2)
     fails(argv(tmp_path, prime=100, muon_lr=1, heads=5), "3 setting(s)", "97, 101", "--heads 5", "--muon_lr",
-          lines=4)
+          lines=4, code=2)
 
 
 def test_flags_that_do_not_exist_or_have_no_number(tmp_path, fails):
-    fails(["--prim", "7"], "unknown --prim", "did you mean --prime?")
-    fails(["--xyzzy"], "unknown --xyzzy", "--help lists all flags")
-    fails(["--prime", "seven"], "--prime", "invalid int value")
-    fails(["--prime"], "--prime", "expected one argument")
+    fails(["--prim", "7"], "unknown --prim", "did you mean --prime?", code=2)
+    fails(["--xyzzy", "--prim", "7"], "unknown --xyzzy: --help lists all flags, --prim: did you mean", code=2)
+    fails(["--prime", "seven"], "--prime", "invalid int value", code=2)
+    fails(["--prime"], "--prime", "expected one argument", code=2)
+
+
+@pytest.mark.parametrize("flag, name", [("--max_iters", "iterations"), ("--max-steps", "iterations"),
+                                        ("--eval_interval", "eval_every")])
+def test_other_names_of_flags(flag, name):
+    assert getattr(parse_settings([flag, "7"])[0], name) == 7
+
+
+def test_a_run_ends_with_its_result(tmp_path, capsys):
+    assert train_grokking.main(argv(tmp_path)) == 0
+    (folder,) = (path.parent for path in tmp_path.rglob("result.json"))
+    said, out = json.loads((folder / "result.json").read_text()), capsys.readouterr().out
+    assert out.split("\n---\n")[1].splitlines() == [
+        f"{name}: {json.dumps(value)}".replace('"', "") for name, value in said.items()]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (said["status"], said["steps"], said["params"]) == ("done", metrics["total_steps"], metrics["parameters"])
+    assert said["val_loss"] == metrics["metrics"][-1]["val_loss"] and said["total_seconds"] > said["training_seconds"]
+
+
+def test_a_run_that_diverges_or_lacks_memory_says_so(tmp_path, monkeypatch):
+    assert train_grokking.main(argv(tmp_path / "a", lr=1e30)) == 1
+    def score(*given):
+        raise MemoryError
+    monkeypatch.setattr(train_grokking, "score", score)
+    assert train_grokking.main(argv(tmp_path / "b")) == 1
+    said = {path.parts[len(tmp_path.parts)]: json.loads(path.read_text()) for path in tmp_path.rglob("result.json")}
+    assert (said["a"]["status"], said["b"]["status"], said["b"]["val_loss"]) == ("nan", "out_of_memory", None)
 
 
 def test_resuming_nothing(tmp_path, fails):

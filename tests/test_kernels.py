@@ -681,7 +681,7 @@ def test_settings_that_cannot_work_are_told_in_one_sentence(hardware, argv, word
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(train_gpt, "detect_hardware", lambda device="auto": hardware)
-    assert train_gpt.main(argv) == 1
+    assert train_gpt.main(argv) == 2
     first, *told = capsys.readouterr().err.splitlines()
     assert first == "error: 1 setting(s) cannot work:" and len(told) == 1
     assert all(word in told[0] for word in words)

@@ -189,11 +189,11 @@ def test_a_negative_number_of_experts_is_refused(monkeypatch):
 
 def test_all_that_is_wrong_is_said_at_once_and_without_a_traceback(tmp_path, capsys):
     argv = "--top-k 9 --moe-layers MMX --expert-hidden 12 --aux-coef 1 --muon-lr -1".split()
-    assert tm.main([*tiny(tmp_path), *argv]) == 1
+    assert tm.main([*tiny(tmp_path), *argv]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: 2 setting(s) cannot work:") and "Traceback" not in said
     assert all(flag in said for flag in ("--aux_coef", "--muon_lr"))  # each by itself; then what must fit together
-    assert tm.main([*tiny(tmp_path), *argv[:6]]) == 1
+    assert tm.main([*tiny(tmp_path), *argv[:6]]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: 3 setting(s) cannot work:") and "Traceback" not in said
     assert all(flag in said for flag in ("--top_k", "--moe_layers", "--expert_hidden"))
@@ -265,7 +265,7 @@ def test_parameters_and_flops_of_a_small_mixture():
 
 def test_grouped_products_are_refused_where_idle_experts_would_get_garbage(monkeypatch, capsys):
     monkeypatch.setattr(tm, "detect_hardware", lambda device="auto": H100._replace(capability=(10, 0)))
-    assert tm.main(["--preset", "mixtral", "--moe-impl", "grouped"]) == 1
+    assert tm.main(["--preset", "mixtral", "--moe-impl", "grouped"]) == 2
     assert "on compute capability 10.0: use bmm" in capsys.readouterr().err
 
 

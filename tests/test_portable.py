@@ -192,7 +192,7 @@ def test_mps_is_never_chosen_and_has_no_compiled_parts(mps, monkeypatch):
     s, _, notes = train_gpt.parse_settings(["--device", "mps"], 1)
     chosen = (s.preset, s.device, s.dtype, s.backend, s.kernels, s.fp8_head, s.compile)
     assert chosen == ("cpu", "mps", "fp32", "plain", "none", "off", False)
-    assert "dtype fp32: bf16 on MPS only if asked for" in notes
+    assert "dtype fp32: bf16 only if asked for" in notes
     with pytest.raises(train_gpt.UserError, match="--device mps has the plain parts only: add --no-compile"):
         train_gpt.parse_settings(["--device", "mps", "--preset", "gpu"], 1)
 

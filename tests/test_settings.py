@@ -272,7 +272,7 @@ def test_unknown_flag_or_wrong_type_is_one_sentence_and_exit_code_2(argv, words,
     (["--window", "64,0"], "--window (64, 0): must be >0"),
     (["--experiment-name", "a/b"], "--experiment_name 'a/b': use letters"),
     (["--experiment-name", ".."], "--experiment_name '..': use letters"),
-    (["--width", "100"], "--width 100 must be a multiple of --head_dim 48"),
+    (["--width", "102"], "--width 102 must be a multiple of --head_dim 48"),
     (["--width", "72", "--head-dim", "6"], "that one of 4"),
     (["--width", "8", "--head-dim", "8"], "not below 12"),
     (["--value-embeds", "3"], "--value_embeds 3: each table serves two of 3 layers"),
@@ -299,8 +299,8 @@ def test_a_setting_that_cannot_work_is_named_with_what_is_allowed(argv, said):
 
 @pytest.mark.parametrize("argv, said", [
     (["--iterations", "0", "--seed", "-1", "--skip", "x"], ["--iterations 0", "--seed -1", "--skip x"]),
-    (["--width", "100", "--value-embeds", "3", "--warmup-steps", "999", "--batch-tokens", "8000"],
-     ["--width 100", "--value_embeds 3", "--warmup_steps 999", "--batch_tokens 8000"]),
+    (["--width", "102", "--value-embeds", "3", "--warmup-steps", "999", "--batch-tokens", "8000"],
+     ["--width 102", "--value_embeds 3", "--warmup_steps 999", "--batch_tokens 8000"]),
     (["--window", "1,2", "--seq-len", "1,2"], ["--window has 2", "--seq_len has 2"]),
     (["--backend", "flex", "--value-embeds", "3"], ["--backend flex", "--value_embeds 3"]),  # machine and model
     (["--keep", "-1", "--kernels", "gramm"], ["--keep -1", "--kernels gramm: gramm is none", "--kernels gramm needs"]),

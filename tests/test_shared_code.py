@@ -187,7 +187,7 @@ def read_scripts(root: Path) -> list[Script]:
 
 def find_faults(root: Path) -> list[Fault]:
     """All faults, in the order of files and lines."""
-    stems, origins, faults = {path.stem for path in root.glob("*.py")}, {}, []
+    stems, origins, faults = {path.stem for path in root.glob("*.py")} - {"trackers"}, {}, []
     scripts = {script.file: script for script in read_scripts(root)}
     gpt = scripts.get(SCRIPTS[0])
     for script in scripts.values():
