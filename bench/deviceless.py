@@ -61,9 +61,10 @@ class Silent:
 
 class StandIn(Silent):
     """For the Run of a script of this project: zeros as tokens, no data, no logs, --steps steps."""
-    def __init__(self, s, world, stage, args: argparse.Namespace):
-        self.s, self.world, self.vocab_size, self.stage = s, world, args.vocab, stage
+    def __init__(self, s, world, stages, args: argparse.Namespace):
+        self.s, self.world, self.vocab_size, self.stages = s, world, args.vocab, stages
         self.left, self.over, self.position, self.status = args.steps, False, {}, ""
+        self.at = stages[-1].start if stages else 0
         self.corpus = SimpleNamespace(meta={"vocab_size": args.vocab})
         length = getattr(s, "eval_seq_len", s.seq_len)
         count = max(1, s.micro_tokens // length) * world.size
@@ -71,16 +72,25 @@ class StandIn(Silent):
             seq_len=length, num_rows=count, num_tokens=count * length,
             rows=lambda first, rows: torch.zeros(3, rows, length, dtype=torch.int32).numpy())
 
+    def fits(self, attempt) -> bool:
+        attempt()
+        return True
+
     def start(self, *_) -> int:
-        return self.stage.start if self.stage else 0
+        return self.at
+
+    @property
+    def following(self) -> int:
+        return self.at + 1
 
     def next_batch(self, *_):
-        s, t, size = self.s, self.stage, self.world.size
+        s, size = self.s, self.world.size
         self.left -= 1
         self.over = not self.left
-        if not t:  # train_baseline.py: the rows of a process, and the place in the data
+        if not self.stages:  # train_baseline.py: the rows of a process, and the place in the data
             shape = 3, s.batch_tokens // s.seq_len // size, s.seq_len
             return torch.zeros(shape, dtype=torch.int32, device="cuda"), {}
+        t = self.stages[-1]
         rows = t.micro_rows(s, size)
         shape = t.batch_tokens // (t.seq_len * rows * size), 3, rows, t.seq_len
         return torch.zeros(shape, dtype=torch.int32, device="cuda")
@@ -113,13 +123,13 @@ def run_ours(module, watch: Watch, args: argparse.Namespace):
     """`train` of a script of this project."""
     s, _, notes = module.parse_settings(args.flags, args.world)
     print("\n".join(notes), flush=True)
-    world, stage, build = module.World(args.rank, 0, args.world), None, module.GPT.__init__
+    world, stages, build = module.World(args.rank, 0, args.world), [], module.GPT.__init__
     if hasattr(module, "stage_table"):
         stages = chosen(module.stage_table(s), args.stages)
-        module.stage_table, stage = lambda _: stages, stages[-1]
-    watch.keys = args.keys or visible_keys(module, s, stage)
-    run = StandIn(s, world, stage, args)
-    if not stage:
+        module.stage_table = lambda _: stages
+    watch.keys = args.keys or visible_keys(module, s, stages[-1] if stages else None)
+    run = StandIn(s, world, stages, args)
+    if not stages:
         module.training_rows, module.next_batch = run.look, run.next_batch
 
     def on_card(model, *values, **options):
