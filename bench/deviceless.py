@@ -52,7 +52,8 @@ from bench import common  # noqa: E402 - after the path
 # Facts of NVIDIA's data sheets and white papers. name: as torch.cuda tells it; processors: streaming multiprocessors;
 # memory: GiB that a process finds; bandwidth: GB/s; bf16 (of the T4 fp16), fp8, fp32: dense TFLOP/s, fp32 without
 # tensor cores; shared: KiB that a block may have; link: GB/s to other cards, each direction; l2: MiB
-Card = collections.namedtuple("Card", "name capability processors memory bandwidth bf16 fp8 fp32 shared link l2")
+Card = collections.namedtuple("Card", """name capability processors memory bandwidth
+                              bf16 fp8 fp32 shared link l2""")
 CARDS = {
     "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 79.2, 3350, 989, 1979, 67, 227, 450, 50),
     "h200": Card("NVIDIA H200", (9, 0), 132, 139.8, 4800, 989, 1979, 67, 227, 450, 50),
@@ -64,12 +65,15 @@ CARDS = {
     "t4": Card("Tesla T4", (7, 5), 40, 14.6, 320, 65, 0, 8.1, 64, 16, 4),
 }
 VOCAB = 50257
-LAUNCH_US, KERNEL_US, SEND_US = 6.0, 2.0, 20.0  # assumed: the host's launch, the least kernel, the least collective
+# Assumed: the host's time of a launch, the shortest kernel, the least collective.
+LAUNCH_US, KERNEL_US, SEND_US = 6.0, 2.0, 20.0
 
 def roofline(card: Card, size: float, flops: float, itemsize: int = 2) -> dict[str, float]:
     """A kernel that moves `size` bytes and multiplies numbers of `itemsize`: what memory and arithmetic alone would
     take, and `us`, whichever is more, if it is not too short."""
-    peak = card.fp32 if itemsize > 2 else card.fp8 if itemsize == 1 and card.fp8 else card.bf16
+    peak = card.fp32 if itemsize > 2 else card.bf16
+    if itemsize == 1 and card.fp8:
+        peak = card.fp8
     memory, compute = size / card.bandwidth / 1e3, flops / peak / 1e6
     most = max(KERNEL_US, memory, compute)
     return dict(launches=1, bytes=size, flops=flops, memory_us=memory, compute_us=compute, us=most)
@@ -102,8 +106,8 @@ def product_flops(name: str, matrices: list) -> float:
 # --- Watching a run
 
 PHASES = ("model", "forward", "backward", "optimizer", "evaluation")
-FUNCTIONS = {"evaluate": "evaluation", "validate": "evaluation", "forward": "forward", "backward": "backward"}
-FUNCTIONS |= dict.fromkeys(("step", "optimizer_step", "step_optimizer", "step_optimizers"), "optimizer")
+FUNCTIONS = {"forward": "forward", "backward": "backward", "evaluate": "evaluation", "validate": "evaluation",
+             "step": "optimizer", "optimizer_step": "optimizer", "step_optimizers": "optimizer"}
 
 class Watch:
     """What is known of a run. A step ends where the optimizer's work does. Host, device and link have a clock each, µs;
@@ -161,13 +165,16 @@ class Watch:
         tensors = {id(x): (k, x) for k, x in given.items() if isinstance(x, torch.Tensor)}.values()
         numels = [x for k, x in given.items() if k.endswith("numel") and isinstance(x, int)]
         most = math.prod(numels) if numels else math.inf  # elements that are loaded or stored
-        size = sum(min(nbytes(x), most * x.element_size()) * (1 + k.startswith("in_out")) for k, x in tensors)
+        size = sum(min(nbytes(x), most * x.element_size()) for _, x in tensors)
+        size += sum(nbytes(x) for k, x in tensors if k.startswith("in_out"))
         matrices = [x for _, x in tensors if x.dim() >= 2]
         flops = product_flops(name, matrices) if dot else 0.0
-        if "flex_attention" in name and "arg_V" in given:  # arg_Q is missing where it shares its buffer with keys
+        if "flex_attention" in name and "arg_V" in given:
             v = given["arg_V"]
-            q, backward = given.get("arg_Q", v), "arg_DO" in given or "flex_attention_backward" in name
-            width = 3 * q.size(-1) + 2 * v.size(-1) if backward else q.size(-1) + v.size(-1)  # 5 products or 2
+            q = given.get("arg_Q", v)  # missing where it shares its buffer with keys
+            backward = "arg_DO" in given or "flex_attention_backward" in name
+            products = (3, 2) if backward else (1, 1)  # in the widths of q, v
+            width = products[0] * q.size(-1) + products[1] * v.size(-1)
             flops = 2.0 * self.keys * q.numel() / q.size(-1) * width
         self.launch(name, size, flops, matrices[0].element_size() if matrices else 2, triton=1)
 
@@ -194,8 +201,8 @@ class Watch:
             file.write(binary.asm["cubin"])
             file.flush()
             said = subprocess.run([reader, "-res-usage", file.name], capture_output=True, text=True).stdout
-        graph, need = self.compiling["graph"] if self.compiling else "own", binary.metadata.shared
-        most = self.card.shared << 10
+        graph = self.compiling["graph"] if self.compiling else "own"
+        need, most = binary.metadata.shared, self.card.shared << 10
         self.kernels[graph, name] = dict(kernel=name, graph=graph, shared=need) | usage_of(said)
         return "" if need <= most else f"{name}: {need:,} bytes of shared memory, and a block has {most:,}"
 
@@ -238,17 +245,18 @@ INSIDE = "NANOSPEEDRUN_DEVICELESS"  # the stub's folder, where it is loaded
 def restart(args: argparse.Namespace, flags: list[str]):
     """This program once more, in the same process, under the stub."""
     scratch, card = tempfile.mkdtemp(prefix="deviceless-"), CARDS[args.card]
-    library, known = f"{scratch}/libcuda.so.1", (int(card.memory * 2**30), *card.capability)
-    facts = [f"-D{name}={value}" for name, value in zip(("BYTES", "MAJOR", "MINOR"), known, strict=True)]
-    source = ROOT / "bench/deviceless.c"
-    subprocess.run(["cc", "-w", "-shared", "-fPIC", *facts, "-o", library, source], check=True)
+    library, (major, minor) = f"{scratch}/libcuda.so.1", card.capability
+    facts = f"-DBYTES={int(card.memory * 2**30)}ull -DMAJOR={major} -DMINOR={minor}"
+    command = f"cc -w -shared -fPIC {facts} -o {library} {ROOT}/bench/deviceless.c"
+    subprocess.run(shlex.split(command), check=True)
     paths = [scratch, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    os.execve(sys.executable, [sys.executable, __file__, *flags], os.environ | dict.fromkeys(OFF.split(), "0") | {
+    env = os.environ | dict.fromkeys(OFF.split(), "0") | {
         INSIDE: scratch, "LD_PRELOAD": library, "LD_LIBRARY_PATH": ":".join(paths),
         "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(args.world),
         "TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_UNIQUE_KERNEL_NAMES": "1",
         "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
-        "TRITON_CACHE_DIR": str(args.cache or f"{scratch}/triton")})
+        "TRITON_CACHE_DIR": str(args.cache or f"{scratch}/triton")}
+    os.execve(sys.executable, [sys.executable, __file__, *flags], env)
 
 def answer(place, **values):
     """Functions of a module that give fixed values."""
@@ -268,15 +276,17 @@ def pretend(watch: Watch):
         max_threads_per_multi_processor=threads, shared_memory_per_block=49152, gcnArchName="",
         shared_memory_per_block_optin=card.shared << 10, is_integrated=0, is_multi_gpu_board=0,
         shared_memory_per_multiprocessor=(card.shared + 1) << 10, L2_cache_size=card.l2 << 20)
-    nothing = """_lazy_init synchronize manual_seed manual_seed_all set_rng_state set_rng_state_all empty_cache
-    set_device reset_peak_memory_stats"""
-    zero = "max_memory_allocated max_memory_reserved memory_allocated memory_reserved current_device"
+    nothing = """_lazy_init synchronize manual_seed manual_seed_all set_rng_state
+    set_rng_state_all empty_cache set_device reset_peak_memory_stats"""
+    zero = """max_memory_allocated max_memory_reserved memory_allocated
+    memory_reserved current_device"""
     answer(torch.cuda, **dict.fromkeys(nothing.split()), **dict.fromkeys(zero.split(), 0),
            is_available=True, device_count=1, get_device_properties=properties, is_initialized=True,
            get_device_capability=card.capability, get_device_name=card.name, mem_get_info=(size, size),
            is_bf16_supported=major >= 8, is_current_stream_capturing=False, get_rng_state_all=[],
            get_rng_state=torch.zeros(16, dtype=torch.uint8))
-    for name in ("current_device", "device_count", "get_device_properties", "synchronize", "is_bf16_supported"):
+    for name in """current_device device_count get_device_properties synchronize
+                   is_bf16_supported""".split():
         setattr(CudaInterface, name, staticmethod(getattr(torch.cuda, name)))
     CudaInterface.Worker.get_device_properties = staticmethod(lambda *_: properties)
     answer(fake, init_gpu_context=None)
@@ -295,7 +305,8 @@ def replace_tensor(watch: Watch):
             made = torch.empty(made.shape, dtype=made.dtype, device=there)
         return made.requires_grad_() if requires_grad else made
     torch.tensor = tensor
-    FakeTensor.__getitem__ = lambda x, i: take(x, real(i, device="cpu") if isinstance(i, list) else i)
+    FakeTensor.__getitem__ = lambda x, index: take(
+        x, real(index, device="cpu") if isinstance(index, list) else index)
     FakeTensor.__format__ = lambda x, form: format(x.item(), form)
     FakeTensor.data_ptr = lambda x: 0
 
@@ -313,7 +324,8 @@ def stood_in(watch: Watch, name: str, args: tuple, options: dict):
     if str(options.get("device") or x.device) == "cpu":
         watch.host_waits("a copy to the CPU")
         return x if name == "copy_" else torch.zeros(x.shape, dtype=options.get("dtype") or x.dtype)
-    if any(y.device.type == "cpu" for y in args[:2]) and not (options.get("non_blocking") or args[2:]):
+    waits = not (options.get("non_blocking") or args[2:])
+    if waits and any(y.device.type == "cpu" for y in args[:2]):
         watch.host_waits("a copy from the CPU")
     return None
 
@@ -338,9 +350,6 @@ def make_mode(watch: Watch):
     def fake(x):  # without its numbers, which would be sent to the card
         return x if isinstance(x, FakeTensor) else mode.from_tensor(x)
 
-    def shapes(tree) -> list:
-        return [(*x.shape, *x.stride(), x.dtype) for x in tensors(tree)]
-
     class Mode(FakeTensorMode):
         nested = 0  # operations within one, which count as one
 
@@ -361,8 +370,8 @@ def make_mode(watch: Watch):
 
         def count(self, func, name, kinds, args, kwargs, given):
             """Runs an operation on fakes, the script's own by its body; counts those that start kernels."""
-            prim = func.namespace.startswith("prim")
-            if not prim and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            prim, has_kernel = func.namespace.startswith("prim"), torch._C._dispatch_has_kernel_for_dispatch_key
+            if not prim and has_kernel(func.name(), "CompositeImplicitAutograd"):
                 with self:  # it consists of others
                     return func.decompose(*args, **kwargs)
             self.nested += 1
@@ -371,13 +380,11 @@ def make_mode(watch: Watch):
             finally:
                 self.nested -= 1
             own = None if prim else OPDEFS.get(func._schema.name)
-            if own:
-                said = shapes(out)
+            if own is not None:
                 with self:
-                    out = own._init_fn(*args, **kwargs)
-                if said != shapes(out):
-                    watch.problems[f"{name}: its fake says {said}, it gives {shapes(out)}"] += 1
-            elif not self.nested and starts_kernel(func) and (results := tensors(out)):
+                    return own._init_fn(*args, **kwargs)
+            results = tensors(out)
+            if results and not self.nested and starts_kernel(func):
                 formula = flop_registry.get(func._overloadpacket)
                 flops = formula(*args, **kwargs, out_val=out) if formula else 0
                 low = min((x.element_size() for x in given if x.dim() >= 2), default=2)
@@ -403,10 +410,12 @@ def watch_triton(watch: Watch):
     def run(kernel, *args, grid, warmup, **options):
         binary, name = real(kernel, *args, grid=grid, warmup=True, **options), kernel.__name__
         if not warmup:
-            if binary.hash not in known and (fault := watch.note(f"{name} {binary.hash[:6]}", binary)):
+            fault = "" if binary.hash in known else watch.note(f"{name} {binary.hash[:6]}", binary)
+            if fault:
                 raise RuntimeError(f"OutOfResources: {fault}")
             known.add(binary.hash)
-            watch.launched(name, dict(zip(kernel.arg_names, args, strict=False)), "tt.dot" in binary.asm["ttir"])
+            given = dict(zip(kernel.arg_names, args, strict=False))
+            watch.launched(name, given, "tt.dot" in binary.asm["ttir"])
         return binary
     JITFunction.run = run
     answer(Autotuner, _bench=[0.0] * 3)  # the first configuration
@@ -436,7 +445,8 @@ def watch_tuners(watch: Watch, configs: str):
         name = tuner.inductor_meta.get("kernel_name", tuner.fn.__name__)
         dot = "tem_fused" not in name and "tl.dot(" in getattr(tuner.fn, "src", "")
         watch.launched(name, dict(zip(tuner.fn.arg_names, args, strict=False)), dot)
-    tuner_type._precompile_worker, tuner_type._make_launchers, tuner_type.run = precompile, make_launchers, run
+    tuner_type._precompile_worker, tuner_type._make_launchers = precompile, make_launchers
+    tuner_type.run = run
 
 def watch_inductor(watch: Watch, mode):
     """Graphs: what they are compiled to, and what they do when they run, on fake buffers."""
@@ -461,9 +471,10 @@ def watch_inductor(watch: Watch, mode):
     def inner(module, example_inputs, **options):
         kind = "inference" if options.get("is_inference") else "forward"
         kind = "backward" if options.get("is_backward") else kind
-        places = [f.f_locals for f, _ in traceback.walk_stack(sys._getframe()) if f.f_code.co_name == "_compile"]
-        codes = [place["code"].co_name for place in places if "code" in place]
-        name = " ".join([str(len(watch.graphs)), *codes[:1]])  # nothing more where it is compiled in backward
+        frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
+        places = [frame.f_locals for frame in frames if frame.f_code.co_name == "_compile"]
+        codes = [place["code"].co_name for place in places if "code" in place]  # none in backward
+        name = " ".join([str(len(watch.graphs)), *codes[:1]])
         graph = dict(graph=name, kind=kind, phase="", work=Counter(), after=watch.count)
         watch.graphs.append(graph)
         before, watch.compiling, began = watch.compiling, graph, time.perf_counter()
@@ -479,7 +490,10 @@ def watch_inductor(watch: Watch, mode):
 def watch_recompilations(watch: Watch):
     torch._logging.set_logs(recompiles=True)
     handler = logging.Handler()
-    handler.emit = lambda record: watch.recompiled.append((watch.count, reason_of(record.getMessage())))
+
+    def emit(record):
+        watch.recompiled.append((watch.count, reason_of(record.getMessage())))
+    handler.emit = emit
     for name in ("torch._dynamo.guards.__recompiles", "torch._dynamo.__recompiles"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
@@ -516,7 +530,8 @@ def stand_in(s, world, stage, steps: int) -> MagicMock:
     def next_batch(step: int):
         run.left -= 1
         return torch.zeros(shape, dtype=torch.int32, device=s.device)
-    run.next_batch, run.start.return_value, run.log_due.return_value = next_batch, stage.start, False
+    run.next_batch = next_batch
+    run.start.return_value, run.log_due.return_value = stage.start, False
     run.fits.side_effect = lambda attempt: attempt() or True
     run.validation_due.side_effect = lambda step: not run.left
     return run
@@ -529,12 +544,14 @@ def run_ours(path: Path, watch: Watch, args: argparse.Namespace):
     build, stages = module.GPT.__init__, module.stage_table(s)
     if args.stage > len(stages):
         raise ValueError(f"--stage {args.stage}: must be 1 to {len(stages)}, or 0 for the largest")
-    stage = stages[args.stage - 1] if args.stage else max(stages, key=lambda t: (t.batch_tokens, t.start))
+    largest = max(stages, key=lambda t: (t.batch_tokens, t.start))
+    stage = stages[args.stage - 1] if args.stage else largest
     module.stage_table = lambda _: [stage]
     # what a query sees in the mean of all layers, as the script counts FLOPs
     bare, nothing = dataclasses.replace(s, pointer=0), collections.defaultdict(int)
     flops = module.flops_per_token(bare, nothing, stage._replace(candidates=0))
-    watch.keys = flops / (12.0 * s.width * sum(layer.attention != "-" for layer in module.layer_table(s)))
+    layers = [layer for layer in module.layer_table(s) if layer.attention != "-"]
+    watch.keys = flops / (12.0 * s.width * len(layers))
 
     def on_card(model, *values, **options):
         with torch.device("cuda"):
@@ -592,37 +609,42 @@ def summed(watch: Watch, place: int) -> dict[str, Counter]:
 
 def graph_row(graph: dict, kernels: list[dict]) -> dict:
     mine, work = [row for row in kernels if row["graph"] == graph["graph"]], graph["work"]
-    most = {name: max((row[name] for row in mine), default="") for name in ("shared", "registers", "stack")}
     shown = {name: graph.get(name, "") for name in ("graph", "kind", "phase", "compile, s")}
-    return shown | {"Triton": work["triton"]} | numbers(work) | most
+    shown |= {"Triton": work["triton"]} | numbers(work)
+    for name in ("shared", "registers", "stack"):
+        shown[name] = max((row[name] for row in mine), default="")
+    return shown
 
 def sent_row(what: tuple, sent: list[dict]) -> dict:
     size, us = (sum(row[name] for row in sent) for name in ("bytes", "us"))
-    waited = {"number": len(sent), "MB": round(size / 1e6, 2), "ms waited (estimate)": round(us / 1e3, 3)}
-    return dict(zip(HANDLE, what, strict=True)) | waited
+    return dict(zip(HANDLE, what, strict=True)) | {
+        "number": len(sent), "MB": round(size / 1e6, 2), "ms waited (estimate)": round(us / 1e3, 3)}
 
 def phase_row(name: str, work: Counter, us: float) -> dict:
-    alone = {f"{kind} alone, ms": round(work[f"{kind}_us"] / 1e3, 2) for kind in ("memory", "compute")}
-    return {"": f"{name}, estimate", **numbers(work), **alone, "ms with launches, collectives": round(us / 1e3, 3)}
+    return {"": f"{name}, estimate", **numbers(work),
+            "ms of memory alone": round(work["memory_us"] / 1e3, 2),
+            "ms of products alone": round(work["compute_us"] / 1e3, 2),
+            "ms with launches, collectives": round(us / 1e3, 3)}
 
 def tables_of(watch: Watch) -> dict[str, list[dict]]:
     """Rows by title."""
-    step, size, kernels = watch.done, watch.card.memory * 2**30, list(watch.kernels.values())
-    peaks = [(name, watch.peaks[name]) for name in PHASES if name in watch.peaks]
+    step, kernels = watch.done, list(watch.kernels.values())
+    peaks = [(name, watch.peaks[name] / 2**30) for name in PHASES if name in watch.peaks]
     busiest = sorted(summed(watch, 2).items(), key=lambda item: -item[1]["us"])[:20]
     groups = itertools.groupby(step.sent, key=lambda row: tuple(row[name] for name in HANDLE))
     sent = [sent_row(what, list(rows)) for what, rows in groups if what[0] != "evaluation"]
     return {
-        "Memory": [{"peak in": name, "GiB": round(peak / 2**30, 2), "of the card's": f"{peak / size:.0%}"}
+        "Memory": [{"peak in": name, "GiB": round(peak, 2), "of the card's": f"{peak / watch.card.memory:.0%}"}
                    for name, peak in peaks],
-        "Roofline of a step": [phase_row(name, work, step.spent[name]) for name, work in summed(watch, 0).items()],
+        "Roofline of a step": [
+            phase_row(name, work, step.spent[name]) for name, work in summed(watch, 0).items()],
         "Where a step's time goes": [{"kernel": name, **numbers(work)} for name, work in busiest],
         "Collectives of a step": sent,
         "Graphs": [graph_row(graph, kernels) for graph in watch.graphs],
         "Kernels with a stack, and the script's own": [
             row for row in kernels if row.get("stack") or row["graph"] == "own"],
-        "Recompilations": [{"steps before": count, "reason": reason} for count, reason in watch.recompiled],
-        "The host waits, in a step": [{"why, in, at": why, "times": n} for why, n in step.waits.items()],
+        "Recompilations": [dict(zip(("steps before", "reason"), row, strict=True)) for row in watch.recompiled],
+        "The host waits, in a step": [{"why": why, "times": n} for why, n in step.waits.items()],
         "Problems": [{"what": text, "times": n} for text, n in watch.problems.items()]}
 
 def result(watch: Watch, about: dict, errors: list[str]) -> dict:
@@ -635,9 +657,9 @@ def result(watch: Watch, about: dict, errors: list[str]) -> dict:
         "peak GiB": round(max(watch.peaks.values(), default=0) / 2**30, 2),
         **numbers(work), "MB sent": round(sent / 1e6),
         "ms of a step (estimate)": round(sum(step.spent[name] for name in PHASES[1:4]) / 1e3, 2)}
-    assumed = (f"{card.bandwidth:g} GB/s, {card.bf16:g} TFLOP/s in bf16, {card.fp8:g} in FP8, {card.link:g} GB/s "
-               f"between cards, {LAUNCH_US:g} µs of the host for a launch, a kernel at least {KERNEL_US:g} µs; a query "
-               f"sees {watch.keys:.1f} keys")
+    assumed = (f"{card.bandwidth:g} GB/s, {card.bf16:g} TFLOP/s in bf16, {card.fp8:g} in FP8, "
+               f"{card.link:g} GB/s between cards, {LAUNCH_US:g} µs of the host for a launch, "
+               f"a kernel at least {KERNEL_US:g} µs; a query sees {watch.keys:.1f} keys")
     fits = "yes" if summary["peak GiB"] < card.memory else "**no**"
     return about | {
         "fits": f"{fits}, {summary['peak GiB']} of {card.memory} GiB", "assumed": assumed, "errors": errors,
@@ -663,8 +685,8 @@ def compared(folders: list[Path]) -> str:
     for folder in folders:
         r = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         if not r.get("summary", {}).get("steps"):
-            said = "; ".join(r.get("errors", [])) or "not a report of this version"
-            raise ValueError(f"{folder}: no step in it: {said}; make it with bench/deviceless.py --out {folder}")
+            said = "; ".join(r.get("errors", [])) or "another version"
+            raise ValueError(f"{folder}: no step in it: {said}; run bench/deviceless.py --out {folder}")
         rows.append({"report": folder.name} | r["summary"])
     return common.markdown(list(rows[0]), [list(row.values()) for row in rows])
 
@@ -675,13 +697,14 @@ def check(args: argparse.Namespace) -> Path:
     if args.card not in CARDS:
         raise ValueError(f"--card {args.card}: must be one of {', '.join(CARDS)}")
     if min(args.steps, args.world, args.stage + 1) < 1:
-        raise ValueError(f"--steps {args.steps}, --world {args.world}: must be at least 1, --stage {args.stage} 0")
+        raise ValueError(f"--steps {args.steps} and --world {args.world} must be at least 1, --stage 0")
     script = next((path for path in (Path(args.script), ROOT / args.script) if path.is_file()), None)
     if not script:
         raise FileNotFoundError(f"--script {args.script}: no such file; expected train_gpt.py or a path")
     if torch.version.cuda is None:
-        raise RuntimeError(f"torch {torch.__version__} is a build for CPUs; its CUDA build is needed, no GPU: python "
-                           "-m venv cuda && cuda/bin/pip install torch numpy, then cuda/bin/python bench/deviceless.py")
+        raise RuntimeError(
+            f"torch {torch.__version__} is a build for CPUs; its CUDA build is needed, no GPU: python -m venv "
+            "cuda && cuda/bin/pip install torch numpy, then cuda/bin/python bench/deviceless.py")
     if not shutil.which("cc"):
         raise RuntimeError("no C compiler named cc: apt-get install gcc")
     return script.resolve()
@@ -691,8 +714,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--script", default="train_gpt.py", metavar="PATH", help="default: %(default)s")
     add("--card", default="h100", help=f"{', '.join(CARDS)} (default: %(default)s)")
-    add("--world", type=int, default=1, metavar="N", help="processes, of which this is the first (default: 1)")
-    add("--stage", type=int, default=0, metavar="N", help="of a schedule, from 1 on; 0: the largest (default)")
+    add("--world", type=int, default=1, metavar="N", help="processes; this is the first (default: 1)")
+    add("--stage", type=int, default=0, metavar="N", help="from 1 on; 0: the largest (default)")
     add("--steps", type=int, default=2, metavar="N", help="steps to make (default: 2)")
     add("--configs", default="first", choices=("first", "all", "none"),
         help="configurations of a kernel that become machine code (default: %(default)s)")

@@ -368,7 +368,7 @@ def test_a_report_without_a_step_is_written_and_not_compared(tmp_path):
     assert ran.returncode == 1 and ran.stderr.count("\n") == 1
     assert "none: no step in it: in model: ValueError: no" in ran.stderr
     (folder / "report.json").write_text("{}")
-    assert "not a report of this version" in command("--compare", folder).stderr
+    assert "none: no step in it: another version" in command("--compare", folder).stderr
 
 
 # --- command line
@@ -381,7 +381,7 @@ def test_help_needs_no_cuda_build():
 @pytest.mark.parametrize("flags, words", [
     (["--card", "v100"], "--card v100: must be one of h100, h200"),
     (["--script", "nothing.py"], "--script nothing.py: no such file"),
-    (["--world", 0], "--world 0: must be at least 1"),
+    (["--world", 0], "--world 0 must be at least 1"),
     (["--compare", "nowhere"], "No such file"),
 ])
 def test_errors_are_one_sentence(flags, words):
