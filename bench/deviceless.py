@@ -117,7 +117,8 @@ class Watch:
         self.host = self.device = self.link = self.mark = 0.0
         self.live, self.peaks = {}, {}  # bytes of a storage, of a phase
         self.graphs, self.kernels, self.recompiled, self.problems = [], {}, [], Counter()
-        self.graph, self.compiling, self.last, self.count, self.made = None, None, "model", 0, False
+        self.graph, self.compiling, self.made = None, None, False
+        self.last, self.count = "model", 0
         self.step = self.done = self.new_step()
 
     def new_step(self) -> SimpleNamespace:
@@ -169,13 +170,12 @@ class Watch:
         size += sum(nbytes(x) for k, x in tensors if k.startswith("in_out"))
         matrices = [x for _, x in tensors if x.dim() >= 2]
         flops = product_flops(name, matrices) if dot else 0.0
-        if "flex_attention" in name and "arg_V" in given:
-            v = given["arg_V"]
-            q = given.get("arg_Q", v)  # missing where it shares its buffer with keys
-            backward = "arg_DO" in given or "flex_attention_backward" in name
-            products = (3, 2) if backward else (1, 1)  # in the widths of q, v
-            width = products[0] * q.size(-1) + products[1] * v.size(-1)
-            flops = 2.0 * self.keys * q.numel() / q.size(-1) * width
+        if "arg_LSE" in given:  # attention; buffers of q, k and v may have any shape, or be one
+            backward = "arg_DQ" in given
+            v = given["arg_DV" if backward else "out_ptr0"].size(-1)
+            qk = given["arg_DQ"].size(-1) if backward else min(v, given["arg_K"].size(-1))
+            products = 3 * qk + 2 * v if backward else qk + v
+            flops = 2.0 * self.keys * given["arg_LSE"].numel() * products
         self.launch(name, size, flops, matrices[0].element_size() if matrices else 2, triton=1)
 
     def host_waits(self, why: str):
@@ -522,7 +522,8 @@ def stand_in(s, world, stage, steps: int) -> MagicMock:
     rows = stage.micro_rows(s, size)
     shape = stage.batch_tokens // (stage.seq_len * rows * size), 3, rows, stage.seq_len
     stream = SimpleNamespace(
-        seq_len=length, num_rows=max(1, s.micro_tokens // length) * size, num_tokens=s.micro_tokens * size,
+        seq_len=length, num_tokens=s.micro_tokens * size,
+        num_rows=max(1, s.micro_tokens // length) * size,
         rows=lambda first, rows: torch.zeros(3, rows, length, dtype=torch.int32).numpy())
     run = MagicMock(s=s, world=world, stages=[stage], vocab_size=VOCAB, stream=stream, left=steps, over=False,
                     at=stage.start, following=stage.start + 1)
@@ -548,7 +549,7 @@ def run_ours(path: Path, watch: Watch, args: argparse.Namespace):
     stage = stages[args.stage - 1] if args.stage else largest
     module.stage_table = lambda _: [stage]
     # what a query sees in the mean of all layers, as the script counts FLOPs
-    bare, nothing = dataclasses.replace(s, pointer=0), collections.defaultdict(int)
+    bare, nothing = dataclasses.replace(s, pointer=0, qk_dim=0), collections.defaultdict(int)
     flops = module.flops_per_token(bare, nothing, stage._replace(candidates=0))
     layers = [layer for layer in module.layer_table(s) if layer.attention != "-"]
     watch.keys = flops / (12.0 * s.width * len(layers))

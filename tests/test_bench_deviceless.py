@@ -130,13 +130,16 @@ def test_gathering_kernels_count_what_they_load_and_updates_count_twice():
     assert key == ("model", "eager", "triton_poi_fused_0") and work["bytes"] == 64 * 4 + 2 * 64 * 4
 
 
-def test_attention_counts_the_keys_that_are_seen_also_where_queries_share_a_buffer():
-    watch, q, v = Watch(H100, 1), torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 64, 32)
+def test_attention_counts_the_keys_that_are_seen_whatever_buffers_its_inputs_share():
+    watch, lse = Watch(H100, 1), torch.zeros(1, 2, 64)
     watch.keys = 10.0
-    for i, given in enumerate(({"arg_Q": q, "arg_V": v}, {"arg_V": q}, {"arg_Q": q, "arg_V": v, "arg_DO": v})):
+    q, v, flat = torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 64, 32), torch.zeros(64, 2 * (16 + 16 + 32))
+    forward = {"arg_K": torch.zeros(1, 64, 4, 16), "arg_V": flat, "arg_LSE": lse, "out_ptr0": v}
+    backward = {"arg_K": q, "arg_V": flat, "arg_LSE": lse, "arg_DQ": q, "arg_DV": v, "out_ptr0": q}
+    for i, given in enumerate((forward, forward | {"arg_K": flat}, backward)):
         watch.launched(f"flex_attention_{i}", given, dot=False)
     flops = [work["flops"] for work in watch.step.work.values()]
-    assert flops == [2 * 10 * 2 * 64 * n for n in (16 + 32, 2 * 16, 3 * 16 + 2 * 32)]
+    assert flops == [2 * 10 * 2 * 64 * n for n in (16 + 32, 2 * 32, 3 * 16 + 2 * 32)]
 
 
 # --- a run
