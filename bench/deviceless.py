@@ -236,6 +236,9 @@ class Handle:
         watch.device = max(watch.device, self.end)
         self.row["awaited in"], self.tensors = self.row["awaited in"] or phase, []
 
+    def get_future(self) -> Handle:
+        return self
+
 # --- The card that is not there
 
 OFF = """TORCHINDUCTOR_FX_GRAPH_CACHE TORCHINDUCTOR_AUTOGRAD_CACHE TORCH_COMPILE_DYNAMO_PGO
@@ -499,11 +502,13 @@ def watch_recompilations(watch: Watch):
         logger.handlers, logger.propagate = [handler], False
 
 def watch_collectives(watch: Watch):
-    """torch.distributed as rank 0 finds it; what is sent is written down."""
+    """torch.distributed as rank 0 finds it; what is sent is written down, counts on the CPU come back."""
     dist = torch.distributed
 
     def collective(name: str, *args, async_op=False, **options):
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if "all_to_all" in name and tensors[0].device.type == "cpu":
+            tensors[0].copy_(tensors[1])
         kind = re.sub("_(into_tensor|tensor|single)$", "", name)
         handle = Handle(watch, kind, max(map(nbytes, tensors)), tensors)
         return handle if async_op else handle.wait()

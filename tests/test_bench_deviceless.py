@@ -231,6 +231,20 @@ def test_the_stub_answers_for_one_device(tmp_path):
     assert facts[360] == b"\x08" and facts[364] == b"\x09" and stub.cudaSetDevice(0) == 0
 
 
+def test_collectives_are_written_down_and_counts_on_the_cpu_come_back(monkeypatch):
+    dist, watch = torch.distributed, Watch(H100, 8)
+    for name, old in list(vars(dist).items()):
+        if callable(old):
+            monkeypatch.setattr(dist, name, old)
+    deviceless.watch_collectives(watch)
+    counts, sent = torch.zeros(8), torch.arange(8.0)
+    dist.all_to_all_single(counts, sent, async_op=True).get_future().wait()
+    dist.all_gather_into_tensor(torch.zeros(16), torch.zeros(2))
+    assert counts.equal(sent) and dist.get_world_size() == 8 and dist.get_rank() == 0
+    rows = [(row["kind"], row["bytes"], row["awaited in"]) for row in watch.step.sent]
+    assert rows == [("all_to_all", 32, "model"), ("all_gather", 64, "model")]
+
+
 # --- scripts
 
 
