@@ -1,5 +1,6 @@
 """bench/deviceless.py: what is arithmetic, parsing and report, on any build of torch; a compile for a card that is not
 there, where torch is a CUDA build."""
+import contextlib
 import ctypes
 import functools
 import json
@@ -248,7 +249,7 @@ def test_collectives_are_written_down_and_counts_on_the_cpu_come_back(monkeypatc
 # --- scripts
 
 
-TINY = """--preset cpu --device cpu --dtype bf16 --backend plain --no-compile --num-layers 2 --width 32 --head-dim 16
+TINY = """--preset cpu --device cpu --dtype bf16 --backend plain --num-layers 2 --width 32 --head-dim 16
 --qk-dim 0 --ngram-rows 64 --pointer 8 --value-embeds 1 --seq-len 64 --max-doc-len 0 --window 64 --window-start 0
 --window-step 32 --batch-tokens 256,512 --stage-ends 0.5,1 --stage-lr 1 --mtp 1 --micro-tokens 128 --eval-seq-len 64
 --candidates 0 --iterations 10""".split()
@@ -256,9 +257,9 @@ TINY = """--preset cpu --device cpu --dtype bf16 --backend plain --no-compile --
 
 @pytest.mark.parametrize("script", [train_gpt, train_moe])
 def test_a_script_trains_with_the_stand_in(script, monkeypatch):
-    """The real `train`, on a CPU: the stand-in has all that it asks for, and ends it."""
-    monkeypatch.setattr(script, "compile_model", lambda *_: None)
-    s = script.parse_settings(TINY, 1)[0]
+    """The real `train` with its warm-up, on a CPU: the stand-in has all that it asks for, and ends it."""
+    monkeypatch.setattr(script, "compiled", lambda function, s: function)
+    s = script.parse_settings([*TINY, "--compile"], 1)[0]
     *_, stage = script.stage_table(s)
     monkeypatch.setattr(script, "stage_table", lambda _: [stage])
     monkeypatch.setattr(deviceless, "VOCAB", 257)
@@ -266,12 +267,13 @@ def test_a_script_trains_with_the_stand_in(script, monkeypatch):
     steps = []
     monkeypatch.setattr(script.MuonAdamW, "step", functools.partialmethod(note, steps, script.MuonAdamW.step))
     script.train(run)
-    assert run.left == 0 and steps == [stage.start + 1] * 3 and run.log_validation.call_count == 1
+    assert run.left == 0 and steps == [None] + [stage.start + 1] * 3
+    assert run.fits.call_count == 1 and run.log_validation.call_count == 1
     assert run.next_batch(0).shape == (4, 3, 2, 64)
 
 
 def note(optimizer, steps, step, scale, momentum, others=None, span=None):
-    steps.append(span[1])
+    steps.append(span and span[1])
     return step(optimizer, scale, momentum, others, span)
 
 
@@ -306,6 +308,28 @@ def test_visible_keys_are_those_of_the_flops(script):
     watch, _ = run_flags(script, *TINY, *flags.split(), "--batch-tokens", "8192", "--micro-tokens", "4096")
     short = train_gpt.short_window(torch.tensor(256), 128).item()
     assert watch.keys == pytest.approx(short - short * (short - 1) / 8192)
+
+
+@pytest.mark.parametrize("within", [contextlib.nullcontext, torch._C._AutoDispatchBelowAutograd])
+def test_a_product_counts_once_also_within_operators(within):
+    """There torch hands over `matmul` as a whole, and its FLOPs are those of the `mm` in it."""
+    watch = Watch(H100, 1)
+    with deviceless.make_mode(watch), within():
+        a, b = torch.empty(4, 8, device="cuda"), torch.empty(8, 2, device="cuda")
+        a @ b.reshape(8, 2)
+    work = sum(watch.step.work.values(), Counter())
+    assert (work["launches"], work["flops"], work["bytes"]) == (1, 2 * 4 * 8 * 2, 4 * (32 + 16 + 8))
+    assert sum(watch.peaks.values()) == 4 * (32 + 16 + 8)
+
+
+def test_the_host_waits_for_copies_from_the_cpu_unless_they_are_told_not_to():
+    watch, there = Watch(H100, 1), torch.zeros(3)
+    for args, options in (((OnCard(3), there), {}), ((OnCard(3), there, True), {}), ((OnCard(3), OnCard(3)), {}),
+                          ((there,), {"device": "cuda"}), ((there,), {"device": "cuda", "non_blocking": True})):
+        name = "_to_copy" if options else "copy_"
+        assert deviceless.stood_in(watch, name, args, options) is None
+    assert [why.split(",")[0] for why in watch.step.waits] == ["a copy from the CPU"]
+    assert sum(watch.step.waits.values()) == 2
 
 
 def test_operations_that_start_kernels():
