@@ -209,6 +209,13 @@ class OnCard:
         return self.storage
 
 
+def test_a_step_of_dynamo_is_none_of_the_optimizer():
+    for folder, phase in (("_dynamo", "model"), ("optim", "optimizer")):
+        found = {}
+        exec(compile("def step(watch):\n    return watch.phase()", f"/torch/{folder}/file.py", "exec"), found)
+        assert found["step"](Watch(H100, 1)) == phase
+
+
 def test_memory_is_counted_until_it_is_free():
     watch = Watch(H100, 1)
     one, other = OnCard(100), OnCard(50)
@@ -304,7 +311,7 @@ def test_an_unknown_stage_is_told():
 
 @pytest.mark.parametrize("script", [train_gpt, train_moe])
 def test_visible_keys_are_those_of_the_flops(script):
-    flags = "--attention SS --window 256 --window-step 128 --seq-len 4096 --max-doc-len 0 --stage-ends 1"
+    flags = "--attention SS --window 256 --window-step 128 --seq-len 4096 --max-doc-len 0 --stage-ends 1 --qk-dim 8"
     watch, _ = run_flags(script, *TINY, *flags.split(), "--batch-tokens", "8192", "--micro-tokens", "4096")
     short = train_gpt.short_window(torch.tensor(256), 128).item()
     assert watch.keys == pytest.approx(short - short * (short - 1) / 8192)
