@@ -4,12 +4,14 @@
     python bench/deviceless.py --world 8 --out try -- --preset speedrun        # as rank 0 of 8
     python bench/deviceless.py --script PATH/train.py --steps 2 --out public   # any script of one file
     python bench/deviceless.py --compare try public                            # reports side by side
-    python bench/deviceless.py --facts                                         # what it knows of the cards
 
-Needs a CUDA build of torch (Linux, any machine: `pip install torch numpy`, 5.5 GB) and a C compiler; --compare, --facts
-and --help do without. A script of this project runs its own `train`, with a stand-in for its SERVICE; another one runs
-as it is until it has made --steps steps. How a card is made up, and what is stood in for: bench/fakecuda.py. Times are
-a roofline, an ESTIMATE: docs/gpu.md says how far off it is.
+Needs a CUDA build of torch (Linux, any machine: `pip install torch numpy`, 5.5 GB) and a C compiler. A script of this
+project runs its own `train`, with a stand-in for its SERVICE; another one as it is until it has made --steps steps.
+
+It starts itself again under a stub of the CUDA driver; tensors on the card are FakeTensors, without memory or numbers.
+Dynamo, AOTAutograd, Inductor, Triton and ptxas are the real ones, for the card's architecture. Bytes and FLOPs come
+from the tensors of every kernel, library call and collective; memory from the birth and death of storages. Numbers are
+made up: .item() is 1 or 0. Times are a roofline, an ESTIMATE: docs/gpu.md says how far off.
 """
 from __future__ import annotations
 
@@ -19,108 +21,545 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
+import logging
+import math
 import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench import common, fakecuda  # noqa: E402 - after the path
-from bench.fakecuda import CARDS, PHASES, Enough, Watch  # noqa: E402
+from bench import common  # noqa: E402 - after the path
+
+# --- Cards
+
+# Facts of NVIDIA's data sheets and white papers. name: as torch.cuda tells it; processors: streaming multiprocessors;
+# memory: GiB that a process finds; bandwidth: GB/s; bf16 (of the T4 fp16), fp8, fp32: dense TFLOP/s, fp32 without
+# tensor cores; shared: KiB that a block may have; link: GB/s to other cards, each direction; l2: MiB
+Card = collections.namedtuple("Card", """name capability processors memory bandwidth
+                              bf16 fp8 fp32 shared link l2""")
+CARDS = {
+    "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 79.2, 3350, 989, 1979, 67, 227, 450, 50),
+    "h200": Card("NVIDIA H200", (9, 0), 132, 139.8, 4800, 989, 1979, 67, 227, 450, 50),
+    "a100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 108, 79.2, 2039, 312, 0, 19.5, 163, 300, 40),
+    "b200": Card("NVIDIA B200", (10, 0), 148, 178.4, 8000, 2250, 4500, 80, 227, 900, 126),
+    "4090": Card("NVIDIA GeForce RTX 4090", (8, 9), 128, 23.5, 1008, 165.2, 330.3, 82.6, 99, 32, 72),
+    "4080": Card("NVIDIA GeForce RTX 4080", (8, 9), 76, 15.6, 716.8, 97.5, 194.9, 48.7, 99, 32, 64),
+    "3090": Card("NVIDIA GeForce RTX 3090", (8, 6), 82, 23.5, 936, 71, 0, 35.6, 99, 32, 6),
+    "t4": Card("Tesla T4", (7, 5), 40, 14.6, 320, 65, 0, 8.1, 64, 16, 4),
+}
+VOCAB = 50257
+# Assumed: the host's time of a launch, the shortest kernel, the least collective.
+LAUNCH_US, KERNEL_US, SEND_US = 6.0, 2.0, 20.0
+
+def roofline(card: Card, size: float, flops: float, itemsize: int = 2) -> dict[str, float]:
+    """A kernel that moves `size` bytes and multiplies numbers of `itemsize`: what memory and arithmetic alone would
+    take, and `us`, whichever is more, if it is not too short."""
+    peak = card.fp32 if itemsize > 2 else card.bf16
+    if itemsize == 1 and card.fp8:
+        peak = card.fp8
+    memory, compute = size / card.bandwidth / 1e3, flops / peak / 1e6
+    most = max(KERNEL_US, memory, compute)
+    return dict(launches=1, bytes=size, flops=flops, memory_us=memory, compute_us=compute, us=most)
+
+# --- Bytes and FLOPs
+
+def nbytes(x) -> int:
+    """Of a tensor's elements; of an expanded one its storage."""
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+
+def moved(name: str, inputs: list, outputs: list) -> float:
+    """Bytes that an operation reads and writes: of gathers and scatters the rows, not the table."""
+    rest = list(map(nbytes, inputs[1:]))
+    if re.match("_*(index_(put|add|copy|fill)|scatter)", name):
+        return 3.0 * max(rest, default=0)
+    if re.fullmatch("embedding|index|index_select|gather", name):
+        return 2.0 * sum(map(nbytes, outputs)) + sum(rest)
+    return float(sum(map(nbytes, {id(x): x for x in [*inputs, *outputs]}.values())))
+
+def product_flops(name: str, matrices: list) -> float:
+    """Of a Triton kernel that multiplies its first matrix with the next one of its depth. x @ x.T counts half."""
+    if not matrices:
+        return 0.0
+    first, depth = matrices[0], matrices[0].size(-1)
+    if re.search("gram|XXT|XTX|plus_cAA", name):
+        return float(first.numel() * min(first.shape[-2:]))
+    alike = [x for x in matrices[1:] if x.size(-1) == depth and x.dtype == first.dtype]
+    return 2.0 * first.numel() * alike[0].size(-2) if alike else 0.0
+
+# --- Watching a run
+
+PHASES = ("model", "forward", "backward", "optimizer", "evaluation")
+FUNCTIONS = {"forward": "forward", "backward": "backward", "evaluate": "evaluation", "validate": "evaluation",
+             "step": "optimizer", "optimizer_step": "optimizer", "step_optimizers": "optimizer"}
+
+class Watch:
+    """What is known of a run. A step ends where the optimizer's work does. Host, device and link have a clock each, µs;
+    the device runs kernels in order, none before its launch."""
+    def __init__(self, card: Card, world: int, most: int | None = None):
+        self.card, self.world, self.most, self.keys = card, world, most, 512.0
+        self.host = self.device = self.link = self.mark = 0.0
+        self.live, self.peaks = {}, {}  # bytes of a storage, of a phase
+        self.graphs, self.kernels, self.recompiled, self.problems = [], {}, [], Counter()
+        self.graph, self.compiling, self.made = None, None, False
+        self.last, self.count = "model", 0
+        self.step = self.done = self.new_step()
+
+    def new_step(self) -> SimpleNamespace:
+        """Work by phase, graph and kernel; time by phase, µs; collectives; waits of the host."""
+        work = collections.defaultdict(Counter)
+        return SimpleNamespace(work=work, spent=Counter(), sent=[], waits=Counter())
+
+    @property
+    def now(self) -> float:
+        return max(self.host, self.device)
+
+    def phase(self) -> str:
+        """By the functions that are being called; before the first of them the model is made."""
+        frames = [frame.f_code for frame, _ in traceback.walk_stack(sys._getframe())]
+        found = {FUNCTIONS.get(code.co_name) for code in frames if "/_dynamo/" not in code.co_filename}
+        if self.graph and self.graph["kind"] == "inference" and "optimizer" not in found:
+            found.add("evaluation")
+        first = [name for name in ("evaluation", "backward", "optimizer") if name in found]
+        self.made = self.made or "forward" in found or bool(first)
+        return first[0] if first else "forward" if self.made else "model"
+
+    def enter(self) -> str:
+        """The phase now; the time since the last call was the last one's. Ends a script after its last step."""
+        self.step.spent[self.last] += self.now - self.mark
+        self.mark, before, self.last = self.now, self.last, self.phase()
+        if before == "optimizer" != self.last:
+            self.count += 1
+            self.done, self.step = self.step, self.new_step()
+            if self.count == self.most:
+                sys.exit()
+        return self.last
+
+    def launch(self, name: str, size: float, flops: float = 0.0, itemsize: int = 2, **more):
+        phase, costs = self.enter(), roofline(self.card, size, flops, itemsize) | more
+        where = self.graph["graph"] if self.graph else "eager"
+        self.step.work[phase, where, name].update(costs)
+        if self.graph:
+            self.graph["work"].update(costs)
+        self.host += LAUNCH_US
+        self.device = self.now + costs["us"]
+
+    def launched(self, name: str, given: dict, dot: bool):
+        """A Triton kernel, with its arguments by name."""
+        given = {k: getattr(x, "base", x) for k, x in given.items()}  # of a tensor descriptor
+        tensors = {id(x): (k, x) for k, x in given.items() if isinstance(x, torch.Tensor)}.values()
+        numels = [x for k, x in given.items() if k.endswith("numel") and isinstance(x, int)]
+        most = math.prod(numels) if numels else math.inf  # elements that are loaded or stored
+        size = sum(min(nbytes(x), most * x.element_size()) for _, x in tensors)
+        size += sum(nbytes(x) for k, x in tensors if k.startswith("in_out"))
+        matrices = [x for _, x in tensors if x.dim() >= 2]
+        flops = product_flops(name, matrices) if dot else 0.0
+        if "arg_LSE" in given:  # attention; buffers of q, k and v may have any shape, or be one
+            backward = "arg_DQ" in given
+            v = given["arg_DV" if backward else "out_ptr0"].size(-1)
+            qk = given["arg_DQ"].size(-1) if backward else min(v, given["arg_K"].size(-1))
+            products = 3 * qk + 2 * v if backward else qk + v
+            flops = 2.0 * self.keys * given["arg_LSE"].numel() * products
+        self.launch(name, size, flops, matrices[0].element_size() if matrices else 2, triton=1)
+
+    def host_waits(self, why: str):
+        """The host waits for the device; noted with the line of the script."""
+        phase, stack = self.enter(), traceback.extract_stack()
+        place = [f for f in stack if "/torch/" not in f.filename and f.filename != __file__][-1]
+        self.step.waits[f"{why}, {phase}, {Path(place.filename).name}:{place.lineno}"] += 1
+        self.host = self.now
+
+    def see(self, tensors: list):
+        """Counts the memory of new storages on the card, until they die."""
+        for x in tensors:
+            if x.device.type == "cuda" and (storage := x.untyped_storage())._cdata not in self.live:
+                self.live[storage._cdata], phase = storage.nbytes(), self.phase()
+                weakref.finalize(storage, self.live.pop, storage._cdata)
+                self.peaks[phase] = max(self.peaks.get(phase, 0), sum(self.live.values()))
+
+    def note(self, name: str, binary) -> str:
+        """Writes down what a compiled kernel needs; if that is more than a block may have, a sentence."""
+        import triton
+        reader = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            said = subprocess.run([reader, "-res-usage", file.name], capture_output=True, text=True).stdout
+        graph = self.compiling["graph"] if self.compiling else "own"
+        need, most = binary.metadata.shared, self.card.shared << 10
+        self.kernels[graph, name] = dict(kernel=name, graph=graph, shared=need) | usage_of(said)
+        return "" if need <= most else f"{name}: {need:,} bytes of shared memory, and a block has {most:,}"
+
+def usage_of(text: str) -> dict[str, int]:
+    """Of cuobjdump -res-usage: registers of a thread, bytes of its stack, where spilled registers go."""
+    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
+    return {"registers": int(found[1]), "stack": int(found[2])} if found else {}
+
+def reason_of(message: str) -> str:
+    """Of Dynamo's log on a recompilation: the function and the first guard that failed, in a line."""
+    place = re.search(r"Recompiling function (\S+)", message)
+    guard = re.search(r"- \d+/\d+: (.*)", message)
+    said = guard[1] if guard else message.strip().splitlines()[-1]
+    return (f"{place[1]}: {said}" if place else said)[:300]
+
+HANDLE = ("begins in", "kind", "awaited in")
+
+class Handle:
+    """A collective under way, a ring's, after earlier ones; keeps its tensors until it is waited for."""
+    def __init__(self, watch: Watch, kind: str, size: float, tensors: list):
+        self.watch, self.tensors, phase = watch, tensors, watch.enter()
+        sent = size * (watch.world - 1) / watch.world * (2 if kind == "all_reduce" else 1)
+        start = max(watch.link, watch.now)
+        self.end = watch.link = start + SEND_US + sent / watch.card.link / 1e3
+        self.row = {"begins in": phase, "kind": kind, "awaited in": "", "bytes": size, "us": 0.0}
+        watch.step.sent.append(self.row)
+
+    def wait(self, *_):
+        watch, phase = self.watch, self.watch.enter()
+        self.row["us"] += max(0.0, self.end - watch.now)
+        watch.device = max(watch.device, self.end)
+        self.row["awaited in"], self.tensors = self.row["awaited in"] or phase, []
+
+    def get_future(self) -> Handle:
+        return self
+
+# --- The card that is not there
+
+OFF = """TORCHINDUCTOR_FX_GRAPH_CACHE TORCHINDUCTOR_AUTOGRAD_CACHE TORCH_COMPILE_DYNAMO_PGO
+TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER TORCHINDUCTOR_USE_STATIC_TRITON_LAUNCHER"""
+INSIDE = "NANOSPEEDRUN_DEVICELESS"  # the stub's folder, where it is loaded
+
+def restart(args: argparse.Namespace, flags: list[str]):
+    """This program once more, in the same process, under the stub."""
+    scratch, card = tempfile.mkdtemp(prefix="deviceless-"), CARDS[args.card]
+    library, (major, minor) = f"{scratch}/libcuda.so.1", card.capability
+    facts = f"-DBYTES={int(card.memory * 2**30)}ull -DMAJOR={major} -DMINOR={minor}"
+    command = f"cc -w -shared -fPIC {facts} -o {library} {ROOT}/bench/deviceless.c"
+    subprocess.run(shlex.split(command), check=True)
+    paths = [scratch, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    env = os.environ | dict.fromkeys(OFF.split(), "0") | {
+        INSIDE: scratch, "LD_PRELOAD": library, "LD_LIBRARY_PATH": ":".join(paths),
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(args.world),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_UNIQUE_KERNEL_NAMES": "1",
+        "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
+        "TRITON_CACHE_DIR": str(args.cache or f"{scratch}/triton")}
+    os.execve(sys.executable, [sys.executable, __file__, *flags], env)
+
+def answer(place, **values):
+    """Functions of a module that give fixed values."""
+    for name, value in values.items():
+        setattr(place, name, lambda *_, value=value, **__: value)
+
+def pretend(watch: Watch):
+    """torch.cuda as on the card; what would talk to a driver does nothing."""
+    import torch._subclasses.fake_tensor as fake
+    from torch._dynamo.device_interface import CudaInterface
+    card, (major, minor) = watch.card, watch.card.capability
+    size = int(card.memory * 2**30)
+    threads = {(8, 9): 1536, (8, 6): 1536, (7, 5): 1024}.get(card.capability, 2048)
+    properties = SimpleNamespace(
+        name=card.name, major=major, minor=minor, total_memory=size, warp_size=32, uuid="stub",
+        multi_processor_count=card.processors, regs_per_multiprocessor=65536, max_threads_per_block=1024,
+        max_threads_per_multi_processor=threads, shared_memory_per_block=49152, gcnArchName="",
+        shared_memory_per_block_optin=card.shared << 10, is_integrated=0, is_multi_gpu_board=0,
+        shared_memory_per_multiprocessor=(card.shared + 1) << 10, L2_cache_size=card.l2 << 20)
+    nothing = """_lazy_init synchronize manual_seed manual_seed_all set_rng_state
+    set_rng_state_all empty_cache set_device reset_peak_memory_stats"""
+    zero = """max_memory_allocated max_memory_reserved memory_allocated
+    memory_reserved current_device"""
+    answer(torch.cuda, **dict.fromkeys(nothing.split()), **dict.fromkeys(zero.split(), 0),
+           is_available=True, device_count=1, get_device_properties=properties, is_initialized=True,
+           get_device_capability=card.capability, get_device_name=card.name, mem_get_info=(size, size),
+           is_bf16_supported=major >= 8, is_current_stream_capturing=False, get_rng_state_all=[],
+           get_rng_state=torch.zeros(16, dtype=torch.uint8))
+    for name in """current_device device_count get_device_properties synchronize
+                   is_bf16_supported""".split():
+        setattr(CudaInterface, name, staticmethod(getattr(torch.cuda, name)))
+    CudaInterface.Worker.get_device_properties = staticmethod(lambda *_: properties)
+    answer(fake, init_gpu_context=None)
+    torch.autograd.set_multithreading_enabled(False)  # backward in the calling thread
+
+def replace_tensor(watch: Watch):
+    """torch.tensor and lists as indices would allocate on the card before a mode sees it."""
+    from torch._subclasses import FakeTensor
+    real, take = torch.tensor, FakeTensor.__getitem__
+
+    def tensor(data, *, dtype=None, device=None, requires_grad=False, **options):
+        there = torch.empty(0).device if device is None else torch.device(device)
+        made = real(data, dtype=dtype, device="cpu", **options)
+        if there.type == "cuda":
+            watch.host_waits("a copy from the CPU")
+            made = torch.empty(made.shape, dtype=made.dtype, device=there)
+        return made.requires_grad_() if requires_grad else made
+    torch.tensor = tensor
+    FakeTensor.__getitem__ = lambda x, index: take(
+        x, real(index, device="cpu") if isinstance(index, list) else index)
+    FakeTensor.__format__ = lambda x, form: format(x.item(), form)
+    FakeTensor.data_ptr = lambda x: 0
+
+def stood_in(watch: Watch, name: str, args: tuple, options: dict):
+    """What an operation gives that depends on numbers, or brings them to the CPU. None for another one."""
+    x = args[0] if args else None
+    if name == "_local_scalar_dense":
+        watch.host_waits("a number is read")
+        return False if x.dtype == torch.bool else 1.0 if x.is_floating_point() else 0
+    if name == "nonzero":
+        watch.host_waits("nonzero")
+        return x.new_empty(-(-x.numel() // watch.world), x.dim(), dtype=torch.int64)
+    if name not in ("_to_copy", "copy_"):
+        return None
+    if str(options.get("device") or x.device) == "cpu":
+        watch.host_waits("a copy to the CPU")
+        return x if name == "copy_" else torch.zeros(x.shape, dtype=options.get("dtype") or x.dtype)
+    waits = not (options.get("non_blocking") or args[2:])
+    if waits and any(y.device.type == "cpu" for y in args[:2]):
+        watch.host_waits("a copy from the CPU")
+    return None
+
+@functools.cache
+def starts_kernel(func) -> bool:
+    """Whether an operation does: it makes no view, and no empty tensor."""
+    returned = [r.alias_info for r in func._schema.returns]
+    views = all(alias is not None and not alias.is_write for alias in returned)
+    quiet = r"(new_)?empty|detach|_?unsafe_view|_reshape|lift|resize_"
+    return not views and not re.match(quiet, func._overloadpacket.__name__)
+
+def make_mode(watch: Watch):
+    """A mode in which what is on the card is fake, and watched, and the rest real."""
+    from torch._library.custom_ops import OPDEFS
+    from torch._subclasses import FakeTensor, FakeTensorMode
+    from torch.utils._pytree import tree_leaves, tree_map_only
+    from torch.utils.flop_counter import flop_registry
+
+    def tensors(tree) -> list:
+        return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+    def fake(x):  # without its numbers, which would be sent to the card
+        return x if isinstance(x, FakeTensor) else mode.from_tensor(x)
+
+    class Mode(FakeTensorMode):
+        nested = 0  # operations within one, which count as one
+
+        def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+            kwargs, name = dict(kwargs or {}), func._overloadpacket.__name__
+            given = tensors((args, kwargs))
+            named = str(kwargs.get("device") or "").startswith("cuda")
+            if not named and not any(isinstance(x, FakeTensor) for x in given):
+                kwargs.pop("pin_memory", None)
+                return given[0] if "pin_memory" in name else func(*args, **kwargs)
+            with self:
+                found = stood_in(watch, name, args, kwargs)
+            if found is None:
+                args, kwargs = tree_map_only(torch.Tensor, fake, (args, kwargs))
+                found = self.count(func, name, kinds, args, kwargs, given)
+            watch.see(tensors(found))
+            return found
+
+        def count(self, func, name, kinds, args, kwargs, given):
+            """Runs an operation on fakes, the script's own by its body; counts those that start kernels."""
+            prim, has_kernel = func.namespace.startswith("prim"), torch._C._dispatch_has_kernel_for_dispatch_key
+            if not prim and has_kernel(func.name(), "CompositeImplicitAutograd"):
+                with self:  # it consists of others
+                    return func.decompose(*args, **kwargs)
+            self.nested += 1
+            try:
+                out = super().__torch_dispatch__(func, kinds, args, kwargs)
+            finally:
+                self.nested -= 1
+            own = None if prim else OPDEFS.get(func._schema.name)
+            if own is not None:
+                with self:
+                    return own._init_fn(*args, **kwargs)
+            results = tensors(out)
+            if results and not self.nested and starts_kernel(func):
+                formula = flop_registry.get(func._overloadpacket)
+                flops = formula(*args, **kwargs, out_val=out) if formula else 0
+                if name == "_grouped_mm":  # experts, which torch has no formula for
+                    flops = 2.0 * args[0].numel() * args[1].size(-1)
+                low = min((x.element_size() for x in given if x.dim() >= 2), default=2)
+                watch.launch(name, moved(name, given, results), flops, low)
+            return out
+    mode = Mode(allow_non_fake_inputs=True)
+    return mode
+
+def watch_triton(watch: Watch):
+    """Kernels that a script launches itself: compiled with the arguments of the launch, and counted."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+    major, minor = watch.card.capability
+    driver = SimpleNamespace(utils=SimpleNamespace(get_device_properties=lambda device: {}))
+    answer(driver, get_current_target=GPUTarget("cuda", 10 * major + minor, 32), get_current_device=0,
+           get_current_stream=0, set_current_device=None, get_active_torch_device=torch.device("cuda", 0),
+           get_device_interface=torch.cuda, is_active=True)
+    triton.runtime.driver.set_active(driver)
+    real, known = JITFunction.run, set()
+
+    def run(kernel, *args, grid, warmup, **options):
+        binary, name = real(kernel, *args, grid=grid, warmup=True, **options), kernel.__name__
+        if not warmup:
+            fault = "" if binary.hash in known else watch.note(f"{name} {binary.hash[:6]}", binary)
+            if fault:
+                raise RuntimeError(f"OutOfResources: {fault}")
+            known.add(binary.hash)
+            given = dict(zip(kernel.arg_names, args, strict=False))
+            watch.launched(name, given, "tt.dot" in binary.asm["ttir"])
+        return binary
+    JITFunction.run = run
+    answer(Autotuner, _bench=[0.0] * 3)  # the first configuration
+
+def watch_tuners(watch: Watch, configs: str):
+    """Kernels of Inductor: configurations become machine code, none is timed. It is a problem if none fits."""
+    from torch._inductor.runtime import triton_helpers, triton_heuristics
+    tuner_type = triton_heuristics.CachingAutotuner
+    compile_all = tuner_type._precompile_worker
+    answer(triton_helpers, set_driver_to_gpu=None, set_driver_to_cpu=None)
+    answer(tuner_type, _dynamic_scale_rblock=None)
+
+    def precompile(tuner):
+        if configs == "first" and not tuner.compile_results:
+            tuner.configs = tuner.configs[:1]
+        if configs != "none":
+            compile_all(tuner)
+
+    def make_launchers(tuner):
+        name, made = tuner.inductor_meta.get("kernel_name", "triton"), tuner.compile_results
+        if configs != "none" and not tuner.launchers:
+            faults = [watch.note(name, r.kernel) for r in made]
+            watch.problems.update(faults[:1] * all(faults))
+            tuner.launchers = [SimpleNamespace(config=r.config, store_cubin=False) for r in made]
+
+    def run(tuner, *args, stream=None, **options):
+        name = tuner.inductor_meta.get("kernel_name", tuner.fn.__name__)
+        dot = "tem_fused" not in name and "tl.dot(" in getattr(tuner.fn, "src", "")
+        watch.launched(name, dict(zip(tuner.fn.arg_names, args, strict=False)), dot)
+    tuner_type._precompile_worker, tuner_type._make_launchers = precompile, make_launchers
+    tuner_type.run = run
+
+def watch_inductor(watch: Watch, mode):
+    """Graphs: what they are compiled to, and what they do when they run, on fake buffers."""
+    import torch._inductor.compile_fx as compile_fx
+    guards, original = torch._C._dynamo.guards, compile_fx._compile_fx_inner
+    guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
+        size, stride, dtype=dtype, device="cuda")
+    guards._reinterpret_tensor = lambda x, size, stride, offset=0: torch.as_strided(
+        x, size, stride, x.storage_offset() + offset)
+    torch._inductor.config.shape_padding = False  # would time products
+    torch._inductor.config.joint_graph_constant_folding = False  # would compute them
+
+    def run(graph, call, inputs):
+        with contextlib.ExitStack() as stack:
+            if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+                stack.enter_context(mode)
+            stack.callback(setattr, watch, "graph", watch.graph)
+            watch.graph, graph["work"] = graph, Counter()
+            graph["phase"] = graph["phase"] or watch.enter()
+            return call(inputs)
+
+    def inner(module, example_inputs, **options):
+        kind = "inference" if options.get("is_inference") else "forward"
+        kind = "backward" if options.get("is_backward") else kind
+        frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
+        places = [frame.f_locals for frame in frames if frame.f_code.co_name == "_compile"]
+        codes = [place["code"].co_name for place in places if "code" in place]  # none in backward
+        name = " ".join([str(len(watch.graphs)), *codes[:1]])
+        graph = dict(graph=name, kind=kind, phase="", work=Counter(), after=watch.count)
+        watch.graphs.append(graph)
+        before, watch.compiling, began = watch.compiling, graph, time.perf_counter()
+        try:
+            compiled = original(module, example_inputs, **options)
+        finally:
+            watch.compiling, graph["compile, s"] = before, round(time.perf_counter() - began, 1)
+        compiled.current_callable = functools.partial(run, graph, compiled.current_callable)
+        print(f"  graph {name}, {kind}: {graph['compile, s']} s", flush=True)
+        return compiled
+    compile_fx._compile_fx_inner = inner
+
+def watch_recompilations(watch: Watch):
+    torch._logging.set_logs(recompiles=True)
+    handler = logging.Handler()
+
+    def emit(record):
+        watch.recompiled.append((watch.count, reason_of(record.getMessage())))
+    handler.emit = emit
+    for name in ("torch._dynamo.guards.__recompiles", "torch._dynamo.__recompiles"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+
+def watch_collectives(watch: Watch):
+    """torch.distributed as rank 0 finds it; what is sent is written down, counts on the CPU come back."""
+    dist = torch.distributed
+
+    def collective(name: str, *args, async_op=False, **options):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if "all_to_all" in name and tensors[0].device.type == "cpu":
+            tensors[0].copy_(tensors[1])
+        kind = re.sub("_(into_tensor|tensor|single)$", "", name)
+        handle = Handle(watch, kind, max(map(nbytes, tensors)), tensors)
+        return handle if async_op else handle.wait()
+    for name in """all_reduce reduce broadcast all_gather_into_tensor reduce_scatter_tensor
+                   all_to_all_single""".split():
+        setattr(dist, name, torch._dynamo.disable(functools.partial(collective, name)))
+    nothing = "init_process_group destroy_process_group barrier broadcast_object_list new_group"
+    answer(dist, get_rank=0, get_world_size=watch.world, is_initialized=watch.world > 1, get_backend="nccl",
+           **dict.fromkeys(nothing.split()))
 
 # --- Scripts
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    spec.loader.exec_module(module)
-    return module
+def stand_in(s, world, stage, steps: int) -> MagicMock:
+    """For the Run of a script of this project: zeros as tokens, no data, no logs; some steps of a stage."""
+    length, size = s.eval_seq_len, world.size
+    rows = stage.micro_rows(s, size)
+    shape = stage.batch_tokens // (stage.seq_len * rows * size), 3, rows, stage.seq_len
+    stream = SimpleNamespace(
+        seq_len=length, num_tokens=s.micro_tokens * size,
+        num_rows=max(1, s.micro_tokens // length) * size,
+        rows=lambda first, rows: torch.zeros(3, rows, length, dtype=torch.int32).numpy())
+    run = MagicMock(s=s, world=world, stages=[stage], vocab_size=VOCAB, stream=stream, left=steps, over=False,
+                    at=stage.start, following=stage.start + 1)
 
-class Silent:
-    """Answers every call with None; is false."""
-    def __getattr__(self, name: str) -> Silent:
-        return Silent()
+    def next_batch(step: int):
+        run.left -= 1
+        return torch.zeros(shape, dtype=torch.int32, device=s.device)
+    run.next_batch = next_batch
+    run.start.return_value, run.log_due.return_value = stage.start, False
+    run.fits.side_effect = lambda attempt: attempt() or True
+    run.validation_due.side_effect = lambda step: not run.left
+    return run
 
-    def __call__(self, *_, **__):
-        return None
-
-    def __bool__(self) -> bool:
-        return False
-
-class StandIn(Silent):
-    """For the Run of a script of this project: zeros as tokens, no data, no logs, --steps steps."""
-    def __init__(self, s, world, stage, args: argparse.Namespace):
-        self.s, self.world, self.vocab_size, self.stage = s, world, args.vocab, stage
-        self.left, self.over, self.position, self.status = args.steps, False, {}, ""
-        self.corpus = SimpleNamespace(meta={"vocab_size": args.vocab})
-        length = getattr(s, "eval_seq_len", s.seq_len)
-        count = max(1, s.micro_tokens // length) * world.size
-        self.stream = SimpleNamespace(
-            seq_len=length, num_rows=count, num_tokens=count * length,
-            rows=lambda first, rows: torch.zeros(3, rows, length, dtype=torch.int32).numpy())
-
-    def start(self, *_) -> int:
-        return self.stage.start if self.stage else 0
-
-    def next_batch(self, *_):
-        s, t, size = self.s, self.stage, self.world.size
-        self.left -= 1
-        self.over = not self.left
-        if not t:  # train_baseline.py: the rows of a process, and the place in the data
-            shape = 3, s.batch_tokens // s.seq_len // size, s.seq_len
-            return torch.zeros(shape, dtype=torch.int32, device="cuda"), {}
-        rows = t.micro_rows(s, size)
-        shape = t.batch_tokens // (t.seq_len * rows * size), 3, rows, t.seq_len
-        return torch.zeros(shape, dtype=torch.int32, device="cuda")
-
-    def validation_due(self, *_) -> bool:
-        return self.over
-
-    def look(self):
-        return contextlib.nullcontext()
-
-def chosen(stages: list, which: str) -> list:
-    """Of a script's stages those to compile; the last one is run. Raises ValueError for another word."""
-    most = max(t.batch_tokens for t in stages)
-    largest = [t for t in stages if t.batch_tokens == most][-1:]
-    kinds = {"largest": largest, "last": stages[-1:], "first": stages[:1], "all": stages}
-    kinds |= {str(i): [t] for i, t in enumerate(stages, 1)}
-    if which not in kinds:
-        raise ValueError(f"--stages {which}: must be one of {', '.join(kinds)}")
-    return kinds[which]
-
-def visible_keys(module, s, stage) -> float:
-    """Keys that a query sees, the mean of all layers, as the script counts FLOPs; without that half a row."""
-    if stage is None:
-        return s.seq_len / 2
-    bare = dataclasses.replace(s, pointer=0)
-    total = module.flops_per_token(bare, collections.defaultdict(int), stage._replace(candidates=0))
-    return total / (12.0 * s.width * sum(layer.attention != "-" for layer in module.layer_table(s)))
-
-def run_ours(module, watch: Watch, args: argparse.Namespace):
-    """`train` of a script of this project."""
+def run_ours(path: Path, watch: Watch, args: argparse.Namespace):
+    """`train` of a script of this project. Raises ValueError where it has no such stage."""
+    module = importlib.import_module(path.stem)
     s, _, notes = module.parse_settings(args.flags, args.world)
     print("\n".join(notes), flush=True)
-    world, stage, build = module.World(args.rank, 0, args.world), None, module.GPT.__init__
-    if hasattr(module, "stage_table"):
-        stages = chosen(module.stage_table(s), args.stages)
-        module.stage_table, stage = lambda _: stages, stages[-1]
-    watch.keys = args.keys or visible_keys(module, s, stage)
-    run = StandIn(s, world, stage, args)
-    if not stage:
-        module.training_rows, module.next_batch = run.look, run.next_batch
+    build, stages = module.GPT.__init__, module.stage_table(s)
+    if args.stage > len(stages):
+        raise ValueError(f"--stage {args.stage}: must be 1 to {len(stages)}, or 0 for the largest")
+    largest = max(stages, key=lambda t: (t.batch_tokens, t.start))
+    stage = stages[args.stage - 1] if args.stage else largest
+    module.stage_table = lambda _: [stage]
+    # what a query sees in the mean of all layers, as the script counts FLOPs
+    bare, nothing = dataclasses.replace(s, pointer=0, qk_dim=0), collections.defaultdict(int)
+    flops = module.flops_per_token(bare, nothing, stage._replace(candidates=0))
+    layers = [layer for layer in module.layer_table(s) if layer.attention != "-"]
+    watch.keys = flops / (12.0 * s.width * len(layers))
 
     def on_card(model, *values, **options):
         with torch.device("cuda"):
@@ -129,133 +568,135 @@ def run_ours(module, watch: Watch, args: argparse.Namespace):
             part._buffers = {name: x.cuda() for name, x in part._buffers.items()}
         model.to = lambda *_: model  # all is there
     module.GPT.__init__ = on_card
-    module.train(run)
+    module.train(stand_in(s, module.World(0, 0, args.world), stage, args.steps))
 
-def run_other(path: Path, watch: Watch, args: argparse.Namespace):
-    """A script as it is, as if torchrun had started it."""
-    watch.most, watch.keys = args.steps, args.keys or watch.keys
+def study(args: argparse.Namespace, path: Path, command: str):
+    """The run, in the process that has the stub; ends it."""
+    watch, errors = Watch(CARDS[args.card], args.world), []
+    for prepare in (pretend, replace_tensor, watch_triton, watch_recompilations, watch_collectives):
+        prepare(watch)
+    watch_tuners(watch, args.configs)
+    mode = make_mode(watch)
+    watch_inductor(watch, mode)
+    ours = re.search(r"^def stage_table", path.read_text(encoding="utf-8"), re.MULTILINE)
     sys.argv, sys.path[0] = [str(path), *args.flags], str(path.parent)
-    with contextlib.suppress(Enough, SystemExit):
-        runpy.run_path(str(path), run_name="__main__")
+    try:
+        with mode, contextlib.suppress(SystemExit):
+            if ours:
+                run_ours(path, watch, args)
+            else:
+                watch.most = args.steps
+                runpy.run_path(str(path), run_name="__main__")
+            watch.enter()  # ends the step
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - becomes the report's
+        traceback.print_exc()
+        errors.append(f"in {watch.last}: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+    about = dict(script=path.name, flags=shlex.join(args.flags), world=args.world, command=command,
+                 torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
+    found = result(watch, about, errors)
+    args.out.mkdir(parents=True, exist_ok=True)
+    common.write_json(args.out / "report.json", found, indent=1)
+    (args.out / "report.md").write_text(report(found), encoding="utf-8")
+    print(f"\n{report(found)}\nwritten to {args.out}", flush=True)
+    shutil.rmtree(os.environ[INSIDE], ignore_errors=True)
+    os._exit(int(bool(errors)))  # threads of the script may be waiting
 
 # --- Report
 
-def totals(work: dict, place: int) -> dict[str, Counter]:
-    """Work by phase (0), graph (1) or kernel (2)."""
+def numbers(work: Counter) -> dict:
+    return {"launches": work["launches"], "GB": round(work["bytes"] / 1e9, 3),
+            "GFLOP": round(work["flops"] / 1e9, 1), "ms (estimate)": round(work["us"] / 1e3, 3)}
+
+def summed(watch: Watch, place: int) -> dict[str, Counter]:
+    """A training step's work by phase (0) or kernel (2)."""
     found = collections.defaultdict(Counter)
-    for key, one in work.items():
-        found[key[place]].update(one)
+    for key, work in watch.done.work.items():
+        if key[0] in PHASES[1:4]:
+            found[key[place][:60]].update(work)
     return found
 
-def result(watch: Watch, about: dict, errors: list[str]) -> dict:
-    """What report.json holds."""
-    step = watch.done
-    phases = {name: one | {"ms": step.spent[name] / 1e3} for name, one in totals(step.work, 0).items()}
-    graphs = [{**graph, **graph["work"]} for graph in watch.graphs]
-    for graph in graphs:
-        rows = [row for row in watch.kernels.values() if row["graph"] == graph["label"]]
-        graph |= {what: max((row.get(what, 0) for row in rows), default=0) for what in ("shared", "registers", "stack")}
-        del graph["work"]
-    busiest = sorted(totals(step.work, 2).items(), key=lambda item: -item[1]["us"])[:25]
-    late = sum(graph["after"] == watch.count - 1 for graph in watch.graphs) if watch.count else None
+def graph_row(graph: dict, kernels: list[dict]) -> dict:
+    mine, work = [row for row in kernels if row["graph"] == graph["graph"]], graph["work"]
+    shown = {name: graph.get(name, "") for name in ("graph", "kind", "phase", "compile, s")}
+    shown |= {"Triton": work["triton"]} | numbers(work)
+    for name in ("shared", "registers", "stack"):
+        shown[name] = max((row[name] for row in mine), default="")
+    return shown
+
+def sent_row(what: tuple, sent: list[dict]) -> dict:
+    size, us = (sum(row[name] for row in sent) for name in ("bytes", "us"))
+    return dict(zip(HANDLE, what, strict=True)) | {
+        "number": len(sent), "MB": round(size / 1e6, 2), "ms waited (estimate)": round(us / 1e3, 3)}
+
+def phase_row(name: str, work: Counter, us: float) -> dict:
+    return {"": f"{name}, estimate", **numbers(work),
+            "ms of memory alone": round(work["memory_us"] / 1e3, 2),
+            "ms of products alone": round(work["compute_us"] / 1e3, 2),
+            "ms with launches, collectives": round(us / 1e3, 3)}
+
+def tables_of(watch: Watch) -> dict[str, list[dict]]:
+    """Rows by title."""
+    step, kernels = watch.done, list(watch.kernels.values())
+    peaks = [(name, watch.peaks[name] / 2**30) for name in PHASES if name in watch.peaks]
+    busiest = sorted(summed(watch, 2).items(), key=lambda item: -item[1]["us"])[:20]
+    groups = itertools.groupby(step.sent, key=lambda row: tuple(row[name] for name in HANDLE))
+    sent = [sent_row(what, list(rows)) for what, rows in groups if what[0] != "evaluation"]
     return {
-        "about": about, "steps": watch.count, "compiled_in_last_step": late, "memory": watch.peaks,
-        "phases": {name: phases[name] for name in PHASES[1:4] if name in phases}, "graphs": graphs,
-        "collectives": [row for row in step.sent if row["phase"] != "evaluation"], "busiest": dict(busiest),
-        "kernels": [row for row in watch.kernels.values() if row.get("stack") or row["graph"] == "own"],
-        "recompilations": watch.recompiled, "waits": step.waits, "stand_ins": watch.stand_ins,
-        "problems": [f"{text} ({n} times)" for text, n in watch.problems.items()], "errors": errors}
+        "Memory": [{"peak in": name, "GiB": round(peak, 2), "of the card's": f"{peak / watch.card.memory:.0%}"}
+                   for name, peak in peaks],
+        "Roofline of a step": [
+            phase_row(name, work, step.spent[name]) for name, work in summed(watch, 0).items()],
+        "Where a step's time goes": [{"kernel": name, **numbers(work)} for name, work in busiest],
+        "Collectives of a step": sent,
+        "Graphs": [graph_row(graph, kernels) for graph in watch.graphs],
+        "Kernels with a stack, and the script's own": [
+            row for row in kernels if row.get("stack") or row["graph"] == "own"],
+        "Recompilations": [dict(zip(("steps before", "reason"), row, strict=True)) for row in watch.recompiled],
+        "The host waits, in a step": [{"why": why, "times": n} for why, n in step.waits.items()],
+        "Problems": [{"what": text, "times": n} for text, n in watch.problems.items()]}
 
-def step_ms(r: dict) -> float:
-    return sum(phase["ms"] for phase in r["phases"].values())
-
-def verdict(r: dict) -> list[str]:
-    """The answers, a sentence each."""
-    card, most = CARDS[r["about"]["card"]], max(r["memory"].values(), default=0) / 2**30
-    exposed = sum(row["exposed_us"] for row in r["collectives"]) / 1e3
-    return [
-        f"Compiles: {'**no**' if r['errors'] else 'yes'}, {len(r['graphs'])} graphs, "
-        f"{len(r['problems'])} problem(s).",
-        f"Fits: {'yes' if most < card.memory else '**no**'}, {most:.2f} of {card.memory} GiB.",
-        f"Graphs compiled in the last of {r['steps']} steps: {r['compiled_in_last_step']}.",
-        f"Estimate of a step: {step_ms(r):.2f} ms, of which {exposed:.2f} ms wait for collectives."]
-
-def memory_rows(r: dict) -> list[list]:
-    size = CARDS[r["about"]["card"]].memory * 2**30
-    peaks = {name: r["memory"][name] for name in PHASES if name in r["memory"]}
-    return [[name, f"{peak / 2**30:.2f}", f"{peak / size:.0%}"] for name, peak in peaks.items()]
-
-def roofline_rows(r: dict) -> list[list]:
-    rows = []
-    for name, one in r["phases"].items():
-        times = one["memory_us"] / 1e3, one["compute_us"] / 1e3, one["us"] / 1e3, one["ms"]
-        rows.append([f"{name}, estimate", one["launches"], f"{one['bytes'] / 1e9:.2f}",
-                     f"{one['flops'] / 1e12:.3f}", *(f"{ms:.2f}" for ms in times)])
-    return [*rows, ["step, estimate", *[""] * 6, f"{step_ms(r):.2f}"]]
-
-def graph_rows(r: dict) -> list[list]:
-    names = "label kind phase kernels calls seconds shared registers stack".split()
-    return [[*(g.get(name, "") for name in names), f"{g.get('bytes', 0) / 1e9:.2f}",
-             f"{g.get('flops', 0) / 1e9:.1f}", f"{g.get('us', 0) / 1e3:.3f}"] for g in r["graphs"]]
-
-def collective_rows(r: dict) -> list[list]:
-    """In their order; neighbours of one kind are one line."""
-    lines = []
-    for row in r["collectives"]:
-        what = [row["phase"], row["kind"], row["waited"]]
-        if not lines or lines[-1][0] != what:
-            lines.append((what, Counter()))
-        lines[-1][1].update(number=1, size=row["bytes"], us=row["exposed_us"])
-    return [[*what, n["number"], f"{n['size'] / 1e6:.2f}", f"{n['us'] / 1e3:.3f}"] for what, n in lines]
-
-def brief(name: str) -> str:
-    """A kernel's name as a table can show it."""
-    return name if len(name) <= 60 else f"{name[:28]}..{name[-30:]}"
-
-def section(title: str, head: str, rows: list[list]) -> str:
-    return f"## {title}\n\n" + (common.markdown(head.split("|"), rows) if rows else "none")
+def result(watch: Watch, about: dict, errors: list[str]) -> dict:
+    """What report.json holds: facts, a summary, tables."""
+    card, step, work = watch.card, watch.done, sum(summed(watch, 0).values(), Counter())
+    sent = sum(row["bytes"] for row in step.sent if row["begins in"] != "evaluation")
+    summary = {
+        "script": about["script"], "card": card.name, "steps": watch.count, "graphs": len(watch.graphs),
+        "of them in the last step": sum(graph["after"] == watch.count - 1 for graph in watch.graphs),
+        "peak GiB": round(max(watch.peaks.values(), default=0) / 2**30, 2),
+        **numbers(work), "MB sent": round(sent / 1e6),
+        "ms of a step (estimate)": round(sum(step.spent[name] for name in PHASES[1:4]) / 1e3, 2)}
+    assumed = (f"{card.bandwidth:g} GB/s, {card.bf16:g} TFLOP/s in bf16, {card.fp8:g} in FP8, "
+               f"{card.link:g} GB/s between cards, {LAUNCH_US:g} µs of the host for a launch, "
+               f"a kernel at least {KERNEL_US:g} µs; a query sees {watch.keys:.1f} keys")
+    fits = "yes" if summary["peak GiB"] < card.memory else "**no**"
+    return about | {
+        "fits": f"{fits}, {summary['peak GiB']} of {card.memory} GiB", "assumed": assumed, "errors": errors,
+        "summary": summary, "tables": tables_of(watch)}
 
 def report(r: dict) -> str:
     """The text, in Markdown."""
-    about, card = r["about"], CARDS[r["about"]["card"]]
-    busiest = [[brief(name), one["launches"], f"{one['bytes'] / 1e9:.2f}", f"{one['flops'] / 1e9:.1f}",
-                f"{one['us'] / 1e3:.3f}"] for name, one in [*r["busiest"].items()][:12]]
-    own = [[brief(row["kernel"]), row["shared"], row.get("registers"), row.get("stack")] for row in r["kernels"]]
-    assumed = (f"Estimate: {card.bandwidth:g} GB/s, {card.bf16:g} TFLOP/s in bf16, {card.fp8:g} in FP8, "
-               f"{card.link:g} GB/s between cards, {fakecuda.LAUNCH_US:g} µs of the host for a launch, a "
-               f"kernel at least {fakecuda.KERNEL_US:g} µs; a query sees {about['keys']:g} keys.")
-    return "\n\n".join([
-        f"# {about['script']} {about['flags']}\n\n{card.name}, rank {about['rank']} of {about['world']}, "
-        f"torch {about['torch']}, {about['date']}; no GPU was used.",
-        "\n".join(f"- {line}" for line in verdict(r)),
-        section("Memory", "peak in|GiB|of the card's", memory_rows(r)),
-        section("Roofline of a step", "|launches|GB|TFLOP|memory alone, ms|arithmetic alone, ms|kernels, ms"
-                "|with launches and collectives, ms", roofline_rows(r)), assumed,
-        section("Where a step's time goes", "kernel|launches|GB|GFLOP|ms (estimate)", busiest),
-        section("Collectives of a step", "begins in|kind|awaited in|number|MB|ms waited (estimate)",
-                collective_rows(r)),
-        section("Graphs", "graph|kind|phase|kernels|calls|compile, s|shared, bytes|registers|stack, bytes|GB|GFLOP"
-                "|ms (estimate)", graph_rows(r)),
-        section("Kernels of the script's own, and those with a stack", "kernel|shared|registers|stack", own),
-        section("Recompilations", "steps before|reason", r["recompilations"]),
-        section("The host waits, in a step", "why|times", [*r["waits"].items()]),
-        section("Stood in for", "operation|times", [*r["stand_ins"].items()]),
-        section("Problems", "what", [[text] for text in [*r["problems"], *r["errors"]]])]) + "\n"
+    s, wrong = r["summary"], len(r["tables"]["Problems"])
+    parts = [f"# {r['script']} {r['flags']}",
+             f"{s['card']}, rank 0 of {r['world']}, torch {r['torch']}, {r['date']}; no GPU was used.",
+             f"- Compiles: {'**no**' if r['errors'] else 'yes'}, {s['graphs']} graphs, {wrong} problem(s).\n"
+             f"- Fits: {r['fits']}.\n"
+             f"- Graphs compiled in the last of {s['steps']} steps: {s['of them in the last step']}.\n"
+             f"- Estimate of a step: {s['ms of a step (estimate)']} ms, with {r['assumed']}.", *r["errors"]]
+    for title, rows in r["tables"].items():
+        table = common.markdown(list(rows[0]), [list(row.values()) for row in rows]) if rows else "none"
+        parts.append(f"## {title}\n\n{table}")
+    return "\n\n".join(parts) + "\n"
 
 def compared(folders: list[Path]) -> str:
-    """Reports side by side."""
-    found = [json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in folders]
-
-    def line(r: dict) -> list:
-        work = Counter()
-        for one in r["phases"].values():
-            work.update(one)
-        sent = sum(row["bytes"] for row in r["collectives"])
-        return [r["about"]["script"], r["about"]["card"], len(r["graphs"]), work["launches"],
-                f"{work['bytes'] / 1e9:.1f}", f"{work['flops'] / 1e12:.2f}", f"{sent / 1e6:.0f}",
-                f"{max(r['memory'].values()) / 2**30:.2f}", f"{step_ms(r):.2f}"]
-    head = "report|script|card|graphs|launches|GB|TFLOP|MB sent|peak GiB|ms of a step (estimate)"
-    return common.markdown(head.split("|"), [[f.name, *line(r)] for f, r in zip(folders, found, strict=True)])
+    """Reports side by side. Raises ValueError for one without a step."""
+    rows = []
+    for folder in folders:
+        r = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        if not r.get("summary", {}).get("steps"):
+            said = "; ".join(r.get("errors", [])) or "another version"
+            raise ValueError(f"{folder}: no step in it: {said}; run bench/deviceless.py --out {folder}")
+        rows.append({"report": folder.name} | r["summary"])
+    return common.markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 # --- Command line
 
@@ -263,68 +704,42 @@ def check(args: argparse.Namespace) -> Path:
     """The script. Raises ValueError, FileNotFoundError or RuntimeError with one sentence."""
     if args.card not in CARDS:
         raise ValueError(f"--card {args.card}: must be one of {', '.join(CARDS)}")
-    if args.steps < 1 or not 0 <= args.rank < args.world:
-        raise ValueError(f"--steps {args.steps} must be at least 1, --rank {args.rank} from 0 to --world - 1")
+    if min(args.steps, args.world, args.stage + 1) < 1:
+        raise ValueError(f"--steps {args.steps} and --world {args.world} must be at least 1, --stage 0")
     script = next((path for path in (Path(args.script), ROOT / args.script) if path.is_file()), None)
     if not script:
         raise FileNotFoundError(f"--script {args.script}: no such file; expected train_gpt.py or a path")
     if torch.version.cuda is None:
-        raise RuntimeError(f"torch {torch.__version__} is a build for CPUs; its CUDA build is needed, no GPU: python "
-                           "-m venv cuda && cuda/bin/pip install torch numpy, then cuda/bin/python bench/deviceless.py")
+        raise RuntimeError(
+            f"torch {torch.__version__} is a build for CPUs; its CUDA build is needed, no GPU: python -m venv "
+            "cuda && cuda/bin/pip install torch numpy, then cuda/bin/python bench/deviceless.py")
     if not shutil.which("cc"):
         raise RuntimeError("no C compiler named cc: apt-get install gcc")
     return script.resolve()
-
-def study(args: argparse.Namespace, path: Path, command: str) -> int:
-    """The run, in the process that has the stub; its exit code."""
-    watch, errors = Watch(CARDS[args.card], args.world), []
-    mode = fakecuda.install(watch, args.configs, args.rank)
-    ours = re.search(r"^def train\(run", path.read_text(encoding="utf-8"), re.MULTILINE)
-    try:
-        with mode:
-            run_ours(load(path), watch, args) if ours else run_other(path, watch, args)
-        if watch.last == "optimizer":
-            watch.complete()
-    except Exception as error:  # noqa: BLE001 - becomes the report's
-        traceback.print_exc()
-        errors.append(f"in {watch.last}: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
-    about = vars(args) | dict(script=path.name, flags=shlex.join(args.flags), keys=round(watch.keys, 1),
-                              command=command, torch=torch.__version__, date=time.strftime("%Y-%m-%d"))
-    found = json.loads(json.dumps(result(watch, about, errors), default=str))
-    args.out.mkdir(parents=True, exist_ok=True)
-    common.write_json(args.out / "report.json", found, indent=1)
-    (args.out / "report.md").write_text(report(found), encoding="utf-8")
-    print(f"\n{report(found)}\nwritten to {args.out}", flush=True)
-    os._exit(int(bool(errors)))  # threads of the script may be waiting
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "the script")
     add = parser.add_argument
     add("--script", default="train_gpt.py", metavar="PATH", help="default: %(default)s")
     add("--card", default="h100", help=f"{', '.join(CARDS)} (default: %(default)s)")
-    add("--world", type=int, default=1, metavar="N", help="processes (default: 1)")
-    add("--rank", type=int, default=0, metavar="R", help="which of them this is (default: 0)")
-    add("--stages", default="largest", help="largest, first, last, all or a number (default: %(default)s)")
+    add("--world", type=int, default=1, metavar="N", help="processes; this is the first (default: 1)")
+    add("--stage", type=int, default=0, metavar="N", help="from 1 on; 0: the largest (default)")
     add("--steps", type=int, default=2, metavar="N", help="steps to make (default: 2)")
     add("--configs", default="first", choices=("first", "all", "none"),
         help="configurations of a kernel that become machine code (default: %(default)s)")
-    add("--keys", type=float, default=0.0, metavar="N", help="that a query sees, for FLOPs of attention")
-    add("--vocab", type=int, default=50257, metavar="N", help="default: %(default)s")
     add("--out", type=Path, default=Path("deviceless"), metavar="FOLDER", help="default: %(default)s")
     add("--cache", type=Path, metavar="FOLDER", help="keeps machine code between runs")
-    add("--facts", action="store_true", help="print what is known of the cards")
     add("--compare", type=Path, nargs="+", metavar="FOLDER", help="print reports side by side")
     return parser.parse_args(argv)
 
 def work(args: argparse.Namespace, command: str) -> int:
-    if args.facts or args.compare:
-        rows = [[key, *card] for key, card in CARDS.items()]
-        print(compared(args.compare) if args.compare else common.markdown(["--card", *fakecuda.Card._fields], rows))
+    if args.compare:
+        print(compared(args.compare))
         return 0
     script = check(args)
-    if fakecuda.INSIDE in os.environ:
-        return study(args, script, command)
-    return fakecuda.restart(args, [str(Path(__file__).resolve()), *shlex.split(command)[2:]])
+    if INSIDE in os.environ:
+        study(args, script, command)
+    restart(args, shlex.split(command)[2:])
 
 main = functools.partial(common.command_line, "deviceless", parse_args, work, resumes=False)
 
