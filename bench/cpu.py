@@ -2,6 +2,7 @@
 
     python bench/cpu.py                       # 3 runs each; downloads Tiny Shakespeare if it is not prepared yet
     python bench/cpu.py --input input.txt     # the same, from a copy of the text
+    python bench/cpu.py --anchors             # another question: GPT-2 124M, tokens a second, beside other programs
 
 Timed is the whole process, from its start to its exit, imports and compilation included (every run of ours gets an
 empty compiler cache), of
@@ -34,7 +35,7 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench import common  # noqa: E402 - after the path
+from bench import anchors, common  # noqa: E402 - after the path
 
 REFERENCE = ROOT / "bench" / "nanogpt_reference.py"
 TRAINER = ROOT / "train_gpt.py"
@@ -272,6 +273,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--runs must be at least {least}, got {args.runs}; fewer than 3 need --quick")
     if args.input and args.data:
         raise ValueError("--input and --data exclude each other; give the text or the folder made from it")
+    if args.llmc and not args.anchors:
+        raise ValueError("--llmc is read with --anchors only")
+    if args.steps < 1:
+        raise ValueError(f"--steps must be at least 1, got {args.steps}")
     if args.input and not args.input.is_file():
         raise FileNotFoundError(f"--input {args.input} is not a file; it has to be the text of Tiny Shakespeare")
 
@@ -283,9 +288,11 @@ def write_json(path: Path, args: argparse.Namespace, runs: list[Run], target: fl
     common.write_json(path, result | {"ratio": wall_ratio(runs), "summary": summary,
                                       "runs": [asdict(run) for run in runs]})
 
-def benchmark(args: argparse.Namespace, _command: str) -> int:
+def benchmark(args: argparse.Namespace, command: str) -> int:
     """Run everything and print the result; return the exit code."""
     check(args)
+    if args.anchors:
+        return anchors.anchors(args, command)
     common.warn_if_busy()
     with tempfile.TemporaryDirectory() as tmp:
         data = prepare_data(args, Path(tmp))
@@ -308,6 +315,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1337, help="seed of the first run; the next ones count up from it")
     add("--quick", action="store_true", help="allow fewer than 3 runs, to try the benchmark out")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
+    add("--anchors", action="store_true", help="tokens a second of GPT-2 124M instead (bench/anchors.py)")
+    add("--llmc", type=Path, metavar="DIR", help="with --anchors: a checkout of llm.c")
+    add("--steps", type=int, default=6, help="with --anchors: timed steps of a run (default: 6)")
     args = parser.parse_args(argv)
     args.runs = args.runs if args.runs is not None else (1 if args.quick else 3)
     return args

@@ -1,0 +1,194 @@
+"""GPT-2 124M on a CPU, tokens a second: train_baseline.py beside what people would pick. A part of bench/cpu.py.
+
+    python bench/cpu.py --anchors                      # beside Hugging Face's GPT2LMHeadModel
+    python bench/cpu.py --anchors --llmc ~/llm.c       # and llm.c's train_gpt2.c, built from that checkout
+
+All train GPT-2's 124 M parameters from random weights on the same random tokens, in fp32, without a compiler, with
+AdamW (torch's fused one), dropout 0, on all cores. They take turns, --runs times at each size. A run's figure is its
+median step, without its first two. llm.c has one size, its source's 4 rows of 64 tokens.
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench import common  # noqa: E402 - after the path
+from data.common import write_shard  # noqa: E402
+
+VOCAB, PADDED, EOT, CONTEXT, LAYERS, HEADS, WIDTH = 50257, 50304, 50256, 1024, 12, 12, 768
+SKIPPED = 2  # first steps: memory is new
+LLMC_DATA = "dev/data/tinyshakespeare/tiny_shakespeare"  # the names that train_gpt2.c opens
+LLMC_WEIGHTS = "gpt2_124M.bin"
+STEP = re.compile(rb"step \d+: train loss .*\(took ([\d.]+) ms\)")
+
+class Size(NamedTuple):
+    """Tokens of a step."""
+    rows: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.length}"
+
+SIZES = (Size(4, 64), Size(16, 64), Size(2, 1024))
+
+def make_tokens(folder: Path) -> Path:
+    """A data set of random tokens for train_baseline.py: one document, so that no row is divided."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    splits = {"train": 200_000, "val": 4_096}
+    for split, count in splits.items():
+        write_shard(folder / f"{folder.name}_{split}_000000.bin", random.integers(0, EOT, count).astype("<u2"))
+    said = {split: {"tokens": count} for split, count in splits.items()}
+    common.write_json(folder / "meta.json", {
+        "name": folder.name, "tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": VOCAB, "eot": None,
+        "source": "random numbers of bench/anchors.py", "splits": said})
+    return folder
+
+# --- The programs: each returns the milliseconds of its steps
+
+def ours(data: Path, size: Size, steps: int, layers: int) -> list[float]:
+    flags = ["--model_type", "gpt", "--preset", "gpt2", "--data", str(data), "--device", "cpu", "--dtype", "fp32",
+             "--no-compile", "--num-layers", str(layers), "--iterations", str(steps), "--log-every", "1",
+             "--batch-tokens", str(size.tokens), "--micro-tokens", str(size.tokens), "--seq-len", str(size.length),
+             "--warmup-steps", "1", "--eval-every", "0", "--eval-tokens", "64", "--no-save-last"]
+    events, _ = common.train(ROOT / "train_baseline.py", flags, 0, set())
+    return [event["step_ms"] for event in events if "step_ms" in event]
+
+def transformers(data: Path, size: Size, steps: int, layers: int) -> list[float]:
+    """In a process of its own, as ours: this file's `worker`."""
+    command = [sys.executable, str(Path(__file__)), str(data), *map(str, (*size, steps, layers))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"transformers: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+def worker(data: str, *numbers: str) -> None:
+    """Prints the milliseconds of each step of GPT2LMHeadModel: loss, backward, fused AdamW."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    rows, length, steps, layers = map(int, numbers)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1, fused=True)
+    (shard,) = Path(data).glob("*_train_*.bin")
+    tokens = torch.from_numpy(np.fromfile(shard, dtype="<u2", offset=1024).astype(np.int64))
+    times = []
+    for step in range(steps):
+        start = time.perf_counter()
+        batch = tokens[step * rows * length:][:rows * length].view(rows, length)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(1000 * (time.perf_counter() - start))
+    print(json.dumps(times))
+
+class Llmc:
+    """llm.c's train_gpt2, built from a copy of a checkout, which stays as it is. FileNotFoundError: no checkout;
+    RuntimeError: it cannot be built."""
+    def __init__(self, checkout: Path, folder: Path, data: Path):
+        if not (checkout / "train_gpt2.c").is_file():
+            raise FileNotFoundError(f"--llmc {checkout}: no train_gpt2.c there; git clone karpathy/llm.c first")
+        self.folder = folder
+        shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns(".git", "*.bin"))
+        built = subprocess.run(["make", "train_gpt2"], cwd=folder, capture_output=True, text=True, check=False)
+        if built.returncode or not (folder / "train_gpt2").is_file():
+            raise RuntimeError(f"`make train_gpt2` failed in {checkout}: {built.stderr.strip()[-300:]}")
+        (folder / LLMC_DATA).parent.mkdir(parents=True, exist_ok=True)
+        for split in ("train", "val"):
+            (shard,) = data.glob(f"*_{split}_*.bin")  # its format is ours
+            shutil.copy(shard, folder / f"{LLMC_DATA}_{split}.bin")
+
+    def __call__(self, _data: Path, _size: Size, steps: int, layers: int) -> list[float]:
+        write_weights(self.folder / LLMC_WEIGHTS, layers)
+        env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))}
+        child = subprocess.Popen(["stdbuf", "-oL", "./train_gpt2"], cwd=self.folder, env=env, stdout=subprocess.PIPE,
+                                 start_new_session=True)
+        times = []
+        try:
+            for line in child.stdout:
+                if found := STEP.match(line):
+                    times.append(float(found[1]))
+                if len(times) == steps:
+                    return times
+        finally:
+            common.stop_group(child)
+            child.stdout.close()
+        raise RuntimeError(f"llm.c's train_gpt2 ended after {len(times)} of {steps} steps")
+
+def write_weights(path: Path, layers: int) -> None:
+    """Random weights in llm.c's format, version 3: 256 int32, then fp32 tensors, those of all layers together."""
+    if path.is_file():
+        return
+    header = np.zeros(256, dtype="<i4")
+    header[:8] = 20240326, 3, CONTEXT, VOCAB, layers, HEADS, WIDTH, PADDED
+    d, random = WIDTH, np.random.default_rng(0)
+    inner = [(1, d), (0, d), (0.02, 3 * d * d), (0, 3 * d), (0.02, d * d), (0, d),  # first norm, attention
+             (1, d), (0, d), (0.02, 4 * d * d), (0, 4 * d), (0.02, 4 * d * d), (0, d)]  # second norm, MLP
+    tensors = [(0.02, PADDED * d), (0.02, CONTEXT * d), *((kind, layers * n) for kind, n in inner), (1, d), (0, d)]
+    with open(path, "wb") as file:
+        header.tofile(file)
+        for kind, count in tensors:
+            drawn = random.standard_normal(count, dtype=np.float32) * np.float32(0.02)
+            (np.full(count, kind, np.float32) if kind in (0, 1) else drawn).tofile(file)
+
+# --- The measurement
+
+def measure(programs: dict, data: Path, sizes, runs: int, steps: int, layers: int) -> dict:
+    """(size, program) -> tokens a second of each of its runs; the programs take turns."""
+    found = {}
+    for size in sizes:
+        for turn in range(runs):
+            for name, program in programs.items():
+                if name == "llm.c" and size != sizes[0]:
+                    continue
+                step_ms = median(program(data, size, steps, layers)[SKIPPED:])
+                found.setdefault((size, name), []).append(1000 * size.tokens / step_ms)
+                print(f"{size}, run {turn + 1}, {name}: {step_ms:,.0f} ms a step", flush=True)
+    return found
+
+def table(found: dict) -> str:
+    """Tokens a second by size and program, and ours over the program's in the same turn: median (range)."""
+    rows = []
+    for (size, name), rates in found.items():
+        ratios = [mine / rate for mine, rate in zip(found[size, "train_baseline.py"], rates, strict=True)]
+        rows.append([str(size), name, spread(rates, ".0f"), spread(ratios, ".2f")])
+    return common.markdown(["rows x tokens", "program", "tokens a second", "ours / it"], rows)
+
+def spread(values: list[float], form: str) -> str:
+    low, middle, high = (format(x, form) for x in (min(values), median(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+def anchors(args, command: str) -> int:
+    """The whole of `bench/cpu.py --anchors`; returns the exit code."""
+    common.warn_if_busy()
+    sizes, layers = (SIZES[:1], 2) if args.quick else (SIZES, LAYERS)
+    with tempfile.TemporaryDirectory() as tmp:
+        data = make_tokens(Path(tmp) / "random")
+        programs = {"train_baseline.py": ours, "transformers": transformers}
+        if args.llmc:
+            programs["llm.c"] = Llmc(args.llmc, Path(tmp) / "llmc", data)
+        found = measure(programs, data, sizes, args.runs, SKIPPED + args.steps, layers)
+    print(f"\n{table(found)}\n\n{command}; {os.cpu_count()} CPU cores")
+    if args.json:
+        common.write_json(args.json, {"command": command, "tokens_per_s": [
+            {"size": size, "program": name, "runs": rates} for (size, name), rates in found.items()]})
+    return 0
+
+if __name__ == "__main__":
+    worker(*sys.argv[1:])
