@@ -525,7 +525,7 @@ class RunFolder:
         state["settings"] = asdict(s)
         self.s, self.path, self.state = s, path, state
         self.kept, self.signals = state["step"], []  # 0: no checkpoint
-        self.whole, self.opened = True, time.perf_counter()  # False while a step changes the weights
+        self.whole, self.opened = True, time.perf_counter()  # False in a step
         path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(path)
 
