@@ -1260,7 +1260,6 @@ class RunLog:
         lines = (f"{name}: {'null' if x is None else x}" for name, x in result.items())
         self.print("\n".join(["---", *lines]))
 
-    # differs from train_gpt.py: no tracker
     def close(self):
         if self.lock:
             self.lock.close()

@@ -3703,13 +3703,15 @@ class RunLog:
             self.failed.add(name)
 
     def metric(self, **values):
-        """To metrics.jsonl and the tracker."""
+        """To metrics.jsonl and the tracker, which ends here: it may print, and the result comes last."""
         self.line(json.dumps(values), "metrics.jsonl")
         self.rows += [values] * ("event" not in values)
         self.track(values["step"], {k: v for k, v in values.items() if isinstance(v, int | float)})
+        if self.tracker and values.get("event") == "end":
+            self.tracker.finish()
 
     def track(self, step: int, numbers: dict):
-        if self.tracker is not None:
+        if self.tracker:
             self.tracker.log(step, numbers)
 
     def result(self, end: dict, config: dict):
@@ -3733,8 +3735,6 @@ class RunLog:
         self.print("\n".join(["---", *lines]))
 
     def close(self):
-        if self.tracker is not None:
-            self.tracker.finish()
         if self.lock:
             self.lock.close()
 
