@@ -3375,7 +3375,7 @@ class Run:
         return step % self.s.log_every == 0 or bool(unfitted or self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:
-        """The newest of the losses up to this step; tells all of a signal. TrainingStopped if not finite. Collective."""
+        """The newest loss up to this step; tells all of a signal. TrainingStopped if one is not finite. Collective."""
         numbers = F.pad(torch.stack(losses), (0, 1), value=float(self.stop_signal))
         with self.clock.paused() as ms:
             numbers = F.pad(numbers, (0, 1), value=0.0 if self.world.rank else ms)
