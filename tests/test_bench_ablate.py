@@ -398,5 +398,5 @@ def test_real_sweep_on_bytes_of_a_local_text(tmp_path, capsys, monkeypatch):
     assert {run["tokens"] for run in runs if run["length"] == 1} == {12 * 1024}
     assert all(run["step_s"] > -1 for run in runs if run["length"] == 1)
     readme = (out / "README.md").read_text()
-    assert "| 1 | " in readme and "books, fingerprint" in readme and "ngrams" in readme
+    assert "books, fingerprint" in readme and "ngrams" in readme
     assert {path.name for path in out.iterdir()} == {"runs.jsonl", "README.md"}  # logs are temporary
