@@ -1441,7 +1441,7 @@ def evaluate(model, stream: ValStream, s: Settings, world: World, window: int, b
 
 def bits_per_byte(loss: float, meta: dict) -> float | None:
     """Loss in nats per token -> bits per byte, by the val split's tokens per byte; None if not known."""
-    split = meta["splits"].get("val", {})
+    split = meta["splits"].get("val") or {}
     known = split.get("bytes") and split.get("tokens")
     return loss / math.log(2) * split["tokens"] / split["bytes"] if known else None
 
@@ -2647,7 +2647,7 @@ def open_corpus(name: str) -> Corpus:
             raise FileNotFoundError(f"no {split} shards in {folder}; make them with: {repair_command(folder)}")
     meta = read_data_meta(folder, shards["train"] + shards["val"])
     for split, paths in shards.items():
-        said, count = meta["splits"].get(split, {}).get("tokens"), sum(map(shard_length, paths))
+        said, count = (meta["splits"].get(split) or {}).get("tokens"), sum(map(shard_length, paths))
         if said not in (None, count):
             raise UserError(f"{folder / 'meta.json'} says {said} {split} tokens, the shards hold {count}; "
                             f"make them again with {repair_command(folder)}")

@@ -70,9 +70,10 @@ def ours(data: Path, size: Size, steps: int, layers: int) -> list[float]:
     return [event["step_ms"] for event in events if "step_ms" in event]
 
 def transformers(data: Path, size: Size, steps: int, layers: int) -> list[float]:
-    """In a process of its own, as ours: this file's `worker`."""
-    command = [sys.executable, str(Path(__file__)), str(data), *map(str, (*size, steps, layers))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """In a process of its own, as ours: `worker`."""
+    code = "import sys; from bench import anchors; anchors.worker(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(data), *map(str, (*size, steps, layers))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"transformers: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -189,6 +190,3 @@ def anchors(args, command: str) -> int:
         common.write_json(args.json, {"command": command, "tokens_per_s": [
             {"size": size, "program": name, "runs": rates} for (size, name), rates in found.items()]})
     return 0
-
-if __name__ == "__main__":
-    worker(*sys.argv[1:])

@@ -315,7 +315,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=1337, help="seed of the first run; the next ones count up from it")
     add("--quick", action="store_true", help="allow fewer than 3 runs, to try the benchmark out")
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
-    add("--anchors", action="store_true", help="tokens a second of GPT-2 124M instead (bench/anchors.py)")
+    add("--anchors", action="store_true", help="tokens a second of GPT-2 124M instead (see bench/anchors.py)")
     add("--llmc", type=Path, metavar="DIR", help="with --anchors: a checkout of llm.c")
     add("--steps", type=int, default=6, help="with --anchors: timed steps of a run (default: 6)")
     args = parser.parse_args(argv)

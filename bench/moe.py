@@ -132,7 +132,8 @@ def measure(job: Job, children: set) -> dict:
     where = common.about(config, job.fingerprint)
     if job.kind == "time":
         return where | {"ms": common.step_ms(events, config)}
-    curve = [(event["tokens"], event["val_loss"]) for event in events if {"val_loss", "tokens"} <= event.keys()]
+    curve = [(event["tokens"], event["val_loss"]) for event in events
+             if {"val_loss", "tokens"} <= event.keys() and "event" not in event]
     return where | {"val_loss": events[-1]["val_loss"], "tokens": curve[-1][0], "curve": curve}
 
 def execute(job: Job, children: set) -> dict:

@@ -118,6 +118,7 @@ def test_token_beyond_the_vocabulary_in_a_later_shard_keeps_what_was_trained(tmp
     (dict(eot=64), []),  # beyond the vocabulary
     (dict(splits=[]), ["cannot be read"]),
     (dict(splits={"train": 5}), ["cannot be read"]),
+    (dict(splits={"train": None, "val": {"tokens": 7}}), ["says 7 val tokens, the shards hold 500"]),
 ], ids=str)
 def test_meta_that_contradicts_the_shards_or_itself(change, words, tmp_path, fails):
     argv = tiny(tmp_path)

@@ -377,7 +377,7 @@ def test_help_needs_nothing(capsys):
 
 
 def test_real_sweep_on_bytes_of_a_local_text(tmp_path, capsys, monkeypatch):
-    """A technique that is added, two seeds, with the trainer itself and data made by data/fineweb.py."""
+    """A technique that is added, with the trainer itself and data made by data/fineweb.py."""
     monkeypatch.setitem(ablate.PROXIES, "bytes", ablate.PROXIES["bytes"]._replace(lengths=(1, 1.4)))
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -390,14 +390,13 @@ def test_real_sweep_on_bytes_of_a_local_text(tmp_path, capsys, monkeypatch):
     shared = ["--data", str(tmp_path / "books"), "--out", str(out), "--quick"]
     small = ["--", "--num-layers", "2", "--width", "32", "--head-dim", "16", "--value-embeds", "1", "--iterations",
              "12", "--batch-tokens", "512,1024,1536", "--eval-tokens", "512"]
-    assert ablate.main([*shared, "--only", "ngrams", "--seeds", "2", *small]) == 0, capsys.readouterr().err
+    assert ablate.main([*shared, "--only", "ngrams", "--seeds", "1", *small]) == 0, capsys.readouterr().err
     runs = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     assert [(run["seed"], run["technique"], run["length"]) for run in runs] == [
-        (seed, *run) for seed in range(2)
-        for run in (("proxy", 1), ("proxy", 1.4), ("ngrams", 1))]
-    assert len({run["val_loss"] for run in runs}) == 6 and all(0 < run["val_loss"] < 6 for run in runs)
+        (0, "proxy", 1), (0, "proxy", 1.4), (0, "ngrams", 1)]
+    assert len({run["val_loss"] for run in runs}) == 3 and all(0 < run["val_loss"] < 6 for run in runs)
     assert {run["tokens"] for run in runs if run["length"] == 1} == {12 * 1024}
     assert all(run["step_s"] > -1 for run in runs if run["length"] == 1)
     readme = (out / "README.md").read_text()
-    assert "| 2 | " in readme and "books, fingerprint" in readme and "ngrams" in readme
+    assert "books, fingerprint" in readme and "ngrams" in readme
     assert {path.name for path in out.iterdir()} == {"runs.jsonl", "README.md"}  # logs are temporary

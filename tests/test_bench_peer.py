@@ -334,7 +334,7 @@ def test_comparison_by_hand():
     (["--device", "cpu", "--swap", "no such text=>3"], "'no such text' is not in the peer's script"),
     (["--device", "cpu", "--vary", "lr=0.1"], "--vary lr=0.1: expected NAME=>VALUE"),
     (["--device", "cpu", "--work", str(ROOT / "kept")], "outside of the project"),
-    (["--device", "cpu", "--no-compile", "--width", "100"], "--width 100 must be a multiple"),
+    (["--device", "cpu", "--no-compile", "--width", "102"], "--width 102 must be a multiple"),
 ])
 def test_wrong_input_is_one_sentence(script, capsys, monkeypatch, extra, message):
     monkeypatch.setattr(train_gpt.torch.cuda, "is_available", lambda: False)

@@ -596,6 +596,6 @@ def test_bits_per_byte():
     assert train_gpt.bits_per_byte(math.log(2), meta) == pytest.approx(0.25)  # one bit a token, four bytes a token
     bytes_only = {"splits": {"val": {"tokens": 7, "bytes": 7}}}
     assert train_gpt.bits_per_byte(2 * math.log(256), bytes_only) == pytest.approx(16)
-    for split in ({"tokens": 500, "bytes": None}, {"bytes": 100}, {}):
+    for split in ({"tokens": 500, "bytes": None}, {"bytes": 100}, {}, None):
         assert train_gpt.bits_per_byte(1.0, {"splits": {"val": split}}) is None
     assert train_gpt.bits_per_byte(1.0, train_gpt.GPT2_META) is None
