@@ -241,8 +241,9 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
         preset = "cpu" if hardware["device"] != "cuda" else "gpt2" if wide else "gpu"
     tokens = given.pop("num_tokens", None)
     s = Settings(**PRESETS.get(preset, {}) | given | {"preset": preset})
-    s = s if tokens is None else replace(s, iterations=math.ceil(tokens / max(1, s.batch_tokens)))
+    s = s if tokens is None else replace(s, iterations=-(-tokens // max(1, s.batch_tokens)))
     problems = size_errors(s) or field_errors(s)
+    problems += ["--num_tokens, --iterations: give one"] * (tokens is not None and "iterations" in given)
     unread = {name: unread_without(s, name) for name in given}
     problems += [f"--{name}: has no effect without {other}" for name, other in unread.items() if other]
     for flag in [word for word in unknown if word.startswith("-")] or unknown:
@@ -480,8 +481,7 @@ def shard_length(path: Path) -> int:
 
 def open_shard(path: Path, vocab_size: int, most: int | None = None) -> np.ndarray:
     """The (first) tokens of a shard, in memory. Raises UserError as shard_length, or for an id past the vocabulary."""
-    count = shard_length(path)
-    count = min(count, most or count)
+    count = min(shard_length(path), most or math.inf)
     tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
     if len(tokens) < count:
         raise UserError(f"{path} became shorter while it was read")
@@ -1196,7 +1196,7 @@ class RunLog:
         self.main, self.lock = True, self.lock or lock_folder(self.folder)
         (self.folder / "result.json").unlink(missing_ok=True)
         if resumed_at is not None:
-            with contextlib.suppress(ValueError):  # none of a process that was killed
+            with contextlib.suppress(ValueError, LookupError, TypeError):
                 rows = read_json(self.folder / "metrics.json", {"metrics": []})["metrics"]
                 self.rows = [row for row in rows if row["step"] <= resumed_at]
             self.line(f"resumed after step {resumed_at}")
@@ -1260,7 +1260,6 @@ class RunLog:
         lines = (f"{name}: {'null' if x is None else x}" for name, x in result.items())
         self.print("\n".join(["---", *lines]))
 
-    # differs from train_gpt.py: no tracker
     def close(self):
         if self.lock:
             self.lock.close()
@@ -1288,13 +1287,12 @@ class Run:
         self.checkpoint, self.meta, self.changed = None, {}, {}
         self.lock, self.damaged, self.looking = None, [], False
         if s.resume:  # before a model is built that may be another
-            look = functools.partial(checkpoints_in, tell=lambda *_: None)  # _resume tells
-            for found in on_rank_zero(world, lambda: look(resume_place(s))[:1]):
+            known = on_rank_zero(world, lambda: checkpoints_in(resume_place(s), tell=lambda *_: None))
+            for found in known[:1]:
                 changed_settings(s, self.fingerprint, *found)
         self._set_progress()
         self.status = "done"  # or target, interrupted, nan, error
-        self.over = False  # the target is reached, or all ranks know of a signal
-        self.stop_signal, self.undo = 0, contextlib.ExitStack()
+        self.stop_signal, self.over, self.undo = 0, False, contextlib.ExitStack()  # over: all know of an end
 
     # differs from train_gpt.py: no loader
     def _set_progress(self):
@@ -1375,6 +1373,8 @@ class Run:
         folder = Path(s.log_dir) / s.experiment_name / run_id
         self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
         self.undo.callback(self.log.close)
+        for number in STOPS:  # signals are repeated
+            self.undo.callback(signal.signal, number, signal.getsignal(number))
         self.undo.push(self._end_record)
         resumed_at = self.meta.get("step")
         on_rank_zero(self.world, self.log.open, self.config, resumed_at, self.changed)
@@ -1389,7 +1389,7 @@ class Run:
         """The first step: 0, or the checkpoint's. From here on signals and errors save what is done."""
         for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+                signal.signal(number, self._on_signal)
         self.undo.push(self._on_error)
         return self.step
 
@@ -1464,8 +1464,7 @@ class Run:
         return step % self.s.log_every == 0 or bool(unfitted or self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:
-        """The newest of the losses of the steps up to this one; waits for the device, tells all ranks of a signal.
-        Raises TrainingStopped at the first loss that is not finite. Collective."""
+        """The newest loss up to this step; tells all of a signal. TrainingStopped if one is not finite. Collective."""
         numbers = F.pad(torch.stack(losses), (0, 1), value=float(self.stop_signal))
         with self.clock.paused() as ms:
             numbers = F.pad(numbers, (0, 1), value=0.0 if self.world.rank else ms)
@@ -1581,7 +1580,7 @@ class Run:
     # differs from train_gpt.py: save has no optimizer
     def save_best(self, step: int):
         """Under --save-best, after the best validation so far: a checkpoint, and ckpt_best, a link. Collective."""
-        if self.s.save_best and self.val_step == step and self.val_loss and self.val_loss < self.best_loss:
+        if self.s.save_best and self.val_step == step and self.val_loss and self.val_loss <= self.best_loss:
             self.best_loss, link = self.val_loss, self.log.folder / "ckpt_best"
             if self.save(step) and self.log.main:
                 try:
@@ -1595,7 +1594,8 @@ class Run:
         """The end of all logs, however the run ends."""
         if error:
             self.clock.wait = lambda: None  # what the device waits for may never come
-            self.status = "interrupted" if kind is KeyboardInterrupt else self.status.replace("done", "error")
+            known = re.sub("done|interrupted", "error", self.status)
+            self.status = "interrupted" if kind is KeyboardInterrupt else known
         ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
         target = (self.step, ms) if self.status == "target" else (None, None)
         end = dict(
@@ -1631,6 +1631,7 @@ def train(run: Run):
     losses = []  # of the steps since the last log line, on the device
     if run.validation_due(step):  # of a checkpoint whose own was cut short
         validate(run, compiled, step)
+    run.save_best(step)
     run.clock.start()
     while run.left and not run.over:
         at = run.at  # in the schedule; the step, but for --max-seconds
@@ -1732,8 +1733,7 @@ def main(argv: list[str] | None = None) -> int:
         if first:
             print("stopped before the first step", file=sys.stderr)
     except Exception as error:
-        told = explained(error)
-        if not told:
+        if not (told := explained(error)):
             raise
         if first or out_of_memory(error):
             print(printable(f"error: {told}"), file=sys.stderr)

@@ -1248,13 +1248,13 @@ class MuonAdamW:
     def blended(self):
         """Meanwhile the model has the weights that would count now: blended with their tail average, if any."""
         banks = [bank for bank in self.banks if bank.tail_share(*self.span)]
-        for bank in banks:
-            bank.blend()
         try:
+            for bank in banks:
+                bank.blend()
             yield
         finally:
             for bank in banks:
-                bank.use(bank.state.pop("raw"))
+                bank.use(bank.state.pop("raw", bank.state["master"]))
 
     def reset(self):
         """As before the first step, with the weights at hand."""
@@ -2242,10 +2242,10 @@ def changed_by(others: dict, s: Settings) -> Settings:
     """Settings, as the flags OTHERS of a command line change them."""
     if "m_sub_experts" in others:
         s = replace(s, num_experts=s.num_experts * others["m_sub_experts"])
-    if "num_tokens" in others:
+    if "num_tokens" in others and not size_errors(s) + field_errors(s):
         batches = s.batch_tokens if len(s.batch_tokens) == len(s.stage_ends) else s.batch_tokens[:1]
         batch = round((np.diff((0.0, *s.stage_ends)) * batches).sum())
-        s = replace(s, iterations=math.ceil(others["num_tokens"] / max(1, batch)))
+        s = replace(s, iterations=-(-others["num_tokens"] // max(1, batch)))
     return s
 
 class Hardware(NamedTuple):
@@ -2368,6 +2368,8 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
     others = {name: given.pop(name) for name in OTHERS if name in given}
     s = changed_by(others, Settings(**{**PRESETS.get(preset, {}), **given, "preset": preset}))
     problems = (too_large := size_errors(s)) or field_errors(s) + unread_errors(s, given)
+    both = "num_tokens" in others and "iterations" in given
+    problems += ["--num_tokens, --iterations: give one"] * both
     notes, auto = [f"preset {preset}: {'asked for' if wanted == preset else why}"], {}
     if not too_large:
         s = with_head_dim(s, given, hardware, world_size, notes)
@@ -2577,8 +2579,7 @@ def shard_length(path: Path) -> int:
 
 def open_shard(path: Path, vocab_size: int, most: int | None = None) -> np.ndarray:
     """The (first) tokens of a shard, in memory. Raises UserError as shard_length, or for an id past the vocabulary."""
-    count = shard_length(path)
-    count = min(count, most or count)
+    count = min(shard_length(path), most or math.inf)
     tokens = np.fromfile(path, dtype="<u2", count=count, offset=HEADER_BYTES)
     if len(tokens) < count:
         raise UserError(f"{path} became shorter while it was read")
@@ -2823,8 +2824,7 @@ def resume_place(s: Settings) -> Path:
     return Path(s.log_dir) / s.experiment_name if s.resume == "latest" else Path(s.resume)
 
 def find_checkpoint(place: Path, like: dict, num_shards: float) -> tuple[Path, dict, dict, list]:
-    """The newest checkpoint in a place, its meta.json and state; before it those that are told, as they are not built
-    like `like`, or damaged. Raises FileNotFoundError if none is left."""
+    """The newest checkpoint built like `like`, its meta.json, state; those told as damaged. Or FileNotFoundError."""
     found, damaged = checkpoints_in(place), []
     for path, meta in found:
         if path.parent != found[0][0].parent:
@@ -2973,7 +2973,7 @@ class RunLog:
             self.tracker = Tracker(s.tracker, self.folder, config, self.print)
         (self.folder / "result.json").unlink(missing_ok=True)
         if resumed_at is not None:
-            with contextlib.suppress(ValueError):  # none of a process that was killed
+            with contextlib.suppress(ValueError, LookupError, TypeError):
                 rows = read_json(self.folder / "metrics.json", {"metrics": []})["metrics"]
                 self.rows = [row for row in rows if row["step"] <= resumed_at]
             self.line(f"resumed after step {resumed_at}")
@@ -3016,13 +3016,15 @@ class RunLog:
             self.failed.add(name)
 
     def metric(self, **values):
-        """To metrics.jsonl and the tracker."""
+        """To metrics.jsonl and the tracker, which ends here: it may print, and the result comes last."""
         self.line(json.dumps(values), "metrics.jsonl")
         self.rows += [values] * ("event" not in values)
         self.track(values["step"], {k: v for k, v in values.items() if isinstance(v, int | float)})
+        if self.tracker and values.get("event") == "end":
+            self.tracker.finish()
 
     def track(self, step: int, numbers: dict):
-        if self.tracker is not None:
+        if self.tracker:
             self.tracker.log(step, numbers)
 
     def result(self, end: dict, config: dict):
@@ -3046,8 +3048,6 @@ class RunLog:
         self.print("\n".join(["---", *lines]))
 
     def close(self):
-        if self.tracker is not None:
-            self.tracker.finish()
         if self.lock:
             self.lock.close()
 
@@ -3112,7 +3112,7 @@ class Run:
         self.over = False  # the target is reached, or all ranks know of a signal
         self.stop_signal, self.first_step_s, self.profiler = 0, None, None
         self.compile_s, self.warm_graphs = 0.0, 0
-        self.flops, self.worked_ms = 0.0, 0.0  # as logged
+        self.flops = self.worked_ms = 0.0  # as logged
         self.undo = contextlib.ExitStack()
 
     def _set_progress(self):
@@ -3178,6 +3178,8 @@ class Run:
         folder = Path(s.log_dir) / s.experiment_name / run_id
         self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
         self.undo.callback(self.log.close)
+        for number in STOPS:  # signals are repeated
+            self.undo.callback(signal.signal, number, signal.getsignal(number))
         self.undo.push(self._end_record)
         resumed_at = self.meta.get("step")
         on_rank_zero(self.world, self.log.open, s, self.hardware, self.config, resumed_at, self.changed)
@@ -3212,7 +3214,8 @@ class Run:
         """The end of all logs, however the run ends."""
         if error:
             self.clock.wait = lambda: None  # what the device waits for may never come
-            self.status = "interrupted" if kind is KeyboardInterrupt else self.status.replace("done", "error")
+            known = re.sub("done|interrupted", "error", self.status)
+            self.status = "interrupted" if kind is KeyboardInterrupt else known
             self._log_failure(error)
         ms, loss, counts = self.clock.stop(), self.val_loss, self.counts
         target = (self.step, ms) if self.status == "target" else (None, None)
@@ -3222,7 +3225,7 @@ class Run:
             val_loss=loss, val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms,
             tokens=self.tokens, tokens_per_s=rate or None, params_total=counts["total"],
             params_active=counts["active"], peak_memory_mib=peak_memory_mib(self.s.device)[0],
-            mfu=model_flops_utilization(speed, self.flops, self.hardware.name, self.world.size),
+            mfu=model_flops_utilization(speed, self.flops, self.hardware.name, self.world.size) or None,
             first_step_s=self.first_step_s, compile_s=self.compile_s,
             target_step=target[0], target_time_ms=target[1])
         end |= {"error": explained(error) or repr(error)} if error else {}
@@ -3230,8 +3233,7 @@ class Run:
             self.log.result(end, self.config)
 
     def fits(self, attempt) -> bool:
-        """Whether `attempt`, of each process alone, goes well on all. Where memory lacks, micro_tokens are halved;
-        raises UserError if they cannot be, or for another process's error. Collective."""
+        """Whether `attempt` goes well on all. Lack of memory halves micro_tokens; else raises UserError. Collective."""
         failure = None
         try:
             attempt()
@@ -3276,7 +3278,7 @@ class Run:
         self.undo.callback(self.loader.close)
         for number in STOPS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                self.undo.callback(signal.signal, number, signal.signal(number, self._on_signal))
+                signal.signal(number, self._on_signal)
         if s.enable_profiling:
             profiler = make_profiler(s, self.world, self.log.folder / "profile")
             self.profiler = self.undo.enter_context(profiler)
@@ -3373,8 +3375,7 @@ class Run:
         return step % self.s.log_every == 0 or bool(unfitted or self.stop_signal and self.world.size == 1)
 
     def read_losses(self, losses: list[Tensor], step: int) -> float:
-        """The newest of the losses of the steps up to this one; waits for the device, tells all ranks of a signal.
-        Raises TrainingStopped at the first loss that is not finite. Collective."""
+        """The newest loss up to this step; tells all of a signal. TrainingStopped if one is not finite. Collective."""
         numbers = F.pad(torch.stack(losses), (0, 1), value=float(self.stop_signal))
         with self.clock.paused() as ms:
             numbers = F.pad(numbers, (0, 1), value=0.0 if self.world.rank else ms)
@@ -3477,7 +3478,7 @@ class Run:
 
     def save_best(self, step: int):
         """Under --save-best, after the best validation so far: a checkpoint, and ckpt_best, a link. Collective."""
-        if self.s.save_best and self.val_step == step and self.val_loss and self.val_loss < self.best_loss:
+        if self.s.save_best and self.val_step == step and self.val_loss and self.val_loss <= self.best_loss:
             self.best_loss, link = self.val_loss, self.log.folder / "ckpt_best"
             if self.save(step, self.optimizer) and self.log.main:
                 try:
@@ -3565,8 +3566,7 @@ def main(argv: list[str] | None = None) -> int:
         if first:
             print("stopped before the first step", file=sys.stderr)
     except Exception as error:
-        told = explained(error)
-        if not told:
+        if not (told := explained(error)):
             raise
         if first or out_of_memory(error):
             print(printable(f"error: {told}"), file=sys.stderr)

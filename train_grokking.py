@@ -524,9 +524,8 @@ class RunFolder:
     def __init__(self, s: Config, path: Path, state: dict):
         state["settings"] = asdict(s)
         self.s, self.path, self.state = s, path, state
-        self.kept = state["step"]  # of the newest checkpoint; 0: there is none
-        self.signals: list[int] = []
-        self.whole, self.opened = True, time.perf_counter()  # False while a step changes the weights
+        self.kept, self.signals = state["step"], []  # 0: no checkpoint
+        self.whole, self.opened = True, time.perf_counter()  # False in a step
         path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(path)
 
@@ -646,6 +645,7 @@ def train(s: Config, notes: list[str]) -> int:
     run = RunFolder(s, path.parent if path else Path(s.log_dir) / s.experiment_name / run_id, state)
     if path and load_checkpoint(s, [])[1]["saved"] != state["saved"]:
         raise UserError(f"{path.parent} has gone on meanwhile: give the command again")
+    (run.path / "result.json").unlink(missing_ok=True)
     with contextlib.ExitStack() as undo:
         undo.push(run.on_error)
         weights, moments, metrics = state["weights"], state["moments"], state["metrics"]

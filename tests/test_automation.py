@@ -42,6 +42,25 @@ def test_the_program_keeps_what_helps_by_result_json(tmp_path):
     assert len(results) == len(rows) - 1 and all(row.split("\t")[0] in results for row in rows[1:])
 
 
+def test_a_run_without_a_result_is_told_and_no_earlier_one_taken(tmp_path, monkeypatch):
+    """The second time the ideas have results of the first; one leaves none, as if it was killed."""
+    (tmp_path / "train_gpt.py").write_text("""import json, os, pathlib, sys
+name = sys.argv[sys.argv.index("--experiment_name") + 1]
+folder = pathlib.Path("logs", name, "run_" + os.environ["TURN"])
+folder.mkdir(parents=True)
+if "--adam-lr" in sys.argv and os.environ["TURN"] == "2":
+    os.kill(os.getpid(), 9)
+(folder / "result.json").write_text(json.dumps({"status": "done", "val_loss": 3.0}))
+""")
+    (tmp_path / "logger.py").touch()
+    (tmp_path / "loop.py").write_text(program())
+    for turn, told in (("1", "done, 3.0000"), ("2", "no result, exit code -9")):
+        monkeypatch.setenv("TURN", turn)
+        done = script("loop.py", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"--adam-lr 0.004: {told}: dropped" in done.stdout
+
+
 def test_the_page_names_every_key():
     table = PAGE.split("## Exit codes")[0]
     assert not {*RESULT, "error"} - {*re.findall(r"`(\w+)`", table)}

@@ -193,6 +193,22 @@ def test_scripts_are_bash():
         assert os.access(ROOT / name, os.X_OK)
 
 
+def test_no_link_of_somebodys_machine_is_tracked(tmp_path):
+    """A worktree's links to the virtual environment and to data: a clone would have them, broken, in the way."""
+    listed = execute("git", "ls-files", "--stage", cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("this is no git repository")
+    assert not [line for line in listed.stdout.splitlines() if line.startswith("120000")]
+    shutil.copy(ROOT / ".gitignore", tmp_path)
+    execute("git", "init", "--quiet", cwd=tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in (".venv", "data/stdlib"):
+        (tmp_path / name).symlink_to("elsewhere")
+    (tmp_path / "data" / "new.py").touch()
+    execute("git", "add", "--all", cwd=tmp_path)
+    assert execute("git", "ls-files", cwd=tmp_path).stdout.split() == [".gitignore", "data/new.py"]
+
+
 # --- Dockerfile
 
 

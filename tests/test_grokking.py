@@ -477,6 +477,17 @@ def test_other_names_of_flags(flag, name):
     assert getattr(parse_settings([flag, "7"])[0], name) == 7
 
 
+def test_a_resumed_run_has_no_result_until_its_end(tmp_path, monkeypatch):
+    def gone(*given):
+        raise KeyboardInterrupt
+    train(tmp_path)
+    assert list(tmp_path.rglob("result.json"))
+    monkeypatch.setattr(train_grokking, "train_step", gone)
+    with pytest.raises(KeyboardInterrupt):
+        train_grokking.main([*argv(tmp_path, iterations=48), "--resume"])
+    assert not list(tmp_path.rglob("result.json"))
+
+
 def test_a_run_ends_with_its_result(tmp_path, capsys):
     assert train_grokking.main(argv(tmp_path)) == 0
     (folder,) = (path.parent for path in tmp_path.rglob("result.json"))

@@ -296,3 +296,21 @@ def test_shapes_of_all_models_have_a_rule(tmp_path):
     averaged = optimizer.state_dict()["state"]["average"].keys()
     assert averaged == {name for name, _ in model.named_parameters() if share_of(name)}
     assert {*itertools.chain(averaged)} >= {"pointer.qk", "lm_head", "embed.weight", "blocks.0.attn.qkvo"}
+
+
+def test_a_signal_while_weights_are_blended_leaves_those_of_training(monkeypatch):
+    """`Run.look` raises InterruptedError wherever an evaluation is, its blending included; then comes a checkpoint."""
+    ramp, calls, blend = Ramp(), itertools.count(), train_gpt.Bank.blend
+    ramp.run(range(ITERATIONS))
+    before = ramp.optimizer.state_dict()
+
+    def broken(bank):
+        if next(calls) == 1:
+            raise InterruptedError
+        blend(bank)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(train_gpt.Bank, "blend", broken)
+        ramp.final()
+    assert next(calls) == 2
+    assert_same_state(flatten_state(ramp.optimizer.state_dict()), flatten_state(before))

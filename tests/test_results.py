@@ -160,6 +160,45 @@ def test_exit_codes(name, tmp_path):
     assert MODULES[name].main(argv) == 0 and MODULES[name].main([*argv, "--resume"]) == 0
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_a_signal_that_is_repeated_does_not_cost_the_result(name, tmp_path, capsys, monkeypatch):
+    """As torchrun and schedulers send it: also while the result is written."""
+    module = MODULES[name]
+    def result(self, end, config, result=module.RunLog.result):
+        signal.raise_signal(signal.SIGTERM)
+        result(self, end, config)
+    monkeypatch.setattr(module.RunLog, "result", result)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the run let go of the signal too early"))
+    try:
+        again = signal.getsignal(signal.SIGTERM)
+        assert module.main(tiny(name, tmp_path)) == 0 and signal.getsignal(signal.SIGTERM) is again
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert block(capsys.readouterr().out)["status"] == "done"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_run_that_could_not_save_at_a_signal_is_no_interrupted_one(name, tmp_path, monkeypatch):
+    module = MODULES[name]
+    def write(*given):
+        raise OSError("no space")
+    def due(self, step, *given, due=module.Run.log_due):
+        self.stop_signal = signal.SIGTERM
+        return due(self, step, *given)
+    monkeypatch.setattr(module, "write_checkpoint", write)
+    monkeypatch.setattr(module.Run, "log_due", due)
+    assert module.main(tiny(name, tmp_path)) == 1
+    assert result(tmp_path)["status"] == "error" and "no space" in result(tmp_path)["error"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_damaged_rows_of_before_cost_those_rows(name, tmp_path):
+    argv = tiny(name, tmp_path)
+    assert MODULES[name].main([*argv, "--target-loss", "100"]) == 0
+    (run_folder(tmp_path) / "metrics.json").write_text('{"metrics": [1, {"loss": 2}]}')
+    assert MODULES[name].main([*argv, "--resume"]) == 0 and result(tmp_path)["status"] == "done"
+
+
 # --- ckpt_best
 
 
@@ -198,6 +237,25 @@ def test_a_resumed_run_knows_the_best_before_it(tmp_path, monkeypatch):
     assert train_gpt.main([*argv, "--resume"]) == 0
     assert os.readlink(best).endswith("step_000008"), "2.5 after step 6 is not the best, 1.0 after step 8 is"
     assert 6 not in steps_saved(run_folder(tmp_path))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_process_killed_before_the_link_leaves_it_to_the_resumed_run(name, tmp_path, monkeypatch):
+    """The checkpoint is there, and knows that it is the best; ckpt_best names the one before."""
+    module, told = MODULES[name], iter([3.0, 2.0, 2.5])
+    log = module.Run.log_validation
+    monkeypatch.setattr(module.Run, "log_validation", lambda self, step, loss: log(self, step, next(told)))
+    argv = tiny(name, tmp_path, eval_every=2, iterations=6, save_best=True, save_last=False, keep=9)
+    with monkeypatch.context() as patch:
+        def link(path, target, link=train_gpt.Path.symlink_to):
+            if target.name == "step_000004":
+                raise KeyboardInterrupt
+            link(path, target)
+        patch.setattr(train_gpt.Path, "symlink_to", link)
+        assert module.main(argv) == 130
+    best = run_folder(tmp_path) / "ckpt_best"
+    assert module.main([*argv, "--resume"]) == 0
+    assert os.readlink(best) == os.path.join("checkpoints", "step_000004")
 
 
 def test_the_best_checkpoint_is_resumed_and_generates_by_its_link(tmp_path, capsys):

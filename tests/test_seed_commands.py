@@ -63,6 +63,21 @@ def test_num_tokens_of_stages_is_reached(monkeypatch):
         parse("--num_tokens", "0", monkeypatch=monkeypatch)
 
 
+@pytest.mark.parametrize("module", [train_gpt, train_moe, train_baseline], ids=lambda module: module.__name__)
+def test_two_lengths_of_training_are_told(module):
+    for name in ("--iterations", "--max_iters"):
+        with pytest.raises(module.UserError, match="--num_tokens, --iterations: give one"):
+            module.parse_settings(["--num_tokens", "1e6", name, "5"], 1)
+
+
+@pytest.mark.parametrize("argv, told", [
+    (["--stage-ends", "nan"], "--stage_ends"), (["--stage-ends", "0.5,inf"], "--stage_ends"),
+    (["--batch-tokens", "1" + "0" * 400], "--batch_tokens"), (["--num-tokens", "1" + "0" * 400], "--iterations")])
+def test_num_tokens_with_what_cannot_be_counted_is_a_sentence(argv, told):
+    with pytest.raises(UserError, match=told):
+        train_gpt.parse_settings(["--preset", "cpu", "--num-tokens", "1e6", *argv], 1)
+
+
 # --- a head size
 
 

@@ -30,6 +30,7 @@ class Told(types.ModuleType):
         self.logged.append((step, numbers))
 
     def finish(self):
+        print("what the package says")
         self.fail("finish")
         self.finished += 1
 
@@ -78,6 +79,15 @@ def test_a_tracker_that_fails_costs_no_run(call, tmp_path, stand_in, capsys):
     out = capsys.readouterr().out
     assert out.count(f"warning: --tracker trackio: {call} did not work; the run goes on without it\n") == 1
     assert out.count("warning") == 1 and records(run_folder(tmp_path))[-1]["status"] == "done"
+
+
+@pytest.mark.parametrize("broken", ["", "finish"])
+def test_the_result_comes_after_what_a_tracker_prints(broken, tmp_path, stand_in, capsys):
+    stand_in("trackio", broken=broken)
+    assert train_gpt.main(tiny(tmp_path, tracker="trackio")) == 0
+    before, result = capsys.readouterr().out.split("\n---\n")
+    assert "what the package says" in before and ("finish did not work" in before) == bool(broken)
+    assert [line.split(": ")[0] for line in result.splitlines()][::9] == ["status", "params"]
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
