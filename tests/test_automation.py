@@ -24,6 +24,8 @@ def test_the_program_keeps_what_helps_by_result_json(tmp_path):
     make_data(tmp_path / "mine")
     text, count = re.subn(r"(?m)^IDEAS = \[", 'IDEAS = ["--iterations 12", ', program())
     assert count == 1 and text.count("\n") == program().count("\n") <= 30
+    assert (long := "--batch-tokens 2048 --iterations 240") in text
+    text = text.replace(long, "--batch-tokens 64 --iterations 16")  # in seconds
     (tmp_path / "loop.py").write_text(text)
     common = {**SMALL, "data": tmp_path / "mine"}
     done = script("loop.py", *map(str, flags(**common)), cwd=tmp_path)

@@ -152,14 +152,16 @@ def accepted(script: str, subcommand: str = "") -> frozenset[str]:
 
 
 def commands(text: str) -> list[Command]:
-    """Calls of scripts in the code blocks; those after ` -- ` are the trainer's."""
-    found = []
+    """Calls of scripts in the code blocks, copies that a page makes as their originals; those after ` -- ` are the
+    trainer's."""
+    found, copies = [], {new: old for old, new in re.findall(r"\$ cp (\S+\.py) (\S+\.py)", text)}
     lines = [line for block in blocks(text) for line in block.splitlines()]
     calls = [part for line in lines for part in re.split(r"&&|;|\||\s#\s", line) if line.startswith("$ ")]
     for call in calls:
         if script := SCRIPT.search(call):
             own, _, handed = call[script.end():].partition(" -- ")
             file, words = script[1].removeprefix("./"), own.split()
+            file = copies.get(file, file)
             known = SUBCOMMANDS.get(file, "").split()
             subcommand = words[0] if words and words[0] in known else ""
             found.append(Command(file, subcommand, tuple(FLAG.findall(own))))
