@@ -316,7 +316,7 @@ class Stage(NamedTuple):
         most = max(1, s.micro_tokens // self.seq_len) if s.micro_tokens else math.inf
         return max(n for n in divisors(self.batch_tokens // self.seq_len // world_size) if n <= most)
 
-def micro_sizes(s: Settings, world_size: int) -> list[int]:
+def micro_sizes(s: Settings) -> list[int]:
     """Values to try for micro_tokens: its own, if any; a longest row, doubled as often as it pays; halves of that."""
     longest, own = max(s.seq_len), s.micro_tokens
     most = own - 1 if own else max(MICRO_TOKENS, longest)
@@ -2342,12 +2342,12 @@ def vocabulary(data: str) -> int:
 def fitted(s: Settings, hardware: Hardware, world_size: int) -> tuple[Settings, list[str], list[str]]:
     """Settings with the largest micro_tokens that fit, where that is open; notes on it; what would fit, if nothing."""
     def need(s: Settings, size: int = 0) -> float:
-        s = replace(s, micro_tokens=size or micro_sizes(s, world_size)[-1])
+        s = replace(s, micro_tokens=size or micro_sizes(s)[-1])
         with contextlib.suppress(RuntimeError):  # more bytes than a number holds
             return expected_memory(s, vocabulary(s.data), world_size) / 2**30
         return math.inf
 
-    sizes = [s.micro_tokens] if s.micro_tokens else micro_sizes(s, world_size)
+    sizes = [s.micro_tokens] if s.micro_tokens else micro_sizes(s)
     size = next((n for n in sizes if need(s, n) <= hardware.room), sizes[-1])
     told = f"{need(s, size):,.1f} GiB are expected, {hardware.name} has {hardware.memory_gib:.1f}"
     if need(s, size) > hardware.memory_gib:
@@ -3249,7 +3249,7 @@ class Run:
         if not failures:
             return True
         lacking, reason = min(failures)
-        smaller = micro_sizes(self.s, self.world.size)[1:]
+        smaller = micro_sizes(self.s)[1:]
         if not (lacking and smaller):
             raise UserError(reason)
         self.s = replace(self.s, micro_tokens=smaller[0])

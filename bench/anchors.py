@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench import common  # noqa: E402 - after the path
-from data.common import write_shard  # noqa: E402
+from data.common import load_shard, shard_path, write_shard  # noqa: E402
 
 VOCAB, PADDED, EOT, CONTEXT, LAYERS, HEADS, WIDTH = 50257, 50304, 50256, 1024, 12, 12, 768
 SKIPPED = 2  # first steps: memory is new
@@ -52,7 +52,7 @@ def make_tokens(folder: Path) -> Path:
     random = np.random.default_rng(0)
     splits = {"train": 200_000, "val": 4_096}
     for split, count in splits.items():
-        write_shard(folder / f"{folder.name}_{split}_000000.bin", random.integers(0, EOT, count).astype("<u2"))
+        write_shard(shard_path(folder, folder.name, split, 0), random.integers(0, EOT, count).astype("<u2"))
     said = {split: {"tokens": count} for split, count in splits.items()}
     common.write_json(folder / "meta.json", {
         "name": folder.name, "tokenizer": {"kind": "tiktoken", "name": "gpt2"}, "vocab_size": VOCAB, "eot": None,
@@ -88,7 +88,7 @@ def worker(data: str, *numbers: str) -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=layers, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1, fused=True)
     (shard,) = Path(data).glob("*_train_*.bin")
-    tokens = torch.from_numpy(np.fromfile(shard, dtype="<u2", offset=1024).astype(np.int64))
+    tokens = torch.from_numpy(load_shard(shard).astype(np.int64))
     times = []
     for step in range(steps):
         start = time.perf_counter()

@@ -178,7 +178,7 @@ def test_sums_of_micro_steps_lie_where_the_last_one_wants_them(script_):
 ])
 def test_sizes_to_try(changes, sizes):
     s = settings(**{**dict(seq_len=4096, batch_tokens=32768), **changes})
-    assert tg.micro_sizes(s, 1) == sizes
+    assert tg.micro_sizes(s) == sizes
 
 
 @pytest.mark.parametrize("word", ["auto", "0"])
