@@ -116,8 +116,10 @@ class Hyperparameters:
     route_scale: float = 0.0  # of gates; 0: their mean is about 1 [>=0; with num_experts]
     importance_coef: float = 0.01  # of CV^2 of summed gates [>=0; with router noisy_topk]
     load_coef: float = 0.01  # of CV^2 of expected tokens [>=0; with router noisy_topk]
-    aux_coef: float = 0.01  # of E * sum(share * mean score) [>=0; with router softmax_topk]
-    z_coef: float = 0.001  # of log-sum-exp^2 [>=0; with router noisy_topk|softmax_topk]
+    noise_end: float = 0.5  # fraction of the iterations, of its fading; 0: never [0..1; with router noisy_topk]
+    aux_coef: float = 0.01  # of E * sum(share * mean score) [>=0; with router noisy_topk|softmax_topk]
+    sequence_coef: float = 0.0  # of the same in each row [>=0; with router sigmoid_bias]
+    z_coef: float = 0.001  # of log-sum-exp^2 [>=0; with num_experts]
     bias_rate: float = 0.001  # bias's step against load [>=0; with router sigmoid_bias]
     bias_cooldown: float = 0.15  # last fraction, of its fall [0..1; with router sigmoid_bias]
     capacity_factor: float = 0.0  # most tokens / even share; 0: any [>=0; with num_experts]
@@ -186,9 +188,12 @@ class Hyperparameters:
     @property
     def penalties(self) -> dict[str, float]:
         """What keeps the router balanced, by its weight in the loss."""
+        weights = {"z": self.z_coef}
+        if self.router == "sigmoid_bias":
+            return {"sequence": self.sequence_coef} | weights
         if self.router == "noisy_topk":
-            return {"importance": self.importance_coef, "load": self.load_coef, "z": self.z_coef}
-        return {"switch": self.aux_coef, "z": self.z_coef} if self.router == "softmax_topk" else {}
+            weights |= {"importance": self.importance_coef, "load": self.load_coef}
+        return weights | {"switch": self.aux_coef}
 
     @property
     def gate_scale(self) -> float:
@@ -265,9 +270,11 @@ PRESETS["t4"] = PRESETS["gpu"] | dict(seq_len=(2048,), ngram_rows=2**18)
 # Kinds of mixtures; their active FLOPs are those of the dense model, within 1 %.
 MIXTURES: dict[str, dict] = {
     "mixtral": dict(num_experts=8, top_k=2, router="noisy_topk"),
-    "deepseek": dict(num_experts=64, top_k=6, num_shared=2, router="sigmoid_bias", dense_first=1),
+    "deepseek": dict(
+        num_experts=64, top_k=6, num_shared=2, router="sigmoid_bias", z_coef=0.0, dense_first=1),
     "speed": dict(
-        num_experts=8, top_k=1, num_shared=1, router="sigmoid_bias", dense_first=2, dense_last=2),
+        num_experts=8, top_k=1, num_shared=1, router="sigmoid_bias", z_coef=0.0, dense_first=2,
+        dense_last=2),
 }
 # What a kind has otherwise at a size: 360 steps need a quicker bias; what fits into 16 GB.
 SIZED: dict[str, dict] = {
@@ -627,12 +634,13 @@ DROP_PARTS = 8  # parts of a row by which dropped choices are counted
 NOISE_FLOOR = 0.01  # least std of noisy_topk's noise: chance_of_choice divides by it
 
 def named_sums(sums: Tensor, num_experts: int) -> dict[str, Tensor]:
-    """What a router sums over tokens, the last axis, by name. By expert: how often it was chosen, its gates
-    (noisy_topk) or share of the scores, its chance to be chosen under another noise (noisy_topk, else 0). Choices
-    dropped in each part of the row. Entropy of the scores, key of the last choice less that of the next, squared
-    log-sum-exp and mean square of the logits."""
-    sizes = {"chosen": num_experts, "importance": num_experts, "load": num_experts,
-             "dropped": DROP_PARTS, "entropy": 1, "margin": 1, "z": 1, "logit": 1}
+    """What a router sums over tokens, the last axis, by name. By expert: how often it was chosen, its share of the
+    scores; of noisy_topk, else 0, its gates and chance to be chosen under another noise. Choices dropped in each part
+    of the row. E * sum(share of choices * of scores) of a row, entropy of the scores, key of the last choice less that
+    of the next, squared log-sum-exp and mean square of the logits."""
+    experts = "chosen", "score", "importance", "load"
+    sizes = dict.fromkeys(experts, num_experts) | {"dropped": DROP_PARTS}
+    sizes |= dict.fromkeys(("sequence", "entropy", "margin", "z", "logit"), 1)
     return dict(zip(sizes, sums.split(list(sizes.values()), dim=-1), strict=True))
 
 def chance_of_choice(clean_NE, noise_std_NE, noisy_NE, top_NK, choices: int) -> Tensor:
@@ -681,9 +689,9 @@ class Router(NamedTuple):
     scale: float
     capacity: float
 
-    def __call__(self, x_BTD, weight_RD, bias_E, noise_BTE) -> Routing:
+    def __call__(self, x_BTD, weight_RD, bias_E, noise_BTE, noise_scale=1.0) -> Routing:
         """Routing of normed tokens. weight: (E, D) fp32, noisy_topk (2E, D), the second half for the noise's size;
-        bias: sigmoid_bias's, for the choice alone; noise: standard normal, None in evaluation."""
+        bias: sigmoid_bias's, for the choice alone; noise: standard normal, None in evaluation; its scale fades."""
         training, sigmoid = torch.is_grad_enabled(), self.kind == "sigmoid_bias"
         x_ND = x_BTD.flatten(0, 1)
         if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
@@ -693,7 +701,7 @@ class Router(NamedTuple):
         logits, *noise_logits = products.split(self.num_experts, dim=1)
         keys, noise_std = logits, None
         if noise_BTE is not None:
-            noise_std = F.softplus(noise_logits[0]) + NOISE_FLOOR
+            noise_std = F.softplus(noise_logits[0]) * noise_scale + NOISE_FLOOR
             keys = logits + noise_BTE.flatten(0, 1) * noise_std
         scores = torch.sigmoid(logits) if sigmoid else keys.softmax(-1)
         keys = scores + bias_E if sigmoid else keys
@@ -706,7 +714,7 @@ class Router(NamedTuple):
         if training and self.capacity:
             kept = self.kept(experts.view(*x_BTD.shape[:2], -1))
         if training:
-            sums = self.sums(logits, noise_std, keys, scores, top, experts, gates, kept)
+            sums = self.sums(logits, noise_std, keys, scores, top, experts, gates, kept, len(x_BTD))
         gates = gates * self.scale
         return Routing(experts, gates if kept is None else gates * kept.view_as(gates), sums)
 
@@ -718,12 +726,15 @@ class Router(NamedTuple):
         earlier = (chosen.cumsum(1) - chosen).gather(2, experts_BTK)
         return earlier < math.ceil(self.capacity * even)
 
-    def sums(self, logits, noise_std, keys, scores, top, experts_NK, gates_NK, kept_BTK) -> Tensor:
+    def sums(
+            self, logits, noise_std, keys, scores, top, experts_NK, gates_NK, kept_BTK, rows: int) -> Tensor:
         """The sums that named_sums names, (S,) fp32. Only what penalties read has a gradient: that of the entropy is
         infinite where a score underflows."""
-        chosen = among(experts_NK, self.num_experts).sum(0)
+        chosen_BE = among(experts_NK, self.num_experts).unflatten(0, (rows, -1)).sum(1)
         share = scores / scores.sum(-1, keepdim=True)
-        importance, load = share.sum(0), torch.zeros_like(share[0])
+        score_BE = share.unflatten(0, (rows, -1)).sum(1)
+        sequence = (chosen_BE * score_BE).sum() * self.num_experts * rows / experts_NK.numel()
+        importance, load = torch.zeros(2, self.num_experts, device=share.device)
         if noise_std is not None:
             importance = torch.zeros_like(share).scatter(1, experts_NK, gates_NK).sum(0)
             load = chance_of_choice(logits, noise_std, keys, top, self.choices).sum(0)
@@ -736,8 +747,9 @@ class Router(NamedTuple):
         margin = (top[:, self.choices - 1] - top[:, -1]).detach().sum()  # 0 if all are chosen
         z = logits.logsumexp(-1).square().sum()
         logit = (logits.detach().square() / self.num_experts).sum()
-        single = torch.stack((entropy, margin, z, logit))
-        return torch.cat((chosen.float(), importance, load, dropped, single))
+        single = torch.stack((sequence, entropy, margin, z, logit))
+        chosen = chosen_BE.sum(0).float()
+        return torch.cat((chosen, score_BE.sum(0), importance, load, dropped, single))
 
 class Mixture(nn.Module):
     """Feed-forward layer in which each token has some of many experts, and perhaps shared ones."""
@@ -956,7 +968,8 @@ class GPT(nn.Module):
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
         # number of the first row (candidate_turn); values that FP8 clipped; targets without a loss
         turn, saturated, left_out = torch.zeros(3, dtype=torch.int64)
-        buffers = dict(cos=cos, sin=sin, turn=turn, saturated=saturated, left_out=left_out)
+        buffers = dict(cos=cos, sin=sin, turn=turn, saturated=saturated, left_out=left_out,
+                       noise_scale=torch.ones(()))
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
 
@@ -1003,11 +1016,12 @@ class GPT(nn.Module):
         return x if self.backout is None else x - scalars[self.backout][-1] * outputs[self.backout]
 
     def router(self, mixture: int | None, noise_BMTE) -> tuple | None:
-        """What the router of a mixture is called with: weights, bias and noise."""
+        """What the router of a mixture is called with: weights, bias, noise and its scale."""
         if mixture is None:
             return None
         noise_BTE = None if noise_BMTE is None else noise_BMTE[:, mixture]
-        return self.routers[mixture] * self.router_scale, self.router_bias[mixture], noise_BTE
+        weight = self.routers[mixture] * self.router_scale
+        return weight, self.router_bias[mixture], noise_BTE, self.noise_scale
 
     def masks(self, docs_BT, window: Tensor) -> dict:
         """The mask of each kind of layer, made once per forward pass. A short window is half a long one."""
@@ -1692,14 +1706,15 @@ def penalty(name: str, weight: float, sums_MS, num_experts: int) -> tuple:
     """What makes routers balance, by sums per token: its value in each layer, 1 where all experts are equal, but for z;
     by which of the sums it has a slope; and weight * that slope. importance, load: 1 + CV^2 (Shazeer et al. 2017,
     arXiv 1701.06538); switch: E * sum_i f_i P_i (Fedus et al. 2021, arXiv 2101.03961), f_i the share of all choices,
-    without gradient; z: mean squared log-sum-exp (Zoph et al. 2022, arXiv 2202.08906)."""
+    without gradient; sequence: the mean of that over rows (DeepSeek-V3, arXiv 2412.19437); z: mean squared log-sum-exp
+    (Zoph et al. 2022, arXiv 2202.08906)."""
     sums = named_sums(sums_MS, num_experts)
-    if name == "z":
-        return sums["z"].squeeze(-1), "z", torch.full_like(sums["z"], weight)
+    if name in ("z", "sequence"):  # means over tokens, and rows
+        return sums[name].squeeze(-1), name, torch.full_like(sums[name], weight)
     total = sums["chosen" if name == "switch" else name].sum(-1, keepdim=True)
     if name == "switch":
-        value = num_experts * (sums["chosen"] / total * sums["importance"]).sum(-1)
-        return value, "importance", weight * num_experts * sums["chosen"] / total
+        value = num_experts * (sums["chosen"] / total * sums["score"]).sum(-1)
+        return value, "score", weight * num_experts * sums["chosen"] / total
     share = sums[name] / total
     square = share.square().sum(-1, keepdim=True)
     slope = weight * 2 * num_experts / total * (share - square)
@@ -1724,7 +1739,7 @@ class Balance:
     has the penalties' gradient for the whole batch, one step late, and needs one small all-reduce a step."""
     def __init__(self, model: nn.Module, s: Settings, world: World):
         self.s, self.world, self.bias = s, world, model.router_bias
-        self.size = len(self.bias), 3 * s.num_experts + DROP_PARTS + 4  # of the sums, (M, S)
+        self.size = len(self.bias), 4 * s.num_experts + DROP_PARTS + 5  # of the sums, (M, S)
         self.update_function = compiled(balance_update, s)
         self.generator = torch.Generator(s.device)
         self.reset()
@@ -1960,6 +1975,10 @@ def candidate_turn(s: Settings, stage: Stage, world: World, step: int, micro_ste
     rows, own = stage.batch_tokens // stage.seq_len, stage.micro_rows(s, world.size)
     return step * rows + (micro_step * world.size + world.rank) * own
 
+def noise_at(s: Settings, step: float) -> float:
+    """Factor on the noise of noisy_topk: it explores first, and costs loss for as long as it is there."""
+    return max(0.0, 1 - step / (s.noise_end * s.iterations)) if s.noise_end else 1.0
+
 def window_at(s: Settings, stages: list[Stage], step: float) -> int:
     """Long attention window of a step in tokens: linear within its stage, rounded up (13)."""
     stage = stage_at(stages, step)
@@ -2148,6 +2167,7 @@ def train(run: Run):
             model.candidates = candidates
             run.log.print(f"step {step + 1}: train losses are among {candidates or 'all'} classes")
         window.fill_(window_at(s, stages, at))
+        model.noise_scale.fill_(noise_at(s, at))
         weights = [w / stage.batch_tokens for w in future_weights(stages, at)]
         step_loss = torch.zeros((), device=s.device)
         for i, (inputs_BT, targets_BT, docs_BT) in enumerate(micro_steps):
