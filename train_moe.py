@@ -526,33 +526,58 @@ def arrange(experts_NK, num_experts: int, impl: str) -> Grouping:
     quarter = -(-len(g.order_R) // (64 * num_experts))
     return pad_groups(g, 16 * quarter if impl == "bmm" else LOOP_ROWS)
 
+def rows_of_tokens(x_ND, order_R, choices: int) -> Tensor:
+    """The token's row for each sorted one; of padding, any."""
+    return x_ND[(order_R // choices).clamp_max(len(x_ND) - 1)]
+
+def sums_of_tokens(y_RD, inverse_R, choices: int) -> Tensor:
+    """The sum of a token's sorted rows, (N, D): gathered, so without atomics."""
+    index_NK = inverse_R.unflatten(0, (-1, choices))
+    if y_RD.device.type == "cpu":
+        return F.embedding_bag(index_NK, y_RD, mode="sum")  # in one pass
+    return y_RD[index_NK].sum(1)
+
 class Spread(torch.autograd.Function):
-    """Rows of the tokens, sorted: (R, D). Backward gathers and adds up a token's: no atomics."""
+    """Rows of the tokens, sorted: (R, D)."""
     @staticmethod
     def forward(ctx, x_ND, order_R, inverse_R, choices: int) -> Tensor:
         ctx.save_for_backward(inverse_R)
         ctx.choices = choices
-        return x_ND[(order_R // choices).clamp_max(len(x_ND) - 1)]  # padding: any row
+        return rows_of_tokens(x_ND, order_R, choices)
 
     @staticmethod
     def backward(ctx, grad_RD):
         (inverse,) = ctx.saved_tensors
-        return grad_RD[inverse].unflatten(0, (-1, ctx.choices)).sum(1), None, None, None
+        return sums_of_tokens(grad_RD.contiguous(), inverse, ctx.choices), None, None, None
 
-class Collect(torch.autograd.Function):
-    """Sorted rows in the order of the choices, (N * K, D): a permutation, and backward its inverse."""
+class Combine(torch.autograd.Function):
+    """A token's sorted rows, summed: (N, D)."""
     @staticmethod
-    def forward(ctx, y_RD, order_R, inverse_R) -> Tensor:
+    def forward(ctx, y_RD, order_R, inverse_R, choices: int) -> Tensor:
         ctx.save_for_backward(order_R)
-        return y_RD[inverse_R]
+        ctx.choices = choices
+        return sums_of_tokens(y_RD, inverse_R, choices)
 
     @staticmethod
-    def backward(ctx, grad):
-        (order,) = ctx.saved_tensors
-        if len(order) == len(grad):
-            return grad[order], None, None
-        rows = grad[order.clamp_max(len(grad) - 1)]
-        return torch.where((order < len(grad))[:, None], rows, 0), None, None
+    def backward(ctx, grad_ND):
+        (order,) = ctx.saved_tensors  # padding gets gradients that GatedReLU2 multiplies by 0
+        return rows_of_tokens(grad_ND, order, ctx.choices), None, None, None
+
+class GatedReLU2(torch.autograd.Function):
+    """gate * relu(x)^2, (R, F), of sorted rows and gates by choice; 0 in padding, also the gradient of x."""
+    @staticmethod
+    def forward(ctx, x_RF, gates_C, order_R, inverse_R) -> Tensor:
+        gate_R1 = F.pad(gates_C, (0, 1))[order_R][:, None].type_as(x_RF)
+        root = torch.where(gate_R1 == 0, 0, x_RF).relu()
+        ctx.save_for_backward(root, gate_R1, inverse_R)
+        return root.square() * gate_R1
+
+    @staticmethod
+    def backward(ctx, grad_RF):
+        root, gate_R1, inverse = ctx.saved_tensors
+        slope_RF = grad_RF * root
+        gate_grad_R = (slope_RF * root).sum(1, dtype=torch.float32)
+        return slope_RF * (2 * gate_R1), gate_grad_R[inverse], None, None
 
 @expert_operator(
     "nanospeedrun_train_moe::loop", schema="(Tensor x, Tensor weight, Tensor ends) -> Tensor")
@@ -619,14 +644,15 @@ def expert_product(x_RD, weight_EDF, g: Grouping, impl: str) -> Tensor:
         return loop_product(x_RD, weight_EDF, g.ends_E)
     return block_product(x_RD.unflatten(0, (len(g.owner_GE), -1)), weight_EDF, g.owner_GE).flatten(0, 1)
 
-def expert_mlp(x_ND, up_EDF, down_EFD, experts_NK, impl: str) -> Tensor:
-    """relu(x @ up[e])^2 @ down[e] for each expert e that a token has chosen, (N, K, D)."""
+def expert_mlp(x_ND, up_EDF, down_EFD, gates_NK, experts_NK, impl: str) -> Tensor:
+    """The sum of gate * relu(x @ up[e])^2 @ down[e] over the experts e that a token has chosen, (N, D)."""
     choices = experts_NK.size(1)
     g = arrange(experts_NK, len(up_EDF), impl)
     x_RD = Spread.apply(x_ND, g.order_R, g.inverse_R, choices)
-    post_RF = expert_product(x_RD, up_EDF, g, impl).relu().square()
+    pre_RF = expert_product(x_RD, up_EDF, g, impl)
+    post_RF = GatedReLU2.apply(pre_RF, gates_NK.flatten(), g.order_R, g.inverse_R)
     y_RD = expert_product(post_RF, down_EFD, g, impl)
-    return Collect.apply(y_RD, g.order_R, g.inverse_R).unflatten(0, (-1, choices))
+    return Combine.apply(y_RD, g.order_R, g.inverse_R, choices)
 
 # ┌─ Routers ────────────────────────────────────────────────────────────────────────────────────┐
 ROUTER_STD = 0.01  # of the routers' initial weights
@@ -765,12 +791,11 @@ class Mixture(nn.Module):
         self.shared = MLP(s, shared) if shared else None
 
     def forward(self, x_BTD, router: tuple) -> tuple:
-        """Output and sums. Gates are applied after the experts: before, ReLU^2 would square them."""
+        """Output and sums. Gates are applied after ReLU^2, which would square them."""
         shared = self.shared(x_BTD) if self.shared is not None else None
         experts, gates, sums = self.router(x_BTD, *router)
         weights = self.experts_up, self.experts_down
-        y_NKD = expert_mlp(x_BTD.flatten(0, 1), *weights, experts, self.impl)
-        y = (y_NKD * gates[..., None]).sum(1).type_as(x_BTD).view_as(x_BTD)
+        y = expert_mlp(x_BTD.flatten(0, 1), *weights, gates, experts, self.impl).view_as(x_BTD)
         return y if shared is None else y + shared, sums
 
 # ┌─ Model ──────────────────────────────────────────────────────────────────────────────────────┐
@@ -2590,11 +2615,24 @@ differentiable(
     quantized_linear, lambda grad, x, weight: (grad @ weight, grad.T @ x), lambda x, _: (x[:2], ()))
 quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
+class ReLUSquared(torch.autograd.Function):
+    """relu(x)^2, equal to the bit; only the root is kept, and backward takes two passes instead of four."""
+    @staticmethod
+    def forward(ctx, x) -> Tensor:
+        root = x.relu()
+        ctx.save_for_backward(root)
+        return root.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (root,) = ctx.saved_tensors
+        return grad * root * 2
+
 def mlp_relu2(x_ND, up_FD, down_FD, kernel: bool, fp8: bool) -> Tensor:
     """relu(x @ up.T)^2 @ down, (N, D): plain, fused, or with the up-projection in FP8."""
     if kernel and not fp8:
         return fused_mlp(x_ND, up_FD, down_FD)[0]
-    return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
+    return ReLUSquared.apply((fp8_linear if fp8 else F.linear)(x_ND, up_FD)) @ down_FD
 
 def fp8_linear(x_ND, weight_FD) -> Tensor:
     """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact. Quantized outside the operator,
