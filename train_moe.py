@@ -116,7 +116,7 @@ class Hyperparameters:
     route_scale: float = 0.0  # of gates; 0: their mean is about 1 [>=0; with num_experts]
     importance_coef: float = 0.01  # of CV^2 of summed gates [>=0; with router noisy_topk]
     load_coef: float = 0.01  # of CV^2 of expected tokens [>=0; with router noisy_topk]
-    noise_end: float = 0.5  # fraction of the iterations, of its fading; 0: never [0..1; with router noisy_topk]
+    noise_end: float = 0.25  # fraction of the iterations, of its fading; 0: never [0..1; with router noisy_topk]
     aux_coef: float = 0.01  # of E * sum(share * mean score) [>=0; with router noisy_topk|softmax_topk]
     sequence_coef: float = 0.0  # of the same in each row [>=0; with router sigmoid_bias]
     z_coef: float = 0.001  # of log-sum-exp^2 [>=0; with num_experts]
@@ -125,7 +125,7 @@ class Hyperparameters:
     capacity_factor: float = 0.0  # most tokens / even share; 0: any [>=0; with num_experts]
     moe_impl: str = "auto"  # [auto|grouped|bmm|loop; with num_experts; free on resume]
     router_every: int = 50  # least steps of a report [>0; with num_experts; free on resume]
-    expert_lr: float = 1.0  # factor on the rate of experts [>0; with num_experts]
+    expert_lr: float = 0.7  # factor on the rate of experts [>0; with num_experts]
     router_lr: float = 0.005  # learning rate of the routers, AdamW [>=0; with num_experts]
     # --- width transfer: rates tuned at a small width serve a large one (muP)
     mup: bool = False  # scale rates, decay, epsilon and logits from base_width to width
