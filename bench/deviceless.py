@@ -5,18 +5,12 @@
     python bench/deviceless.py --script PATH/train.py --steps 2 --out public   # any script of one file
     python bench/deviceless.py --compare try public                            # reports side by side
 
-Needs a CUDA build of torch (Linux, any machine: `pip install torch numpy`, 5.5 GB) and a C compiler. A script of this
-project runs its own `train`, with a stand-in for its SERVICE; another one as it is until it has made --steps steps.
-
-It starts itself again under a stub of the CUDA driver; tensors on the card are FakeTensors, without memory or numbers.
-Dynamo, AOTAutograd, Inductor, Triton and ptxas are the real ones, for the card's architecture. Bytes and FLOPs come
-from the tensors of every kernel, library call and collective; memory from the birth and death of storages. Numbers are
-made up: .item() is 1 or 0. Times are a roofline, an ESTIMATE: docs/gpu.md says how far off.
+Needs a CUDA build of torch and a C compiler. The compilers are the real ones, for the card's architecture; tensors on
+the card are FakeTensors, without memory or numbers. Times are a roofline, an ESTIMATE. docs/gpu.md says more.
 """
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -36,7 +30,7 @@ import tempfile
 import time
 import traceback
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -52,8 +46,7 @@ from bench import common  # noqa: E402 - after the path
 # Facts of NVIDIA's data sheets and white papers. name: as torch.cuda tells it; processors: streaming multiprocessors;
 # memory: GiB that a process finds; bandwidth: GB/s; bf16 (of the T4 fp16), fp8, fp32: dense TFLOP/s, fp32 without
 # tensor cores; shared: KiB that a block may have; link: GB/s to other cards, each direction; l2: MiB
-Card = collections.namedtuple("Card", """name capability processors memory bandwidth
-                              bf16 fp8 fp32 shared link l2""")
+Card = namedtuple("Card", "name capability processors memory bandwidth bf16 fp8 fp32 shared link l2")
 CARDS = {
     "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 79.2, 3350, 989, 1979, 67, 227, 450, 50),
     "h200": Card("NVIDIA H200", (9, 0), 132, 139.8, 4800, 989, 1979, 67, 227, 450, 50),
@@ -71,9 +64,7 @@ LAUNCH_US, KERNEL_US, SEND_US = 6.0, 2.0, 20.0
 def roofline(card: Card, size: float, flops: float, itemsize: int = 2) -> dict[str, float]:
     """A kernel that moves `size` bytes and multiplies numbers of `itemsize`: what memory and arithmetic alone would
     take, and `us`, whichever is more, if it is not too short."""
-    peak = card.fp32 if itemsize > 2 else card.bf16
-    if itemsize == 1 and card.fp8:
-        peak = card.fp8
+    peak = {1: card.fp8 or card.bf16, 2: card.bf16}.get(itemsize, card.fp32)
     memory, compute = size / card.bandwidth / 1e3, flops / peak / 1e6
     most = max(KERNEL_US, memory, compute)
     return dict(launches=1, bytes=size, flops=flops, memory_us=memory, compute_us=compute, us=most)
@@ -123,7 +114,7 @@ class Watch:
 
     def new_step(self) -> SimpleNamespace:
         """Work by phase, graph and kernel; time by phase, µs; collectives; waits of the host."""
-        work = collections.defaultdict(Counter)
+        work = defaultdict(Counter)
         return SimpleNamespace(work=work, spent=Counter(), sent=[], waits=Counter())
 
     @property
@@ -556,7 +547,7 @@ def run_ours(path: Path, watch: Watch, args: argparse.Namespace):
     stage = stages[args.stage - 1] if args.stage else largest
     module.stage_table = lambda _: [stage]
     # what a query sees in the mean of all layers, as the script counts FLOPs
-    bare, nothing = dataclasses.replace(s, pointer=0, qk_dim=0), collections.defaultdict(int)
+    bare, nothing = dataclasses.replace(s, pointer=0, qk_dim=0), defaultdict(int)
     flops = module.flops_per_token(bare, nothing, stage._replace(candidates=0))
     layers = [layer for layer in module.layer_table(s) if layer.attention != "-"]
     watch.keys = flops / (12.0 * s.width * len(layers))
@@ -609,7 +600,7 @@ def numbers(work: Counter) -> dict:
 
 def summed(watch: Watch, place: int) -> dict[str, Counter]:
     """A training step's work by phase (0) or kernel (2)."""
-    found = collections.defaultdict(Counter)
+    found = defaultdict(Counter)
     for key, work in watch.done.work.items():
         if key[0] in PHASES[1:4]:
             found[key[place][:60]].update(work)
