@@ -5,8 +5,8 @@
     python bench/deviceless.py --script PATH/train.py --steps 2 --out public   # any script of one file
     python bench/deviceless.py --compare try public                            # reports side by side
 
-Needs a CUDA build of torch and a C compiler. The compilers are the real ones, for the card's architecture; tensors on
-the card are FakeTensors, without memory or numbers. Times are a roofline, an ESTIMATE. docs/gpu.md says more.
+Needs a CUDA build of torch and a C compiler. Compilers are the real ones; tensors on the card are fake, without memory
+or numbers. Times are a roofline, an ESTIMATE. docs/gpu.md says more.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import logging
@@ -26,11 +26,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import weakref
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -41,26 +40,14 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench import common  # noqa: E402 - after the path
+from bench.cards import CARDS, INSIDE, Card, answer, pretend, restart  # noqa: E402
 
-# --- Cards
-
-# Facts of NVIDIA's data sheets and white papers. name: as torch.cuda tells it; processors: streaming multiprocessors;
-# memory: GiB that a process finds; bandwidth: GB/s; bf16 (of the T4 fp16), fp8, fp32: dense TFLOP/s, fp32 without
-# tensor cores; shared: KiB that a block may have; link: GB/s to other cards, each direction; l2: MiB
-Card = namedtuple("Card", "name capability processors memory bandwidth bf16 fp8 fp32 shared link l2")
-CARDS = {
-    "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 79.2, 3350, 989, 1979, 67, 227, 450, 50),
-    "h200": Card("NVIDIA H200", (9, 0), 132, 139.8, 4800, 989, 1979, 67, 227, 450, 50),
-    "a100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 108, 79.2, 2039, 312, 0, 19.5, 163, 300, 40),
-    "b200": Card("NVIDIA B200", (10, 0), 148, 178.4, 8000, 2250, 4500, 80, 227, 900, 126),
-    "4090": Card("NVIDIA GeForce RTX 4090", (8, 9), 128, 23.5, 1008, 165.2, 330.3, 82.6, 99, 32, 72),
-    "4080": Card("NVIDIA GeForce RTX 4080", (8, 9), 76, 15.6, 716.8, 97.5, 194.9, 48.7, 99, 32, 64),
-    "3090": Card("NVIDIA GeForce RTX 3090", (8, 6), 82, 23.5, 936, 71, 0, 35.6, 99, 32, 6),
-    "t4": Card("Tesla T4", (7, 5), 40, 14.6, 320, 65, 0, 8.1, 64, 16, 4),
-}
 VOCAB = 50257
+CONFIGS = {"first": 1, "all": None, "none": 0}  # how many of a kernel's become machine code
 # Assumed: the host's time of a launch, the shortest kernel, the least collective.
 LAUNCH_US, KERNEL_US, SEND_US = 6.0, 2.0, 20.0
+
+# --- Bytes, FLOPs and the time that they need
 
 def roofline(card: Card, size: float, flops: float, itemsize: int = 2) -> dict[str, float]:
     """A kernel that moves `size` bytes and multiplies numbers of `itemsize`. us: what memory or arithmetic alone would
@@ -68,8 +55,6 @@ def roofline(card: Card, size: float, flops: float, itemsize: int = 2) -> dict[s
     peak = {1: card.fp8 or card.bf16, 2: card.bf16}.get(itemsize, card.fp32)
     us = max(KERNEL_US, size / card.bandwidth / 1e3, flops / peak / 1e6)
     return dict(launches=1, bytes=size, flops=flops, us=us)
-
-# --- Bytes and FLOPs
 
 def nbytes(x) -> int:
     """Of a tensor's elements; of an expanded one its storage."""
@@ -174,7 +159,7 @@ class Watch:
     def host_waits(self, why: str):
         """The host waits for the device; noted with the line of the script."""
         phase, stack = self.enter(), traceback.extract_stack()
-        place = [f for f in stack if "/torch/" not in f.filename and f.filename != __file__][-1]
+        place = [f for f in stack if "/torch/" not in f.filename and Path(f.filename).parent != ROOT / "bench"][-1]
         self.step.waits[f"{why}, {phase}, {Path(place.filename).name}:{place.lineno}"] += 1
         self.host = self.now
 
@@ -231,73 +216,7 @@ class Handle:
     def get_future(self) -> Handle:
         return self
 
-# --- The card that is not there
-
-OFF = """TORCHINDUCTOR_FX_GRAPH_CACHE TORCHINDUCTOR_AUTOGRAD_CACHE TORCH_COMPILE_DYNAMO_PGO
-TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER TORCHINDUCTOR_USE_STATIC_TRITON_LAUNCHER"""
-CONFIGS = {"first": 1, "all": None, "none": 0}
-INSIDE = "NANOSPEEDRUN_DEVICELESS"  # the stub's folder, where it is loaded
-
-def restart(args: argparse.Namespace, flags: list[str]):
-    """This program once more, in the same process, under the stub."""
-    scratch, card = tempfile.mkdtemp(prefix="deviceless-"), CARDS[args.card]
-    library, (major, minor) = f"{scratch}/libcuda.so.1", card.capability
-    facts = f"-DBYTES={int(card.memory * 2**30)}ull -DMAJOR={major} -DMINOR={minor}"
-    command = f"cc -w -shared -fPIC -Wl,-soname,libcuda.so.1 {facts} -o {library} {ROOT}/bench/deviceless.c"
-    subprocess.run(shlex.split(command), check=True)
-    env = os.environ | dict.fromkeys(OFF.split(), "0") | {
-        INSIDE: scratch, "LD_PRELOAD": library, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(args.world),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
-        "TRITON_CACHE_DIR": str(args.cache or f"{scratch}/triton")}
-    os.execve(sys.executable, [sys.executable, __file__, *flags], env)
-
-def answer(place, **values):
-    """Functions of a module that give fixed values."""
-    for name, value in values.items():
-        setattr(place, name, lambda *_, value=value, **__: value)
-
-def pretend(watch: Watch):
-    """torch.cuda as on the card; what would talk to a driver does nothing."""
-    from torch._dynamo.device_interface import CudaInterface
-    card, (major, minor) = watch.card, watch.card.capability
-    size = int(card.memory * 2**30)
-    threads = {(8, 9): 1536, (8, 6): 1536, (7, 5): 1024}.get(card.capability, 2048)
-    properties = SimpleNamespace(
-        name=card.name, major=major, minor=minor, total_memory=size, warp_size=32, uuid="stub",
-        multi_processor_count=card.processors, regs_per_multiprocessor=65536, max_threads_per_block=1024,
-        max_threads_per_multi_processor=threads, shared_memory_per_block=49152,
-        shared_memory_per_block_optin=card.shared << 10, L2_cache_size=card.l2 << 20,
-        shared_memory_per_multiprocessor=(card.shared + 1) << 10)
-    zero = """_lazy_init synchronize manual_seed manual_seed_all set_rng_state set_rng_state_all
-    empty_cache set_device reset_peak_memory_stats max_memory_allocated max_memory_reserved
-    memory_allocated memory_reserved current_device"""
-    answer(torch.cuda, **dict.fromkeys(zero.split(), 0), is_available=True, is_initialized=True,
-           device_count=1, get_device_properties=properties,
-           get_device_capability=card.capability, get_device_name=card.name, mem_get_info=(size, size),
-           is_bf16_supported=major >= 8, is_current_stream_capturing=False, get_rng_state_all=[],
-           get_rng_state=torch.zeros(16, dtype=torch.uint8))
-    answer(CudaInterface, current_device=0, device_count=1, get_device_properties=properties,
-           synchronize=None, is_bf16_supported=major >= 8)
-    answer(CudaInterface.Worker, get_device_properties=properties)
-    answer(torch._subclasses.fake_tensor, init_gpu_context=None)
-    torch.autograd.set_multithreading_enabled(False)  # backward in the calling thread
-
-def let_in(watch: Watch):
-    """What a script asks of tensors outside a compiled function, of fake ones, too."""
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor is made on the CPU, and copied
-    torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT = 0  # and compilers do not copy it themselves
-    FakeTensor.__format__ = lambda x, form: format(x.item(), form)
-    FakeTensor.data_ptr = lambda x: 0
-    convert = torch.nn.Module._apply
-
-    def apply(module, *args, **options):
-        before = dict(module._parameters)
-        convert(module, *args, **options)
-        for name, x in before.items():
-            if x is not None:  # another one on the card; what hangs on it stays there
-                vars(module._parameters[name]).update(vars(x))
-        return module
-    torch.nn.Module._apply = apply
+# --- What runs, and what it tells
 
 def stood_in(watch: Watch, name: str, args: tuple, options: dict):
     """What an operation gives that depends on numbers, or brings them to the CPU. None for another one."""
@@ -386,8 +305,8 @@ def watch_triton(watch: Watch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
-    major, minor = watch.card.capability
-    driver = SimpleNamespace(utils=SimpleNamespace(get_device_properties=lambda device: {}))
+    driver, (major, minor) = SimpleNamespace(utils=SimpleNamespace()), watch.card.capability
+    answer(driver.utils, get_device_properties={})
     answer(driver, get_current_target=GPUTarget("cuda", 10 * major + minor, 32), get_current_device=0,
            get_current_stream=0, set_current_device=None, get_active_torch_device=torch.device("cuda", 0),
            get_device_interface=torch.cuda, is_active=True)
@@ -535,7 +454,8 @@ def run_ours(path: Path, watch: Watch, args: argparse.Namespace):
 def study(args: argparse.Namespace, path: Path, command: str):
     """The run, in the process that has the stub; ends it."""
     watch, errors = Watch(CARDS[args.card], args.world), []
-    for prepare in (pretend, let_in, watch_triton, watch_recompilations, watch_collectives):
+    pretend(watch.card)
+    for prepare in (watch_triton, watch_recompilations, watch_collectives):
         prepare(watch)
     watch_tuners(watch, CONFIGS[args.configs])
     mode = make_mode(watch)
@@ -606,17 +526,16 @@ def result(watch: Watch, about: dict, errors: list[str]) -> dict:
     """What report.json holds: facts, a summary, tables."""
     card, step, work = watch.card, watch.done, sum(by_phase(watch.done).values(), Counter())
     sent = sum(row["bytes"] for row in step.sent if row["begins in"] != "evaluation")
-    last = [graph for graph in watch.graphs if graph.row["steps before"] == watch.count - 1]
-    peak, us = max(watch.peaks.values()) / 2**30, sum(step.spent[name] for name in PHASES[1:4])
+    peak, ms = max(watch.peaks.values()) / 2**30, round(sum(step.spent[name] for name in PHASES[1:4]) / 1e3, 2)
     summary = {
         "script": about["script"], "card": card.name, "steps": watch.count, "graphs": len(watch.graphs),
-        "of them in the last step": len(last), "peak GiB": round(peak, 2), **numbers(work),
-        "MB sent": round(sent / 1e6), "ms of a step (estimate)": round(us / 1e3, 2)}
-    assumed = (f"{card.bandwidth:g} GB/s, {card.bf16:g} TFLOP/s in bf16, {card.fp8:g} in FP8, "
-               f"{card.link:g} GB/s between cards, {LAUNCH_US:g} µs of the host for a launch, "
-               f"a kernel at least {KERNEL_US:g} µs; a query sees {watch.keys:.1f} keys")
-    said = (f"Compiles: {'**no**' if errors else 'yes'}. Fits: {'yes' if peak < card.memory else '**no**'}, "
-            f"{peak:.2f} of {card.memory} GiB. Estimates with {assumed}.")
+        "of them in the last step": sum(graph.row["steps before"] == watch.count - 1 for graph in watch.graphs),
+        "peak GiB": round(peak, 2), "MB sent": round(sent / 1e6), **numbers(work), "ms of a step (estimate)": ms}
+    said = (f"Rank 0 of {about['world']}, torch {about['torch']}, {about['date']}; no GPU was used.\n\n"
+            f"Compiles: {'**no**' if errors else 'yes'}. Fits: {'yes' if peak < card.memory else '**no**'}, "
+            f"{peak:.2f} of {card.memory} GiB. Estimates with {card.bandwidth:g} GB/s, {card.bf16:g} TFLOP/s in bf16, "
+            f"{card.fp8:g} in FP8, {card.link:g} GB/s between cards, {LAUNCH_US:g} µs of the host for a launch, "
+            f"a kernel at least {KERNEL_US:g} µs; a query sees {watch.keys:.1f} keys.")
     return about | {"said": said, "errors": errors, "summary": summary, "tables": tables_of(watch)}
 
 def table(rows: list[dict]) -> str:
@@ -624,8 +543,7 @@ def table(rows: list[dict]) -> str:
 
 def report(r: dict) -> str:
     """The text, in Markdown."""
-    about = f"Rank 0 of {r['world']}, torch {r['torch']}, {r['date']}; no GPU was used."
-    parts = [f"# {r['script']} {r['flags']}", about, r["said"], table([r["summary"]]), *r["errors"]]
+    parts = [f"# {r['script']} {r['flags']}", r["said"], table([r["summary"]]), *r["errors"]]
     parts += [f"## {title}\n\n{table(rows)}" for title, rows in r["tables"].items()]
     return "\n\n".join(parts) + "\n"
 
@@ -661,8 +579,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--world", type=int, default=1, metavar="N", help="processes; this is the first (default: 1)")
     add("--stage", type=int, default=0, metavar="N", help="from 1 on; 0: the largest (default)")
     add("--steps", type=int, default=2, metavar="N", help="steps to make (default: 2)")
-    add("--configs", default="first", choices=CONFIGS,
-        help="configurations of a kernel that become machine code (default: %(default)s)")
+    add("--configs", default="first", choices=CONFIGS, help="of a kernel, that become machine code (default: first)")
     add("--out", type=Path, default=Path("deviceless"), metavar="FOLDER", help="default: %(default)s")
     add("--cache", type=Path, metavar="FOLDER", help="keeps machine code between runs")
     add("--compare", type=Path, nargs="+", metavar="FOLDER", help="print reports side by side")
@@ -675,7 +592,7 @@ def work(args: argparse.Namespace, command: str) -> int:
     script = check(args)
     if INSIDE in os.environ:
         study(args, script, command)
-    restart(args, shlex.split(command)[2:])
+    restart(CARDS[args.card], args.world, args.cache, [__file__, *shlex.split(command)[2:]])
 
 main = functools.partial(common.command_line, "deviceless", parse_args, work, resumes=False)
 

@@ -16,8 +16,9 @@ from helpers import ROOT, environment
 
 import train_gpt
 import train_moe
-from bench import deviceless
-from bench.deviceless import CARDS, Watch
+from bench import cards, deviceless
+from bench.cards import CARDS
+from bench.deviceless import Watch
 
 H100 = CARDS["h100"]
 
@@ -329,6 +330,65 @@ def test_a_product_counts_once_also_within_operators(within):
     assert sum(watch.peaks.values()) == 4 * (32 + 16 + 8)
 
 
+@torch.library.custom_op("deviceless_test::double", mutates_args=())
+def double(x: torch.Tensor) -> torch.Tensor:
+    return x + x
+
+
+@double.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_an_operator_of_the_script_counts_as_its_body_and_once():
+    watch = Watch(H100, 1)
+    with deviceless.make_mode(watch):
+        y = double(torch.empty(100, device="cuda"))
+    assert [name for _, name in watch.step.work] == ["add"] and y.shape == (100,)
+    assert sum(watch.peaks.values()) == 2 * 400
+
+
+def test_a_product_into_a_given_tensor_needs_no_fake_form():
+    watch = Watch(H100, 1)
+    with deviceless.make_mode(watch):
+        a, scale = torch.empty(32, 32, device="cuda").to(torch.float8_e4m3fn), torch.empty((), device="cuda")
+        out = torch.empty(32, 32, device="cuda", dtype=torch.bfloat16)
+        assert torch._scaled_mm(a, a.T, scale, scale, out_dtype=torch.bfloat16, out=out) is out
+    work = watch.step.work["model", "_scaled_mm"]
+    assert (work["launches"], work["flops"]) == (1, 2 * 32**3)
+
+
+def test_parameters_keep_what_hangs_on_them_on_their_way_to_the_card(monkeypatch):
+    fakes = torch._subclasses.fake_tensor
+    for place, name in ((torch.nn.Module, "_apply"), (fakes, "CONSTANT_NUMEL_LIMIT"), (fakes.FakeTensor, "data_ptr"),
+                        (fakes.FakeTensor, "__format__"), (fakes.FakeTensor, "__getitem__")):
+        monkeypatch.setattr(place, name, getattr(place, name))
+    try:
+        cards.let_in_fakes()
+        layer = torch.nn.Linear(2, 3)
+        layer.weight.label = "head"
+        with deviceless.make_mode(Watch(H100, 1)):
+            layer._apply(lambda x: torch.empty_like(x, device="cuda"))
+            assert layer.weight.device.type == "cuda" and layer.weight.label == "head"
+            assert torch.tensor([1, 2], device="cuda").shape == (2,)
+    finally:
+        torch._C._set_only_lift_cpu_tensors(False)
+
+
+def test_the_form_of_a_kernel_that_fits_is_noted_and_none_is_a_problem(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__file__=str(tmp_path / "triton.py")))
+    monkeypatch.setenv(cards.INSIDE, str(tmp_path))
+    said = SimpleNamespace(stdout=" REG:40 STACK:8 ")
+    monkeypatch.setattr(deviceless.subprocess, "run", lambda *_, **__: said)
+    watch = Watch(CARDS["t4"], 1)
+    forms = [SimpleNamespace(metadata=SimpleNamespace(shared=n), asm={"cubin": b""}) for n in (99_000, 64_000, 1)]
+    watch.note("k", forms)
+    assert watch.kernels == {("eager", "k"): dict(kernel="k", graph="eager", shared=64_000, registers=40, stack=8)}
+    assert not watch.problems and watch.graph.row["shared"] == 64_000
+    watch.note("big", forms[:1])
+    assert list(watch.problems) == ["big: 99,000 bytes of shared memory, and a block has 65,536"]
+
+
 def test_the_host_waits_for_copies_from_the_cpu_unless_they_are_told_not_to():
     watch, there = Watch(H100, 1), torch.zeros(3)
     for args, options in (((OnCard(3), there), {}), ((OnCard(3), there, True), {}), ((OnCard(3), OnCard(3)), {}),
@@ -408,7 +468,7 @@ def test_every_line_with_a_time_says_estimate(report):
 def test_reports_side_by_side(report):
     found = command("--compare", report[1], report[1])
     assert found.returncode == 0, found.stderr
-    row = "| one | train_gpt.py | NVIDIA H100 80GB HBM3 | 1 | 1 | 1 | 100.0 | 3 |"
+    row = "| one | train_gpt.py | NVIDIA H100 80GB HBM3 | 1 | 1 | 1 | 100.0 | 45 | 3 |"
     assert found.stdout.count(row) == 2 and "estimate" in found.stdout
 
 
@@ -456,3 +516,44 @@ def test_a_small_model_compiles_for_a_card_that_is_not_there(tmp_path):
     assert [row[""].split(",")[0] for row in rows] == ["forward", "backward", "optimizer"]
     assert all(row["GFLOP"] > 0 for row in rows) and {"backward"} < {row["peak in"] for row in r["tables"]["Memory"]}
     assert "# train_gpt.py --preset gpu" in (tmp_path / "report.md").read_text()
+
+
+PUBLIC = """import os, torch
+assert os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] == "2"
+torch.distributed.init_process_group("nccl")
+model = torch.nn.Linear(64, 64, bias=False)
+model.weight.label = "mine"
+model = model.cuda()
+assert model.weight.label == "mine"
+
+class Optimizer:
+    def step(self):
+        torch.distributed.all_reduce(model.weight.grad)
+        model.weight.data.add_(model.weight.grad, alpha=-0.1)
+
+forward = torch.compile(lambda x: model(x).square().mean())
+for i in range(9):
+    x = torch.randn(32, 64, device="cuda")[[0, 1, 2, 3] * 4]
+    loss = forward(x) * torch.tensor(0.5, device="cuda")
+    loss.backward()
+    Optimizer().step()
+    print(f"step {i} {loss:.3f}")
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch (no GPU)")
+def test_a_script_of_others_runs_to_its_last_step(tmp_path):
+    (tmp_path / "train.py").write_text(PUBLIC)
+    found = command("--script", tmp_path / "train.py", "--world", 2, "--steps", 3, "--out", tmp_path)
+    assert found.returncode == 0 and "step 1" in found.stdout, found.stdout[-3000:] + found.stderr[-3000:]
+    r = json.loads((tmp_path / "report.json").read_text())
+    assert not r["errors"] and r["summary"]["steps"] == 3 and r["summary"]["graphs"] == 2
+    (sent,) = r["tables"]["Collectives of a step"]
+    assert (sent["kind"], sent["begins in"], sent["MB"]) == ("all_reduce", "optimizer", 0.02)
+    rows = r["tables"]["The host waits, in a step"]
+    whys = [row["why"].split(",")[0] for row in rows]
+    assert whys == ["a number is read", "a copy from the CPU"] and all("train.py" in row["why"] for row in rows)
+
+
+def test_the_tool_stays_short():
+    assert len((ROOT / "bench/deviceless.py").read_text(encoding="utf-8").splitlines()) <= 600
