@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,7 +52,7 @@ def answer(place, **values):
         setattr(place, name, lambda *_, value=value, **__: value)
 
 def pretend(card: Card):
-    """torch.cuda as on the card; what would talk to a driver does nothing. Tensors on it may be fake ones."""
+    """torch.cuda as on the card; what would talk to a driver does nothing."""
     from torch._dynamo.device_interface import CudaInterface
     (major, minor), size = card.capability, int(card.memory * 2**30)
     threads = {(8, 9): 1536, (8, 6): 1536, (7, 5): 1024}.get(card.capability, 2048)
@@ -76,24 +77,31 @@ def pretend(card: Card):
     answer(CudaInterface.Worker, get_device_properties=properties)
     answer(torch._subclasses.fake_tensor, init_gpu_context=None)
     torch.autograd.set_multithreading_enabled(False)  # backward in the calling thread
-    let_in_fakes()
 
-def let_in_fakes():
-    """What a script asks of tensors outside a compiled function, it may ask of fake ones."""
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor is made on the CPU, and copied
-    torch._subclasses.fake_tensor.CONSTANT_NUMEL_LIMIT = 0  # and compilers do not copy it themselves
-    FakeTensor.__format__ = lambda x, form: format(x.item(), form)
-    FakeTensor.data_ptr = lambda x: 0
-    take, convert = FakeTensor.__getitem__, torch.nn.Module._apply
+def let_in_fakes(waits: Callable):
+    """What a script asks of tensors, it may ask of fake ones, too; waits(why) where that copies."""
+    real, take, convert = torch.tensor, FakeTensor.__getitem__, torch.nn.Module._apply
+
+    def tensor(data, *, device=None, requires_grad=False, **options):
+        there = torch.empty(0).device if device is None else torch.device(device)
+        # on the card it would be there before a mode sees it
+        made = real(data, device="cpu", **options)
+        if there.type == "cuda":
+            waits("a copy from the CPU")
+            made = torch.empty(made.shape, dtype=made.dtype, device=there)
+        return made.requires_grad_() if requires_grad else made
 
     def item(x, index):
-        return take(x, torch.tensor(index) if isinstance(index, list) else index)
+        return take(x, real(index, device="cpu") if isinstance(index, list) else index)
 
     def apply(module, *args, **options):
-        real = {name: dict(vars(x)) for name, x in module._parameters.items()
+        hung = {name: dict(vars(x)) for name, x in module._parameters.items()
                 if type(x) is torch.nn.Parameter}
         convert(module, *args, **options)
-        for name, hung in real.items():  # a parameter is another one on the card, and keeps what hung on it
-            vars(module._parameters[name]).update(hung)
+        # a parameter is another one on the card, and keeps what hung on it
+        for name, values in hung.items():
+            vars(module._parameters[name]).update(values)
         return module
-    FakeTensor.__getitem__, torch.nn.Module._apply = item, apply
+    torch.tensor, FakeTensor.__getitem__, torch.nn.Module._apply = tensor, item, apply
+    FakeTensor.__format__ = lambda x, form: format(x.item(), form)
+    FakeTensor.data_ptr = lambda x: 0

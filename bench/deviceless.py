@@ -40,7 +40,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench import common  # noqa: E402 - after the path
-from bench.cards import CARDS, INSIDE, Card, answer, pretend, restart  # noqa: E402
+from bench.cards import CARDS, INSIDE, Card, answer, let_in_fakes, pretend, restart  # noqa: E402
 
 VOCAB = 50257
 CONFIGS = {"first": 1, "all": None, "none": 0}  # how many of a kernel's become machine code
@@ -455,11 +455,11 @@ def study(args: argparse.Namespace, path: Path, command: str):
     """The run, in the process that has the stub; ends it."""
     watch, errors = Watch(CARDS[args.card], args.world), []
     pretend(watch.card)
+    let_in_fakes(watch.host_waits)
     for prepare in (watch_triton, watch_recompilations, watch_collectives):
         prepare(watch)
     watch_tuners(watch, CONFIGS[args.configs])
-    mode = make_mode(watch)
-    watch_inductor(watch, mode)
+    watch_inductor(watch, mode := make_mode(watch))
     ours = re.search(r"^def stage_table", path.read_text(encoding="utf-8"), re.MULTILINE)
     sys.argv, sys.path[0] = [str(path), *args.flags], str(path.parent)
     try:

@@ -359,20 +359,19 @@ def test_a_product_into_a_given_tensor_needs_no_fake_form():
 
 
 def test_parameters_keep_what_hangs_on_them_on_their_way_to_the_card(monkeypatch):
-    fakes = torch._subclasses.fake_tensor
-    for place, name in ((torch.nn.Module, "_apply"), (fakes, "CONSTANT_NUMEL_LIMIT"), (fakes.FakeTensor, "data_ptr"),
-                        (fakes.FakeTensor, "__format__"), (fakes.FakeTensor, "__getitem__")):
+    fake, waits = torch._subclasses.FakeTensor, []
+    for place, name in ((torch, "tensor"), (torch.nn.Module, "_apply"), (fake, "data_ptr"), (fake, "__format__"),
+                        (fake, "__getitem__")):
         monkeypatch.setattr(place, name, getattr(place, name))
-    try:
-        cards.let_in_fakes()
-        layer = torch.nn.Linear(2, 3)
-        layer.weight.label = "head"
-        with deviceless.make_mode(Watch(H100, 1)):
-            layer._apply(lambda x: torch.empty_like(x, device="cuda"))
-            assert layer.weight.device.type == "cuda" and layer.weight.label == "head"
-            assert torch.tensor([1, 2], device="cuda").shape == (2,)
-    finally:
-        torch._C._set_only_lift_cpu_tensors(False)
+    cards.let_in_fakes(waits.append)
+    layer = torch.nn.Linear(2, 3)
+    layer.weight.label = "head"
+    with deviceless.make_mode(Watch(H100, 1)):
+        layer._apply(lambda x: torch.empty_like(x, device="cuda"))
+        assert layer.weight.device.type == "cuda" and layer.weight.label == "head"
+        x = torch.tensor([1.0, 2], device="cuda", requires_grad=True)
+    assert x.shape == (2,) and x.requires_grad and x.device.type == "cuda" and torch.tensor([3]).item() == 3
+    assert waits == ["a copy from the CPU"]
 
 
 def test_the_form_of_a_kernel_that_fits_is_noted_and_none_is_a_problem(monkeypatch, tmp_path):
