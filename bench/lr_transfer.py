@@ -41,7 +41,7 @@ PROXY = """
 --no-key-offset --tail-steps 30
 """.split()
 ALWAYS = "--target-loss 0 --eval-every 0 --save-every 0 --no-save-last".split()
-OPTIMIZERS = {"muon": "--momentum-warmup 30 --momentum-cooldown 20", "adamw": "--hidden-optimizer adamw"}
+OPTIMIZERS = {"muon": "", "adamw": "--hidden-optimizer adamw"}
 RATES = {"muon": "--muon-lr 0.04 --adam-lr 0.008", "adamw": "--hidden-lr 0.004 --adam-lr 0.016"}  # of the proxy
 SECONDS = 10  # a run of the proxy at width 64, until one is measured
 BASE, SCALINGS = "base", {"mup": "muP", "standard": "standard parametrization"}
