@@ -2388,12 +2388,21 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
         s = with_head_dim(s, given, hardware, world_size, notes)
         s, auto = without_auto(s, hardware, world_size)
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
+    notes += busy_cores() if hardware.device == "cpu" else []
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
     problems += [] if too_large else run_errors(s, given, hardware) + unfit
     s, more, problems = (s, [], problems) if problems else fitted(s, hardware, world_size)
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     return s, hardware, notes + more
+
+def busy_cores() -> list[str]:
+    """A warning where others want the cores: one busy neighbour makes two threads four times slower than one."""
+    load = getattr(os, "getloadavg", lambda: (0.0,))()[0]
+    cores = os.cpu_count()
+    wait = "steps will take longer; --threads 1 loses least"
+    found = [f"WARNING: load {load:.1f} on {cores} cores: {wait}"]
+    return found if load > cores else []
 
 def field_errors(s: Settings) -> list[str]:
     """A sentence for each field whose value is outside the bracket of its comment."""
