@@ -37,8 +37,7 @@ BASE = "proxy"  # the name of the run with nothing changed
 RECIPE = "recipe"  # of that with all that pays
 SHORT = 10  # steps of the run whose CPU seconds are taken off
 SHARED = """--preset cpu --device cpu --dtype bf16 --backend plain --no-compile --threads 1
---adam-weight-decay 0.005 --eval-every 0 --save-every 0 --no-save-last --no-key-offset
---momentum-warmup 30 --momentum-cooldown 20 --tail-steps 30"""
+--adam-weight-decay 0.005 --eval-every 0 --save-every 0 --no-save-last --no-key-offset"""
 # glibc maps tensors above 32 MiB anew at each use, on a virtual machine most of the time
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
@@ -58,7 +57,7 @@ PROXIES = {
         --batch-tokens 1024,2048,3072 --stage-lr 0.71,1,1.22 --seq-len 256 --max-doc-len 128,256,256
         --window 64,96,128 --window-start 32 --window-step 32 --eval-seq-len 256 --mtp 2,1,0
         --softcap 23,5,7.5 --paired --key-offset --xsa --skip single --backout
-        --muon-lr 0.06 --iterations 200 --eval-tokens 65536""",
+        --muon-lr 0.06 --momentum-warmup 30 --momentum-cooldown 20 --iterations 200 --eval-tokens 65536""",
         (0.7, 1, 1.4), (0.6, 0.8, 1), 50,
         dict(
             floor="--lr-floor 0.3",

@@ -40,8 +40,7 @@ RECIPE = ("--candidates 128,0 --stage-ends 0.5,1 --ngram-rows 1000 --ngram-every
 MIXTURE = "--num-layers 3 " + CONSTANT + SHORT
 
 CONFIGURATIONS = {  # name: script, flags, processes
-    "cpu": ("gpt", "--preset cpu --iterations 12 --batch-tokens 4096 --momentum-warmup 30 --momentum-cooldown 20 "
-                   "--eval-every 6 --eval-tokens 16384 " + CONSTANT, 1),
+    "cpu": ("gpt", "--preset cpu --iterations 12 --eval-every 6 --eval-tokens 16384 " + CONSTANT, 1),
     "all": ("gpt", ALL + MUON, 1),
     "bf16": ("gpt", ALL + MUON + "--dtype bf16", 1),
     "fp8": ("gpt", ALL + MUON + "--dtype bf16 --fp8-head on --fp8-mlp", 1),
@@ -70,7 +69,7 @@ CONFIGURATIONS = {  # name: script, flags, processes
     "two_ranks": ("gpt", ALL + MUON, 2),
     "compiled": ("gpt", "--preset cpu --num-layers 2 --width 48 --head-dim 12 --iterations 6 --batch-tokens 1024 "
                         "--seq-len 256 --micro-tokens 1024 --eval-tokens 4096 --compile --momentum-warmup 2 "
-                        "--momentum-cooldown 1 --no-key-offset --tail-steps 30", 1),
+                        "--momentum-cooldown 1 --no-key-offset", 1),
     "mixtral": ("moe", "--preset mixtral-cpu " + MIXTURE + MUON, 1),
     "deepseek": ("moe", "--preset deepseek-cpu " + MIXTURE + MUON, 1),
     "speed": ("moe", "--preset speed-cpu " + MIXTURE + MUON, 1),

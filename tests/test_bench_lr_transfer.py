@@ -129,7 +129,7 @@ def test_preset_brings_its_own_model_and_rates(data):
     assert sweep.rates == {"muon": {"--muon-lr": train_gpt.PRESETS["cpu"]["muon_lr"], "--adam-lr": 0.003}}
     (job,) = {sweep.job(*item) for item in common.absent(sweep, {}) if item[0].k == 0}
     s = train_gpt.parse_settings([*job.common, *job.change.split()], 1)[0]
-    assert (s.num_layers, s.iterations, s.save_last, s.eval_every) == (3, 660, False, 0)
+    assert (s.num_layers, s.iterations, s.save_last, s.eval_every) == (3, 360, False, 0)
 
 
 def test_seeds_go_where_they_count(bench, trainer):
