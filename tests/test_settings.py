@@ -55,7 +55,6 @@ before = torch.get_num_threads(), torch.get_rng_state().tolist(), signal.getsign
 sys.addaudithook(watch)
 sys.dont_write_bytecode = True
 import train_gpt
-import train_grokking
 after = torch.get_num_threads(), torch.get_rng_state().tolist(), signal.getsignal(signal.SIGINT)
 assert before == after
 assert gc.isenabled()
