@@ -13,7 +13,7 @@ from train_moe import GPT, Hardware, Settings
 
 ROUTERS = ("noisy_topk", "softmax_topk", "sigmoid_bias")
 PLAIN_IMPLS = ("grouped", "bmm", "loop")  # those that need no Triton
-MIXTURE = dict(num_experts=4, top_k=2, z_coef=0.001)  # of the tiny runs
+MIXTURE = dict(num_experts=4, top_k=2, z_coef=0.001, expert_lr=1.0)  # of the tiny runs
 FIELDS = [field.name for field in dataclasses.fields(Settings)]
 
 

@@ -289,6 +289,6 @@ def test_one_expert_trains_like_train_gpt(tmp_path, router):
     which would turn a router of one expert, too."""
     dense = losses(train(train_gpt, tmp_path, experiment_name="dense", tail=0.0))
     mixture = losses(train(tm, tmp_path, experiment_name="mixture", num_experts=1, top_k=1, router=router,
-                           z_coef=0.0, tail=0.0))
+                           z_coef=0.0, tail=0.0, expert_lr=1.0))
     for kind, values in dense.items():
         assert mixture[kind] == pytest.approx(values, abs=2e-5) and len(set(values.values())) == len(values)
