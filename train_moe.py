@@ -479,7 +479,8 @@ def dense_mask(docs_BT, window: Tensor, copies: int = 1) -> Tensor:
 
 # ┌─ Mixture of experts ─────────────────────────────────────────────────────────────────────────┐
 # A token's choice number n = token * K + k becomes row j of the rows sorted by expert, order[j] = n;
-# expert e has the rows from ends[e - 1] up to ends[e]. Shapes do not depend on how many those are.
+# expert e has the rows from ends[e - 1] up to ends[e]. Shapes do not depend on how many those are. Dropped choices are
+# of expert E, and last: `loop` leaves them out.
 
 LOOP_ROWS = 64  # multiple of the rows of a product in `loop`
 expert_operator = functools.partial(torch.library.custom_op, mutates_args=())
@@ -505,11 +506,10 @@ def pad_groups(g: Grouping, size: int) -> Grouping:
     """The same in blocks of `size` rows, each of one expert: padding fills an expert's last one."""
     rows, experts = len(g.order_R), len(g.ends_E)
     count = -(-rows // size) + experts  # enough for any routing
-    sizes = torch.diff(g.ends_E, prepend=g.ends_E.new_zeros(1))
-    blocks = -(-sizes // size)
-    block_ends = blocks.cumsum(0)
-    shift = (block_ends - blocks) * size - (g.ends_E - sizes)  # of an expert's first row
-    row = torch.arange(rows, device=sizes.device)
+    begins = F.pad(g.ends_E, (1, 0))
+    block_ends = (-(-torch.diff(begins) // size)).cumsum(0)
+    shift = F.pad(block_ends, (1, 0)) * size - begins  # of an expert's first row
+    row = torch.arange(rows, device=begins.device)
     row = row + shift[torch.searchsorted(g.ends_E, row.to(torch.int32), right=True)]
     order = torch.full((count * size,), rows, device=row.device).scatter_(0, row, g.order_R)
     block = torch.arange(count, device=row.device)
@@ -521,8 +521,8 @@ def arrange(experts_NK, num_experts: int, impl: str) -> Grouping:
     """Sorted rows as a backend wants them: `bmm` in about four blocks an expert; `loop` in multiples of LOOP_ROWS, as
     oneDNN makes a new kernel for each new size."""
     g = group_rows(experts_NK, num_experts)
-    if impl == "grouped":
-        return g
+    if impl == "grouped":  # dropped ones, too: what it left out would be garbage
+        return g._replace(ends_E=F.pad(g.ends_E[:-1], (0, 1), value=len(g.order_R)))
     quarter = -(-len(g.order_R) // (64 * num_experts))
     return pad_groups(g, 16 * quarter if impl == "bmm" else LOOP_ROWS)
 
@@ -582,11 +582,12 @@ class GatedReLU2(torch.autograd.Function):
 @expert_operator(
     "nanospeedrun_train_moe::loop", schema="(Tensor x, Tensor weight, Tensor ends) -> Tensor")
 def loop_product(x_RD, weight_EDF, ends_E):
-    """A product for each expert, whose rows' ends are read on the host; what is behind stays unwritten, unread."""
+    """A product for each expert, whose rows' ends are read on the host; zeros behind the last."""
     out_RF, start = x_RD.new_empty(len(x_RD), weight_EDF.size(2)), 0
     for weight, end in zip(weight_EDF, ends_E.tolist(), strict=True):
         torch.mm(x_RD[start:end], weight, out=out_RF[start:end])
         start = end
+    out_RF[start:] = 0
     return out_RF
 
 @expert_operator(
@@ -685,7 +686,7 @@ def among(experts: Tensor, num_experts: int) -> Tensor:
 
 class Routing(NamedTuple):
     """What a router decides, and sums for its balance and its report."""
-    experts_NK: Tensor
+    experts_NK: Tensor  # E: dropped
     gates_NK: Tensor  # fp32
     sums_S: Tensor | None  # see named_sums; None without gradients
 
@@ -742,7 +743,10 @@ class Router(NamedTuple):
         if training:
             sums = self.sums(logits, noise_std, keys, scores, top, experts, gates, kept, len(x_BTD))
         gates = gates * self.scale
-        return Routing(experts, gates if kept is None else gates * kept.view_as(gates), sums)
+        if kept is not None:
+            kept = kept.view_as(gates)
+            experts, gates = experts.where(kept, self.num_experts), gates * kept
+        return Routing(experts, gates, sums)
 
     def kept(self, experts_BTK) -> Tensor:
         """False where earlier tokens of the row have filled an expert. What a token loses depends on nothing that comes

@@ -90,6 +90,24 @@ def test_experts_and_gradients_equal_the_reference(routing, impl, dtype, toleran
         assert not found["up"][e].any() and not found["down"][e].any()  # exactly zero, not garbage
 
 
+@pytest.mark.parametrize("impl", PLAIN_IMPLS)
+@pytest.mark.parametrize("lost", [0.3, 1.0])
+def test_dropped_choices_add_nothing_and_loop_does_not_multiply_them(impl, lost, monkeypatch):
+    """They are of expert E, with gates of 0; even if all of them are dropped."""
+    leaves, experts, rows, mm = weights(8), choose(50, 8, 2), [], torch.mm
+    dropped = torch.rand(50, 2, generator=torch.Generator().manual_seed(3)) < lost
+    with torch.no_grad():
+        leaves[3][dropped] = 0.0
+    expected = with_gradients(token_by_token, leaves, experts)
+    monkeypatch.setattr(torch, "mm", lambda a, b, **more: (rows.append(len(a)), mm(a, b, **more))[1])
+    found = with_gradients(tm.expert_mlp, leaves, experts.masked_fill(dropped, 8), impl)
+    expected["gates"][dropped] = 0.0
+    assert_near(found, expected, 1e-5)
+    counts = experts[~dropped].bincount(minlength=8)
+    blocks = (-(-counts // tm.LOOP_ROWS) * tm.LOOP_ROWS).tolist()
+    assert rows[:8] == (blocks if impl == "loop" else [])
+
+
 COMPILED = [("grouped", torch.bfloat16)] + [(impl, dtype) for impl in ("bmm", "loop")
                                             for dtype in (torch.float32, torch.bfloat16)]
 
@@ -189,7 +207,7 @@ def test_output_is_the_gated_sum_of_the_chosen_and_the_shared_experts(router):
     mixture, x = model.blocks[0].mlp, torch.randn(4, 32, s.width, generator=torch.Generator().manual_seed(5))
     given = model.routers[0], model.router_bias[0], None if noise is None else noise[:, 0]
     routing, tokens = mixture.router(x, *given), x.flatten(0, 1)
-    both = routing.gates_NK, routing.experts_NK
+    both = routing.gates_NK, routing.experts_NK % s.num_experts  # dropped: any, its gate is 0
     mixed = token_by_token(tokens, mixture.experts_up, mixture.experts_down, *both)
     shared = (tokens @ mixture.shared.up.T).relu().square() @ mixture.shared.down
     y, sums = mixture(x, given)
