@@ -21,7 +21,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = {"train_gpt.py": 3630, "train_moe.py": 4362, "train_baseline.py": 1776, "train_grokking.py": 749,
+LINES = {"train_gpt.py": 3630, "train_moe.py": 4366, "train_baseline.py": 1776, "train_grokking.py": 749,
          "README.md": 200}
 TOGETHER = {  # name: most lines of several files together, the files
     "bench/": (6225, "bench/*.py"), "logger.py, runlogs/": (8440, "logger.py runlogs/*.py"),
