@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 
+import baseline
 import pytest
 import torch
 from baseline import (
@@ -40,6 +41,7 @@ from helpers import (
 from helpers import tiny as speedrun_flags
 from ranks import difference, run_ranks
 from test_hellaswag import GPT2, TASKS, Numbers, write_tasks
+from torch.utils.flop_counter import FlopCounterMode
 
 import generate
 import train_baseline as tb
@@ -630,3 +632,25 @@ def test_generate_writes_no_more_than_gpt_has_positions(texts, capsys):
 def test_the_log_holds_its_script(whole):
     text = (whole("ngpt") / "log.txt").read_text()
     assert "class TransformerLayer" in text and '"model_type": "ngpt"' in text and "step:8/8 val_loss:" in text
+
+
+# --- the share of a GPU's peak
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(tied="off", window=8), dict(max_doc_len=16)], ids=str)
+@pytest.mark.parametrize("model_type", ["gpt", "moegpt"])
+def test_mfu_counts_what_torch_counts(model_type, changes, tmp_path, monkeypatch):
+    """Products of forward and backward by torch's counter, which sees all pairs of a row, less those that no query of
+    a whole causal row looks at."""
+    monkeypatch.setattr(tb, "PEAK_FLOPS", {"CPU": 1e12})
+    monkeypatch.setattr(tb, "find_device", lambda device: baseline.CPU)
+    changes = {"backend": "plain", "eval_seq_len": 16, **changes}
+    step = records(run(tmp_path, model_type, iterations=1, warmup_steps=0, **changes))[0]
+    s = settings(model_type, **changes)
+    length, batch = s.max_doc_len, packed(4)
+    batch[2] = torch.arange(32) // length
+    with FlopCounterMode(display=False) as counter:
+        sum(GPT(s, VOCAB)(*batch)).backward()
+    pairs = sum(min(s.window or length, place + 1) for place in range(length)) / length
+    expected = counter.get_total_flops() / (4 * 32) - 12 * s.width * s.num_layers * (32 - pairs)
+    assert 1e12 * step["mfu"] / step["tokens_per_s"] == pytest.approx(expected)
