@@ -2,12 +2,19 @@
 
     python bench/cpu.py --anchors                      # beside Hugging Face's GPT2LMHeadModel
     python bench/cpu.py --anchors --llmc ~/llm.c       # and llm.c's train_gpt2.c, built from that checkout
+    python bench/cpu.py --anchors --nanochat ~/nanochat    # another question: bits per byte, beside nanochat
 
 All train GPT-2's 124 M parameters from random weights on the same random tokens, in fp32, without a compiler, with
 AdamW (torch's fused one), dropout 0, on all cores. They take turns, --runs times at each size. A run's figure is its
 median step, without its first two. llm.c has one size, its source's 4 rows of 64 tokens.
+
+--nanochat: the preset cpu of train_gpt.py, then nanochat's scripts for as many CPU seconds, each in fp32 without a
+compiler on one thread, on the documents of data/stdlib; then the bits per byte of the same validation documents, ends
+of documents included. What stays unequal is in the table. nanochat's flags are those of its runs/runcpu.sh but for
+NANOCHAT, as a run of minutes needs; pip install rustbpe kernels psutil pyarrow tiktoken wandb beside our packages.
 """
 import json
+import math
 import os
 import re
 import shutil
@@ -24,12 +31,17 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench import common  # noqa: E402 - after the path
-from data.common import load_shard, shard_path, write_shard  # noqa: E402
+from data.common import BYTE_VOCAB, load_shard, shard_path, write_shard  # noqa: E402
 
 VOCAB, PADDED, EOT, CONTEXT, LAYERS, HEADS, WIDTH = 50257, 50304, 50256, 1024, 12, 12, 768
 SKIPPED = 2  # first steps: memory is new
 LLMC_DATA = "dev/data/tinyshakespeare/tiny_shakespeare"  # the names that train_gpt2.c opens
 LLMC_WEIGHTS = "gpt2_124M.bin"
+NANOCHAT_TOKENIZER = ["--vocab-size=4096", "--max-chars=2000000000"]
+NANOCHAT = ["--depth=4", "--device-batch-size=4", "--total-batch-size=2048", "--warmup-steps=5", "--matrix-lr=0.16",
+            "--embedding-lr=2.4", "--unembedding-lr=0.06", "--scalar-lr=4"]  # 2.45 bits by its own rates and warm-up
+RUNCPU = ["--head-dim=64", "--window-pattern=L", "--max-seq-len=512", "--eval-every=-1", "--core-metric-every=-1",
+          "--sample-every=-1", "--run=dummy", "--device-type=cpu", "--model-tag=run"]
 STEP = re.compile(rb"step \d+: train loss .*\(took ([\d.]+) ms\)")
 
 class Size(NamedTuple):
@@ -148,6 +160,102 @@ def write_weights(path: Path, layers: int) -> None:
             drawn = random.standard_normal(count, dtype=np.float32) * np.float32(0.02)
             (np.full(count, kind, np.float32) if kind in (0, 1) else drawn).tofile(file)
 
+# --- nanochat, in bits per byte
+
+def documents(data: Path, split: str) -> list[str]:
+    """The texts of a data set of bytes. FileNotFoundError: it is not made."""
+    shards = sorted(data.glob(f"*_{split}_*.bin"))
+    if not shards:
+        raise FileNotFoundError(f"no {split} shards in {data}; make them with python data/stdlib.py")
+    tokens = np.concatenate([load_shard(shard) for shard in shards])
+    pieces = np.split(tokens, np.flatnonzero(tokens == BYTE_VOCAB["eot"]))[1:]
+    return [bytes(piece[1:].astype(np.uint8)).decode() for piece in pieces]
+
+class Nanochat:
+    """nanochat's own scripts in a checkout, on documents of ours in a folder. FileNotFoundError: no checkout;
+    RuntimeError: what a script says as it fails."""
+    def __init__(self, checkout: Path, folder: Path, data: Path):
+        if not (checkout / "scripts" / "base_train.py").is_file():
+            raise FileNotFoundError(f"--nanochat {checkout}: no scripts/base_train.py; git clone karpathy/nanochat")
+        self.checkout, alone = checkout, {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+        self.env = alone | {"NANOCHAT_BASE_DIR": str(folder), "NANOCHAT_DTYPE": "float32", "PYTHONPATH": str(ROOT)}
+        self.run("-c", "import pyarrow; print()")  # or it says what is missing
+        from pyarrow import parquet, table
+        shards = folder / "base_data_climbmix"
+        shards.mkdir(parents=True)
+        for number, split in enumerate(("train", "val")):  # its last file is for validation
+            path = shards / f"shard_{number:05d}.parquet"
+            parquet.write_table(table({"text": documents(data, split)}), path, row_group_size=64)
+        self.run("-m", "scripts.tok_train", *NANOCHAT_TOKENIZER)
+
+    def run(self, *command: str) -> tuple[str, float]:
+        """The last line that python prints with this command in the checkout, and its CPU seconds."""
+        before = os.times()
+        done = subprocess.run([sys.executable, *command], cwd=self.checkout, env=os.environ | self.env,
+                              capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nanochat: {(done.stderr.strip() or 'no words').splitlines()[-1]}")
+        used = os.times()
+        cpu_s = used.children_user + used.children_system - before.children_user - before.children_system
+        return done.stdout.splitlines()[-1], cpu_s
+
+    def train(self, steps: int) -> float:
+        """CPU seconds of a run of these steps, from its start to its checkpoint."""
+        return self.run("-m", "scripts.base_train", *RUNCPU, *NANOCHAT, f"--num-iterations={steps}")[1]
+
+    def __call__(self, cpu_s: float) -> dict:
+        """A run of as many CPU seconds and a step more, by two short ones."""
+        short = self.train(1)
+        step_s = max(0.001, (self.train(9) - short) / 8)
+        steps = 2 + max(0, int((cpu_s - short) / step_s))
+        spent = self.train(steps)
+        found, _ = self.run("-c", f"from bench import anchors; anchors.nanochat_bits({steps})")
+        return {"program": "nanochat", "cpu_s": spent, "steps": steps} | json.loads(found)
+
+def nanochat_bits(step: int) -> None:
+    """Prints, in nanochat's checkout: its bits per byte of all validation documents, in rows as long as it trains."""
+    import torch
+    from nanochat.checkpoint_manager import load_model
+    from nanochat.dataset import parquets_iter_batched
+
+    model, tokenizer, meta = load_model("base", torch.device("cpu"), "eval", model_tag="run", step=step)
+    texts = sum(parquets_iter_batched("val"), [])
+    ids = sum(tokenizer.encode(texts, prepend="<|bos|>"), [])
+    length, nats = meta["max_seq_len"], 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, length):
+            row = torch.tensor([ids[start:start + length + 1]])
+            nats += model(row[:, :-1], row[:, 1:], loss_reduction="none").sum().item()
+    bits = nats / math.log(2) / sum(len(text.encode()) for text in texts)
+    print(json.dumps({"val_bpb": bits, "params": sum(p.numel() for p in model.parameters()),
+                      "step_tokens": meta["user_config"]["total_batch_size"], "context": f"{length} tokens",
+                      "vocabulary": f"BPE, {tokenizer.get_vocab_size():,}"}))
+
+def ours_in_bits(data: Path, seed: int, more: list[str]) -> dict:
+    flags = ["--preset", "cpu", "--data", str(data), "--device", "cpu", "--dtype", "fp32", "--no-compile",
+             "--threads", "1", "--eval-every", "0", "--eval-tokens", "0", "--no-save-last", *more]
+    events, config = common.train(ROOT / "train_gpt.py", flags, seed, set())
+    end, settings = events[-1], config["settings"]
+    return {"program": "train_gpt.py", "cpu_s": config["cpu_s"], "steps": end["step"], "val_bpb": end["val_bpb"],
+            "params": end["params_total"], "step_tokens": end["tokens"] // end["step"],
+            "context": f"{settings['eval_seq_len']} bytes", "vocabulary": "257 bytes"}
+
+def beside_nanochat(args, command: str) -> int:
+    """The whole of `bench/cpu.py --anchors --nanochat`; its seed is fixed, so that it runs once."""
+    data, more = args.data or ROOT / "data" / "stdlib", ["--iterations", "9"] if args.quick else []
+    with tempfile.TemporaryDirectory() as tmp:
+        nanochat = Nanochat(args.nanochat.resolve(), Path(tmp) / "base", data)
+        runs = [ours_in_bits(data, args.seed + i, more) for i in range(args.runs)]
+        print("ours:", json.dumps(runs), flush=True)
+        runs.append(nanochat(0 if args.quick else max(run["cpu_s"] for run in runs)))
+    heads = {"program": "", "val_bpb": ".4f", "cpu_s": ".0f", "params": ",", "vocabulary": "", "context": "",
+             "steps": ",", "step_tokens": ","}
+    rows = [[format(run[name], form) for name, form in heads.items()] for run in runs]
+    print(f"{common.markdown(list(heads), rows)}\n\n{command}")
+    if args.json:
+        common.write_json(args.json, {"command": command, "runs": runs})
+    return 0
+
 # --- The measurement
 
 def measure(programs: dict, data: Path, sizes, runs: int, steps: int, layers: int) -> dict:
@@ -178,6 +286,8 @@ def spread(values: list[float], form: str) -> str:
 def anchors(args, command: str) -> int:
     """The whole of `bench/cpu.py --anchors`; returns the exit code."""
     common.warn_if_busy()
+    if args.nanochat:
+        return beside_nanochat(args, command)
     sizes, layers = (SIZES[:1], 2) if args.quick else (SIZES, LAYERS)
     with tempfile.TemporaryDirectory() as tmp:
         data = make_tokens(Path(tmp) / "random")
