@@ -213,19 +213,19 @@ class Nanochat:
         return {"program": "nanochat", "cpu_s": spent, "steps": steps} | json.loads(found)
 
 def nanochat_bits(step: int) -> None:
-    """Prints, in nanochat's checkout: its bits per byte of all validation documents, in rows as long as it trains."""
+    """Prints, in nanochat's checkout: its bits per byte of all validation documents. As in its training a row has
+    max_seq_len tokens and starts with the one that starts documents."""
     import torch
     from nanochat.checkpoint_manager import load_model
     from nanochat.dataset import parquets_iter_batched
 
     model, tokenizer, meta = load_model("base", torch.device("cpu"), "eval", model_tag="run", step=step)
-    texts = sum(parquets_iter_batched("val"), [])
-    ids = sum(tokenizer.encode(texts, prepend="<|bos|>"), [])
-    length, nats = meta["max_seq_len"], 0.0
-    with torch.no_grad():
-        for start in range(0, len(ids) - 1, length):
-            row = torch.tensor([ids[start:start + length + 1]])
-            nats += model(row[:, :-1], row[:, 1:], loss_reduction="none").sum().item()
+    texts, length, nats = sum(parquets_iter_batched("val"), []), meta["max_seq_len"], 0.0
+    for ids in tokenizer.encode(texts, prepend="<|bos|>", append="<|bos|>"):
+        for start in range(1, len(ids), length):
+            row = torch.tensor([ids[:1] + ids[start:start + length]])
+            with torch.no_grad():
+                nats += model(row[:, :-1], row[:, 1:], loss_reduction="none").sum().item()
     bits = nats / math.log(2) / sum(len(text.encode()) for text in texts)
     print(json.dumps({"val_bpb": bits, "params": sum(p.numel() for p in model.parameters()),
                       "step_tokens": meta["user_config"]["total_batch_size"], "context": f"{length} tokens",

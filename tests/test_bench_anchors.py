@@ -128,10 +128,11 @@ def nanochat(tmp_path):
         "    (path,) = paths[:-1] if split == 'train' else paths[-1:]\n"
         "    yield parquet.read_table(path).column('text').to_pylist()\n")
     (folder / "nanochat" / "checkpoint_manager.py").write_text(
-        "import torch\n\nclass Tokens:\n    def encode(self, texts, prepend):\n"
-        "        return [[256, *text.encode()] for text in texts]\n\n"
+        "import torch\n\nclass Tokens:\n    def encode(self, texts, prepend, append):\n"
+        "        return [[256, *text.encode(), 256] for text in texts]\n\n"
         "    def get_vocab_size(self):\n        return 257\n\nclass Model(torch.nn.Linear):\n"
         "    def forward(self, x, y, loss_reduction):\n        assert x.shape == y.shape and x.size(1) <= 8\n"
+        "        assert x[0, 0] == 256 and (x[0, 1:] == y[0, :-1]).all()\n"
         "        return torch.ones(x.numel())\n\ndef load_model(source, device, phase, model_tag, step):\n"
         "    said = {'max_seq_len': 8, 'user_config': {'total_batch_size': 64}}\n"
         "    return Model(2, 3), Tokens(), said\n")
@@ -156,8 +157,7 @@ def test_documents_are_whole(texts, tmp_path):
 
 
 def test_nanochat_gets_the_documents_and_as_many_cpu_seconds(nanochat, texts, tmp_path, monkeypatch):
-    """Eleven bytes in two documents: 12 targets of 1 nat, the end of the first document among them. A start costs 3
-    seconds, a step 0.5."""
+    """Eleven bytes in two documents: 13 targets of 1 nat, ends among them. A start costs 3 seconds, a step 0.5."""
     program = anchors.Nanochat(nanochat, tmp_path / "base", texts)
     assert program.train(3) > 0
     tokenizer, training = (nanochat / "calls").read_text().splitlines()
@@ -167,7 +167,7 @@ def test_nanochat_gets_the_documents_and_as_many_cpu_seconds(nanochat, texts, tm
     monkeypatch.setattr(program, "train", lambda steps: trained.append(steps) or 3 + 0.5 * steps)
     found = program(20.2)
     assert trained == [1, 9, 35] and (found["steps"], found["cpu_s"]) == (35, 20.5)
-    assert found["val_bpb"] == pytest.approx(12 / 11 / math.log(2)) and found["params"] == 9
+    assert found["val_bpb"] == pytest.approx(13 / 11 / math.log(2)) and found["params"] == 9
     assert program(0)["steps"] == 2
 
 
