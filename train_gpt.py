@@ -173,8 +173,8 @@ PRESETS: dict[str, dict] = {
     "cpu": dict(
         data="stdlib", num_layers=3, width=192, head_dim=48, value_embeds=1, iterations=360,
         batch_tokens=(4096,), seq_len=(256,), max_doc_len=(256,), window=(256,), window_start=64,
-        window_step=32, micro_tokens=8192, softcap=(30.0, 0.0, 7.5), paired=False, key_offset=False,
-        xsa=False, skip="unet", backout=False, muon_lr=0.06, muon_momentum=0.9, momentum_warmup=30,
+        window_step=32, micro_tokens=8192, softcap=(30.0, 0.0, 7.5), paired=False, xsa=False,
+        skip="unet", backout=False, muon_lr=0.06, muon_momentum=0.9, momentum_warmup=30,
         momentum_cooldown=20, cooldown=0.6, lr_floor=0.15, tail=0.65, tail_steps=30, eval_every=120,
         eval_tokens=131072, compile=False,
     ),

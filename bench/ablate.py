@@ -37,7 +37,7 @@ BASE = "proxy"  # the name of the run with nothing changed
 RECIPE = "recipe"  # of that with all that pays
 SHORT = 10  # steps of the run whose CPU seconds are taken off
 SHARED = """--preset cpu --device cpu --dtype bf16 --backend plain --no-compile --threads 1
---adam-weight-decay 0.005 --eval-every 0 --save-every 0 --no-save-last"""
+--adam-weight-decay 0.005 --eval-every 0 --save-every 0 --no-save-last --no-key-offset"""
 # glibc maps tensors above 32 MiB anew at each use, on a virtual machine most of the time
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 

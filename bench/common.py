@@ -1,7 +1,7 @@
 """What the benchmarks share: runs side by side, their records, statistics, tables, command line.
 
 A sweep writes a line to runs.jsonl when a run ends: the same command goes on where an earlier one
-ended. A bench imports this module and the project's scripts, and no other bench. A job is a
+ended. A bench imports this module, cards.py and the project's scripts, and no other bench. A job is a
 NamedTuple whose first five fields identify it. Needs Linux or macOS.
 """
 import argparse

@@ -45,7 +45,7 @@ OURS_FLAGS = """
 --preset cpu --seq-len 64 --max-doc-len 64 --eval-seq-len 64 --eval-tokens 0 --num-layers 1 --width 64 --head-dim 32
 --mlp-ratio 2 --value-embeds 0 --no-smear --no-attn-gate --ngram-rows 11000 --window 64 --window-start 64
 --attn-scale 0.35 --batch-tokens 2048 --iterations 72 --muon-lr 0.08 --adam-lr 0.03 --eval-every 0 --log-every 50
---no-save-last
+--no-save-last --no-key-offset
 """.split()
 DOCUMENTED_LOSS = 1.8857  # nats per character that nanoGPT's configuration is documented to end at
 REFERENCE_PARAMS = 804_096  # of that configuration

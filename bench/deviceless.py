@@ -5,22 +5,16 @@
     python bench/deviceless.py --script PATH/train.py --steps 2 --out public   # any script of one file
     python bench/deviceless.py --compare try public                            # reports side by side
 
-Needs a CUDA build of torch (Linux, any machine: `pip install torch numpy`, 5.5 GB) and a C compiler. A script of this
-project runs its own `train`, with a stand-in for its SERVICE; another one as it is until it has made --steps steps.
-
-It starts itself again under a stub of the CUDA driver; tensors on the card are FakeTensors, without memory or numbers.
-Dynamo, AOTAutograd, Inductor, Triton and ptxas are the real ones, for the card's architecture. Bytes and FLOPs come
-from the tensors of every kernel, library call and collective; memory from the birth and death of storages. Numbers are
-made up: .item() is 1 or 0. Times are a roofline, an ESTIMATE: docs/gpu.md says how far off.
+Needs a CUDA build of torch and a C compiler. Compilers are the real ones; tensors on the card are fake, without memory
+or numbers. Times are a roofline, an ESTIMATE. docs/gpu.md says more.
 """
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import logging
@@ -32,53 +26,35 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench import common  # noqa: E402 - after the path
+from bench.cards import CARDS, INSIDE, Card, answer, let_in_fakes, pretend, restart  # noqa: E402
 
-# --- Cards
-
-# Facts of NVIDIA's data sheets and white papers. name: as torch.cuda tells it; processors: streaming multiprocessors;
-# memory: GiB that a process finds; bandwidth: GB/s; bf16 (of the T4 fp16), fp8, fp32: dense TFLOP/s, fp32 without
-# tensor cores; shared: KiB that a block may have; link: GB/s to other cards, each direction; l2: MiB
-Card = collections.namedtuple("Card", """name capability processors memory bandwidth
-                              bf16 fp8 fp32 shared link l2""")
-CARDS = {
-    "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 79.2, 3350, 989, 1979, 67, 227, 450, 50),
-    "h200": Card("NVIDIA H200", (9, 0), 132, 139.8, 4800, 989, 1979, 67, 227, 450, 50),
-    "a100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 108, 79.2, 2039, 312, 0, 19.5, 163, 300, 40),
-    "b200": Card("NVIDIA B200", (10, 0), 148, 178.4, 8000, 2250, 4500, 80, 227, 900, 126),
-    "4090": Card("NVIDIA GeForce RTX 4090", (8, 9), 128, 23.5, 1008, 165.2, 330.3, 82.6, 99, 32, 72),
-    "4080": Card("NVIDIA GeForce RTX 4080", (8, 9), 76, 15.6, 716.8, 97.5, 194.9, 48.7, 99, 32, 64),
-    "3090": Card("NVIDIA GeForce RTX 3090", (8, 6), 82, 23.5, 936, 71, 0, 35.6, 99, 32, 6),
-    "t4": Card("Tesla T4", (7, 5), 40, 14.6, 320, 65, 0, 8.1, 64, 16, 4),
-}
 VOCAB = 50257
+CONFIGS = {"first": 1, "all": None, "none": 0}  # how many of a kernel's become machine code
 # Assumed: the host's time of a launch, the shortest kernel, the least collective.
 LAUNCH_US, KERNEL_US, SEND_US = 6.0, 2.0, 20.0
 
-def roofline(card: Card, size: float, flops: float, itemsize: int = 2) -> dict[str, float]:
-    """A kernel that moves `size` bytes and multiplies numbers of `itemsize`: what memory and arithmetic alone would
-    take, and `us`, whichever is more, if it is not too short."""
-    peak = card.fp32 if itemsize > 2 else card.bf16
-    if itemsize == 1 and card.fp8:
-        peak = card.fp8
-    memory, compute = size / card.bandwidth / 1e3, flops / peak / 1e6
-    most = max(KERNEL_US, memory, compute)
-    return dict(launches=1, bytes=size, flops=flops, memory_us=memory, compute_us=compute, us=most)
+# --- Bytes, FLOPs and the time that they need
 
-# --- Bytes and FLOPs
+def roofline(card: Card, size: float, flops: float, itemsize: int = 2) -> dict[str, float]:
+    """A kernel that moves `size` bytes and multiplies numbers of `itemsize`. us: what memory or arithmetic alone would
+    take, whichever is more, if it is not too short."""
+    peak = {1: card.fp8 or card.bf16, 2: card.bf16}.get(itemsize, card.fp32)
+    us = max(KERNEL_US, size / card.bandwidth / 1e3, flops / peak / 1e6)
+    return dict(launches=1, bytes=size, flops=flops, us=us)
 
 def nbytes(x) -> int:
     """Of a tensor's elements; of an expanded one its storage."""
@@ -109,22 +85,26 @@ PHASES = ("model", "forward", "backward", "optimizer", "evaluation")
 FUNCTIONS = {"forward": "forward", "backward": "backward", "evaluate": "evaluation", "validate": "evaluation",
              "step": "optimizer", "optimizer_step": "optimizer", "step_optimizers": "optimizer"}
 
+def new_step() -> SimpleNamespace:
+    """Work by phase and kernel; time by phase, µs; collectives; waits of the host."""
+    return SimpleNamespace(work=defaultdict(Counter), spent=Counter(), sent=[], waits=Counter())
+
+def new_graph(name: str, kind: str = "", before: int = 0) -> SimpleNamespace:
+    """A graph's row of the report, and what its last run did."""
+    row = {"graph": name, "kind": kind, "phase": "", "steps before": before, "compile, s": 0.0}
+    return SimpleNamespace(row=row | dict.fromkeys(("shared", "registers", "stack"), 0), work=Counter())
+
 class Watch:
     """What is known of a run. A step ends where the optimizer's work does. Host, device and link have a clock each, µs;
     the device runs kernels in order, none before its launch."""
     def __init__(self, card: Card, world: int, most: int | None = None):
         self.card, self.world, self.most, self.keys = card, world, most, 512.0
         self.host = self.device = self.link = self.mark = 0.0
-        self.live, self.peaks = {}, {}  # bytes of a storage, of a phase
+        self.live, self.peaks = {}, dict.fromkeys(PHASES, 0)  # bytes of a storage, of a phase
         self.graphs, self.kernels, self.recompiled, self.problems = [], {}, [], Counter()
-        self.graph, self.compiling, self.made = None, None, False
-        self.last, self.count = "model", 0
-        self.step = self.done = self.new_step()
-
-    def new_step(self) -> SimpleNamespace:
-        """Work by phase, graph and kernel; time by phase, µs; collectives; waits of the host."""
-        work = collections.defaultdict(Counter)
-        return SimpleNamespace(work=work, spent=Counter(), sent=[], waits=Counter())
+        self.graph = self.compiling = new_graph("eager")
+        self.last, self.count, self.made = "model", 0, False
+        self.step = self.done = new_step()
 
     @property
     def now(self) -> float:
@@ -134,7 +114,7 @@ class Watch:
         """By the functions that are being called; before the first of them the model is made."""
         frames = [frame.f_code for frame, _ in traceback.walk_stack(sys._getframe())]
         found = {FUNCTIONS.get(code.co_name) for code in frames if "/_dynamo/" not in code.co_filename}
-        if self.graph and self.graph["kind"] == "inference" and "optimizer" not in found:
+        if self.graph.row["kind"] == "inference" and "optimizer" not in found:
             found.add("evaluation")
         first = [name for name in ("evaluation", "backward", "optimizer") if name in found]
         self.made = self.made or "forward" in found or bool(first)
@@ -146,17 +126,15 @@ class Watch:
         self.mark, before, self.last = self.now, self.last, self.phase()
         if before == "optimizer" != self.last:
             self.count += 1
-            self.done, self.step = self.step, self.new_step()
+            self.done, self.step = self.step, new_step()
             if self.count == self.most:
                 sys.exit()
         return self.last
 
     def launch(self, name: str, size: float, flops: float = 0.0, itemsize: int = 2, **more):
         phase, costs = self.enter(), roofline(self.card, size, flops, itemsize) | more
-        where = self.graph["graph"] if self.graph else "eager"
-        self.step.work[phase, where, name].update(costs)
-        if self.graph:
-            self.graph["work"].update(costs)
+        self.step.work[phase, name[:60]].update(costs)
+        self.graph.work.update(costs)
         self.host += LAUNCH_US
         self.device = self.now + costs["us"]
 
@@ -181,7 +159,7 @@ class Watch:
     def host_waits(self, why: str):
         """The host waits for the device; noted with the line of the script."""
         phase, stack = self.enter(), traceback.extract_stack()
-        place = [f for f in stack if "/torch/" not in f.filename and f.filename != __file__][-1]
+        place = [f for f in stack if "/torch/" not in f.filename and Path(f.filename).parent != ROOT / "bench"][-1]
         self.step.waits[f"{why}, {phase}, {Path(place.filename).name}:{place.lineno}"] += 1
         self.host = self.now
 
@@ -191,32 +169,31 @@ class Watch:
             if x.device.type == "cuda" and (storage := x.untyped_storage())._cdata not in self.live:
                 self.live[storage._cdata], phase = storage.nbytes(), self.phase()
                 weakref.finalize(storage, self.live.pop, storage._cdata)
-                self.peaks[phase] = max(self.peaks.get(phase, 0), sum(self.live.values()))
+                self.peaks[phase] = max(self.peaks[phase], sum(self.live.values()))
 
-    def note(self, name: str, binary) -> str:
-        """Writes down what a compiled kernel needs; if that is more than a block may have, a sentence."""
+    def note(self, name: str, binaries: list):
+        """Writes down what the first form of a kernel needs that a block has room for; without one it is a problem."""
         import triton
         reader = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            said = subprocess.run([reader, "-res-usage", file.name], capture_output=True, text=True).stdout
-        graph = self.compiling["graph"] if self.compiling else "own"
-        need, most = binary.metadata.shared, self.card.shared << 10
-        self.kernels[graph, name] = dict(kernel=name, graph=graph, shared=need) | usage_of(said)
-        return "" if need <= most else f"{name}: {need:,} bytes of shared memory, and a block has {most:,}"
+        file, row, most = Path(os.environ[INSIDE]) / "kernel.cubin", self.compiling.row, self.card.shared << 10
+        binary = next((x for x in binaries if x.metadata.shared <= most), binaries[0])
+        if binary.metadata.shared > most:
+            self.problems[f"{name}: {binary.metadata.shared:,} bytes of shared memory, and a block has {most:,}"] += 1
+        file.write_bytes(binary.asm["cubin"])
+        said = subprocess.run([reader, "-res-usage", file], capture_output=True, text=True).stdout
+        used = {"shared": binary.metadata.shared} | usage_of(said)
+        self.kernels[row["graph"], name] = {"kernel": name, "graph": row["graph"]} | used
+        row.update({what: max(row[what], number) for what, number in used.items()})
 
 def usage_of(text: str) -> dict[str, int]:
     """Of cuobjdump -res-usage: registers of a thread, bytes of its stack, where spilled registers go."""
-    found = re.search(r"REG:(\d+)\s+STACK:(\d+)", text)
-    return {"registers": int(found[1]), "stack": int(found[2])} if found else {}
+    found = re.findall(r" (?:REG|STACK):(\d+)", text)
+    return dict(zip(("registers", "stack"), map(int, found), strict=False))
 
 def reason_of(message: str) -> str:
     """Of Dynamo's log on a recompilation: the function and the first guard that failed, in a line."""
-    place = re.search(r"Recompiling function (\S+)", message)
-    guard = re.search(r"- \d+/\d+: (.*)", message)
-    said = guard[1] if guard else message.strip().splitlines()[-1]
-    return (f"{place[1]}: {said}" if place else said)[:300]
+    found = re.search(r"Recompiling function (\S+).*?- \d+/\d+: (.*?)(\n|$)", message, re.DOTALL)
+    return (f"{found[1]}: {found[2]}" if found else message.strip().splitlines()[-1])[:300]
 
 HANDLE = ("begins in", "kind", "awaited in")
 
@@ -239,79 +216,7 @@ class Handle:
     def get_future(self) -> Handle:
         return self
 
-# --- The card that is not there
-
-OFF = """TORCHINDUCTOR_FX_GRAPH_CACHE TORCHINDUCTOR_AUTOGRAD_CACHE TORCH_COMPILE_DYNAMO_PGO
-TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER TORCHINDUCTOR_USE_STATIC_TRITON_LAUNCHER"""
-INSIDE = "NANOSPEEDRUN_DEVICELESS"  # the stub's folder, where it is loaded
-
-def restart(args: argparse.Namespace, flags: list[str]):
-    """This program once more, in the same process, under the stub."""
-    scratch, card = tempfile.mkdtemp(prefix="deviceless-"), CARDS[args.card]
-    library, (major, minor) = f"{scratch}/libcuda.so.1", card.capability
-    facts = f"-DBYTES={int(card.memory * 2**30)}ull -DMAJOR={major} -DMINOR={minor}"
-    command = f"cc -w -shared -fPIC {facts} -o {library} {ROOT}/bench/deviceless.c"
-    subprocess.run(shlex.split(command), check=True)
-    paths = [scratch, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    env = os.environ | dict.fromkeys(OFF.split(), "0") | {
-        INSIDE: scratch, "LD_PRELOAD": library, "LD_LIBRARY_PATH": ":".join(paths),
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(args.world),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_UNIQUE_KERNEL_NAMES": "1",
-        "TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor",
-        "TRITON_CACHE_DIR": str(args.cache or f"{scratch}/triton")}
-    os.execve(sys.executable, [sys.executable, __file__, *flags], env)
-
-def answer(place, **values):
-    """Functions of a module that give fixed values."""
-    for name, value in values.items():
-        setattr(place, name, lambda *_, value=value, **__: value)
-
-def pretend(watch: Watch):
-    """torch.cuda as on the card; what would talk to a driver does nothing."""
-    import torch._subclasses.fake_tensor as fake
-    from torch._dynamo.device_interface import CudaInterface
-    card, (major, minor) = watch.card, watch.card.capability
-    size = int(card.memory * 2**30)
-    threads = {(8, 9): 1536, (8, 6): 1536, (7, 5): 1024}.get(card.capability, 2048)
-    properties = SimpleNamespace(
-        name=card.name, major=major, minor=minor, total_memory=size, warp_size=32, uuid="stub",
-        multi_processor_count=card.processors, regs_per_multiprocessor=65536, max_threads_per_block=1024,
-        max_threads_per_multi_processor=threads, shared_memory_per_block=49152, gcnArchName="",
-        shared_memory_per_block_optin=card.shared << 10, is_integrated=0, is_multi_gpu_board=0,
-        shared_memory_per_multiprocessor=(card.shared + 1) << 10, L2_cache_size=card.l2 << 20)
-    nothing = """_lazy_init synchronize manual_seed manual_seed_all set_rng_state
-    set_rng_state_all empty_cache set_device reset_peak_memory_stats"""
-    zero = """max_memory_allocated max_memory_reserved memory_allocated
-    memory_reserved current_device"""
-    answer(torch.cuda, **dict.fromkeys(nothing.split()), **dict.fromkeys(zero.split(), 0),
-           is_available=True, device_count=1, get_device_properties=properties, is_initialized=True,
-           get_device_capability=card.capability, get_device_name=card.name, mem_get_info=(size, size),
-           is_bf16_supported=major >= 8, is_current_stream_capturing=False, get_rng_state_all=[],
-           get_rng_state=torch.zeros(16, dtype=torch.uint8))
-    for name in """current_device device_count get_device_properties synchronize
-                   is_bf16_supported""".split():
-        setattr(CudaInterface, name, staticmethod(getattr(torch.cuda, name)))
-    CudaInterface.Worker.get_device_properties = staticmethod(lambda *_: properties)
-    answer(fake, init_gpu_context=None)
-    torch.autograd.set_multithreading_enabled(False)  # backward in the calling thread
-
-def replace_tensor(watch: Watch):
-    """torch.tensor and lists as indices would allocate on the card before a mode sees it."""
-    from torch._subclasses import FakeTensor
-    real, take = torch.tensor, FakeTensor.__getitem__
-
-    def tensor(data, *, dtype=None, device=None, requires_grad=False, **options):
-        there = torch.empty(0).device if device is None else torch.device(device)
-        made = real(data, dtype=dtype, device="cpu", **options)
-        if there.type == "cuda":
-            watch.host_waits("a copy from the CPU")
-            made = torch.empty(made.shape, dtype=made.dtype, device=there)
-        return made.requires_grad_() if requires_grad else made
-    torch.tensor = tensor
-    FakeTensor.__getitem__ = lambda x, index: take(
-        x, real(index, device="cpu") if isinstance(index, list) else index)
-    FakeTensor.__format__ = lambda x, form: format(x.item(), form)
-    FakeTensor.data_ptr = lambda x: 0
+# --- What runs, and what it tells
 
 def stood_in(watch: Watch, name: str, args: tuple, options: dict):
     """What an operation gives that depends on numbers, or brings them to the CPU. None for another one."""
@@ -343,7 +248,6 @@ def starts_kernel(func) -> bool:
 def make_mode(watch: Watch):
     """A mode in which what is on the card is fake, and watched, and the rest real."""
     from torch._library.custom_ops import OPDEFS
-    from torch._subclasses import FakeTensor, FakeTensorMode
     from torch.utils._pytree import tree_leaves, tree_map_only
     from torch.utils.flop_counter import flop_registry
 
@@ -373,19 +277,16 @@ def make_mode(watch: Watch):
 
         def count(self, func, name, kinds, args, kwargs, given):
             """Runs an operation on fakes, the script's own by its body; counts those that start kernels."""
-            prim, has_kernel = func.namespace.startswith("prim"), torch._C._dispatch_has_kernel_for_dispatch_key
-            if not prim and has_kernel(func.name(), "CompositeImplicitAutograd"):
+            has_kernel, own = torch._C._dispatch_has_kernel_for_dispatch_key, OPDEFS.get(func._schema.name)
+            body = own._init_fn if own else func.decompose
+            if not func.namespace.startswith("prim") and (own or has_kernel(func.name(), "CompositeImplicitAutograd")):
                 with self:  # it consists of others
-                    return func.decompose(*args, **kwargs)
+                    return body(*args, **kwargs)
             self.nested += 1
             try:
-                out = super().__torch_dispatch__(func, kinds, args, kwargs)
+                out = kwargs["out"] if "out" in kwargs else super().__torch_dispatch__(func, kinds, args, kwargs)
             finally:
                 self.nested -= 1
-            own = None if prim else OPDEFS.get(func._schema.name)
-            if own is not None:
-                with self:
-                    return own._init_fn(*args, **kwargs)
             results = tensors(out)
             if results and not self.nested and starts_kernel(func):
                 formula = flop_registry.get(func._overloadpacket)
@@ -404,8 +305,8 @@ def watch_triton(watch: Watch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
-    major, minor = watch.card.capability
-    driver = SimpleNamespace(utils=SimpleNamespace(get_device_properties=lambda device: {}))
+    driver, (major, minor) = SimpleNamespace(utils=SimpleNamespace()), watch.card.capability
+    answer(driver.utils, get_device_properties={})
     answer(driver, get_current_target=GPUTarget("cuda", 10 * major + minor, 32), get_current_device=0,
            get_current_stream=0, set_current_device=None, get_active_torch_device=torch.device("cuda", 0),
            get_device_interface=torch.cuda, is_active=True)
@@ -415,43 +316,32 @@ def watch_triton(watch: Watch):
     def run(kernel, *args, grid, warmup, **options):
         binary, name = real(kernel, *args, grid=grid, warmup=True, **options), kernel.__name__
         if not warmup:
-            fault = "" if binary.hash in known else watch.note(f"{name} {binary.hash[:6]}", binary)
-            if fault:
-                raise RuntimeError(f"OutOfResources: {fault}")
+            if binary.hash not in known:
+                watch.note(f"{name} {binary.hash[:6]}", [binary])
             known.add(binary.hash)
-            given = dict(zip(kernel.arg_names, args, strict=False))
-            watch.launched(name, given, "tt.dot" in binary.asm["ttir"])
+            watch.launched(name, dict(zip(kernel.arg_names, args, strict=False)), "tt.dot" in binary.asm["ttir"])
         return binary
     JITFunction.run = run
     answer(Autotuner, _bench=[0.0] * 3)  # the first configuration
 
-def watch_tuners(watch: Watch, configs: str):
-    """Kernels of Inductor: configurations become machine code, none is timed. It is a problem if none fits."""
+def watch_tuners(watch: Watch, most: int | None):
+    """Kernels of Inductor: of each the first `most` configurations become machine code, none is timed."""
     from torch._inductor.runtime import triton_helpers, triton_heuristics
-    tuner_type = triton_heuristics.CachingAutotuner
-    compile_all = tuner_type._precompile_worker
     answer(triton_helpers, set_driver_to_gpu=None, set_driver_to_cpu=None)
-    answer(tuner_type, _dynamic_scale_rblock=None)
 
-    def precompile(tuner):
-        if configs == "first" and not tuner.compile_results:
-            tuner.configs = tuner.configs[:1]
-        if configs != "none":
-            compile_all(tuner)
+    def name_of(tuner) -> str:
+        return tuner.inductor_meta.get("kernel_name", tuner.fn.__name__)
 
-    def make_launchers(tuner):
-        name, made = tuner.inductor_meta.get("kernel_name", "triton"), tuner.compile_results
-        if configs != "none" and not tuner.launchers:
-            faults = [watch.note(name, r.kernel) for r in made]
-            watch.problems.update(faults[:1] * all(faults))
-            tuner.launchers = [SimpleNamespace(config=r.config, store_cubin=False) for r in made]
+    def precompile(tuner, *_, **__):
+        made = [tuner._precompile_config(config).kernel for config in tuner.configs[:most]]
+        if made:
+            watch.note(name_of(tuner), made)
 
     def run(tuner, *args, stream=None, **options):
-        name = tuner.inductor_meta.get("kernel_name", tuner.fn.__name__)
-        dot = "tem_fused" not in name and "tl.dot(" in getattr(tuner.fn, "src", "")
-        watch.launched(name, dict(zip(tuner.fn.arg_names, args, strict=False)), dot)
-    tuner_type._precompile_worker, tuner_type._make_launchers = precompile, make_launchers
-    tuner_type.run = run
+        dot = "tem_fused" not in name_of(tuner) and "tl.dot(" in getattr(tuner.fn, "src", "")
+        watch.launched(name_of(tuner), dict(zip(tuner.fn.arg_names, args, strict=False)), dot)
+    triton_heuristics.CachingAutotuner.precompile = precompile
+    triton_heuristics.CachingAutotuner.run = run
 
 def watch_inductor(watch: Watch, mode):
     """Graphs: what they are compiled to, and what they do when they run, on fake buffers."""
@@ -465,43 +355,34 @@ def watch_inductor(watch: Watch, mode):
     torch._inductor.config.joint_graph_constant_folding = False  # would compute them
 
     def run(graph, call, inputs):
-        with contextlib.ExitStack() as stack:
-            if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
-                stack.enter_context(mode)
-            stack.callback(setattr, watch, "graph", watch.graph)
-            watch.graph, graph["work"] = graph, Counter()
-            graph["phase"] = graph["phase"] or watch.enter()
+        before, watch.graph, graph.work = watch.graph, graph, Counter()
+        graph.row["phase"] = graph.row["phase"] or watch.enter()
+        with mode, contextlib.ExitStack() as stack:
+            stack.callback(setattr, watch, "graph", before)
             return call(inputs)
 
     def inner(module, example_inputs, **options):
-        kind = "inference" if options.get("is_inference") else "forward"
-        kind = "backward" if options.get("is_backward") else kind
-        frames = [frame for frame, _ in traceback.walk_stack(sys._getframe())]
-        places = [frame.f_locals for frame in frames if frame.f_code.co_name == "_compile"]
+        kinds = {"is_backward": "backward", "is_inference": "inference"}
+        kind = next((kind for flag, kind in kinds.items() if options.get(flag)), "forward")
+        places = [frame.f_locals for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "_compile"]
         codes = [place["code"].co_name for place in places if "code" in place]  # none in backward
-        name = " ".join([str(len(watch.graphs)), *codes[:1]])
-        graph = dict(graph=name, kind=kind, phase="", work=Counter(), after=watch.count)
+        graph = new_graph(" ".join([str(len(watch.graphs)), *codes[:1]]), kind, watch.count)
         watch.graphs.append(graph)
         before, watch.compiling, began = watch.compiling, graph, time.perf_counter()
-        try:
-            compiled = original(module, example_inputs, **options)
-        finally:
-            watch.compiling, graph["compile, s"] = before, round(time.perf_counter() - began, 1)
+        compiled = original(module, example_inputs, **options)
+        watch.compiling, graph.row["compile, s"] = before, round(time.perf_counter() - began, 1)
         compiled.current_callable = functools.partial(run, graph, compiled.current_callable)
-        print(f"  graph {name}, {kind}: {graph['compile, s']} s", flush=True)
+        print(f"  graph {graph.row}", flush=True)
         return compiled
     compile_fx._compile_fx_inner = inner
 
 def watch_recompilations(watch: Watch):
     torch._logging.set_logs(recompiles=True)
     handler = logging.Handler()
-
-    def emit(record):
-        watch.recompiled.append((watch.count, reason_of(record.getMessage())))
-    handler.emit = emit
-    for name in ("torch._dynamo.guards.__recompiles", "torch._dynamo.__recompiles"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
+    handler.emit = lambda record: watch.recompiled.append(
+        {"steps before": watch.count, "reason": reason_of(record.getMessage())})
+    logger = logging.getLogger("torch._dynamo.guards.__recompiles")
+    logger.handlers, logger.propagate = [handler], False
 
 def watch_collectives(watch: Watch):
     """torch.distributed as rank 0 finds it; what is sent is written down, counts on the CPU come back."""
@@ -556,7 +437,7 @@ def run_ours(path: Path, watch: Watch, args: argparse.Namespace):
     stage = stages[args.stage - 1] if args.stage else largest
     module.stage_table = lambda _: [stage]
     # what a query sees in the mean of all layers, as the script counts FLOPs
-    bare, nothing = dataclasses.replace(s, pointer=0, qk_dim=0), collections.defaultdict(int)
+    bare, nothing = dataclasses.replace(s, pointer=0, qk_dim=0), defaultdict(int)
     flops = module.flops_per_token(bare, nothing, stage._replace(candidates=0))
     layers = [layer for layer in module.layer_table(s) if layer.attention != "-"]
     watch.keys = flops / (12.0 * s.width * len(layers))
@@ -573,11 +454,12 @@ def run_ours(path: Path, watch: Watch, args: argparse.Namespace):
 def study(args: argparse.Namespace, path: Path, command: str):
     """The run, in the process that has the stub; ends it."""
     watch, errors = Watch(CARDS[args.card], args.world), []
-    for prepare in (pretend, replace_tensor, watch_triton, watch_recompilations, watch_collectives):
+    pretend(watch.card)
+    let_in_fakes(watch.host_waits)
+    for prepare in (watch_triton, watch_recompilations, watch_collectives):
         prepare(watch)
-    watch_tuners(watch, args.configs)
-    mode = make_mode(watch)
-    watch_inductor(watch, mode)
+    watch_tuners(watch, CONFIGS[args.configs])
+    watch_inductor(watch, mode := make_mode(watch))
     ours = re.search(r"^def stage_table", path.read_text(encoding="utf-8"), re.MULTILINE)
     sys.argv, sys.path[0] = [str(path), *args.flags], str(path.parent)
     try:
@@ -604,99 +486,72 @@ def study(args: argparse.Namespace, path: Path, command: str):
 # --- Report
 
 def numbers(work: Counter) -> dict:
-    return {"launches": work["launches"], "GB": round(work["bytes"] / 1e9, 3),
+    return {"launches": work["launches"], "of Triton": work["triton"], "GB": round(work["bytes"] / 1e9, 3),
             "GFLOP": round(work["flops"] / 1e9, 1), "ms (estimate)": round(work["us"] / 1e3, 3)}
 
-def summed(watch: Watch, place: int) -> dict[str, Counter]:
-    """A training step's work by phase (0) or kernel (2)."""
-    found = collections.defaultdict(Counter)
-    for key, work in watch.done.work.items():
-        if key[0] in PHASES[1:4]:
-            found[key[place][:60]].update(work)
-    return found
-
-def graph_row(graph: dict, kernels: list[dict]) -> dict:
-    mine, work = [row for row in kernels if row["graph"] == graph["graph"]], graph["work"]
-    shown = {name: graph.get(name, "") for name in ("graph", "kind", "phase", "compile, s")}
-    shown |= {"Triton": work["triton"]} | numbers(work)
-    for name in ("shared", "registers", "stack"):
-        shown[name] = max((row[name] for row in mine), default="")
-    return shown
+def by_phase(step: SimpleNamespace) -> dict[str, Counter]:
+    """A training step's work."""
+    parts = {name: [work for (phase, _), work in step.work.items() if phase == name] for name in PHASES[1:4]}
+    return {name: sum(works, Counter()) for name, works in parts.items()}
 
 def sent_row(what: tuple, sent: list[dict]) -> dict:
     size, us = (sum(row[name] for row in sent) for name in ("bytes", "us"))
     return dict(zip(HANDLE, what, strict=True)) | {
         "number": len(sent), "MB": round(size / 1e6, 2), "ms waited (estimate)": round(us / 1e3, 3)}
 
-def phase_row(name: str, work: Counter, us: float) -> dict:
-    return {"": f"{name}, estimate", **numbers(work),
-            "ms of memory alone": round(work["memory_us"] / 1e3, 2),
-            "ms of products alone": round(work["compute_us"] / 1e3, 2),
-            "ms with launches, collectives": round(us / 1e3, 3)}
-
 def tables_of(watch: Watch) -> dict[str, list[dict]]:
     """Rows by title."""
-    step, kernels = watch.done, list(watch.kernels.values())
-    peaks = [(name, watch.peaks[name] / 2**30) for name in PHASES if name in watch.peaks]
-    busiest = sorted(summed(watch, 2).items(), key=lambda item: -item[1]["us"])[:20]
+    step = watch.done
+    busiest = sorted(step.work.items(), key=lambda item: -item[1]["us"])[:25]
     groups = itertools.groupby(step.sent, key=lambda row: tuple(row[name] for name in HANDLE))
-    sent = [sent_row(what, list(rows)) for what, rows in groups if what[0] != "evaluation"]
     return {
-        "Memory": [{"peak in": name, "GiB": round(peak, 2), "of the card's": f"{peak / watch.card.memory:.0%}"}
-                   for name, peak in peaks],
+        "Memory": [{"peak in": name, "GiB": round(peak / 2**30, 2),
+                    "of the card's": f"{peak / 2**30 / watch.card.memory:.0%}"} for name, peak in watch.peaks.items()],
         "Roofline of a step": [
-            phase_row(name, work, step.spent[name]) for name, work in summed(watch, 0).items()],
-        "Where a step's time goes": [{"kernel": name, **numbers(work)} for name, work in busiest],
-        "Collectives of a step": sent,
-        "Graphs": [graph_row(graph, kernels) for graph in watch.graphs],
+            {"": f"{name}, estimate", **numbers(work),
+             "ms with launches, collectives": round(step.spent[name] / 1e3, 3)}
+            for name, work in by_phase(step).items()],
+        "Where a step's time goes": [
+            {"phase": phase, "kernel": name, **numbers(work)} for (phase, name), work in busiest],
+        "Collectives of a step": [
+            sent_row(what, list(rows)) for what, rows in groups if what[0] != "evaluation"],
+        "Graphs": [graph.row | numbers(graph.work) for graph in watch.graphs],
         "Kernels with a stack, and the script's own": [
-            row for row in kernels if row.get("stack") or row["graph"] == "own"],
-        "Recompilations": [dict(zip(("steps before", "reason"), row, strict=True)) for row in watch.recompiled],
+            row for row in watch.kernels.values() if row.get("stack") or row["graph"] == "eager"],
+        "Recompilations": watch.recompiled,
         "The host waits, in a step": [{"why": why, "times": n} for why, n in step.waits.items()],
         "Problems": [{"what": text, "times": n} for text, n in watch.problems.items()]}
 
 def result(watch: Watch, about: dict, errors: list[str]) -> dict:
     """What report.json holds: facts, a summary, tables."""
-    card, step, work = watch.card, watch.done, sum(summed(watch, 0).values(), Counter())
+    card, step, work = watch.card, watch.done, sum(by_phase(watch.done).values(), Counter())
     sent = sum(row["bytes"] for row in step.sent if row["begins in"] != "evaluation")
+    peak, ms = max(watch.peaks.values()) / 2**30, round(sum(step.spent[name] for name in PHASES[1:4]) / 1e3, 2)
     summary = {
         "script": about["script"], "card": card.name, "steps": watch.count, "graphs": len(watch.graphs),
-        "of them in the last step": sum(graph["after"] == watch.count - 1 for graph in watch.graphs),
-        "peak GiB": round(max(watch.peaks.values(), default=0) / 2**30, 2),
-        **numbers(work), "MB sent": round(sent / 1e6),
-        "ms of a step (estimate)": round(sum(step.spent[name] for name in PHASES[1:4]) / 1e3, 2)}
-    assumed = (f"{card.bandwidth:g} GB/s, {card.bf16:g} TFLOP/s in bf16, {card.fp8:g} in FP8, "
-               f"{card.link:g} GB/s between cards, {LAUNCH_US:g} µs of the host for a launch, "
-               f"a kernel at least {KERNEL_US:g} µs; a query sees {watch.keys:.1f} keys")
-    fits = "yes" if summary["peak GiB"] < card.memory else "**no**"
-    return about | {
-        "fits": f"{fits}, {summary['peak GiB']} of {card.memory} GiB", "assumed": assumed, "errors": errors,
-        "summary": summary, "tables": tables_of(watch)}
+        "of them in the last step": sum(graph.row["steps before"] == watch.count - 1 for graph in watch.graphs),
+        "peak GiB": round(peak, 2), "MB sent": round(sent / 1e6), **numbers(work), "ms of a step (estimate)": ms}
+    said = (f"Rank 0 of {about['world']}, torch {about['torch']}, {about['date']}; no GPU was used.\n\n"
+            f"Compiles: {'**no**' if errors else 'yes'}. Fits: {'yes' if peak < card.memory else '**no**'}, "
+            f"{peak:.2f} of {card.memory} GiB. Estimates with {card.bandwidth:g} GB/s, {card.bf16:g} TFLOP/s in bf16, "
+            f"{card.fp8:g} in FP8, {card.link:g} GB/s between cards, {LAUNCH_US:g} µs of the host for a launch, "
+            f"a kernel at least {KERNEL_US:g} µs; a query sees {watch.keys:.1f} keys.")
+    return about | {"said": said, "errors": errors, "summary": summary, "tables": tables_of(watch)}
+
+def table(rows: list[dict]) -> str:
+    return common.markdown(list(rows[0]), [list(row.values()) for row in rows]) if rows else "none"
 
 def report(r: dict) -> str:
     """The text, in Markdown."""
-    s, wrong = r["summary"], len(r["tables"]["Problems"])
-    parts = [f"# {r['script']} {r['flags']}",
-             f"{s['card']}, rank 0 of {r['world']}, torch {r['torch']}, {r['date']}; no GPU was used.",
-             f"- Compiles: {'**no**' if r['errors'] else 'yes'}, {s['graphs']} graphs, {wrong} problem(s).\n"
-             f"- Fits: {r['fits']}.\n"
-             f"- Graphs compiled in the last of {s['steps']} steps: {s['of them in the last step']}.\n"
-             f"- Estimate of a step: {s['ms of a step (estimate)']} ms, with {r['assumed']}.", *r["errors"]]
-    for title, rows in r["tables"].items():
-        table = common.markdown(list(rows[0]), [list(row.values()) for row in rows]) if rows else "none"
-        parts.append(f"## {title}\n\n{table}")
+    parts = [f"# {r['script']} {r['flags']}", r["said"], table([r["summary"]]), *r["errors"]]
+    parts += [f"## {title}\n\n{table(rows)}" for title, rows in r["tables"].items()]
     return "\n\n".join(parts) + "\n"
 
 def compared(folders: list[Path]) -> str:
-    """Reports side by side. Raises ValueError for one without a step."""
-    rows = []
-    for folder in folders:
-        r = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        if not r.get("summary", {}).get("steps"):
-            said = "; ".join(r.get("errors", [])) or "another version"
-            raise ValueError(f"{folder}: no step in it: {said}; run bench/deviceless.py --out {folder}")
-        rows.append({"report": folder.name} | r["summary"])
-    return common.markdown(list(rows[0]), [list(row.values()) for row in rows])
+    """The summaries of reports, side by side."""
+    texts = [(folder / "report.json").read_text(encoding="utf-8") for folder in folders]
+    return table([{"report": folder.name} | json.loads(text)["summary"]
+                  for folder, text in zip(folders, texts, strict=True)])
 
 # --- Command line
 
@@ -706,8 +561,7 @@ def check(args: argparse.Namespace) -> Path:
         raise ValueError(f"--card {args.card}: must be one of {', '.join(CARDS)}")
     if min(args.steps, args.world, args.stage + 1) < 1:
         raise ValueError(f"--steps {args.steps} and --world {args.world} must be at least 1, --stage 0")
-    script = next((path for path in (Path(args.script), ROOT / args.script) if path.is_file()), None)
-    if not script:
+    if not args.script.is_file():
         raise FileNotFoundError(f"--script {args.script}: no such file; expected train_gpt.py or a path")
     if torch.version.cuda is None:
         raise RuntimeError(
@@ -715,18 +569,17 @@ def check(args: argparse.Namespace) -> Path:
             "cuda && cuda/bin/pip install torch numpy, then cuda/bin/python bench/deviceless.py")
     if not shutil.which("cc"):
         raise RuntimeError("no C compiler named cc: apt-get install gcc")
-    return script.resolve()
+    return args.script.resolve()
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = common.make_parser(__doc__, "the script")
     add = parser.add_argument
-    add("--script", default="train_gpt.py", metavar="PATH", help="default: %(default)s")
+    add("--script", type=Path, default=ROOT / "train_gpt.py", metavar="PATH", help="default: train_gpt.py")
     add("--card", default="h100", help=f"{', '.join(CARDS)} (default: %(default)s)")
     add("--world", type=int, default=1, metavar="N", help="processes; this is the first (default: 1)")
     add("--stage", type=int, default=0, metavar="N", help="from 1 on; 0: the largest (default)")
     add("--steps", type=int, default=2, metavar="N", help="steps to make (default: 2)")
-    add("--configs", default="first", choices=("first", "all", "none"),
-        help="configurations of a kernel that become machine code (default: %(default)s)")
+    add("--configs", default="first", choices=CONFIGS, help="of a kernel, that become machine code (default: first)")
     add("--out", type=Path, default=Path("deviceless"), metavar="FOLDER", help="default: %(default)s")
     add("--cache", type=Path, metavar="FOLDER", help="keeps machine code between runs")
     add("--compare", type=Path, nargs="+", metavar="FOLDER", help="print reports side by side")
@@ -739,7 +592,7 @@ def work(args: argparse.Namespace, command: str) -> int:
     script = check(args)
     if INSIDE in os.environ:
         study(args, script, command)
-    restart(args, shlex.split(command)[2:])
+    restart(CARDS[args.card], args.world, args.cache, [__file__, *shlex.split(command)[2:]])
 
 main = functools.partial(common.command_line, "deviceless", parse_args, work, resumes=False)
 

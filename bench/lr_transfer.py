@@ -38,6 +38,7 @@ PROXY = """
 --preset cpu --device cpu --data stdlib --no-compile --threads 1 --num-layers 2 --head-dim 32 --value-embeds 1
 --batch-tokens 1024 --micro-tokens 1024 --seq-len 64 --max-doc-len 64 --window 64 --window-start 0
 --eval-seq-len 64 --eval-tokens 131072 --iterations 400 --warmup-steps 20 --cooldown 0.4 --lr-floor 0
+--no-key-offset
 """.split()
 ALWAYS = "--target-loss 0 --eval-every 0 --save-every 0 --no-save-last".split()
 OPTIMIZERS = {"muon": "", "adamw": "--hidden-optimizer adamw"}

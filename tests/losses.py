@@ -26,7 +26,7 @@ from helpers import documents, make_data  # noqa: E402
 RECORDED = Path(__file__).with_name("losses.json")
 SHORT = ("--iterations 8 --batch-tokens 2048 --seq-len 256 --micro-tokens 2048 --eval-every 4 --eval-tokens 8192 "
          "--value-embeds 1 --width 96 --head-dim 24 ")
-CONSTANT = "--lr-floor 0 --tail 0 "  # the cpu preset's, before the tail average
+CONSTANT = "--lr-floor 0 --tail 0 --no-key-offset "  # the cpu preset's, before the recipe of 2026
 MUON = "--momentum-warmup 4 --momentum-cooldown 2 "
 PLAIN = "--preset cpu --num-layers 6 " + CONSTANT + SHORT.replace("--value-embeds 1", "--value-embeds 2")
 ALL = PLAIN + "--paired --key-offset --xsa --skip single --backout --softcap 23,5,7.5 "
@@ -69,7 +69,7 @@ CONFIGURATIONS = {  # name: script, flags, processes
     "two_ranks": ("gpt", ALL + MUON, 2),
     "compiled": ("gpt", "--preset cpu --num-layers 2 --width 48 --head-dim 12 --iterations 6 --batch-tokens 1024 "
                         "--seq-len 256 --micro-tokens 1024 --eval-tokens 4096 --compile --momentum-warmup 2 "
-                        "--momentum-cooldown 1", 1),
+                        "--momentum-cooldown 1 --no-key-offset", 1),
     "mixtral": ("moe", "--preset mixtral-cpu " + MIXTURE + MUON, 1),
     "deepseek": ("moe", "--preset deepseek-cpu " + MIXTURE + MUON, 1),
     "speed": ("moe", "--preset speed-cpu " + MIXTURE + MUON, 1),
