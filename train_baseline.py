@@ -692,6 +692,12 @@ def attention_mask(docs_BT, window: Tensor | int) -> Tensor:
     same_document = docs_BT[:, None, :, None] == docs_BT[:, None, None, :]
     return same_document & (distance >= 0) & (distance < window)
 
+def causal_attention(q_THK, k_THK, v_THK, scale: float) -> Tensor:
+    """Attention in one document, (T, H, K): without a mask a CPU skips what is not seen."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_THK, v_THK))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    return y[0].transpose(0, 1)
+
 def make_norm(s: Settings) -> nn.Module:
     """The normalization before a sublayer and the head; ngpt has none."""
     if s.model_type == "gpt":
@@ -713,7 +719,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(s.width, s.width, bias)
         self.qk_scale = nn.Parameter(torch.full((s.width,), s.width**-0.5)) if ngpt else None
 
-    def forward(self, x_BTD, mask: Tensor, angles: tuple | None) -> Tensor:
+    def forward(self, x_BTD, mask: Tensor | list, angles: tuple | None) -> Tensor:
         q, k, v = (f(x_BTD).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = (F.rms_norm(x, (self.head_dim,), eps=NORM_EPS).type_as(v) for x in (q, k))
@@ -723,6 +729,10 @@ class SelfAttention(nn.Module):
             scale = (self.qk_scale * x_BTD.size(-1) ** 0.5).view(-1, self.head_dim)
             q, k = ((unit(x) * scale).type_as(v) for x in (q, k))
         k, v = (x.repeat_interleave(self.group, dim=2) for x in (k, v))
+        if isinstance(mask, list):
+            pieces = zip(*(x.flatten(0, 1).split(mask) for x in (q, k, v)), strict=True)
+            y = torch.cat([causal_attention(*piece, self.softmax_scale) for piece in pieces])
+            return self.out(y.view_as(q).flatten(2))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.backend == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v, mask, scale=self.softmax_scale)
@@ -817,6 +827,7 @@ class GPT(nn.Module):
         padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
         longest = max(s.seq_len, s.eval_seq_len)
         self.bf16, self.window = s.dtype == "bf16", s.window or longest
+        self.by_document = s.device == "cpu" and s.backend == "sdpa" and not s.compile
         self.embed = nn.Embedding(padded, s.width)
         self.positions = nn.Embedding(s.max_doc_len, s.width) if gpt else None
         self.blocks = nn.ModuleList(TransformerLayer(s, i) for i in range(s.num_layers))
@@ -849,7 +860,11 @@ class GPT(nn.Module):
         else:
             # by document: ngpt scales after rotating, so q.k depends on more than the distance
             angles = self.cos[place_BT], self.sin[place_BT]
-        mask = attention_mask(docs_BT, window)
+        if self.by_document and window >= docs_BT.size(1):
+            starts = F.pad((place_BT == 0).flatten().nonzero()[:, 0], (0, 1), value=docs_BT.numel())
+            mask = starts.diff().tolist()  # lengths of all documents
+        else:
+            mask = attention_mask(docs_BT, window)
         for block in self.blocks:
             x = block(x, mask, angles)
         return x

@@ -382,3 +382,13 @@ def test_a_document_gets_the_same_experts_wherever_it_is():
     batch = torch.stack((random_tokens(3), random_tokens(3), torch.zeros(3, 32, dtype=torch.int32)))
     alone = torch.cat([logits(model, s, row) for row in batch.split(1, dim=1)])
     torch.testing.assert_close(logits(model, s, batch), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_documents_one_by_one_are_the_masked_rows(model_type):
+    s = settings(model_type)
+    model, batch = random_model(s), packed(4)
+    assert model.by_document and not GPT(settings(model_type, backend="plain"), VOCAB).by_document
+    alone = logits(model, s, batch)
+    model.by_document = False
+    torch.testing.assert_close(alone, logits(model, s, batch), rtol=1e-4, atol=1e-5)
