@@ -42,6 +42,7 @@ NANOCHAT = ["--depth=4", "--device-batch-size=4", "--total-batch-size=2048", "--
             "--embedding-lr=2.4", "--unembedding-lr=0.06", "--scalar-lr=4"]  # 2.45 bits by its own rates and warm-up
 RUNCPU = ["--head-dim=64", "--window-pattern=L", "--max-seq-len=512", "--eval-every=-1", "--core-metric-every=-1",
           "--sample-every=-1", "--run=dummy", "--device-type=cpu", "--model-tag=run"]
+PIECE = 1500  # characters: a row of 512 tokens holds one
 STEP = re.compile(rb"step \d+: train loss .*\(took ([\d.]+) ms\)")
 
 class Size(NamedTuple):
@@ -171,6 +172,19 @@ def documents(data: Path, split: str) -> list[str]:
     pieces = np.split(tokens, np.flatnonzero(tokens == BYTE_VOCAB["eot"]))[1:]
     return [bytes(piece[1:].astype(np.uint8)).decode() for piece in pieces]
 
+def pieces(texts: list[str]) -> list[str]:
+    """The texts cut at ends of lines into pieces of at most PIECE characters, if no line has more, in a fixed random
+    order: nanochat's loader drops what is beyond a row, and most of a long file would never be seen."""
+    found = []
+    for text in texts:
+        found.append("")
+        for line in text.splitlines(keepends=True):
+            if found[-1] and len(found[-1]) + len(line) > PIECE:
+                found.append("")
+            found[-1] += line
+    order = np.random.default_rng(0).permutation(len(found))
+    return [found[i] for i in order]
+
 class Nanochat:
     """nanochat's own scripts in a checkout, on documents of ours in a folder. FileNotFoundError: no checkout;
     RuntimeError: what a script says as it fails."""
@@ -183,9 +197,9 @@ class Nanochat:
         from pyarrow import parquet, table
         shards = folder / "base_data_climbmix"
         shards.mkdir(parents=True)
-        for number, split in enumerate(("train", "val")):  # its last file is for validation
-            path = shards / f"shard_{number:05d}.parquet"
-            parquet.write_table(table({"text": documents(data, split)}), path, row_group_size=64)
+        given = pieces(documents(data, "train")), documents(data, "val")  # its last file is for validation
+        for number, texts in enumerate(given):
+            parquet.write_table(table({"text": texts}), shards / f"shard_{number:05d}.parquet", row_group_size=64)
         self.run("-m", "scripts.tok_train", *NANOCHAT_TOKENIZER)
 
     def run(self, *command: str) -> tuple[str, float]:

@@ -156,6 +156,23 @@ def test_documents_are_whole(texts, tmp_path):
         anchors.documents(tmp_path, "val")
 
 
+def test_pieces_end_at_ends_of_lines_and_nothing_is_lost(monkeypatch):
+    monkeypatch.setattr(anchors, "PIECE", 6)
+    texts = ["ab\ncd\nef\n", "a long line\nx", "y"]
+    found = anchors.pieces(texts)
+    assert sorted(found) == ["a long line\n", "ab\ncd\n", "ef\n", "x", "y"]
+    assert found == anchors.pieces(texts) != [*found[1:], found[0]]
+
+
+def test_nanochat_trains_on_pieces_and_is_evaluated_on_whole_documents(nanochat, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(anchors, "pieces", lambda texts: [letter for text in texts for letter in text])
+    anchors.Nanochat(nanochat, tmp_path / "base", texts)
+    from pyarrow import parquet
+    train, val = (parquet.read_table(path).column("text").to_pylist()
+                  for path in sorted((tmp_path / "base").rglob("*.parquet")))
+    assert train == list("onetwoé") and val == ["three", "äöü"]
+
+
 def test_nanochat_gets_the_documents_and_as_many_cpu_seconds(nanochat, texts, tmp_path, monkeypatch):
     """Eleven bytes in two documents: 13 targets of 1 nat, ends among them. A start costs 3 seconds, a step 0.5."""
     program = anchors.Nanochat(nanochat, tmp_path / "base", texts)
