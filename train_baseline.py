@@ -692,12 +692,6 @@ def attention_mask(docs_BT, window: Tensor | int) -> Tensor:
     same_document = docs_BT[:, None, :, None] == docs_BT[:, None, None, :]
     return same_document & (distance >= 0) & (distance < window)
 
-def causal_attention(q_THK, k_THK, v_THK, scale: float) -> Tensor:
-    """Attention in one document, (T, H, K): without a mask a CPU skips what is not seen."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_THK, k_THK, v_THK))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    return y[0].transpose(0, 1)
-
 def make_norm(s: Settings) -> nn.Module:
     """The normalization before a sublayer and the head; ngpt has none."""
     if s.model_type == "gpt":
@@ -729,10 +723,11 @@ class SelfAttention(nn.Module):
             scale = (self.qk_scale * x_BTD.size(-1) ** 0.5).view(-1, self.head_dim)
             q, k = ((unit(x) * scale).type_as(v) for x in (q, k))
         k, v = (x.repeat_interleave(self.group, dim=2) for x in (k, v))
-        if isinstance(mask, list):
-            pieces = zip(*(x.flatten(0, 1).split(mask) for x in (q, k, v)), strict=True)
-            y = torch.cat([causal_attention(*piece, self.softmax_scale) for piece in pieces])
-            return self.out(y.view_as(q).flatten(2))
+        if isinstance(mask, list):  # without a mask a CPU skips the pairs that it would hide
+            documents = (x.flatten(0, 1)[None].transpose(1, 2).split(mask, dim=2) for x in (q, k, v))
+            options = {"is_causal": True, "scale": self.softmax_scale}
+            y = [F.scaled_dot_product_attention(*qkv, **options) for qkv in zip(*documents, strict=True)]
+            return self.out(torch.cat([x.transpose(1, 2) for x in y], dim=1).view_as(x_BTD))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.backend == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v, mask, scale=self.softmax_scale)
@@ -1339,7 +1334,6 @@ class Run:
             for found in known[:1]:
                 changed_settings(s, self.fingerprint, *found)
         self._set_progress()
-        self.flops = self.worked_ms = 0.0  # as logged
         self.status = "done"  # or target, interrupted, nan, error
         self.stop_signal, self.over, self.undo = 0, False, contextlib.ExitStack()  # over: all know of an end
 
@@ -1552,15 +1546,17 @@ class Run:
         self._stop_unless(math.isfinite(norm), f"the norm of the gradient of step {step} is {norm}", step)
         with self.clock.paused() as ms:
             step_ms = (ms - self.logged_ms) / (step - self.logged_step)
-        self.flops += (step - self.logged_step) * s.batch_tokens * self.cost
-        self.worked_ms += ms - self.logged_ms
         self.logged_step, self.logged_ms = step, ms
         rate = 1000 * s.batch_tokens / step_ms
-        mfu = model_flops_utilization(rate, self.cost, self.hardware["name"], self.world.size)
+        mfu = self.mfu(rate)
         percent = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
         console = f"  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s  MFU {percent}"
         self._log_loss(step, "train", loss, ms, console, step_ms=step_ms, tokens_per_s=rate, mfu=mfu,
                        lr=lr, grad_norm=norm, seq_len=s.seq_len, window=s.window, batch_tokens=s.batch_tokens)
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        gpu, count = self.hardware["name"], self.world.size
+        return model_flops_utilization(tokens_per_s, self.cost, gpu, count) or None
 
     def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
@@ -1654,13 +1650,12 @@ class Run:
             self.status = "interrupted" if kind is KeyboardInterrupt else known
         ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
         target = (self.step, ms) if self.status == "target" else (None, None)
-        speed, gpu = 1000 / (self.worked_ms or math.inf), self.hardware["name"]
+        logged = self.logged_step * self.s.batch_tokens / (self.logged_ms or math.inf)
         end = dict(
             event="end", status=self.status, step=self.step, iterations=self.step + self.left, val_loss=loss,
             val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms, tokens=tokens,
             tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.total, params_active=self.active,
-            peak_memory_mib=peak_memory_mib(self.s.device)[0],
-            mfu=model_flops_utilization(speed, self.flops, gpu, self.world.size) or None,
+            peak_memory_mib=peak_memory_mib(self.s.device)[0], mfu=self.mfu(1000 * logged),
             target_step=target[0], target_time_ms=target[1])
         end |= {"error": explained(error) or repr(error)} if error else {}
         if self.log.main:

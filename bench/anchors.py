@@ -9,9 +9,10 @@ AdamW (torch's fused one), dropout 0, on all cores. They take turns, --runs time
 median step, without its first two. llm.c has one size, its source's 4 rows of 64 tokens.
 
 --nanochat: the preset cpu of train_gpt.py, then nanochat's scripts for as many CPU seconds, each in fp32 without a
-compiler on one thread, on the documents of data/stdlib; then the bits per byte of the same validation documents, ends
-of documents included. What stays unequal is in the table. nanochat's flags are those of its runs/runcpu.sh but for
-NANOCHAT, as a run of minutes needs; pip install rustbpe kernels psutil pyarrow tiktoken wandb beside our packages.
+compiler on one thread, on the documents of data/stdlib (nanochat on their pieces); then the bits per byte of the same
+whole validation documents, their ends included. Unequal are models, tokenizers (4,096 BPE tokens, ours bytes) and
+contexts (512 tokens, ours 256 bytes). nanochat's flags are those of its runs/runcpu.sh but for NANOCHAT, as a run of
+minutes needs; pip install rustbpe kernels psutil pyarrow tiktoken wandb beside our packages.
 """
 import json
 import math
@@ -37,9 +38,9 @@ VOCAB, PADDED, EOT, CONTEXT, LAYERS, HEADS, WIDTH = 50257, 50304, 50256, 1024, 1
 SKIPPED = 2  # first steps: memory is new
 LLMC_DATA = "dev/data/tinyshakespeare/tiny_shakespeare"  # the names that train_gpt2.c opens
 LLMC_WEIGHTS = "gpt2_124M.bin"
-NANOCHAT_TOKENIZER = ["--vocab-size=4096", "--max-chars=2000000000"]
-NANOCHAT = ["--depth=4", "--device-batch-size=4", "--total-batch-size=2048", "--warmup-steps=5", "--matrix-lr=0.16",
-            "--embedding-lr=2.4", "--unembedding-lr=0.06", "--scalar-lr=4"]  # 2.45 bits by its own rates and warm-up
+NANOCHAT_TOKENS = 2048  # of a step
+NANOCHAT = ["--depth=4", "--device-batch-size=4", f"--total-batch-size={NANOCHAT_TOKENS}", "--warmup-steps=5",
+            "--matrix-lr=0.16", "--embedding-lr=2.4", "--unembedding-lr=0.06", "--scalar-lr=4"]  # 8 times its own rates
 RUNCPU = ["--head-dim=64", "--window-pattern=L", "--max-seq-len=512", "--eval-every=-1", "--core-metric-every=-1",
           "--sample-every=-1", "--run=dummy", "--device-type=cpu", "--model-tag=run"]
 PIECE = 1500  # characters: a row of 512 tokens holds one
@@ -185,50 +186,61 @@ def pieces(texts: list[str]) -> list[str]:
     order = np.random.default_rng(0).permutation(len(found))
     return [found[i] for i in order]
 
+class Result(NamedTuple):
+    """A row of the table."""
+    program: str
+    val_bpb: float
+    cpu_s: float
+    params: int
+    steps: int
+    tokens: int
+
 class Nanochat:
     """nanochat's own scripts in a checkout, on documents of ours in a folder. FileNotFoundError: no checkout;
     RuntimeError: what a script says as it fails."""
     def __init__(self, checkout: Path, folder: Path, data: Path):
         if not (checkout / "scripts" / "base_train.py").is_file():
             raise FileNotFoundError(f"--nanochat {checkout}: no scripts/base_train.py; git clone karpathy/nanochat")
-        self.checkout, alone = checkout, {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-        self.env = alone | {"NANOCHAT_BASE_DIR": str(folder), "NANOCHAT_DTYPE": "float32", "PYTHONPATH": str(ROOT)}
+        self.checkout = checkout
+        self.env = os.environ | {
+            "NANOCHAT_BASE_DIR": str(folder), "NANOCHAT_DTYPE": "float32", "TORCHDYNAMO_DISABLE": "1",
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.run("-c", "import pyarrow; print()")  # or it says what is missing
         from pyarrow import parquet, table
         shards = folder / "base_data_climbmix"
         shards.mkdir(parents=True)
-        given = pieces(documents(data, "train")), documents(data, "val")  # its last file is for validation
-        for number, texts in enumerate(given):
-            parquet.write_table(table({"text": texts}), shards / f"shard_{number:05d}.parquet", row_group_size=64)
-        self.run("-m", "scripts.tok_train", *NANOCHAT_TOKENIZER)
+        given = pieces(documents(data, "train")), documents(data, "val")
+        for number, texts in enumerate(given):  # its last file is for validation
+            path = shards / f"shard_{number:05d}.parquet"
+            parquet.write_table(table({"text": texts}), path, row_group_size=64)
+        self.run("-m", "scripts.tok_train", "--vocab-size=4096")
 
     def run(self, *command: str) -> tuple[str, float]:
         """The last line that python prints with this command in the checkout, and its CPU seconds."""
-        before = os.times()
-        done = subprocess.run([sys.executable, *command], cwd=self.checkout, env=os.environ | self.env,
+        before = sum(os.times()[2:4])  # of all children that have ended
+        done = subprocess.run([sys.executable, *command], cwd=self.checkout, env=self.env,
                               capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"nanochat: {(done.stderr.strip() or 'no words').splitlines()[-1]}")
-        used = os.times()
-        cpu_s = used.children_user + used.children_system - before.children_user - before.children_system
-        return done.stdout.splitlines()[-1], cpu_s
+        return done.stdout.splitlines()[-1], sum(os.times()[2:4]) - before
 
     def train(self, steps: int) -> float:
         """CPU seconds of a run of these steps, from its start to its checkpoint."""
         return self.run("-m", "scripts.base_train", *RUNCPU, *NANOCHAT, f"--num-iterations={steps}")[1]
 
-    def __call__(self, cpu_s: float) -> dict:
+    def __call__(self, cpu_s: float) -> Result:
         """A run of as many CPU seconds and a step more, by two short ones."""
         short = self.train(1)
         step_s = max(0.001, (self.train(9) - short) / 8)
         steps = 2 + max(0, int((cpu_s - short) / step_s))
         spent = self.train(steps)
         found, _ = self.run("-c", f"from bench import anchors; anchors.nanochat_bits({steps})")
-        return {"program": "nanochat", "cpu_s": spent, "steps": steps} | json.loads(found)
+        bits, params = json.loads(found)
+        return Result("nanochat", bits, round(spent, 1), params, steps, steps * NANOCHAT_TOKENS)
 
 def nanochat_bits(step: int) -> None:
-    """Prints, in nanochat's checkout: its bits per byte of all validation documents. As in its training a row has
-    max_seq_len tokens and starts with the one that starts documents."""
+    """Prints, in nanochat's checkout: its bits per byte of all validation documents, its parameters. As in its training
+    a row has max_seq_len tokens and starts with the one that starts documents."""
     import torch
     from nanochat.checkpoint_manager import load_model
     from nanochat.dataset import parquets_iter_batched
@@ -241,33 +253,26 @@ def nanochat_bits(step: int) -> None:
             with torch.no_grad():
                 nats += model(row[:, :-1], row[:, 1:], loss_reduction="none").sum().item()
     bits = nats / math.log(2) / sum(len(text.encode()) for text in texts)
-    print(json.dumps({"val_bpb": bits, "params": sum(p.numel() for p in model.parameters()),
-                      "step_tokens": meta["user_config"]["total_batch_size"], "context": f"{length} tokens",
-                      "vocabulary": f"BPE, {tokenizer.get_vocab_size():,}"}))
+    print([round(bits, 4), sum(p.numel() for p in model.parameters())])
 
-def ours_in_bits(data: Path, seed: int, more: list[str]) -> dict:
+def ours_in_bits(data: Path, seed: int, more: list[str]) -> Result:
     flags = ["--preset", "cpu", "--data", str(data), "--device", "cpu", "--dtype", "fp32", "--no-compile",
              "--threads", "1", "--eval-every", "0", "--eval-tokens", "0", "--no-save-last", *more]
     events, config = common.train(ROOT / "train_gpt.py", flags, seed, set())
-    end, settings = events[-1], config["settings"]
-    return {"program": "train_gpt.py", "cpu_s": config["cpu_s"], "steps": end["step"], "val_bpb": end["val_bpb"],
-            "params": end["params_total"], "step_tokens": end["tokens"] // end["step"],
-            "context": f"{settings['eval_seq_len']} bytes", "vocabulary": "257 bytes"}
+    end, cpu_s = events[-1], round(config["cpu_s"], 1)
+    return Result("train_gpt.py", round(end["val_bpb"], 4), cpu_s, end["params_total"], end["step"], end["tokens"])
 
 def beside_nanochat(args, command: str) -> int:
-    """The whole of `bench/cpu.py --anchors --nanochat`; its seed is fixed, so that it runs once."""
+    """The whole of `bench/cpu.py --anchors --nanochat`; nanochat's seed is fixed, so that it runs once."""
     data, more = args.data or ROOT / "data" / "stdlib", ["--iterations", "9"] if args.quick else []
     with tempfile.TemporaryDirectory() as tmp:
         nanochat = Nanochat(args.nanochat.resolve(), Path(tmp) / "base", data)
         runs = [ours_in_bits(data, args.seed + i, more) for i in range(args.runs)]
-        print("ours:", json.dumps(runs), flush=True)
-        runs.append(nanochat(0 if args.quick else max(run["cpu_s"] for run in runs)))
-    heads = {"program": "", "val_bpb": ".4f", "cpu_s": ".0f", "params": ",", "vocabulary": "", "context": "",
-             "steps": ",", "step_tokens": ","}
-    rows = [[format(run[name], form) for name, form in heads.items()] for run in runs]
-    print(f"{common.markdown(list(heads), rows)}\n\n{command}")
+        print(runs, flush=True)
+        runs.append(nanochat(0 if args.quick else max(run.cpu_s for run in runs)))
+    print(f"{common.markdown(Result._fields, runs)}\n\n{command}")
     if args.json:
-        common.write_json(args.json, {"command": command, "runs": runs})
+        common.write_json(args.json, {"command": command, "runs": [run._asdict() for run in runs]})
     return 0
 
 # --- The measurement

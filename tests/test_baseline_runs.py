@@ -460,7 +460,7 @@ def test_one_rank_continues_what_two_have_begun(kind, tmp_path, whole, two_ranks
 @pytest.mark.parametrize("kind", ["gpt", "moderngpt, muon", "ngpt", "moegpt"])
 def test_a_compiled_run_has_the_same_losses(kind, tmp_path, monkeypatch, whole):
     """Traced by dynamo alone, with no C++ compiler needed, in one graph for each of training and validation, but for
-    the experts; the run in which all is compiled leaves no trace."""
+    the experts; the run in which all is compiled leaves no trace. It has a mask, the other none."""
     compile_traced, (model_type, changes) = torch.compile, KINDS[kind]
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_traced(
         f, backend="eager", fullgraph=model_type != "moegpt", **options))
@@ -469,7 +469,7 @@ def test_a_compiled_run_has_the_same_losses(kind, tmp_path, monkeypatch, whole):
     data = whole(kind).parents[3] / "data"
     folder = run(tmp_path, model_type, data=data, compile=True, **SAVES, **changes)
     for key, values in losses(whole(kind)).items():
-        assert losses(folder)[key] == pytest.approx(values, rel=1e-5)
+        assert losses(folder)[key] == pytest.approx(values, rel=1e-4)
 
 
 # --- as in train_gpt.py
