@@ -38,9 +38,10 @@ VOCAB, PADDED, EOT, CONTEXT, LAYERS, HEADS, WIDTH = 50257, 50304, 50256, 1024, 1
 SKIPPED = 2  # first steps: memory is new
 LLMC_DATA = "dev/data/tinyshakespeare/tiny_shakespeare"  # the names that train_gpt2.c opens
 LLMC_WEIGHTS = "gpt2_124M.bin"
-NANOCHAT_TOKENS = 2048  # of a step
-NANOCHAT = ["--depth=4", "--device-batch-size=4", f"--total-batch-size={NANOCHAT_TOKENS}", "--warmup-steps=5",
-            "--matrix-lr=0.16", "--embedding-lr=2.4", "--unembedding-lr=0.06", "--scalar-lr=4"]  # 8 times its own rates
+STEP_TOKENS = 2048  # nanochat's
+# Eight times its own rates: what was tried is in records/2026-11-26_cpu_anchors.
+NANOCHAT = ["--depth=4", "--device-batch-size=4", f"--total-batch-size={STEP_TOKENS}", "--warmup-steps=5",
+            "--matrix-lr=0.16", "--embedding-lr=2.4", "--unembedding-lr=0.06", "--scalar-lr=4"]
 RUNCPU = ["--head-dim=64", "--window-pattern=L", "--max-seq-len=512", "--eval-every=-1", "--core-metric-every=-1",
           "--sample-every=-1", "--run=dummy", "--device-type=cpu", "--model-tag=run"]
 PIECE = 1500  # characters: a row of 512 tokens holds one
@@ -209,10 +210,11 @@ class Nanochat:
         from pyarrow import parquet, table
         shards = folder / "base_data_climbmix"
         shards.mkdir(parents=True)
-        given = pieces(documents(data, "train")), documents(data, "val")
-        for number, texts in enumerate(given):  # its last file is for validation
-            path = shards / f"shard_{number:05d}.parquet"
-            parquet.write_table(table({"text": texts}), path, row_group_size=64)
+        splits = {  # its last file is for validation
+            "shard_0.parquet": pieces(documents(data, "train")),
+            "shard_1.parquet": documents(data, "val")}
+        for name, texts in splits.items():
+            parquet.write_table(table({"text": texts}), shards / name, row_group_size=64)
         self.run("-m", "scripts.tok_train", "--vocab-size=4096")
 
     def run(self, *command: str) -> tuple[str, float]:
@@ -236,7 +238,7 @@ class Nanochat:
         spent = self.train(steps)
         found, _ = self.run("-c", f"from bench import anchors; anchors.nanochat_bits({steps})")
         bits, params = json.loads(found)
-        return Result("nanochat", bits, round(spent, 1), params, steps, steps * NANOCHAT_TOKENS)
+        return Result("nanochat", bits, round(spent, 1), params, steps, steps * STEP_TOKENS)
 
 def nanochat_bits(step: int) -> None:
     """Prints, in nanochat's checkout: its bits per byte of all validation documents, its parameters. As in its training
@@ -260,7 +262,8 @@ def ours_in_bits(data: Path, seed: int, more: list[str]) -> Result:
              "--threads", "1", "--eval-every", "0", "--eval-tokens", "0", "--no-save-last", *more]
     events, config = common.train(ROOT / "train_gpt.py", flags, seed, set())
     end, cpu_s = events[-1], round(config["cpu_s"], 1)
-    return Result("train_gpt.py", round(end["val_bpb"], 4), cpu_s, end["params_total"], end["step"], end["tokens"])
+    counts = end["params_total"], end["step"], end["tokens"]
+    return Result("train_gpt.py", round(end["val_bpb"], 4), cpu_s, *counts)
 
 def beside_nanochat(args, command: str) -> int:
     """The whole of `bench/cpu.py --anchors --nanochat`; nanochat's seed is fixed, so that it runs once."""

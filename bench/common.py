@@ -290,7 +290,7 @@ def mean_sd(values: Iterable[float]) -> str:
 
 # --- Report
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
+def markdown(head: Sequence, rows: Iterable) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
