@@ -161,7 +161,7 @@ def test_pieces_end_at_ends_of_lines_and_nothing_is_lost(monkeypatch):
     texts = ["ab\ncd\nef\n", "a long line\nx", "y"]
     found = anchors.pieces(texts)
     assert sorted(found) == ["a long line\n", "ab\ncd\n", "ef\n", "x", "y"]
-    assert found == anchors.pieces(texts) != [*found[1:], found[0]]
+    assert found == anchors.pieces(texts)
 
 
 def test_nanochat_trains_on_pieces_and_is_evaluated_on_whole_documents(nanochat, texts, tmp_path, monkeypatch):
