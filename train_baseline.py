@@ -822,7 +822,7 @@ class GPT(nn.Module):
         padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
         longest = max(s.seq_len, s.eval_seq_len)
         self.bf16, self.window = s.dtype == "bf16", s.window or longest
-        self.by_document = s.device == "cpu" and s.backend == "sdpa" and not s.compile
+        self.by_document = False  # train may: its rows have no keys of an earlier call
         self.embed = nn.Embedding(padded, s.width)
         self.positions = nn.Embedding(s.max_doc_len, s.width) if gpt else None
         self.blocks = nn.ModuleList(TransformerLayer(s, i) for i in range(s.num_layers))
@@ -1668,6 +1668,7 @@ def train(run: Run):
     """One run. Every process does the same."""
     s, size = run.s, run.world.size
     model = GPT(s, run.corpus.meta["vocab_size"]).to(s.device)
+    model.by_document = s.device == "cpu" and s.backend == "sdpa" and not s.compile
     optimizers = make_optimizers(model, s)
     run.open(model, optimizers)
     compiled = torch.compile(model, dynamic=False) if s.compile else model

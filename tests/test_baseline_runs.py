@@ -634,6 +634,13 @@ def test_the_log_holds_its_script(whole):
     assert "class TransformerLayer" in text and '"model_type": "ngpt"' in text and "step:8/8 val_loss:" in text
 
 
+def test_a_cpu_trains_without_a_mask(tmp_path, monkeypatch):
+    monkeypatch.setattr(tb, "attention_mask", None)
+    run(tmp_path / "alone", "gpt", iterations=1, warmup_steps=0)
+    with pytest.raises(TypeError):
+        run(tmp_path / "plain", "gpt", iterations=1, warmup_steps=0, backend="plain")
+
+
 # --- the share of a GPU's peak
 
 
