@@ -39,9 +39,9 @@ SKIPPED = 2  # first steps: memory is new
 LLMC_DATA = "dev/data/tinyshakespeare/tiny_shakespeare"  # the names that train_gpt2.c opens
 LLMC_WEIGHTS = "gpt2_124M.bin"
 STEP_TOKENS = 2048  # nanochat's
-# Eight times its own rates: what was tried is in records/2026-11-26_cpu_anchors.
+# Four times its own rates, the best of those in records/2026-11-26_cpu_anchors.
 NANOCHAT = ["--depth=4", "--device-batch-size=4", f"--total-batch-size={STEP_TOKENS}", "--warmup-steps=5",
-            "--matrix-lr=0.16", "--embedding-lr=2.4", "--unembedding-lr=0.06", "--scalar-lr=4"]
+            "--matrix-lr=0.08", "--embedding-lr=1.2", "--unembedding-lr=0.03", "--scalar-lr=2"]
 RUNCPU = ["--head-dim=64", "--window-pattern=L", "--max-seq-len=512", "--eval-every=-1", "--core-metric-every=-1",
           "--sample-every=-1", "--run=dummy", "--device-type=cpu", "--model-tag=run"]
 PIECE = 1500  # characters: a row of 512 tokens holds one
