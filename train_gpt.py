@@ -1883,11 +1883,24 @@ differentiable(
     quantized_linear, lambda grad, x, weight: (grad @ weight, grad.T @ x), lambda x, _: (x[:2], ()))
 quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
+class ReLUSquared(torch.autograd.Function):
+    """relu(x)^2, equal to the bit; only the root is kept, and backward takes two passes instead of four."""
+    @staticmethod
+    def forward(ctx, x) -> Tensor:
+        root = x.relu()
+        ctx.save_for_backward(root)
+        return root.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (root,) = ctx.saved_tensors
+        return grad * root * 2
+
 def mlp_relu2(x_ND, up_FD, down_FD, kernel: bool, fp8: bool) -> Tensor:
     """relu(x @ up.T)^2 @ down, (N, D): plain, fused, or with the up-projection in FP8."""
     if kernel and not fp8:
         return fused_mlp(x_ND, up_FD, down_FD)[0]
-    return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
+    return ReLUSquared.apply((fp8_linear if fp8 else F.linear)(x_ND, up_FD)) @ down_FD
 
 def fp8_linear(x_ND, weight_FD) -> Tensor:
     """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact. Quantized outside the operator,
@@ -2375,12 +2388,21 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
         s = with_head_dim(s, given, hardware, world_size, notes)
         s, auto = without_auto(s, hardware, world_size)
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
+    notes += busy_cores() if hardware.device == "cpu" else []
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
     problems += [] if too_large else run_errors(s, given, hardware) + unfit
     s, more, problems = (s, [], problems) if problems else fitted(s, hardware, world_size)
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     return s, hardware, notes + more
+
+def busy_cores() -> list[str]:
+    """A warning where others want the cores: one busy neighbour makes two threads four times slower than one."""
+    load = getattr(os, "getloadavg", lambda: (0.0,))()[0]
+    cores = os.cpu_count()
+    wait = "steps will take longer; --threads 1 loses least"
+    found = [f"WARNING: load {load:.1f} on {cores} cores: {wait}"]
+    return found if load > cores else []
 
 def field_errors(s: Settings) -> list[str]:
     """A sentence for each field whose value is outside the bracket of its comment."""

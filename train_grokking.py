@@ -153,7 +153,16 @@ def parse_settings(argv: list[str] | None) -> tuple[Config, list[str]]:
     compilable = gpu or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
     hint = "; no C++ compiler: install g++ for faster steps" if s.compile and not compilable else ""
     s = replace(s, device="cuda" if gpu else "cpu", dtype=dtype, compile=s.compile and compilable)
-    return s, [f"device {s.device}, products in {s.dtype}, {'' if s.compile else 'not '}compiled{hint}"]
+    notes = [f"device {s.device}, products in {s.dtype}, {'' if s.compile else 'not '}compiled{hint}"]
+    return s, notes + (busy_cores() if s.device == "cpu" else [])
+
+def busy_cores() -> list[str]:
+    """A warning where others want the cores: one busy neighbour makes two threads four times slower than one."""
+    load = getattr(os, "getloadavg", lambda: (0.0,))()[0]
+    cores = os.cpu_count()
+    wait = "steps will take longer; --threads 1 loses least"
+    found = [f"WARNING: load {load:.1f} on {cores} cores: {wait}"]
+    return found if load > cores else []
 
 def setting_problems(s: Config, given: dict) -> list[str]:
     """A sentence for each setting that its bracket, another setting or this machine does not allow."""

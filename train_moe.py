@@ -116,14 +116,16 @@ class Hyperparameters:
     route_scale: float = 0.0  # of gates; 0: their mean is about 1 [>=0; with num_experts]
     importance_coef: float = 0.01  # of CV^2 of summed gates [>=0; with router noisy_topk]
     load_coef: float = 0.01  # of CV^2 of expected tokens [>=0; with router noisy_topk]
-    aux_coef: float = 0.01  # of E * sum(share * mean score) [>=0; with router softmax_topk]
-    z_coef: float = 0.001  # of log-sum-exp^2 [>=0; with router noisy_topk|softmax_topk]
+    noise_end: float = 0.25  # fraction of the iterations, of its fading; 0: never [0..1; with router noisy_topk]
+    aux_coef: float = 0.01  # of E * sum(share * mean score) [>=0; with router noisy_topk|softmax_topk]
+    sequence_coef: float = 0.0  # of the same in each row [>=0; with router sigmoid_bias]
+    z_coef: float = 0.001  # of log-sum-exp^2 [>=0; with num_experts]
     bias_rate: float = 0.001  # bias's step against load [>=0; with router sigmoid_bias]
     bias_cooldown: float = 0.15  # last fraction, of its fall [0..1; with router sigmoid_bias]
     capacity_factor: float = 0.0  # most tokens / even share; 0: any [>=0; with num_experts]
     moe_impl: str = "auto"  # [auto|grouped|bmm|loop; with num_experts; free on resume]
     router_every: int = 50  # least steps of a report [>0; with num_experts; free on resume]
-    expert_lr: float = 1.0  # factor on the rate of experts [>0; with num_experts]
+    expert_lr: float = 0.7  # factor on the rate of experts [>0; with num_experts]
     router_lr: float = 0.005  # learning rate of the routers, AdamW [>=0; with num_experts]
     # --- width transfer: rates tuned at a small width serve a large one (muP)
     mup: bool = False  # scale rates, decay, epsilon and logits from base_width to width
@@ -186,9 +188,12 @@ class Hyperparameters:
     @property
     def penalties(self) -> dict[str, float]:
         """What keeps the router balanced, by its weight in the loss."""
+        weights = {"z": self.z_coef}
+        if self.router == "sigmoid_bias":
+            return {"sequence": self.sequence_coef} | weights
         if self.router == "noisy_topk":
-            return {"importance": self.importance_coef, "load": self.load_coef, "z": self.z_coef}
-        return {"switch": self.aux_coef, "z": self.z_coef} if self.router == "softmax_topk" else {}
+            weights |= {"importance": self.importance_coef, "load": self.load_coef}
+        return weights | {"switch": self.aux_coef}
 
     @property
     def gate_scale(self) -> float:
@@ -265,9 +270,11 @@ PRESETS["t4"] = PRESETS["gpu"] | dict(seq_len=(2048,), ngram_rows=2**18)
 # Kinds of mixtures; their active FLOPs are those of the dense model, within 1 %.
 MIXTURES: dict[str, dict] = {
     "mixtral": dict(num_experts=8, top_k=2, router="noisy_topk"),
-    "deepseek": dict(num_experts=64, top_k=6, num_shared=2, router="sigmoid_bias", dense_first=1),
+    "deepseek": dict(
+        num_experts=64, top_k=6, num_shared=2, router="sigmoid_bias", z_coef=0.0, dense_first=1),
     "speed": dict(
-        num_experts=8, top_k=1, num_shared=1, router="sigmoid_bias", dense_first=2, dense_last=2),
+        num_experts=8, top_k=1, num_shared=1, router="sigmoid_bias", z_coef=0.0, dense_first=2,
+        dense_last=2),
 }
 # What a kind has otherwise at a size: 360 steps need a quicker bias; what fits into 16 GB.
 SIZED: dict[str, dict] = {
@@ -472,7 +479,8 @@ def dense_mask(docs_BT, window: Tensor, copies: int = 1) -> Tensor:
 
 # ┌─ Mixture of experts ─────────────────────────────────────────────────────────────────────────┐
 # A token's choice number n = token * K + k becomes row j of the rows sorted by expert, order[j] = n;
-# expert e has the rows from ends[e - 1] up to ends[e]. Shapes do not depend on how many those are.
+# expert e has the rows from ends[e - 1] up to ends[e]. Shapes do not depend on how many those are. Dropped choices are
+# of expert E, and last: `loop` leaves them out.
 
 LOOP_ROWS = 64  # multiple of the rows of a product in `loop`
 expert_operator = functools.partial(torch.library.custom_op, mutates_args=())
@@ -498,11 +506,10 @@ def pad_groups(g: Grouping, size: int) -> Grouping:
     """The same in blocks of `size` rows, each of one expert: padding fills an expert's last one."""
     rows, experts = len(g.order_R), len(g.ends_E)
     count = -(-rows // size) + experts  # enough for any routing
-    sizes = torch.diff(g.ends_E, prepend=g.ends_E.new_zeros(1))
-    blocks = -(-sizes // size)
-    block_ends = blocks.cumsum(0)
-    shift = (block_ends - blocks) * size - (g.ends_E - sizes)  # of an expert's first row
-    row = torch.arange(rows, device=sizes.device)
+    begins = F.pad(g.ends_E, (1, 0))
+    block_ends = (-(-torch.diff(begins) // size)).cumsum(0)
+    shift = F.pad(block_ends, (1, 0)) * size - begins  # of an expert's first row
+    row = torch.arange(rows, device=begins.device)
     row = row + shift[torch.searchsorted(g.ends_E, row.to(torch.int32), right=True)]
     order = torch.full((count * size,), rows, device=row.device).scatter_(0, row, g.order_R)
     block = torch.arange(count, device=row.device)
@@ -514,47 +521,73 @@ def arrange(experts_NK, num_experts: int, impl: str) -> Grouping:
     """Sorted rows as a backend wants them: `bmm` in about four blocks an expert; `loop` in multiples of LOOP_ROWS, as
     oneDNN makes a new kernel for each new size."""
     g = group_rows(experts_NK, num_experts)
-    if impl == "grouped":
-        return g
+    if impl == "grouped":  # dropped ones, too: what it left out would be garbage
+        return g._replace(ends_E=F.pad(g.ends_E[:-1], (0, 1), value=len(g.order_R)))
     quarter = -(-len(g.order_R) // (64 * num_experts))
     return pad_groups(g, 16 * quarter if impl == "bmm" else LOOP_ROWS)
 
+def rows_of_tokens(x_ND, order_R, choices: int) -> Tensor:
+    """The token's row for each sorted one; of padding, any."""
+    return x_ND[(order_R // choices).clamp_max(len(x_ND) - 1)]
+
+def sums_of_tokens(y_RD, inverse_R, choices: int) -> Tensor:
+    """The sum of a token's sorted rows, (N, D): gathered, so without atomics."""
+    index_NK = inverse_R.unflatten(0, (-1, choices))
+    if y_RD.device.type == "cpu":
+        return F.embedding_bag(index_NK, y_RD, mode="sum")  # in one pass
+    return y_RD[index_NK].sum(1)
+
 class Spread(torch.autograd.Function):
-    """Rows of the tokens, sorted: (R, D). Backward gathers and adds up a token's: no atomics."""
+    """Rows of the tokens, sorted: (R, D)."""
     @staticmethod
     def forward(ctx, x_ND, order_R, inverse_R, choices: int) -> Tensor:
         ctx.save_for_backward(inverse_R)
         ctx.choices = choices
-        return x_ND[(order_R // choices).clamp_max(len(x_ND) - 1)]  # padding: any row
+        return rows_of_tokens(x_ND, order_R, choices)
 
     @staticmethod
     def backward(ctx, grad_RD):
         (inverse,) = ctx.saved_tensors
-        return grad_RD[inverse].unflatten(0, (-1, ctx.choices)).sum(1), None, None, None
+        return sums_of_tokens(grad_RD.contiguous(), inverse, ctx.choices), None, None, None
 
-class Collect(torch.autograd.Function):
-    """Sorted rows in the order of the choices, (N * K, D): a permutation, and backward its inverse."""
+class Combine(torch.autograd.Function):
+    """A token's sorted rows, summed: (N, D)."""
     @staticmethod
-    def forward(ctx, y_RD, order_R, inverse_R) -> Tensor:
+    def forward(ctx, y_RD, order_R, inverse_R, choices: int) -> Tensor:
         ctx.save_for_backward(order_R)
-        return y_RD[inverse_R]
+        ctx.choices = choices
+        return sums_of_tokens(y_RD, inverse_R, choices)
 
     @staticmethod
-    def backward(ctx, grad):
-        (order,) = ctx.saved_tensors
-        if len(order) == len(grad):
-            return grad[order], None, None
-        rows = grad[order.clamp_max(len(grad) - 1)]
-        return torch.where((order < len(grad))[:, None], rows, 0), None, None
+    def backward(ctx, grad_ND):
+        (order,) = ctx.saved_tensors  # padding gets gradients that GatedReLU2 multiplies by 0
+        return rows_of_tokens(grad_ND, order, ctx.choices), None, None, None
+
+class GatedReLU2(torch.autograd.Function):
+    """gate * relu(x)^2, (R, F), of sorted rows and gates by choice; 0 in padding, also the gradient of x."""
+    @staticmethod
+    def forward(ctx, x_RF, gates_C, order_R, inverse_R) -> Tensor:
+        gate_R1 = F.pad(gates_C, (0, 1))[order_R][:, None].type_as(x_RF)
+        root = torch.where(gate_R1 == 0, 0, x_RF).relu()
+        ctx.save_for_backward(root, gate_R1, inverse_R)
+        return root.square() * gate_R1
+
+    @staticmethod
+    def backward(ctx, grad_RF):
+        root, gate_R1, inverse = ctx.saved_tensors
+        slope_RF = grad_RF * root
+        gate_grad_R = (slope_RF * root).sum(1, dtype=torch.float32)
+        return slope_RF * (2 * gate_R1), gate_grad_R[inverse], None, None
 
 @expert_operator(
     "nanospeedrun_train_moe::loop", schema="(Tensor x, Tensor weight, Tensor ends) -> Tensor")
 def loop_product(x_RD, weight_EDF, ends_E):
-    """A product for each expert, whose rows' ends are read on the host; what is behind stays unwritten, unread."""
+    """A product for each expert, whose rows' ends are read on the host; zeros behind the last."""
     out_RF, start = x_RD.new_empty(len(x_RD), weight_EDF.size(2)), 0
     for weight, end in zip(weight_EDF, ends_E.tolist(), strict=True):
         torch.mm(x_RD[start:end], weight, out=out_RF[start:end])
         start = end
+    out_RF[start:] = 0
     return out_RF
 
 @expert_operator(
@@ -612,14 +645,15 @@ def expert_product(x_RD, weight_EDF, g: Grouping, impl: str) -> Tensor:
         return loop_product(x_RD, weight_EDF, g.ends_E)
     return block_product(x_RD.unflatten(0, (len(g.owner_GE), -1)), weight_EDF, g.owner_GE).flatten(0, 1)
 
-def expert_mlp(x_ND, up_EDF, down_EFD, experts_NK, impl: str) -> Tensor:
-    """relu(x @ up[e])^2 @ down[e] for each expert e that a token has chosen, (N, K, D)."""
+def expert_mlp(x_ND, up_EDF, down_EFD, gates_NK, experts_NK, impl: str) -> Tensor:
+    """The sum of gate * relu(x @ up[e])^2 @ down[e] over the experts e that a token has chosen, (N, D)."""
     choices = experts_NK.size(1)
     g = arrange(experts_NK, len(up_EDF), impl)
     x_RD = Spread.apply(x_ND, g.order_R, g.inverse_R, choices)
-    post_RF = expert_product(x_RD, up_EDF, g, impl).relu().square()
+    pre_RF = expert_product(x_RD, up_EDF, g, impl)
+    post_RF = GatedReLU2.apply(pre_RF, gates_NK.flatten(), g.order_R, g.inverse_R)
     y_RD = expert_product(post_RF, down_EFD, g, impl)
-    return Collect.apply(y_RD, g.order_R, g.inverse_R).unflatten(0, (-1, choices))
+    return Combine.apply(y_RD, g.order_R, g.inverse_R, choices)
 
 # ┌─ Routers ────────────────────────────────────────────────────────────────────────────────────┐
 ROUTER_STD = 0.01  # of the routers' initial weights
@@ -627,12 +661,13 @@ DROP_PARTS = 8  # parts of a row by which dropped choices are counted
 NOISE_FLOOR = 0.01  # least std of noisy_topk's noise: chance_of_choice divides by it
 
 def named_sums(sums: Tensor, num_experts: int) -> dict[str, Tensor]:
-    """What a router sums over tokens, the last axis, by name. By expert: how often it was chosen, its gates
-    (noisy_topk) or share of the scores, its chance to be chosen under another noise (noisy_topk, else 0). Choices
-    dropped in each part of the row. Entropy of the scores, key of the last choice less that of the next, squared
-    log-sum-exp and mean square of the logits."""
-    sizes = {"chosen": num_experts, "importance": num_experts, "load": num_experts,
-             "dropped": DROP_PARTS, "entropy": 1, "margin": 1, "z": 1, "logit": 1}
+    """What a router sums over tokens, the last axis, by name. By expert: how often it was chosen, its share of the
+    scores; of noisy_topk, else 0, its gates and chance to be chosen under another noise. Choices dropped in each part
+    of the row. E * sum(share of choices * of scores) of a row, entropy of the scores, key of the last choice less that
+    of the next, squared log-sum-exp and mean square of the logits."""
+    experts = "chosen", "score", "importance", "load"
+    sizes = dict.fromkeys(experts, num_experts) | {"dropped": DROP_PARTS}
+    sizes |= dict.fromkeys(("sequence", "entropy", "margin", "z", "logit"), 1)
     return dict(zip(sizes, sums.split(list(sizes.values()), dim=-1), strict=True))
 
 def chance_of_choice(clean_NE, noise_std_NE, noisy_NE, top_NK, choices: int) -> Tensor:
@@ -651,7 +686,7 @@ def among(experts: Tensor, num_experts: int) -> Tensor:
 
 class Routing(NamedTuple):
     """What a router decides, and sums for its balance and its report."""
-    experts_NK: Tensor
+    experts_NK: Tensor  # E: dropped
     gates_NK: Tensor  # fp32
     sums_S: Tensor | None  # see named_sums; None without gradients
 
@@ -681,9 +716,9 @@ class Router(NamedTuple):
     scale: float
     capacity: float
 
-    def __call__(self, x_BTD, weight_RD, bias_E, noise_BTE) -> Routing:
+    def __call__(self, x_BTD, weight_RD, bias_E, noise_BTE, noise_scale=1.0) -> Routing:
         """Routing of normed tokens. weight: (E, D) fp32, noisy_topk (2E, D), the second half for the noise's size;
-        bias: sigmoid_bias's, for the choice alone; noise: standard normal, None in evaluation."""
+        bias: sigmoid_bias's, for the choice alone; noise: standard normal, None in evaluation; its scale fades."""
         training, sigmoid = torch.is_grad_enabled(), self.kind == "sigmoid_bias"
         x_ND = x_BTD.flatten(0, 1)
         if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
@@ -693,7 +728,7 @@ class Router(NamedTuple):
         logits, *noise_logits = products.split(self.num_experts, dim=1)
         keys, noise_std = logits, None
         if noise_BTE is not None:
-            noise_std = F.softplus(noise_logits[0]) + NOISE_FLOOR
+            noise_std = F.softplus(noise_logits[0]) * noise_scale + NOISE_FLOOR
             keys = logits + noise_BTE.flatten(0, 1) * noise_std
         scores = torch.sigmoid(logits) if sigmoid else keys.softmax(-1)
         keys = scores + bias_E if sigmoid else keys
@@ -706,9 +741,12 @@ class Router(NamedTuple):
         if training and self.capacity:
             kept = self.kept(experts.view(*x_BTD.shape[:2], -1))
         if training:
-            sums = self.sums(logits, noise_std, keys, scores, top, experts, gates, kept)
+            sums = self.sums(logits, noise_std, keys, scores, top, experts, gates, kept, len(x_BTD))
         gates = gates * self.scale
-        return Routing(experts, gates if kept is None else gates * kept.view_as(gates), sums)
+        if kept is not None:
+            kept = kept.view_as(gates)
+            experts, gates = experts.where(kept, self.num_experts), gates * kept
+        return Routing(experts, gates, sums)
 
     def kept(self, experts_BTK) -> Tensor:
         """False where earlier tokens of the row have filled an expert. What a token loses depends on nothing that comes
@@ -718,12 +756,15 @@ class Router(NamedTuple):
         earlier = (chosen.cumsum(1) - chosen).gather(2, experts_BTK)
         return earlier < math.ceil(self.capacity * even)
 
-    def sums(self, logits, noise_std, keys, scores, top, experts_NK, gates_NK, kept_BTK) -> Tensor:
+    def sums(
+            self, logits, noise_std, keys, scores, top, experts_NK, gates_NK, kept_BTK, rows: int) -> Tensor:
         """The sums that named_sums names, (S,) fp32. Only what penalties read has a gradient: that of the entropy is
         infinite where a score underflows."""
-        chosen = among(experts_NK, self.num_experts).sum(0)
+        chosen_BE = among(experts_NK, self.num_experts).unflatten(0, (rows, -1)).sum(1)
         share = scores / scores.sum(-1, keepdim=True)
-        importance, load = share.sum(0), torch.zeros_like(share[0])
+        score_BE = share.unflatten(0, (rows, -1)).sum(1)
+        sequence = (chosen_BE * score_BE).sum() * self.num_experts * rows / experts_NK.numel()
+        importance, load = torch.zeros(2, self.num_experts, device=share.device)
         if noise_std is not None:
             importance = torch.zeros_like(share).scatter(1, experts_NK, gates_NK).sum(0)
             load = chance_of_choice(logits, noise_std, keys, top, self.choices).sum(0)
@@ -736,8 +777,9 @@ class Router(NamedTuple):
         margin = (top[:, self.choices - 1] - top[:, -1]).detach().sum()  # 0 if all are chosen
         z = logits.logsumexp(-1).square().sum()
         logit = (logits.detach().square() / self.num_experts).sum()
-        single = torch.stack((entropy, margin, z, logit))
-        return torch.cat((chosen.float(), importance, load, dropped, single))
+        single = torch.stack((sequence, entropy, margin, z, logit))
+        chosen = chosen_BE.sum(0).float()
+        return torch.cat((chosen, score_BE.sum(0), importance, load, dropped, single))
 
 class Mixture(nn.Module):
     """Feed-forward layer in which each token has some of many experts, and perhaps shared ones."""
@@ -753,12 +795,11 @@ class Mixture(nn.Module):
         self.shared = MLP(s, shared) if shared else None
 
     def forward(self, x_BTD, router: tuple) -> tuple:
-        """Output and sums. Gates are applied after the experts: before, ReLU^2 would square them."""
+        """Output and sums. Gates are applied after ReLU^2, which would square them."""
         shared = self.shared(x_BTD) if self.shared is not None else None
         experts, gates, sums = self.router(x_BTD, *router)
         weights = self.experts_up, self.experts_down
-        y_NKD = expert_mlp(x_BTD.flatten(0, 1), *weights, experts, self.impl)
-        y = (y_NKD * gates[..., None]).sum(1).type_as(x_BTD).view_as(x_BTD)
+        y = expert_mlp(x_BTD.flatten(0, 1), *weights, gates, experts, self.impl).view_as(x_BTD)
         return y if shared is None else y + shared, sums
 
 # ┌─ Model ──────────────────────────────────────────────────────────────────────────────────────┐
@@ -956,7 +997,8 @@ class GPT(nn.Module):
         cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
         # number of the first row (candidate_turn); values that FP8 clipped; targets without a loss
         turn, saturated, left_out = torch.zeros(3, dtype=torch.int64)
-        buffers = dict(cos=cos, sin=sin, turn=turn, saturated=saturated, left_out=left_out)
+        buffers = dict(cos=cos, sin=sin, turn=turn, saturated=saturated, left_out=left_out,
+                       noise_scale=torch.ones(()))
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
 
@@ -1003,11 +1045,12 @@ class GPT(nn.Module):
         return x if self.backout is None else x - scalars[self.backout][-1] * outputs[self.backout]
 
     def router(self, mixture: int | None, noise_BMTE) -> tuple | None:
-        """What the router of a mixture is called with: weights, bias and noise."""
+        """What the router of a mixture is called with: weights, bias, noise and its scale."""
         if mixture is None:
             return None
         noise_BTE = None if noise_BMTE is None else noise_BMTE[:, mixture]
-        return self.routers[mixture] * self.router_scale, self.router_bias[mixture], noise_BTE
+        weight = self.routers[mixture] * self.router_scale
+        return weight, self.router_bias[mixture], noise_BTE, self.noise_scale
 
     def masks(self, docs_BT, window: Tensor) -> dict:
         """The mask of each kind of layer, made once per forward pass. A short window is half a long one."""
@@ -1692,14 +1735,15 @@ def penalty(name: str, weight: float, sums_MS, num_experts: int) -> tuple:
     """What makes routers balance, by sums per token: its value in each layer, 1 where all experts are equal, but for z;
     by which of the sums it has a slope; and weight * that slope. importance, load: 1 + CV^2 (Shazeer et al. 2017,
     arXiv 1701.06538); switch: E * sum_i f_i P_i (Fedus et al. 2021, arXiv 2101.03961), f_i the share of all choices,
-    without gradient; z: mean squared log-sum-exp (Zoph et al. 2022, arXiv 2202.08906)."""
+    without gradient; sequence: the mean of that over rows (DeepSeek-V3, arXiv 2412.19437); z: mean squared log-sum-exp
+    (Zoph et al. 2022, arXiv 2202.08906)."""
     sums = named_sums(sums_MS, num_experts)
-    if name == "z":
-        return sums["z"].squeeze(-1), "z", torch.full_like(sums["z"], weight)
+    if name in ("z", "sequence"):  # means over tokens, and rows
+        return sums[name].squeeze(-1), name, torch.full_like(sums[name], weight)
     total = sums["chosen" if name == "switch" else name].sum(-1, keepdim=True)
     if name == "switch":
-        value = num_experts * (sums["chosen"] / total * sums["importance"]).sum(-1)
-        return value, "importance", weight * num_experts * sums["chosen"] / total
+        value = num_experts * (sums["chosen"] / total * sums["score"]).sum(-1)
+        return value, "score", weight * num_experts * sums["chosen"] / total
     share = sums[name] / total
     square = share.square().sum(-1, keepdim=True)
     slope = weight * 2 * num_experts / total * (share - square)
@@ -1724,7 +1768,7 @@ class Balance:
     has the penalties' gradient for the whole batch, one step late, and needs one small all-reduce a step."""
     def __init__(self, model: nn.Module, s: Settings, world: World):
         self.s, self.world, self.bias = s, world, model.router_bias
-        self.size = len(self.bias), 3 * s.num_experts + DROP_PARTS + 4  # of the sums, (M, S)
+        self.size = len(self.bias), 4 * s.num_experts + DROP_PARTS + 5  # of the sums, (M, S)
         self.update_function = compiled(balance_update, s)
         self.generator = torch.Generator(s.device)
         self.reset()
@@ -1960,6 +2004,10 @@ def candidate_turn(s: Settings, stage: Stage, world: World, step: int, micro_ste
     rows, own = stage.batch_tokens // stage.seq_len, stage.micro_rows(s, world.size)
     return step * rows + (micro_step * world.size + world.rank) * own
 
+def noise_at(s: Settings, step: float) -> float:
+    """Factor on the noise of noisy_topk: it explores first, and costs loss for as long as it is there."""
+    return max(0.0, 1 - step / (s.noise_end * s.iterations)) if s.noise_end else 1.0
+
 def window_at(s: Settings, stages: list[Stage], step: float) -> int:
     """Long attention window of a step in tokens: linear within its stage, rounded up (13)."""
     stage = stage_at(stages, step)
@@ -2148,6 +2196,7 @@ def train(run: Run):
             model.candidates = candidates
             run.log.print(f"step {step + 1}: train losses are among {candidates or 'all'} classes")
         window.fill_(window_at(s, stages, at))
+        model.noise_scale.fill_(noise_at(s, at))
         weights = [w / stage.batch_tokens for w in future_weights(stages, at)]
         step_loss = torch.zeros((), device=s.device)
         for i, (inputs_BT, targets_BT, docs_BT) in enumerate(micro_steps):
@@ -2570,11 +2619,24 @@ differentiable(
     quantized_linear, lambda grad, x, weight: (grad @ weight, grad.T @ x), lambda x, _: (x[:2], ()))
 quantized_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
+class ReLUSquared(torch.autograd.Function):
+    """relu(x)^2, equal to the bit; only the root is kept, and backward takes two passes instead of four."""
+    @staticmethod
+    def forward(ctx, x) -> Tensor:
+        root = x.relu()
+        ctx.save_for_backward(root)
+        return root.square()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (root,) = ctx.saved_tensors
+        return grad * root * 2
+
 def mlp_relu2(x_ND, up_FD, down_FD, kernel: bool, fp8: bool) -> Tensor:
     """relu(x @ up.T)^2 @ down, (N, D): plain, fused, or with the up-projection in FP8."""
     if kernel and not fp8:
         return fused_mlp(x_ND, up_FD, down_FD)[0]
-    return (fp8_linear if fp8 else F.linear)(x_ND, up_FD).relu().square() @ down_FD
+    return ReLUSquared.apply((fp8_linear if fp8 else F.linear)(x_ND, up_FD)) @ down_FD
 
 def fp8_linear(x_ND, weight_FD) -> Tensor:
     """x @ weight.T in e4m3, each scaled to its largest entry; the gradients are exact. Quantized outside the operator,
@@ -3062,12 +3124,21 @@ def parse_settings(argv: list[str] | None, world_size: int) -> tuple:
         s = with_head_dim(s, given, hardware, world_size, notes)
         s, auto = without_auto(s, hardware, world_size)
     notes += [f"{name} {value}: {reason}" for name, (value, reason) in auto.items() if value]
+    notes += busy_cores() if hardware.device == "cpu" else []
     unfit = [] if problems else hyperparameter_errors(s, given, hardware, world_size)
     problems += [] if too_large else run_errors(s, given, hardware) + unfit
     s, more, problems = (s, [], problems) if problems else fitted(s, hardware, world_size)
     if problems:
         raise UserError("\n  ".join([f"{len(problems)} setting(s) cannot work:", *problems]))
     return s, hardware, notes + more
+
+def busy_cores() -> list[str]:
+    """A warning where others want the cores: one busy neighbour makes two threads four times slower than one."""
+    load = getattr(os, "getloadavg", lambda: (0.0,))()[0]
+    cores = os.cpu_count()
+    wait = "steps will take longer; --threads 1 loses least"
+    found = [f"WARNING: load {load:.1f} on {cores} cores: {wait}"]
+    return found if load > cores else []
 
 def field_errors(s: Settings) -> list[str]:
     """A sentence for each field whose value is outside the bracket of its comment."""

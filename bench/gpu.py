@@ -317,7 +317,7 @@ def kind_settings(b: Bench, kind: str) -> train_moe.Settings:
     return train_moe.Settings(**train_moe.MIXTURES[kind], width=b.size(768, 32))
 
 def draw_experts(b: Bench, s: train_moe.Settings, tokens: int, routing: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Input and weights in bf16; each token's experts, (N, K): any, more often the first ones, or never each third."""
+    """Input, weights and gates; each token's experts, (N, K): any, more often the first ones, or never each third."""
     keys = torch.rand(tokens, s.num_experts, device=b.device)
     if routing == "skewed":
         keys += torch.linspace(1, 0, s.num_experts, device=b.device)
@@ -325,7 +325,9 @@ def draw_experts(b: Bench, s: train_moe.Settings, tokens: int, routing: str) -> 
         keys[:, ::3] = -1
     up = randn(b, s.num_experts, s.width, s.hidden, scale=0.5 * s.width**-0.5)
     down = randn(b, s.num_experts, s.hidden, s.width, scale=0.02)
-    return {"x": randn(b, tokens, s.width), "up": up, "down": down}, keys.topk(s.top_k).indices
+    gates = randn(b, tokens, s.top_k).float()
+    leaves = {"x": randn(b, tokens, s.width), "up": up, "down": down, "gates": gates}
+    return leaves, keys.topk(s.top_k).indices
 
 def expert_outputs(b: Bench, kind: str, impl: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output and gradients under each routing, for the same bf16 values in any dtype; all but the loop compiled."""
@@ -334,8 +336,9 @@ def expert_outputs(b: Bench, kind: str, impl: str, dtype: torch.dtype) -> dict[s
     function = train_moe.compiled(train_moe.expert_mlp, dataclasses.replace(s, compile=impl != "loop"))
     for routing in ROUTINGS:
         leaves, experts = draw_experts(b, s, b.size(16384, 48), routing)
-        result = run(lambda x, up, down, experts=experts: function(x, up, down, experts, impl),
-                     {leaf: x.to(dtype) for leaf, x in leaves.items()}, randn(b, *experts.shape, s.width))
+        result = run(lambda x, up, down, gates, experts=experts: function(x, up, down, gates, experts, impl),
+                     {leaf: x.to(x.dtype if leaf == "gates" else dtype) for leaf, x in leaves.items()},
+                     randn(b, *leaves["x"].shape))
         found |= {f"{routing}, {name}": x for name, x in result.items()}
     return found
 

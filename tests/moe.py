@@ -13,7 +13,7 @@ from train_moe import GPT, Hardware, Settings
 
 ROUTERS = ("noisy_topk", "softmax_topk", "sigmoid_bias")
 PLAIN_IMPLS = ("grouped", "bmm", "loop")  # those that need no Triton
-MIXTURE = dict(num_experts=4, top_k=2, z_coef=0.001)  # of the tiny runs
+MIXTURE = dict(num_experts=4, top_k=2, z_coef=0.001, expert_lr=1.0)  # of the tiny runs
 FIELDS = [field.name for field in dataclasses.fields(Settings)]
 
 
@@ -59,13 +59,13 @@ def window(length: int = 32) -> torch.Tensor:
 
 def all_penalties(sums: torch.Tensor, num_experts: int) -> dict[str, torch.Tensor]:
     """The value of each penalty in each layer, from sums per token."""
-    names = "importance", "load", "switch", "z"
+    names = "importance", "load", "switch", "sequence", "z"
     return {name: tm.penalty(name, 1.0, sums, num_experts)[0] for name in names}
 
 
 def sum_size(num_experts: int) -> int:
-    """Length of a router's sums: three by expert, dropped choices in 8 parts of a row, four more."""
-    return 3 * num_experts + 8 + 4
+    """Length of a router's sums: four by expert, dropped choices in 8 parts of a row, five more."""
+    return 4 * num_experts + 8 + 5
 
 
 def layer_sums(model: GPT, s: Settings, batch: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

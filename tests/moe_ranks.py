@@ -18,8 +18,8 @@ MIXTURES, EXPERTS = 2, 5  # 10 matrices of a shape, which 3 or 4 ranks cannot sh
 
 def settings(**changes) -> tm.Settings:
     """Those of ranks.py, with a dense layer between two mixtures of 5 experts, 2 of them for a token."""
-    own = {"num_experts": EXPERTS, "top_k": 2, "moe_layers": "MDM", "moe_impl": "loop", "bias_rate": 0.05,
-           "bias_cooldown": 1.0} | changes
+    own = {"num_experts": EXPERTS, "expert_lr": 1.0, "top_k": 2, "moe_layers": "MDM", "moe_impl": "loop",
+           "bias_rate": 0.05, "bias_cooldown": 1.0} | changes
     known = {field.name for field in dataclasses.fields(ranks.tg.Settings)}
     dense = dataclasses.asdict(ranks.settings(**{k: v for k, v in own.items() if k in known}))
     return tm.Settings(**{**dense, **own})

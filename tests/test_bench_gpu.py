@@ -107,8 +107,8 @@ def test_experts_are_checked(finished):
     assert len(checks) == 6
     for kind in train_moe.MIXTURES:
         for impl in ("grouped", "bmm"):
-            row = checks[f"{kind}, {impl}"]  # 3 routings, the output and 3 gradients
-            assert row["ok"] is row["same_twice"] is True and row["compared"] == 12 and 0 < row["rel"] < 0.01
+            row = checks[f"{kind}, {impl}"]  # 3 routings, the output and 4 gradients
+            assert row["ok"] is row["same_twice"] is True and row["compared"] == 15 and 0 < row["rel"] < 0.01
 
 
 def test_mixtures_are_timed_beside_the_dense_control(finished):
@@ -221,9 +221,9 @@ def test_wrong_experts_are_found(bench, monkeypatch, off, equal, same):
     """Products 2 % too large; and others that are right, but not to the bit what they were a call before."""
     right, calls = train_moe.expert_mlp, itertools.count(1)
 
-    def wrong(x, up, down, experts, impl):
-        y = right(x.float(), up.float(), down.float(), experts, "loop")
-        return right(x, up, down, experts, impl) if impl == "loop" else y * (1 + off(next(calls)))
+    def wrong(x, up, down, gates, experts, impl):
+        y = right(x.float(), up.float(), down.float(), gates, experts, "loop")
+        return right(x, up, down, gates, experts, impl) if impl == "loop" else y * (1 + off(next(calls)))
     monkeypatch.setattr(train_moe, "expert_mlp", wrong)
     monkeypatch.setattr(train_moe, "compiled", lambda function, s: function)
     row = gpu.check_experts(bench, "mixtral", "bmm")

@@ -42,25 +42,26 @@ def choose(tokens: int, experts: int, choices: int, never: tuple = (), seed: int
     return keys.topk(choices).indices
 
 
-def weights(experts: int, tokens: int = 50, dtype=torch.float32) -> list[torch.Tensor]:
-    """Random x, up and down, that ask for gradients."""
+def weights(experts: int, tokens: int = 50, choices: int = 2, dtype=torch.float32) -> list[torch.Tensor]:
+    """Random x, up, down and, in fp32, gates, that ask for gradients."""
     random = torch.Generator().manual_seed(1)
     shapes = (tokens, D), (experts, D, F), (experts, F, D)
-    return [torch.randn(shape, generator=random).div(shape[-2] ** 0.5 if len(shape) == 3 else 1).to(dtype)
-            .requires_grad_() for shape in shapes]
+    leaves = [torch.randn(shape, generator=random).div(shape[-2] ** 0.5 if len(shape) == 3 else 1).to(dtype)
+              for shape in shapes]
+    return [t.requires_grad_() for t in (*leaves, torch.rand(tokens, choices, generator=random) + 0.1)]
 
 
-def token_by_token(x, up, down, experts) -> torch.Tensor:
-    """The reference: (N, K, D)."""
-    return torch.stack([torch.stack([(row @ up[e]).relu().square() @ down[e] for e in chosen])
-                        for row, chosen in zip(x, experts.tolist(), strict=True)])
+def token_by_token(x, up, down, gates, experts) -> torch.Tensor:
+    """The reference: (N, D)."""
+    return torch.stack([sum(gate * ((row @ up[e]).relu().square() @ down[e]) for gate, e in zip(own, chosen, strict=True))
+                        for row, own, chosen in zip(x, gates, experts.tolist(), strict=True)])
 
 
 def with_gradients(function, leaves: list[torch.Tensor], *arguments) -> dict[str, torch.Tensor]:
-    """Output, and gradients of x, up and down under random gradients of the output."""
+    """Output, and gradients of x, up, down and gates under random gradients of the output."""
     y = function(*leaves, *arguments)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    return dict(zip(("y", "x", "up", "down"), (y.detach(), *torch.autograd.grad(y, leaves, grad)), strict=True))
+    return dict(zip(("y", "x", "up", "down", "gates"), (y.detach(), *torch.autograd.grad(y, leaves, grad)), strict=True))
 
 
 def assert_near(found: dict, expected: dict, tolerance: float):
@@ -80,13 +81,31 @@ def assert_near(found: dict, expected: dict, tolerance: float):
 def test_experts_and_gradients_equal_the_reference(routing, impl, dtype, tolerance):
     """bf16: against the reference in fp32 on the same weights."""
     tokens, count, choices, never = ROUTINGS[routing]
-    leaves, experts = weights(count, tokens, dtype), choose(tokens, count, choices, never)
+    leaves, experts = weights(count, tokens, choices, dtype), choose(tokens, count, choices, never)
     expected = with_gradients(token_by_token, [t.detach().float().requires_grad_() for t in leaves], experts)
     found = with_gradients(tm.expert_mlp, leaves, experts, impl)
-    assert all(value.dtype == dtype for value in found.values())
+    assert all(value.dtype == (torch.float32 if name == "gates" else dtype) for name, value in found.items())
     assert_near(found, expected, tolerance)
     for e in never:
         assert not found["up"][e].any() and not found["down"][e].any()  # exactly zero, not garbage
+
+
+@pytest.mark.parametrize("impl", PLAIN_IMPLS)
+@pytest.mark.parametrize("lost", [0.3, 1.0])
+def test_dropped_choices_add_nothing_and_loop_does_not_multiply_them(impl, lost, monkeypatch):
+    """They are of expert E, with gates of 0; even if all of them are dropped."""
+    leaves, experts, rows, mm = weights(8), choose(50, 8, 2), [], torch.mm
+    dropped = torch.rand(50, 2, generator=torch.Generator().manual_seed(3)) < lost
+    with torch.no_grad():
+        leaves[3][dropped] = 0.0
+    expected = with_gradients(token_by_token, leaves, experts)
+    monkeypatch.setattr(torch, "mm", lambda a, b, **more: (rows.append(len(a)), mm(a, b, **more))[1])
+    found = with_gradients(tm.expert_mlp, leaves, experts.masked_fill(dropped, 8), impl)
+    expected["gates"][dropped] = 0.0
+    assert_near(found, expected, 1e-5)
+    counts = experts[~dropped].bincount(minlength=8)
+    blocks = (-(-counts // tm.LOOP_ROWS) * tm.LOOP_ROWS).tolist()
+    assert rows[:8] == (blocks if impl == "loop" else [])
 
 
 COMPILED = [("grouped", torch.bfloat16)] + [(impl, dtype) for impl in ("bmm", "loop")
@@ -118,9 +137,9 @@ def test_nothing_is_read_from_the_device(kind, impl):
         weight = torch.empty(16 if kind == "noisy_topk" else 8, D, requires_grad=True)
         noise = torch.empty(4, 8, 8) if kind == "noisy_topk" else None
         experts, gates, sums = router(x, weight, torch.empty(8), noise)
-        y = tm.expert_mlp(x.flatten(0, 1), up, down, experts, impl)
-        ((y * gates[..., None]).sum() + sums.sum()).backward()
-    assert y.shape == (32, 2, D) and all(t.grad.shape == t.shape for t in (x, up, down, weight))
+        y = tm.expert_mlp(x.flatten(0, 1), up, down, gates, experts, impl)
+        (y.sum() + sums.sum()).backward()
+    assert y.shape == (32, D) and all(t.grad.shape == t.shape for t in (x, up, down, weight))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler on a CPU")
@@ -155,14 +174,17 @@ def test_rows_are_sorted_by_expert_and_padded_to_blocks_of_one(routing):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["sorted", "padded"])
-def test_gradients_of_spread_and_collect(padded):
+def test_gradients_of_spread_and_combine(padded):
     g = tm.group_rows(choose(7, 4, 2), 4)
     g = tm.pad_groups(g, 16) if padded else g
     real = (g.order_R < 14)[:, None]  # padding takes any row, and gives no gradient
+    gates = torch.rand(14, dtype=torch.float64, requires_grad=True)
     x, y = (torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (7, len(g.order_R)))
     assert padded == (not real.all())
     assert torch.autograd.gradcheck(lambda x: tm.Spread.apply(x, g.order_R, g.inverse_R, 2) * real, x)
-    assert torch.autograd.gradcheck(lambda y: tm.Collect.apply(y, g.order_R, g.inverse_R), y)
+    assert torch.autograd.gradcheck(lambda y: tm.Combine.apply(y * real, g.order_R, g.inverse_R, 2), y)
+    assert torch.autograd.gradcheck(lambda *both: tm.GatedReLU2.apply(*both, g.order_R, g.inverse_R), (y, gates))
+    assert not tm.GatedReLU2.apply(y, gates, g.order_R, g.inverse_R)[~real[:, 0]].any()
 
 
 @pytest.mark.parametrize("impl", ["bmm", "loop"])  # grouped_mm has no fp64
@@ -185,12 +207,12 @@ def test_output_is_the_gated_sum_of_the_chosen_and_the_shared_experts(router):
     mixture, x = model.blocks[0].mlp, torch.randn(4, 32, s.width, generator=torch.Generator().manual_seed(5))
     given = model.routers[0], model.router_bias[0], None if noise is None else noise[:, 0]
     routing, tokens = mixture.router(x, *given), x.flatten(0, 1)
-    each = token_by_token(tokens, mixture.experts_up, mixture.experts_down, routing.experts_NK)
+    both = routing.gates_NK, routing.experts_NK % s.num_experts  # dropped: any, its gate is 0
+    mixed = token_by_token(tokens, mixture.experts_up, mixture.experts_down, *both)
     shared = (tokens @ mixture.shared.up.T).relu().square() @ mixture.shared.down
     y, sums = mixture(x, given)
-    gates = routing.gates_NK[..., None]
-    assert_near({"y": y.flatten(0, 1)}, {"y": (each * gates).sum(1) + shared}, 1e-5)
-    assert torch.equal(sums, routing.sums_S) and not gates.all() and len(gates.unique()) > 10
+    assert_near({"y": y.flatten(0, 1)}, {"y": mixed + shared}, 1e-5)
+    assert torch.equal(sums, routing.sums_S) and not both[0].all() and len(both[0].unique()) > 10
 
 
 def step_of(model, s, batch, noise) -> dict[str, torch.Tensor]:
@@ -285,6 +307,6 @@ def test_one_expert_trains_like_train_gpt(tmp_path, router):
     which would turn a router of one expert, too."""
     dense = losses(train(train_gpt, tmp_path, experiment_name="dense", tail=0.0))
     mixture = losses(train(tm, tmp_path, experiment_name="mixture", num_experts=1, top_k=1, router=router,
-                           z_coef=0.0, tail=0.0))
+                           z_coef=0.0, tail=0.0, expert_lr=1.0))
     for kind, values in dense.items():
         assert mixture[kind] == pytest.approx(values, abs=2e-5) and len(set(values.values())) == len(values)

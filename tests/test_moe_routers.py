@@ -224,7 +224,8 @@ def test_penalties_equal_their_formulas():
 
 
 @pytest.mark.parametrize("kind, weights", [("noisy_topk", {"importance": 0.3, "load": 0.2, "z": 0.1}),
-                                           ("softmax_topk", {"switch": 0.3, "z": 0.1})])
+                                           ("softmax_topk", {"switch": 0.3, "z": 0.1}),
+                                           ("sigmoid_bias", {"sequence": 0.3, "z": 0.1})])
 def test_slopes_are_the_weighted_penalties_gradient(kind, weights):
     """By finite differences, in fp64; `chosen` has none."""
     routing, *_ = routed(kind)
@@ -286,7 +287,8 @@ def test_sums_equal_slow_references(kind, capacity):
     keys = scores + bias if kind == "sigmoid_bias" else noisy
     share = scores / scores.sum(1, keepdim=True)
     expected = {"entropy": -(share * share.log()).sum(), "z": logits.exp().sum(1).log().square().sum(),
-                "logit": logits.square().mean(1).sum(), "importance": share.sum(0), "load": torch.zeros(E)}
+                "logit": logits.square().mean(1).sum(), "score": share.sum(0), "importance": torch.zeros(E),
+                "load": torch.zeros(E), "sequence": torch.tensor(0.0)}
     ranked = keys.sort(1, descending=True)
     expected["margin"] = (ranked.values[:, 1] - ranked.values[:, 2]).sum()
     chosen, importance, dropped, places = [0] * E, torch.zeros(E), [0] * 8, {}
@@ -298,6 +300,10 @@ def test_sums_equal_slow_references(kind, capacity):
                 dropped[n % T * 8 // T] += 1
             places[n // T, e] = places.get((n // T, e), 0) + 1
     expected |= {"chosen": torch.tensor(chosen), "dropped": torch.tensor(dropped)}
+    for row in range(ROWS):
+        own = slice(row * T, row * T + T)
+        part = ranked.indices[own, :2].flatten().bincount(minlength=E) / (2 * T)
+        expected["sequence"] += T * E * (part * share[own].mean(0)).sum()
     if kind == "noisy_topk":  # summed gates, and chances, which have their own test
         std = torch.nn.functional.softplus(x.flatten(0, 1) @ weight[E:].T) + 0.01
         load = tm.chance_of_choice(logits, std, noisy, ranked.values[:, :3], 2)
@@ -328,7 +334,8 @@ def test_capacity_drops_what_a_slow_reference_drops(kind):
             for e in experts:
                 taken[e] += 1
     kept = torch.tensor(kept)
-    assert 0 < kept.float().mean() < 1 and torch.equal(routing.experts_NK, free.experts_NK)
+    assert 0 < kept.float().mean() < 1 and torch.equal(
+        routing.experts_NK, free.experts_NK.where(kept.view_as(free.experts_NK), E))
     assert torch.equal(routing.gates_NK, free.gates_NK * kept)
     dropped = tm.named_sums(routing.sums_S, E)["dropped"]
     by_token = (~kept).view(ROWS, T, 2).sum((0, 2))
@@ -416,7 +423,8 @@ def test_report_of_an_even_and_an_uneven_layer():
     expected = {"effective_experts": [8.0, math.exp(entropy)],
                 "max_over_mean": [1.0, 2.4], "cv": [0.0, cv], "dropped": [0.4, 0.4], "score_entropy": [0.1, 0.1],
                 "margin": [0.1, 0.1], "logit_rms": [0.1**0.5] * 2, "bias_min": [-1, 1 / 15], "bias_max": [-1 / 15, 1],
-                "importance_loss": [1.0, 1.0], "load_loss": [1.0, 1.0], "z_loss": [0.1, 0.1]}
+                "importance_loss": [1.0, 1.0], "load_loss": [1.0, 1.0], "switch_loss": [E * 0.1] * 2,
+                "z_loss": [0.1, 0.1]}
     for name, values in expected.items():
         assert report[name] == pytest.approx(values, abs=1e-5), name
     assert report["dead"] == [[], [7]] and report["dropped_by_part"][0] == pytest.approx([0.4] * 8)
@@ -445,6 +453,6 @@ def test_scores_that_underflow_leave_the_gradients_finite(kind):
     x, weight, bias, noise = random_inputs()
     own = (1e4 * weight[:2 * E if kind == "noisy_topk" else E]).requires_grad_()
     routing = router(kind)(x, own, bias, noise if kind == "noisy_topk" else None)
-    (routing.gates_NK.sum() + (tm.named_sums(routing.sums_S, E)["importance"] * torch.arange(E)).sum()
+    (routing.gates_NK.sum() + (tm.named_sums(routing.sums_S, E)["score"] * torch.arange(E)).sum()
      + 0 * routing.sums_S.sum()).backward()
     assert own.grad.isfinite().all() and routing.sums_S.isfinite().all()

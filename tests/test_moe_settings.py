@@ -62,7 +62,8 @@ def observe(s: tm.Settings, monkeypatch) -> dict:
         "dropped": dropped > 0, "products": products, "router rate": rate,
         "expert rate": expert_rate,
         "bias step": bias.abs().max().item(), "late bias step": late_step,
-        **{f"{name} slope": slopes[name].norm().item() for name in ("importance", "load", "z")},
+        "noise end": tm.noise_at(s, s.iterations / 4),
+        **{f"{name} slope": slope.norm().item() for name, slope in slopes.items()},
     }
 
 
@@ -78,7 +79,7 @@ FLAGS = [  # flag, other flags, what it changes, from, to (or a check of the new
     ("--num-shared 2", [], "shared", 0, 64),
     ("--num-shared 2", [], "hidden", 64, 32),
     ("--expert-hidden 24", [], "hidden", 64, 24),
-    ("--expert-lr 2", [], "expert rate", None, times(2)),
+    ("--expert-lr 1.4", [], "expert rate", None, times(2)),
     ("--moe-layers DM", [], "layers", "MM", "DM"),
     ("--dense-first 1", [], "layers", "MM", "DM"),
     ("--dense-last 1", [], "layers", "MM", "MD"),
@@ -88,9 +89,13 @@ FLAGS = [  # flag, other flags, what it changes, from, to (or a check of the new
     ("--route-scale 2.5", [], "gates", 2.0, 2.5),
     ("--importance-coef 0.03", [], "importance slope", None, times(3)),
     ("--load-coef 0.03", [], "load slope", None, times(3)),
-    ("--aux-coef 0.03", SOFTMAX, "importance slope", None, times(3)),
+    ("--noise-end 0.5", [], "noise end", 0.0, 0.5),
+    ("--aux-coef 0.03", [], "score slope", None, times(3)),
+    ("--aux-coef 0.03", SOFTMAX, "score slope", None, times(3)),
+    ("--sequence-coef 0.03", SIGMOID, "sequence slope", 0.0, pytest.approx(0.03 * 2**0.5)),
     ("--z-coef 0.003", [], "z slope", None, times(3)),
     ("--z-coef 0.003", SOFTMAX, "z slope", None, times(3)),
+    ("--z-coef 0.003", SIGMOID, "z slope", None, times(3)),
     ("--bias-rate 0.003", SIGMOID, "bias step", None, times(3)),
     ("--bias-cooldown 0.5", SIGMOID, "late bias step", None, times(0.3)),  # step 7 of 8: 1/4 instead of 1/1.2
     ("--capacity-factor 0.5", [], "dropped", False, True),
@@ -137,15 +142,14 @@ VALUES = {"moe_layers": "MD", "router": "sigmoid_bias", "moe_impl": "bmm", "rout
 def test_without_experts_each_flag_of_the_mixture_is_refused(name, monkeypatch):
     value = VALUES.get(name, "1")
     said = problems("--num-experts", "0", f"--{name}", *[value] * (value is not None), monkeypatch=monkeypatch)
-    sigmoid = dict.fromkeys(("bias_rate", "bias_cooldown"), "--router sigmoid_bias")
-    other = {"aux_coef": "--router softmax_topk"} | sigmoid
+    other = dict.fromkeys(("bias_rate", "bias_cooldown", "sequence_coef"), "--router sigmoid_bias")
     assert f"--{name}: has no effect without {other.get(name, '--num_experts')}" in said
     assert said.startswith("1 setting(s)")
 
 
 @pytest.mark.parametrize("name, routers", [
-    ("importance_coef", ["noisy_topk"]), ("load_coef", ["noisy_topk"]), ("aux_coef", ["softmax_topk"]),
-    ("z_coef", ["noisy_topk", "softmax_topk"]), ("bias_rate", ["sigmoid_bias"]), ("bias_cooldown", ["sigmoid_bias"])])
+    ("importance_coef", ["noisy_topk"]), ("load_coef", ["noisy_topk"]), ("noise_end", ["noisy_topk"]),
+    ("aux_coef", ["noisy_topk", "softmax_topk"]), ("sequence_coef", ["sigmoid_bias"]), ("bias_rate", ["sigmoid_bias"]), ("bias_cooldown", ["sigmoid_bias"])])
 def test_settings_of_other_routers_are_refused(name, routers, monkeypatch):
     for router in ("noisy_topk", "softmax_topk", "sigmoid_bias"):
         argv = ["--router", router, f"--{name}", "0.5"]
@@ -188,11 +192,11 @@ def test_a_negative_number_of_experts_is_refused(monkeypatch):
 
 
 def test_all_that_is_wrong_is_said_at_once_and_without_a_traceback(tmp_path, capsys):
-    argv = "--top-k 9 --moe-layers MMX --expert-hidden 12 --aux-coef 1 --muon-lr -1".split()
+    argv = "--top-k 9 --moe-layers MMX --expert-hidden 12 --bias-rate 1 --muon-lr -1".split()
     assert tm.main([*tiny(tmp_path), *argv]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: 2 setting(s) cannot work:") and "Traceback" not in said
-    assert all(flag in said for flag in ("--aux_coef", "--muon_lr"))  # each by itself; then what must fit together
+    assert all(flag in said for flag in ("--bias_rate", "--muon_lr"))  # each by itself; then what must fit together
     assert tm.main([*tiny(tmp_path), *argv[:6]]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: 3 setting(s) cannot work:") and "Traceback" not in said

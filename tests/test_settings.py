@@ -9,6 +9,7 @@ import torch
 from helpers import CPU, H100, SCRIPT, parse, script, settings, tiny
 
 import train_gpt
+import train_grokking
 from train_gpt import (
     PRESETS,
     Hyperparameters,
@@ -409,6 +410,18 @@ def test_the_choices_and_the_derived_numbers_are_printed(tmp_path, capsys):
     for line in ("preset cpu: no CUDA device", "backend sdpa: the fastest here", "attention LL: for 2 layers"):
         assert f"{line}\n" in out
     assert "dtype fp32:" not in out and "device cpu:" not in out, "asked for: nothing was chosen"
+
+
+@pytest.mark.parametrize("load, warned", [(0.0, False), (1000.0, True)])
+def test_a_machine_that_others_use_is_told(load, warned, tmp_path, monkeypatch, capsys):
+    """On a CPU; a GPU's steps do not wait for the cores."""
+    monkeypatch.setattr(train_gpt.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    assert train_gpt.main(tiny(tmp_path, iterations=1)) == 0
+    words = f"WARNING: load {load:.1f} on {train_gpt.os.cpu_count()} cores:"
+    assert (words in capsys.readouterr().out) == warned
+    assert any(words in note for note in train_grokking.parse_settings([])[1]) == warned
+    monkeypatch.setattr(train_gpt, "detect_hardware", lambda device="auto": H100)
+    assert not any("WARNING" in note for note in train_gpt.parse_settings([], 1)[2])
 
 
 @pytest.mark.parametrize("argv, hardware", [
