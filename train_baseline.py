@@ -28,6 +28,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -120,6 +121,7 @@ class Settings:
     save_best: bool = False  # a checkpoint at each best validation; ckpt_best names the last
     keep: int = 0  # checkpoints that a run keeps; 0: 2, or what the run had [>=0]
     log_every: int = 10  # steps between console lines [>0]
+    tracker: str = "none"  # gets the metrics, too [none|wandb|tensorboard|trackio]
     device: str = "auto"  # mps, Apple's GPU, is untested [auto|cpu|cuda|mps]
     dtype: str = "auto"  # auto: bf16 where it is fast [auto|bf16|fp32]
     backend: str = "auto"  # the formula is fast in bf16 on a CPU [auto|sdpa|plain]
@@ -338,6 +340,7 @@ def misfits(s: Settings, given: dict, hardware: dict, world_size: int) -> list[s
     empty = ", ".join(f"--{name}" for name in ("resume", "data", "log_dir") if given.get(name) == "")
     strange = {*allowed_changes(s)} - {*help_texts(), "", "data_fingerprint"}
     least, memory = least_memory(s) / 2**30, hardware["memory_gib"]
+    tracked = s.tracker == "none" or importlib.util.find_spec("trackers")
     checks = {  # sentence about the settings in quotes -> whether it is true
         "--device cuda needs a CUDA device, leave it out": cpu and asked == "cuda",
         "--device mps needs an Apple GPU, leave it out": asked == "mps" and s.device != "mps",
@@ -346,6 +349,7 @@ def misfits(s: Settings, given: dict, hardware: dict, world_size: int) -> list[s
             cpu and s.preset != "cpu" and asked != "cpu",
         "'compile' needs a C++ compiler: install g++, or use --no-compile": s.compile and not compiler,
         f"{empty}: is empty; name something, or leave it out": empty,
+        f"--tracker {s.tracker}: trackers.py is not beside it": not tracked,
         "--allow_change: has no effect without --resume": s.allow_change and not s.resume,
         f"--allow_change: {', '.join(sorted(strange))}: no such setting": strange,
         f"this needs more than {least:,.0f} GiB, {hardware['name']} has {memory:.1f}: lower 'width', "
@@ -709,7 +713,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(s.width, s.width, bias)
         self.qk_scale = nn.Parameter(torch.full((s.width,), s.width**-0.5)) if ngpt else None
 
-    def forward(self, x_BTD, mask: Tensor, angles: tuple | None) -> Tensor:
+    def forward(self, x_BTD, mask: Tensor | list, angles: tuple | None) -> Tensor:
         q, k, v = (f(x_BTD).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
         if self.qk_norm:
             q, k = (F.rms_norm(x, (self.head_dim,), eps=NORM_EPS).type_as(v) for x in (q, k))
@@ -719,6 +723,11 @@ class SelfAttention(nn.Module):
             scale = (self.qk_scale * x_BTD.size(-1) ** 0.5).view(-1, self.head_dim)
             q, k = ((unit(x) * scale).type_as(v) for x in (q, k))
         k, v = (x.repeat_interleave(self.group, dim=2) for x in (k, v))
+        if isinstance(mask, list):  # without a mask a CPU skips the pairs that it would hide
+            documents = (x.flatten(0, 1)[None].transpose(1, 2).split(mask, dim=2) for x in (q, k, v))
+            options = {"is_causal": True, "scale": self.softmax_scale}
+            y = [F.scaled_dot_product_attention(*qkv, **options) for qkv in zip(*documents, strict=True)]
+            return self.out(torch.cat([x.transpose(1, 2) for x in y], dim=1).view_as(x_BTD))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if self.backend == "sdpa":
             y = F.scaled_dot_product_attention(q, k, v, mask, scale=self.softmax_scale)
@@ -813,6 +822,7 @@ class GPT(nn.Module):
         padded = -(-vocab_size // HEAD_MULTIPLE) * HEAD_MULTIPLE
         longest = max(s.seq_len, s.eval_seq_len)
         self.bf16, self.window = s.dtype == "bf16", s.window or longest
+        self.by_document = False  # train may: its rows have no keys of an earlier call
         self.embed = nn.Embedding(padded, s.width)
         self.positions = nn.Embedding(s.max_doc_len, s.width) if gpt else None
         self.blocks = nn.ModuleList(TransformerLayer(s, i) for i in range(s.num_layers))
@@ -845,7 +855,11 @@ class GPT(nn.Module):
         else:
             # by document: ngpt scales after rotating, so q.k depends on more than the distance
             angles = self.cos[place_BT], self.sin[place_BT]
-        mask = attention_mask(docs_BT, window)
+        if self.by_document and window >= docs_BT.size(1):
+            starts = F.pad((place_BT == 0).flatten().nonzero()[:, 0], (0, 1), value=docs_BT.numel())
+            mask = starts.diff().tolist()  # lengths of all documents
+        else:
+            mask = attention_mask(docs_BT, window)
         for block in self.blocks:
             x = block(x, mask, angles)
         return x
@@ -1181,19 +1195,21 @@ def on_rank_zero(world: World, function, *arguments):
         raise answer[1]
     return answer[0]
 
-# differs from train_gpt.py: no tracker
+# differs from train_gpt.py: open
 class RunLog:
-    """The files of a run, by rank 0: log.txt (public record format), metrics.jsonl, config.json."""
-    # differs from train_gpt.py: no tracker
+    """The console, a tracker, and the files of a run, by rank 0 (docs/running.md)."""
     def __init__(self, folder: Path, lock=None):
-        self.main, self.folder, self.lock = False, folder, lock
+        self.main, self.folder, self.tracker, self.lock = False, folder, None, lock
         self.rows, self.failed, self.pipe_closed = [], set(), False
 
-    # differs from train_gpt.py: no tracker
-    def open(self, config: dict, resumed_at: int | None, changed: dict):
+    # differs from train_gpt.py: says less of the hardware
+    def open(self, s: Settings, config: dict, resumed_at: int | None, changed: dict):
         """On rank 0: writes the head of the files or, in a resumed run, where it goes on."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.main, self.lock = True, self.lock or lock_folder(self.folder)
+        if s.tracker != "none":
+            from trackers import Tracker
+            self.tracker = Tracker(s.tracker, self.folder, config, self.print)
         (self.folder / "result.json").unlink(missing_ok=True)
         if resumed_at is not None:
             with contextlib.suppress(ValueError, LookupError, TypeError):
@@ -1235,10 +1251,17 @@ class RunLog:
                 self.print(f"warning: {self.folder / name}: {error.strerror}; training goes on")
             self.failed.add(name)
 
-    # differs from train_gpt.py: no tracker
     def metric(self, **values):
+        """To metrics.jsonl and the tracker, which ends here: it may print, and the result comes last."""
         self.line(json.dumps(values), "metrics.jsonl")
         self.rows += [values] * ("event" not in values)
+        self.track(values["step"], {k: v for k, v in values.items() if isinstance(v, int | float)})
+        if self.tracker and values.get("event") == "end":
+            self.tracker.finish()
+
+    def track(self, step: int, numbers: dict):
+        if self.tracker:
+            self.tracker.log(step, numbers)
 
     def result(self, end: dict, config: dict):
         """The last object of metrics.jsonl, and what comes of a run: `---` and lines on the console, result.json."""
@@ -1267,6 +1290,26 @@ class RunLog:
 STOPS = [  # signals; Windows has two
     number for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
     if (number := getattr(signal, name, None))]
+
+# differs from train_gpt.py: all layers are alike
+def flops_per_token(s: Settings, matmul: int) -> float:
+    """FLOPs of forward and backward: 6 per parameter of its products, 12 * width per visible key of a layer."""
+    length = min(s.seq_len, s.max_doc_len)
+    window = min(s.window or length, length)
+    keys = window - window * (window - 1) / (2 * length)  # on average over a causal row
+    return 6.0 * matmul + 12.0 * s.width * keys * s.num_layers
+
+# Dense bf16 rates of NVIDIA's data sheets, FLOP/s, by a word of the GPU's name; the first counts.
+PEAK_FLOPS = {
+    "B200": 2250e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
+    "H100": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+    "A40": 150e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}
+
+def model_flops_utilization(tokens_per_s: float, flops: float, gpu: str, count: int) -> float | None:
+    """tokens/s * FLOPs per token / (peak bf16 FLOP/s * count), without the optimizer's; None: no known peak."""
+    peaks = [peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", gpu)]
+    return tokens_per_s * flops / (peaks[0] * count) if peaks else None
 
 # differs from train_gpt.py: plain
 class Run:
@@ -1368,7 +1411,10 @@ class Run:
         counts = {name: p.numel() for name, p in model.named_parameters()}
         self.total = sum(counts.values())
         expert = sum(n for name, n in counts.items() if ".experts." in name) // s.num_experts
-        self.active = self.total - expert * (s.num_experts - s.top_k)
+        idle = expert * (s.num_experts - s.top_k)
+        self.active = self.total - idle
+        matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() > 1)
+        self.cost = flops_per_token(s, matrices - idle + model.lm_head.weight.numel())
         run_id = on_rank_zero(self.world, lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
         folder = Path(s.log_dir) / s.experiment_name / run_id
         self.log = RunLog(self.checkpoint.parent.parent if self.checkpoint else folder, self.lock)
@@ -1377,7 +1423,7 @@ class Run:
             self.undo.callback(signal.signal, number, signal.getsignal(number))
         self.undo.push(self._end_record)
         resumed_at = self.meta.get("step")
-        on_rank_zero(self.world, self.log.open, self.config, resumed_at, self.changed)
+        on_rank_zero(self.world, self.log.open, s, self.config, resumed_at, self.changed)
         self.notes += [f"{name}: {then} before, {now} from here on" for name, (then, now) in self.changed.items()]
         self.notes += [f"{s.model_type}: {self.total:,} parameters, {self.active:,} of them for a token",
                        f"run folder: {self.log.folder}"]
@@ -1502,9 +1548,15 @@ class Run:
             step_ms = (ms - self.logged_ms) / (step - self.logged_step)
         self.logged_step, self.logged_ms = step, ms
         rate = 1000 * s.batch_tokens / step_ms
-        self._log_loss(step, "train", loss, ms, f"  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s",
-                       step_ms=step_ms, tokens_per_s=rate, lr=lr, grad_norm=norm,
-                       seq_len=s.seq_len, window=s.window, batch_tokens=s.batch_tokens)
+        mfu = self.mfu(rate)
+        percent = "n/a" if mfu is None else f"{100 * mfu:.1f} %"
+        console = f"  {step_ms:.1f} ms/step  {rate:,.0f} tokens/s  MFU {percent}"
+        self._log_loss(step, "train", loss, ms, console, step_ms=step_ms, tokens_per_s=rate, mfu=mfu,
+                       lr=lr, grad_norm=norm, seq_len=s.seq_len, window=s.window, batch_tokens=s.batch_tokens)
+
+    def mfu(self, tokens_per_s: float) -> float | None:
+        gpu, count = self.hardware["name"], self.world.size
+        return model_flops_utilization(tokens_per_s, self.cost, gpu, count) or None
 
     def _log_loss(self, step: int, kind: str, loss: float, ms: float, console: str, **more):
         """One line on the console and in log.txt, one object in metrics.jsonl."""
@@ -1598,11 +1650,12 @@ class Run:
             self.status = "interrupted" if kind is KeyboardInterrupt else known
         ms, tokens, loss = self.clock.stop(), self.tokens, self.val_loss
         target = (self.step, ms) if self.status == "target" else (None, None)
+        logged = self.logged_step * self.s.batch_tokens / (self.logged_ms or math.inf)
         end = dict(
             event="end", status=self.status, step=self.step, iterations=self.step + self.left, val_loss=loss,
             val_bpb=loss and bits_per_byte(loss, self.corpus.meta), train_time_ms=ms, tokens=tokens,
             tokens_per_s=1000 * tokens / ms if ms else None, params_total=self.total, params_active=self.active,
-            peak_memory_mib=peak_memory_mib(self.s.device)[0], mfu=None,
+            peak_memory_mib=peak_memory_mib(self.s.device)[0], mfu=self.mfu(1000 * logged),
             target_step=target[0], target_time_ms=target[1])
         end |= {"error": explained(error) or repr(error)} if error else {}
         if self.log.main:
@@ -1615,6 +1668,7 @@ def train(run: Run):
     """One run. Every process does the same."""
     s, size = run.s, run.world.size
     model = GPT(s, run.corpus.meta["vocab_size"]).to(s.device)
+    model.by_document = s.device == "cpu" and s.backend == "sdpa" and not s.compile
     optimizers = make_optimizers(model, s)
     run.open(model, optimizers)
     compiled = torch.compile(model, dynamic=False) if s.compile else model

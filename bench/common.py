@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from datetime import date
 from fractions import Fraction
@@ -290,7 +290,7 @@ def mean_sd(values: Iterable[float]) -> str:
 
 # --- Report
 
-def markdown(head: list[str], rows: list[list]) -> str:
+def markdown(head: Sequence, rows: Iterable) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
@@ -435,15 +435,12 @@ def show_plan(jobs: list, todo: list, label: Callable[[tuple], str]) -> None:
         print(f"{count - left[name]} of {count} done  {name}")
 
 def finish(run: Callable[[], int], report: Callable[[], object]) -> int:
-    """Runs what is missing and writes the report, also where the runs are interrupted; the exit code."""
+    """Runs what is missing and writes the report, also where the runs are interrupted; the exit code 0.
+    RuntimeError: runs failed."""
     try:
         failed = run()
     finally:
         report()
-    return exit_code(failed)
-
-def exit_code(failed: int) -> int:
-    """0; raises RuntimeError if runs failed."""
     if failed:
         raise RuntimeError(f"{failed} run(s) failed, see above; the same command runs them again")
     return 0

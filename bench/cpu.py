@@ -268,13 +268,14 @@ def prepare_data(args: argparse.Namespace, tmp: Path) -> Path:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError or FileNotFoundError for options that cannot give a result."""
-    least = 1 if args.quick else 3
+    least = 1 if args.quick or args.nanochat else 3
     if args.runs < least:
         raise ValueError(f"--runs must be at least {least}, got {args.runs}; fewer than 3 need --quick")
     if args.input and args.data:
         raise ValueError("--input and --data exclude each other; give the text or the folder made from it")
-    if args.llmc and not args.anchors:
-        raise ValueError("--llmc is read with --anchors only")
+    for name in ("llmc", "nanochat"):
+        if getattr(args, name) and not args.anchors:
+            raise ValueError(f"--{name} is read with --anchors only")
     if args.steps < 1:
         raise ValueError(f"--steps must be at least 1, got {args.steps}")
     if args.input and not args.input.is_file():
@@ -317,6 +318,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write all numbers there too")
     add("--anchors", action="store_true", help="tokens a second of GPT-2 124M instead (see bench/anchors.py)")
     add("--llmc", type=Path, metavar="DIR", help="with --anchors: a checkout of llm.c")
+    add("--nanochat", type=Path, metavar="DIR", help="with --anchors: a checkout of nanochat; bits per byte instead")
     add("--steps", type=int, default=6, help="with --anchors: timed steps of a run (default: 6)")
     args = parser.parse_args(argv)
     args.runs = args.runs if args.runs is not None else (1 if args.quick else 3)

@@ -382,3 +382,12 @@ def test_a_document_gets_the_same_experts_wherever_it_is():
     batch = torch.stack((random_tokens(3), random_tokens(3), torch.zeros(3, 32, dtype=torch.int32)))
     alone = torch.cat([logits(model, s, row) for row in batch.split(1, dim=1)])
     torch.testing.assert_close(logits(model, s, batch), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_documents_one_by_one_are_the_masked_rows(model_type, monkeypatch):
+    s = settings(model_type)
+    model, batch = random_model(s), packed(4)
+    masked, model.by_document = logits(model, s, batch), True
+    monkeypatch.setattr(tb, "attention_mask", None)
+    torch.testing.assert_close(logits(model, s, batch), masked, rtol=1e-4, atol=1e-5)

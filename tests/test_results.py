@@ -127,14 +127,17 @@ def test_total_seconds_are_of_the_process_training_seconds_of_the_run(tmp_path):
     assert result(tmp_path)["training_seconds"] > first["training_seconds"] and result(tmp_path)["steps"] == 8
 
 
-def test_mfu_is_of_all_that_was_logged(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, find, cpu", [
+    ("train_gpt", "detect_hardware", helpers.CPU), ("train_baseline", "find_device", baseline.CPU)])
+def test_mfu_is_of_all_that_was_logged(name, find, cpu, tmp_path, monkeypatch, capsys):
     """A GPU's peak for the CPU at hand: the mean of the steps, weighted by time."""
-    monkeypatch.setattr(train_gpt, "PEAK_FLOPS", {"CPU": 1e12})
-    monkeypatch.setattr(train_gpt, "detect_hardware", lambda device: helpers.CPU)
-    assert train_gpt.main(tiny("train_gpt", tmp_path)) == 0
+    monkeypatch.setattr(MODULES[name], "PEAK_FLOPS", {"CPU": 1e12})
+    monkeypatch.setattr(MODULES[name], find, lambda device: cpu)
+    assert MODULES[name].main(tiny(name, tmp_path)) == 0
     steps = [r for r in records(run_folder(tmp_path)) if "train_loss" in r]
     mean = sum(r["mfu"] * r["step_ms"] for r in steps) / sum(r["step_ms"] for r in steps)
     assert result(tmp_path)["mfu"] == pytest.approx(mean) and mean > 0
+    assert f"MFU {100 * steps[-1]['mfu']:.1f} %" in capsys.readouterr().out
 
 
 def test_a_full_disk_costs_the_file_not_the_run(tmp_path, monkeypatch, capsys):
