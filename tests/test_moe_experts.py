@@ -53,15 +53,19 @@ def weights(experts: int, tokens: int = 50, choices: int = 2, dtype=torch.float3
 
 def token_by_token(x, up, down, gates, experts) -> torch.Tensor:
     """The reference: (N, D)."""
-    return torch.stack([sum(gate * ((row @ up[e]).relu().square() @ down[e]) for gate, e in zip(own, chosen, strict=True))
-                        for row, own, chosen in zip(x, gates, experts.tolist(), strict=True)])
+    rows = []
+    for row, own, chosen in zip(x, gates, experts.tolist(), strict=True):
+        each = [gate * ((row @ up[e]).relu().square() @ down[e]) for gate, e in zip(own, chosen, strict=True)]
+        rows.append(sum(each))
+    return torch.stack(rows)
 
 
 def with_gradients(function, leaves: list[torch.Tensor], *arguments) -> dict[str, torch.Tensor]:
     """Output, and gradients of x, up, down and gates under random gradients of the output."""
     y = function(*leaves, *arguments)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y.dtype)
-    return dict(zip(("y", "x", "up", "down", "gates"), (y.detach(), *torch.autograd.grad(y, leaves, grad)), strict=True))
+    names = "y", "x", "up", "down", "gates"
+    return dict(zip(names, (y.detach(), *torch.autograd.grad(y, leaves, grad)), strict=True))
 
 
 def assert_near(found: dict, expected: dict, tolerance: float):

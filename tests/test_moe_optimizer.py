@@ -275,7 +275,8 @@ def test_penalties_of_a_batch_from_its_logits(norm):
         assert found["z"] == pytest.approx((np.log(np.exp(clean).sum(1)) ** 2).mean(), rel=1e-4)
 
 
-@pytest.mark.parametrize("coefficients", [{"importance": 0.3, "load": 0.7, "z": 0.1}, {"switch": 0.5, "z": 0.2}, {"sequence": 0.5, "z": 0.2}, {}])
+@pytest.mark.parametrize("coefficients", [
+    {"importance": 0.3, "load": 0.7, "z": 0.1}, {"switch": 0.5, "z": 0.2}, {"sequence": 0.5, "z": 0.2}, {}])
 def test_slopes_are_the_gradient_of_the_penalties(coefficients):
     sums = random_sums()
     exact = sums.clone().requires_grad_()

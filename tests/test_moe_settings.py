@@ -149,7 +149,8 @@ def test_without_experts_each_flag_of_the_mixture_is_refused(name, monkeypatch):
 
 @pytest.mark.parametrize("name, routers", [
     ("importance_coef", ["noisy_topk"]), ("load_coef", ["noisy_topk"]), ("noise_end", ["noisy_topk"]),
-    ("aux_coef", ["noisy_topk", "softmax_topk"]), ("sequence_coef", ["sigmoid_bias"]), ("bias_rate", ["sigmoid_bias"]), ("bias_cooldown", ["sigmoid_bias"])])
+    ("aux_coef", ["noisy_topk", "softmax_topk"]), ("sequence_coef", ["sigmoid_bias"]),
+    ("bias_rate", ["sigmoid_bias"]), ("bias_cooldown", ["sigmoid_bias"])])
 def test_settings_of_other_routers_are_refused(name, routers, monkeypatch):
     for router in ("noisy_topk", "softmax_topk", "sigmoid_bias"):
         argv = ["--router", router, f"--{name}", "0.5"]
