@@ -164,6 +164,8 @@ def micro_step(script, model, optimizer, batch, window, weights: list[float], pl
     if hasattr(optimizer, "balance"):  # train_moe.py's
         balance = optimizer.balance
         noise = (balance.noise(*place, *inputs.shape) if balance else None,)
+    if balance:
+        model.noise_scale.fill_(script.noise_at(balance.s, place[0]))
     values = model(inputs, targets, docs, window, *noise)
     losses, sums = values[:len(weights)], values[len(weights):]
     loss = sum(w * loss for w, loss in zip(weights, losses, strict=True))
