@@ -889,8 +889,8 @@ class Attention(nn.Module):
         growth = 1 if s.attn_scale or not narrow else math.sqrt(s.head_dim / narrow)
         self.scale = s.softmax_scale * growth
         self.qk = nn.Parameter(uniform_matrix(2, s.num_heads * narrow, s.width)) if narrow else None
-        inner, out = uniform_matrix(1 if narrow else 3, s.width, s.width), torch.zeros(1, s.width, s.width)
-        self.qkvo = nn.Parameter(torch.cat((inner, out)))
+        self.qkvo = nn.Parameter(torch.zeros(2 if narrow else 4, s.width, s.width))
+        self.qkvo.data[:-1] = uniform_matrix(*self.qkvo[:-1].shape)
 
     def forward(self, x_BTD, value_BTD, mask, at, scalars: dict, gates) -> Tensor:
         """`at`: rotary cos and sin, (T, 1, K), and where the token before is of the same document."""
@@ -994,13 +994,15 @@ class GPT(nn.Module):
         self.candidates = 0
         lengths = [(t.seq_len, t.max_doc_len or t.seq_len) for t in stage_table(s)]
         self.longest = dict(sorted(lengths))  # document, of stages with one seq_len the longest
-        cos, sin = rotary_table(max(*s.seq_len, s.eval_seq_len), s.head_dim, s.rope_base)
+        cos, sin = torch.zeros(2, max(*s.seq_len, s.eval_seq_len), 1, s.head_dim)
         # number of the first row (candidate_turn); values that FP8 clipped; targets without a loss
         turn, saturated, left_out = torch.zeros(3, dtype=torch.int64)
         buffers = dict(cos=cos, sin=sin, turn=turn, saturated=saturated, left_out=left_out,
                        noise_scale=torch.ones(()))
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
+        if not cos.is_meta:  # where only shapes count (Table)
+            set_rotary(self, s)
 
     # differs from train_gpt.py: noise in, sums out
     def forward(self, inputs_BT, targets_KBT, docs_BT, window: Tensor, noise_BMTE=None) -> Tensor:
@@ -2487,6 +2489,10 @@ def look_up(table_VD, index) -> Tensor:
     return TableRows.apply(table_VD, index) if table_VD.is_cuda else F.embedding(index, table_VD)
 
 class Table(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # where only shapes count; it would load torch._dynamo there
+            super().reset_parameters()
+
     def forward(self, index) -> Tensor:
         return look_up(self.weight, index)
 

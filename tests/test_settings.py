@@ -71,6 +71,14 @@ def test_importing_does_nothing(tmp_path):
     assert done.stderr == "" and not list(tmp_path.iterdir())
 
 
+def test_a_run_on_a_cpu_starts_without_the_compiler(tmp_path):
+    """Loading it takes half of the start: the model whose shapes the memory check counts has no values, so no
+    operation that torch has in Python only."""
+    code = "import sys, train_gpt; code = train_gpt.main(sys.argv[1:]); print('torch._dynamo' in sys.modules, code)"
+    done = script("-c", code, *tiny(tmp_path, iterations=1, eval_every=0), cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "False 0", done.stderr
+
+
 def test_help_works_without_data_and_writes_nothing(tmp_path):
     done = script(SCRIPT, "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
