@@ -65,15 +65,14 @@ def export_wandb(paths, project, loss_key=None):
             except (OSError, RuntimeError, getattr(wandb, "Error", ValueError)) as error:  # no login, no network
                 raise RuntimeError(f"--wandb: {error}; `wandb login`, or WANDB_MODE=offline keeps runs here") from None
             for row in rows:
-                values = {key: value for key, value in row.items() if number(value) is not None}
-                target.log(values, step=row["step"])
+                target.log({k: v for k, v in row.items() if number(v) is not None}, step=row["step"])
             target.finish()
     return 0
 
 
 def append_results(paths, table, description):
     """A row of `table` for each run's result.json; a run that has one of as many steps is said and left out. ValueError
-    for a run without a result, or another kind of table."""
+    for a run without a result, or another kind of table. A last line that an editor left open is ended first."""
     rows = [result_row(path, description) for path in paths]
     lines = read_text(table).splitlines()
     if lines and lines[0].split("\t") != [*COLUMNS]:
@@ -86,7 +85,8 @@ def append_results(paths, table, description):
             say(f"note: '{table}' has {told}, already: no row was added", sys.stderr)
             continue
         with open(table, "a", encoding="utf-8") as file:  # one write: another program may add rows, too
-            file.write("".join(["\t".join(COLUMNS) + "\n"] * (not file.tell())) + "\t".join(row.values()) + "\n")
+            start = "\n" * (read_text(table)[-1:] != "\n") if file.tell() else "\t".join(COLUMNS) + "\n"
+            file.write(start + "\t".join(row.values()) + "\n")
         say(f"{table}: {told}: {row['status']}, val loss {row['val_loss']}")
         known.add((row["run"], row["steps"]))
     return 0

@@ -53,6 +53,13 @@ def test_a_run_is_never_added_twice_silently(run, tmp_path, capsys):
     assert [row[2] for row in rows(table)] == ["status", "done", "target"]
 
 
+def test_a_last_line_without_an_end_is_ended_first(run, tmp_path, capsys):
+    table = tmp_path / "results.tsv"
+    table.write_text("\t".join(HEAD) + "\n" + "\t".join(["other", *HEAD[1:]]))  # as an editor may save it
+    assert export(capsys, run, "--tsv", table)[0] == 0
+    assert [row[0] for row in rows(table)] == [HEAD[0], "other", run.name] and len({*map(len, rows(table))}) == 1
+
+
 def test_without_a_file_it_is_results_tsv(run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert export(capsys, run, "--tsv")[0] == 0 and len(rows(tmp_path / "results.tsv")) == 2
