@@ -11,7 +11,7 @@ to accumulate gradients over 8 rows of train_seq_len: record 28, the last with F
 kept: the results hold numbers, and the script's sha256, path and commit. `--work DIR` leaves its folders in DIR.
 
 The script of track 3 runs on a CPU, too: what asks for CUDA is replaced, and torch.compile left out, as in ours. With
---vary it runs once for each text; the comparison takes the one with the lowest loss.
+--vary it runs once for each text; the comparison takes the one with the lowest loss. A pair's seed is its number.
 
 Ours is train_gpt.py --preset speedrun with as many steps, tokens per step and validation tokens; flags that are not
 listed below go to it. The two take turns. Both clocks wait for the device at a validation and stop for it: ms/step is
@@ -230,7 +230,7 @@ def run_in_turn(sources: dict[str, str], flags: list[str], corpus: train_gpt.Cor
         for number, (variant, source) in enumerate(sources.items()):
             place = folder / f"peer_{i}{f'_{number}' if number else ''}"
             before = cpu_seconds()
-            run = run_peer(source, corpus, place, left(0.5))
+            run = run_peer(f"import torch; torch.manual_seed({i})\n{source}", corpus, place, left(0.5))
             runs.append(report(run, variant=variant, cpu_s=cpu_seconds() - before))
             if "FAILED" in runs[-1].result:
                 return runs

@@ -134,7 +134,8 @@ def test_peer_and_ours_side_by_side(tmp_path, data, script, capsys):
     assert result["val loss, equal tokens"]["difference"] == pytest.approx(validated["4"] - round(mean - 4, 4))
     assert "ours / peer" in screen and "ms/step" in (tmp_path / "out" / "README.md").read_text()
 
-    assert (tmp_path / "work" / "peer_1" / "train_gpt.py").is_file()  # kept where it was asked for, and only there
+    copy = tmp_path / "work" / "peer_1" / "train_gpt.py"  # kept where it was asked for, and only there
+    assert copy.read_text().startswith("import torch; torch.manual_seed(1)\n") and settings["seed"] == 1
     kept = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert {path.parent.name for path in kept} == {"out", "ours_1"}
     theirs = [line.strip() for line in STAND_IN.splitlines() if len(line.strip()) > 15]
