@@ -116,7 +116,7 @@ class Hyperparameters:
     route_scale: float = 0.0  # of gates; 0: their mean is about 1 [>=0; with num_experts]
     importance_coef: float = 0.01  # of CV^2 of summed gates [>=0; with router noisy_topk]
     load_coef: float = 0.01  # of CV^2 of expected tokens [>=0; with router noisy_topk]
-    noise_end: float = 0.25  # fraction of the iterations, of its fading; 0: never [0..1; with router noisy_topk]
+    noise_end: float = 0.05  # fraction of the iterations, of its fading; 0: never [0..1; with router noisy_topk]
     aux_coef: float = 0.01  # of E * sum(share * mean score) [>=0; with router noisy_topk|softmax_topk]
     sequence_coef: float = 0.0  # of the same in each row [>=0; with router sigmoid_bias]
     z_coef: float = 0.001  # of log-sum-exp^2 [>=0; with num_experts]
