@@ -1,11 +1,13 @@
-"""A shell lets its background processes ignore Ctrl-C, and what those start ignores it too: the tests of interruptions
-would wait for ever."""
+"""A shell lets its background processes ignore Ctrl-C, nohup a closed terminal, and what those start ignores them too:
+the tests of interruptions would wait for ever."""
 import os
 import signal
 
 import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
